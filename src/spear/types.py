@@ -1,0 +1,220 @@
+"""The nouns that pass between rooms: few, typed, frozen; shapes, units and frames stated here once.
+
+Frames
+    base    robot base: x forward, y left, z up, metres.
+    ee      end-effector (tool centre point, between the finger tips).
+    camera  x right, y down, z forward (OpenCV), metres, or MoGe's relative unit.
+Rotations are unit quaternions, scalar first (w, x, y, z), kept in the half-space w >= 0.
+Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Unit = Literal["metre", "relative"]
+
+ACTION_DIM = 8
+"""translation 3 + rotation quaternion 4 + gripper 1."""
+STATE_DIM = 8
+"""An observed robot state: position 3 (m, base) + orientation quaternion 4 (base) + gripper opening 1."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """A chunk of H actions, one per control step (5 Hz); leading dimensions are free.
+
+    translation [..., H, 3]  step displacement of the end-effector, base frame; metres (or normalised units
+                             inside the model, see `spear.data.normalize`).
+    rotation    [..., H, 4]  unit quaternion of the step rotation, expressed in the end-effector frame:
+                             R_next = R_now · R(rotation).
+    gripper     [..., H, 1]  commanded opening, absolute, 1 open … 0 closed (-1 … 1 inside the model).
+    """
+
+    translation: torch.Tensor
+    rotation: torch.Tensor
+    gripper: torch.Tensor
+
+    def to_vector(self) -> torch.Tensor:
+        """[..., H, 8]: translation, rotation, gripper side by side."""
+        return torch.cat([self.translation, self.rotation, self.gripper], dim=-1)
+
+    @staticmethod
+    def from_vector(vector: torch.Tensor) -> Action:
+        """The inverse of `to_vector`; [..., H, 8] in."""
+        return Action(vector[..., :3], vector[..., 3:7], vector[..., 7:8])
+
+    def to(self, *args: Any, **kwargs: Any) -> Action:
+        """`torch.Tensor.to` on each part."""
+        return Action(
+            self.translation.to(*args, **kwargs),
+            self.rotation.to(*args, **kwargs),
+            self.gripper.to(*args, **kwargs),
+        )
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One robot demonstration of T steps, as any reader or the simulator gives it.
+
+    images       camera name -> T encoded images (JPEG or PNG bytes). Canonical names: "external", "wrist".
+    position     [T, 3] end-effector position, metres, base frame.
+    rotation     [T, 4] end-effector orientation, unit quaternion (w, x, y, z), base frame.
+    gripper      [T] measured opening, 0 closed … 1 open.
+    instruction  what the robot was asked to do.
+    rate_hz      steps per second.
+    source       where it came from (dataset name and index, or simulator family and seed).
+    action       [T, 8] commanded action at each step (layout of `Action`), or None when unknown (then actions
+                 are derived from the states).
+    action_mask  [T] bool, False where the step is not a demonstration (an injected disturbance): never a
+                 training target. None means all True.
+    success      whether the task was achieved, None when unknown.
+    """
+
+    images: Mapping[str, Sequence[bytes]]
+    position: Array
+    rotation: Array
+    gripper: Array
+    instruction: str
+    rate_hz: float
+    source: str
+    action: Array | None = None
+    action_mask: Array | None = None
+    success: bool | None = None
+
+    def __len__(self) -> int:
+        return int(self.position.shape[0])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image with whatever ground truth is known about it (from the simulator or RGB-D files).
+
+    image       [h, w, 3] uint8 RGB.
+    depth       [h, w] float32 metres along the camera's z axis (0 or inf where unknown), or None.
+    instances   [h, w] int32 instance ids, 0 is background, or None.
+    names       instance id -> object name, e.g. {3: "carrot"}.
+    intrinsics  [3, 3] pixels, or None. Pixel centres are at integer + 0.5.
+    extrinsics  [4, 4] camera pose in the base frame (camera -> base), or None.
+    boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
+    source      where it came from.
+    """
+
+    image: Array
+    depth: Array | None = None
+    instances: Array | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    intrinsics: Array | None = None
+    extrinsics: Array | None = None
+    boxes: Mapping[int, Array] | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Box3D:
+    """An oriented 3D box, camera frame.
+
+    vertices  [8, 3] in the consistent order of `spear.labels.box3d.order_vertices`.
+    center    [3]; size [3] full side lengths along the box axes; rotation [3, 3] columns are the box axes.
+    """
+
+    vertices: Array
+    center: Array
+    size: Array
+    rotation: Array
+
+
+@dataclass(frozen=True)
+class LabeledObject:
+    """One object of a labelled image.
+
+    name        what the detector called it.
+    box2d       [4] x0, y0, x1, y1 in pixels.
+    mask        run lengths (COCO, column-major, starting with zeros) of the instance mask.
+    box3d       oriented box, or None when too few points were left.
+    keypoints   {"closest", "furthest", "centre"} -> [3] camera frame.
+    scores      quality numbers: detection score, points, visible fraction, ...
+    """
+
+    name: str
+    box2d: Array
+    mask: Sequence[int]
+    box3d: Box3D | None
+    keypoints: Mapping[str, Array]
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """An image and what is known of its objects in 3D.
+
+    image       encoded bytes (JPEG or PNG); width, height in pixels.
+    intrinsics  [3, 3] pixels.
+    unit        of every 3D number here: "metre" or MoGe's "relative".
+    provenance  which model said what: {"detector": ..., "segmenter": ..., "pointmap": ...}.
+    """
+
+    image: bytes
+    width: int
+    height: int
+    intrinsics: Array
+    objects: Sequence[LabeledObject]
+    unit: Unit
+    source: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A 3D question and its answer.
+
+    family    which of the question families made it ("box_vertices", "keypoint", ...).
+    prompt    the question in words.
+    segments  the answer as text pieces and numbers: each item is a str, a float (one 3D token, in the label's
+              unit, camera frame) or a `Pixel` (two location tokens). Text and numbers in reading order.
+    objects   the names asked about.
+    unit      of the floats.
+    """
+
+    family: str
+    prompt: str
+    segments: Sequence[str | float | Pixel]
+    objects: Sequence[str]
+    unit: Unit = "metre"
+
+    @property
+    def values(self) -> list[float]:
+        """The 3D numbers of the answer, in order."""
+        return [s for s in self.segments if isinstance(s, float)]
+
+
+@dataclass(frozen=True)
+class Pixel:
+    """A 2D image location as fractions of the image: x in [0, 1) left to right, y top to bottom."""
+
+    x: float
+    y: float
+
+
+class Policy(Protocol):
+    """Anything that acts. The openpi convention: a flat dict in, a dict out.
+
+    Observation keys
+        "observation/image"        [h, w, 3] uint8, the external camera
+        "observation/wrist_image"  [h, w, 3] uint8, optional
+        "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper opening
+        "prompt"                   str
+    Result keys
+        "actions"                  [H, 8] float32, the layout of `Action`, metres
+    """
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]: ...
