@@ -1,0 +1,23 @@
+"""Fixtures and settings that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("spear")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and reference outputs beside the checkout (or SPEAR_SHARED); skips without it."""
+    path = Path(os.environ.get("SPEAR_SHARED", Path(__file__).parents[1] / ".." / "shared")).resolve()
+    if not path.is_dir():
+        pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")
+    return path
