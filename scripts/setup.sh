@@ -1,0 +1,28 @@
+#!/bin/sh
+# Sets up the virtual environment, once: `make` runs this when .venv is missing or pyproject.toml changed.
+set -eu
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "setup: Python 3.11 or newer is needed, found $("$PYTHON" --version 2>&1): run make PYTHON=/path/to/python3.11" >&2
+    exit 2
+}
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || {
+    echo "setup: python's venv module is missing: apt-get install python3-venv" >&2
+    exit 2
+}
+# PyTorch first and pinned: later resolution then keeps the build that is there (a CPU build where one is configured).
+"$VENV/bin/python" -c 'import torch' 2>/dev/null || "$VENV/bin/pip" install --quiet torch==2.13.0
+"$VENV/bin/pip" install --quiet --editable '.[dev]'
+
+# Rendering without a screen needs EGL from the system.
+if ! MUJOCO_GL=egl "$VENV/bin/python" -c 'import mujoco; mujoco.GLContext(16, 16).make_current()' 2>/dev/null; then
+    packages="libegl1 libgl1 libgl1-mesa-dri"
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "setup: installing $packages for rendering"
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages
+    else
+        echo "setup: rendering needs EGL, which is not here: sudo apt-get install $packages" >&2
+    fi
+fi
