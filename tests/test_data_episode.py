@@ -1,0 +1,135 @@
+"""The episode store: what goes in comes out, and what is broken is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spear.data.episode import EpisodeStore, check_episode, write_episodes
+from spear.errors import SpearError
+from spear.types import Episode
+
+
+def make_episode(seed: int = 0, steps: int = 6, cameras: tuple[str, ...] = ("external", "wrist")) -> Episode:
+    rng = np.random.default_rng(seed)
+    rotation = rng.normal(size=(steps, 4))
+    action = rng.normal(size=(steps, 8))
+    action[:, 7] = rng.uniform(size=steps)
+    for quaternion in (rotation, action[:, 3:7]):
+        quaternion /= np.linalg.norm(quaternion, axis=1, keepdims=True)
+        quaternion *= np.where(quaternion[:, :1] < 0, -1, 1)
+    return Episode(
+        images={camera: [rng.bytes(int(rng.integers(5, 90))) for _ in range(steps)] for camera in cameras},
+        position=rng.normal(size=(steps, 3)).astype(np.float32),
+        rotation=rotation.astype(np.float32),
+        gripper=rng.uniform(size=steps).astype(np.float32),
+        instruction=f"put object {seed} on the plate",
+        rate_hz=5.0,
+        source=f"test {seed}",
+        action=action.astype(np.float32),
+        action_mask=rng.uniform(size=steps) > 0.2,
+        success=bool(seed % 2),
+    )
+
+
+def assert_same(a: Episode, b: Episode) -> None:
+    assert {k: list(v) for k, v in a.images.items()} == {k: list(v) for k, v in b.images.items()}
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            np.testing.assert_allclose(x, y, atol=1e-7)
+    for name in ("instruction", "rate_hz", "source", "success"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
+    episodes = [make_episode(i, steps=3 + i) for i in range(7)]
+    episodes[2] = make_episode(2, cameras=("external",))
+    episodes[4] = dataclasses.replace(episodes[4], action=None, success=None)
+    assert write_episodes(iter(episodes), tmp_path, shard_size=3) == 7
+    assert len(list(tmp_path.iterdir())) == 3
+    store = EpisodeStore(tmp_path)
+    assert len(store) == 7 and store.cameras == ["external", "wrist"]
+    np.testing.assert_array_equal(store.lengths, [len(e) for e in episodes])
+    for before, after in zip(episodes, store, strict=True):
+        assert_same(before, after)
+    assert store.image(5, 4, "wrist") == episodes[5].images["wrist"][4]
+    assert store.image(2, 1, "wrist") is None and store.image(2, 1, "overhead") is None
+    some = store.subset([6, 1])
+    assert [some.source(i) for i in range(2)] == ["test 6", "test 1"]
+    assert some.image(0, 8, "external") == episodes[6].images["external"][8]
+    assert not some.without_images(1).images
+    with pytest.raises(IndexError):
+        store[7]
+
+
+def test_append_adds_shards_and_overwriting_is_refused(tmp_path: Path) -> None:
+    write_episodes([make_episode(0)], tmp_path)
+    with pytest.raises(SpearError, match="episodes exist"):
+        write_episodes([make_episode(1)], tmp_path)
+    write_episodes([make_episode(1)], tmp_path, append=True)
+    assert [e.source for e in EpisodeStore(tmp_path)] == ["test 0", "test 1"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    bad = dataclasses.replace(make_episode(1), instruction=" ")
+    with pytest.raises(SpearError, match=r"empty instruction: test 1"):
+        write_episodes([make_episode(0), bad], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.2, 0.7, 0.98])
+def test_truncated_shard_is_named(tmp_path: Path, keep: float) -> None:
+    write_episodes([make_episode(i) for i in range(20)], tmp_path)
+    shard = tmp_path / "episodes-00000.arrow"
+    os.truncate(shard, int(shard.stat().st_size * keep))
+    with pytest.raises(SpearError, match=r"truncated shard: .*episodes-00000\.arrow.*write it again"):
+        EpisodeStore(tmp_path)
+
+
+def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="no episodes"):
+        EpisodeStore(tmp_path)
+    (tmp_path / "episodes-00000.arrow").write_bytes(b"not arrow at all" * 10)
+    with pytest.raises(SpearError, match=r"episodes-00000\.arrow"):
+        EpisodeStore(tmp_path)
+
+
+def test_nan_names_the_episode_and_the_step() -> None:
+    episode = make_episode(3)
+    episode.position[4, 1] = np.nan
+    with pytest.raises(SpearError, match=r"test 3 step 4: position"):
+        check_episode(episode)
+
+
+def test_nearly_unit_quaternions_are_normalised_and_others_refused() -> None:
+    episode = make_episode(3)
+    near = dataclasses.replace(episode, rotation=episode.rotation * -1.0009)
+    np.testing.assert_allclose(check_episode(near).rotation, episode.rotation, atol=1e-6)
+    far = dataclasses.replace(episode, rotation=episode.rotation * np.linspace(1, 1.0011, 6)[:, None])
+    with pytest.raises(SpearError, match=r"test 3 step 5: rotation quaternion has norm 1\.001"):
+        check_episode(far)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instruction": ""}, "empty instruction"),
+        ({"rate_hz": 0.0}, "bad rate"),
+        ({"images": {}}, "no camera"),
+        ({"images": {"external": [b"x"] * 5}}, "camera 'external' has 5 rows but there are 6"),
+        ({"images": {"external": [b"x"] * 5 + [b""]}}, "empty image: test 1 step 5"),
+        ({"gripper": np.full(6, 1.5)}, "gripper out of range: test 1 step 0"),
+        ({"rotation": np.zeros((6, 3))}, r"rotation is \(6, 3\), expected \(6, 4\)"),
+        ({"position": np.zeros((0, 3))}, "empty episode"),
+        ({"action_mask": np.ones(3, bool)}, "action_mask has 3 rows"),
+    ],
+)
+def test_bad_episodes_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(SpearError, match=message):
+        check_episode(dataclasses.replace(make_episode(1), **change))
