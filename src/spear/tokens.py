@@ -1,0 +1,216 @@
+"""Coordinates ⇄ 3D tokens: the numbers of SPEAR-VLM's answers as words of its vocabulary.
+
+The paper adds N = 1024 "3D tokens" whose bins are not uniform: coordinates are about normally distributed, so
+the bins are their quantiles, fine near the mean and wide in the tails, and every token is used about equally
+often. New embeddings are drawn from a normal with the mean and covariance of the pretrained ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from spear.errors import SpearError, unknown_name
+from spear.types import Array, Unit
+
+BINS = 1024
+TOKEN_FORMAT = "<3d{:04d}>"
+
+_CHUNK = 8192
+"""Embedding rows taken to float64 at a time, so that a large vocabulary is never copied whole."""
+
+
+@dataclass
+class CoordinateTokenizer:
+    """Numbers in `unit` to bin ids 0 … bins - 1 and back.
+
+    edges            [bins + 1] strictly increasing; bin i is [edges[i], edges[i + 1]), the last one closed.
+    representatives  [bins] the median of the fitted values of each bin (its middle if it had none).
+    unit             of the values, "metre" or "relative".
+    clamped          how many values `encode` has seen outside [edges[0], edges[-1]] so far.
+    """
+
+    edges: Array
+    representatives: Array
+    unit: Unit
+    clamped: int = field(default=0, compare=False)
+
+    @property
+    def bins(self) -> int:
+        return len(self.representatives)
+
+    @staticmethod
+    def fit(values: ArrayLike | Tensor, bins: int = BINS, unit: Unit = "metre") -> CoordinateTokenizer:
+        """Bins with equal shares of the values (any shape, pooled).
+
+        Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
+        Raises `SpearError` for values that are not finite or not at least two different ones.
+        """
+        flat = np.sort(_to_numpy(values).ravel())
+        if not np.isfinite(flat).all():
+            raise SpearError("coordinates to fit 3D tokens on: some are NaN or infinite: leave those out")
+        distinct, counts = np.unique(flat, return_counts=True)
+        if len(distinct) < 2:
+            raise SpearError(
+                f"coordinates to fit 3D tokens on: {len(distinct)} different values: give at least 2"
+            )
+        share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
+        edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
+        for i in range(bins):  # rounding may have closed the narrowest bins
+            edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
+        middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
+        representatives = np.where(middle < edges[1:], middle, edges[:-1])
+        members = np.split(flat, np.searchsorted(flat, edges[1:-1]))
+        for i, member in enumerate(members):
+            if len(member):
+                representatives[i] = member[(len(member) - 1) // 2]
+        return CoordinateTokenizer(edges, representatives, unit)
+
+    @overload
+    def encode(self, values: Tensor) -> Tensor: ...
+    @overload
+    def encode(self, values: ArrayLike) -> Array: ...
+    def encode(self, values: ArrayLike | Tensor) -> Array | Tensor:
+        """Bin ids, int64, of the same shape (a tensor for a tensor); monotone in the value.
+
+        Values out of range take the first or last bin and are counted in `clamped`. NaN raises `SpearError`.
+        """
+        x = _to_numpy(values)
+        if np.isnan(x).any():
+            raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
+        self.clamped += int(((x < self.edges[0]) | (x > self.edges[-1])).sum())
+        ids = np.asarray(np.searchsorted(self.edges[1:-1], x, side="right"), dtype=np.int64)
+        return torch.from_numpy(ids).to(values.device) if isinstance(values, Tensor) else ids
+
+    @overload
+    def decode(self, ids: Tensor) -> Tensor: ...
+    @overload
+    def decode(self, ids: ArrayLike) -> Array: ...
+    def decode(self, ids: ArrayLike | Tensor) -> Array | Tensor:
+        """The representative of each bin, in `unit`, of the same shape: float64, for tensors float32.
+
+        Ids outside 0 … bins - 1 raise `SpearError`.
+        """
+        index = _to_numpy(ids, np.int64)
+        if index.size and not (0 <= index.min() and index.max() < self.bins):
+            raise SpearError(
+                f"3D token ids: {index.min()} … {index.max()}: must be within 0 … {self.bins - 1}"
+            )
+        values = np.asarray(self.representatives[index])
+        if isinstance(ids, Tensor):
+            return torch.from_numpy(values).to(ids.device, torch.float32)
+        return values
+
+    def to_json(self) -> str:
+        """All of it but `clamped`, exactly (floats are written with all their digits)."""
+        return json.dumps(
+            {
+                "unit": self.unit,
+                "edges": self.edges.tolist(),
+                "representatives": self.representatives.tolist(),
+            }
+        )
+
+    @staticmethod
+    def from_json(text: str, where: str = "3D tokens") -> CoordinateTokenizer:
+        """The inverse of `to_json`; `SpearError`, naming `where`, if the text is not one."""
+        try:
+            content = json.loads(text)
+            edges = np.asarray(content["edges"], dtype=np.float64)
+            representatives = np.asarray(content["representatives"], dtype=np.float64)
+            unit = content["unit"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpearError(
+                f"not a 3D tokenizer: {where} ({error}): save one with CoordinateTokenizer"
+            ) from error
+        inside = edges.shape == (representatives.size + 1,) and bool(
+            (np.diff(edges) > 0).all()
+            and (edges[:-1] <= representatives).all()
+            and (representatives <= edges[1:]).all()
+        )
+        if not inside:
+            raise SpearError(
+                f"not a 3D tokenizer: {where}: edges must increase, with one value between each two"
+            )
+        if unit not in get_args(Unit):
+            raise unknown_name("unit", str(unit), get_args(Unit))
+        return CoordinateTokenizer(edges, representatives, unit)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` to a file, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> CoordinateTokenizer:
+        """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpearError(f"cannot read 3D tokens: {path}: {error}") from error
+        return CoordinateTokenizer.from_json(text, str(path))
+
+
+def token_names(bins: int = BINS) -> list[str]:
+    """The names of the 3D tokens in the vocabulary, "<3d0000>" first."""
+    return [TOKEN_FORMAT.format(i) for i in range(bins)]
+
+
+def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
+    """Add the 3D tokens to a Hugging Face tokenizer, once; the id of the first (the others follow it).
+
+    They are ordinary tokens, so that `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer
+    already knows some of the names under ids that are not consecutive.
+    """
+    names = token_names(bins)
+    tokenizer.add_tokens(names)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    first = int(ids[0])
+    if list(ids) != list(range(first, first + bins)):
+        raise SpearError(
+            f"tokenizer: its 3D tokens are not the {bins} ids from {first}: start from one without"
+        )
+    return first
+
+
+def init_new_embeddings(existing: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """New rows [count, D] from N(mean, cov) of the rows of `existing` [V, D]; its dtype and device.
+
+    The covariance is D × D in float64 and may be singular (V ≤ D, unused dimensions): its symmetric square
+    root is taken from its eigenvectors. The random numbers come from the CPU `generator`, whatever the device.
+    """
+    rows, width = existing.shape
+    weight = existing.detach()
+    mean = torch.zeros(width, dtype=torch.float64, device=weight.device)
+    for chunk in weight.split(_CHUNK):
+        mean += chunk.double().sum(0)
+    mean /= rows
+    cov = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+    for chunk in weight.split(_CHUNK):
+        centred = chunk.double() - mean
+        cov += centred.T @ centred
+    cov /= rows
+    eigenvalues, vectors = torch.linalg.eigh(cov)
+    root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
+    normal = torch.randn(count, width, generator=generator, dtype=torch.float64).to(weight.device)
+    return (mean + normal @ root).to(weight.dtype)
+
+
+def _to_numpy(values: ArrayLike | Tensor, dtype: type = np.float64) -> Array:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        if dtype is np.float64:
+            values = values.double()  # numpy has no bfloat16
+        values = values.numpy()
+    return np.asarray(values, dtype=dtype)
