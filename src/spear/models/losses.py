@@ -1,0 +1,51 @@
+"""SPEAR-VLM's loss: cross-entropy in which 3D tokens weigh λ (the paper, SPEAR-VLM training)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from spear.models.vlm import SpearVLMConfig
+
+IGNORE = -100
+"""The label of a place that is not to be learned."""
+
+
+def token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: SpearVLMConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, with w = λ on 3D tokens and 1 elsewhere.
+
+    logits [M, vocabulary], labels [M]. Returns the loss and the plain means over "text" and "coordinates".
+    """
+    logits = logits.float()
+    start, bins = config.coordinate_start, config.coordinate_bins
+    log_partition = logits.logsumexp(-1)
+    is_coordinate = (labels >= start) & (labels < start + bins)
+    score = logits.gather(-1, labels[:, None])[:, 0]
+    if config.coordinate_smoothing > 0:
+        smooth = _smoothed_score(logits[:, start : start + bins], labels - start, config.coordinate_smoothing)
+        score = torch.where(is_coordinate, smooth, score)
+    losses = log_partition - score
+    coordinate = is_coordinate.float()
+    text = 1 - coordinate
+    weights = text + config.coordinate_loss_weight * coordinate
+    loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
+    parts = {
+        "text": (losses.detach() * text).sum() / text.sum().clamp_min(1),
+        "coordinates": (losses.detach() * coordinate).sum() / coordinate.sum().clamp_min(1),
+    }
+    return loss, parts
+
+
+def _smoothed_score(logits: torch.Tensor, bins: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The expected logit under a Gaussian over bins, cut off at 3σ and at the ends. [M, bins], [M] -> [M]."""
+    reach = max(1, round(3 * sigma))
+    offsets = torch.arange(-reach, reach + 1, device=logits.device)
+    near = bins[:, None] + offsets
+    inside = (near >= 0) & (near < logits.shape[-1])
+    weight = torch.exp(-0.5 * (offsets / sigma) ** 2) * inside
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
+    return (weight * logits.gather(-1, near.clamp(0, logits.shape[-1] - 1))).sum(-1)

@@ -1,0 +1,205 @@
+"""The sizes SPEAR comes in: a preset changes numbers, never code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spear.errors import unknown_name
+from spear.models.spear1 import Spear1Config
+from spear.models.vlm import SpearVLMConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The numbers of one size.
+
+    image_sizes  view -> (width, height) in pixels, in the order of the views' tokens.
+    vision, moge, text, expert  fields of SigLIP's, DINOv2's and the two Gemma's Transformers configs; the
+                 vocabulary comes from the tokenizer.
+    stem         "patch": one convolution per patch, as published; "conv": `spear.models.vision.ConvStem`.
+    vocabulary   text tokens of the base tokenizer, without 3D tokens.
+    bins         3D tokens. horizon: actions per chunk, at `rate_hz` steps per second.
+    coordinate_smoothing  see `SpearVLMConfig`. flow: fields of `spear.flow.FlowConfig`.
+    prompt_tokens  the longest text prompt accepted.
+    """
+
+    name: str
+    image_sizes: Mapping[str, tuple[int, int]]
+    vision: Mapping[str, Any]
+    moge: Mapping[str, Any] | None
+    text: Mapping[str, Any]
+    expert: Mapping[str, Any]
+    stem: str = "patch"
+    vocabulary: int = 257152
+    bins: int = 1024
+    horizon: int = 5
+    rate_hz: float = 5.0
+    coordinate_smoothing: float = 0.0
+    flow: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tokens: int = 64
+
+
+_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+"""Gemma's, and the nano tokenizer's."""
+
+_PATCH_14 = {"patch_size": 14, "image_size": 224}
+_PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            # Our choice of sizes: trains on two CPU cores, 6 × 4 + 3 × 3 visual tokens, under 10M parameters.
+            name="nano",
+            image_sizes={"external": (192, 128), "wrist": (96, 96)},
+            stem="conv",
+            vision={
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 3,
+                "patch_size": 32,
+                "image_size": 192,
+            },
+            moge={
+                "hidden_size": 128,
+                "mlp_ratio": 4,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "patch_size": 32,
+                "image_size": 192,
+            },
+            text={
+                "hidden_size": 256,
+                "intermediate_size": 768,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "head_dim": 64,
+                "initializer_range": 0.05,
+            },
+            expert={
+                "hidden_size": 192,
+                "intermediate_size": 384,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "head_dim": 64,
+                "initializer_range": 0.05,
+            },
+            vocabulary=2048,
+            coordinate_smoothing=2.0,
+            flow={"prediction": "clean"},
+        ),
+        Preset(
+            # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
+            name="small",
+            image_sizes=_PAPER_IMAGES,
+            vision={
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                **_PATCH_14,
+            },
+            moge={
+                "hidden_size": 384,
+                "mlp_ratio": 4,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 6,
+                **_PATCH_14,
+            },
+            text={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 128,
+            },
+            expert={
+                "hidden_size": 512,
+                "intermediate_size": 2048,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 128,
+            },
+            vocabulary=32768,
+        ),
+        Preset(
+            # The paper: PaliGemma-3B + MoGe ViT-L/14 + π0's 300M action expert.
+            name="spear1",
+            image_sizes=_PAPER_IMAGES,
+            vision={
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                **_PATCH_14,
+            },
+            moge={
+                "hidden_size": 1024,
+                "mlp_ratio": 4,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 518,
+            },
+            text={
+                "hidden_size": 2048,
+                "intermediate_size": 16384,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+            },
+            expert={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 18,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+            },
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name; raises SpearError, suggesting the nearest name, when there is none."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def vlm_config(size: Preset, vocabulary: int | None = None, coordinate_start: int | None = None) -> SpearVLMConfig:
+    """The SPEAR-VLM config of a preset.
+
+    vocabulary: all tokens of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By
+    default the 3D tokens follow the preset's own text vocabulary.
+    """
+    stem = {"stem": size.stem}
+    return SpearVLMConfig(
+        vision_config={**size.vision, **stem, "vision_use_head": False},
+        moge_config=None if size.moge is None else {**size.moge, **stem, "use_mask_token": False},
+        text_config={**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **_TOKEN_IDS},
+        views=list(size.image_sizes),
+        image_sizes={view: list(wh) for view, wh in size.image_sizes.items()},
+        coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,
+        coordinate_bins=size.bins,
+        coordinate_smoothing=size.coordinate_smoothing,
+    )
+
+
+def spear1_config(size: Preset, vlm: SpearVLMConfig | None = None) -> Spear1Config:
+    """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default)."""
+    return Spear1Config(
+        vlm_config=vlm or vlm_config(size),
+        expert_config={**size.expert, "vocab_size": 1, **dict.fromkeys(_TOKEN_IDS)},
+        horizon=size.horizon,
+        flow=dict(size.flow),
+    )

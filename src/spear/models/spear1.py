@@ -1,0 +1,240 @@
+"""SPEAR-1: SPEAR-VLM and an action expert that reads its keys and values and flows noise into actions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, GemmaConfig, GemmaModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from spear import flow
+from spear.errors import SpearError
+from spear.models.mask import positions, suffix_mask
+from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.types import ACTION_DIM, Action
+
+STATE_FEATURES = 10
+"""Proprioception: position 3 (normalised) + rotation 6D + gripper 1. Six numbers for the rotation because the
+quaternion of a gripper that points down sits where its sign flips (our choice)."""
+
+
+class Spear1Config(PreTrainedConfig):
+    """SPEAR-1's parts.
+
+    vlm_config      SPEAR-VLM's. expert_config: the action expert's Gemma, with as many layers, key-value heads and
+                    head dimensions as the VLM's.
+    horizon         actions per chunk (the paper: 5, at 5 Hz).
+    flow            fields of `spear.flow.FlowConfig`.
+    min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
+    """
+
+    model_type = "spear1"
+    sub_configs_defaults = {"vlm_config": SpearVLMConfig, "expert_config": GemmaConfig}  # noqa: RUF012
+
+    vlm_config: Any = None
+    expert_config: Any = None
+    horizon: int = 5
+    flow: dict[str, Any] | None = None
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.flow = dataclasses.asdict(flow.FlowConfig(**(self.flow or {})))
+        text, expert = self.vlm_config.text_config, self.expert_config
+        for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+            if getattr(text, name) != getattr(expert, name):
+                raise SpearError(
+                    f"action expert does not fit the VLM: {name} is {getattr(expert, name)}, "
+                    f"the VLM's is {getattr(text, name)}: they must be equal"
+                )
+
+
+@dataclass
+class Spear1Output(ModelOutput):
+    """The flow loss and its parts, as `spear.flow.loss` gives them."""
+
+    loss: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+
+
+class Spear1ForActionPrediction(PreTrainedModel):
+    """SPEAR-1 (the paper, SPEAR-1; π0's architecture).
+
+    [images, instruction] → [proprioception] → [actions], block-wise causal. The first block is the whole
+    SPEAR-VLM, which stays usable as `model.vlm`; the other two go through the action expert.
+    """
+
+    config: Spear1Config
+    config_class = Spear1Config
+    base_model_prefix = "spear1"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: Spear1Config) -> None:
+        super().__init__(config)
+        self.flow = flow.FlowConfig(**(config.flow or {}))
+        self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
+        self.expert = GemmaModel(config.expert_config)
+        self.expert.embed_tokens = None  # it never sees a token of text
+        width = config.expert_config.hidden_size
+        self.state_proj = nn.Linear(STATE_FEATURES, width)
+        self.action_in_proj = nn.Linear(ACTION_DIM, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.action_out_proj = nn.Linear(width, ACTION_DIM)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Linear):
+            super()._init_weights(module)
+            return
+        # These layers see few features of unit size, so the scale must follow the number of inputs.
+        init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+        init.zeros_(module.bias)
+        if module is self.action_out_proj:
+            init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
+            if self.flow.prediction == "clean":
+                # The first guess is to stay: a rotation of (1, 0, 0, 0), which normalises safely.
+                init.copy_(module.bias, Action(*_identity(module.bias)).to_vector())
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The VLM's token embeddings."""
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the VLM's token embeddings."""
+        self.vlm.set_input_embeddings(value)
+
+    def prefix(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        view_mask: Mapping[str, torch.Tensor] | None = None,
+    ) -> Prefix:
+        """Images and instruction through the VLM, once per observation; arguments as in `forward`."""
+        prefix = self.vlm.prefix(pixel_values, input_ids, attention_mask, view_mask=view_mask)
+        prefix.cache.frozen = True
+        return prefix
+
+    def predict(self, prefix: Prefix, state: torch.Tensor, noisy: Action, time: torch.Tensor) -> Action:
+        """What the expert says about noisy actions: a velocity or a clean action, as the flow config says.
+
+        state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
+        The result has noisy's shape; its rotation is as the network gives it, not normalised.
+        """
+        vector = noisy.to_vector()
+        samples = time.reshape(time.shape[0], -1).shape[1]
+        batch, horizon = vector.shape[0], vector.shape[-2]
+        actions = self._embed_actions(vector.reshape(batch, samples, horizon, ACTION_DIM), time.reshape(batch, -1))
+        embeds = torch.cat([self.state_proj(state)[:, None].to(actions.dtype), actions.flatten(1, 2)], dim=1)
+        first = positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
+        steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
+        output = self.expert(
+            inputs_embeds=embeds,
+            attention_mask=suffix_mask(prefix.valid, horizon, samples),
+            position_ids=torch.cat([first, first + steps], dim=1),
+            past_key_values=prefix.cache,
+            use_cache=False,
+        )
+        prediction = self.action_out_proj(output.last_hidden_state[:, 1:]).float()
+        return Action.from_vector(prediction.reshape(vector.shape))
+
+    def _embed_actions(self, actions: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Noisy actions [B, K, H, 8] and their times [B, K] -> [B, K, H, width], as in π0."""
+        tokens = self.action_in_proj(actions)
+        # π0 counts time from the data to the noise: its embedding sees 1 − τ.
+        moment = sinusoids(1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period)
+        moment = moment[:, :, None].expand_as(tokens).to(tokens.dtype)
+        hidden = self.action_time_mlp_in(torch.cat([tokens, moment], dim=-1))
+        return self.action_time_mlp_out(nn.functional.silu(hidden))
+
+    def forward(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        state: torch.Tensor,
+        actions: Action,
+        action_mask: torch.Tensor | None = None,
+        flow_samples: int = 1,
+        noise: Action | None = None,
+        time: torch.Tensor | None = None,
+        view_mask: Mapping[str, torch.Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Spear1Output:
+        """The flow loss of a batch of demonstrations.
+
+        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where the image is missing.
+        input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
+        state           [B, 10], see `STATE_FEATURES`.
+        actions         [B, H, ·] in the model's normalised units; action_mask [B, H] bool, the steps that count.
+        flow_samples    K draws of noise and time per observation, which share its prefix (our choice: a cheap way
+                        to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the drawing.
+        """
+        batch, horizon = actions.translation.shape[:2]
+        device = actions.translation.device
+        if noise is None:
+            noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
+        if time is None:
+            time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
+        data = Action.from_vector(actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM))
+        noisy, _ = flow.interpolate(noise, data, time, self.flow)
+        prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
+        prediction = self.predict(prefix, state, noisy, time)
+        if action_mask is not None:
+            action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
+        result = flow.loss(prediction, noise, data, time, self.flow, action_mask)
+        return Spear1Output(loss=result.total, parts={k: v.detach() for k, v in result.parts.items()})
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        state: torch.Tensor,
+        steps: int = 10,
+        noise: Action | None = None,
+        view_mask: Mapping[str, torch.Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Action:
+        """Actions [B, H, ·], normalised units, rotations unit and canonical: `steps` Euler steps from noise.
+
+        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
+        """
+        if noise is None:
+            shape = (input_ids.shape[0], self.config.horizon)
+            noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
+        prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
+        return flow.integrate(lambda noisy, time: self.predict(prefix, state, noisy, time), noise, steps, self.flow)
+
+
+def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
+    """[...] -> [..., width] float32: sines, then cosines, of periods spaced geometrically (π0's embedding)."""
+    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
+    angle = time.float()[..., None] * (2 * math.pi / min_period * (min_period / max_period) ** fraction)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _identity(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parts of the action that does nothing: no step, the rotation (1, 0, 0, 0), a gripper half open."""
+    rotation = torch.zeros(4, dtype=like.dtype, device=like.device)
+    rotation[0] = 1
+    return torch.zeros_like(rotation[:3]), rotation, torch.zeros_like(rotation[:1])
+
+
+AutoConfig.register(Spear1Config.model_type, Spear1Config, exist_ok=True)
+AutoModel.register(Spear1Config, Spear1ForActionPrediction, exist_ok=True)

@@ -1,0 +1,262 @@
+"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GemmaConfig,
+    GemmaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
+from transformers import Dinov2Config as MogeConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ModelOutput
+
+from spear.errors import SpearError, unknown_name
+from spear.models import decode, losses
+from spear.models.cache import KeyValues
+from spear.models.mask import positions, prefix_lm_mask
+from spear.models.moge import LAST_LAYERS, MogeEncoder
+from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
+
+
+class SpearVLMConfig(PreTrainedConfig):
+    """The parts of SPEAR-VLM and how it learns.
+
+    vision_config, text_config  SigLIP's and Gemma's. moge_config: DINOv2's, or None for a plain PaliGemma. An
+        extra field `stem` = "conv" in either visual config swaps the patch embedding for a `ConvStem`.
+    views                   camera names in the order of their tokens.
+    image_sizes             view -> [width, height] in pixels, multiples of the patch size.
+    coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
+    coordinate_loss_weight  λ, the weight of a 3D token in the loss (the paper: 2).
+    coordinate_smoothing    standard deviation, in bins, of the Gaussian that a 3D token's target is spread over;
+                            0 is the paper's plain cross-entropy, more is our choice for small models.
+    """
+
+    model_type = "spear_vlm"
+    sub_configs_defaults = {  # noqa: RUF012
+        "vision_config": SiglipVisionConfig,
+        "text_config": GemmaConfig,
+        "moge_config": SubConfigSpec(config_class=MogeConfig, optional=True),
+    }
+
+    vision_config: Any = None
+    text_config: Any = None
+    moge_config: Any = None
+    views: list[str] | None = None
+    image_sizes: dict[str, list[int]] | None = None
+    coordinate_start: int = 257152
+    coordinate_bins: int = 1024
+    coordinate_loss_weight: float = 2.0
+    coordinate_smoothing: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False  # nothing to tie: the head reads the embedding matrix itself
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.views = self.views or ["external", "wrist"]
+        self.image_sizes = self.image_sizes or {"external": [280, 210], "wrist": [112, 112]}
+        patch = self.vision_config.patch_size
+        if self.moge_config is not None and self.moge_config.patch_size != patch:
+            raise SpearError(
+                f"encoder configs disagree: SigLIP patch {patch}, MoGe patch {self.moge_config.patch_size}: "
+                "both must cut the image into the same grid"
+            )
+
+
+@dataclass
+class SpearVLMOutput(ModelOutput):
+    """loss and its parts ("text", "coordinates": mean cross-entropy in nats), logits [N, L, vocabulary]."""
+
+    loss: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: KeyValues | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a prefix leaves for later tokens: every layer's keys and values, and which places are valid.
+
+    valid [N, S] bool. hidden [N, L, D]: the last layer's output at the text positions.
+    """
+
+    cache: KeyValues
+    valid: torch.Tensor
+    hidden: torch.Tensor
+
+
+class SpearVLMForConditionalGeneration(PreTrainedModel):
+    """SPEAR-VLM (the paper, SPEAR-VLM): images and a question in, text with 3D tokens out.
+
+    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features of
+    the same patch, each through its own linear projection. Scaling, masks and positions are PaliGemma's.
+    """
+
+    config: SpearVLMConfig
+    config_class = SpearVLMConfig
+    base_model_prefix = "vlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: SpearVLMConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = SiglipEncoder(config.vision_config)
+        self.multi_modal_projector = Projector(config.vision_config.hidden_size, width)
+        self.moge: MogeEncoder | None = None
+        self.moge_projector: Projector | None = None
+        if config.moge_config is not None:
+            self.moge = MogeEncoder(config.moge_config)
+            self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
+        self.language_model = GemmaModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings, which are also the output head."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.language_model.embed_tokens = value
+
+    def image_features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
+        """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
+        check_pixels(name, pixels)
+        x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
+        siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
+        features = self.multi_modal_projector(siglip)
+        if self.moge is None or self.moge_projector is None:
+            return features
+        return 0.5 * (features + self.moge_projector(self.moge(pixels)))
+
+    def encode_images(
+        self, pixel_values: Mapping[str, torch.Tensor], view_mask: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual tokens of all views given, in the order of `config.views`.
+
+        pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False where an image is missing
+        (its tokens are then masked out). -> features [B, T, width], valid [B, T] bool.
+        Raises SpearError for a view that the model does not know, or images of a wrong type.
+        """
+        for name in (*pixel_values, *(view_mask or {})):
+            if name not in self.config.views:
+                raise unknown_name("view", name, self.config.views)
+        features, valid = [], []
+        for name in self.config.views:
+            if name not in pixel_values:
+                continue
+            tokens = self.image_features(name, pixel_values[name])
+            present = (view_mask or {}).get(name)
+            if present is None:
+                present = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+            features.append(tokens)
+            valid.append(present[:, None].expand(-1, tokens.shape[1]))
+        if not features:
+            raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
+        return torch.cat(features, dim=1), torch.cat(valid, dim=1)
+
+    def prefix(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        view_mask: Mapping[str, torch.Tensor] | None = None,
+        keep_cache: bool = True,
+    ) -> Prefix:
+        """Run images and text through the network; see `forward` for the arguments."""
+        features, image_valid = self.encode_images(pixel_values, view_mask)
+        if image_index is not None:
+            features, image_valid = features[image_index], image_valid[image_index]
+        text = self.language_model.embed_tokens(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
+        causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
+        cache = KeyValues()
+        output = self.language_model(
+            inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
+            attention_mask=prefix_lm_mask(valid, causal),
+            position_ids=positions(valid),
+            past_key_values=cache if keep_cache else None,
+            use_cache=False,
+        )
+        return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits over the vocabulary, by the embedding matrix. [..., width] -> [..., vocabulary]."""
+        return nn.functional.linear(hidden, self.language_model.embed_tokens.weight)
+
+    def forward(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        view_mask: Mapping[str, torch.Tensor] | None = None,
+    ) -> SpearVLMOutput:
+        """The loss where `labels` are given, else the logits.
+
+        pixel_values    view -> [B, 3, h, w] uint8.
+        input_ids       [N, L] text, padded on the right; attention_mask [N, L], 0 on padding.
+        token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal).
+        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image, in order.
+        labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only the
+                        places that have one go through the head.
+        """
+        state = self.prefix(
+            pixel_values, input_ids, attention_mask, token_type_ids, image_index, view_mask, keep_cache=labels is None
+        )
+        if labels is None:
+            return SpearVLMOutput(logits=self.head(state.hidden), past_key_values=state.cache)
+        wanted = labels[:, 1:] != losses.IGNORE
+        logits = self.head(state.hidden[:, :-1][wanted])
+        loss, parts = losses.token_loss(logits, labels[:, 1:][wanted], self.config)
+        return SpearVLMOutput(loss=loss, parts=parts)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        pixel_values: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        max_new_tokens: int = 64,
+        grammars: list[decode.Grammar] | None = None,
+    ) -> torch.Tensor:
+        """Greedy answers [N, ≤ max_new_tokens], padded after the end; see `spear.models.decode.greedy`."""
+        return decode.greedy(self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars)
+
+
+class Projector(nn.Module):
+    """One linear layer from an encoder's width to the language model's."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., out]."""
+        return self.linear(features)
+
+
+AutoConfig.register(SpearVLMConfig.model_type, SpearVLMConfig, exist_ok=True)
+AutoModel.register(SpearVLMConfig, SpearVLMForConditionalGeneration, exist_ok=True)
