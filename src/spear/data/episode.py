@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,9 +42,7 @@ def check_episode(episode: Episode) -> Episode:
     if steps == 0:
         raise SpearError(f"empty episode: {name}: it has no steps; leave it out")
     if not episode.instruction.strip():
-        raise SpearError(
-            f"empty instruction: {name}: say in words what the robot does, or leave the episode out"
-        )
+        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
     if not episode.images:
@@ -53,7 +52,7 @@ def check_episode(episode: Episode) -> Episode:
         for step, image in enumerate(images):
             if not image:
                 raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave the episode out")
-    parts = {
+    parts: dict[str, Any] = {
         "position": _array(name, "position", episode.position, (steps, 3)),
         "rotation": _unit(name, "rotation", _array(name, "rotation", episode.rotation, (steps, 4))),
         "gripper": _opening(name, "gripper", _array(name, "gripper", episode.gripper, (steps,))),
@@ -197,16 +196,14 @@ class _Shard:
         try:
             with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
                 if (reader.schema.metadata or {}).get(b"format") != FORMAT.encode():
-                    raise SpearError(
-                        f"not an episode shard: {path}: its format is not {FORMAT!r}; record it again"
-                    )
+                    raise SpearError(f"not an episode shard: {path}: expected {FORMAT!r}; record it again")
                 batch = reader.get_batch(0)
             batch.validate(full=True)
             self._load(batch)
         except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise SpearError(
-                f"corrupt or truncated shard: {path}: {reason}; delete this file (the other shards stay usable) "
+                f"corrupt or truncated shard: {path}: {reason}; delete it (the other shards stay usable) "
                 "or write it again"
             ) from error
 
@@ -285,9 +282,7 @@ class EpisodeStore:
         self.path = Path(path)
         files = sorted(self.path.glob(SHARD_GLOB))
         if not files:
-            raise SpearError(
-                f"no episodes: {self.path}: expected files named {SHARD_GLOB}; record or convert some"
-            )
+            raise SpearError(f"no episodes: {self.path}: no {SHARD_GLOB} in it; record or convert some")
         self._shards = [_Shard(file) for file in files]
         self._where = [(s, row) for s in self._shards for row in range(len(s.instructions))]
 
@@ -333,6 +328,11 @@ class EpisodeStore:
         """Where episode `index` came from."""
         shard, row = self._where[index]
         return shard.sources[row]
+
+    def rate_hz(self, index: int) -> float:
+        """Steps per second of episode `index`."""
+        shard, row = self._where[index]
+        return shard.rates[row]
 
     def without_images(self, index: int) -> Episode:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""

@@ -1,0 +1,149 @@
+"""Canonical actions: the same meaning for every robot, at 5 Hz, in chunks.
+
+An action is a translation delta in the base frame, a rotation delta in the end-effector frame (unit
+quaternion) and an absolute gripper command (1 open, 0 closed), as `spear.types.Action` has them. Here they
+are numpy rows [8], because a dataset holds millions. Logged commands are used when an episode has them;
+otherwise actions are derived from the states: the step that was in fact made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear.data.episode import EpisodeStore
+from spear.geometry import quat_canonical, quat_normalize, quat_slerp, step_action
+from spear.types import ACTION_DIM, Array, Episode
+
+HORIZON = 5
+"""Actions in a chunk (the paper)."""
+RATE_HZ = 5.0
+"""Control rate (the paper)."""
+CLOSED_BELOW, OPEN_ABOVE = 0.4, 0.6
+"""Hysteresis of the gripper, openings in 0 … 1 (our choice)."""
+
+
+def binarize_gripper(opening: Array) -> Array:
+    """[T] openings to commands 0 or 1, float32, with hysteresis.
+
+    Above 0.6 is open, below 0.4 closed, between them the last one is kept (at the start: the nearer one).
+    """
+    state = np.full(len(opening), np.nan, np.float32)
+    state[opening > OPEN_ABOVE] = 1
+    state[opening < CLOSED_BELOW] = 0
+    if np.isnan(state[0]):
+        state[0] = float(opening[0] >= 0.5)
+    last = np.maximum.accumulate(np.where(np.isnan(state), 0, np.arange(len(state))))
+    return state[last]
+
+
+def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
+    """[T, 8] actions from poses [T, 3] (m) and [T, 4], and gripper commands [T].
+
+    Action t leads from pose t to pose t + 1. The last one leads nowhere known: it stays (mask it).
+    """
+    actions = np.zeros((len(position), ACTION_DIM), np.float32)
+    actions[:, 3] = 1
+    where, turn = (torch.as_tensor(np.asarray(x, np.float64)) for x in (position, rotation))
+    step, delta = step_action(where[:-1], turn[:-1], where[1:], turn[1:])
+    actions[:-1, :3] = step.numpy()
+    actions[:-1, 3:7] = quat_normalize(delta).numpy()
+    actions[:, 7] = command
+    return actions
+
+
+def episode_actions(episode: Episode) -> tuple[Array, Array]:
+    """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
+
+    Without logged actions the gripper command is the next measured opening, made binary with hysteresis.
+    """
+    valid = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask.copy()
+    if episode.action is not None:
+        return episode.action, valid
+    valid[-1] = False
+    command = binarize_gripper(np.append(episode.gripper[1:], episode.gripper[-1]))
+    return derive_actions(episode.position, episode.rotation, command), valid
+
+
+def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tuple[Array, Array]:
+    """The chunk that starts at `step`: actions [H, 8] float32 and which of them are targets [H] bool.
+
+    Beyond the end of the episode, and from the first invalid action on, the chunk stays where it is (no
+    motion, the gripper as last commanded) and is masked.
+    """
+    known = valid[step : step + horizon]
+    count = len(known) if known.all() else int(known.argmin())
+    out = np.zeros((horizon, ACTION_DIM), np.float32)
+    out[:, 3] = 1
+    out[:count] = actions[step : step + count]
+    out[count:, 7] = actions[step + max(count, 1) - 1, 7]
+    return out, np.arange(horizon) < count
+
+
+def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
+    """The episode at another rate: positions and openings linearly, rotations by slerp, images the nearest.
+
+    Motions are derived from the resampled states, gripper commands are those in force at the end of each new
+    step; a new step is masked when any step it covers is. An episode at this rate is returned as it is.
+    """
+    if np.isclose(episode.rate_hz, rate_hz):
+        return episode
+    steps = len(episode)
+    count = int(np.floor((steps - 1) * rate_hz / episode.rate_hz + 1e-6)) + 1
+    when = np.arange(count + 1) * episode.rate_hz / rate_hz  # in source steps, to one beyond the end
+    when = np.minimum(when, steps - 1)
+    low = np.floor(when[:-1]).astype(int)
+    high = np.minimum(low + 1, steps - 1)
+    part = (when[:-1] - low)[:, None]
+    turn = torch.as_tensor(episode.rotation)
+    rotation = quat_slerp(turn[low], turn[high], torch.as_tensor(part, dtype=turn.dtype))
+    position = (1 - part) * episode.position[low] + part * episode.position[high]
+    quaternion = quat_canonical(quat_normalize(rotation)).numpy()
+    covered_to = np.maximum(np.ceil(when[1:] - 1e-6).astype(int) - 1, low)  # last source step of each new one
+    mask = None
+    if episode.action_mask is not None:
+        mask = np.array([episode.action_mask[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
+    action = None
+    if episode.action is not None:
+        action = derive_actions(position, quaternion, episode.action[covered_to, 7])
+        mask = np.ones(count, bool) if mask is None else mask
+        mask[-1] = False
+    nearest = np.rint(when[:-1]).astype(int)
+    return dataclasses.replace(
+        episode,
+        images={camera: [images[i] for i in nearest] for camera, images in episode.images.items()},
+        position=position.astype(np.float32),
+        rotation=quaternion.astype(np.float32),
+        gripper=np.interp(when[:-1], np.arange(steps), episode.gripper).astype(np.float32),
+        rate_hz=rate_hz,
+        action=action,
+        action_mask=mask,
+    )
+
+
+class StoreActions(NamedTuple):
+    """Everything but images and words of a store, its episodes one after the other; N steps in all.
+
+    actions [N, 8], valid [N] bool, states [N, 8] (position, rotation, gripper opening), starts [E + 1].
+    """
+
+    actions: Array
+    valid: Array
+    states: Array
+    starts: Array
+
+
+def store_actions(store: EpisodeStore) -> StoreActions:
+    """Canonical actions and states of all episodes of a store."""
+    actions, valid, states = [], [], []
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        acted, known = episode_actions(episode)
+        actions.append(acted)
+        valid.append(known)
+        states.append(np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1))
+    starts = np.concatenate([[0], np.cumsum(store.lengths)])
+    return StoreActions(np.concatenate(actions), np.concatenate(valid), np.concatenate(states), starts)

@@ -1,0 +1,205 @@
+"""Training samples from a weighted mixture of stores: sample i of step k is a function of (seed, k, i) alone.
+
+No state is kept, so a killed run continues with exactly the samples it would have had, and any worker can
+make any batch. Steps are drawn with replacement: first a dataset by weight, then one of its valid steps
+uniformly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spear.data.actions import HORIZON, RATE_HZ, chunk, store_actions
+from spear.data.episode import EpisodeStore
+from spear.errors import SpearError
+from spear.types import Array
+
+FitImage = Callable[[Array, int, int], Array]
+"""(image [h, w, 3] uint8, height, width) -> [height, width, 3] uint8, aspect kept by cropping or padding."""
+AUGMENTATION_DRAWS = 5
+
+
+def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore]:
+    """(training, held-out) views of a store; about `fraction` of the episodes are held out.
+
+    Which ones depends on each episode's source alone, so it stays the same when episodes are added. At least
+    one episode lands on either side.
+    """
+    if not 0 < fraction < 1:
+        raise SpearError(f"bad fraction {fraction}: the held-out share must be between 0 and 1")
+    if len(store) < 2:
+        raise SpearError(f"cannot split: {store.path} has {len(store)} episode; at least 2 are needed")
+    place = [_hash01(store.source(i)) for i in range(len(store))]
+    order = np.argsort(place, kind="stable")
+    count = int(np.clip(np.sum(np.array(place) < fraction), 1, len(store) - 1))
+    return store.subset(sorted(order[count:])), store.subset(sorted(order[:count]))
+
+
+def _hash01(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+class Mixture:
+    """Weighted stores to draw single steps from.
+
+    sources  (name, store, weight) triples; weights need not sum to one.
+    Raises SpearError for a weight that is not positive, a store without a valid step, or one not at 5 Hz.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, EpisodeStore, float]], seed: int = 0) -> None:
+        if not sources:
+            raise SpearError("empty mixture: give at least one dataset")
+        self.names = [name for name, _, _ in sources]
+        self.stores = [store for _, store, _ in sources]
+        self.seed = seed
+        for name, store, weight in sources:
+            if not (np.isfinite(weight) and weight > 0):
+                raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
+            _check_rate(name, store)
+        weights = np.array([weight for _, _, weight in sources], np.float64)
+        self.weights = weights / weights.sum()
+        self._actions = [store_actions(store) for store in self.stores]
+        self._steps = [np.flatnonzero(actions.valid) for actions in self._actions]
+        for name, steps in zip(self.names, self._steps, strict=True):
+            if not len(steps):
+                raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
+
+    def __len__(self) -> int:
+        """Number of distinct samples."""
+        return sum(len(steps) for steps in self._steps)
+
+    def draw(self, step: int, batch_size: int) -> list[Sample]:
+        """The samples of training step `step`."""
+        # Philox is counter based: the step is the counter, so no step depends on another.
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+        draws = random.random((batch_size, 2 + AUGMENTATION_DRAWS))
+        sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")
+        return [
+            self._sample(int(source), int(row[1] * len(self._steps[source])), row[2:])
+            for source, row in zip(sources, draws, strict=True)
+        ]
+
+    def _sample(self, source: int, index: int, draws: Array) -> Sample:
+        flat = int(self._steps[source][index])
+        episode = int(np.searchsorted(self._actions[source].starts, flat, side="right")) - 1
+        return Sample(source, episode, flat - int(self._actions[source].starts[episode]), flat, draws)
+
+    def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
+        """State [8], action chunk [H, 8] and its mask [H] of a sample."""
+        actions, valid, states, starts = self._actions[sample.source]
+        rows = slice(int(starts[sample.episode]), int(starts[sample.episode + 1]))
+        acted, mask = chunk(actions[rows], valid[rows], sample.step, horizon)
+        return states[sample.flat], acted, mask
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a sample is: its dataset, episode, step (and row among all steps), and its random numbers."""
+
+    source: int
+    episode: int
+    step: int
+    flat: int
+    draws: Array
+
+
+def _check_rate(name: str, store: EpisodeStore) -> None:
+    for index in range(len(store)):
+        rate = store.rate_hz(index)
+        if not np.isclose(rate, RATE_HZ):
+            raise SpearError(
+                f"wrong rate: dataset {name!r} ({store.source(index)}): {rate:g} Hz, training is at "
+                f"{RATE_HZ:g}; write it through `spear.data.actions.resample`"
+            )
+
+
+class TrainingSamples:
+    """Batches as the trainer takes them: a map from step to a dict of arrays.
+
+    views      camera name -> (height, width) in pixels.
+    fit_image  brings a decoded image to that size, aspect kept.
+    augment    strength of photometric jitter, 0 for none (never geometric: depth depends on it).
+
+    A batch of B samples
+        images       camera -> [B, h, w, 3] uint8; zeros where an episode lacks that camera
+        views        camera -> [B] bool, whether it has it
+        position     [B, 3] m, base frame       rotation  [B, 4]       gripper  [B] opening 0 … 1
+        action       [B, H, 8] metres, as `Action.to_vector`
+        action_mask  [B, H] bool
+        instruction  list of B strings          dataset   [B] int, index into `mixture.names`
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        views: Mapping[str, tuple[int, int]],
+        fit_image: FitImage,
+        horizon: int = HORIZON,
+        augment: float = 0.0,
+    ) -> None:
+        self.mixture, self.views, self.fit_image = mixture, dict(views), fit_image
+        self.horizon, self.augment = horizon, augment
+
+    def batch(self, step: int, batch_size: int) -> dict[str, Any]:
+        """The batch of training step `step`. Raises SpearError, naming it, for a broken image."""
+        samples = self.mixture.draw(step, batch_size)
+        arrays = [self.mixture.arrays(sample, self.horizon) for sample in samples]
+        states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
+        images, present = {}, {}
+        for camera, size in self.views.items():
+            found = [self._image(sample, camera, *size) for sample in samples]
+            present[camera] = np.array([image is not None for image in found])
+            blank = np.zeros((*size, 3), np.uint8)
+            images[camera] = np.stack([blank if image is None else image for image in found])
+        stores = self.mixture.stores
+        return {
+            "images": images,
+            "views": present,
+            "position": states[:, :3],
+            "rotation": states[:, 3:7],
+            "gripper": states[:, 7],
+            "action": actions,
+            "action_mask": masks,
+            "instruction": [stores[s.source].instruction(s.episode) for s in samples],
+            "dataset": np.array([s.source for s in samples]),
+        }
+
+    def _image(self, sample: Sample, camera: str, height: int, width: int) -> Array | None:
+        store = self.mixture.stores[sample.source]
+        encoded = store.image(sample.episode, sample.step, camera)
+        if encoded is None:
+            return None
+        where = f"{store.source(sample.episode)} step {sample.step} camera {camera!r}"
+        image = decode_image(encoded, where)
+        if image.shape[:2] != (height, width):
+            image = self.fit_image(image, height, width)
+        return jitter(image, sample.draws, self.augment) if self.augment else image
+
+
+def decode_image(encoded: bytes, where: str) -> Array:
+    """JPEG or PNG bytes to [h, w, 3] uint8. Raises SpearError naming `where`."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SpearError(f"broken image: {where}: {error}; leave the episode out") from error
+
+
+def jitter(image: Array, draws: Array, strength: float) -> Array:
+    """Another exposure of the same scene: brightness, contrast and colour balance, by five draws in [0, 1).
+
+    image [h, w, 3] uint8 -> the same shape. At strength 1: brightness ± 10 % of the range, contrast ± 20 %,
+    each channel's gain ± 5 % (our choice). The same draws give the same change in every view.
+    """
+    offset, contrast, *gains = (2 * draws - 1) * strength
+    level = np.arange(256, dtype=np.float32)[:, None]
+    gain = 1 + 0.05 * np.array(gains, np.float32)
+    table = ((level - 128) * (1 + 0.2 * contrast) + 128 + 25.5 * offset) * gain  # [256, 3]
+    lookup = np.clip(np.rint(table), 0, 255).astype(int).T.ravel().tolist()
+    return np.asarray(Image.fromarray(image).point(lookup))

@@ -1,0 +1,158 @@
+"""Normalised units: one scale for translations and one for positions, shared by the whole mixture.
+
+The paper normalises translations by global quantiles over the whole mixture (not per dataset); "minmax" and
+"meanstd" are its ablations. Rotations stay unit quaternions; gripper openings 0 … 1 become -1 … 1.
+Works on torch tensors of any leading shape, on any device and in any floating type.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from spear.data.actions import store_actions
+from spear.data.episode import EpisodeStore
+from spear.errors import SpearError, unknown_name
+from spear.geometry import quat_to_6d
+from spear.types import Action, Array
+
+Mode = Literal["quantile", "minmax", "meanstd"]
+Triple = tuple[float, float, float]
+SMALLEST_SCALE = 1e-5
+"""Metres. An axis that varies less is left in metres, so that its noise is not blown up (our choice)."""
+STATE_VECTOR_DIM = 10
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """normalised = (metres - offset) / scale, per axis (x, y, z; base frame).
+
+    Values outside the fitted range are not clipped, so that the inverse is exact.
+    `samples` is the number of steps it was fitted on.
+    """
+
+    mode: Mode
+    translation_offset: Triple
+    translation_scale: Triple
+    position_offset: Triple
+    position_scale: Triple
+    samples: int
+
+    @staticmethod
+    def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
+        """Statistics over a mixture: (store, weight) pairs, weights as in `Mixture`.
+
+        "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
+        mean, unit deviation. Every dataset counts with its weight, whatever its size; masked steps do not.
+        """
+        if mode not in get_args(Mode):
+            raise unknown_name("normalisation", mode, get_args(Mode))
+        translations, positions, weights = [], [], []
+        for store, weight in stores:
+            actions, valid, states, _ = store_actions(store)
+            translations.append(actions[valid, :3])
+            positions.append(states[valid, :3])
+            weights.append(np.full(int(valid.sum()), weight / max(1, int(valid.sum()))))
+        if not sum(len(w) for w in weights):
+            raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
+        weight_of = np.concatenate(weights)
+        parts = [_fit(np.concatenate(values), weight_of, mode) for values in (translations, positions)]
+        return Normalizer(mode, *parts[0], *parts[1], samples=len(weight_of))
+
+    def normalize_action(self, action: Action) -> Action:
+        """Translation and gripper in -1 … 1; rotation as it is."""
+        return Action(
+            _normalize(action.translation, self.translation_offset, self.translation_scale),
+            action.rotation,
+            action.gripper * 2 - 1,
+        )
+
+    def unnormalize_action(self, action: Action) -> Action:
+        """The inverse of `normalize_action`: metres, opening 0 … 1."""
+        return Action(
+            _unnormalize(action.translation, self.translation_offset, self.translation_scale),
+            action.rotation,
+            (action.gripper + 1) / 2,
+        )
+
+    def state_vector(
+        self, position: torch.Tensor, rotation: torch.Tensor, gripper: torch.Tensor
+    ) -> torch.Tensor:
+        """What the policy sees of its own state, [..., 10].
+
+        position [..., 3] m, rotation [..., 4], gripper [...] opening -> normalised position 3, rotation 6
+        (the first two columns of its matrix), gripper 1 in -1 … 1. Six numbers because a gripper that points
+        down sits where a quaternion flips its sign (w near 0), and a network should not see that jump: our
+        choice.
+        """
+        where = _normalize(position, self.position_offset, self.position_scale)
+        return torch.cat([where, quat_to_6d(rotation), gripper.unsqueeze(-1) * 2 - 1], dim=-1)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; complete or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(self), file, indent=2)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Normalizer:
+        """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
+        try:
+            fields = json.loads(Path(path).read_text())
+            for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
+                x, y, z = (float(v) for v in fields[name])
+                fields[name] = (x, y, z)
+            return Normalizer(**fields)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SpearError(
+                f"cannot read normalisation statistics: {path}: {error}; take the file saved with the weights"
+            ) from error
+
+
+def _fit(values: Array, weights: Array, mode: Mode) -> tuple[Triple, Triple]:
+    """Offset and scale per axis of values [N, 3] with weights [N]."""
+    values = values.astype(np.float64)
+    if mode == "meanstd":
+        share = (weights / weights.sum())[:, None]
+        offset = (values * share).sum(0)
+        scale = np.sqrt(((values - offset) ** 2 * share).sum(0))
+    else:
+        ends = (0.01, 0.99) if mode == "quantile" else (0.0, 1.0)
+        low, high = (np.array([_quantile(values[:, i], weights, q) for i in range(3)]) for q in ends)
+        offset, scale = (high + low) / 2, (high - low) / 2
+    scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
+    return _triple(offset), _triple(scale)
+
+
+def _quantile(values: Array, weights: Array, q: float) -> float:
+    """Weighted quantile, linear between the order statistics; equal weights give `numpy.quantile`."""
+    order = np.argsort(values, kind="stable")
+    share = weights[order]
+    rank = np.cumsum(share) - share / 2  # the middle of each value's share
+    rank = (rank - rank[0]) / max(rank[-1] - rank[0], np.finfo(float).tiny)
+    return float(np.interp(q, rank, values[order]))
+
+
+def _triple(values: Array) -> Triple:
+    x, y, z = (float(v) for v in values)
+    return x, y, z
+
+
+def _normalize(metres: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
+    return (metres - metres.new_tensor(offset)) / metres.new_tensor(scale)
+
+
+def _unnormalize(normal: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
+    return normal * normal.new_tensor(scale) + normal.new_tensor(offset)
