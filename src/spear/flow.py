@@ -231,8 +231,8 @@ def integrate(
 ) -> Action:
     """From noise [..., H, ·] to an action in `steps` equal Euler steps; rotations end unit and canonical.
 
-    predict(state, time [...]) is the network's prediction, as `config.prediction` says. On the sphere each step
-    is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
+    predict(state, time [...]) is the network's prediction, as `config.prediction` says. On the sphere each
+    step is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")

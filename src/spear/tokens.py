@@ -101,7 +101,7 @@ class CoordinateTokenizer:
         Ids outside 0 … bins - 1 raise `SpearError`.
         """
         index = _to_numpy(ids, np.int64)
-        if index.size and not (0 <= index.min() and index.max() < self.bins):
+        if index.size and (index.min() < 0 or index.max() >= self.bins):
             raise SpearError(
                 f"3D token ids: {index.min()} … {index.max()}: must be within 0 … {self.bins - 1}"
             )
@@ -170,7 +170,7 @@ def token_names(bins: int = BINS) -> list[str]:
 def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
     """Add the 3D tokens to a Hugging Face tokenizer, once; the id of the first (the others follow it).
 
-    They are ordinary tokens, so that `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer
+    They are ordinary tokens: `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer
     already knows some of the names under ids that are not consecutive.
     """
     names = token_names(bins)
@@ -188,7 +188,7 @@ def init_new_embeddings(existing: Tensor, count: int, generator: torch.Generator
     """New rows [count, D] from N(mean, cov) of the rows of `existing` [V, D]; its dtype and device.
 
     The covariance is D × D in float64 and may be singular (V ≤ D, unused dimensions): its symmetric square
-    root is taken from its eigenvectors. The random numbers come from the CPU `generator`, whatever the device.
+    root is taken from its eigenvectors. Random numbers come from the CPU `generator`, whatever the device.
     """
     rows, width = existing.shape
     weight = existing.detach()
