@@ -1,0 +1,69 @@
+"""Draw labels on their image: projected 3D boxes with names, in distinct colours."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from spear.labels.box3d import EDGES
+from spear.labels.camera import project
+from spear.labels.pipeline import decode_image
+from spear.types import Array, LabeledImage
+
+
+def colors(n: int) -> list[tuple[int, int, int]]:
+    """n bright colours that differ in hue as much as they can."""
+    return [
+        tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, 0.85, 1.0))  # type: ignore[misc]
+        for i in range(n)
+    ]
+
+
+def draw_boxes(
+    image: Array,
+    vertices: Sequence[Array],
+    names: Sequence[str],
+    intrinsics: Array,
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    scale: int = 3,
+) -> Array:
+    """The image [h, w, 3], `scale` times as large, with 3D boxes on it.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        vertices: per box [8, 3], camera frame, in `box3d.order_vertices` order; boxes that reach behind the
+            camera are left out.
+        names: per box.
+        intrinsics: [3, 3] pixels of the unscaled image.
+        palette: RGB per box; `colors` by default.
+
+    Returns:
+        [scale·h, scale·w, 3] uint8. The near face is drawn thicker.
+    """
+    height, width = image.shape[:2]
+    canvas = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=max(10, 5 * scale))
+    for box, name, color in zip(vertices, names, palette or colors(len(names)), strict=True):
+        if (np.asarray(box)[:, 2] <= 1e-3).any():
+            continue
+        corners = project(np.asarray(box), intrinsics) * scale
+        for i, j in EDGES:
+            front = {i, j} <= {0, 1, 4, 5}
+            line = [tuple(corners[i].tolist()), tuple(corners[j].tolist())]
+            pen.line(line, fill=color, width=max(1, scale if front else scale // 2))
+        x, y = corners[:, 0].mean(), corners[:, 1].min()
+        place = (float(np.clip(x, 0, width * scale)), float(np.clip(y, 6 * scale, height * scale)))
+        pen.text(place, name, fill=color, font=font, anchor="mb", stroke_width=2, stroke_fill=(0, 0, 0))
+    return np.asarray(canvas)
+
+
+def draw_label(label: LabeledImage, scale: int = 3) -> Array:
+    """A labelled image with all its 3D boxes and names: [scale·h, scale·w, 3] uint8."""
+    boxed = [(o.box3d.vertices, o.name) for o in label.objects if o.box3d is not None]
+    return draw_boxes(
+        decode_image(label.image), [v for v, _ in boxed], [n for _, n in boxed], label.intrinsics, scale=scale
+    )

@@ -1,0 +1,95 @@
+"""From a mask and a point map to clean points of one object, and to the surface that it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from spear.types import Array
+
+UP_PRIOR = np.array([0.0, -np.cos(np.radians(35.0)), -np.sin(np.radians(35.0))])
+"""Up in the camera frame, for a camera that looks 35° down: what "up" means until a plane says it better
+(our choice). A level camera and one that looks 80° down are both within 45° of it."""
+
+_GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The points p with up · p = height; up [3] is a unit vector, camera frame, pointing away from the
+    support."""
+
+    up: Array
+    height: float
+
+
+def erode(mask: Array, pixels: int) -> Array:
+    """The mask [h, w] without its outermost `pixels` (4-neighbourhood); the image's own edge does not
+    erode."""
+    for _ in range(pixels):
+        padded = np.pad(mask, 1, mode="edge")
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
+
+
+def subsample(points: Array, most: int) -> Array:
+    """At most `most` of the points [n, 3], spread evenly and without randomness (a golden-ratio sequence: a
+    fixed stride could lock on to the rows of the image)."""
+    n = len(points)
+    if n <= most:
+        return points
+    return points[((np.arange(most) * _GOLDEN % 1.0) * n).astype(np.intp)]
+
+
+def inliers(points: Array, neighbours: int = 8, deviations: float = 3.0) -> Array:
+    """Statistical outlier removal: which points [n, 3] are no further from their neighbours than usual.
+
+    A point stays when its mean distance to its nearest `neighbours` is at most the mean over all points plus
+    `deviations` standard deviations. Returns [n] bool; all True when there are too few points to tell.
+    """
+    if len(points) <= 2 * neighbours:
+        return np.ones(len(points), bool)
+    distances, _ = cKDTree(points, balanced_tree=False).query(points, k=neighbours + 1)
+    spread = distances[:, 1:].mean(axis=1)
+    keep: Array = spread <= spread.mean() + deviations * spread.std()
+    return keep
+
+
+def support_plane(points: Array, tolerance: float = 0.01, hypotheses: int = 64) -> Plane | None:
+    """The largest plane, within 50° of `UP_PRIOR`, among the points [n, 3] of a scene's background (RANSAC).
+
+    Args:
+        points: camera frame, any unit.
+        tolerance: how far from the plane a point may be, as a fraction of the median distance from the
+        camera. hypotheses: planes tried, each through three points; drawn with a fixed seed, so results
+        repeat.
+
+    Returns:
+        The plane, refined on all its points, or None when fewer than a fifth of the points lie on one.
+    """
+    points = np.asarray(subsample(points, 600), np.float64)
+    if len(points) < 30:
+        return None
+    limit = tolerance * float(np.median(np.linalg.norm(points, axis=1)))
+    a, b, c = points[np.random.default_rng(0).integers(0, len(points), (3, hypotheses))]
+    normals = np.cross(b - a, c - a)
+    lengths = np.linalg.norm(normals, axis=1)
+    towards = normals @ UP_PRIOR
+    good = (lengths > 0) & (np.abs(towards) > np.cos(np.radians(50.0)) * lengths)
+    if not good.any():
+        return None
+    normals = normals[good] * (np.sign(towards[good]) / lengths[good])[:, None]
+    heights = np.einsum("ij,ij->i", normals, a[good])
+    near = np.abs(normals @ points.T - heights[:, None]) < limit
+    inside = near[np.argmax(near.sum(axis=1))]
+    for _ in range(2):
+        if inside.sum() < max(12, 0.2 * len(points)):
+            return None
+        chosen = points[inside]
+        middle = chosen.mean(axis=0)
+        up = np.linalg.eigh(np.cov((chosen - middle).T))[1][:, 0]
+        up = up * np.sign(up @ UP_PRIOR)
+        inside = np.abs((points - middle) @ up) < limit
+    return Plane(up, float(middle @ up))

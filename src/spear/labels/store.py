@@ -1,0 +1,250 @@
+"""Labelled images in Parquet shards: written atomically, read in order or at random with little memory.
+
+One row per image. The column `image` is {bytes, path}, as Hugging Face `datasets` has it. Rows are grouped by
+`ROWS_PER_GROUP`, which is what a random access reads.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spear.errors import SpearError
+from spear.types import Box3D, LabeledImage, LabeledObject
+
+ROWS_PER_GROUP = 16
+
+_VECTOR = pa.list_(pa.float32())
+_BOX = pa.struct({"vertices": _VECTOR, "center": _VECTOR, "size": _VECTOR, "rotation": _VECTOR})
+_KEYPOINTS = pa.struct({"closest": _VECTOR, "furthest": _VECTOR, "centre": _VECTOR})
+_OBJECT = pa.struct(
+    {
+        "name": pa.string(),
+        "box2d": _VECTOR,
+        "mask": pa.list_(pa.int32()),
+        "box3d": _BOX,
+        "keypoints": _KEYPOINTS,
+        "scores": pa.string(),
+    }
+)
+SCHEMA = pa.schema(
+    {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "intrinsics": pa.list_(pa.float64()),
+        "objects": pa.list_(_OBJECT),
+        "unit": pa.string(),
+        "source": pa.string(),
+        "provenance": pa.string(),
+    }
+)
+"""Matrices are stored row by row; scores and provenance as JSON."""
+
+
+def write_shards(labels: Iterable[LabeledImage], out_dir: str | Path, shard_size: int = 1024) -> list[Path]:
+    """Write labels to `out_dir`/labels-00000.parquet, … of `shard_size` images each (zstd).
+
+    A shard appears under its name only when it is whole: it is written to a temporary name, then renamed.
+    When `labels` raises, the finished shards stay and the unfinished one is removed.
+
+    Raises:
+        SpearError: `out_dir` already holds shards.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.parquet")):
+        raise SpearError(f"{folder}: holds labels already: choose another folder, or delete these")
+    paths: list[Path] = []
+    rows = map(_to_row, labels)
+    while (path := _write_shard(rows, folder / f"labels-{len(paths):05d}.parquet", shard_size)) is not None:
+        paths.append(path)
+    return paths
+
+
+def _write_shard(rows: Iterator[dict[str, Any]], path: Path, size: int) -> Path | None:
+    group = _take(rows, min(ROWS_PER_GROUP, size))
+    if not group:
+        return None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+            left = size
+            while group:
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                left -= len(group)
+                group = _take(rows, min(ROWS_PER_GROUP, left))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _take(rows: Iterator[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    return [row for _, row in zip(range(most), rows, strict=False)]
+
+
+def read(path: str | Path) -> Iterator[LabeledImage]:
+    """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
+
+    Raises:
+        SpearError: no shard there, or a broken one.
+    """
+    for shard in _shards(path):
+        file = _open(shard)
+        for group in range(file.num_row_groups):
+            yield from map(_from_row, _read_group(file, group, shard).to_pylist())
+
+
+class LabelStore:
+    """Random access to the labels of a shard or folder: `len(store)`, `store[i]`.
+
+    Keeps the row groups last used, at most `cache_groups` of them, in memory. Safe to hand to worker
+    processes.
+
+    Raises:
+        SpearError: no shard there, or a broken one.
+    """
+
+    def __init__(self, path: str | Path, cache_groups: int = 64) -> None:
+        self.cache_groups = cache_groups
+        self._groups: list[tuple[Path, int]] = []
+        sizes = []
+        for shard in _shards(path):
+            metadata = _open(shard).metadata
+            self._groups += [(shard, group) for group in range(metadata.num_row_groups)]
+            sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+        self._files: dict[Path, pq.ParquetFile] = {}
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> LabeledImage:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"label {index} of {len(self)}")
+        index %= len(self)
+        group = bisect.bisect_right(self._ends, index)
+        table = self._group(group)
+        row = index - self._ends[group] + len(table)
+        return _from_row(table.slice(row, 1).to_pylist()[0])
+
+    def _group(self, group: int) -> pa.Table:
+        if group not in self._cache:
+            shard, number = self._groups[group]
+            if shard not in self._files:
+                self._files[shard] = _open(shard)
+            self._cache[group] = _read_group(self._files[shard], number, shard)
+            if len(self._cache) > self.cache_groups:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_cache": OrderedDict()}
+
+
+def _shards(path: str | Path) -> list[Path]:
+    path = Path(path)
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    if not shards:
+        raise SpearError(f"{path}: no label shards (*.parquet) here: give a folder that `spear label` wrote")
+    return shards
+
+
+def _broken(path: Path, error: Exception) -> SpearError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return SpearError(f"{path}: broken label shard ({reason}): delete it and label its images again")
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(path, error) from error
+    missing = set(SCHEMA.names) - set(file.schema_arrow.names)
+    if missing:
+        raise SpearError(
+            f"{path}: not a label shard, it lacks {', '.join(sorted(missing))}: give another file"
+        )
+    return file
+
+
+def _read_group(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(path, error) from error
+
+
+def _flat(array: Any) -> Any:
+    return np.asarray(array, np.float32).ravel()
+
+
+def _to_row(label: LabeledImage) -> dict[str, Any]:
+    return {
+        "image": {"bytes": label.image, "path": None},
+        "width": label.width,
+        "height": label.height,
+        "intrinsics": np.asarray(label.intrinsics, np.float64).ravel(),
+        "objects": [_object_to_row(o) for o in label.objects],
+        "unit": label.unit,
+        "source": label.source,
+        "provenance": json.dumps(dict(label.provenance), sort_keys=True),
+    }
+
+
+def _object_to_row(o: LabeledObject) -> dict[str, Any]:
+    box = o.box3d
+    return {
+        "name": o.name,
+        "box2d": _flat(o.box2d),
+        "mask": list(o.mask),
+        "box3d": box
+        and {name: _flat(getattr(box, name)) for name in ("vertices", "center", "size", "rotation")},
+        "keypoints": {k: _flat(v) for k, v in o.keypoints.items()} or None,
+        "scores": json.dumps(dict(o.scores), sort_keys=True),
+    }
+
+
+def _from_row(row: dict[str, Any]) -> LabeledImage:
+    return LabeledImage(
+        image=row["image"]["bytes"],
+        width=row["width"],
+        height=row["height"],
+        intrinsics=np.array(row["intrinsics"]).reshape(3, 3),
+        objects=[_object_from_row(o) for o in row["objects"]],
+        unit=row["unit"],
+        source=row["source"],
+        provenance=json.loads(row["provenance"]),
+    )
+
+
+def _object_from_row(row: dict[str, Any]) -> LabeledObject:
+    box = row["box3d"]
+    return LabeledObject(
+        name=row["name"],
+        box2d=np.array(row["box2d"], np.float32),
+        mask=row["mask"],
+        box3d=box
+        and Box3D(
+            vertices=np.array(box["vertices"], np.float32).reshape(8, 3),
+            center=np.array(box["center"], np.float32),
+            size=np.array(box["size"], np.float32),
+            rotation=np.array(box["rotation"], np.float32).reshape(3, 3),
+        ),
+        keypoints={k: np.array(v, np.float32) for k, v in (row["keypoints"] or {}).items()},
+        scores=json.loads(row["scores"]),
+    )
