@@ -1,0 +1,236 @@
+"""The arm: seven joints with the published Franka kinematics, a parallel gripper and a wrist camera.
+
+Everything is made of primitives (capsules, cylinders, boxes): no mesh is downloaded. Joint origins and limits
+are the manufacturer's published ones; shapes, masses and gains are our choice. The base stands at the origin of
+the base frame, on the table surface (z = 0).
+
+The end-effector frame (`EE`) lies between the finger tips and is parallel to the base frame when the gripper
+points straight down: x forward, y along the closing direction, z up, away from the finger tips (our choice; the
+same convention as BridgeData's, so that the orientation of a gripper pointing down is near the identity).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+JOINT_ORIGINS: tuple[tuple[tuple[float, float, float], float], ...] = (
+    ((0.0, 0.0, 0.333), 0.0),
+    ((0.0, 0.0, 0.0), -math.pi / 2),
+    ((0.0, -0.316, 0.0), math.pi / 2),
+    ((0.0825, 0.0, 0.0), math.pi / 2),
+    ((-0.0825, 0.384, 0.0), -math.pi / 2),
+    ((0.0, 0.0, 0.0), math.pi / 2),
+    ((0.088, 0.0, 0.0), math.pi / 2),
+)
+"""Where each joint frame sits in the one before it: translation (m) and a turn about x (rad). Joints turn about z."""
+JOINT_LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+JOINT_UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+"""Joint limits, rad."""
+TORQUE_LIMIT = np.array([87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0])
+"""Joint torque limits, N·m."""
+HOME = np.array([0.0, -math.pi / 4, 0.0, -3 * math.pi / 4, 0.0, math.pi / 2, math.pi / 4])
+"""A comfortable posture with the gripper pointing down, rad."""
+FLANGE = 0.107
+"""From joint 7 to the flange, along z, m."""
+EE_OFFSET = 0.1034
+"""From the flange to the point between the finger tips, along z, m."""
+FINGER_TRAVEL = 0.04
+"""Each finger's travel, m: the gripper opens 8 cm."""
+STIFFNESS = np.array([9000.0, 9000.0, 7000.0, 7000.0, 2500.0, 2500.0, 1500.0])
+DAMPING = np.array([500.0, 500.0, 350.0, 350.0, 80.0, 80.0, 40.0])
+"""Position-servo gains, N·m/rad and N·m·s/rad (our choice: stiff, near critical damping)."""
+ROBOT_GROUP = 1
+HIDDEN_GROUP = 3
+"""Geom groups: what belongs to the robot; collision shapes that no camera sees."""
+
+WHITE = (0.93, 0.93, 0.94, 1.0)
+GREY = (0.62, 0.64, 0.67, 1.0)
+DARK = (0.17, 0.18, 0.20, 1.0)
+ACCENT = (0.20, 0.45, 0.72, 1.0)
+PAD = (0.10, 0.10, 0.11, 1.0)
+
+_Shape = tuple[str, tuple[float, ...], tuple[float, float, float], tuple[float, float, float], tuple[float, ...]]
+"""kind, size, from (or centre), to (capsules, cylinders) or nothing, colour."""
+
+_Y = (0.0, 1.0, 0.0)
+_LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
+    (  # link 1: shoulder column
+        3.0,
+        (
+            ("capsule", (0.058,), (0, 0, -0.16), (0, 0, -0.02), WHITE),
+            ("cylinder", (0.0605,), (0, -0.075, 0), (0, 0.075, 0), WHITE),
+            ("cylinder", (0.048,), (0, -0.088, 0), (0, 0.088, 0), GREY),
+        ),
+    ),
+    (  # link 2: upper arm
+        3.0,
+        (
+            ("capsule", (0.056,), (0, -0.02, 0), (0, -0.19, 0), WHITE),
+            ("cylinder", (0.0575,), (0, -0.192, 0), (0, -0.202, 0), GREY),
+        ),
+    ),
+    (  # link 3: elbow
+        2.5,
+        (
+            ("capsule", (0.054,), (0, 0, -0.10), (0, 0, -0.055), WHITE),
+            ("capsule", (0.050,), (0, 0, -0.06), (0.0825, 0, 0), WHITE),
+            ("cylinder", (0.055,), (0.0825, -0.065, 0), (0.0825, 0.065, 0), WHITE),
+            ("cylinder", (0.043,), (0.0825, -0.077, 0), (0.0825, 0.077, 0), GREY),
+        ),
+    ),
+    (  # link 4: forearm, upper half
+        2.5,
+        (
+            ("capsule", (0.050,), (0, 0, 0), (-0.0825, 0.075, 0), WHITE),
+            ("capsule", (0.052,), (-0.0825, 0.075, 0), (-0.0825, 0.125, 0), WHITE),
+            ("cylinder", (0.0535,), (-0.0825, 0.135, 0), (-0.0825, 0.145, 0), GREY),
+        ),
+    ),
+    (  # link 5: forearm, lower half
+        2.0,
+        (
+            ("capsule", (0.050,), (0, 0, -0.235), (0, 0.035, -0.13), WHITE),
+            ("capsule", (0.044,), (0, 0.035, -0.13), (0, 0.0, 0.0), WHITE),
+            ("cylinder", (0.050,), (0, -0.062, 0), (0, 0.062, 0), WHITE),
+            ("cylinder", (0.040,), (0, -0.072, 0), (0, 0.072, 0), GREY),
+        ),
+    ),
+    (  # link 6: wrist
+        1.2,
+        (
+            ("capsule", (0.044,), (0, 0, 0), (0.088, 0, 0), WHITE),
+            ("cylinder", (0.050,), (0.088, -0.048, 0), (0.088, 0.050, 0), WHITE),
+        ),
+    ),
+    (  # link 7: flange
+        0.6,
+        (
+            ("cylinder", (0.044,), (0, 0, 0.048), (0, 0, 0.085), GREY),
+            ("cylinder", (0.038,), (0, 0, 0.085), (0, 0, FLANGE), ACCENT),
+        ),
+    ),
+)
+
+
+def quat_about(axis: str, angle: float) -> list[float]:
+    """Quaternion (w, x, y, z) of a turn by `angle` rad about a coordinate axis."""
+    quat = [math.cos(angle / 2), 0.0, 0.0, 0.0]
+    quat["xyz".index(axis) + 1] = math.sin(angle / 2)
+    return quat
+
+
+def add_arm(spec: mujoco.MjSpec) -> None:
+    """Add the arm to `spec`: bodies, joints joint1 … joint7 and finger1, finger2, actuators, camera, EE site.
+
+    Actuators come in joint order: seven position servos (rad), then one per finger (m, 0 closed).
+    """
+    body = spec.worldbody.add_body(name="link0")
+    _shape(body, "cylinder", (0.085,), (0, 0, 0), (0, 0, 0.03), DARK)
+    _shape(body, "cylinder", (0.072,), (0, 0, 0.03), (0, 0, 0.14), WHITE)
+    _shape(body, "box", (0.055, 0.05, 0.03), (-0.08, 0, 0.03), None, WHITE)
+    _shape(body, "cylinder", (0.064,), (0, 0, 0.14), (0, 0, 0.16), GREY)
+    for i, (mass, shapes) in enumerate(_LINKS):
+        pos, turn = JOINT_ORIGINS[i]
+        body = body.add_body(name=f"link{i + 1}", pos=pos, quat=quat_about("x", turn), gravcomp=1.0)
+        body.add_joint(
+            name=f"joint{i + 1}",
+            axis=[0, 0, 1],
+            range=[JOINT_LOWER[i], JOINT_UPPER[i]],
+            limited=mujoco.mjtLimited.mjLIMITED_TRUE,
+            armature=0.1,
+        )
+        for j, shape in enumerate(shapes):
+            _shape(body, *shape, mass=mass if j == 0 else 0.0)
+        _servo(spec, f"joint{i + 1}", STIFFNESS[i], DAMPING[i], TORQUE_LIMIT[i])
+    _add_gripper(spec, body)
+
+
+def _add_gripper(spec: mujoco.MjSpec, flange: mujoco.MjsBody) -> None:
+    hand = flange.add_body(name="hand", pos=[0, 0, FLANGE], quat=quat_about("z", -math.pi / 4), gravcomp=1.0)
+    _shape(hand, "box", (0.026, 0.088, 0.022), (0, 0, 0.036), None, WHITE, mass=0.6, collide=True)
+    _shape(hand, "capsule", (0.026,), (0, -0.076, 0.026), (0, 0.076, 0.026), WHITE)
+    _shape(hand, "box", (0.020, 0.092, 0.004), (0, 0, 0.060), None, DARK)
+    _shape(hand, "box", (0.012, 0.012, 0.006), (0.036, 0, 0.016), None, GREY)
+    _shape(hand, "box", (0.013, 0.038, 0.009), (0.060, 0, 0.006), None, DARK)
+    tilt = math.radians(17)
+    hand.add_camera(
+        name="wrist",
+        pos=[0.068, 0, 0.016],
+        # looks along the fingers, leaning towards them; the top of the image points away from the base
+        xyaxes=[0, 1, 0, math.cos(tilt), 0, math.sin(tilt)],
+        fovy=76,
+    )
+    hand.add_site(name="ee", pos=[0, 0, EE_OFFSET], quat=quat_about("x", math.pi), group=5)
+    for k, side in ((1, 1.0), (2, -1.0)):
+        finger = hand.add_body(name=f"finger{k}", pos=[0, 0, 0.0584], gravcomp=1.0)
+        finger.add_joint(
+            name=f"finger{k}",
+            type=mujoco.mjtJoint.mjJNT_SLIDE,
+            axis=[0, side, 0],
+            range=[0, FINGER_TRAVEL],
+            limited=mujoco.mjtLimited.mjLIMITED_TRUE,
+            armature=0.2,
+        )
+        _shape(finger, "box", (0.0105, 0.0075, 0.012), (0, side * 0.0115, 0.010), None, GREY, mass=0.05)
+        _shape(finger, "box", (0.0105, 0.0050, 0.020), (0, side * 0.0090, 0.034), None, GREY, mass=0.05)
+        pad = _shape(finger, "box", (0.0095, 0.0040, 0.014), (0, side * 0.0040, 0.041), None, PAD, collide=True)
+        pad.name = f"pad{k}"
+        pad.friction = [1.6, 0.03, 0.002]
+        pad.condim = 4
+        pad.priority = 1
+        _servo(spec, f"finger{k}", 900.0, 45.0, 22.0)
+
+
+def _servo(spec: mujoco.MjSpec, joint: str, stiffness: float, damping: float, limit: float) -> None:
+    actuator = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    actuator.gainprm[0] = stiffness
+    actuator.biastype = mujoco.mjtBias.mjBIAS_AFFINE
+    actuator.biasprm[:3] = [0, -stiffness, -damping]
+    actuator.forcelimited = mujoco.mjtLimited.mjLIMITED_TRUE
+    actuator.forcerange = [-limit, limit]
+
+
+def _shape(
+    body: mujoco.MjsBody,
+    kind: str,
+    size: tuple[float, ...],
+    start: tuple[float, float, float],
+    end: tuple[float, float, float] | None,
+    rgba: tuple[float, ...],
+    mass: float = 0.0,
+    collide: bool = False,
+) -> mujoco.MjsGeom:
+    geom = body.add_geom(rgba=rgba, mass=mass, group=ROBOT_GROUP)
+    if kind == "box":
+        geom.type = mujoco.mjtGeom.mjGEOM_BOX
+        geom.size = size
+        geom.pos = start
+    else:
+        geom.type = mujoco.mjtGeom.mjGEOM_CAPSULE if kind == "capsule" else mujoco.mjtGeom.mjGEOM_CYLINDER
+        geom.size[0] = size[0]
+        geom.fromto = [*start, *(end or start)]
+    # robot parts touch objects and the table, never each other
+    geom.contype, geom.conaffinity = (2, 0) if collide else (0, 0)
+    return geom
+
+
+def bare_model() -> mujoco.MjModel:
+    """The arm alone, for kinematics."""
+    spec = mujoco.MjSpec()
+    spec.compiler.degree = False
+    add_arm(spec)
+    return spec.compile()
+
+
+def ee_from_flange() -> NDArray[np.float64]:
+    """[4, 4] pose of the EE frame in the flange frame (our choice of axes, see the module's first lines)."""
+    pose = np.eye(4)
+    c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
+    hand = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    pose[:3, :3] = hand @ np.diag([1.0, -1.0, -1.0])
+    pose[2, 3] = EE_OFFSET
+    return pose

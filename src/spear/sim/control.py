@@ -1,0 +1,220 @@
+"""From end-effector actions to joint motion: inverse kinematics and the servo that follows it.
+
+A damped-least-squares solver turns end-effector targets into joint angles; stiff position servos follow them
+over the 0.2 s of a control step. Targets accumulate on the previous target, which is kept close to where the arm
+really is, so that a blocked arm does not wind up.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from spear.errors import SpearError
+from spear.sim import arm
+
+Floats = NDArray[np.float64]
+
+LEASH = (0.03, np.deg2rad(15.0))
+"""How far the target may be from the measured pose before an action is added to it: m, rad."""
+MAX_STEP = (0.12, np.deg2rad(45.0))
+"""The largest displacement that one action asks for, m and rad; larger ones are shortened."""
+MAX_JOINT_STEP = 0.435
+"""How far a joint moves in one control step, rad: the published 2.175 rad/s."""
+FLOOR = 0.004
+"""The finger tips' middle is never sent below this height over the table, m."""
+TOLERANCE = (0.004, np.deg2rad(2.0))
+"""A target counts as unreachable when the solver ends farther from it than this, m and rad."""
+_DAMPING = 0.02
+_POSTURE_GAIN = 0.05
+_MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What became of an action: whether its target was out of reach, or had to be shortened."""
+
+    unreachable: bool
+    clipped: bool
+
+
+class Kinematics:
+    """Forward and inverse kinematics of the bare arm."""
+
+    def __init__(self) -> None:
+        self._model = arm.bare_model()
+        self._data = mujoco.MjData(self._model)
+        self._site = self._model.site("ee").id
+        self._jacobian = np.zeros((6, self._model.nv))
+        self._quat = np.zeros(4)
+
+    def pose(self, joints: Floats) -> tuple[Floats, Floats]:
+        """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
+        self._data.qpos[:7] = joints
+        mujoco.mj_kinematics(self._model, self._data)
+        quat = np.zeros(4)
+        mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
+        return self._data.site_xpos[self._site].copy(), quat
+
+    def solve(self, joints: Floats, position: Floats, rotation: Floats, iterations: int = 8) -> Floats:
+        """[7] joint angles, inside the limits, that bring the end-effector as near to the target as found.
+
+        Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
+        """
+        q = np.array(joints)
+        lower, upper = arm.JOINT_LOWER + _MARGIN, arm.JOINT_UPPER - _MARGIN
+        for _ in range(iterations):
+            at, turn = self.pose(q)
+            error = np.concatenate([position - at, rotation_vector(turn, rotation)])
+            if np.linalg.norm(error[:3]) < 1e-5 and np.linalg.norm(error[3:]) < 1e-4:
+                break
+            mujoco.mj_comPos(self._model, self._data)
+            mujoco.mj_jacSite(
+                self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site
+            )
+            j = self._jacobian[:, :7]
+            gram = np.linalg.inv(j @ j.T + _DAMPING**2 * np.eye(6) * min(1.0, float(error @ error) * 1e3))
+            inverse = j.T @ gram
+            home = _POSTURE_GAIN * (arm.HOME - q)
+            step = inverse @ error + home - inverse @ (j @ home)
+            step *= min(1.0, 0.4 / float(np.abs(step).max()))
+            q = np.clip(q + step, lower, upper)
+        return q
+
+
+@functools.cache
+def kinematics() -> Kinematics:
+    """The one solver of this process."""
+    return Kinematics()
+
+
+class Servo:
+    """Moves the arm of one world. Poses: metres, quaternions (w, x, y, z), base frame."""
+
+    def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+        self._model, self._data = model, data
+        self._site = model.site("ee").id
+        start = int(model.joint("joint1").qposadr[0])
+        self._joints = slice(start, start + 7)
+        self._fingers = slice(start + 7, start + 9)
+        self._lead = arm.DAMPING / arm.STIFFNESS
+        self._command = np.array(arm.HOME)
+        self._position, self._rotation = np.zeros(3), np.array([1.0, 0, 0, 0])
+
+    def pose(self) -> tuple[Floats, Floats]:
+        """Measured ([3], [4]) end-effector pose, quaternion with w >= 0."""
+        quat = np.zeros(4)
+        mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
+        return self._data.site_xpos[self._site].copy(), quat if quat[0] >= 0 else -quat
+
+    def opening(self) -> float:
+        """Measured gripper opening, 0 closed … 1 open."""
+        return float(np.clip(self._data.qpos[self._fingers].sum() / (2 * arm.FINGER_TRAVEL), 0.0, 1.0))
+
+    def joints(self) -> Floats:
+        """[7] measured joint angles, rad."""
+        return self._data.qpos[self._joints].copy()
+
+    def place(self, position: Floats, rotation: Floats, opening: float) -> None:
+        """Put the arm at a pose at once, at rest (as near as it can reach)."""
+        self._command = kinematics().solve(arm.HOME, position, rotation, iterations=60)
+        self._data.qpos[self._joints] = self._command
+        self._data.qpos[self._fingers] = opening * arm.FINGER_TRAVEL
+        self._data.ctrl[:7] = self._command
+        self._data.ctrl[7:9] = opening * arm.FINGER_TRAVEL
+        mujoco.mj_kinematics(self._model, self._data)
+        self._position, self._rotation = kinematics().pose(self._command)
+
+    def hold(self, substeps: int) -> None:
+        """Stay put for some physics steps."""
+        mujoco.mj_step(self._model, self._data, substeps)
+
+    def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> Motion:
+        """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
+        (end-effector frame), open (>= 0.5) or close the gripper, and run the physics."""
+        measured, turn = self.pose()
+        position, quat = _leash(self._position, self._rotation, measured, turn)
+        translation, short = _shorten(translation, MAX_STEP[0])
+        delta = np.zeros(3)
+        mujoco.mju_quat2Vel(delta, rotation, 1.0)
+        delta, turned_short = _shorten(delta, MAX_STEP[1])
+        position = position + translation
+        low = position[2] < FLOOR
+        position[2] = max(position[2], FLOOR)
+        mujoco.mju_quatIntegrate(quat, delta, 1.0)
+        goal = kinematics().solve(self._command, position, quat)
+        step = goal - self._command
+        largest = float(np.abs(step).max())
+        fast = largest > MAX_JOINT_STEP
+        if fast:
+            goal = self._command + step * (MAX_JOINT_STEP / largest)
+        reached, reached_turn = kinematics().pose(goal)
+        missed = (
+            float(np.linalg.norm(reached - position)) > TOLERANCE[0]
+            or float(np.linalg.norm(rotation_vector(reached_turn, quat))) > TOLERANCE[1]
+        )
+        # a target that cannot be reached does not run ahead of the arm
+        self._position, self._rotation = (reached, reached_turn) if missed else (position, quat)
+        self._follow(goal, 1.0 if opening >= 0.5 else 0.0, substeps)
+        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or fast))
+
+    def _follow(self, goal: Floats, opening: float, substeps: int) -> None:
+        model, data = self._model, self._data
+        data.ctrl[7:9] = opening * arm.FINGER_TRAVEL
+        velocity = (goal - self._command) / (substeps * model.opt.timestep)
+        path = np.linspace(self._command, goal, substeps + 1)[1:]
+        # lead the servo by what its damping holds back; the last steps let it settle
+        path[:-1] += self._lead * velocity
+        ctrl = data.ctrl
+        for row in path:
+            ctrl[:7] = row
+            mujoco.mj_step(model, data)
+        # positions that belong to the new joint angles, for whoever looks next
+        mujoco.mj_kinematics(model, data)
+        self._command = goal
+
+
+def rotation_vector(start: Floats, end: Floats) -> Floats:
+    """[3] rotation vector (rad, base frame) that turns orientation `start` into `end` (quaternions)."""
+    conjugate, relative, vector = np.empty(4), np.empty(4), np.empty(3)
+    mujoco.mju_negQuat(conjugate, start)
+    mujoco.mju_mulQuat(relative, end, conjugate)
+    mujoco.mju_quat2Vel(vector, relative, 1.0)
+    return vector
+
+
+def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
+    """Split an action [8] into translation [3], unit quaternion [4] and opening; `SpearError` when it is not one."""
+    values = np.asarray(action, np.float64)
+    if values.shape != (8,):
+        raise SpearError(f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper")
+    if not np.isfinite(values).all():
+        raise SpearError(f"action: {values.tolist()}: every number must be finite")
+    norm = float(np.linalg.norm(values[3:7]))
+    if abs(norm - 1.0) > 1e-3:
+        raise SpearError(f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)")
+    return values[:3], values[3:7] / norm, float(values[7])
+
+
+def _leash(position: Floats, rotation: Floats, measured: Floats, turn: Floats) -> tuple[Floats, Floats]:
+    """The target (position, rotation) drawn within `LEASH` of the measured pose."""
+    offset, _ = _shorten(position - measured, LEASH[0])
+    difference, short = _shorten(rotation_vector(turn, rotation), LEASH[1])
+    if not short:
+        return measured + offset, rotation.copy()
+    step, quat = np.empty(4), np.empty(4)
+    angle = float(np.linalg.norm(difference))
+    mujoco.mju_axisAngle2Quat(step, difference / angle, angle)
+    mujoco.mju_mulQuat(quat, step, turn)
+    return measured + offset, quat
+
+
+def _shorten(vector: Floats, longest: float) -> tuple[Floats, bool]:
+    length = float(np.linalg.norm(vector))
+    if length <= longest:
+        return vector, False
+    return vector * (longest / length), True

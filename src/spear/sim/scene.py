@@ -1,0 +1,275 @@
+"""What a scene contains, as pure data, and how scenes are drawn at random from a seed.
+
+The same seed gives the same scene, always. Seeds 0 … 9,999 are held out for evaluation; training data uses
+seeds from `TRAIN_SEED` on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spear.errors import SpearError, unknown_name
+from spear.sim.instructions import instruct
+from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS, Color, Vec3
+
+FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
+TRAIN_SEED = 10_000
+"""Training seeds start here; everything below is held out."""
+WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
+"""Where objects lie: x and y ranges on the table, m, base frame."""
+START = np.array([0.45, 0.0, 0.23])
+"""Middle of the gripper's start positions, m, base frame."""
+
+COMPACT = (*CUBES, "tomato", "lemon")
+PUT_ON: dict[str, Sequence[str]] = {
+    "plate": GRASPABLE,
+    "towel": tuple(name for name in GRASPABLE if name != "spoon"),
+    "bowl": COMPACT,
+}
+"""put_on: what may be put on each target. A spoon on a towel is a family of its own."""
+IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
+DISTRACTORS = (*GRASPABLE, "bottle")
+
+Quat = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object in a scene: its kind, pose (m, quaternion w x y z, base frame) and colour."""
+
+    kind: str
+    position: Vec3
+    rotation: Quat
+    color: Color
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a scene looks: the external camera (m, base frame; vertical field of view, degrees), surfaces, light."""
+
+    camera: Vec3
+    target: Vec3
+    fovy: float
+    table: str
+    table_color: Color
+    floor: str
+    floor_color: Color
+    wall: str
+    wall_color: Color
+    light: Vec3
+    diffuse: Color
+    ambient: Color
+
+
+@dataclass(frozen=True)
+class SceneSpec:
+    """A scene: the objects, where the gripper starts, what to do, how it looks.
+
+    things     the objects; source and target are indices into it (None in scenes without a task).
+    ee_position, ee_rotation   the gripper's pose at the start (m, quaternion w x y z, base frame).
+    opening    the gripper's opening at the start, 0 closed … 1 open.
+    held       index of an object that is between the fingers at the start, or None.
+    """
+
+    family: str
+    seed: int
+    instruction: str
+    things: tuple[Thing, ...]
+    source: int | None
+    target: int | None
+    ee_position: Vec3
+    ee_rotation: Quat
+    opening: float
+    held: int | None
+    look: Look
+
+
+def sample_scene(family: str, seed: int) -> SceneSpec:
+    """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
+    if family not in FAMILIES:
+        raise unknown_name("task family", family, FAMILIES)
+    _check_seed(seed)
+    rng = np.random.default_rng([FAMILIES.index(family), seed])
+    source, target, pool = _cast(family, rng)
+    wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
+    things = _place(wanted, rng, must=2)
+    position = START + rng.uniform(-0.08, 0.08, 3)
+    rotation = _tilted(rng, math.radians(18), math.radians(30))
+    return SceneSpec(
+        family=family,
+        seed=seed,
+        instruction=instruct(family, source, target, rng),
+        things=tuple(things),
+        source=1,
+        target=0,
+        ee_position=_vec(position),
+        ee_rotation=rotation,
+        opening=1.0,
+        held=None,
+        look=sample_look(rng),
+    )
+
+
+def clutter_scene(seed: int) -> SceneSpec:
+    """A scene without a task, for labelling: 3–7 objects, the arm anywhere plausible, sometimes holding one.
+
+    Its images cover what the policy sees on the way: the gripper hovers over, beside or low between the objects.
+    """
+    _check_seed(seed)
+    rng = np.random.default_rng([len(FAMILIES), seed])
+    names = _choose(rng, (*GRASPABLE, "bottle"), int(rng.integers(2, 6)), repeats=0.15)
+    supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
+    things = _place([*supports, *names], rng, must=2)
+    held = None
+    opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
+    graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].graspable]
+    xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
+    if graspable and rng.random() < 0.7:
+        near = things[int(rng.choice(graspable))].position
+        xy = np.array(near[:2]) + rng.normal(0, 0.03, 2)
+    if graspable and rng.random() < 0.25:
+        held = int(rng.choice(graspable))
+    height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
+    tilt = float(rng.choice([3.0, 20.0]))
+    return SceneSpec(
+        family="clutter",
+        seed=seed,
+        instruction="",
+        things=tuple(things),
+        source=None,
+        target=None,
+        ee_position=_vec([*xy, height]),
+        ee_rotation=_tilted(rng, math.radians(tilt), math.radians(90)),
+        opening=opening,
+        held=held,
+        look=sample_look(rng),
+    )
+
+
+def sample_look(rng: np.random.Generator) -> Look:
+    """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
+    camera = np.array([1.12, 0.32, 0.60]) + rng.uniform(-0.04, 0.04, 3)
+    target = np.array([0.46, 0.0, 0.085]) + rng.uniform(-0.02, 0.02, 3)
+    light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
+    warm = rng.uniform(-0.05, 0.05)
+    bright = rng.uniform(0.45, 0.70)
+    diffuse = np.clip([bright + warm, bright, bright - warm], 0, 1)
+    return Look(
+        camera=_vec(camera),
+        target=_vec(target),
+        fovy=float(rng.uniform(38.0, 41.0)),
+        table=str(rng.choice(["wood", "planks", "cloth", "plain"])),
+        table_color=_pick(rng, TABLE_COLORS, 0.06),
+        floor=str(rng.choice(["tiles", "planks", "plain"])),
+        floor_color=_pick(rng, FLOOR_COLORS, 0.08),
+        wall=str(rng.choice(["plain", "cloth", "tiles"])),
+        wall_color=_pick(rng, WALL_COLORS, 0.08),
+        light=_vec(light / np.linalg.norm(light)),
+        diffuse=_vec(diffuse),
+        ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),
+    )
+
+
+TABLE_COLORS: Sequence[Color] = (
+    (0.72, 0.54, 0.36),
+    (0.56, 0.40, 0.27),
+    (0.84, 0.76, 0.64),
+    (0.62, 0.63, 0.62),
+    (0.86, 0.86, 0.84),
+    (0.38, 0.42, 0.46),
+    (0.50, 0.58, 0.56),
+)
+FLOOR_COLORS: Sequence[Color] = ((0.55, 0.55, 0.57), (0.45, 0.36, 0.28), (0.70, 0.68, 0.62), (0.30, 0.33, 0.37))
+WALL_COLORS: Sequence[Color] = ((0.88, 0.87, 0.83), (0.68, 0.76, 0.80), (0.80, 0.74, 0.66), (0.60, 0.64, 0.60))
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise SpearError(f"seed {seed}: scenes are numbered from 0: give a seed >= 0")
+
+
+def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str]]:
+    """Who plays: the source, the target, and who may be a distractor."""
+    if family == "put_on":
+        target = str(rng.choice(list(PUT_ON)))
+        source = str(rng.choice(PUT_ON[target]))
+    elif family == "put_in_basket":
+        target = "basket"
+        source = str(rng.choice(IN_BASKET))
+    elif family == "spoon_on_towel":
+        source, target = "spoon", "towel"
+    else:
+        source, target = (str(name) for name in rng.choice(CUBES, 2, replace=False))
+    return source, target, [name for name in DISTRACTORS if name not in (source, target)]
+
+
+def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0) -> list[str]:
+    names = [str(name) for name in rng.choice(pool, min(count, len(pool)), replace=False)]
+    if repeats and len(names) > 1 and rng.random() < repeats:
+        names[-1] = names[0]
+    return names
+
+
+def _place(names: Sequence[str], rng: np.random.Generator, must: int) -> list[Thing]:
+    """Lay the objects apart from each other; those after the first `must` are left out when there is no room."""
+    while True:
+        things: list[Thing] = []
+        for i, name in enumerate(names):
+            thing = _find_room(name, things, rng, gap=0.03 if i < must else 0.02)
+            if thing is not None:
+                things.append(thing)
+            elif i < must:
+                break
+        if len(things) >= min(must, len(names)):
+            return things
+
+
+def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap: float) -> Thing | None:
+    kind = KINDS[name]
+    # large things keep their middle further inside
+    inset = max(0.0, kind.radius - 0.08)
+    for _ in range(40):
+        x = rng.uniform(WORKSPACE[0][0] + inset, WORKSPACE[0][1] - inset)
+        y = rng.uniform(WORKSPACE[1][0] + inset, WORKSPACE[1][1] - inset)
+        if all(
+            math.hypot(x - o.position[0], y - o.position[1]) > kind.radius + KINDS[o.kind].radius + gap
+            for o in others
+        ):
+            yaw = float(rng.uniform(-math.pi, math.pi))
+            if name in ("basket", "towel"):
+                yaw *= 0.12
+            colors = RECOLORED.get(name, (kind.color,))
+            return Thing(
+                name,
+                (float(x), float(y), kind.height),
+                (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)),
+                _pick(rng, colors, 0.04),
+            )
+    return None
+
+
+def _tilted(rng: np.random.Generator, tilt: float, yaw: float) -> Quat:
+    """A gripper orientation: straight down, turned by up to ±`yaw` and leaning by up to `tilt` (rad)."""
+    turn = rng.uniform(-yaw, yaw)
+    lean = tilt * math.sqrt(rng.random())
+    way = rng.uniform(-math.pi, math.pi)
+    # yaw first, then a turn about a horizontal axis of the turned frame
+    c, s = math.cos(lean / 2), math.sin(lean / 2)
+    ct, st = math.cos(turn / 2), math.sin(turn / 2)
+    ax, ay = math.cos(way), math.sin(way)
+    quat = np.array([ct * c, s * (ct * ax - st * ay), s * (ct * ay + st * ax), st * c])
+    quat = quat if quat[0] >= 0 else -quat
+    return float(quat[0]), float(quat[1]), float(quat[2]), float(quat[3])
+
+
+def _pick(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
+    color = np.array(colors[int(rng.integers(len(colors)))])
+    return _vec(np.clip(color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2, 0, 1))
+
+
+def _vec(values: Sequence[float] | np.ndarray) -> Vec3:
+    return float(values[0]), float(values[1]), float(values[2])
