@@ -20,15 +20,14 @@ def token_loss(
 
     logits [M, vocabulary], labels [M]. Returns the loss and the plain means over "text" and "coordinates".
     """
-    logits = logits.float()
+    log_p = logits.float().log_softmax(-1)
     start, bins = config.coordinate_start, config.coordinate_bins
-    log_partition = logits.logsumexp(-1)
     is_coordinate = (labels >= start) & (labels < start + bins)
-    score = logits.gather(-1, labels[:, None])[:, 0]
+    score = log_p.gather(-1, labels[:, None])[:, 0]
     if config.coordinate_smoothing > 0:
-        smooth = _smoothed_score(logits[:, start : start + bins], labels - start, config.coordinate_smoothing)
+        smooth = _smoothed_score(log_p[:, start : start + bins], labels - start, config.coordinate_smoothing)
         score = torch.where(is_coordinate, smooth, score)
-    losses = log_partition - score
+    losses = -score
     coordinate = is_coordinate.float()
     text = 1 - coordinate
     weights = text + config.coordinate_loss_weight * coordinate
@@ -40,12 +39,12 @@ def token_loss(
     return loss, parts
 
 
-def _smoothed_score(logits: torch.Tensor, bins: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The expected logit under a Gaussian over bins, cut off at 3σ and at the ends. [M, bins], [M] -> [M]."""
+def _smoothed_score(log_p: torch.Tensor, bins: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Expected log probability under a Gaussian over bins, cut off at 3σ and the ends. [M, bins], [M] -> [M]."""
     reach = max(1, round(3 * sigma))
-    offsets = torch.arange(-reach, reach + 1, device=logits.device)
+    offsets = torch.arange(-reach, reach + 1, device=log_p.device)
     near = bins[:, None] + offsets
-    inside = (near >= 0) & (near < logits.shape[-1])
+    inside = (near >= 0) & (near < log_p.shape[-1])
     weight = torch.exp(-0.5 * (offsets / sigma) ** 2) * inside
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
-    return (weight * logits.gather(-1, near.clamp(0, logits.shape[-1] - 1))).sum(-1)
+    return (weight * log_p.gather(-1, near.clamp(0, log_p.shape[-1] - 1))).sum(-1)

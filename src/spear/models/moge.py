@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from spear.models.attention import choose_attention
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_pixels, normalize_pixels
 
 LAST_LAYERS = 4
@@ -72,7 +73,7 @@ class MogeForRelativeDepth(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: MogeDepthConfig) -> None:
-        super().__init__(config)
+        super().__init__(choose_attention(config))
         self.moge = MogeEncoder(config.moge_config)
         self.head = nn.Linear(LAST_LAYERS * config.moge_config.hidden_size, config.cells**2)
         self.post_init()

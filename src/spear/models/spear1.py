@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
+from spear.models.attention import choose_attention
 from spear.models.mask import positions, suffix_mask
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import ACTION_DIM, Action
@@ -83,7 +84,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: Spear1Config) -> None:
-        super().__init__(config)
+        super().__init__(choose_attention(config))
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
         self.expert = GemmaModel(config.expert_config)

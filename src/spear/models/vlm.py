@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
+from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
@@ -112,7 +113,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: SpearVLMConfig) -> None:
-        super().__init__(config)
+        super().__init__(choose_attention(config))
         width = config.text_config.hidden_size
         self.vision_tower = SiglipEncoder(config.vision_config)
         self.multi_modal_projector = Projector(config.vision_config.hidden_size, width)
