@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.mixture import Mixture, TrainingSamples, decode_image, jitter, split
+from spear.data.mixture import Mixture, TrainingSamples, split
 from spear.errors import SpearError
 from spear.types import Episode
 
@@ -122,21 +122,6 @@ def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
     fast = make_store(tmp_path / "fast", "fast", 1, wrist=False, rate_hz=10.0)
     with pytest.raises(SpearError, match=r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz"):
         Mixture([("fast", fast, 1.0)])
-
-
-def test_a_broken_image_is_named() -> None:
-    for broken in (b"no image", png(3, (9, 9))[:40]):
-        with pytest.raises(SpearError, match="broken image: episode 3 step 4"):
-            decode_image(broken, "episode 3 step 4")
-
-
-def test_jitter_is_photometric_and_bounded() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (10, 11, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(jitter(image, np.full(5, 0.5), 1.0), image)
-    brighter = jitter(image, np.array([1, 0.5, 0.5, 0.5, 0.5]), 1.0)
-    np.testing.assert_array_equal(brighter, np.clip(np.rint(image + 25.5), 0, 255))
-    flat = jitter(np.full((4, 4, 3), 100, np.uint8), np.random.default_rng(1).random(5), 1.0)
-    assert (flat == flat[0, 0]).all() and np.abs(flat.astype(int) - 100).max() < 45
 
 
 def test_split_is_disjoint_complete_and_stable(tmp_path: Path) -> None:

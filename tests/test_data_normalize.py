@@ -96,7 +96,7 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
     rotation = Rotation.random(6, random_state=0)
     quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
     position = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
-    state = normalizer.state_vector(position, quaternion, torch.tensor(0.25).double().expand(6))
+    state = normalizer.state_vector(position, quaternion, torch.full((6, 1), 0.25, dtype=torch.float64))
     assert state.shape == (6, STATE_VECTOR_DIM)
     np.testing.assert_allclose(state[:, :3], np.tile([1.0, 0, 0], (6, 1)), atol=1e-12)
     matrix = rotation.as_matrix()
@@ -105,7 +105,7 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
     )
     np.testing.assert_allclose(state[:, 9], -0.5)
     torch.testing.assert_close(
-        normalizer.state_vector(position, -quaternion, state[:, 9])[:, :9], state[:, :9]
+        normalizer.state_vector(position, -quaternion, state[:, 9:])[:, :9], state[:, :9]
     )
 
 

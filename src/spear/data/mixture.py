@@ -8,22 +8,17 @@ uniformly.
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from spear.data.actions import HORIZON, RATE_HZ, chunk, store_actions
 from spear.data.episode import EpisodeStore
+from spear.data.images import JITTER_DRAWS, FitImage, decode_image, jitter
 from spear.errors import SpearError
 from spear.types import Array
-
-FitImage = Callable[[Array, int, int], Array]
-"""(image [h, w, 3] uint8, height, width) -> [height, width, 3] uint8, aspect kept by cropping or padding."""
-AUGMENTATION_DRAWS = 5
 
 
 def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore]:
@@ -79,7 +74,7 @@ class Mixture:
         """The samples of training step `step`."""
         # Philox is counter based: the step is the counter, so no step depends on another.
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        draws = random.random((batch_size, 2 + AUGMENTATION_DRAWS))
+        draws = random.random((batch_size, 2 + JITTER_DRAWS))
         sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")
         return [
             self._sample(int(source), int(row[1] * len(self._steps[source])), row[2:])
@@ -181,25 +176,3 @@ class TrainingSamples:
         if image.shape[:2] != (height, width):
             image = self.fit_image(image, height, width)
         return jitter(image, sample.draws, self.augment) if self.augment else image
-
-
-def decode_image(encoded: bytes, where: str) -> Array:
-    """JPEG or PNG bytes to [h, w, 3] uint8. Raises SpearError naming `where`."""
-    try:
-        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SpearError(f"broken image: {where}: {error}; leave the episode out") from error
-
-
-def jitter(image: Array, draws: Array, strength: float) -> Array:
-    """Another exposure of the same scene: brightness, contrast and colour balance, by five draws in [0, 1).
-
-    image [h, w, 3] uint8 -> the same shape. At strength 1: brightness ± 10 % of the range, contrast ± 20 %,
-    each channel's gain ± 5 % (our choice). The same draws give the same change in every view.
-    """
-    offset, contrast, *gains = (2 * draws - 1) * strength
-    level = np.arange(256, dtype=np.float32)[:, None]
-    gain = 1 + 0.05 * np.array(gains, np.float32)
-    table = ((level - 128) * (1 + 0.2 * contrast) + 128 + 25.5 * offset) * gain  # [256, 3]
-    lookup = np.clip(np.rint(table), 0, 255).astype(int).T.ravel().tolist()
-    return np.asarray(Image.fromarray(image).point(lookup))

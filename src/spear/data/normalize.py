@@ -88,13 +88,12 @@ class Normalizer:
     ) -> torch.Tensor:
         """What the policy sees of its own state, [..., 10].
 
-        position [..., 3] m, rotation [..., 4], gripper [...] opening -> normalised position 3, rotation 6
-        (the first two columns of its matrix), gripper 1 in -1 … 1. Six numbers because a gripper that points
-        down sits where a quaternion flips its sign (w near 0), and a network should not see that jump: our
-        choice.
+        position [..., 3] m, rotation [..., 4], gripper [..., 1] opening -> normalised position 3, rotation 6
+        (the first two columns of its matrix), gripper 1 in -1 … 1. Six numbers because they follow every
+        rotation without the jump that a quaternion's sign makes somewhere: our choice.
         """
         where = _normalize(position, self.position_offset, self.position_scale)
-        return torch.cat([where, quat_to_6d(rotation), gripper.unsqueeze(-1) * 2 - 1], dim=-1)
+        return torch.cat([where, quat_to_6d(rotation), gripper * 2 - 1], dim=-1)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; complete or not at all."""
