@@ -1,0 +1,156 @@
+"""The outcome of a closed-loop evaluation: one record per episode, summaries per family, JSON, a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spear.errors import SpearError
+from spear.evaluate.stats import Estimate, paired_difference, wilson
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one episode went.
+
+    reached, grasped      milestones on the way: the gripper was at the right object; the object was lifted.
+    success               the object rests, released, on the target.
+    wrong_object_moved    something else than the asked-for object was carried or pushed away.
+    unreachable           control steps whose target the arm could not reach.
+    steps                 control steps (5 Hz) until success or the end.
+    """
+
+    family: str
+    seed: int
+    instruction: str
+    success: bool
+    reached: bool
+    grasped: bool
+    wrong_object_moved: bool
+    unreachable: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One family's numbers; proportions carry 95 % Wilson intervals. steps: mean over the successes."""
+
+    success: Estimate
+    reached: Estimate
+    grasped: Estimate
+    wrong_object: Estimate
+    steps: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole evaluation: who acted, how, every episode's outcome, and the wall time."""
+
+    policy: str
+    settings: dict[str, Any]
+    outcomes: Sequence[Outcome]
+    seconds: float
+
+    @property
+    def families(self) -> list[str]:
+        """The families that were evaluated, in the order in which they were asked for."""
+        return list(dict.fromkeys(o.family for o in self.outcomes))
+
+    @property
+    def mean_success(self) -> float:
+        """The mean of the families' success rates, each family counting the same."""
+        return float(np.mean([self.summary(f).success.value for f in self.families]))
+
+    def summary(self, family: str | None = None) -> Summary:
+        """The numbers of one family, or of all episodes together."""
+        chosen = [o for o in self.outcomes if family in (None, o.family)]
+        steps = [o.steps for o in chosen if o.success]
+        return Summary(
+            success=wilson(sum(o.success for o in chosen), len(chosen)),
+            reached=wilson(sum(o.reached for o in chosen), len(chosen)),
+            grasped=wilson(sum(o.grasped for o in chosen), len(chosen)),
+            wrong_object=wilson(sum(o.wrong_object_moved for o in chosen), len(chosen)),
+            steps=float(np.mean(steps)) if steps else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready data, the summaries first."""
+        return {
+            "policy": self.policy,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "mean_success": self.mean_success,
+            "summary": {f: asdict(self.summary(f)) for f in self.families},
+            "outcomes": [asdict(o) for o in self.outcomes],
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Results:
+        """Reads what `save` wrote. Raises `SpearError` for a file that is not one."""
+        try:
+            raw = json.loads(path.read_text())
+            outcomes = [Outcome(**o) for o in raw["outcomes"]]
+            return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"])
+        except FileNotFoundError:
+            raise SpearError(f"results: {path}: no such file") from None
+        except (ValueError, KeyError, TypeError):
+            raise SpearError(f"results: {path}: not a file that `spear evaluate --out` wrote") from None
+
+    def table(self) -> Table:
+        """The summaries for a terminal."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
+        )
+        for column in ("family", "success", "95 % interval", "reached", "grasped", "wrong object", "steps"):
+            table.add_column(column, justify="left" if column == "family" else "right")
+        for family in self.families:
+            s = self.summary(family)
+            table.add_row(
+                family,
+                f"{s.success.value:.0%}",
+                f"[{s.success.low:.0%}, {s.success.high:.0%}]".replace("[", "\\["),
+                f"{s.reached.value:.0%}",
+                f"{s.grasped.value:.0%}",
+                f"{s.wrong_object.value:.0%}",
+                "" if s.steps is None else f"{s.steps:.0f}",
+            )
+        table.add_section()
+        table.add_row("mean of families", f"{self.mean_success:.1%}", *[""] * 5)
+        return table
+
+
+def compare(first: Results, second: Results) -> dict[str, Estimate]:
+    """Success of `first` minus `second` per family, paired on the scenes that both have seen.
+
+    Raises `SpearError` when they have no scene in common.
+    """
+    other = {(o.family, o.seed): o.success for o in second.outcomes}
+    differences = {}
+    for family in first.families:
+        both = [
+            (o.success, other[family, o.seed])
+            for o in first.outcomes
+            if o.family == family and (family, o.seed) in other
+        ]
+        if both:
+            differences[family] = paired_difference([a for a, _ in both], [b for _, b in both])
+    if not differences:
+        raise SpearError(f"results: {first.policy} and {second.policy} share no scene: use the same seeds")
+    return differences

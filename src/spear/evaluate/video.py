@@ -1,0 +1,83 @@
+"""Films of episodes: both cameras side by side, with the instruction and the outcome written above them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from spear.errors import SpearError
+from spear.types import Array
+
+HEIGHT = 420
+"""Pixel height of the pictures in a film (twice the external camera's, so that it upscales cleanly)."""
+BAR = 44
+"""Pixel height of the caption bar."""
+GREEN, RED, WHITE, GREY = (88, 214, 141), (255, 121, 108), (245, 246, 248), (30, 33, 39)
+
+
+def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | None = None) -> Array:
+    """One film frame: [h, w, 3] uint8 with even sides, the external view left, the wrist view right.
+
+    outcome  True writes "success" and False "failure" into the bar; None (still running) writes neither.
+    """
+    views = [_scale(external)] + ([] if wrist is None else [_scale(wrist)])
+    width = sum(v.width for v in views)
+    frame = Image.new("RGB", (width + width % 2, HEIGHT + BAR), GREY)
+    x = 0
+    for view in views:
+        frame.paste(view, (x, BAR))
+        x += view.width
+    draw = ImageDraw.Draw(frame)
+    badge = "" if outcome is None else ("success" if outcome else "failure")
+    badge_width = 120 if badge else 20
+    draw.text((14, BAR // 2), caption, WHITE, _fit(caption, frame.width - badge_width - 14), anchor="lm")
+    if badge:
+        draw.text((frame.width - 14, BAR // 2), badge, GREEN if outcome else RED, _font(24), anchor="rm")
+    return np.asarray(frame)
+
+
+def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 1.0) -> tuple[bytes, str]:
+    """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
+
+    hold_seconds  how long the last frame stays, so that a looping film shows its outcome.
+    """
+    try:
+        import av
+    except ImportError:
+        raise SpearError("films need PyAV: it is not installed: run pip install 'spear[report]'") from None
+    name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}
+    if name not in av.codecs_available:
+        name, container, mime, options = "libvpx-vp9", "webm", "video/webm", {"crf": "34", "b": "0"}
+    buffer = io.BytesIO()
+    height, width = frames[0].shape[:2]
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(name, rate=Fraction(rate_hz).limit_denominator(1000), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        held = [frames[-1]] * round(hold_seconds * rate_hz)
+        for image in [*frames, *held]:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        out.mux(stream.encode())
+    return buffer.getvalue(), mime
+
+
+def _scale(image: Array) -> Image.Image:
+    picture = Image.fromarray(image)
+    width = round(picture.width * HEIGHT / picture.height)
+    return picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fit(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font up to 24 in which the text fits the width."""
+    for size in range(24, 11, -1):
+        font = _font(size)
+        if font.getlength(text) <= width:
+            return font
+    return _font(11)

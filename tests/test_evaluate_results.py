@@ -1,0 +1,64 @@
+"""Results: summaries, comparison on shared scenes, a faithful file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from spear.errors import SpearError
+from spear.evaluate.results import Outcome, Results, compare
+
+
+def outcome(family: str, seed: int, success: bool, steps: int = 10) -> Outcome:
+    return Outcome(family, seed, "put it there", success, True, success, False, 0, steps)
+
+
+def results(name: str, wins: dict[str, list[bool]]) -> Results:
+    outcomes = [outcome(f, seed, won, 10 + seed) for f, row in wins.items() for seed, won in enumerate(row)]
+    return Results(name, {"scenes": 4}, outcomes, 1.5)
+
+
+def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> None:
+    r = results("x", {"a": [True, False, True, True], "b": [False, False]})
+    assert r.families == ["a", "b"]
+    assert r.summary("a").success.value == 0.75
+    assert r.summary("a").steps == pytest.approx((10 + 12 + 13) / 3)
+    assert r.summary("b").steps is None
+    assert r.summary().success.n == 6
+    assert r.mean_success == pytest.approx(0.375)
+
+
+def test_save_and_load_give_the_same_results(tmp_path: Path) -> None:
+    r = results("x", {"a": [True, False], "b": [False, True]})
+    path = tmp_path / "deep" / "r.json"
+    r.save(path)
+    assert Results.load(path) == r
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}'])
+def test_a_broken_results_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(SpearError, match=r"r\.json"):
+        Results.load(path)
+    with pytest.raises(SpearError, match="no such file"):
+        Results.load(tmp_path / "absent.json")
+
+
+def test_table_shows_every_family_with_its_interval() -> None:
+    buffer = io.StringIO()
+    Console(file=buffer, width=120).print(results("me", {"carrot": [True] * 4}).table())
+    assert "carrot" in buffer.getvalue()
+    assert "[51%, 100%]" in buffer.getvalue()
+
+
+def test_compare_pairs_by_scene() -> None:
+    first = results("x", {"a": [True, True, False, True]})
+    second = results("y", {"a": [True, False, False, False]})
+    assert compare(first, second)["a"].value == pytest.approx(0.5)
+    with pytest.raises(SpearError, match="share no scene"):
+        compare(first, results("z", {"b": [True]}))
