@@ -1,0 +1,145 @@
+"""`spear/Tabletop-v0`: the simulator as a Gymnasium environment that speaks the policy's own language.
+
+Observations are the dict that `spear.types.Policy.infer` takes, actions are rows of what it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from spear.sim.control import Motion, check_action
+from spear.sim.frames import frame_of
+from spear.sim.render import Renderer, Size
+from spear.sim.scene import FAMILIES, sample_scene
+from spear.sim.tasks import status
+from spear.sim.world import SUBSTEPS, World
+from spear.types import Frame
+
+RATE_HZ = 5.0
+MAX_STEPS = 60
+"""Control steps of an episode: 12 s (our choice)."""
+
+Observation = dict[str, Any]
+
+
+class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
+    """One task family of the embedded simulator.
+
+    Parameters
+        family       one of `spear.sim.scene.FAMILIES`.
+        image_size   (width, height) of the external camera, pixels; wrist_size the same of the wrist camera.
+        renderer     a `Renderer` to share between environments of one thread; made on first use when None.
+        images       whether observations have images; without them no rendering library is needed.
+
+    A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
+    quaternion. `info` has the milestones of `spear.sim.tasks.Status` (reached and grasped: at any time so far)
+    and of `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": RATE_HZ}  # noqa: RUF012
+
+    def __init__(
+        self,
+        family: str = "put_on",
+        image_size: Size = (280, 210),
+        wrist_size: Size = (112, 112),
+        renderer: Renderer | None = None,
+        images: bool = True,
+        render_mode: str | None = "rgb_array",
+    ) -> None:
+        sample_scene(family, 0)  # refuses unknown families
+        self.family = family
+        self.image_size, self.wrist_size = image_size, wrist_size
+        self.images = images
+        self.render_mode = render_mode
+        self._renderer = renderer
+        spaces: dict[str, gymnasium.Space[Any]] = {
+            "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
+            "prompt": gymnasium.spaces.Text(200, min_length=0, charset=_LETTERS),
+        }
+        if images:
+            for key, (width, height) in (
+                ("observation/image", image_size),
+                ("observation/wrist_image", wrist_size),
+            ):
+                spaces[key] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (8,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start the scene of `seed`; without a seed, one of the held-out scenes at random."""
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(0, 10_000))
+        self.load(World(sample_scene(self.family, seed)))
+        return self.observe(), self._info(Motion(False, False))
+
+    def load(self, world: World) -> None:
+        """Start from a given world."""
+        self.world = world
+        self.steps = 0
+        self._milestones = {"reached": False, "grasped": False, "wrong_object_moved": False}
+
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Apply one action [8] (the layout of `spear.types.Action`) for 0.2 s."""
+        info = self.physics_step(action)
+        success = info["success"]
+        return self.observe(), float(success), success, self.steps >= MAX_STEPS and not success, info
+
+    def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
+        """`step` without looking: moves the world and returns `info`."""
+        translation, rotation, opening = check_action(action)
+        motion = self.world.servo.move(translation, rotation, opening, SUBSTEPS)
+        self.steps += 1
+        return self._info(motion)
+
+    def observe(self) -> Observation:
+        """What the policy sees now."""
+        position, rotation = self.world.servo.pose()
+        state = np.concatenate([position, rotation, [self.world.servo.opening()]]).astype(np.float32)
+        result: Observation = {"observation/state": state, "prompt": self.world.spec.instruction}
+        if self.images:
+            views = [("external", self.image_size), ("wrist", self.wrist_size)]
+            image, wrist = self.renderer.images(self.world, views)
+            result["observation/image"], result["observation/wrist_image"] = image, wrist
+        return result
+
+    @property
+    def renderer(self) -> Renderer:
+        """The rendering context in use."""
+        if self._renderer is None:
+            self._renderer = Renderer()
+        return self._renderer
+
+    def frame(self, camera: str = "external") -> Frame:
+        """What `camera` ("external" or "wrist") sees now, with its ground truth."""
+        size = self.image_size if camera == "external" else self.wrist_size
+        return frame_of(self.world, camera, size, self.renderer)
+
+    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+        """The external camera's image."""
+        return self.renderer.images(self.world, [("external", self.image_size)])[0]
+
+    def _info(self, motion: Motion) -> dict[str, Any]:
+        now = asdict(status(self.world))
+        for key in self._milestones:
+            self._milestones[key] = now[key] = self._milestones[key] or now[key]
+        return {**now, **asdict(motion), "steps": self.steps}
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+gymnasium.register(
+    id="spear/Tabletop-v0",
+    entry_point="spear.sim.env:TabletopEnv",
+    kwargs={"family": FAMILIES[0]},
+)
