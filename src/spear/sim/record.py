@@ -1,0 +1,138 @@
+"""Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
+
+At random moments the arm is pushed off course for a step or two, or drops what it holds. Those steps are part of
+the episode (the pictures and poses are real) but masked: they are never a training target. What follows shows how
+to recover.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from spear.sim import expert
+from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.render import Renderer, Size
+from spear.types import Episode
+
+JPEG_QUALITY = 95
+_EXTRA_STEPS = 20
+"""Disturbed episodes may take this much longer than an evaluation."""
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """How the arm is pushed off course (our choice).
+
+    start        chance per step that a push begins; it lasts one or two steps.
+    translation  standard deviation of a pushed step, m; rotation the same, rad.
+    drop         chance that a push while holding the object opens the gripper instead.
+    """
+
+    start: float = 0.10
+    translation: float = 0.03
+    rotation: float = math.radians(12)
+    drop: float = 0.15
+
+
+def record(
+    tasks: Iterable[tuple[str, int]],
+    image_size: Size = (280, 210),
+    wrist_size: Size = (112, 112),
+    disturbance: Disturbance | None = Disturbance(),  # noqa: B008 (frozen)
+    workers: int = 2,
+) -> Iterator[Episode]:
+    """An `Episode` for each (family, seed) of `tasks`, in that order; failures included (`success` False).
+
+    Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share the
+    work; the episodes are the same whatever their number.
+    """
+    jobs = ((family, seed, image_size, wrist_size, disturbance) for family, seed in tasks)
+    if workers <= 1:
+        yield from map(_job, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_job, jobs, chunksize=4)
+
+
+def record_episode(
+    family: str,
+    seed: int,
+    renderer: Renderer,
+    image_size: Size = (280, 210),
+    wrist_size: Size = (112, 112),
+    disturbance: Disturbance | None = None,
+) -> Episode:
+    """The expert's demonstration of one scene, disturbed if asked."""
+    env = TabletopEnv(family, image_size, wrist_size, renderer)
+    observation, info = env.reset(seed=seed)
+    rng = np.random.default_rng([seed, 1])
+    images: dict[str, list[bytes]] = {"external": [], "wrist": []}
+    states, actions, mask = [], [], []
+    pushed, limit = 0, MAX_STEPS + (_EXTRA_STEPS if disturbance else 0)
+    while env.steps < limit and not info["success"]:
+        action = expert.act(env.world)
+        if disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
+            pushed = int(rng.integers(1, 3))
+        if disturbance is not None and pushed > 0:
+            pushed -= 1
+            action = _push(action, disturbance, rng, holding=action[7] < 0.5)
+            mask.append(False)
+        else:
+            mask.append(True)
+        images["external"].append(_jpeg(observation["observation/image"]))
+        images["wrist"].append(_jpeg(observation["observation/wrist_image"]))
+        states.append(observation["observation/state"])
+        actions.append(action)
+        info = env.physics_step(action)
+        observation = env.observe()
+    state = np.array(states)
+    return Episode(
+        images=images,
+        position=state[:, :3],
+        rotation=state[:, 3:7],
+        gripper=state[:, 7],
+        instruction=env.world.spec.instruction,
+        rate_hz=RATE_HZ,
+        source=f"sim/{family}/{seed}",
+        action=np.array(actions, np.float32),
+        action_mask=np.array(mask),
+        success=bool(info["success"]),
+    )
+
+
+_renderer: Renderer | None = None
+"""This process's rendering context."""
+
+
+def _job(job: tuple[str, int, Size, Size, Disturbance | None]) -> Episode:
+    global _renderer
+    if _renderer is None:
+        _renderer = Renderer()
+    family, seed, image_size, wrist_size, disturbance = job
+    return record_episode(family, seed, _renderer, image_size, wrist_size, disturbance)
+
+
+def _push(
+    action: NDArray[np.float32], disturbance: Disturbance, rng: np.random.Generator, holding: bool
+) -> NDArray[np.float32]:
+    """A random step instead of the expert's; the gripper stays as it was, or drops what it holds."""
+    step = rng.normal(0, disturbance.translation, 3)
+    vector = rng.normal(0, disturbance.rotation, 3)
+    angle = float(np.linalg.norm(vector))
+    quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
+    opening = 1.0 if holding and rng.random() < disturbance.drop else action[7]
+    return np.array([*step, *quat, opening], np.float32)
+
+
+def _jpeg(image: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
