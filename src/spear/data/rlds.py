@@ -1,9 +1,9 @@
 """RLDS datasets as TFDS writes them (Open X-Embodiment): read without TensorFlow.
 
 A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested types) and
-TFRecord shards; one record is one episode, its steps flattened into lists. `read_rlds` gives `Episode`s in our
-conventions by a `DatasetSpec`; `read_raw` gives the nested arrays that tensorflow_datasets would, images still
-encoded. Shards are read one after the other, in order.
+TFRecord shards; one record is one episode, its steps flattened into lists. `read_rlds` gives `Episode`s in
+our conventions by a `DatasetSpec`; `read_raw` gives the nested arrays that tensorflow_datasets would, images
+still encoded. Shards are read one after the other, in order.
 """
 
 from __future__ import annotations
