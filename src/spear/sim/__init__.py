@@ -1,7 +1,6 @@
 """The embedded simulator: an arm at a table with everyday things, on MuJoCo, registered with Gymnasium."""
 
 from spear.sim.env import TabletopEnv
-from spear.sim.expert import Expert
 from spear.sim.frames import clutter_frame, frame_of
 from spear.sim.record import Disturbance, record, record_episode
 from spear.sim.render import Renderer
@@ -12,7 +11,6 @@ __all__ = [
     "FAMILIES",
     "TRAIN_SEED",
     "Disturbance",
-    "Expert",
     "Renderer",
     "SceneSpec",
     "TabletopEnv",

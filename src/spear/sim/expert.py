@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim import arm
-from spear.sim.env import TabletopEnv
 from spear.sim.tasks import placed, roles
 from spear.sim.world import World
 
@@ -37,17 +36,6 @@ LOWEST = 0.012
 """Lowest height of the middle of the finger tips, m."""
 _TURN_WEIGHT = 0.10
 """Metres of funnel per radian of misalignment."""
-
-
-class Expert:
-    """The expert on one environment."""
-
-    def __init__(self, env: TabletopEnv) -> None:
-        self._env = env
-
-    def act(self) -> NDArray[np.float32]:
-        """[8] its action in the environment's present state (layout of `spear.types.Action`)."""
-        return act(self._env.world)
 
 
 def act(world: World) -> NDArray[np.float32]:

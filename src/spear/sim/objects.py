@@ -213,10 +213,10 @@ def _bottle() -> Kind:
 
 
 def _cup() -> Kind:
-    wall = _ring(10, 0.0250, (0.0022, 0.0086, 0.030), 0.0)
     parts = (
-        *wall,
-        Part("cylinder", (0.0250, 0.0030), (0, 0, -0.027)),
+        *_ring(10, 0.0250, (0.0022, 0.0086, 0.030), 0.0, solid=False),
+        # solid to the touch: a finger does not slip inside
+        Part("cylinder", (0.0270, 0.0300), visible=False),
         _visual("cylinder", (0.0235, 0.0008), pos=(0, 0, -0.0232), color=(0.25, 0.22, 0.20)),
     )
     return Kind(
