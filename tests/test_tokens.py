@@ -1,0 +1,232 @@
+"""3D tokens: equal use, round trips, bad values, and their place in a tokenizer and an embedding table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from spear.errors import SpearError
+from spear.tokens import BINS, CoordinateTokenizer, extend_tokenizer, init_new_embeddings, token_names
+
+
+def coordinates(n: int, seed: int) -> np.ndarray:
+    """Camera-frame coordinates as labels have them: mostly around 0, depth skewed, metres."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.normal(0, 0.3, 2 * n), rng.lognormal(0.2, 0.4, n)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CoordinateTokenizer:
+    return CoordinateTokenizer.fit(coordinates(100_000, seed=0))
+
+
+def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -> None:
+    held_out = coordinates(100_000, seed=1)
+    counts = np.bincount(tokenizer.encode(held_out), minlength=BINS)
+    expected = len(held_out) / BINS
+    # Both the edges and the counts are samples of n values: the variance of a count is twice Poisson's.
+    deviation = (counts - expected) / math.sqrt(2 * expected)
+    assert abs(float(deviation.std()) - 1) < 0.1
+    assert float(np.abs(deviation).max()) < 5
+    assert tokenizer.bins == BINS
+
+
+def test_bins_are_fine_at_the_centre_and_wide_in_the_tails() -> None:
+    fitted = CoordinateTokenizer.fit(np.random.default_rng(0).normal(size=200_000))
+    width = np.diff(fitted.edges)
+    assert np.median(width[:20]) > 10 * np.median(width[500:524])
+
+
+def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
+    x = coordinates(10_000, seed=2).clip(tokenizer.edges[0], tokenizer.edges[-1])
+    ids = tokenizer.encode(x)
+    decoded = tokenizer.decode(ids)
+    assert (tokenizer.edges[ids] <= decoded).all()
+    assert (decoded < tokenizer.edges[ids + 1]).all()
+    assert (tokenizer.edges[ids] <= x).all()
+    assert (x <= tokenizer.edges[ids + 1]).all()
+    assert (tokenizer.encode(decoded) == ids).all()
+    assert (tokenizer.encode(tokenizer.decode(np.arange(BINS))) == np.arange(BINS)).all()
+
+
+def test_representative_is_the_median_of_its_bin() -> None:
+    fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
+    assert fitted.edges.tolist() == [0, 6.5, 40]
+    assert fitted.representatives.tolist() == [1.5, 20]
+
+
+def test_encoding_is_monotone(tokenizer: CoordinateTokenizer) -> None:
+    ids = tokenizer.encode(np.linspace(-5, 10, 20_001))
+    assert (np.diff(ids) >= 0).all()
+    assert (ids[0], ids[-1]) == (0, BINS - 1)
+
+
+def test_values_out_of_range_clamp_and_are_counted() -> None:
+    fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
+    assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, BINS - 1]
+    assert fitted.clamped == 0
+    assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]
+    assert fitted.clamped == 3
+    assert int(fitted.encode(torch.tensor(math.inf))) == BINS - 1
+    assert fitted.clamped == 4
+
+
+def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
+    with pytest.raises(SpearError, match="NaN"):
+        tokenizer.encode(np.array([0.1, math.nan]))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(SpearError, match="NaN or infinite"):
+            CoordinateTokenizer.fit([0.0, 1.0, bad])
+    for few in ([], [2.0], [2.0, 2.0, 2.0]):
+        with pytest.raises(SpearError, match="at least 2"):
+            CoordinateTokenizer.fit(few)
+    for ids in ([-1], [0, BINS]):
+        with pytest.raises(SpearError, match="1023"):
+            tokenizer.decode(ids)
+
+
+@given(
+    hnp.arrays(
+        np.float64,
+        st.integers(2, 40),
+        elements=st.one_of(st.sampled_from([0.0, 0.1, 0.25, -3.0]), st.floats(-1e3, 1e3)),
+    ),
+    st.integers(1, 64),
+)
+def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: int) -> None:
+    if len(np.unique(values)) < 2:
+        return
+    fitted = CoordinateTokenizer.fit(values, bins)
+    assert (np.diff(fitted.edges) > 0).all()
+    assert (fitted.encode(fitted.representatives) == np.arange(bins)).all()
+    order = np.sort(values)
+    assert (np.diff(fitted.encode(order)) >= 0).all()
+    assert fitted.clamped == 0
+    assert CoordinateTokenizer.from_json(fitted.to_json()).edges.tolist() == fitted.edges.tolist()
+
+
+def test_tensors_in_tensors_out(tokenizer: CoordinateTokenizer) -> None:
+    x = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.3
+    ids = tokenizer.encode(x)
+    assert ids.dtype == torch.int64
+    assert ids.shape == x.shape
+    assert (ids.numpy() == tokenizer.encode(x.numpy())).all()
+    back = tokenizer.decode(ids)
+    assert back.dtype == torch.float32
+    assert float((back - x).abs().median()) < 1e-3
+    assert tokenizer.encode(x.bfloat16()).shape == x.shape
+    assert tokenizer.encode(0.25).shape == ()
+    assert tokenizer.encode(np.zeros((0, 3))).shape == (0, 3)
+    assert tokenizer.decode(np.zeros((0, 3), dtype=np.int64)).shape == (0, 3)
+
+
+def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
+    fitted = CoordinateTokenizer.fit(coordinates(2000, seed=3), unit="relative")
+    path = tmp_path / "coordinates.json"
+    fitted.save(path)
+    loaded = CoordinateTokenizer.load(path)
+    assert loaded.edges.tobytes() == fitted.edges.tobytes()
+    assert loaded.representatives.tobytes() == fitted.representatives.tobytes()
+    assert loaded.unit == "relative"
+    assert tokenizer.unit == "metre"
+    assert [p.name for p in tmp_path.iterdir()] == ["coordinates.json"]
+
+
+def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "coordinates.json"
+    with pytest.raises(SpearError, match=r"coordinates\.json"):
+        CoordinateTokenizer.load(path)
+    good = json.loads(tokenizer.to_json())
+    bad = [
+        "{",
+        "[]",
+        json.dumps({k: v for k, v in good.items() if k != "edges"}),
+        json.dumps(good | {"edges": good["edges"][::-1]}),
+        json.dumps(good | {"representatives": good["representatives"][1:]}),
+        json.dumps(good | {"unit": "inch"}),
+        json.dumps(good | {"edges": [math.nan] * (BINS + 1)}),
+    ]
+    for text in bad:
+        path.write_text(text)
+        with pytest.raises(SpearError) as caught:
+            CoordinateTokenizer.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "the", "mug", "is", "at", "and", "."])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
+    words = word_tokenizer()
+    before = len(words)
+    first = extend_tokenizer(words)
+    assert first == before
+    assert len(words) == before + BINS
+    names = token_names()
+    assert names[7] == "<3d0007>"
+    text = f"the mug is at {names[0]}{names[1023]} {names[512]} and"
+    ids = words(text)["input_ids"]
+    assert ids == [1, 2, 3, 4, first, first + 1023, first + 512, 5]
+    assert names[1023] in words.decode(ids, skip_special_tokens=True)
+    assert extend_tokenizer(words) == first
+    assert len(words) == before + BINS
+
+    words.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert extend_tokenizer(again) == first
+    assert again(text)["input_ids"] == ids
+
+
+def test_a_tokenizer_with_scattered_names_is_refused() -> None:
+    words = word_tokenizer()
+    words.add_tokens(["<3d0001>"])
+    with pytest.raises(SpearError, match="3D tokens"):
+        extend_tokenizer(words)
+
+
+def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 6, generator=g)
+    existing = torch.randn(20_000, 6, generator=g) @ mix + torch.arange(6)
+    new = init_new_embeddings(existing, 50_000, g)
+    scale = float(torch.cov(existing.T).diag().max())
+    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * scale**0.5, rtol=0)
+    torch.testing.assert_close(torch.cov(new.T), torch.cov(existing.T), atol=0.03 * scale, rtol=0)
+    same = [init_new_embeddings(existing, 5, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
+    g = torch.Generator().manual_seed(0)
+    few = torch.randn(3, 16, generator=g).bfloat16()  # three rows span a plane around their mean
+    new = init_new_embeddings(few, 8, g)
+    assert new.dtype == torch.bfloat16
+    assert new.shape == (8, 16)
+    assert bool(torch.isfinite(new).all())
+    centred = (few - few.mean(0)).float()
+    basis = torch.linalg.svd(centred).Vh[:2]
+    offset = new.float() - few.float().mean(0)
+    assert float((offset - offset @ basis.T @ basis).abs().max()) < 0.02
+    constant = torch.full((10, 4), 0.5)
+    torch.testing.assert_close(init_new_embeddings(constant, 2, g), constant[:2])
+
+
+def test_new_embeddings_do_not_depend_on_gradients_and_leave_the_old_alone() -> None:
+    existing = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    before = existing.detach().clone()
+    assert not init_new_embeddings(existing, 3).requires_grad
+    assert torch.equal(existing, before)
