@@ -92,7 +92,7 @@ def _leave(world: World, touching: int) -> NDArray[np.float32]:
     position, rotation = world.servo.pose()
     yaw, _ = _yaw_tilt(rotation)
     goal = position.copy()
-    if not touching and world.servo.opening() > 0.6:
+    if touching < 2 and world.servo.opening() > 0.6:
         goal[2] = max(position[2], world.position(target)[2] + RETREAT)
     return _action(position, rotation, goal, yaw, 1.0)
 

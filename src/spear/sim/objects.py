@@ -202,14 +202,14 @@ def _can() -> Kind:
 
 def _bottle() -> Kind:
     parts = (
-        Part("cylinder", (0.0240, 0.0480)),
-        _visual("ellipsoid", (0.0240, 0.0240, 0.022), pos=(0, 0, 0.048)),
-        _visual("cylinder", (0.0100, 0.0160), pos=(0, 0, 0.076)),
-        _visual("cylinder", (0.0115, 0.0070), pos=(0, 0, 0.094), color=PALE),
-        _visual("cylinder", (0.0244, 0.0180), pos=(0, 0, -0.004), color=YELLOW),
-        _hidden((0.009, 0.009, 0.027), (0, 0, 0.074)),
+        Part("cylinder", (0.0240, 0.0340)),
+        _visual("ellipsoid", (0.0240, 0.0240, 0.020), pos=(0, 0, 0.034)),
+        _visual("cylinder", (0.0100, 0.0120), pos=(0, 0, 0.058)),
+        _visual("cylinder", (0.0115, 0.0060), pos=(0, 0, 0.072), color=PALE),
+        _visual("cylinder", (0.0244, 0.0140), pos=(0, 0, -0.004), color=YELLOW),
+        _hidden((0.009, 0.009, 0.022), (0, 0, 0.056)),
     )
-    return Kind("bottle", parts, 0.048, 0.025, (0.10, 0.42, 0.30), mass=0.12)
+    return Kind("bottle", parts, 0.034, 0.025, (0.10, 0.42, 0.30), mass=0.12)
 
 
 def _cup() -> Kind:

@@ -152,7 +152,7 @@ def clutter_scene(seed: int) -> SceneSpec:
 
 def sample_look(rng: np.random.Generator) -> Look:
     """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
-    camera = np.array([1.12, 0.32, 0.60]) + rng.uniform(-0.04, 0.04, 3)
+    camera = np.array([1.06, 0.30, 0.66]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.47, 0.0, 0.07]) + rng.uniform(-0.02, 0.02, 3)
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
     warm = rng.uniform(-0.05, 0.05)

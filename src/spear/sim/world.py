@@ -206,8 +206,9 @@ def base_spec() -> mujoco.MjSpec:
     option.iterations = 20
     visual = spec.visual
     visual.headlight.active = 0
-    visual.quality.numslices = 20
-    visual.quality.numstacks = 10
+    visual.quality.numslices = 16
+    visual.quality.numstacks = 8
+    visual.quality.numquads = 1
     visual.quality.offsamples = 0
     visual.quality.shadowsize = 0
     visual.map.znear = 0.01
