@@ -206,7 +206,7 @@ def base_spec() -> mujoco.MjSpec:
     option.iterations = 20
     visual = spec.visual
     visual.headlight.active = 0
-    visual.quality.numslices = 16
+    visual.quality.numslices = 20
     visual.quality.numstacks = 8
     visual.quality.numquads = 1
     visual.quality.offsamples = 0
