@@ -118,21 +118,20 @@ class Results:
         table = Table(
             title=f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
         )
-        for column in ("family", "success", "95 % interval", "reached", "grasped", "wrong object", "steps"):
+        for column in ("family", "success [95 %]", "reached", "grasped", "wrong object", "steps"):
             table.add_column(column, justify="left" if column == "family" else "right")
         for family in self.families:
             s = self.summary(family)
             table.add_row(
                 family,
-                f"{s.success.value:.0%}",
-                f"[{s.success.low:.0%}, {s.success.high:.0%}]".replace("[", "\\["),
+                f"{s.success.value:.0%} \\[{s.success.low:.0%}, {s.success.high:.0%}]",
                 f"{s.reached.value:.0%}",
                 f"{s.grasped.value:.0%}",
                 f"{s.wrong_object.value:.0%}",
                 "" if s.steps is None else f"{s.steps:.0f}",
             )
         table.add_section()
-        table.add_row("mean of families", f"{self.mean_success:.1%}", *[""] * 5)
+        table.add_row("mean of families", f"{self.mean_success:.1%}", *[""] * 4)
         return table
 
 

@@ -56,6 +56,7 @@ def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 
     height, width = frames[0].shape[:2]
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(name, rate=Fraction(rate_hz).limit_denominator(1000), options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         held = [frames[-1]] * round(hold_seconds * rate_hz)
         for image in [*frames, *held]:

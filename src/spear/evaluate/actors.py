@@ -1,0 +1,81 @@
+"""Who acts in an evaluation: a policy, or one of the references that frame its number from both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from spear.types import Array, Policy
+
+if TYPE_CHECKING:
+    from spear.sim.env import TabletopEnv
+
+NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+"""The action that leaves the arm where it is, with the gripper open."""
+
+
+class Actor(Protocol):
+    """Chooses actions for several running scenes at once.
+
+    name         for reports.
+    needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
+    """
+
+    name: str
+    needs_images: bool
+
+    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene."""
+        ...
+
+
+class PolicyActor:
+    """A policy, which sees only observations."""
+
+    needs_images = True
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self.policy = policy
+        self.name = name
+
+    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(observations)]
+
+
+class ExpertActor:
+    """The scripted expert, which sees the simulator's true state: what the arm and the time limit allow."""
+
+    name = "expert"
+    needs_images = False
+
+    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        from spear.sim import expert
+
+        return [expert.act(env.world)[None] for env in envs]
+
+
+class ConstantActor:
+    """The same action whatever is seen: doing nothing, or the demonstrations' mean action."""
+
+    needs_images = False
+
+    def __init__(self, name: str, action: Array) -> None:
+        self.name = name
+        self.action = np.asarray(action, np.float32).reshape(8)
+
+    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        return [self.action[None]] * len(envs)
+
+
+def mean_action(actions: Array) -> Array:
+    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
+
+    The chordal mean is the top eigenvector of Σ q qᵀ, which does not depend on the signs of the quaternions.
+    """
+    actions = np.asarray(actions, np.float64)
+    q = actions[:, 3:7]
+    rotation = np.linalg.eigh(q.T @ q)[1][:, -1]
+    rotation = rotation if rotation[0] >= 0 else -rotation
+    return np.concatenate([actions[:, :3].mean(0), rotation, actions[:, 7:].mean(0)]).astype(np.float32)

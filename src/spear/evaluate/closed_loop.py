@@ -1,0 +1,200 @@
+"""Closed loop: a policy acts in many simulated scenes at once, each until success or time out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mujoco
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spear.errors import SpearError, unknown_name
+from spear.evaluate import video
+from spear.evaluate.actors import Actor
+from spear.evaluate.results import Outcome, Results
+from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.render import Renderer, Size
+from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
+from spear.sim.world import World
+from spear.types import Array
+
+
+@dataclass(frozen=True)
+class Film:
+    """The film of one episode. data: the bytes of a file of MIME type `mime`."""
+
+    outcome: Outcome
+    data: bytes
+    mime: str
+
+
+@dataclass
+class _Slot:
+    """One running scene. poses: joint positions at each step, from which a film can be made."""
+
+    env: TabletopEnv
+    seed: int
+    info: Mapping[str, Any] = field(default_factory=dict)
+    unreachable: int = 0
+    poses: list[Array] = field(default_factory=list)
+
+
+def evaluate(
+    actor: Actor,
+    families: Sequence[str] = FAMILIES,
+    scenes: int = 200,
+    first_seed: int = 0,
+    replan: int = 5,
+    batch: int = 32,
+    image_size: Size = (280, 210),
+    wrist_size: Size = (112, 112),
+    films: int = 0,
+    quiet: bool = False,
+) -> tuple[Results, list[Film]]:
+    """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
+
+    replan      actions of each predicted chunk that are executed before looking again (the paper executes the
+                whole chunk of 5; fewer reacts sooner and costs more inferences).
+    batch       scenes that run at once: their observations go through the policy together, and all share one
+                renderer. A scene that ends makes room for the next seed.
+    image_size, wrist_size  (width, height) of the cameras, in pixels.
+    films       films to make per family: the first so many successes, and as many failures.
+
+    Raises SpearError for an unknown family and for seeds that are not held out.
+    """
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("task family", family, FAMILIES)
+    if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:
+        raise SpearError(
+            f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "
+            "choose --scenes and --first-seed within them"
+        )
+    started = time.perf_counter()
+    renderer = Renderer() if actor.needs_images or films else None
+    outcomes: list[Outcome] = []
+    kept: list[Film] = []
+    with _progress(quiet) as bar:
+        for family in families:
+            row = bar.add_task(family, total=scenes, info="")
+            begun = time.perf_counter()
+            done: list[Outcome] = []
+
+            def report(slot: _Slot, done: list[Outcome] = done, row: Any = row, begun: float = begun) -> None:
+                outcome = _outcome(slot)
+                same = sum(o.success == outcome.success for o in done)
+                done.append(outcome)
+                if same < films and renderer is not None:
+                    kept.append(_film(slot, outcome, renderer))
+                rate = len(done) / (time.perf_counter() - begun)
+                wins = sum(o.success for o in done)
+                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
+
+            size = min(batch, scenes)
+            envs = [
+                TabletopEnv(family, image_size, wrist_size, renderer, images=actor.needs_images)
+                for _ in range(size)
+            ]
+            _run(actor, envs, range(first_seed, first_seed + scenes), replan, bool(films), report)
+            outcomes += sorted(done, key=lambda o: o.seed)
+    settings = {
+        "scenes": scenes,
+        "first_seed": first_seed,
+        "replan": replan,
+        "image_size": list(image_size),
+        "wrist_size": list(wrist_size),
+    }
+    kept.sort(key=lambda f: (families.index(f.outcome.family), not f.outcome.success))
+    return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
+
+
+def _run(
+    actor: Actor,
+    envs: Sequence[TabletopEnv],
+    seeds: Sequence[int],
+    replan: int,
+    filming: bool,
+    report: Callable[[_Slot], None],
+) -> None:
+    """All seeds through the given environments; `report` hears of each episode that ends."""
+    waiting = list(seeds)[::-1]
+    slots: list[_Slot] = []
+    free = list(envs)
+    while waiting or slots:
+        while waiting and free:
+            slot = _Slot(free.pop(), waiting.pop())
+            slot.env.load(World(sample_scene(slot.env.family, slot.seed)))
+            slots.append(slot)
+        observations = [s.env.observe() if actor.needs_images else {} for s in slots]
+        chunks = actor.act([s.env for s in slots], observations)
+        running = []
+        for slot, chunk in zip(slots, chunks, strict=True):
+            if _execute(slot, chunk[:replan], filming):
+                report(slot)
+                free.append(slot.env)
+            else:
+                running.append(slot)
+        slots = running
+
+
+def _execute(slot: _Slot, actions: Array, filming: bool) -> bool:
+    """Steps one scene; True when its episode has ended."""
+    data = slot.env.world.data
+    for action in actions:
+        if filming:
+            slot.poses.append(data.qpos.copy())
+        slot.info = slot.env.physics_step(action)
+        slot.unreachable += slot.info["unreachable"]
+        if slot.info["success"] or slot.env.steps >= MAX_STEPS:
+            if filming:
+                slot.poses.append(data.qpos.copy())
+            return True
+    return False
+
+
+def _outcome(slot: _Slot) -> Outcome:
+    info = slot.info
+    return Outcome(
+        family=slot.env.family,
+        seed=slot.seed,
+        instruction=slot.env.world.spec.instruction,
+        success=bool(info["success"]),
+        reached=bool(info["reached"]),
+        grasped=bool(info["grasped"]),
+        wrong_object_moved=bool(info["wrong_object_moved"]),
+        unreachable=slot.unreachable,
+        steps=slot.env.steps,
+    )
+
+
+def _film(slot: _Slot, outcome: Outcome, renderer: Renderer) -> Film:
+    """Replays the recorded joint positions before larger cameras than the policy's."""
+    world, (width, height) = slot.env.world, slot.env.image_size
+    views = [
+        ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
+        ("wrist", (video.HEIGHT, video.HEIGHT)),
+    ]
+    frames = []
+    for step, pose in enumerate(slot.poses):
+        world.data.qpos[:] = pose
+        mujoco.mj_forward(world.model, world.data)
+        external, wrist = renderer.images(world, views)
+        ended = step == len(slot.poses) - 1
+        frames.append(video.compose(external, wrist, outcome.instruction, outcome.success if ended else None))
+    return Film(outcome, *video.encode(frames, RATE_HZ))
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=quiet,
+    )

@@ -1,0 +1,160 @@
+"""Open loop: how far a policy's predicted actions are from what the demonstrator did, on held-out episodes.
+
+This says nothing about success (an error of a centimetre may grasp or miss), but it needs no robot: it is
+the first check of a fine-tuning on real episodes. The reference is the one constant action that is best
+without looking: the mean action of the training episodes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.data.actions import HORIZON, chunk, episode_actions, resample
+from spear.data.episode import EpisodeStore
+from spear.data.images import decode_image
+from spear.errors import SpearError
+from spear.evaluate.actors import mean_action
+from spear.evaluate.stats import Estimate, bootstrap
+from spear.geometry import quat_distance
+from spear.types import Array, Episode, Policy
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of all predicted actions of one episode, N of them (known actions of all chunks).
+
+    translation  [N] mm, length of the difference of one step's displacements.
+    rotation     [N] degrees, angle between the two step rotations.
+    gripper      [N] bool, both commands on the same side of half open.
+    end          [M] mm, difference of where the M whole chunks lead.
+    """
+
+    translation: Array
+    rotation: Array
+    gripper: Array
+    end: Array
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """One policy's open-loop errors; `first_step` holds predictions and truth of each step for plots.
+
+    predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done.
+    """
+
+    name: str
+    episodes: Sequence[Errors]
+    predicted: Sequence[Array]
+    truth: Sequence[Array]
+
+    def summary(self) -> dict[str, Estimate]:
+        """Means with intervals that resample whole episodes (steps of one episode hang together)."""
+        columns = {
+            "translation_mm": [e.translation for e in self.episodes],
+            "chunk_end_mm": [e.end for e in self.episodes],
+            "rotation_deg": [e.rotation for e in self.episodes],
+            "gripper_accuracy": [e.gripper for e in self.episodes],
+        }
+        return {name: bootstrap(groups, np.mean) for name, groups in columns.items()}
+
+
+def observations(episode: Episode) -> list[dict[str, Any]]:
+    """What a policy would have seen at each of the T steps (`spear.types.Policy`)."""
+    if "external" not in episode.images:
+        raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
+    names = {"external": "observation/image", "wrist": "observation/wrist_image"}
+    state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], 1).astype(
+        np.float32
+    )
+    seen: list[dict[str, Any]] = []
+    for step in range(len(episode)):
+        observation: dict[str, Any] = {"observation/state": state[step], "prompt": episode.instruction}
+        for camera, key in names.items():
+            if camera in episode.images:
+                encoded = episode.images[camera][step]
+                observation[key] = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
+        seen.append(observation)
+    return seen
+
+
+def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoop:
+    """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
+    episodes = [resample(e) for e in store]
+    errors, predicted = [], []
+    for episode in episodes:
+        seen = observations(episode)
+        chunks: list[Array] = []
+        for start in range(0, len(seen), batch):
+            chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
+        errors.append(_errors(np.stack(chunks), episode))
+        predicted.append(np.stack([c[0] for c in chunks]))
+    return OpenLoop(name, errors, predicted, [episode_actions(e)[0] for e in episodes])
+
+
+def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
+    """The same errors for always predicting the mean action of `train`."""
+    known = [action[valid] for action, valid in (episode_actions(resample(e)) for e in _states(train))]
+    constant = mean_action(np.concatenate(known))
+    episodes = [resample(e) for e in _states(held_out)]
+    errors = [_errors(np.tile(constant, (len(e), HORIZON, 1)), e) for e in episodes]
+    truth = [episode_actions(e)[0] for e in episodes]
+    return OpenLoop("mean action", errors, [np.tile(constant, (len(t), 1)) for t in truth], truth)
+
+
+def plot(model: OpenLoop, reference: OpenLoop, episodes: int = 3, dpi: int = 110) -> bytes:
+    """PNG: predicted against true displacement per axis, and the gripper, over some held-out episodes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = range(min(episodes, len(model.truth)))
+    names = ("forward (x), mm", "left (y), mm", "up (z), mm", "gripper opening")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(4, len(chosen), sharex="col", sharey="row", squeeze=False)
+    for column, index in enumerate(chosen):
+        for row, name in enumerate(names):
+            scale, dimension = (1000, row) if row < 3 else (1, 7)
+            axis = axes[row][column]
+            axis.plot(scale * model.truth[index][:, dimension], "o-", color="#30363d", label="demonstrator")
+            axis.plot(scale * model.predicted[index][:, dimension], "o-", color="#2460c8", label=model.name)
+            axis.plot(
+                scale * reference.predicted[index][:, dimension], "--", color="#c8402f", label=reference.name
+            )
+            axis.grid(alpha=0.25)
+            axis.margins(y=0.15)
+            if column == 0:
+                axis.set_ylabel(name)
+        axes[0][column].set_title(f"held-out episode {index + 1}")
+        axes[3][column].set_xlabel("step (5 Hz)")
+    axes[0][0].legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _states(store: EpisodeStore) -> list[Episode]:
+    return [store.without_images(i) for i in range(len(store))]
+
+
+def _errors(chunks: Array, episode: Episode) -> Errors:
+    """chunks [T, H, 8] predicted from each step of the episode."""
+    actions, valid = episode_actions(episode)
+    horizon = chunks.shape[1]
+    targets = [chunk(actions, valid, step, horizon) for step in range(len(episode))]
+    truth, known = np.stack([t for t, _ in targets]), np.stack([k for _, k in targets])
+    difference = 1000 * np.linalg.norm(chunks[..., :3] - truth[..., :3], axis=-1)
+    angle = quat_distance(torch.as_tensor(chunks[..., 3:7]), torch.as_tensor(truth[..., 3:7]))
+    whole = known.all(1)
+    end = 1000 * np.linalg.norm((chunks[..., :3] - truth[..., :3]).sum(1), axis=-1)
+    return Errors(
+        translation=difference[known],
+        rotation=np.degrees(angle.numpy())[known],
+        gripper=((chunks[..., 7] > 0.5) == (truth[..., 7] > 0.5))[known],
+        end=end[whole],
+    )

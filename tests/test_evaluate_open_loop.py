@@ -1,0 +1,100 @@
+"""Open-loop errors: none for the demonstrator, known for a known mistake, the mean action as reference."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spear.data.actions import chunk, episode_actions
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.errors import SpearError
+from spear.evaluate.open_loop import observations, plot, score, score_mean_action
+from spear.types import Array, Episode
+
+
+def episode(seed: int, steps: int = 12) -> Episode:
+    rng = np.random.default_rng(seed)
+    picture = io.BytesIO()
+    Image.fromarray(np.full((24, 32, 3), 40 + seed, np.uint8)).save(picture, "PNG")
+    angle = np.cumsum(rng.normal(0, 0.05, steps))
+    zeros = np.zeros(steps)
+    return Episode(
+        images={"external": [picture.getvalue()] * steps},
+        position=np.cumsum(rng.normal(0.01, 0.01, (steps, 3)), axis=0),
+        rotation=np.stack([np.cos(angle / 2), zeros, zeros, np.sin(angle / 2)], 1),
+        gripper=(np.arange(steps) < 6).astype(float),
+        instruction="put it there",
+        rate_hz=5.0,
+        source=f"test/{seed}",
+    )
+
+
+class Replay:
+    """Answers with the demonstrator's own chunks, off by an error (m) along x, gripper inverted if asked."""
+
+    def __init__(self, store: EpisodeStore, error: float = 0.0, wrong_gripper: bool = False) -> None:
+        self.error, self.wrong_gripper = error, wrong_gripper
+        self.chunks: dict[bytes, Array] = {}
+        for e in store:
+            actions, valid = episode_actions(e)
+            for step, seen in enumerate(observations(e)):
+                self.chunks[seen["observation/state"].tobytes()] = chunk(actions, valid, step)[0]
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        out = self.chunks[observation["observation/state"].tobytes()].copy()
+        out[:, 0] += self.error
+        if self.wrong_gripper:
+            out[:, 7] = 1 - out[:, 7]
+        return {"actions": out}
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [self.infer(o) for o in observations]
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
+    write_episodes([episode(i) for i in range(8)], tmp_path)
+    store = EpisodeStore(tmp_path)
+    return store.subset(range(6)), store.subset([6, 7])
+
+
+def test_the_demonstrator_has_no_error(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
+    summary = score("replay", Replay(stores[1]), stores[1]).summary()
+    assert summary["translation_mm"].value == pytest.approx(0, abs=1e-6)
+    assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
+    assert summary["gripper_accuracy"].value == 1
+    assert summary["translation_mm"].n == 2
+
+
+def test_a_known_mistake_is_measured(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
+    summary = score("replay", Replay(stores[1], 0.002, wrong_gripper=True), stores[1]).summary()
+    assert summary["translation_mm"].value == pytest.approx(2, rel=1e-3)
+    assert summary["chunk_end_mm"].value == pytest.approx(10, rel=1e-3)
+    assert summary["gripper_accuracy"].value == 0
+
+
+def test_the_mean_action_is_a_reference_and_all_of_it_is_plotted(
+    stores: tuple[EpisodeStore, EpisodeStore],
+) -> None:
+    train, held_out = stores
+    reference = score_mean_action(train, held_out)
+    actions = np.concatenate([episode_actions(e)[0][:-1] for e in train])
+    np.testing.assert_allclose(reference.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
+    summary = reference.summary()
+    assert summary["translation_mm"].value > 5
+    assert summary["rotation_deg"].low <= summary["rotation_deg"].value <= summary["rotation_deg"].high
+    picture = Image.open(io.BytesIO(plot(score("replay", Replay(held_out), held_out), reference)))
+    assert picture.format == "PNG"
+    assert picture.width > 800
+
+
+def test_an_episode_without_the_external_camera_is_refused() -> None:
+    e = episode(0)
+    with pytest.raises(SpearError, match="no external camera"):
+        observations(Episode(**{**vars(e), "images": {"side": e.images["external"]}}))
