@@ -1,0 +1,142 @@
+"""What a folder of robot data is, in a few lines of text: for `spear data inspect PATH`."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear.data.actions import store_actions
+from spear.data.episode import SHARD_GLOB, EpisodeStore
+from spear.data.images import decode_image
+from spear.data.oxe import REGISTRY, SPEC_FILE
+from spear.data.rlds import is_rlds, open_rlds, read_raw
+from spear.errors import SpearError
+
+SHOWN = 5
+"""How many instructions to show; the most frequent first."""
+LOOKED_AT = 50
+"""How many episodes of an RLDS folder to read: all of a real one would take hours."""
+
+
+def inspect(path: str | Path) -> str:
+    """A text of what `path` holds: an RLDS folder, or a store of our episodes.
+
+    Raises SpearError when it is neither, or is broken.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SpearError(f"no such folder: {folder}")
+    if any(folder.glob(SHARD_GLOB)):
+        return _describe_store(EpisodeStore(folder))
+    if is_rlds(folder):
+        return _describe_rlds(folder)
+    raise SpearError(
+        f"no robot data: {folder}: neither an RLDS folder (features.json) nor a store ({SHARD_GLOB})"
+    )
+
+
+def _describe_store(store: EpisodeStore) -> str:
+    actions, valid, states, _ = store_actions(store)
+    count = len(store)
+    rates = Counter(f"{store.rate_hz(i):g} Hz" for i in range(count))
+    success = Counter(store.without_images(i).success for i in range(count))
+    lines = [
+        f"{store.path}: a store of episodes",
+        f"episodes      {count}, {len(valid)} steps ({_spread(store.lengths)} each)",
+        f"rate          {_counted(rates)}",
+        *(f"camera        {camera}: {_store_camera(store, camera)}" for camera in store.cameras),
+        f"targets       {100 * valid.mean():.1f} % of the steps have a known action",
+        f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown",
+        f"position, m   {_ranges(states[:, :3])}",
+    ]
+    if valid.any():
+        lines.append(f"step, mm      {_ranges(1000 * actions[valid, :3])}")
+    return "\n".join([*lines, *_instructions(store.instruction(i) for i in range(count))])
+
+
+def _store_camera(store: EpisodeStore, camera: str) -> str:
+    have = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
+    encoded = store.image(have[0], 0, camera) or b""
+    height, width = decode_image(encoded, f"{store.source(have[0])} step 0 camera {camera!r}").shape[:2]
+    return f"{width} x {height} pixels, in {len(have)} of {len(store)} episodes"
+
+
+def _describe_rlds(path: Path) -> str:
+    folder = open_rlds(path)
+    splits = {name: sum(n for _, n in shards) for name, shards in folder.splits.items()}
+    if not splits:
+        raise SpearError(f"no episodes: {folder.path}: its dataset_info.json names no split")
+    first = next(iter(splits))
+    examples = [example for _, example in itertools.islice(read_raw(folder, first), LOOKED_AT)]
+    steps = [example["steps"] for example in examples if "steps" in example]
+    if not steps:
+        raise SpearError(f"no episodes: {folder.path}: split {first!r} has no examples with steps")
+    if (folder.path / SPEC_FILE).is_file():
+        known = f"described by {folder.path / SPEC_FILE}"
+    elif folder.name in REGISTRY:
+        known = "known"
+    else:
+        known = f"not known: describe it in {folder.path / SPEC_FILE} (see spear.data.oxe)"
+    lines = [
+        f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
+        f"layout        {known}",
+        f"episodes      {', '.join(f'{name} {n}' for name, n in splits.items())}",
+        f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
+    ]
+    lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
+    words = [dict(_leaves(s)).get("language_instruction") for s in steps]
+    return "\n".join([*lines, *_instructions(bytes(w[0]).decode("utf-8", "replace") for w in words if w)])
+
+
+def _leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(steps.items()):
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _columns(steps: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, values in _leaves(steps):
+        if isinstance(values, np.ndarray):
+            low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
+            shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
+            yield name, f"{values.dtype}{shape}, {low} … {high} in the first episode"
+        elif values and values[0][:4] in (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xdb", b"\x89PNG"):
+            pixels = decode_image(values[0], name)
+            blank = ", blank" if pixels.max() == pixels.min() else ""
+            yield name, f"image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
+        else:
+            yield name, "text"
+
+
+def _length(steps: Mapping[str, Any]) -> int:
+    return len(next(values for _, values in _leaves(steps)))
+
+
+def _spread(lengths: np.ndarray) -> str:
+    low, high = int(lengths.min()), int(lengths.max())
+    return f"{low}" if low == high else f"{low} … {int(np.median(lengths))} … {high}"
+
+
+def _ranges(values: np.ndarray) -> str:
+    ends = np.quantile(values, [0.01, 0.99], axis=0)
+    return ", ".join(f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", *ends, strict=True)) + " (98 %)"
+
+
+def _counted(counts: Counter[str]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({n})" for name, n in counts.most_common())
+
+
+def _instructions(texts: Iterator[str]) -> list[str]:
+    counts = Counter(text.strip() or "(none)" for text in texts)
+    shown = [f"  {n:>6} × {text}" for text, n in counts.most_common(SHOWN)]
+    more = [f"         … and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
+    return [f"instructions  {len(counts)} different", *shown, *more]

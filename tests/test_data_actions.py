@@ -1,0 +1,132 @@
+"""Canonical actions: they lead from state to state, and what is not known is masked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation, Slerp
+
+from spear.data.actions import binarize_gripper, chunk, episode_actions, resample
+from spear.data.episode import check_episode
+from spear.geometry import apply_step, quat_distance
+from spear.types import Episode
+
+
+def smooth_episode(seed: int, steps: int, rate_hz: float = 5.0) -> Episode:
+    """A wandering arm, its images numbered."""
+    rng = np.random.default_rng(seed)
+    turns = Rotation.random(1, rng) * Rotation.from_rotvec(np.cumsum(rng.normal(0, 0.3, (steps, 3)), axis=0))
+    return check_episode(
+        Episode(
+            images={"external": [b"%d" % i for i in range(steps)]},
+            position=np.cumsum(rng.normal(0, 0.02, (steps, 3)), axis=0),
+            rotation=turns.as_quat(scalar_first=True),
+            gripper=rng.uniform(size=steps),
+            instruction="wander",
+            rate_hz=rate_hz,
+            source=f"wander {seed}",
+        )
+    )
+
+
+@given(st.integers(0, 1000), st.integers(2, 12), st.integers(0, 11))
+def test_following_a_chunk_reproduces_the_states(seed: int, steps: int, start: int) -> None:
+    episode = smooth_episode(seed, steps)
+    start = start % steps
+    actions, valid = episode_actions(episode)
+    acts, mask = chunk(actions, valid, start)
+    assert mask.sum() == min(5, steps - 1 - start)
+    position, rotation = (torch.as_tensor(x[start]).double() for x in (episode.position, episode.rotation))
+    for h in range(5):
+        act = torch.as_tensor(acts[h]).double()
+        position, rotation = apply_step(position, rotation, act[:3], act[3:7])
+        reached = min(start + h + 1, steps - 1)  # beyond the end the robot stays
+        np.testing.assert_allclose(position, episode.position[reached], atol=1e-6)
+        distance = quat_distance(rotation, torch.as_tensor(episode.rotation[reached]).double())
+        assert float(distance) < 1e-5
+
+
+def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
+    """A gripper yawed by 90° moves along the base's x axis and turns about its own x, the base's y."""
+    before = Rotation.from_euler("z", 90, degrees=True)
+    after = Rotation.from_euler("y", 10, degrees=True) * before
+    rotation = np.stack([r.as_quat(scalar_first=True) for r in (before, after)])
+    episode = dataclasses.replace(
+        smooth_episode(0, 2), position=np.array([[0.1, 0, 0], [0.15, 0, 0]]), rotation=rotation
+    )
+    actions, _ = episode_actions(check_episode(episode))
+    np.testing.assert_allclose(actions[0, :3], [0.05, 0, 0], atol=1e-6)
+    expected = Rotation.from_euler("x", 10, degrees=True).as_quat(scalar_first=True)
+    np.testing.assert_allclose(actions[0, 3:7], expected, atol=1e-6)
+
+
+def test_a_masked_step_masks_the_rest_of_its_chunks() -> None:
+    actions = np.arange(80, dtype=np.float32).reshape(10, 8)
+    valid = np.ones(10, bool)
+    valid[4] = False
+    acts, mask = chunk(actions, valid, 2, horizon=6)
+    np.testing.assert_array_equal(mask, [True, True, False, False, False, False])
+    np.testing.assert_array_equal(acts[:2], actions[2:4])
+    np.testing.assert_array_equal(acts[2:], [[0, 0, 0, 1, 0, 0, 0, actions[3, 7]]] * 4)
+    acts, mask = chunk(actions, valid, 4)
+    assert not mask.any() and acts[0, 7] == actions[4, 7]
+    acts, mask = chunk(actions, valid, 8)
+    np.testing.assert_array_equal(mask, [True, True, False, False, False])
+    np.testing.assert_array_equal(acts[2:, 7], actions[9, 7])
+
+
+def test_logged_actions_are_used_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    episode = dataclasses.replace(smooth_episode(0, 4), action=rng.normal(size=(4, 8)))
+    actions, valid = episode_actions(episode)
+    np.testing.assert_array_equal(actions, episode.action)
+    assert valid.all()
+
+
+def test_gripper_has_hysteresis() -> None:
+    opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
+    np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
+
+
+def test_the_derived_command_is_the_next_opening() -> None:
+    episode = dataclasses.replace(smooth_episode(0, 4), gripper=np.array([1, 1, 0.1, 0.1], np.float32))
+    np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], [1, 0, 0, 0])
+
+
+@given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))
+def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> None:
+    episode = smooth_episode(seed, steps, rate)
+    slow = resample(episode)
+    times, new = np.arange(steps) / rate, np.arange(len(slow)) / 5.0
+    assert slow.rate_hz == 5.0 and new[-1] <= times[-1] + 1e-6 < new[-1] + 0.2 + 2e-6
+    new = np.minimum(new, times[-1])
+    expected = Slerp(times, Rotation.from_quat(episode.rotation, scalar_first=True))(new)
+    difference = (expected.inv() * Rotation.from_quat(slow.rotation, scalar_first=True)).magnitude()
+    assert difference.max() < 1e-5
+    for axis in range(3):
+        linear = np.interp(new, times, episode.position[:, axis])
+        np.testing.assert_allclose(slow.position[:, axis], linear, atol=1e-6)
+    shown = np.array([int(image) for image in slow.images["external"]])
+    assert (np.abs(shown / rate - new) <= 0.5 / rate + 1e-6).all()
+    check_episode(slow)
+
+
+def test_resampling_keeps_commands_and_masks() -> None:
+    """10 Hz to 5 Hz: the command at the end of each new step; masked when either of its two old steps is."""
+    episode = smooth_episode(1, 9, 10.0)
+    action = np.zeros((9, 8), np.float32)
+    action[:, 3], action[:, 7] = 1, [1, 1, 1, 0, 0, 0, 1, 1, 1]
+    mask = np.ones(9, bool)
+    mask[5] = False
+    slow = resample(dataclasses.replace(episode, action=action, action_mask=mask))
+    assert slow.action is not None and slow.action_mask is not None and len(slow) == 5
+    np.testing.assert_array_equal(slow.action[:, 7], [1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(slow.action_mask, [True, True, False, True, False])
+    np.testing.assert_allclose(slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6)
+    same = dataclasses.replace(episode, rate_hz=5.0)
+    assert resample(same) is same
