@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, GemmaConfig, GemmaModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
 from spear.models.attention import choose_attention
+from spear.models.gemma import Gemma
 from spear.models.mask import positions, suffix_mask
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import ACTION_DIM, Action
@@ -87,7 +88,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         super().__init__(choose_attention(config))
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
-        self.expert = GemmaModel(config.expert_config)
+        self.expert = Gemma(config.expert_config)
         self.expert.embed_tokens = None  # it never sees a token of text
         width = config.expert_config.hidden_size
         self.state_proj = nn.Linear(STATE_FEATURES, width)

@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     GemmaConfig,
-    GemmaModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
@@ -25,6 +24,7 @@ from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
 from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
+from spear.models.gemma import Gemma
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
@@ -122,7 +122,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         if config.moge_config is not None:
             self.moge = MogeEncoder(config.moge_config)
             self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
-        self.language_model = GemmaModel(config.text_config)
+        self.language_model = Gemma(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
