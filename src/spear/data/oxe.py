@@ -139,14 +139,27 @@ def _from_fields(fields: dict[str, Any], name: str, path: Path) -> DatasetSpec:
     if missing:
         names = ", ".join(missing)
         raise SpearError(f'incomplete: {path}: add {names}, or name a similar dataset as "like"')
-    for key, kind in (("images", dict), ("gripper_range", list), ("command_range", list), ("rate_hz", float)):
-        default = vars(REGISTRY["bridge_dataset"])[key]
-        if not isinstance(fields.get(key, default), (kind, type(default))):
-            raise SpearError(f"wrong type: {path}: {key} must look like {json.dumps(default)}")
+    example = json.loads(json.dumps(vars(REGISTRY["bridge_dataset"])))
+    for key, value in fields.items():
+        if key != "name" and value != vars(DatasetSpec).get(key, ...) and not _alike(value, example[key]):
+            raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example[key])}")
     spec = DatasetSpec(**fields)
     if spec.rotation_format not in get_args(RotationFormat):
         raise unknown_name(f"rotation_format (in {path})", spec.rotation_format, get_args(RotationFormat))
     return spec
+
+
+def _alike(value: Any, example: Any) -> bool:
+    """Whether two JSON values are of the same kind; an example's list gives the length."""
+    if isinstance(example, dict):
+        return isinstance(value, Mapping) and all(
+            _alike(v, next(iter(example.values()))) for v in value.values()
+        )
+    if isinstance(example, list):
+        return isinstance(value, list | tuple) and len(value) == len(example) and _alike(value[0], example[0])
+    if isinstance(example, str):
+        return isinstance(value, str)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")

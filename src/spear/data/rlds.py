@@ -152,7 +152,8 @@ def _range(folder: RldsFolder, name: str, selector: str | None, split: str) -> t
     lengths = [length for _, length in folder.splits[name]]
     first, end = (_absolute(value, unit, lengths) for value in values)
     first, end = first or 0, total if end is None else end
-    if abs(first) > total or abs(end) > total:
+    beyond = unit == "%" and any(abs(value or 0) > 100 for value in values)
+    if beyond or abs(first) > total or abs(end) > total:
         raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {folder.path}")
     return first + total if first < 0 else first, end + total if end < 0 else end
 
