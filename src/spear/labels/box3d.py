@@ -32,6 +32,11 @@ _TRIPLES = np.array(list(combinations(range(7), 3)))
 _COARSE = np.radians(np.arange(0.0, 90.0, 3.0))
 _FINE = np.radians(np.linspace(-3.0, 3.0, 25))
 _ALIGNMENT = 0.05
+"""How much larger a footprint may be, per radian of turn, for a box better aligned with the camera."""
+_FACE = 0.1
+"""How far from a face, as a fraction of the box's size, points count as lying on it."""
+_ROUND = 0.85
+"""An object is round when fewer of its seen points than this lie on the faces that the camera sees."""
 
 
 def make_box(center: Array, size: Array, axes: Array) -> Box3D:
@@ -117,8 +122,7 @@ def fit_box(
         mode: "yaw" turns the box about `up` only (smallest area seen along `up`); "full" turns it freely
             (smallest volume); "auto" is yaw for an object that stands on its support, full where no `up` is
             known, and otherwise full only where that box has less than half the volume.
-        margin: how far the object reaches beyond its outermost points on each side (half a pixel's
-        footprint).
+        margin: how far the object reaches beyond its outermost points on each side (half a pixel's footprint).
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
@@ -139,12 +143,38 @@ def _boxed(points: Array, axes: Array, margin: float, support: float | None = No
     low, high = along.min(axis=0), along.max(axis=0)
     if support is not None:
         low[2] = min(support, high[2])
-        low[:2] -= margin
-        high[:2] += margin
+        near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
+        low[:2] -= margin + near
+        high[:2] += margin + far
     else:
         low, high = low - margin, high + margin
     size = high - low
     return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
+
+
+def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """How far a round object goes on behind its outline, along its two horizontal axes: at their lower and
+    upper ends, both [2].
+
+    What is seen of a box fills its faces, and its far edge is where it ends. A round thing bends away from
+    the faces of the box around it, and its back is hidden: it is taken to be as deep as it is wide or high,
+    whichever is less. Our choice.
+
+    Args:
+        along: [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up).
+        middle: [3] the mean point, camera frame.
+        low, high: [3] the extremes of `along`.
+    """
+    towards = middle @ axes[:, :2]
+    towards = towards / max(float(np.linalg.norm(towards)), 1e-9)
+    size = high - low
+    near = np.abs(along[:, :2] - np.where(towards > 0, low[:2], high[:2])) < _FACE * size[:2]
+    on_face = (near.any(axis=1) | (along[:, 2] > high[2] - _FACE * size[2])).mean()
+    if on_face > _ROUND:
+        return np.zeros(2), np.zeros(2)
+    depth = np.minimum(size[1::-1], size[2])
+    more = np.clip(depth - size[:2], 0, 0.6 * size[:2]) * towards**2
+    return np.where(towards > 0, 0, more), np.where(towards > 0, more, 0)
 
 
 def _upright(points: Array, up: Array) -> Array:
@@ -168,30 +198,30 @@ def _upright(points: Array, up: Array) -> Array:
 
 
 def _footprints(flat: Array, angles: Array) -> Array:
-    """Areas [a] of the rectangles, turned by `angles` [a], around the points `flat` [2, n]."""
+    """Areas [..., a] of the rectangles, turned by `angles` [a], around the points `flat` [..., 2, n]."""
     cos, sin = np.cos(angles), np.sin(angles)
-    along = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)]) @ flat  # [2, a, n]
-    sides = along.max(axis=2) - along.min(axis=2)
-    return sides[0] * sides[1]
+    turns = np.concatenate([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)])
+    sides = np.ptp(turns @ flat, axis=-1)  # [..., 2a]
+    area: Array = sides[..., : len(angles)] * sides[..., len(angles) :]
+    return area
 
 
 def _smallest_volume(points: Array) -> Array:
-    """Axes [3, 3] of the smallest box that has a face on a face of the convex hull; the principal axes of
+    """Axes [3, 3] of about the smallest box with a face on a face of the convex hull; the principal axes of
     points that span no volume."""
     try:
         hull = ConvexHull(points)
     except (QhullError, ValueError):
         return np.linalg.eigh(np.cov((points - points.mean(axis=0)).T) if len(points) > 1 else np.eye(3))[1]
     corners = points[hull.vertices]
-    normals = np.unique(np.round(hull.equations[:, :3], 3), axis=0)
-    normals = normals[:: max(1, len(normals) // 64)]
-    best, best_volume = np.eye(3), np.inf
-    for normal in normals:
-        axes = _upright(corners, normal / np.linalg.norm(normal))
-        volume = float(np.prod(np.ptp(corners @ axes, axis=0)))
-        if volume < best_volume:
-            best, best_volume = axes, volume
-    return best
+    normals = hull.equations[:, :3]
+    normals = normals[:: max(1, len(normals) // 48)]
+    sideways = np.cross(normals, np.eye(3)[np.argmin(np.abs(normals), axis=1)])
+    sideways /= np.linalg.norm(sideways, axis=1, keepdims=True)
+    flat = np.stack([corners @ sideways.T, corners @ np.cross(normals, sideways).T])  # [2, n, m]
+    areas = _footprints(np.moveaxis(flat, 2, 0), _COARSE[::2])  # [m, a]
+    volumes = areas.min(axis=1) * np.ptp(corners @ normals.T, axis=0)
+    return _upright(corners, normals[np.argmin(volumes)])
 
 
 def keypoints(points: Array, box: Box3D) -> dict[str, Array]:

@@ -59,7 +59,7 @@ def label_object(
         return None
     window = (slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2))
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
-    visible, edge, beside, own = _outline(mask, window, points, known)
+    visible, edge, beside = _outline(mask, window, points, known)
     cloud = subsample(points[erode(inside, settings.erosion) & known], settings.max_points)
     cloud = cloud[inliers(cloud, deviations=settings.deviations)].astype(np.float64)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
@@ -67,7 +67,7 @@ def label_object(
     if len(cloud) >= settings.min_points:
         distance = float(np.median(cloud[:, 2]))
         margin = (0.5 + settings.erosion) * distance / float(pointmap.intrinsics[0, 0])
-        up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, own, plane))
+        up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
         box = fit_box(cloud, up, support, settings.mode, margin)
         points3d = keypoints(cloud, box)
     return LabeledObject(
@@ -82,16 +82,16 @@ def label_object(
 
 def _outline(
     mask: Array, window: tuple[slice, slice], points: Array, known: Array
-) -> tuple[float, float, Array, Array]:
+) -> tuple[float, float, Array]:
     """Walk along the outline of a mask.
 
     Returns:
         "visible" and "edge" as in `label_object`; the points [n, 3] just outside the outline that touch the
-        object, and their neighbours [n, 3] on it.
+        object.
     """
     inside = mask[window]
     total = occluded = 0
-    beside, own = [], []
+    beside = []
     for axis in (0, 1):
         ahead = tuple(slice(1, None) if i == axis else slice(None) for i in (0, 1))
         behind = tuple(slice(None, -1) if i == axis else slice(None) for i in (0, 1))
@@ -105,25 +105,23 @@ def _outline(
             gap = q - p
             touching = np.einsum("ij,ij->i", gap, gap) < limit * limit
             beside.append(q[touching])
-            own.append(p[touching])
     cut = sum(int(np.count_nonzero(side)) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     total += cut
-    return 1.0 - (occluded + cut) / total, cut / total, np.concatenate(beside), np.concatenate(own)
+    return 1.0 - (occluded + cut) / total, cut / total, np.concatenate(beside)
 
 
-def _support(cloud: Array, beside: Array, own: Array, plane: Plane) -> float | None:
+def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     """The height of the surface under an object, None when it seems to rest on nothing that is seen.
 
     The object stands where it touches points that are lower than nearly all of its own: the table, or the
     plate that it lies on. One whose lower part is hidden is taken to stand on the support plane unless it is
-    seen to hover by more than half its visible height.
+    seen to hover by nearly its visible height (the underside of a ball is not seen).
     """
     heights = cloud @ plane.up
     low, high = np.quantile(heights, (0.05, 1.0))
     reach = NEAR * float(np.median(cloud[:, 2]))
     contact = beside @ plane.up
     contact = contact[contact < min(low + 0.25 * (high - low), high - 0.1 * reach)]
-    if len(contact) >= 3:
-        height = float(np.median(contact))
-        return plane.height if abs(height - plane.height) < 0.25 * reach else height
-    return plane.height if low - plane.height < 0.5 * (high - low) else None
+    if len(contact) >= 3 and np.mean(np.abs(contact - plane.height) < 0.25 * reach) < 0.2:
+        return float(np.median(contact))
+    return plane.height if len(contact) >= 3 or low - plane.height < 0.8 * (high - low) else None

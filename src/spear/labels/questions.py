@@ -217,15 +217,16 @@ def _back_projection(scene: _Scene, rng: np.random.Generator) -> Answer | None:
 def _chain_of_thought(scene: _Scene, rng: np.random.Generator) -> Answer | None:
     if len(scene.solid) < 2:
         return None
-    a, b = _two(scene.solid, rng)
-    first, second = _distance(a), _distance(b)
-    if abs(first - second) < NEAR_TIE * max(first, second):
-        return None
-    closer = a.name if first < second else b.name
-    segments: Segments = [
-        f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"
-    ]  # fmt: skip
-    return _nouns(a, b, rng), segments, (a.name, b.name)
+    for _ in range(4):  # a near-tie is no reason to ask about something else
+        a, b = _two(scene.solid, rng)
+        first, second = _distance(a), _distance(b)
+        if abs(first - second) >= NEAR_TIE * max(first, second):
+            closer = a.name if first < second else b.name
+            segments: Segments = [
+                f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"
+            ]  # fmt: skip
+            return _nouns(a, b, rng), segments, (a.name, b.name)
+    return None
 
 
 def _nouns(a: LabeledObject, b: LabeledObject, rng: np.random.Generator) -> dict[str, str]:
