@@ -1,0 +1,416 @@
+"""Flow matching: the interpolant and its derivative, the loss's zeros and gradients, where integration ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta as beta_distribution
+from scipy.stats import kstest
+from torch import Tensor
+
+from spear import flow
+from spear.errors import SpearError
+from spear.flow import FlowConfig
+from spear.geometry import quat_canonical, quat_distance, quat_exp, quat_multiply, quat_normalize
+from spear.types import Action
+
+S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
+ALL = [
+    FlowConfig(rotation=rotation, rotation_loss=kind, prediction=prediction)  # type: ignore[arg-type]
+    for rotation, kind, prediction in itertools.product(
+        ("s3", "linear"), ("cosine", "mse"), ("velocity", "clean")
+    )
+]
+
+
+def name(config: FlowConfig) -> str:
+    return f"{config.rotation}-{config.rotation_loss}-{config.prediction}"
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def robot_data(shape: tuple[int, ...], seed: int = 1, dtype: torch.dtype = torch.float64) -> Action:
+    """Actions of a robot's size: normalised translations, rotations of about 0.1 rad, gripper ±1."""
+    g = generator(seed)
+    return Action(
+        torch.randn(*shape, 3, generator=g, dtype=dtype),
+        quat_canonical(quat_exp(0.1 * torch.randn(*shape, 3, generator=g, dtype=dtype))),
+        torch.randn(*shape, 1, generator=g, dtype=dtype).sign(),
+    )
+
+
+def pair(
+    config: FlowConfig, shape: tuple[int, int] = (64, 5), dtype: torch.dtype = torch.float64
+) -> tuple[Action, Action, Tensor]:
+    noise = flow.sample_noise(shape, config, generator(2), dtype)
+    return noise, robot_data(shape, dtype=dtype), flow.sample_time(shape[0], config, generator(3), dtype)
+
+
+def truth(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> Action:
+    return data if config.prediction == "clean" else flow.interpolate(noise, data, time, config)[1]
+
+
+def distance(a: Action, b: Action) -> float:
+    straight = max(
+        float((a.translation - b.translation).abs().max()), float((a.gripper - b.gripper).abs().max())
+    )
+    return max(straight, float(quat_distance(a.rotation, b.rotation).max()))
+
+
+def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
+    noise = flow.sample_noise((20_000, 5), S3, generator())
+    for part in (noise.translation, noise.gripper):
+        assert abs(float(part.mean())) < 0.01
+        assert abs(float(part.std()) - 1) < 0.01
+    q = noise.rotation
+    assert q.shape == (20_000, 5, 4)
+    assert float(q[..., 0].min()) >= 0
+    torch.testing.assert_close(q.norm(dim=-1), torch.ones(20_000, 5))
+    # On S³ each coordinate has mean square 1/4 and |w| the mean 4 / (3π).
+    torch.testing.assert_close(q.square().mean((0, 1)), torch.full((4,), 0.25), atol=0.005, rtol=0)
+    assert abs(float(q[..., 0].mean()) - 4 / (3 * math.pi)) < 0.005
+    linear = flow.sample_noise((20_000, 5), LINEAR, generator()).rotation
+    torch.testing.assert_close(linear.std((0, 1)), torch.ones(4), atol=0.02, rtol=0)
+    again = flow.sample_noise((20_000, 5), S3, generator())
+    assert torch.equal(again.to_vector(), noise.to_vector())
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0)])
+def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
+    config = FlowConfig(time_alpha=alpha, time_beta=beta)
+    tau = flow.sample_time(20_000, config, generator())
+    assert tau.dtype == torch.float32
+    assert float(tau.min()) >= 0
+    assert float(tau.max()) <= 0.999
+    u = (0.999 - tau.double().numpy()) / 0.999
+    assert kstest(u, beta_distribution(alpha, beta).cdf).pvalue > 0.01
+    assert torch.equal(tau, flow.sample_time(20_000, config, generator()))
+
+
+def test_default_time_is_skewed_to_noise() -> None:
+    assert float(flow.sample_time(20_000, S3, generator()).mean()) == pytest.approx(0.999 * 0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
+def test_interpolant_starts_at_noise_and_ends_at_data(config: FlowConfig) -> None:
+    noise, data, _ = pair(config)
+    flipped = Action(data.translation, -data.rotation, data.gripper)
+    zero, one = torch.zeros(64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+    for target in (data, flipped):  # both signs of a quaternion are the same data
+        start, _ = flow.interpolate(noise, target, zero, config)
+        end, _ = flow.interpolate(noise, target, one, config)
+        torch.testing.assert_close(start.to_vector(), noise.to_vector(), atol=1e-14, rtol=0)
+        torch.testing.assert_close(end.to_vector(), data.to_vector(), atol=1e-14, rtol=0)
+
+
+def pairs_at_angle(theta: float) -> tuple[Action, Action]:
+    """Noise and data whose quaternions are θ apart on S³, both with w ≥ 0."""
+    half = torch.tensor([theta / 2], dtype=torch.float64)
+    a = torch.stack([half.cos(), half.sin(), 0 * half, 0 * half], dim=-1)
+    b = torch.stack([half.cos(), -half.sin(), 0 * half, 0 * half], dim=-1)
+    ones = torch.ones(1, 1, 1, dtype=torch.float64)
+    return Action(ones.expand(1, 1, 3), a[None], ones), Action(-ones.expand(1, 1, 3), b[None], -ones)
+
+
+ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
+
+
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
+def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> None:
+    cases = [pair(config)[:2], *(pairs_at_angle(theta) for theta in ANGLES)]
+    h = 1e-5
+    for noise, data in cases:
+        batch = len(noise.translation)
+        for tau in np.linspace(0.01, 0.99, 15):
+            time = torch.full((batch,), float(tau), dtype=torch.float64)
+            _, velocity = flow.interpolate(noise, data, time, config)
+            after, _ = flow.interpolate(noise, data, time + h, config)
+            before, _ = flow.interpolate(noise, data, time - h, config)
+            numeric = (after.to_vector() - before.to_vector()) / (2 * h)
+            assert float((velocity.to_vector() - numeric).abs().max()) < 1e-6
+
+
+def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed() -> None:
+    noise, data, time = pair(S3)
+    cases = [(noise, data, time), *((*pairs_at_angle(a), torch.tensor([0.37]).double()) for a in ANGLES)]
+    for noise, data, time in cases:
+        state, velocity = flow.interpolate(noise, data, time, S3)
+        q, u = state.rotation, velocity.rotation
+        assert float((q.norm(dim=-1) - 1).abs().max()) < 1e-14
+        assert float(q[..., 0].min()) > 0
+        assert float((q * u).sum(-1).abs().max()) < 1e-14
+        theta = 2 * torch.atan2(
+            (noise.rotation - data.rotation).norm(dim=-1), (noise.rotation + data.rotation).norm(dim=-1)
+        )
+        torch.testing.assert_close(u.norm(dim=-1), theta, atol=1e-9, rtol=0)
+
+
+def test_sphere_interpolant_is_the_papers_formula() -> None:
+    noise, data, time = pair(S3)
+    a, b, tau = noise.rotation, data.rotation, time[:, None, None]
+    theta = torch.arccos((a * b).sum(-1, keepdim=True))
+    state = ((1 - tau) * theta).sin() / theta.sin() * a + (tau * theta).sin() / theta.sin() * b
+    u = theta / theta.sin() * (-((1 - tau) * theta).cos() * a + (tau * theta).cos() * b)
+    ours, velocity = flow.interpolate(noise, data, time, S3)
+    torch.testing.assert_close(ours.rotation, state)
+    torch.testing.assert_close(velocity.rotation, u)
+
+
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
+def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowConfig) -> None:
+    noise, data, time = pair(config)
+    state, velocity = flow.interpolate(noise, data, time, config)
+    derived = flow.velocity_from_clean(data, state, time, config)
+    torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
+    if config.rotation == "s3":  # neither the sign nor the length of a predicted quaternion matters
+        scaled = Action(data.translation, -3 * data.rotation, data.gripper)
+        derived = flow.velocity_from_clean(scaled, state, time, config)
+        torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
+
+
+def test_predicted_velocity_is_projected_onto_the_tangent_space() -> None:
+    noise, data, time = pair(S3)
+    state, velocity = flow.interpolate(noise, data, time, S3)
+    off = Action(velocity.translation, velocity.rotation + 2.5 * state.rotation, velocity.gripper)
+    back = flow.prediction_to_velocity(off, state, time, S3)
+    torch.testing.assert_close(back.to_vector(), velocity.to_vector())
+
+
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_loss_is_zero_at_the_truth_and_only_there(config: FlowConfig) -> None:
+    noise, data, time = pair(config)
+    right = truth(noise, data, time, config)
+    result = flow.loss(right, noise, data, time, config)
+    assert abs(float(result.total)) < 1e-7
+    for column, part in ((1, "translation"), (5, "rotation"), (5, "geodesic"), (7, "gripper")):
+        wrong = right.to_vector().clone()
+        wrong[..., column] += 0.1
+        worse = flow.loss(Action.from_vector(wrong), noise, data, time, config)
+        assert float(worse.parts[part]) > 1e-4
+        untouched = {"rotation", "geodesic"} ^ {part} if column == 5 else {part}
+        for other in worse.parts.keys() - untouched - {part}:
+            assert abs(float(worse.parts[other])) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_gradients_are_finite_at_every_degenerate_place(config: FlowConfig, dtype: torch.dtype) -> None:
+    noise, data = (Action.from_vector(x.to_vector().to(dtype)) for x in pairs_at_angle(0.0))
+    opposite, back = (Action.from_vector(x.to_vector().to(dtype)) for x in pairs_at_angle(math.pi))
+    for start, end in ((noise, data), (opposite, back)):
+        for tau in (0.0, 0.5, 0.999, 1.0):
+            time = torch.tensor([tau], dtype=dtype)
+            right = truth(start, end, time, config).to_vector()
+            for prediction in (right, -right, torch.zeros_like(right), right * 1e-6, right * 30):
+                prediction = prediction.clone().requires_grad_()
+                result = flow.loss(Action.from_vector(prediction), start, end, time, config)
+                (gradient,) = torch.autograd.grad(result.total, prediction)
+                assert bool(torch.isfinite(result.total))
+                assert bool(torch.isfinite(gradient).all())
+                assert float(gradient.abs().max()) < 1e7
+
+
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_loss_gradient_equals_finite_differences(config: FlowConfig) -> None:
+    noise, data, time = pair(config, (3, 2))
+    start = truth(noise, data, time, config).to_vector()
+    start = start + 0.2 * torch.randn(start.shape, generator=generator(4), dtype=start.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        return flow.loss(Action.from_vector(x), noise, data, time, config).total
+
+    assert torch.autograd.gradcheck(total, (start.requires_grad_(),), atol=1e-6)
+
+
+def test_cosine_ignores_the_speed_and_the_geodesic_term_does_not() -> None:
+    noise, data, time = pair(S3)
+    right = truth(noise, data, time, S3)
+    double = Action(right.translation, 2 * right.rotation, right.gripper)
+    parts = flow.loss(double, noise, data, time, S3).parts
+    assert abs(float(parts["rotation"])) < 1e-12
+    assert float(parts["geodesic"]) > 0.1
+
+
+def test_geodesic_step_is_the_distance_after_that_step() -> None:
+    noise, data, time = pair(S3)
+    right = truth(noise, data, time, S3)
+    still = Action(right.translation, 0 * right.rotation, right.gripper)
+    speed = right.rotation.norm(dim=-1)
+    remaining = 1 - time[:, None]
+    for delta in (None, 0.05, 0.5):
+        config = dataclasses.replace(S3, geodesic_step=delta)
+        step = remaining if delta is None else remaining.clamp_max(delta)
+        arc = speed * step  # the angle on S³ that the true velocity covers and the predicted one does not
+        chord = torch.minimum(2 * (arc / 2).sin(), 2 * (arc / 2).cos())
+        measured = flow.loss(still, noise, data, time, config).parts["geodesic"]
+        torch.testing.assert_close(measured, chord.mean())
+
+
+def test_clean_losses_are_angles() -> None:
+    angle = 0.03
+    data = robot_data((4, 5))
+    turn = quat_exp(torch.tensor([0.0, angle, 0], dtype=torch.float64))
+    wrong = Action(data.translation, -2 * quat_multiply(data.rotation, turn), data.gripper)
+    noise, time = flow.sample_noise((4, 5), S3, generator(), torch.float64), torch.rand(4).double()
+    for kind, expected in (("mse", angle**2), ("cosine", math.sin(angle / 2) ** 2)):
+        config = FlowConfig(prediction="clean", rotation_loss=kind)  # type: ignore[arg-type]
+        parts = flow.loss(wrong, noise, data, time, config).parts
+        assert float(parts["rotation"]) == pytest.approx(expected, rel=1e-9)
+        assert float(parts["geodesic"]) == pytest.approx(2 * math.sin(angle / 4), rel=1e-9)
+
+
+def test_weights_and_mask() -> None:
+    noise, data, time = pair(S3)
+    guess = Action.from_vector(torch.randn(64, 5, 8, generator=generator(5), dtype=torch.float64))
+    config = FlowConfig(translation_weight=2, rotation_weight=3, gripper_weight=5, geodesic_weight=7)
+    result = flow.loss(guess, noise, data, time, config)
+    p = result.parts
+    expected = 2 * p["translation"] + 3 * (p["rotation"] + 7 * p["geodesic"]) + 5 * p["gripper"]
+    torch.testing.assert_close(result.total, expected)
+
+    mask = torch.rand(64, 5, generator=generator(6)) < 0.5
+    mask[0] = False
+    masked = flow.loss(guess, noise, data, time, S3, mask).parts
+    flat = [x.to_vector()[mask][:, None] for x in (guess, noise, data)]
+    chosen = flow.loss(*map(Action.from_vector, flat), time[:, None].expand(64, 5)[mask], S3).parts
+    for part in masked:
+        torch.testing.assert_close(masked[part], chosen[part])
+    nothing = flow.loss(guess, noise, data, time, S3, torch.zeros_like(mask))
+    assert float(nothing.total) == 0
+
+
+@pytest.mark.parametrize("config", ALL, ids=name)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_integrating_the_true_prediction_lands_on_the_data(config: FlowConfig, steps: int) -> None:
+    noise, data, _ = pair(config)
+
+    def predict(state: Action, time: Tensor) -> Action:
+        assert time.shape == (64,)
+        return data if config.prediction == "clean" else flow.velocity_from_clean(data, state, time, config)
+
+    assert distance(flow.integrate(predict, noise, steps, config), data) < 1e-12
+
+
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
+def test_integrating_the_interpolants_velocity_lands_on_the_data(config: FlowConfig) -> None:
+    noise, data, _ = pair(config)
+    result = flow.integrate(lambda _, time: flow.interpolate(noise, data, time, config)[1], noise, 8, config)
+    assert distance(result, data) < 1e-12
+
+
+def test_error_falls_as_one_over_steps() -> None:
+    """A field that Euler does not integrate exactly, with a known end: x' = x, q' = ½ (a q + q b)."""
+    noise = flow.sample_noise((16, 5), S3, generator(), torch.float64)
+    a = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64)
+    b = torch.tensor([-0.3, 1.1, 0.9], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def predict(state: Action, _: Tensor) -> Action:
+        left = quat_multiply(torch.cat([zero, a]), state.rotation)
+        right = quat_multiply(state.rotation, torch.cat([zero, b]))
+        return Action(state.translation, (left + right) / 2, -state.gripper)
+
+    end = Action(
+        noise.translation * math.e,
+        quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b)),
+        noise.gripper / math.e,
+    )
+    results = {n: flow.integrate(predict, noise, n, S3) for n in (50, 100, 200)}
+    for n in (50, 100):
+        for part in ("translation", "gripper"):
+            error = [float((getattr(results[k], part) - getattr(end, part)).abs().max()) for k in (n, 2 * n)]
+            assert error[0] / error[1] == pytest.approx(2, rel=0.05)
+        error = [float(quat_distance(results[k].rotation, end.rotation).mean()) for k in (n, 2 * n)]
+        assert error[0] / error[1] == pytest.approx(2, rel=0.05)
+    assert error[1] < 0.01
+
+
+def test_norms_stay_one_over_a_thousand_steps() -> None:
+    g = generator(7)
+    weight = torch.randn(8, 8, generator=g)
+    noise = flow.sample_noise((32, 5), S3, g)
+    norms = []
+
+    def predict(state: Action, time: Tensor) -> Action:
+        norms.append(state.rotation.norm(dim=-1))
+        assert float(state.rotation[..., 0].min()) >= 0
+        return Action.from_vector(3 * torch.tanh(state.to_vector() @ weight + time[:, None, None]))
+
+    result = flow.integrate(predict, noise, 1000, S3)
+    worst = (torch.stack([*norms, result.rotation.norm(dim=-1)]) - 1).abs().max()
+    assert len(norms) == 1000
+    assert float(worst) < 1e-6
+
+
+def test_linear_rotations_end_unit_and_canonical() -> None:
+    noise, _, _ = pair(LINEAR)
+    result = flow.integrate(lambda state, _: state, noise, 4, LINEAR)
+    torch.testing.assert_close(result.rotation.norm(dim=-1), torch.ones(64, 5, dtype=torch.float64))
+    assert float(result.rotation[..., 0].min()) >= 0
+
+
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_descending_the_loss_finds_the_data(config: FlowConfig) -> None:
+    """A small network trained on one action: noise integrates to much nearer to that action than it was."""
+    data = robot_data((1, 2), dtype=torch.float32)
+    g = generator(8)
+    network = torch.nn.Sequential(torch.nn.Linear(17, 64), torch.nn.SiLU(), torch.nn.Linear(64, 16))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim == 2 else 0))
+
+    def predict(state: Action, time: Tensor) -> Action:
+        x = torch.cat([state.to_vector().flatten(-2), time[:, None]], dim=-1)
+        return Action.from_vector(network(x).unflatten(-1, (2, 8)))
+
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    batch = Action.from_vector(data.to_vector().expand(128, 2, 8))
+    for _ in range(300):
+        noise, time = flow.sample_noise((128, 2), config, g), flow.sample_time(128, config, g)
+        state, _ = flow.interpolate(noise, batch, time, config)
+        optimizer.zero_grad()
+        flow.loss(predict(state, time), noise, batch, time, config).total.backward()
+        optimizer.step()
+
+    noise = flow.sample_noise((64, 2), config, g)
+    with torch.no_grad():
+        result = flow.integrate(predict, noise, 10, config)
+    target = Action.from_vector(data.to_vector().expand(64, 2, 8))
+    before = (noise.translation - target.translation).norm(dim=-1).median()
+    after = (result.translation - target.translation).norm(dim=-1).median()
+    assert float(after / before) < 0.25
+    before = quat_distance(quat_canonical(quat_normalize(noise.rotation)), target.rotation).median()
+    after = quat_distance(result.rotation, target.rotation).median()
+    assert float(after / before) < 0.35
+
+
+def test_rotations_transform_with_the_frame() -> None:
+    """The flow on S³ has no preferred orientation: turning noise and data turns state and velocity."""
+    noise, data, time = pair(S3)
+    turn = quat_exp(torch.tensor([0.2, -0.1, 0.15], dtype=torch.float64))
+    turned = [Action(x.translation, quat_multiply(turn, x.rotation), x.gripper) for x in (noise, data)]
+    keep = (turned[0].rotation[..., 0] > 0) & (turned[1].rotation[..., 0] > 0)
+    state, velocity = flow.interpolate(noise, data, time, S3)
+    state2, velocity2 = flow.interpolate(turned[0], turned[1], time, S3)
+    assert float(keep.double().mean()) > 0.8
+    torch.testing.assert_close(state2.rotation[keep], quat_multiply(turn, state.rotation)[keep])
+    torch.testing.assert_close(velocity2.rotation[keep], quat_multiply(turn, velocity.rotation)[keep])
+
+
+def test_bad_configuration_is_one_line_with_a_suggestion() -> None:
+    with pytest.raises(SpearError, match="did you mean 's3'"):
+        FlowConfig(rotation="S3")  # type: ignore[arg-type]
+    with pytest.raises(SpearError, match="did you mean 'cosine'"):
+        FlowConfig(rotation_loss="cosin")  # type: ignore[arg-type]
+    with pytest.raises(SpearError, match="did you mean 'clean'"):
+        FlowConfig(prediction="cleen")  # type: ignore[arg-type]
+    noise = flow.sample_noise((1, 1), S3)
+    with pytest.raises(SpearError, match="at least 1"):
+        flow.integrate(lambda state, _: state, noise, 0, S3)
