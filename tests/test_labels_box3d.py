@@ -116,11 +116,12 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
 
 
 def surface(box: Box3D, rng: np.random.Generator, n: int = 400) -> Array:
-    """Points on the faces of a box that face the camera."""
+    """Points on the faces of a box that the camera sees."""
     local = rng.uniform(-0.5, 0.5, (n, 3))
-    axis = rng.integers(0, 3, n)
-    towards = -np.sign(box.center @ box.rotation)
-    local[np.arange(n), axis] = towards[axis] / 2
+    offset = box.center @ box.rotation
+    seen = np.flatnonzero(np.abs(offset) > box.size / 2)
+    axis = rng.choice(seen, n)
+    local[np.arange(n), axis] = -np.sign(offset[axis]) / 2
     return box.center + (local * box.size) @ box.rotation.T
 
 
@@ -132,7 +133,7 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     points = surface(true, rng, 2000)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
-    assert iou(fit_box(upper, up, support=height), true) > 0.8
+    assert iou(fit_box(upper, up, support=height), true) > 0.85
     assert iou(fit_box(upper, up), true) < 0.6
 
 

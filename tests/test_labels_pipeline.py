@@ -205,6 +205,13 @@ def test_camera_pixel_centres_are_at_one_half() -> None:
     np.testing.assert_allclose(project(points[3, 5], k), [5.5, 3.5], atol=1e-4)
 
 
+def test_a_truncated_image_is_refused(frames: list[Frame]) -> None:
+    (result,) = label(frames[:1], *TRUTH)
+    for broken in (result.image[: len(result.image) // 2], b"", b"not an image"):
+        with pytest.raises(SpearError, match="replace the image"):
+            decode_image(broken)
+
+
 def test_drawing_marks_the_objects(frames: list[Frame]) -> None:
     (result,) = label(frames[:1], *TRUTH)
     plain = draw_label(replace(result, objects=[]), scale=2)

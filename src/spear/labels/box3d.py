@@ -122,7 +122,7 @@ def fit_box(
         mode: "yaw" turns the box about `up` only (smallest area seen along `up`); "full" turns it freely
             (smallest volume); "auto" is yaw for an object that stands on its support, full where no `up` is
             known, and otherwise full only where that box has less than half the volume.
-        margin: how far the object reaches beyond its outermost points on each side (half a pixel's footprint).
+        margin: how far the object reaches beyond its outermost points on each side.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.

@@ -49,9 +49,9 @@ class Failures:
 
 
 def encode_jpeg(image: Array, quality: int = 95) -> bytes:
-    """[h, w, 3] uint8 RGB -> JPEG bytes."""
+    """[h, w, 3] uint8 RGB -> JPEG bytes, colour at full resolution: small objects are told apart by it."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
@@ -60,7 +60,7 @@ def decode_image(data: bytes) -> Array:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise SpearError(f"image bytes: {error}: replace the image") from error
 
 

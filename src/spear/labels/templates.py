@@ -77,7 +77,7 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
         "Is there {x} in the image?",
         "Can you see {x}?",
         "Does the picture show {x}?",
-        "Is {x} on the table?",
+        "Does the image contain {x}?",
         "Do you find {x} here?",
     ),
     "count": (
