@@ -1,4 +1,4 @@
-"""Flow matching: the interpolant and its derivative, the loss's zeros and gradients, where integration ends."""
+"""Flow matching: the interpolant and its derivative, the loss and its gradients, where integration ends."""
 
 from __future__ import annotations
 
