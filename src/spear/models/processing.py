@@ -1,0 +1,228 @@
+"""Between people and tensors: images to pixels, words to tokens, answers back to words and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from spear.errors import SpearError, unknown_name
+from spear.models.losses import IGNORE
+from spear.models.presets import Preset
+from spear.models.tokenizer import LOCATION_FORMAT, LOCATIONS, train_tokenizer
+from spear.tokens import CoordinateTokenizer, extend_tokenizer
+from spear.types import Array, Pixel, Question
+
+Segments = Sequence[str | float | Pixel]
+How = Literal["pad", "crop"]
+
+
+def window(source: tuple[int, int], target: tuple[int, int], how: How = "pad") -> tuple[float, float, float, float]:
+    """The part of an image (left, top, width, height, in its pixels) that its fitted version shows.
+
+    Centred, with the target's aspect. "crop": the largest part inside the image. "pad": the smallest part around
+    the image, which reaches outside it. Sizes are (width, height).
+    """
+    (w, h), (tw, th) = source, target
+    scale = (max if how == "crop" else min)(tw / w, th / h)
+    width, height = tw / scale, th / scale
+    return (w - width) / 2, (h - height) / 2, width, height
+
+
+def fit_image(image: Array, height: int, width: int, how: How = "pad") -> Array:
+    """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
+
+    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black or
+    cropped, see `window`. Raises SpearError for any other kind of array.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise SpearError(f"wrong image type: {what}: give a uint8 array of shape [h, w, 3]")
+    h, w = image.shape[:2]
+    if (h, w) == (height, width):
+        return image
+    if how == "crop":
+        left, top, ww, wh = window((w, h), (width, height), how)
+        box = (max(left, 0), max(top, 0), min(left + ww, w), min(top + wh, h))
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box))
+    scale = min(width / w, height / h)
+    inner = (max(1, round(w * scale)), max(1, round(h * scale)))
+    fitted = Image.new("RGB", (width, height))
+    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
+    fitted.paste(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR), corner)
+    return np.asarray(fitted)
+
+
+@dataclass
+class Processor:
+    """What SPEAR-VLM and SPEAR-1 read and write.
+
+    tokenizer      a Hugging Face tokenizer that has location and 3D tokens.
+    coordinates    what the 3D tokens mean.
+    image_sizes    view -> (width, height) in pixels.
+    prompt_tokens  the longest prompt accepted.
+    """
+
+    tokenizer: Any
+    coordinates: CoordinateTokenizer
+    image_sizes: Mapping[str, tuple[int, int]]
+    prompt_tokens: int = 64
+    coordinate_start: int = field(init=False)
+    location_start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.coordinate_start = extend_tokenizer(self.tokenizer, self.coordinates.bins)
+        ids = self.tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
+        if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
+            raise SpearError(f"tokenizer without location tokens {LOCATION_FORMAT.format(0)} …: start from PaliGemma's")
+        self.location_start = int(ids[0])
+        self._cache: dict[str, list[int]] = {}
+
+    @staticmethod
+    def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> Processor:
+        """A preset's processor, with a tokenizer trained on `texts`."""
+        tokenizer = train_tokenizer(texts, size.vocabulary)
+        return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, 3D tokens included."""
+        return len(self.tokenizer)
+
+    def image(self, image: Array, view: str) -> torch.Tensor:
+        """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding."""
+        if view not in self.image_sizes:
+            raise unknown_name("view", view, self.image_sizes)
+        width, height = self.image_sizes[view]
+        return torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
+
+    def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.
+
+        As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text.
+        """
+        return self._pad([self._prompt(text) for text in texts])
+
+    def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Prompts with their answers: also token_type_ids (1 on the answer) and labels, as the model takes them."""
+        prompts = [self._prompt(question.prompt) for question in questions]
+        answers = [[*self.answer_ids(question.segments), self.tokenizer.eos_token_id] for question in questions]
+        batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
+        place = torch.arange(batch["input_ids"].shape[1])
+        start = torch.tensor([len(p) for p in prompts])[:, None]
+        stop = start + torch.tensor([len(a) for a in answers])[:, None]
+        answered = (place >= start) & (place < stop)
+        return {
+            **batch,
+            "token_type_ids": answered.long(),
+            "labels": batch["input_ids"].masked_fill(~answered, IGNORE),
+        }
+
+    def answer_ids(self, segments: Segments) -> list[int]:
+        """An answer as token ids: numbers as 3D tokens, pixels as two location tokens (y, then x)."""
+        ids: list[int] = []
+        for segment in segments:
+            if isinstance(segment, Pixel):
+                for fraction in (segment.y, segment.x):
+                    ids.append(self.location_start + min(max(int(fraction * LOCATIONS), 0), LOCATIONS - 1))
+            elif isinstance(segment, str):
+                ids += self._text(segment)
+            else:
+                ids.append(self.coordinate_start + int(self.coordinates.encode(np.float64(segment))))
+        return ids
+
+    def grammar(self, segments: Segments) -> list[tuple[int, int]]:
+        """The grammar of every answer that has the same text, and numbers and pixels in the same places."""
+        ranges = []
+        for segment in segments:
+            if isinstance(segment, Pixel):
+                ranges += [(self.location_start, self.location_start + LOCATIONS)] * 2
+            elif isinstance(segment, str):
+                ranges += [(i, i + 1) for i in self._text(segment)]
+            else:
+                ranges.append((self.coordinate_start, self.coordinate_start + self.coordinates.bins))
+        return ranges
+
+    def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
+        """Token ids of an answer -> text, numbers and pixels, up to its end; the inverse of `answer_ids`.
+
+        Numbers are the middles of their bins. A location token without a partner stays text.
+        """
+        segments: list[str | float | Pixel] = []
+        text: list[int] = []
+
+        def close() -> None:
+            if text:
+                segments.append(self.tokenizer.decode(text))
+                text.clear()
+
+        position = 0
+        while position < len(ids) and ids[position] != self.tokenizer.eos_token_id:
+            here = int(ids[position])
+            place = here - self.location_start
+            partner = int(ids[position + 1]) - self.location_start if position + 1 < len(ids) else -1
+            if 0 <= here - self.coordinate_start < self.coordinates.bins:
+                close()
+                segments.append(float(self.coordinates.decode(np.array(here - self.coordinate_start))))
+            elif 0 <= place < LOCATIONS and 0 <= partner < LOCATIONS:
+                close()
+                segments.append(Pixel((partner + 0.5) / LOCATIONS, (place + 0.5) / LOCATIONS))
+                position += 1
+            else:
+                text.append(here)
+            position += 1
+        close()
+        return segments
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, `coordinates.json` and `processor.json` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        self.coordinates.save(folder / "coordinates.json")
+        content = {"image_sizes": [[n, *wh] for n, wh in self.image_sizes.items()], "prompt_tokens": self.prompt_tokens}
+        (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> Processor:
+        """Read what `save` wrote; SpearError when something is missing or broken."""
+        coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
+        try:
+            content = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
+            sizes = {name: (int(w), int(h)) for name, w, h in content["image_sizes"]}
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SpearError(f"broken processor: {folder}: {reason}: save the model again") from error
+
+    def _prompt(self, text: str) -> list[int]:
+        words = " ".join(text.split())
+        if not words:
+            raise SpearError("empty instruction: say what to do or ask, in words")
+        ids = [self.tokenizer.bos_token_id, *self._text(words), *self._text("\n")]
+        if len(ids) > self.prompt_tokens:
+            raise SpearError(f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}")
+        return ids
+
+    def _text(self, text: str) -> list[int]:
+        if text not in self._cache:
+            if len(self._cache) > 100_000:
+                self._cache.clear()
+            self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._cache[text]
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        length = max(len(row) for row in rows)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}

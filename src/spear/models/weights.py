@@ -1,0 +1,67 @@
+"""Checkpoints: folders with a config and safetensors, checked before they are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from spear.errors import SpearError, unknown_name
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
+    """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
+
+    dtype: None keeps that of the file. Raises SpearError, naming the file, when the folder, a shard or a weight is
+    missing, a file is truncated, or the checkpoint is of another architecture or shape.
+    """
+    folder = Path(folder)
+    _check(cls, folder)
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SpearError(f"cannot load checkpoint: {folder}: {str(error).splitlines()[0]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
+            raise SpearError(
+                f"checkpoint does not fit its config: {folder}: {len(names)} {problem.replace('_', ' ')}, "
+                f"first {names[0]}: save the model again"
+            )
+    return model.eval()
+
+
+def _check(cls: type[PreTrainedModel], folder: Path) -> None:
+    """Refuse a folder that is not a whole checkpoint of `cls`."""
+    if not folder.is_dir():
+        raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise SpearError(f"checkpoint without a readable config: {folder / 'config.json'}: {error}") from error
+    wanted = cls.config_class.model_type
+    if kind != wanted:
+        raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise SpearError(f"broken checkpoint: {folder / name}: {error}: copy it again") from error
