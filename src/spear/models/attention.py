@@ -1,7 +1,7 @@
 """Attention for few keys and few key-value heads, where CPU kernels for long sequences are slow.
 
-Registered with Transformers under the name in `IMPLEMENTATION`; our configs ask for it by default. On anything
-but a CPU it is Transformers' own SDPA.
+Registered with Transformers under the name in `IMPLEMENTATION`; our configs ask for it by default. On
+anything but a CPU it is Transformers' own SDPA.
 """
 
 from __future__ import annotations

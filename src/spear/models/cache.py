@@ -11,8 +11,8 @@ class KeyValues:
     """One key and one value tensor per layer, [B, kv heads, S, head_dim], in the order of the layers.
 
     Passed to a Gemma model as its cache. While `frozen` is False new keys and values are kept (prefill and
-    decoding); a frozen one lends what it holds to other tokens and stays as it is (the action expert reading the
-    prefix, at every flow step). Gradients flow through what it holds.
+    decoding); a frozen one lends what it holds to other tokens and stays as it is (the action expert reading
+    the prefix, at every flow step). Gradients flow through what it holds.
     """
 
     def __init__(self) -> None:

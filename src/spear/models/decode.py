@@ -35,8 +35,8 @@ def greedy(
 ) -> torch.Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
-    Arguments as in `SpearVLMForConditionalGeneration.forward`; prompts are padded on the right. grammars: one per
-    prompt, or None for free answers (a single None in the list frees that prompt).
+    Arguments as in `SpearVLMForConditionalGeneration.forward`; prompts are padded on the right. grammars: one
+    per prompt, or None for free answers (a single None in the list frees that prompt).
     Returns [N, T] ids: the answer, its end token, then padding.
     Raises SpearError when a grammar needs more than `max_new_tokens`.
     """
@@ -46,7 +46,9 @@ def greedy(
         attention_mask = torch.ones_like(input_ids)
     longest = max((len(g) + 1 for g in grammars or [] if g is not None), default=0)
     if longest > max_new_tokens:
-        raise SpearError(f"answer too long: its grammar has {longest} tokens, max_new_tokens is {max_new_tokens}")
+        raise SpearError(
+            f"answer too long: its grammar has {longest} tokens, max_new_tokens is {max_new_tokens}"
+        )
     state = vlm.prefix(pixel_values, input_ids, attention_mask, None, image_index)
     last = attention_mask.long().sum(-1) - 1
     hidden = state.hidden[torch.arange(len(last), device=last.device), last]

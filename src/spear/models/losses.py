@@ -40,7 +40,7 @@ def token_loss(
 
 
 def _smoothed_score(log_p: torch.Tensor, bins: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Expected log probability under a Gaussian over bins, cut off at 3σ and the ends. [M, bins], [M] -> [M]."""
+    """Expected log probability under a Gaussian cut off at 3σ and at the ends. [M, bins], [M] -> [M]."""
     reach = max(1, round(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, device=log_p.device)
     near = bins[:, None] + offsets

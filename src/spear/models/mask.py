@@ -11,7 +11,7 @@ import torch
 
 
 def positions(valid: torch.Tensor) -> torch.Tensor:
-    """[B, S] bool -> [B, S] position ids: the number of valid tokens before each one (padding takes no place)."""
+    """[B, S] bool -> [B, S] position ids: how many valid tokens come before (padding takes no place)."""
     return (valid.long().cumsum(-1) - 1).clamp_min(0)
 
 
@@ -30,8 +30,8 @@ def prefix_lm_mask(valid: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
 def suffix_mask(valid: torch.Tensor, horizon: int, samples: int) -> torch.Tensor:
     """The paper's block-wise mask for [proprioception, `samples` independent chunks of `horizon` actions].
 
-    The state sees the prefix and itself; the actions of a chunk see the prefix, the state and each other, never
-    another chunk: several flow samples of one observation share its prefix and state in one sequence.
+    The state sees the prefix and itself; the actions of a chunk see the prefix, the state and each other,
+    never another chunk: several flow samples of one observation share its prefix and state in one sequence.
 
     valid [B, S] bool of the prefix. -> [B, 1, 1 + samples·horizon, S + 1 + samples·horizon].
     """

@@ -1,9 +1,9 @@
-"""The 3D encoder: MoGe's DINOv2 backbone, and the little depth model that stands in for MoGe's pretraining."""
+"""The 3D encoder: MoGe's DINOv2 backbone, and a little depth model in place of its pretraining."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ LAST_LAYERS = 4
 class MogeEncoder(nn.Module):
     """MoGe's image encoder: [B, 3, h, w] uint8 -> [B, patches, 4·width].
 
-    The patch features of the last four DINOv2 layers, each after the backbone's final LayerNorm, side by side,
-    earliest layer first. Patches run row by row.
+    The patch features of the last four DINOv2 layers, each after the backbone's final LayerNorm, side by
+    side, earliest layer first. Patches run row by row.
     """
 
     def __init__(self, config: Dinov2Config) -> None:
@@ -45,7 +45,7 @@ class MogeDepthConfig(PreTrainedConfig):
     """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
 
     model_type = "spear_moge_depth"
-    sub_configs_defaults = {"moge_config": Dinov2Config}  # noqa: RUF012
+    sub_configs_defaults: ClassVar = {"moge_config": Dinov2Config}
 
     moge_config: Any = None
     cells: int = 8
@@ -61,7 +61,8 @@ class DepthOutput(ModelOutput):
 
 
 class MogeForRelativeDepth(PreTrainedModel):
-    """Depth from one image, to pretrain a small `MogeEncoder` where MoGe's own weights do not fit (our choice).
+    """Depth from one image, to pretrain a small `MogeEncoder` where MoGe's own weights do not fit (our
+    choice).
 
     A single linear head on the encoder's features, so that what depth needs is learned by the encoder.
     """
@@ -81,8 +82,9 @@ class MogeForRelativeDepth(PreTrainedModel):
     def forward(self, pixels: torch.Tensor, depth: torch.Tensor | None = None) -> DepthOutput:
         """Predict the logarithm of depth on a grid of `cells` × `cells` cells per patch.
 
-        pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where unknown:
-        the target of a cell is the mean log depth of its known pixels; cells without any are left out.
+        pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
+        unknown: the target of a cell is the mean log depth of its known pixels; cells without any are left
+        out.
         """
         check_pixels("pixels", pixels)
         patch = self.config.moge_config.patch_size

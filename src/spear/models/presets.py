@@ -72,26 +72,26 @@ PRESETS: dict[str, Preset] = {
                 "image_size": 192,
             },
             text={
-                "hidden_size": 256,
-                "intermediate_size": 768,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
+                "hidden_size": 192,
+                "intermediate_size": 576,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 3,
                 "num_key_value_heads": 1,
                 "head_dim": 64,
                 "initializer_range": 0.05,
             },
             expert={
-                "hidden_size": 192,
+                "hidden_size": 160,
                 "intermediate_size": 384,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 3,
                 "num_key_value_heads": 1,
                 "head_dim": 64,
                 "initializer_range": 0.05,
             },
             vocabulary=2048,
             coordinate_smoothing=2.0,
-            flow={"prediction": "clean"},
+            flow={"prediction": "clean", "rotation_weight": 2.0},
         ),
         Preset(
             # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
@@ -176,7 +176,9 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def vlm_config(size: Preset, vocabulary: int | None = None, coordinate_start: int | None = None) -> SpearVLMConfig:
+def vlm_config(
+    size: Preset, vocabulary: int | None = None, coordinate_start: int | None = None
+) -> SpearVLMConfig:
     """The SPEAR-VLM config of a preset.
 
     vocabulary: all tokens of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By

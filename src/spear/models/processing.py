@@ -24,11 +24,13 @@ Segments = Sequence[str | float | Pixel]
 How = Literal["pad", "crop"]
 
 
-def window(source: tuple[int, int], target: tuple[int, int], how: How = "pad") -> tuple[float, float, float, float]:
+def window(
+    source: tuple[int, int], target: tuple[int, int], how: How = "pad"
+) -> tuple[float, float, float, float]:
     """The part of an image (left, top, width, height, in its pixels) that its fitted version shows.
 
-    Centred, with the target's aspect. "crop": the largest part inside the image. "pad": the smallest part around
-    the image, which reaches outside it. Sizes are (width, height).
+    Centred, with the target's aspect. "crop": the largest part inside the image. "pad": the smallest part
+    around the image, which reaches outside it. Sizes are (width, height).
     """
     (w, h), (tw, th) = source, target
     scale = (max if how == "crop" else min)(tw / w, th / h)
@@ -81,7 +83,9 @@ class Processor:
         self.coordinate_start = extend_tokenizer(self.tokenizer, self.coordinates.bins)
         ids = self.tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
         if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
-            raise SpearError(f"tokenizer without location tokens {LOCATION_FORMAT.format(0)} …: start from PaliGemma's")
+            raise SpearError(
+                f"tokenizer without location tokens {LOCATION_FORMAT.format(0)} …: start from PaliGemma's"
+            )
         self.location_start = int(ids[0])
         self._cache: dict[str, list[int]] = {}
 
@@ -111,9 +115,11 @@ class Processor:
         return self._pad([self._prompt(text) for text in texts])
 
     def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Prompts with their answers: also token_type_ids (1 on the answer) and labels, as the model takes them."""
+        """Prompts with their answers: also token_type_ids (1 on the answer) and labels."""
         prompts = [self._prompt(question.prompt) for question in questions]
-        answers = [[*self.answer_ids(question.segments), self.tokenizer.eos_token_id] for question in questions]
+        answers = [
+            [*self.answer_ids(question.segments), self.tokenizer.eos_token_id] for question in questions
+        ]
         batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
@@ -186,7 +192,10 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.coordinates.save(folder / "coordinates.json")
-        content = {"image_sizes": [[n, *wh] for n, wh in self.image_sizes.items()], "prompt_tokens": self.prompt_tokens}
+        content = {
+            "image_sizes": [[n, *wh] for n, wh in self.image_sizes.items()],
+            "prompt_tokens": self.prompt_tokens,
+        }
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -208,7 +217,9 @@ class Processor:
             raise SpearError("empty instruction: say what to do or ask, in words")
         ids = [self.tokenizer.bos_token_id, *self._text(words), *self._text("\n")]
         if len(ids) > self.prompt_tokens:
-            raise SpearError(f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}")
+            raise SpearError(
+                f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}"
+            )
         return ids
 
     def _text(self, text: str) -> list[int]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,15 +30,15 @@ quaternion of a gripper that points down sits where its sign flips (our choice).
 class Spear1Config(PreTrainedConfig):
     """SPEAR-1's parts.
 
-    vlm_config      SPEAR-VLM's. expert_config: the action expert's Gemma, with as many layers, key-value heads and
-                    head dimensions as the VLM's.
+    vlm_config      SPEAR-VLM's. expert_config: the action expert's Gemma, with as many layers, key-value
+                    heads and head dimensions as the VLM's.
     horizon         actions per chunk (the paper: 5, at 5 Hz).
     flow            fields of `spear.flow.FlowConfig`.
     min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
     """
 
     model_type = "spear1"
-    sub_configs_defaults = {"vlm_config": SpearVLMConfig, "expert_config": GemmaConfig}  # noqa: RUF012
+    sub_configs_defaults: ClassVar = {"vlm_config": SpearVLMConfig, "expert_config": GemmaConfig}
 
     vlm_config: Any = None
     expert_config: Any = None
@@ -79,7 +79,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     config_class = Spear1Config
     base_model_prefix = "spear1"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -89,7 +89,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
         self.expert = Gemma(config.expert_config)
-        self.expert.embed_tokens = None  # it never sees a token of text
+        self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
         width = config.expert_config.hidden_size
         self.state_proj = nn.Linear(STATE_FEATURES, width)
         self.action_in_proj = nn.Linear(ACTION_DIM, width)
@@ -140,7 +140,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         vector = noisy.to_vector()
         samples = time.reshape(time.shape[0], -1).shape[1]
         batch, horizon = vector.shape[0], vector.shape[-2]
-        actions = self._embed_actions(vector.reshape(batch, samples, horizon, ACTION_DIM), time.reshape(batch, -1))
+        actions = self._embed_actions(
+            vector.reshape(batch, samples, horizon, ACTION_DIM), time.reshape(batch, -1)
+        )
         embeds = torch.cat([self.state_proj(state)[:, None].to(actions.dtype), actions.flatten(1, 2)], dim=1)
         first = positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
@@ -179,12 +181,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
     ) -> Spear1Output:
         """The flow loss of a batch of demonstrations.
 
-        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where the image is missing.
-        input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
+        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where the image is
+        missing. input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
         state           [B, 10], see `STATE_FEATURES`.
-        actions         [B, H, ·] in the model's normalised units; action_mask [B, H] bool, the steps that count.
-        flow_samples    K draws of noise and time per observation, which share its prefix (our choice: a cheap way
-                        to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the drawing.
+        actions         [B, H, ·] in the model's normalised units; action_mask [B, H] bool, the steps that
+        count. flow_samples    K draws of noise and time per observation, which share its prefix (our choice:
+                        a cheap way to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the
+                        drawing.
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
@@ -192,7 +195,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
             noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
         if time is None:
             time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
-        data = Action.from_vector(actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM))
+        data = Action.from_vector(
+            actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
+        )
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
         prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
         prediction = self.predict(prefix, state, noisy, time)
@@ -221,11 +226,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
             shape = (input_ids.shape[0], self.config.horizon)
             noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
         prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
-        return flow.integrate(lambda noisy, time: self.predict(prefix, state, noisy, time), noise, steps, self.flow)
+        return flow.integrate(
+            lambda noisy, time: self.predict(prefix, state, noisy, time), noise, steps, self.flow
+        )
 
 
 def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
-    """[...] -> [..., width] float32: sines, then cosines, of periods spaced geometrically (π0's embedding)."""
+    """[...] -> [..., width] float32: sines, then cosines, of geometrically spaced periods (as π0's)."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
     angle = time.float()[..., None] * (2 * math.pi / min_period * (min_period / max_period) ** fraction)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)

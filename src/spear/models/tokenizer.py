@@ -15,8 +15,8 @@ LOCATION_FORMAT = "<loc{:04d}>"
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocabulary` tokens for small models, which any text goes through and back.
 
-    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, and last the location
-    tokens, which are part of the count. The same texts give the same tokenizer.
+    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, and last the
+    location tokens, which are part of the count. The same texts give the same tokenizer.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

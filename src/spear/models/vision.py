@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
+
+from spear.errors import SpearError
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,7 +23,9 @@ def normalize_pixels(
 ) -> torch.Tensor:
     """uint8 [B, 3, h, w] in 0 … 255 -> float32, (pixel / 255 − mean) / std per channel."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device).view(1, 3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(1, 3, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(
+        1, 3, 1, 1
+    )
     return pixels * scale - shift
 
 
@@ -36,10 +41,9 @@ class ConvStem(nn.Module):
         steps = int(math.log2(patch))
         if 2**steps != patch:
             raise ValueError(f"the conv stem needs a patch size that is a power of two, got {patch}")
-        widths = [3] + [max(16, width >> (steps - 1 - i)) for i in range(steps)]
+        widths = [3] + [max(32, width >> (steps - 1 - i)) for i in range(steps)]
         self.convs = nn.ModuleList(
-            StemConv(a, b, kernel_size=3, stride=2, padding=1)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths)
         )
 
     @property
@@ -61,6 +65,7 @@ class StemConv(nn.Conv2d):
     def initialize(self) -> None:
         """He initialisation: without norms the default would let the signal vanish."""
         init.kaiming_normal_(self.weight, nonlinearity="relu")
+        assert self.bias is not None
         init.zeros_(self.bias)
 
 
@@ -70,7 +75,8 @@ class SiglipEncoder(SiglipVisionModel):
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__(config)
         if getattr(config, "stem", "patch") == "conv":
-            self.embeddings.patch_embedding = ConvStem(config.hidden_size, config.patch_size)
+            stem = ConvStem(config.hidden_size, config.patch_size)  # type: ignore[arg-type]
+            self.embeddings.patch_embedding = stem  # type: ignore[assignment]
             self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,7 +92,8 @@ class DinoEncoder(Dinov2Model):
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
         if getattr(config, "stem", "patch") == "conv":
-            self.embeddings.patch_embeddings.projection = ConvStem(config.hidden_size, config.patch_size)
+            stem = ConvStem(config.hidden_size, config.patch_size)  # type: ignore[arg-type]
+            self.embeddings.patch_embeddings.projection = stem  # type: ignore[assignment]
             self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,8 +105,8 @@ class DinoEncoder(Dinov2Model):
 
 def check_pixels(name: str, pixels: Any) -> None:
     """Refuse anything but uint8 [B, 3, h, w]."""
-    from spear.errors import SpearError
-
     if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
-        what = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
-        raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors of shape [B, 3, h, w]")
+        what = type(pixels).__name__
+        if isinstance(pixels, torch.Tensor):
+            what = f"{pixels.dtype} {tuple(pixels.shape)}"
+        raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]")

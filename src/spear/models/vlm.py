@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,12 +39,12 @@ class SpearVLMConfig(PreTrainedConfig):
     image_sizes             view -> [width, height] in pixels, multiples of the patch size.
     coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
     coordinate_loss_weight  λ, the weight of a 3D token in the loss (the paper: 2).
-    coordinate_smoothing    standard deviation, in bins, of the Gaussian that a 3D token's target is spread over;
-                            0 is the paper's plain cross-entropy, more is our choice for small models.
+    coordinate_smoothing    standard deviation, in bins, of the Gaussian that a 3D token's target is spread
+                            over; 0 is the paper's plain cross-entropy, more is our choice for small models.
     """
 
     model_type = "spear_vlm"
-    sub_configs_defaults = {  # noqa: RUF012
+    sub_configs_defaults: ClassVar = {
         "vision_config": SiglipVisionConfig,
         "text_config": GemmaConfig,
         "moge_config": SubConfigSpec(config_class=MogeConfig, optional=True),
@@ -53,8 +53,10 @@ class SpearVLMConfig(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     moge_config: Any = None
-    views: list[str] | None = None
-    image_sizes: dict[str, list[int]] | None = None
+    views: list[str] = field(default_factory=lambda: ["external", "wrist"])
+    image_sizes: dict[str, list[int]] = field(
+        default_factory=lambda: {"external": [280, 210], "wrist": [112, 112]}
+    )
     coordinate_start: int = 257152
     coordinate_bins: int = 1024
     coordinate_loss_weight: float = 2.0
@@ -64,8 +66,6 @@ class SpearVLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.views = self.views or ["external", "wrist"]
-        self.image_sizes = self.image_sizes or {"external": [280, 210], "wrist": [112, 112]}
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
             raise SpearError(
@@ -99,15 +99,15 @@ class Prefix:
 class SpearVLMForConditionalGeneration(PreTrainedModel):
     """SPEAR-VLM (the paper, SPEAR-VLM): images and a question in, text with 3D tokens out.
 
-    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features of
-    the same patch, each through its own linear projection. Scaling, masks and positions are PaliGemma's.
+    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features
+    of the same patch, each through its own linear projection. Scaling, masks and positions are PaliGemma's.
     """
 
     config: SpearVLMConfig
     config_class = SpearVLMConfig
     base_model_prefix = "vlm"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -131,7 +131,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
-        self.language_model.embed_tokens = value
+        self.language_model.embed_tokens = value  # type: ignore[assignment]
 
     def image_features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
@@ -219,12 +219,18 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         pixel_values    view -> [B, 3, h, w] uint8.
         input_ids       [N, L] text, padded on the right; attention_mask [N, L], 0 on padding.
         token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal).
-        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image, in order.
-        labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only the
-                        places that have one go through the head.
+        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image, in
+        order. labels          [N, L] the token that stands at each place, −100 where it is not to be learned.
+                        Only the places that have one go through the head.
         """
         state = self.prefix(
-            pixel_values, input_ids, attention_mask, token_type_ids, image_index, view_mask, keep_cache=labels is None
+            pixel_values,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            image_index,
+            view_mask,
+            keep_cache=labels is None,
         )
         if labels is None:
             return SpearVLMOutput(logits=self.head(state.hidden), past_key_values=state.cache)
@@ -244,7 +250,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         grammars: list[decode.Grammar] | None = None,
     ) -> torch.Tensor:
         """Greedy answers [N, ≤ max_new_tokens], padded after the end; see `spear.models.decode.greedy`."""
-        return decode.greedy(self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars)
+        return decode.greedy(
+            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars
+        )
 
 
 class Projector(nn.Module):

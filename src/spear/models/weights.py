@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from spear.errors import SpearError, unknown_name
 
@@ -18,17 +19,26 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
     """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
 
-    dtype: None keeps that of the file. Raises SpearError, naming the file, when the folder, a shard or a weight is
-    missing, a file is truncated, or the checkpoint is of another architecture or shape.
+    dtype: None keeps that of the file. Raises SpearError, naming the file, when the folder, a shard or a
+    weight is missing, a file is truncated, or the checkpoint is of another architecture or shape.
     """
     folder = Path(folder)
     _check(cls, folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SpearError(f"cannot load checkpoint: {folder}: {str(error).splitlines()[0]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
@@ -42,11 +52,16 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     """Refuse a folder that is not a whole checkpoint of `cls`."""
     if not folder.is_dir():
-        raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors")
+        raise SpearError(
+            f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors"
+        )
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise SpearError(f"checkpoint without a readable config: {folder / 'config.json'}: {error}") from error
+        raise SpearError(
+            f"checkpoint without a readable config: {folder / 'config.json'}: {error}"
+        ) from error
+    assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
