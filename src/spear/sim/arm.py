@@ -1,12 +1,12 @@
 """The arm: seven joints with the published Franka kinematics, a parallel gripper and a wrist camera.
 
-Everything is made of primitives (capsules, cylinders, boxes): no mesh is downloaded. Joint origins and limits
-are the manufacturer's published ones; shapes, masses and gains are our choice. The base stands at the origin of
-the base frame, on the table surface (z = 0).
+Everything is made of primitives (capsules, cylinders, boxes): no mesh is downloaded. Joint origins and
+limits are the manufacturer's published ones; shapes, masses and gains are our choice. The base stands at the
+origin of the base frame, on the table surface (z = 0).
 
-The end-effector frame (`EE`) lies between the finger tips and is parallel to the base frame when the gripper
-points straight down: x forward, y along the closing direction, z up, away from the finger tips (our choice; the
-same convention as BridgeData's, so that the orientation of a gripper pointing down is near the identity).
+The end-effector frame (site "ee") lies between the finger tips and is parallel to the base frame when the
+gripper points straight down: x forward, y along the closing direction, z up, away from the finger tips (our
+choice; BridgeData's convention too: the orientation of a gripper pointing down is near the identity).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ JOINT_ORIGINS: tuple[tuple[tuple[float, float, float], float], ...] = (
     ((0.0, 0.0, 0.0), math.pi / 2),
     ((0.088, 0.0, 0.0), math.pi / 2),
 )
-"""Where each joint frame sits in the one before it: translation (m) and a turn about x (rad). Joints turn about z."""
+"""Each joint frame in the one before it: translation (m), turn about x (rad). Joints turn about z."""
 JOINT_LOWER = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 JOINT_UPPER = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 """Joint limits, rad."""
+SPEED_LIMIT = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
+"""Joint speed limits, rad/s."""
 TORQUE_LIMIT = np.array([87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0])
 """Joint torque limits, N·m."""
 HOME = np.array([0.0, -math.pi / 4, 0.0, -3 * math.pi / 4, 0.0, math.pi / 2, math.pi / 4])
@@ -41,7 +43,7 @@ EE_OFFSET = 0.1034
 FINGER_TRAVEL = 0.04
 """Each finger's travel, m: the gripper opens 8 cm."""
 STIFFNESS = np.array([9000.0, 9000.0, 7000.0, 7000.0, 2500.0, 2500.0, 1500.0])
-DAMPING = np.array([500.0, 500.0, 350.0, 350.0, 80.0, 80.0, 40.0])
+DAMPING = np.array([140.0, 140.0, 100.0, 100.0, 30.0, 30.0, 20.0])
 """Position-servo gains, N·m/rad and N·m·s/rad (our choice: stiff, near critical damping)."""
 ROBOT_GROUP = 1
 HIDDEN_GROUP = 3
@@ -53,13 +55,15 @@ DARK = (0.17, 0.18, 0.20, 1.0)
 ACCENT = (0.20, 0.45, 0.72, 1.0)
 PAD = (0.10, 0.10, 0.11, 1.0)
 
-_Shape = tuple[str, tuple[float, ...], tuple[float, float, float], tuple[float, float, float], tuple[float, ...]]
+_Shape = tuple[
+    str, tuple[float, ...], tuple[float, float, float], tuple[float, float, float], tuple[float, ...]
+]
 """kind, size, from (or centre), to (capsules, cylinders) or nothing, colour."""
 
 _Y = (0.0, 1.0, 0.0)
 _LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
     (  # link 1: shoulder column
-        3.0,
+        1.2,
         (
             ("capsule", (0.058,), (0, 0, -0.16), (0, 0, -0.02), WHITE),
             ("cylinder", (0.0605,), (0, -0.075, 0), (0, 0.075, 0), WHITE),
@@ -67,14 +71,14 @@ _LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
         ),
     ),
     (  # link 2: upper arm
-        3.0,
+        1.2,
         (
             ("capsule", (0.056,), (0, -0.02, 0), (0, -0.19, 0), WHITE),
             ("cylinder", (0.0575,), (0, -0.192, 0), (0, -0.202, 0), GREY),
         ),
     ),
     (  # link 3: elbow
-        2.5,
+        1.0,
         (
             ("capsule", (0.054,), (0, 0, -0.10), (0, 0, -0.055), WHITE),
             ("capsule", (0.050,), (0, 0, -0.06), (0.0825, 0, 0), WHITE),
@@ -83,7 +87,7 @@ _LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
         ),
     ),
     (  # link 4: forearm, upper half
-        2.5,
+        1.0,
         (
             ("capsule", (0.050,), (0, 0, 0), (-0.0825, 0.075, 0), WHITE),
             ("capsule", (0.052,), (-0.0825, 0.075, 0), (-0.0825, 0.125, 0), WHITE),
@@ -91,7 +95,7 @@ _LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
         ),
     ),
     (  # link 5: forearm, lower half
-        2.0,
+        0.8,
         (
             ("capsule", (0.050,), (0, 0, -0.235), (0, 0.035, -0.13), WHITE),
             ("capsule", (0.044,), (0, 0.035, -0.13), (0, 0.0, 0.0), WHITE),
@@ -100,14 +104,14 @@ _LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
         ),
     ),
     (  # link 6: wrist
-        1.2,
+        0.5,
         (
             ("capsule", (0.044,), (0, 0, 0), (0.088, 0, 0), WHITE),
             ("cylinder", (0.050,), (0.088, -0.048, 0), (0.088, 0.050, 0), WHITE),
         ),
     ),
     (  # link 7: flange
-        0.6,
+        0.3,
         (
             ("cylinder", (0.044,), (0, 0, 0.048), (0, 0, 0.085), GREY),
             ("cylinder", (0.038,), (0, 0, 0.085), (0, 0, FLANGE), ACCENT),
@@ -151,7 +155,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
 
 def _add_gripper(spec: mujoco.MjSpec, flange: mujoco.MjsBody) -> None:
     hand = flange.add_body(name="hand", pos=[0, 0, FLANGE], quat=quat_about("z", -math.pi / 4), gravcomp=1.0)
-    _shape(hand, "box", (0.026, 0.088, 0.022), (0, 0, 0.036), None, WHITE, mass=0.6, collide=True)
+    _shape(hand, "box", (0.026, 0.088, 0.022), (0, 0, 0.036), None, WHITE, mass=0.4, collide=True)
     _shape(hand, "capsule", (0.026,), (0, -0.076, 0.026), (0, 0.076, 0.026), WHITE)
     _shape(hand, "box", (0.020, 0.092, 0.004), (0, 0, 0.060), None, DARK)
     _shape(hand, "box", (0.012, 0.012, 0.006), (0.036, 0, 0.016), None, GREY)
@@ -177,7 +181,9 @@ def _add_gripper(spec: mujoco.MjSpec, flange: mujoco.MjsBody) -> None:
         )
         _shape(finger, "box", (0.0105, 0.0075, 0.012), (0, side * 0.0115, 0.010), None, GREY, mass=0.05)
         _shape(finger, "box", (0.0105, 0.0050, 0.020), (0, side * 0.0090, 0.034), None, GREY, mass=0.05)
-        pad = _shape(finger, "box", (0.0095, 0.0040, 0.014), (0, side * 0.0040, 0.041), None, PAD, collide=True)
+        pad = _shape(
+            finger, "box", (0.0095, 0.0040, 0.014), (0, side * 0.0040, 0.041), None, PAD, collide=True
+        )
         pad.name = f"pad{k}"
         pad.friction = [1.6, 0.03, 0.002]
         pad.condim = 4

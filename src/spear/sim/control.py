@@ -1,8 +1,8 @@
 """From end-effector actions to joint motion: inverse kinematics and the servo that follows it.
 
-A damped-least-squares solver turns end-effector targets into joint angles; stiff position servos follow them
-over the 0.2 s of a control step. Targets accumulate on the previous target, which is kept close to where the arm
-really is, so that a blocked arm does not wind up.
+A damped-least-squares solver turns end-effector targets into joint angles; stiff position servos follow
+them over the 0.2 s of a control step. Targets accumulate on the previous target, which is kept close to where
+the arm really is, so that a blocked arm does not wind up.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ LEASH = (0.03, np.deg2rad(15.0))
 """How far the target may be from the measured pose before an action is added to it: m, rad."""
 MAX_STEP = (0.12, np.deg2rad(45.0))
 """The largest displacement that one action asks for, m and rad; larger ones are shortened."""
-MAX_JOINT_STEP = 0.435
-"""How far a joint moves in one control step, rad: the published 2.175 rad/s."""
 FLOOR = 0.004
 """The finger tips' middle is never sent below this height over the table, m."""
 TOLERANCE = (0.004, np.deg2rad(2.0))
@@ -36,7 +34,7 @@ _MARGIN = 0.01
 
 @dataclass(frozen=True)
 class Motion:
-    """What became of an action: whether its target was out of reach, or had to be shortened."""
+    """What became of an action: its target was out of reach; it asked for more than one step can do."""
 
     unreachable: bool
     clipped: bool
@@ -60,7 +58,7 @@ class Kinematics:
         mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
         return self._data.site_xpos[self._site].copy(), quat
 
-    def solve(self, joints: Floats, position: Floats, rotation: Floats, iterations: int = 8) -> Floats:
+    def solve(self, joints: Floats, position: Floats, rotation: Floats, iterations: int = 20) -> Floats:
         """[7] joint angles, inside the limits, that bring the end-effector as near to the target as found.
 
         Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
@@ -73,9 +71,7 @@ class Kinematics:
             if np.linalg.norm(error[:3]) < 1e-5 and np.linalg.norm(error[3:]) < 1e-4:
                 break
             mujoco.mj_comPos(self._model, self._data)
-            mujoco.mj_jacSite(
-                self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site
-            )
+            mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
             j = self._jacobian[:, :7]
             gram = np.linalg.inv(j @ j.T + _DAMPING**2 * np.eye(6) * min(1.0, float(error @ error) * 1e3))
             inverse = j.T @ gram
@@ -147,20 +143,21 @@ class Servo:
         position[2] = max(position[2], FLOOR)
         mujoco.mju_quatIntegrate(quat, delta, 1.0)
         goal = kinematics().solve(self._command, position, quat)
-        step = goal - self._command
-        largest = float(np.abs(step).max())
-        fast = largest > MAX_JOINT_STEP
-        if fast:
-            goal = self._command + step * (MAX_JOINT_STEP / largest)
         reached, reached_turn = kinematics().pose(goal)
         missed = (
             float(np.linalg.norm(reached - position)) > TOLERANCE[0]
             or float(np.linalg.norm(rotation_vector(reached_turn, quat))) > TOLERANCE[1]
         )
-        # a target that cannot be reached does not run ahead of the arm
-        self._position, self._rotation = (reached, reached_turn) if missed else (position, quat)
+        step = goal - self._command
+        excess = float((np.abs(step) / (arm.SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
+        if excess > 1:
+            goal = self._command + step / excess
+            reached, reached_turn = kinematics().pose(goal)
+        # a target that is not reached does not run ahead of the arm
+        out = missed or excess > 1
+        self._position, self._rotation = (reached, reached_turn) if out else (position, quat)
         self._follow(goal, 1.0 if opening >= 0.5 else 0.0, substeps)
-        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or fast))
+        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or excess > 1))
 
     def _follow(self, goal: Floats, opening: float, substeps: int) -> None:
         model, data = self._model, self._data
@@ -188,7 +185,7 @@ def rotation_vector(start: Floats, end: Floats) -> Floats:
 
 
 def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
-    """Split an action [8] into translation [3], unit quaternion [4] and opening; `SpearError` when it is not one."""
+    """Translation [3], unit quaternion [4] and opening of an action [8]; `SpearError` when it is not one."""
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
         raise SpearError(f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper")

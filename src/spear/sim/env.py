@@ -27,6 +27,17 @@ MAX_STEPS = 60
 Observation = dict[str, Any]
 
 
+class ActionSpace(gymnasium.spaces.Box):
+    """Actions [8]; what it samples are valid ones: the quaternion has unit length."""
+
+    def sample(self, mask: None = None, probability: None = None) -> NDArray[Any]:
+        """A random action."""
+        action = super().sample(mask, probability)
+        quat = self.np_random.normal(size=4)
+        action[3:7] = quat / np.linalg.norm(quat)
+        return action
+
+
 class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     """One task family of the embedded simulator.
 
@@ -37,8 +48,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
-    quaternion. `info` has the milestones of `spear.sim.tasks.Status` (reached and grasped: at any time so far)
-    and of `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
+    quaternion. `info` has the milestones of `spear.sim.tasks.Status` (all but success: at any time so far)
+    and the flags of `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": RATE_HZ}  # noqa: RUF012
@@ -69,7 +80,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             ):
                 spaces[key] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(spaces)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (8,), np.float32)
+        self.action_space = ActionSpace(-1.0, 1.0, (8,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -87,9 +98,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.steps = 0
         self._milestones = {"reached": False, "grasped": False, "wrong_object_moved": False}
 
-    def step(
-        self, action: NDArray[np.floating]
-    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.floating]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Apply one action [8] (the layout of `spear.types.Action`) for 0.2 s."""
         info = self.physics_step(action)
         success = info["success"]
@@ -125,7 +134,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         size = self.image_size if camera == "external" else self.wrist_size
         return frame_of(self.world, camera, size, self.renderer)
 
-    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8]:
         """The external camera's image."""
         return self.renderer.images(self.world, [("external", self.image_size)])[0]
 

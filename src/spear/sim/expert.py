@@ -1,7 +1,7 @@
 """The scripted expert: looks at the true state, acts through the policy's own eight numbers.
 
-It is reactive: its action depends on the present state only, so it recovers from whatever happens. Heights form a
-funnel: the gripper hovers while it is off to the side or turned wrongly and comes down as it gets aligned.
+It is reactive: its action depends on the present state only, so it recovers from whatever happens. Heights
+form a funnel: the gripper hovers while it is off to the side or turned wrongly and comes down as it aligns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _approach(world: World) -> NDArray[np.float32]:
     turn = abs(_wrap(goal_yaw - yaw))
     side = float(np.linalg.norm(point[:2] - position[:2]))
     error = side + _TURN_WEIGHT * (turn + tilt)
-    goal = point + [0, 0, float(np.clip(1.6 * (error - 0.012), 0, HOVER))]
+    goal = point + np.array([0, 0, np.clip(1.6 * (error - 0.012), 0, HOVER)])
     aligned = side < 0.008 and abs(point[2] - position[2]) < 0.008 and turn < 0.09 and tilt < 0.09
     opening = world.servo.opening()
     # closed with nothing between the fingers: open and try again
@@ -81,7 +81,7 @@ def _carry(world: World) -> NDArray[np.float32]:
     underside = _underside(world, source)
     release = _release_height(world)
     height = min(max(CARRY, release), release + float(np.clip(2.0 * (error - 0.010), 0, 1)))
-    goal = position + [offset[0], offset[1], height - underside]
+    goal = position + np.array([offset[0], offset[1], height - underside])
     ready = side < 0.008 and turn < 0.12 and abs(underside - release) < 0.010
     return _action(position, rotation, goal, goal_yaw, 1.0 if ready else 0.0)
 

@@ -67,7 +67,7 @@ def camera_pose(world: World, camera: str) -> NDArray[np.float64]:
 
 
 def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
-    """Instance id -> [8, 3] corners of its oriented box in the base frame: objects from 1, then the gripper."""
+    """Instance id -> [8, 3] corners of its oriented box, base frame: objects from 1, then the gripper."""
     boxes = {}
     for i, body in enumerate(world.bodies):
         corners = body.low + _CORNERS * (body.high - body.low)

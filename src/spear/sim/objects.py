@@ -1,7 +1,7 @@
 """The catalogue: everyday objects as primitives, with what the expert and the tasks need to know of them.
 
-Every object's frame stands at its centre of volume-ish, z up when it rests as placed on the table, x along its
-long side. Sizes in metres.
+Every object's frame stands near its middle, z up when it rests as placed on the table, x along its long
+side. Sizes in metres.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Kind:
     mass       kg.
     grasp      centre and half-sizes of the box that the gripper takes hold of, object frame, or None when the
                object is not picked up. `round` grasps have no preferred yaw.
-    inside     for containers and supports: half-sizes (x, y) of the area in which a thing counts as placed, and
-               the height of its floor above the object's origin; `inside_round` when the area is an ellipse.
+    inside     of what things are put on or in: half-sizes (x, y) of the area in which a thing counts as
+               placed, and its height above the object's origin; `inside_round` when the area is an ellipse.
     rim        height of the highest point above the object's origin, m.
     """
 
@@ -82,20 +82,28 @@ def _hidden(size: tuple[float, ...], pos: Vec3 = (0.0, 0.0, 0.0), yaw: float = 0
     return Part("box", size, pos, (0.0, 0.0, yaw), visible=False)
 
 
-def _along_x(radius: float, half: float, x: float, color: Color | None = None, shape: str = "capsule") -> Part:
+def _along_x(
+    radius: float, half: float, x: float, color: Color | None = None, shape: str = "capsule"
+) -> Part:
     return Part(shape, (radius, half), (x, 0, 0), (0, math.pi / 2, 0), color, solid=False)
 
 
 def _ring(
-    count: int, radius: float, half: Vec3, z: float, lean: float = 0.0, color: Color | None = None, **more: bool
+    count: int,
+    radius: float,
+    half: Vec3,
+    z: float,
+    lean: float = 0.0,
+    color: Color | None = None,
+    **more: bool,
 ) -> tuple[Part, ...]:
-    """A wall: `count` boxes of half-sizes (thickness, width, height) around a circle, leaning outwards by `lean`."""
+    """A wall: `count` boxes of half-sizes (thickness, width, height) on a circle, leaning out by `lean`."""
     return tuple(
         Part(
             "box",
             half,
             (radius * math.cos(a), radius * math.sin(a), z),
-            (0, lean * 1.0, a),
+            (0, lean, a),
             color,
             **more,
         )
@@ -133,7 +141,9 @@ def _carrot() -> Kind:
         _along_x(0.0115, 0.020, 0.032),
         _along_x(0.0075, 0.014, 0.052),
         *(
-            Part("capsule", (0.0035, 0.014), (-0.062, y, z), (0.0, math.pi / 2 + pitch, yaw), LEAF, solid=False)
+            Part(
+                "capsule", (0.0035, 0.014), (-0.062, y, z), (0.0, math.pi / 2 + pitch, yaw), LEAF, solid=False
+            )
             for y, z, pitch, yaw in ((0.0, 0.004, 0.1, 0.0), (0.007, 0.0, 0, -0.5), (-0.007, 0.0, 0, 0.5))
         ),
         _hidden((0.060, 0.0135, 0.0165), (0.002, 0, 0)),
@@ -152,7 +162,12 @@ def _eggplant() -> Kind:
         _hidden((0.056, 0.0185, 0.0225), (-0.002, 0, -0.001)),
     )
     return Kind(
-        "eggplant", parts, 0.0235, 0.078, (0.33, 0.10, 0.38), grasp=((0.0, 0, -0.001), (0.056, 0.0185, 0.0225))
+        "eggplant",
+        parts,
+        0.0235,
+        0.078,
+        (0.33, 0.10, 0.38),
+        grasp=((0.0, 0, -0.001), (0.056, 0.0185, 0.0225)),
     )
 
 
@@ -165,12 +180,16 @@ def _banana() -> Kind:
         Part("capsule", (0.0145, 0.022), (x, y, 0), (0, math.pi / 2, bend), solid=False),
         Part("capsule", (0.0145, 0.022), (-x, y, 0), (0, math.pi / 2, -bend), solid=False),
         Part("capsule", (0.0060, 0.006), (x + 0.031, y + 0.014, 0), (0, math.pi / 2, bend), tip, solid=False),
-        Part("capsule", (0.0060, 0.006), (-x - 0.031, y + 0.014, 0), (0, math.pi / 2, -bend), tip, solid=False),
+        Part(
+            "capsule", (0.0060, 0.006), (-x - 0.031, y + 0.014, 0), (0, math.pi / 2, -bend), tip, solid=False
+        ),
         _hidden((0.034, 0.0145, 0.0155)),
         _hidden((0.026, 0.0125, 0.0155), (x, y, 0), bend),
         _hidden((0.026, 0.0125, 0.0155), (-x, y, 0), -bend),
     )
-    return Kind("banana", parts, 0.0160, 0.088, (0.95, 0.82, 0.18), grasp=((0, 0, 0), (0.075, 0.0145, 0.0155)))
+    return Kind(
+        "banana", parts, 0.0160, 0.088, (0.95, 0.82, 0.18), grasp=((0, 0, 0), (0.075, 0.0145, 0.0155))
+    )
 
 
 def _spoon() -> Kind:
@@ -181,12 +200,16 @@ def _spoon() -> Kind:
         _hidden((0.056, 0.0070, 0.0085), (-0.022, 0, 0)),
         _hidden((0.022, 0.0150, 0.0085), (0.050, 0, 0)),
     )
-    return Kind("spoon", parts, 0.0085, 0.080, STEEL, mass=0.05, grasp=((-0.012, 0, 0), (0.050, 0.0070, 0.0085)))
+    return Kind(
+        "spoon", parts, 0.0085, 0.080, STEEL, mass=0.05, grasp=((-0.012, 0, 0), (0.050, 0.0070, 0.0085))
+    )
 
 
 def _cucumber() -> Kind:
     parts = (_along_x(0.0155, 0.046, 0.0), _hidden((0.055, 0.0145, 0.0155)))
-    return Kind("cucumber", parts, 0.0155, 0.064, (0.16, 0.42, 0.14), grasp=((0, 0, 0), (0.055, 0.0145, 0.0155)))
+    return Kind(
+        "cucumber", parts, 0.0155, 0.064, (0.16, 0.42, 0.14), grasp=((0, 0, 0), (0.055, 0.0145, 0.0155))
+    )
 
 
 def _can() -> Kind:
@@ -232,7 +255,13 @@ def _tomato() -> Kind:
         _hidden((0.0225, 0.0225, 0.0225), yaw=math.pi / 4),
     )
     return Kind(
-        "tomato", parts, 0.0225, 0.030, (0.85, 0.16, 0.10), grasp=((0, 0, 0), (0.0265, 0.0265, 0.0225)), round=True
+        "tomato",
+        parts,
+        0.0225,
+        0.030,
+        (0.85, 0.16, 0.10),
+        grasp=((0, 0, 0), (0.0265, 0.0265, 0.0225)),
+        round=True,
     )
 
 
@@ -250,7 +279,9 @@ def _sponge() -> Kind:
         Part("box", (0.043, 0.027, 0.0150)),
         _visual("box", (0.0433, 0.0273, 0.0045), pos=(0, 0, 0.0115), color=(0.20, 0.55, 0.35)),
     )
-    return Kind("sponge", parts, 0.015, 0.052, (0.96, 0.80, 0.30), mass=0.03, grasp=((0, 0, 0), (0.043, 0.027, 0.015)))
+    return Kind(
+        "sponge", parts, 0.015, 0.052, (0.96, 0.80, 0.30), mass=0.03, grasp=((0, 0, 0), (0.043, 0.027, 0.015))
+    )
 
 
 def _plate() -> Kind:
@@ -259,7 +290,9 @@ def _plate() -> Kind:
         _visual("cylinder", (0.062, 0.0054), color=(0.98, 0.98, 0.97)),
         *_ring(14, 0.0800, (0.0130, 0.0195, 0.0018), 0.0062, -0.25, visible=True, solid=False),
     )
-    return Kind("plate", parts, 0.005, 0.094, (0.80, 0.86, 0.93), mass=0.5, inside=(0.075, 0.075, 0.005), rim=0.010)
+    return Kind(
+        "plate", parts, 0.005, 0.094, (0.80, 0.86, 0.93), mass=0.5, inside=(0.075, 0.075, 0.005), rim=0.010
+    )
 
 
 def _bowl() -> Kind:
@@ -267,7 +300,9 @@ def _bowl() -> Kind:
         Part("cylinder", (0.052, 0.0040), (0, 0, -0.018)),
         *_ring(12, 0.0630, (0.0030, 0.0200, 0.0250), 0.002, 0.45),
     )
-    return Kind("bowl", parts, 0.022, 0.080, (0.86, 0.55, 0.20), mass=0.4, inside=(0.060, 0.060, -0.014), rim=0.026)
+    return Kind(
+        "bowl", parts, 0.022, 0.080, (0.86, 0.55, 0.20), mass=0.4, inside=(0.060, 0.060, -0.014), rim=0.026
+    )
 
 
 def _basket() -> Kind:
@@ -281,7 +316,8 @@ def _basket() -> Kind:
         Part("box", (x, y, 0.003), (0, 0, -h + 0.003), color=dark),
     )
     bands = tuple(
-        _visual("box", (x + 0.0015, y + 0.0015, 0.0035), pos=(0, 0, z), color=dark) for z in (-0.022, -0.006, 0.010)
+        _visual("box", (x + 0.0015, y + 0.0015, 0.0035), pos=(0, 0, z), color=dark)
+        for z in (-0.022, -0.006, 0.010)
     )
     # bands are frames: four thin strips each, so that the inside stays free
     strips = tuple(
@@ -320,7 +356,11 @@ def _towel() -> Kind:
     x, y = 0.080, 0.100
     parts = (
         Part("box", (x, y, 0.0030)),
-        *(_visual("box", (x, 0.006, 0.0031), pos=(0, s * d, 0), color=PALE) for s in (-1, 1) for d in (0.070, 0.088)),
+        *(
+            _visual("box", (x, 0.006, 0.0031), pos=(0, s * d, 0), color=PALE)
+            for s in (-1, 1)
+            for d in (0.070, 0.088)
+        ),
     )
     return Kind(
         "towel",
@@ -365,7 +405,13 @@ GRASPABLE: Sequence[str] = tuple(name for name, kind in KINDS.items() if kind.gr
 SUPPORTS: Sequence[str] = ("plate", "bowl", "basket", "towel")
 """What things are put on or in."""
 RECOLORED: dict[str, Sequence[Color]] = {
-    "towel": ((0.25, 0.50, 0.68), (0.72, 0.25, 0.30), (0.45, 0.60, 0.45), (0.85, 0.70, 0.45), (0.45, 0.40, 0.60)),
+    "towel": (
+        (0.25, 0.50, 0.68),
+        (0.72, 0.25, 0.30),
+        (0.45, 0.60, 0.45),
+        (0.85, 0.70, 0.45),
+        (0.45, 0.40, 0.60),
+    ),
     "plate": ((0.80, 0.86, 0.93), (0.93, 0.85, 0.80), (0.85, 0.93, 0.85), (0.55, 0.65, 0.78)),
     "bowl": ((0.86, 0.55, 0.20), (0.30, 0.62, 0.66), (0.75, 0.30, 0.35), (0.85, 0.85, 0.82)),
     "cup": (BLUE, (0.85, 0.40, 0.45), (0.90, 0.88, 0.82), (0.25, 0.60, 0.55)),

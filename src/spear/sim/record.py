@@ -1,8 +1,8 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
-At random moments the arm is pushed off course for a step or two, or drops what it holds. Those steps are part of
-the episode (the pictures and poses are real) but masked: they are never a training target. What follows shows how
-to recover.
+At random moments the arm is pushed off course for a step or two, or drops what it holds. Those steps are part
+of the episode (the pictures and poses are real) but masked: they are never a training target. What follows
+shows how to recover.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def record(
     tasks: Iterable[tuple[str, int]],
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    disturbance: Disturbance | None = Disturbance(),  # noqa: B008 (frozen)
+    disturbance: Disturbance | None = Disturbance(),
     workers: int = 2,
 ) -> Iterator[Episode]:
-    """An `Episode` for each (family, seed) of `tasks`, in that order; failures included (`success` False).
+    """An `Episode` for each (family, seed) of `tasks`, in that order; also of failures (`success` False).
 
-    Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share the
-    work; the episodes are the same whatever their number.
+    Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
+    the work; the episodes are the same whatever their number.
     """
     jobs = ((family, seed, image_size, wrist_size, disturbance) for family, seed in tasks)
     if workers <= 1:

@@ -28,8 +28,8 @@ _MAX_GEOMS = 600
 class Layers:
     """What one camera sees.
 
-    image [h, w, 3] uint8; depth [h, w] float32 metres along the camera's z; geoms [h, w] int32 geom ids, -1 where
-    there is none.
+    image [h, w, 3] uint8; depth [h, w] float32 metres along the camera's z; geoms [h, w] int32 geom ids, -1
+    where there is none.
     """
 
     image: NDArray[np.uint8]

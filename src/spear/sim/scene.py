@@ -49,7 +49,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Look:
-    """How a scene looks: the external camera (m, base frame; vertical field of view, degrees), surfaces, light."""
+    """How a scene looks: external camera (m, base frame; vertical view angle, degrees), surfaces, light."""
 
     camera: Vec3
     target: Vec3
@@ -117,7 +117,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
 def clutter_scene(seed: int) -> SceneSpec:
     """A scene without a task, for labelling: 3–7 objects, the arm anywhere plausible, sometimes holding one.
 
-    Its images cover what the policy sees on the way: the gripper hovers over, beside or low between the objects.
+    Its images cover what the policy sees on the way: the gripper over, beside or low between the objects.
     """
     _check_seed(seed)
     rng = np.random.default_rng([len(FAMILIES), seed])
@@ -183,8 +183,18 @@ TABLE_COLORS: Sequence[Color] = (
     (0.38, 0.42, 0.46),
     (0.50, 0.58, 0.56),
 )
-FLOOR_COLORS: Sequence[Color] = ((0.55, 0.55, 0.57), (0.45, 0.36, 0.28), (0.70, 0.68, 0.62), (0.30, 0.33, 0.37))
-WALL_COLORS: Sequence[Color] = ((0.88, 0.87, 0.83), (0.68, 0.76, 0.80), (0.80, 0.74, 0.66), (0.60, 0.64, 0.60))
+FLOOR_COLORS: Sequence[Color] = (
+    (0.55, 0.55, 0.57),
+    (0.45, 0.36, 0.28),
+    (0.70, 0.68, 0.62),
+    (0.30, 0.33, 0.37),
+)
+WALL_COLORS: Sequence[Color] = (
+    (0.88, 0.87, 0.83),
+    (0.68, 0.76, 0.80),
+    (0.80, 0.74, 0.66),
+    (0.60, 0.64, 0.60),
+)
 
 
 def _check_seed(seed: int) -> None:
@@ -215,7 +225,7 @@ def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: 
 
 
 def _place(names: Sequence[str], rng: np.random.Generator, must: int) -> list[Thing]:
-    """Lay the objects apart from each other; those after the first `must` are left out when there is no room."""
+    """Lay the objects apart from each other; those after the first `must` are left out when room is short."""
     while True:
         things: list[Thing] = []
         for i, name in enumerate(names):
@@ -268,7 +278,9 @@ def _tilted(rng: np.random.Generator, tilt: float, yaw: float) -> Quat:
 
 def _pick(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
     color = np.array(colors[int(rng.integers(len(colors)))])
-    return _vec(np.clip(color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2, 0, 1))
+    return _vec(
+        np.clip(color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2, 0, 1)
+    )
 
 
 def _vec(values: Sequence[float] | np.ndarray) -> Vec3:

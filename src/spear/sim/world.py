@@ -1,7 +1,7 @@
 """A scene as a compiled MuJoCo model: bodies, surfaces, light, cameras, and questions about its state.
 
-Only the objects of the scene are in the model. Textures and materials are the same in every model, so that one
-rendering context serves them all (see `spear.sim.render`).
+Only the objects of the scene are in the model. Textures and materials are the same in every model, so that
+one rendering context serves them all (see `spear.sim.render`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class World:
         for _ in range(20):
             if not self._robot_touches():
                 break
-            position = position + [0, 0, 0.02]
+            position[2] += 0.02
             self.servo.place(position, rotation, self.spec.opening)
             mujoco.mj_forward(self.model, self.data)
         held = self.spec.held
@@ -159,7 +159,7 @@ class World:
         )
 
     def _instances(self) -> NDArray[np.int32]:
-        """[ngeom + 1] instance id of each geom: objects count from 1, then the gripper; last entry: background."""
+        """[ngeom + 1] instance id of each geom: objects from 1, then the gripper; last entry: background."""
         result = np.zeros(self.model.ngeom + 1, np.int32)
         for i, body in enumerate(self.bodies):
             result[:-1][self.model.geom_bodyid == body.index] = i + 1
@@ -195,7 +195,7 @@ def _euler_quat(euler: tuple[float, float, float]) -> Floats:
 
 @functools.cache
 def base_spec() -> mujoco.MjSpec:
-    """What every scene shares: options, textures, materials, table, floor, walls, light, cameras and the arm."""
+    """What every scene shares: options, materials, table, floor, walls, light, cameras and the arm."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
     option = spec.option
@@ -220,7 +220,10 @@ def base_spec() -> mujoco.MjSpec:
     world = spec.worldbody
     world.add_camera(name="external")
     world.add_light(
-        name="light", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False, specular=[0.15, 0.15, 0.15]
+        name="light",
+        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
+        castshadow=False,
+        specular=[0.15, 0.15, 0.15],
     )
     box = mujoco.mjtGeom.mjGEOM_BOX
     world.add_geom(
@@ -253,7 +256,9 @@ def _add_materials(spec: mujoco.MjSpec) -> None:
         pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
         texture.data = np.repeat(pixels[..., None], 3, axis=-1).tobytes()
     for name in MATERIALS:
-        material = spec.add_material(name=name, specular=0.2, shininess=0.3, texuniform=True, texrepeat=[3, 3])
+        material = spec.add_material(
+            name=name, specular=0.2, shininess=0.3, texuniform=True, texrepeat=[3, 3]
+        )
         if name != "plain":
             material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
 

@@ -1,0 +1,122 @@
+"""The environment: Gymnasium's contract, determinism, and tasks that only work gets done."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from spear.errors import SpearError
+from spear.sim import FAMILIES, Renderer, TabletopEnv, expert
+from spear.sim.env import MAX_STEPS
+from spear.sim.tasks import placed
+
+STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    try:
+        return Renderer()
+    except SpearError as error:
+        pytest.skip(str(error))
+
+
+def play(env: TabletopEnv, seed: int) -> dict[str, object]:
+    _, info = env.reset(seed=seed)
+    while not info["success"] and env.steps < MAX_STEPS:
+        info = env.physics_step(expert.act(env.world))
+    return info
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_keeps_gymnasiums_contract(renderer: Renderer) -> None:
+    check_env(TabletopEnv("put_on", (64, 48), (32, 32), renderer), skip_render_check=True)
+    assert gymnasium.spec("spear/Tabletop-v0").entry_point == "spear.sim.env:TabletopEnv"
+    made = gymnasium.make("spear/Tabletop-v0", family="stack_cube", images=False)
+    assert made.reset(seed=1)[0]["prompt"]
+
+
+def test_observations_are_what_policies_take(renderer: Renderer) -> None:
+    env = TabletopEnv("put_on", (192, 128), (96, 96), renderer)
+    observation, info = env.reset(seed=4)
+    assert observation["observation/image"].shape == (128, 192, 3)
+    assert observation["observation/wrist_image"].shape == (96, 96, 3)
+    state = observation["observation/state"]
+    assert state.dtype == np.float32 and state.shape == (8,)
+    assert abs(np.linalg.norm(state[3:7]) - 1) < 1e-6 and state[3] >= 0 and state[7] > 0.95
+    assert observation["prompt"] == env.world.spec.instruction
+    assert set(info) >= {"success", "reached", "grasped", "wrong_object_moved", "unreachable"}
+    for image in (observation["observation/image"], observation["observation/wrist_image"]):
+        assert image.std() > 10
+
+
+def test_the_same_seed_and_actions_give_the_same_pixels(renderer: Renderer) -> None:
+    def run() -> list[np.ndarray]:
+        env = TabletopEnv("stack_cube", (96, 72), (48, 48), renderer)
+        seen = [env.reset(seed=11)[0]]
+        seen += [env.step(expert.act(env.world))[0] for _ in range(8)]
+        return [o[key] for o in seen for key in sorted(o) if key != "prompt"]
+
+    for one, other in zip(run(), run(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_interleaved_worlds_in_one_context_do_not_disturb_each_other(renderer: Renderer) -> None:
+    envs = [TabletopEnv(family, (96, 72), (48, 48), renderer) for family in FAMILIES]
+    alone = [env.reset(seed=2)[0] for env in envs]
+    again = [env.observe() for env in reversed(envs)][::-1]
+    for one, other in zip(alone, again, strict=True):
+        np.testing.assert_array_equal(one["observation/image"], other["observation/image"])
+    assert len({o["observation/image"].tobytes() for o in alone}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_expert_succeeds_and_doing_nothing_fails(family: str) -> None:
+    env = TabletopEnv(family, images=False)
+    for seed in range(5):
+        info = play(env, seed)
+        assert info["success"] and info["reached"] and info["grasped"], (family, seed)
+        assert placed(env.world) and env.steps < 40
+    env.reset(seed=0)
+    for _ in range(MAX_STEPS):
+        _, reward, terminated, truncated, info = env.step(STILL)
+        assert not terminated and reward == 0
+    assert truncated and not info["success"] and not info["reached"]
+
+
+def test_rotation_matters() -> None:
+    """The expert without its turns does not get long objects off the table across the fingers."""
+    env = TabletopEnv("spoon_on_towel", images=False)
+    wins = 0
+    for seed in range(6):
+        _, info = env.reset(seed=seed)
+        while not info["success"] and env.steps < 30:
+            action = expert.act(env.world)
+            action[3:7] = STILL[3:7]
+            info = env.physics_step(action)
+        wins += bool(info["success"])
+    assert wins <= 2
+
+
+def test_an_object_that_is_not_let_go_is_no_success() -> None:
+    env = TabletopEnv("put_on", images=False)
+    _, info = env.reset(seed=3)
+    while env.steps < 40:
+        action = expert.act(env.world)
+        action[7] = 0.0 if info["grasped"] else action[7]
+        info = env.physics_step(action)
+        assert not info["success"]
+    assert info["grasped"] and placed(env.world)
+
+
+def test_bad_requests_are_one_clear_line() -> None:
+    with pytest.raises(SpearError, match="did you mean 'put_on'"):
+        TabletopEnv("put_onn")
+    env = TabletopEnv("put_on", images=False)
+    env.reset(seed=0)
+    with pytest.raises(SpearError, match="finite"):
+        env.step(np.full(8, np.nan))
+    with pytest.raises(SpearError, match="quaternion"):
+        env.step(np.zeros(8))

@@ -1,0 +1,84 @@
+"""Demonstrations: whole, masked where disturbed, and the same however many processes make them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from spear.errors import SpearError
+from spear.sim import FAMILIES, TRAIN_SEED, Disturbance, Renderer, record, record_episode
+from spear.types import Episode
+
+SIZES = (96, 72), (48, 48)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    try:
+        return Renderer()
+    except SpearError as error:
+        pytest.skip(str(error))
+
+
+def same(one: Episode, other: Episode) -> bool:
+    assert one.action is not None and other.action is not None
+    return (
+        one.source == other.source
+        and all(list(one.images[k]) == list(other.images[k]) for k in one.images)
+        and np.array_equal(one.action, other.action)
+        and np.array_equal(one.position, other.position)
+    )
+
+
+def test_an_episode_is_whole(renderer: Renderer) -> None:
+    episode = record_episode("put_on", TRAIN_SEED, renderer, *SIZES)
+    steps = len(episode)
+    assert episode.success and episode.rate_hz == 5 and episode.source == f"sim/put_on/{TRAIN_SEED}"
+    assert set(episode.images) == {"external", "wrist"}
+    for name, (width, height) in zip(("external", "wrist"), SIZES, strict=True):
+        assert len(episode.images[name]) == steps
+        assert Image.open(io.BytesIO(episode.images[name][-1])).size == (width, height)
+    assert episode.position.shape == (steps, 3) and episode.rotation.shape == (steps, 4)
+    assert episode.gripper.shape == (steps,) and episode.gripper.max() <= 1
+    assert episode.action is not None and episode.action.shape == (steps, 8)
+    assert episode.action_mask is not None and episode.action_mask.all()
+    assert set(np.unique(episode.action[:, 7])) == {0.0, 1.0}
+
+
+def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
+    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, renderer, *SIZES)
+    assert episode.action is not None
+    moved = np.diff(episode.position, axis=0)
+    error = np.linalg.norm(moved - episode.action[:-1, :3], axis=1)
+    assert np.median(error) < 1e-3 and np.quantile(error, 0.9) < 5e-3
+    poses = Rotation.from_quat(episode.rotation, scalar_first=True)
+    turned = poses[:-1].inv() * poses[1:]
+    wanted = Rotation.from_quat(episode.action[:-1, 3:7], scalar_first=True)
+    assert np.median((wanted.inv() * turned).magnitude()) < np.radians(0.5)
+
+
+def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> None:
+    disturbance = Disturbance(start=0.15)
+    episodes = [
+        record_episode(family, TRAIN_SEED + seed, renderer, *SIZES, disturbance)
+        for family in FAMILIES
+        for seed in range(2)
+    ]
+    masks = np.concatenate([episode.action_mask for episode in episodes])
+    assert 0.03 < (~masks).mean() < 0.4
+    assert sum(bool(episode.success) for episode in episodes) >= len(episodes) - 1
+    actions = np.concatenate([episode.action for episode in episodes])
+    assert np.linalg.norm(actions[masks, :3], axis=1).max() < 0.0601
+
+
+def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:
+    tasks = [("stack_cube", TRAIN_SEED), ("put_in_basket", TRAIN_SEED + 3)]
+    one = list(record(tasks, *SIZES, workers=1))
+    two = list(record(tasks, *SIZES, workers=2))
+    assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    assert same(one[0], record_episode("stack_cube", TRAIN_SEED, renderer, *SIZES, Disturbance()))

@@ -1,0 +1,109 @@
+"""Scenes: the same seed gives the same scene, and a scene is one that can be played."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from spear.errors import SpearError
+from spear.sim.instructions import SYNONYMS, TEMPLATES
+from spear.sim.objects import CUBES, GRASPABLE, KINDS
+from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, START, clutter_scene, sample_scene
+from spear.sim.world import World
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_seed_same_scene_and_other_seeds_differ(family: str) -> None:
+    assert sample_scene(family, 7) == sample_scene(family, 7)
+    scenes = [sample_scene(family, seed) for seed in range(30)]
+    assert len({scene.things for scene in scenes}) == 30
+    assert len({scene.instruction for scene in scenes}) >= 6
+    assert len({scene.look.camera for scene in scenes}) == 30
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "clutter"])
+def test_objects_lie_apart_inside_the_workspace_and_stay_where_they_are_put(family: str) -> None:
+    for seed in range(12):
+        scene = clutter_scene(seed) if family == "clutter" else sample_scene(family, seed)
+        for i, one in enumerate(scene.things):
+            assert 0.36 < one.position[0] < 0.64 and abs(one.position[1]) < 0.24
+            for other in scene.things[:i]:
+                apart = math.dist(one.position[:2], other.position[:2])
+                assert apart > KINDS[one.kind].radius + KINDS[other.kind].radius
+        if family != "clutter":
+            world = World(scene)
+            placed = np.array([thing.position for thing in scene.things])
+            np.testing.assert_allclose(world.start, placed, atol=2e-3)
+
+
+def test_each_family_casts_its_roles() -> None:
+    for seed in range(40):
+        kinds = {f: [t.kind for t in sample_scene(f, seed).things] for f in FAMILIES}
+        assert kinds["put_on"][1] in PUT_ON[kinds["put_on"][0]]
+        assert kinds["put_in_basket"][0] == "basket" and kinds["put_in_basket"][1] in IN_BASKET
+        assert kinds["spoon_on_towel"][:2] == ["towel", "spoon"]
+        assert {*kinds["stack_cube"][:2]} <= {*CUBES} and kinds["stack_cube"][0] != kinds["stack_cube"][1]
+        for names in kinds.values():
+            assert 2 <= len(names) <= 5 and len(set(names)) == len(names)
+
+
+def test_instructions_name_source_and_target_in_six_wordings_or_more() -> None:
+    assert all(len(set(templates)) >= 6 for templates in TEMPLATES.values())
+    for family in FAMILIES:
+        for seed in range(20):
+            scene = sample_scene(family, seed)
+            for thing in scene.things[:2]:
+                names = SYNONYMS.get(thing.kind, (thing.kind,))
+                assert any(name in scene.instruction for name in names), scene.instruction
+
+
+def test_the_gripper_starts_tilted_near_the_middle() -> None:
+    scenes = [sample_scene("put_on", seed) for seed in range(60)]
+    offsets = np.array([scene.ee_position for scene in scenes]) - START
+    assert np.abs(offsets).max() <= 0.08 and np.abs(offsets).max(axis=0).min() > 0.06
+    w, x, y, z = np.array([scene.ee_rotation for scene in scenes]).T
+    tilt = np.degrees(np.arccos(1 - 2 * (x * x + y * y)))
+    assert tilt.max() <= 18.01 and tilt.max() > 14 and (w > 0).all()
+    assert np.ptp(np.degrees(2 * np.arctan2(z, w))) > 40
+
+
+def test_long_objects_do_not_fit_between_the_fingers_lengthwise() -> None:
+    long = [name for name in GRASPABLE if KINDS[name].elongated]
+    assert {"carrot", "spoon", "eggplant", "banana"} <= set(long)
+    for name in GRASPABLE:
+        _, half = KINDS[name].grasp or ((0, 0, 0), (0, 0, 0))
+        assert 2 * min(half[:2]) < 0.075
+        if name in long:
+            assert 2 * max(half[:2]) > 0.08
+
+
+def test_clutter_is_varied() -> None:
+    scenes = [clutter_scene(seed) for seed in range(120)]
+    assert scenes[3] == clutter_scene(3)
+    assert all(2 <= len(scene.things) <= 7 for scene in scenes)
+    assert any(scene.held is not None for scene in scenes)
+    names = {thing.kind for scene in scenes for thing in scene.things}
+    assert names == set(KINDS)
+    assert any(len({t.kind for t in s.things}) < len(s.things) for s in scenes)
+    heights = np.array([scene.ee_position[2] for scene in scenes])
+    assert heights.min() < 0.05 and heights.max() > 0.25
+
+
+def test_a_held_object_is_between_the_fingers() -> None:
+    held = [scene for scene in map(clutter_scene, range(80)) if scene.held is not None]
+    for scene in held[:8]:
+        world = World(scene)
+        assert scene.held is not None
+        ee, _ = world.servo.pose()
+        assert np.linalg.norm(world.position(scene.held) - ee) < 0.03
+
+
+def test_bad_requests_are_one_clear_line() -> None:
+    with pytest.raises(SpearError, match="did you mean 'stack_cube'"):
+        sample_scene("stack_cubes", 0)
+    with pytest.raises(SpearError, match="seed -1"):
+        sample_scene("put_on", -1)
+    with pytest.raises(SpearError, match="seed -1"):
+        clutter_scene(-1)
