@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.models.attention import choose_attention
@@ -45,7 +46,7 @@ class MogeDepthConfig(PreTrainedConfig):
     """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
 
     model_type = "spear_moge_depth"
-    sub_configs_defaults: ClassVar = {"moge_config": Dinov2Config}
+    sub_configs_defaults: ClassVar = {"moge_config": SubConfigSpec(config_class=Dinov2Config)}
 
     moge_config: Any = None
     cells: int = 8

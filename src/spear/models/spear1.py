@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear import flow
@@ -38,7 +39,10 @@ class Spear1Config(PreTrainedConfig):
     """
 
     model_type = "spear1"
-    sub_configs_defaults: ClassVar = {"vlm_config": SpearVLMConfig, "expert_config": GemmaConfig}
+    sub_configs_defaults: ClassVar = {
+        "vlm_config": SubConfigSpec(config_class=SpearVLMConfig),
+        "expert_config": SubConfigSpec(config_class=GemmaConfig),
+    }
 
     vlm_config: Any = None
     expert_config: Any = None

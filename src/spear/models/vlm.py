@@ -45,8 +45,8 @@ class SpearVLMConfig(PreTrainedConfig):
 
     model_type = "spear_vlm"
     sub_configs_defaults: ClassVar = {
-        "vision_config": SiglipVisionConfig,
-        "text_config": GemmaConfig,
+        "vision_config": SubConfigSpec(config_class=SiglipVisionConfig),
+        "text_config": SubConfigSpec(config_class=GemmaConfig),
         "moge_config": SubConfigSpec(config_class=MogeConfig, optional=True),
     }
 

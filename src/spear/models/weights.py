@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -39,6 +39,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     finally:
         if bars:
             logging.enable_progress_bar()
+    model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
