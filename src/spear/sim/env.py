@@ -80,7 +80,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             ):
                 spaces[key] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(spaces)
-        self.action_space = ActionSpace(-1.0, 1.0, (8,), np.float32)
+        self.action_space: gymnasium.Space[NDArray[Any]] = ActionSpace(-1.0, 1.0, (8,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

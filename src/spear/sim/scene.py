@@ -152,8 +152,8 @@ def clutter_scene(seed: int) -> SceneSpec:
 
 def sample_look(rng: np.random.Generator) -> Look:
     """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
-    camera = np.array([1.06, 0.30, 0.66]) + rng.uniform(-0.04, 0.04, 3)
-    target = np.array([0.47, 0.0, 0.07]) + rng.uniform(-0.02, 0.02, 3)
+    camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
+    target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
     warm = rng.uniform(-0.05, 0.05)
     bright = rng.uniform(0.45, 0.70)
@@ -161,7 +161,7 @@ def sample_look(rng: np.random.Generator) -> Look:
     return Look(
         camera=_vec(camera),
         target=_vec(target),
-        fovy=float(rng.uniform(31.5, 34.0)),
+        fovy=float(rng.uniform(35.5, 37.5)),
         table=str(rng.choice(["wood", "planks", "cloth", "plain"])),
         table_color=_pick(rng, TABLE_COLORS, 0.06),
         floor=str(rng.choice(["tiles", "planks", "plain"])),
