@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,13 +26,18 @@ Batch = dict[str, Any]
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss."""
 
-    model: torch.nn.Module
+    @property
+    def model(self) -> torch.nn.Module:
+        """What learns."""
+        ...
 
     def batch(self, step: int) -> Batch:
         """The batch of one step: a pure function of the step. Runs in the loader process."""
         ...
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Total loss and its named parts, all 0-d."""
         ...
 
@@ -53,7 +58,7 @@ class Optimization:
 
     steps: int
     lr: float
-    lr_scale: Mapping[str, float]
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -86,7 +91,9 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
         if not any(_matches(n, prefix) for n in names):
             tops = sorted({n.rsplit(".", 1)[0] for n in names})[:6]
-            raise SpearError(f"freeze schedule names {prefix!r}: no such module (there are {', '.join(tops)}, …)")
+            raise SpearError(
+                f"freeze schedule names {prefix!r}: no such module (there are {', '.join(tops)}, …)"
+            )
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
         parameter.requires_grad_(learns and not any(_matches(name, p) for p in opt.frozen))
@@ -102,7 +109,12 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.Ada
             groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": params, "lr": opt.lr * scale, "peak": opt.lr * scale, "weight_decay": opt.weight_decay * decays}
+            {
+                "params": params,
+                "lr": opt.lr * scale,
+                "peak": opt.lr * scale,
+                "weight_decay": opt.weight_decay * decays,
+            }
             for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0])
         ],
         betas=opt.betas,
@@ -182,8 +194,12 @@ def run(
     model.train()
     started, seen = time.perf_counter(), 0
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[info]}"), disable=quiet,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        disable=quiet,
     ) as bar:
         row = bar.add_task(out.name, total=opt.steps, completed=first, info="")
         for step, batch in zip(
@@ -198,17 +214,26 @@ def run(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(learning, opt.grad_clip)
             if not torch.isfinite(norm):
-                raise SpearError(f"step {step}: the loss or its gradient is not finite: lower --lr; run kept in {out}")
+                raise SpearError(
+                    f"step {step}: the loss or its gradient is not finite: lower --lr; run kept in {out}"
+                )
             optimizer.step()
             if ema is not None:
                 decay = min(opt.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.values()), [named[n].detach() for n in ema], 1 - decay)
             seen += 1
             if (step + 1) % log_every == 0 or step + 1 == opt.steps:
-                values = {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}, "grad_norm": norm.item()}
+                values = {
+                    "loss": loss.item(),
+                    **{k: v.item() for k, v in parts.items()},
+                    "grad_norm": norm.item(),
+                }
                 rate = seen / (time.perf_counter() - started)
                 with log.open("a") as file:
-                    file.write(json.dumps({"step": step + 1, **values, "lr": factor * opt.lr, "steps_per_s": rate}) + "\n")
+                    file.write(
+                        json.dumps({"step": step + 1, **values, "lr": factor * opt.lr, "steps_per_s": rate})
+                        + "\n"
+                    )
                 if writer is not None:
                     for key, value in values.items():
                         writer.add_scalar(key, value, step + 1)

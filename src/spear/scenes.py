@@ -1,0 +1,106 @@
+"""Simulator scenes → 3D-labelled images: the labeller at work, with the simulator's truth as its models.
+
+Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and `depth/` (images with metric
+depth, for pretraining the encoder).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import label
+from spear.labels.store import write_shards
+from spear.types import Array, Frame, LabeledImage
+
+Size = tuple[int, int]
+SCENES_PER_JOB = 256
+
+
+def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
+    """Frames with ground truth → labels, through the same pipeline that real models fill."""
+    return label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
+
+
+def label_scenes(
+    out: Path,
+    scenes: int,
+    sizes: dict[str, Size],
+    first_seed: int,
+    workers: int = 2,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Label `scenes` clutter scenes from seed `first_seed` on, one image per view of `sizes`; returns the images.
+
+    sizes  view ("external", "wrist") → (width, height). A job of `SCENES_PER_JOB` scenes that is finished is kept,
+    so an interrupted run continues where it was.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
+    jobs = [
+        (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes)
+        for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
+    ]
+    done = 0
+    if workers <= 1:
+        for count in map(_job, jobs):
+            done += count
+            on_progress(done)
+        return done * len(sizes)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for count in pool.imap_unordered(_job, jobs):
+            done += count
+            on_progress(done)
+    return done * len(sizes)
+
+
+def wording(draws: int = 2000) -> list[str]:
+    """The instructions that the simulator gives, for the vocabulary of a small tokenizer."""
+    import numpy as np
+
+    from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
+
+    seeds = np.random.default_rng(0).integers(TRAIN_SEED, TRAIN_SEED + 1_000_000, draws)
+    return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
+
+
+def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
+    from spear.sim.frames import frame_of
+    from spear.sim.render import Renderer
+    from spear.sim.scene import clutter_scene
+    from spear.sim.world import World
+    from spear.train.depth import write_depth
+
+    out, index, first, count, sizes = job
+    if all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes):
+        return count
+    renderer = Renderer()
+    worlds: dict[int, Any] = {}
+    depth: list[tuple[bytes, Array]] = []
+    for view, size in sizes.items():
+        maps: list[Array] = []
+
+        def frames(view: str = view, size: Size = size, maps: list[Array] = maps) -> Iterator[Frame]:
+            for seed in range(first, first + count):
+                if seed not in worlds:
+                    worlds[seed] = World(clutter_scene(seed))
+                frame = frame_of(worlds[seed], view, size, renderer)
+                assert frame.depth is not None
+                maps.append(frame.depth)
+                yield frame
+
+        labels = list(label_frames(frames()))
+        part = Path(out) / view / f".part-{index:05d}"
+        shutil.rmtree(part, ignore_errors=True)
+        (path,) = write_shards(labels, part, shard_size=count)
+        path.replace(Path(out) / view / f"labels-{index:05d}.parquet")
+        part.rmdir()
+        if view == "external":
+            depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
+    write_depth(depth, Path(out) / "depth" / f"depth-{index:05d}.parquet")
+    renderer.close()
+    return count

@@ -1,0 +1,131 @@
+"""Labelled images → batches of questions with answers, for SPEAR-VLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spear.data.images import JITTER_DRAWS, decode_image, jitter
+from spear.errors import SpearError
+from spear.labels.questions import generate
+from spear.labels.store import read
+from spear.models.processing import Processor
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.tokens import CoordinateTokenizer
+from spear.train.loop import Batch
+from spear.train.recipes import QuestionMix
+from spear.types import LabeledImage, Question
+
+
+def load_labels(folder: Path, views: Sequence[str]) -> dict[str, list[LabeledImage]]:
+    """All labels of a folder, by view, without their masks (questions do not need them).
+
+    A folder with a sub-folder per view (as `spear label --source sim` writes), or one of shards, which is then
+    taken as the first view, "external".
+    """
+    folder = Path(folder)
+    found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
+    return {
+        view: [
+            dataclasses.replace(label, objects=tuple(dataclasses.replace(o, mask=()) for o in label.objects))
+            for label in read(path)
+        ]
+        for view, path in found.items()
+    }
+
+
+class QuestionSamples:
+    """Batches of images with questions: a pure function of (seed, step).
+
+    labels   view -> labelled images. A batch is of one view: "wrist" with probability `mix.wrist`.
+    augment  strength of photometric jitter.
+    """
+
+    def __init__(
+        self,
+        labels: Mapping[str, Sequence[LabeledImage]],
+        processor: Processor,
+        mix: QuestionMix,
+        images: int,
+        seed: int,
+        augment: float = 0.0,
+    ) -> None:
+        if not labels or not all(labels.values()):
+            raise SpearError("no labelled images: make some with `spear label --source sim --out …`")
+        self.labels = labels
+        self.processor = processor
+        self.mix = mix
+        self.images = images
+        self.seed = seed
+        self.augment = augment
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
+        view = "wrist" if wrist else next(iter(self.labels))
+        labels = self.labels[view]
+        pixels: list[torch.Tensor] = []
+        questions: list[Question] = []
+        owners: list[int] = []
+        while len(pixels) < self.images:
+            label = labels[int(rng.integers(len(labels)))]
+            asked = generate(label, rng, self.mix.pairs, self.mix.families)
+            if not asked:
+                continue
+            image = decode_image(label.image, label.source)
+            if self.augment > 0:
+                image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
+            owners += [len(pixels)] * len(asked)
+            pixels.append(self.processor.image(image, view))
+            questions += asked
+        return {
+            "pixel_values": {view: torch.stack(pixels)},
+            "image_index": torch.tensor(owners),
+            **self.processor.questions(questions),
+        }
+
+
+def fit_coordinates(
+    labels: Sequence[LabeledImage], bins: int, seed: int, most: int = 20_000
+) -> CoordinateTokenizer:
+    """3D tokens whose bins are the quantiles of the numbers that questions about `labels` have as answers."""
+    rng = np.random.default_rng(seed)
+    values: list[float] = []
+    for index in rng.permutation(len(labels))[:most]:
+        for question in generate(labels[index], rng, (4, 4)):
+            values += question.values
+    units = {label.unit for label in labels}
+    if len(units) != 1:
+        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
+    return CoordinateTokenizer.fit(np.array(values), bins, units.pop())
+
+
+class VlmTask:
+    """The questions' loss. With `coordinate_rows_only`, of the token embeddings only the 3D tokens' rows learn
+    (the paper's VLM stage 1)."""
+
+    def __init__(
+        self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
+    ) -> None:
+        self.model = model
+        self.samples = samples
+        self.batch = samples.batch
+        if coordinate_rows_only:
+            first = model.config.coordinate_start
+            last = first + model.config.coordinate_bins
+            embeddings = model.get_parameter("language_model.embed_tokens.weight")
+            keep = torch.zeros(len(embeddings), 1)
+            keep[first:last] = 1
+            embeddings.register_hook(lambda grad: grad * keep.to(grad))
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """λ-weighted cross-entropy and its parts."""
+        output = self.model(**batch)
+        return output.loss, output.parts

@@ -1,0 +1,190 @@
+"""Every training stage as data: what learns, on what, for how long. `spear train NAME` runs one.
+
+The `spear1-*` recipes carry the paper's numbers where the paper states them; learning rates and schedules are not
+stated there and are our choice. The `nano-*` recipes are ours, sized for two CPU cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spear.errors import unknown_name
+from spear.labels.questions import FAMILIES, FAMILIES_2D
+from spear.train.loop import Optimization
+
+Kind = Literal["depth", "vlm", "vla"]
+
+
+@dataclass(frozen=True)
+class QuestionMix:
+    """Which questions a batch asks.
+
+    families             of `spear.labels.questions`, drawn with equal chance; a name given twice counts twice.
+    pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
+    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are none).
+    coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
+    coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
+                         3D token; 0 is the paper's one-hot target.
+    """
+
+    families: tuple[str, ...] = FAMILIES
+    pairs: tuple[int, int] = (1, 4)
+    wrist: float = 0.0
+    coordinate_weight: float = 2.0
+    coordinate_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training.
+
+    kind          "depth" (the MoGe-style encoder alone), "vlm" or "vla".
+    preset        the model's size (`spear.models.presets`).
+    moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
+    coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
+    starts_from   the stage whose result `--init` takes; None starts from random weights.
+    batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
+    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our choice).
+    question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
+    question_weight  weight of their loss.
+    augment       strength of photometric augmentation, 0 to 1.
+    """
+
+    name: str
+    kind: Kind
+    preset: str
+    description: str
+    optimization: Optimization
+    batch_size: int
+    moge: bool = True
+    coordinate_rows_only: bool = False
+    starts_from: str | None = None
+    questions: QuestionMix = QuestionMix()
+    flow_samples: int = 1
+    question_images: int = 0
+    question_weight: float = 1.0
+    augment: float = 0.0
+
+
+VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
+"""What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
+# Boxes carry most numbers per answer and are what control needs: they are asked twice as often (our choice).
+_NANO_3D = (*FAMILIES, "box_vertices", "keypoint")
+_NANO_MIX = QuestionMix((*_NANO_3D, "where_2d", "exists"), pairs=(4, 4), wrist=0.25, coordinate_smoothing=2.0)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="nano-depth",
+            kind="depth",
+            preset="nano",
+            description="Stage 0, encoder: relative depth on renders, standing in for MoGe's pretraining.",
+            optimization=Optimization(steps=3000, lr=1e-3, weight_decay=0.02),
+            batch_size=64,
+        ),
+        Recipe(
+            name="nano-vlm-0",
+            kind="vlm",
+            preset="nano",
+            description="Stage 0, VLM: 2D questions, standing in for PaliGemma's pretraining (no MoGe yet).",
+            optimization=Optimization(steps=3000, lr=1e-3, weight_decay=0.02),
+            batch_size=32,
+            moge=False,
+            questions=QuestionMix(FAMILIES_2D, pairs=(4, 4), wrist=0.25),
+        ),
+        Recipe(
+            name="nano-vlm-1",
+            kind="vlm",
+            preset="nano",
+            description="SPEAR-VLM stage 1: only both projections and the 3D-token embeddings learn.",
+            optimization=Optimization(steps=500, lr=2e-3, trained=VLM_1, weight_decay=0.0),
+            batch_size=32,
+            coordinate_rows_only=True,
+            starts_from="nano-vlm-0",
+            questions=_NANO_MIX,
+        ),
+        Recipe(
+            name="nano-vlm-2",
+            kind="vlm",
+            preset="nano",
+            description="SPEAR-VLM stage 2: everything learns (the paper's best row trains both encoders).",
+            optimization=Optimization(steps=14000, lr=1e-3, weight_decay=0.02),
+            batch_size=32,
+            starts_from="nano-vlm-1",
+            questions=_NANO_MIX,
+        ),
+        Recipe(
+            name="nano-vla",
+            kind="vla",
+            preset="nano",
+            description="SPEAR-1: demonstrations of the four task families, MoGe frozen, 3D questions alongside.",
+            optimization=Optimization(
+                steps=20000, lr=1e-3, frozen=("vlm.moge",), weight_decay=0.02, ema=0.9995
+            ),
+            batch_size=64,
+            starts_from="nano-vlm-2",
+            questions=_NANO_MIX,
+            flow_samples=4,
+            question_images=8,
+            question_weight=0.5,
+            augment=0.5,
+        ),
+        Recipe(
+            name="nano-post",
+            kind="vla",
+            preset="nano",
+            description="Post-training: fit the nano policy to your own robot's episodes, a few minutes on a CPU.",
+            optimization=Optimization(steps=600, lr=4e-4, frozen=("vlm.moge",), weight_decay=0.02, ema=0.99),
+            batch_size=32,
+            starts_from="nano-vla",
+            flow_samples=4,
+            augment=1.0,
+        ),
+        Recipe(
+            name="spear1-vlm-1",
+            kind="vlm",
+            preset="spear1",
+            description="The paper's SPEAR-VLM stage 1: 2k steps, projections and 3D-token embeddings.",
+            optimization=Optimization(steps=2000, lr=1e-3, trained=VLM_1, weight_decay=0.0),
+            batch_size=512,
+            coordinate_rows_only=True,
+            starts_from="PaliGemma-3B and MoGe",
+        ),
+        Recipe(
+            name="spear1-vlm-2",
+            kind="vlm",
+            preset="spear1",
+            description="The paper's SPEAR-VLM stage 2: 10k steps, both encoders trained (its best row).",
+            optimization=Optimization(steps=10000, lr=2e-5),
+            batch_size=512,
+            starts_from="spear1-vlm-1",
+        ),
+        Recipe(
+            name="spear1-vla",
+            kind="vla",
+            preset="spear1",
+            description="The paper's pre-training: 300k steps at batch 2048, MoGe frozen, SigLIP trained.",
+            optimization=Optimization(steps=300_000, lr=5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
+            batch_size=2048,
+            starts_from="spear1-vlm-2",
+        ),
+        Recipe(
+            name="spear1-post",
+            kind="vla",
+            preset="spear1",
+            description="The paper's post-training on one robot: 50k steps.",
+            optimization=Optimization(steps=50_000, lr=2.5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
+            batch_size=256,
+            starts_from="spear1-vla",
+        ),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name; `SpearError` with the nearest name when there is none."""
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return RECIPES[name]

@@ -1,0 +1,258 @@
+"""From a recipe's name to a trained folder: builds the model, its data and its task, and runs the loop.
+
+The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D tokens),
+for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import spear
+from spear.data.episode import EpisodeStore
+from spear.data.mixture import Mixture, TrainingSamples
+from spear.data.normalize import Normalizer
+from spear.errors import SpearError, unknown_name
+from spear.labels.questions import all_texts
+from spear.models import weights
+from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
+from spear.models.presets import Preset, preset, spear1_config, vlm_config
+from spear.models.processing import Processor, fit_image
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.tokens import init_new_embeddings
+from spear.train import loop
+from spear.train.depth import DepthTask
+from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
+from spear.train.recipes import Recipe, recipe
+from spear.train.vla import VlaTask
+from spear.types import LabeledImage
+
+
+def train(
+    name: str,
+    out: Path,
+    labels: Path | None = None,
+    episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
+    init: Path | None = None,
+    moge: Path | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    save_every: int = 500,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Run the recipe `name` and return `out/final`.
+
+    labels    folder of labelled images ("depth" and "vlm" recipes; "vla": for the questions alongside).
+    episodes  (name, store, weight) of robot demonstrations ("vla").
+    init      the `final` folder of the recipe's earlier stage; None starts from random weights.
+    moge      the `final` folder of a "depth" recipe, to begin SPEAR-VLM with its encoder.
+    overrides fields of the recipe or of its `Optimization` (steps, lr, batch_size, …).
+
+    Raises `SpearError` for an unknown recipe or field, or data that is missing.
+    """
+    stage = override(recipe(name), overrides)
+    torch.manual_seed(seed)
+    started = time.time()
+    size = preset(stage.preset)
+    if stage.kind == "depth":
+        model, task, save = _depth(stage, size, _need(labels, stage, "labels"), seed)
+    elif stage.kind == "vlm":
+        model, task, save = _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
+    else:
+        model, task, save = _vla(stage, size, labels, episodes, init, seed)
+    averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, quiet=quiet)
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for key, value in averaged.items():
+            parameters[key].copy_(value)
+    final = out / "final"
+    part = out / ".part-final"
+    shutil.rmtree(part, ignore_errors=True)
+    save(part)
+    (part / "recipe.json").write_text(
+        json.dumps(
+            {
+                "recipe": dataclasses.asdict(stage),
+                "seed": seed,
+                "init": None if init is None else json.loads((init / "recipe.json").read_text()),
+                "minutes": round((time.time() - started) / 60, 2),
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+                "spear": spear.__version__,
+                "torch": torch.__version__,
+            },
+            indent=1,
+        )
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    part.replace(final)
+    return final
+
+
+def override(stage: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with some of its own fields, its optimisation's or its question mix's replaced."""
+    own = {f.name for f in dataclasses.fields(Recipe)}
+    nested: dict[str, Any] = {"optimization": stage.optimization, "questions": stage.questions}
+    for key, value in changes.items():
+        if value is None:
+            continue
+        holder = next(
+            (n for n, part in nested.items() if key in {f.name for f in dataclasses.fields(part)}), None
+        )
+        if key in own:
+            stage = dataclasses.replace(stage, **{key: value})
+        elif holder is not None:
+            nested[holder] = dataclasses.replace(nested[holder], **{key: value})
+        else:
+            known = own.union(*({f.name for f in dataclasses.fields(part)} for part in nested.values()))
+            raise unknown_name("recipe key", key, known)
+    return dataclasses.replace(stage, **nested)
+
+
+Built = tuple[PreTrainedModel, loop.Task, Callable[[Path], Any]]
+"""A model, the task that trains it, and what saves the result into a folder."""
+
+
+def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
+    encoder = vlm_config(size).moge_config
+    model = MogeForRelativeDepth(MogeDepthConfig(moge_config=encoder))
+    return model, DepthTask(model, labels / "depth", stage.batch_size, seed), model.save_pretrained
+
+
+def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Path | None, seed: int) -> Built:
+    known = load_labels(labels, list(size.image_sizes))
+    if init is None:
+        processor = _new_processor(size, labels, known, seed)
+        model = SpearVLMForConditionalGeneration(_vlm_config(stage, size, processor))
+    else:
+        processor = Processor.load(init)
+        model = _grown(
+            weights.load(SpearVLMForConditionalGeneration, init), stage, size, processor, moge, seed
+        )
+    samples = QuestionSamples(known, processor, stage.questions, stage.batch_size, seed, stage.augment)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save(folder)
+
+    return model, VlmTask(model, samples, stage.coordinate_rows_only), save
+
+
+def _vla(
+    stage: Recipe,
+    size: Preset,
+    labels: Path | None,
+    episodes: Sequence[tuple[str, EpisodeStore, float]],
+    init: Path | None,
+    seed: int,
+) -> Built:
+    if not episodes:
+        raise SpearError(f"recipe {stage.name} learns from demonstrations: give --episodes FOLDER")
+    known = load_labels(labels, list(size.image_sizes)) if labels is not None else {}
+    if init is None:
+        processor = _new_processor(size, _need(labels, stage, "labels"), known, seed)
+        model = Spear1ForActionPrediction(spear1_config(size, _vlm_config(stage, size, processor)))
+    else:
+        processor = Processor.load(init)
+        kind = json.loads((init / "config.json").read_text())["model_type"]
+        if kind == Spear1ForActionPrediction.config_class.model_type:
+            model = weights.load(Spear1ForActionPrediction, init)
+        else:
+            vlm = weights.load(SpearVLMForConditionalGeneration, init)
+            model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
+            model.vlm.load_state_dict(vlm.state_dict())
+    normalizer = Normalizer.fit([(store, weight) for _, store, weight in episodes])
+    views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
+    samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
+    questions = None
+    if stage.question_images:
+        _need(labels, stage, "labels")
+        questions = QuestionSamples(
+            known, processor, stage.questions, stage.question_images, seed, stage.augment
+        )
+    task = VlaTask(
+        model,
+        processor,
+        normalizer,
+        samples,
+        stage.batch_size,
+        stage.flow_samples,
+        questions,
+        stage.question_weight,
+    )
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save(folder)
+        normalizer.save(folder / "normalizer.json")
+
+    return model, task, save
+
+
+def _need(path: Path | None, stage: Recipe, what: str) -> Path:
+    if path is None:
+        raise SpearError(f"recipe {stage.name} needs --{what} FOLDER (see `spear label --help`)")
+    return path
+
+
+def _new_processor(size: Preset, folder: Path, labels: dict[str, list[LabeledImage]], seed: int) -> Processor:
+    """A tokenizer for the wording of our questions and for the texts in `folder/wording.txt`, and fitted 3D tokens."""
+    first = next(iter(labels.values()))
+    names = sorted({o.name for label in first for o in label.objects})
+    wording = folder / "wording.txt"
+    texts = [*all_texts(names), *(wording.read_text().splitlines() if wording.is_file() else [])]
+    return Processor.build(size, texts, fit_coordinates(first, size.bins, seed))
+
+
+def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMConfig:
+    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    if not stage.moge:
+        config.moge_config = None
+    config.coordinate_loss_weight = stage.questions.coordinate_weight
+    config.coordinate_smoothing = stage.questions.coordinate_smoothing
+    return config
+
+
+def _grown(
+    vlm: SpearVLMForConditionalGeneration,
+    stage: Recipe,
+    size: Preset,
+    processor: Processor,
+    moge: Path | None,
+    seed: int,
+) -> SpearVLMForConditionalGeneration:
+    """The earlier stage's VLM, with what this stage adds: MoGe's encoder, a new projection, new 3D tokens."""
+    if (vlm.moge is None) != stage.moge:
+        vlm.config.coordinate_loss_weight = stage.questions.coordinate_weight
+        vlm.config.coordinate_smoothing = stage.questions.coordinate_smoothing
+        return vlm
+    model = SpearVLMForConditionalGeneration(_vlm_config(stage, size, processor))
+    missing, unexpected = model.load_state_dict(vlm.state_dict(), strict=False)
+    wrong = [k for k in missing if not k.startswith(("moge.", "moge_projector."))] + list(unexpected)
+    if wrong:
+        raise SpearError(f"--init does not fit recipe {stage.name}: {', '.join(wrong[:3])}")
+    if moge is None:
+        raise SpearError(
+            f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
+        )
+    encoder = weights.load(MogeForRelativeDepth, moge)
+    assert model.moge is not None
+    model.moge.load_state_dict(encoder.moge.state_dict())
+    first, bins = processor.coordinate_start, processor.coordinates.bins
+    embeddings = model.get_parameter("language_model.embed_tokens.weight")
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        embeddings[first : first + bins] = init_new_embeddings(embeddings[:first], bins, generator)
+    return model
