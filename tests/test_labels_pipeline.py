@@ -88,6 +88,13 @@ def test_a_thing_on_a_thing_ends_where_it_stands() -> None:
     assert tall["block"] == pytest.approx(0.06, abs=0.005)
 
 
+@pytest.mark.parametrize("pitch", [80, 89, 95])
+def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
+    cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
+    frame = render([cube], ["cube"], pitch=pitch)
+    assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
+
+
 def test_a_hovering_thing_does_not_reach_the_table() -> None:
     cube = (np.array([0, 0, 0.2]), np.array([0.05, 0.05, 0.05]), 0.0)
     frame = render([cube], ["cube"])

@@ -25,7 +25,7 @@ class BoxSettings:
     erosion      pixels taken off the border of a mask before its points are used, where estimated depth
                  smears over the outline ("flying pixels"); the box is widened by as much again. 0 for exact
                  depth.
-    min_points   objects with fewer clean points get no box.
+    min_points   objects with fewer clean points (or fewer than 4) get no box.
     max_points   points kept per object.
     deviations   outlier threshold, see `points.inliers`.
     """
@@ -64,7 +64,7 @@ def label_object(
     cloud = cloud[inliers(cloud, deviations=settings.deviations)].astype(np.float64)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     box, points3d = None, {}
-    if len(cloud) >= settings.min_points:
+    if len(cloud) >= max(settings.min_points, 4):
         distance = float(np.median(cloud[:, 2]))
         margin = (0.5 + settings.erosion) * distance / float(pointmap.intrinsics[0, 0])
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
@@ -114,14 +114,20 @@ def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     """The height of the surface under an object, None when it seems to rest on nothing that is seen.
 
     The object stands where it touches points that are lower than nearly all of its own: the table, or the
-    plate that it lies on. One whose lower part is hidden is taken to stand on the support plane unless it is
-    seen to hover by nearly its visible height (the underside of a ball is not seen).
+    plate that it lies on. One whose lower part is hidden is taken to stand on the support plane unless it
+    seems to hover: by nearly its visible height (the underside of a ball is not seen) or, seen from above,
+    where sides are hidden, by its width. Our choice.
     """
     heights = cloud @ plane.up
     low, high = np.quantile(heights, (0.05, 1.0))
     reach = NEAR * float(np.median(cloud[:, 2]))
     contact = beside @ plane.up
     contact = contact[contact < min(low + 0.25 * (high - low), high - 0.1 * reach)]
-    if len(contact) >= 3 and np.mean(np.abs(contact - plane.height) < 0.25 * reach) < 0.2:
-        return float(np.median(contact))
-    return plane.height if len(contact) >= 3 or low - plane.height < 0.8 * (high - low) else None
+    if len(contact) >= 3:
+        on_plane = np.mean(np.abs(contact - plane.height) < 0.25 * reach)
+        return plane.height if on_plane > 0.2 else float(np.median(contact))
+    middle = cloud.mean(axis=0)
+    steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)
+    level = cloud - heights[:, None] * plane.up
+    width = float(np.sqrt(12 * np.linalg.eigvalsh(np.cov(level.T))[1]))
+    return plane.height if low - plane.height < max(0.8 * (high - low), steepness * width) else None

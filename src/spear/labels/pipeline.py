@@ -139,7 +139,8 @@ def _label_batch(
         return
     for frame, found, outlines, geometry in zip(frames, detections, masks, maps, strict=True):
         geometry = _finite(geometry)
-        plane = support_plane(geometry.points[geometry.mask & ~outlines.any(axis=0)])
+        up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
+        plane = support_plane(geometry.points[geometry.mask & ~outlines.any(axis=0)], up)
         lifted = (
             label_object(detection, mask, geometry, plane, settings)
             for detection, mask in zip(found, outlines, strict=True)

@@ -57,11 +57,15 @@ def inliers(points: Array, neighbours: int = 8, deviations: float = 3.0) -> Arra
     return keep
 
 
-def support_plane(points: Array, tolerance: float = 0.01, hypotheses: int = 64) -> Plane | None:
-    """The largest plane, within 50° of `UP_PRIOR`, among the points [n, 3] of a scene's background (RANSAC).
+def support_plane(
+    points: Array, up: Array | None = None, tolerance: float = 0.01, hypotheses: int = 64
+) -> Plane | None:
+    """The largest level plane among the points [n, 3] of a scene's background (RANSAC).
 
     Args:
         points: camera frame, any unit.
+        up: [3] unit vector against gravity, camera frame, when known: the plane's normal is within 10° of it;
+            otherwise within 50° of `UP_PRIOR`.
         tolerance: how far from the plane a point may be, as a fraction of the median distance from the
         camera. hypotheses: planes tried, each through three points; drawn with a fixed seed, so results
         repeat.
@@ -72,12 +76,13 @@ def support_plane(points: Array, tolerance: float = 0.01, hypotheses: int = 64) 
     points = np.asarray(subsample(points, 600), np.float64)
     if len(points) < 30:
         return None
+    prior, angle = (UP_PRIOR, 50.0) if up is None else (np.asarray(up, np.float64), 10.0)
     limit = tolerance * float(np.median(np.linalg.norm(points, axis=1)))
     a, b, c = points[np.random.default_rng(0).integers(0, len(points), (3, hypotheses))]
     normals = np.cross(b - a, c - a)
     lengths = np.linalg.norm(normals, axis=1)
-    towards = normals @ UP_PRIOR
-    good = (lengths > 0) & (np.abs(towards) > np.cos(np.radians(50.0)) * lengths)
+    towards = normals @ prior
+    good = (lengths > 0) & (np.abs(towards) > np.cos(np.radians(angle)) * lengths)
     if not good.any():
         return None
     normals = normals[good] * (np.sign(towards[good]) / lengths[good])[:, None]
@@ -89,7 +94,7 @@ def support_plane(points: Array, tolerance: float = 0.01, hypotheses: int = 64) 
             return None
         chosen = points[inside]
         middle = chosen.mean(axis=0)
-        up = np.linalg.eigh(np.cov((chosen - middle).T))[1][:, 0]
-        up = up * np.sign(up @ UP_PRIOR)
-        inside = np.abs((points - middle) @ up) < limit
-    return Plane(up, float(middle @ up))
+        normal = np.linalg.eigh(np.cov((chosen - middle).T))[1][:, 0]
+        normal = normal * np.sign(normal @ prior)
+        inside = np.abs((points - middle) @ normal) < limit
+    return Plane(normal, float(middle @ normal))

@@ -34,7 +34,7 @@ FAMILIES_2D = ("where_2d", "centre_2d", "exists", "count", "which_side", "left_o
 NEAR_TIE = 0.05
 """Distances, or places as fractions of the image's width, closer than this are not compared."""
 
-MIN_VISIBLE = 0.35
+MIN_VISIBLE = 0.6
 """Objects less of whose outline is seen are not asked about (the "visible" score; our choice)."""
 
 
