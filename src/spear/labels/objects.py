@@ -116,7 +116,7 @@ def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     The object stands where it touches points that are lower than nearly all of its own: the table, or the
     plate that it lies on. One whose lower part is hidden is taken to stand on the support plane unless it
     seems to hover: by nearly its visible height (the underside of a ball is not seen) or, seen from above,
-    where sides are hidden, by its width. Our choice.
+    where sides are hidden, by more than its width. Our choice.
     """
     heights = cloud @ plane.up
     low, high = np.quantile(heights, (0.05, 1.0))
@@ -129,5 +129,5 @@ def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     middle = cloud.mean(axis=0)
     steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)
     level = cloud - heights[:, None] * plane.up
-    width = float(np.sqrt(12 * np.linalg.eigvalsh(np.cov(level.T))[1]))
+    width = 1.25 * float(np.sqrt(12 * np.linalg.eigvalsh(np.cov(level.T))[1]))
     return plane.height if low - plane.height < max(0.8 * (high - low), steepness * width) else None
