@@ -55,7 +55,7 @@ class MogeDepthConfig(PreTrainedConfig):
 
 @dataclass
 class DepthOutput(ModelOutput):
-    """loss: mean absolute error of log depth; log_depth [B, rows·cells, columns·cells]."""
+    """loss: mean absolute error of log depth up to one scale per image; log_depth [B, rows·cells, columns·cells]."""
 
     loss: torch.Tensor | None = None
     log_depth: torch.Tensor | None = None
@@ -102,7 +102,9 @@ class MogeForRelativeDepth(PreTrainedModel):
             count = nn.functional.adaptive_avg_pool2d(known, size)[:, 0]
             target = nn.functional.adaptive_avg_pool2d(logs * known, size)[:, 0] / count.clamp_min(1e-6)
             seen = (count > 0).float()
-            loss = ((log_depth - target).abs() * seen).sum() / seen.sum().clamp_min(1)
+            error = log_depth - target
+            shift = (error * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+            loss = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
         return DepthOutput(loss=loss, log_depth=log_depth)
 
 

@@ -1,0 +1,215 @@
+"""Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.data.normalize import Normalizer
+from spear.errors import SpearError
+from spear.models import weights
+from spear.models.processing import Processor
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.types import STATE_DIM, Action, Array, Pixel, Unit
+
+SHIPPED = Path(__file__).parent / "weights"
+"""Where the weights that come with the package lie: NAME/vlm and NAME/policy."""
+QUATERNION_TOLERANCE = 1e-3
+"""How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
+_NUMBERS = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
+_PIXELS = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
+
+
+def locate(name: str | Path, part: str) -> Path:
+    """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
+
+    part  "vlm" or "policy", which of the shipped ones. Raises `SpearError` when there is none.
+    """
+    path = Path(name)
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
+    if path.is_dir():
+        return path
+    shipped = SHIPPED / str(name) / part
+    if shipped.is_dir():
+        return shipped
+    names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+    raise SpearError(
+        f"no model {str(name)!r}: give a folder with a trained one"
+        + (f", or {' or '.join(names)}, which comes with this package" if names else "")
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: its words, numbers (in `unit`, camera frame) and image locations, in order."""
+
+    segments: Sequence[str | float | Pixel]
+    unit: Unit
+
+    @property
+    def values(self) -> list[float]:
+        """The numbers alone."""
+        return [s for s in self.segments if isinstance(s, float)]
+
+    @property
+    def text(self) -> str:
+        """All of it as one line."""
+        unit = " m" if self.unit == "metre" else ""
+        words = []
+        for s in self.segments:
+            if isinstance(s, Pixel):
+                words.append(f"({s.x:.3f}, {s.y:.3f})")
+            else:
+                words.append(f"{s:.3f}{unit}" if isinstance(s, float) else s.strip())
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class VlmBundle:
+    """SPEAR-VLM with its processor."""
+
+    model: SpearVLMForConditionalGeneration
+    processor: Processor
+
+    def answer(
+        self,
+        images: Sequence[Array],
+        prompts: Sequence[str],
+        family: str | Sequence[str | None] | None = None,
+        view: str = "external",
+        max_new_tokens: int = 64,
+    ) -> list[Answer]:
+        """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
+
+        family  of the questions (one, or one each): answers that are nothing but numbers or image locations are
+                then held to their exact form. None: the model answers freely.
+        """
+        families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
+        grammars = [self._grammar(f) for f in families]
+        device = self.model.device
+        text = self.processor.prompts(prompts)
+        ids = self.model.answer(
+            {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
+            text["input_ids"].to(device),
+            text["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            grammars=grammars if any(g is not None for g in grammars) else None,
+        )
+        unit = self.processor.coordinates.unit
+        return [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
+
+    def _grammar(self, family: str | None) -> Any:
+        if family in _NUMBERS:
+            return self.processor.grammar([0.0] * _NUMBERS[family])
+        if family in _PIXELS:
+            return self.processor.grammar([Pixel(0.0, 0.0)] * _PIXELS[family])
+        return None
+
+
+def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
+    """SPEAR-VLM from a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
+    folder = locate(name, "vlm")
+    model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32).to(device)
+    return VlmBundle(model, Processor.load(folder))
+
+
+@dataclass
+class Spear1Policy:
+    """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
+
+    steps  Euler steps of the flow. The noise of call k depends on (seed, k) alone.
+    """
+
+    model: Spear1ForActionPrediction
+    processor: Processor
+    normalizer: Normalizer
+    steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator(self.model.device).manual_seed(self.seed)
+
+    @staticmethod
+    def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
+        """From a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
+        folder = locate(name, "policy")
+        model = weights.load(Spear1ForActionPrediction, folder, torch.float32).to(device)
+        return Spear1Policy(
+            model, Processor.load(folder), Normalizer.load(folder / "normalizer.json"), steps, seed
+        )
+
+    def reset(self) -> None:
+        """Start the noise again, so that a run repeats."""
+        self._generator.manual_seed(self.seed)
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
+        return self.infer_batch([observation])[0]
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
+        action = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
+        vectors = action.to_vector()
+        vectors[..., 7].clamp_(0, 1)
+        return [{"actions": row} for row in vectors.cpu().numpy().astype(np.float32)]
+
+    def predict(self, inputs: Mapping[str, Any]) -> Action:
+        """The network alone: normalised actions [B, H, ·] for what `inputs` gives."""
+        return self.model.sample_actions(**inputs, steps=self.steps, generator=self._generator)
+
+    def inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Observations as the network's arguments, checked."""
+        device = self.model.device
+        states = torch.from_numpy(np.stack([_state(o.get("observation/state")) for o in observations]))
+        pixels: dict[str, torch.Tensor] = {}
+        present: dict[str, torch.Tensor] = {}
+        for view, (width, height) in self.processor.image_sizes.items():
+            images = [
+                o.get("observation/image" if view == "external" else f"observation/{view}_image")
+                for o in observations
+            ]
+            if view == "external" and any(image is None for image in images):
+                raise SpearError("observation without 'observation/image': give the external camera's image")
+            blank = torch.zeros(3, height, width, dtype=torch.uint8)
+            pixels[view] = torch.stack(
+                [blank if image is None else self.processor.image(image, view) for image in images]
+            ).to(device)
+            present[view] = torch.tensor([image is not None for image in images], device=device)
+        text = self.processor.prompts([o.get("prompt", "") for o in observations])
+        return {
+            "pixel_values": pixels,
+            "view_mask": present,
+            "input_ids": text["input_ids"].to(device),
+            "attention_mask": text["attention_mask"].to(device),
+            "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
+        }
+
+
+def _state(state: Any) -> Array:
+    """[8] float32 with a unit quaternion, or a `SpearError` that says what is wrong."""
+    if state is None:
+        raise SpearError(
+            "observation without 'observation/state': give position, quaternion (w x y z), gripper"
+        )
+    array = np.asarray(state, np.float32)
+    if array.shape != (STATE_DIM,):
+        raise SpearError(
+            f"observation/state has shape {array.shape}: give {STATE_DIM} numbers (position 3, quaternion 4, gripper 1)"
+        )
+    if not np.isfinite(array).all():
+        raise SpearError(f"observation/state is not finite: {array.tolist()}: check the robot's state")
+    norm = float(np.linalg.norm(array[3:7]))
+    if abs(norm - 1) > QUATERNION_TOLERANCE:
+        raise SpearError(
+            f"observation/state: quaternion has norm {norm:.4g}, not 1: check its layout (w x y z)"
+        )
+    array = array.copy()
+    array[3:7] /= norm
+    return array
