@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Film:
 
 @dataclass
 class _Slot:
-    """One running scene. poses: joint positions at each step, from which a film can be made."""
+    """One running scene. poses: the joint positions at each step, from which its film can be made."""
 
     env: TabletopEnv
     seed: int
@@ -62,7 +62,7 @@ def evaluate(
     batch       scenes that run at once: their observations go through the policy together, and all share one
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
-    films       films to make per family: the first so many successes, and as many failures.
+    films       films to make per family: of so many successes and as many failures, lowest seeds first.
 
     Raises SpearError for an unknown family and for seeds that are not held out.
     """
@@ -82,25 +82,22 @@ def evaluate(
         for family in families:
             row = bar.add_task(family, total=scenes, info="")
             begun = time.perf_counter()
-            done: list[Outcome] = []
-
-            def report(slot: _Slot, done: list[Outcome] = done, row: Any = row, begun: float = begun) -> None:
-                outcome = _outcome(slot)
-                same = sum(o.success == outcome.success for o in done)
-                done.append(outcome)
-                if same < films and renderer is not None:
-                    kept.append(_film(slot, outcome, renderer))
-                rate = len(done) / (time.perf_counter() - begun)
-                wins = sum(o.success for o in done)
-                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
-
-            size = min(batch, scenes)
             envs = [
                 TabletopEnv(family, image_size, wrist_size, renderer, images=actor.needs_images)
-                for _ in range(size)
+                for _ in range(min(batch, scenes))
             ]
-            _run(actor, envs, range(first_seed, first_seed + scenes), replan, bool(films), report)
-            outcomes += sorted(done, key=lambda o: o.seed)
+            seeds = range(first_seed, first_seed + scenes)
+            done: list[tuple[Outcome, list[Array]]] = []
+            for ended in _run(actor, envs, seeds, replan, bool(films)):
+                done.append(ended)
+                rate = len(done) / (time.perf_counter() - begun)
+                wins = sum(o.success for o, _ in done)
+                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
+            done.sort(key=lambda d: d[0].seed)
+            outcomes += [outcome for outcome, _ in done]
+            for success in (True, False) if renderer is not None else ():
+                chosen = [d for d in done if d[0].success == success][:films]
+                kept += [_film(outcome, poses, image_size, renderer) for outcome, poses in chosen]
     settings = {
         "scenes": scenes,
         "first_seed": first_seed,
@@ -108,7 +105,6 @@ def evaluate(
         "image_size": list(image_size),
         "wrist_size": list(wrist_size),
     }
-    kept.sort(key=lambda f: (families.index(f.outcome.family), not f.outcome.success))
     return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
 
 
@@ -118,9 +114,8 @@ def _run(
     seeds: Sequence[int],
     replan: int,
     filming: bool,
-    report: Callable[[_Slot], None],
-) -> None:
-    """All seeds through the given environments; `report` hears of each episode that ends."""
+) -> Iterator[tuple[Outcome, list[Array]]]:
+    """All seeds through the given environments: the outcome and the poses of each episode as it ends."""
     waiting = list(seeds)[::-1]
     slots: list[_Slot] = []
     free = list(envs)
@@ -134,7 +129,7 @@ def _run(
         running = []
         for slot, chunk in zip(slots, chunks, strict=True):
             if _execute(slot, chunk[:replan], filming):
-                report(slot)
+                yield _outcome(slot), slot.poses
                 free.append(slot.env)
             else:
                 running.append(slot)
@@ -171,19 +166,19 @@ def _outcome(slot: _Slot) -> Outcome:
     )
 
 
-def _film(slot: _Slot, outcome: Outcome, renderer: Renderer) -> Film:
-    """Replays the recorded joint positions before larger cameras than the policy's."""
-    world, (width, height) = slot.env.world, slot.env.image_size
+def _film(outcome: Outcome, poses: Sequence[Array], image_size: Size, renderer: Renderer) -> Film:
+    """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
+    world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), image_size
     views = [
         ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
         ("wrist", (video.HEIGHT, video.HEIGHT)),
     ]
     frames = []
-    for step, pose in enumerate(slot.poses):
+    for step, pose in enumerate(poses):
         world.data.qpos[:] = pose
         mujoco.mj_forward(world.model, world.data)
         external, wrist = renderer.images(world, views)
-        ended = step == len(slot.poses) - 1
+        ended = step == len(poses) - 1
         frames.append(video.compose(external, wrist, outcome.instruction, outcome.success if ended else None))
     return Film(outcome, *video.encode(frames, RATE_HZ))
 

@@ -1,0 +1,89 @@
+"""The command line: `spear COMMAND …`. Commands are functions in `spear.cli.commands`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from spear.cli.commands import COMMANDS
+from spear.errors import SpearError, unknown_name
+
+EXTRAS = {
+    "mujoco": "sim",
+    "gymnasium": "sim",
+    "crc32c": "rlds",
+    "google": "rlds",
+    "tensorboard": "train",
+    "matplotlib": "report",
+    "av": "report",
+}
+"""Module that may be absent -> the extra of this package that brings it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(_overview())
+            return 0
+        if args[0] == "--version":
+            from spear import __version__
+
+            print(__version__)
+            return 0
+        name = _command(args)
+        rest = args[len(name.split()) :]
+        command = COMMANDS[name]
+        _check_options(command, rest)
+        tyro.cli(command, prog=f"spear {name}", args=rest, description=_description(command))
+        return 0
+    except SpearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        hint = f"run pip install 'spear[{extra}]'"
+        print(f"error: this command needs {error.name}, which is not installed: {hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _command(args: Sequence[str]) -> str:
+    """The longest command name that the arguments start with."""
+    words = [w for w in args[:2] if not w.startswith("-")]
+    for name in (" ".join(words), words[0] if words else args[0]):
+        if name in COMMANDS:
+            return name
+    raise unknown_name("command", " ".join(words) or args[0], COMMANDS)
+
+
+def _check_options(command: Callable[..., None], args: Sequence[str]) -> None:
+    known = ["help", *(p.replace("_", "-") for p in inspect.signature(command).parameters)]
+    for word in args:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("_", "-")
+            if name not in known:
+                raise unknown_name("option", f"--{name}", [f"--{k}" for k in known])
+
+
+def _description(command: Callable[..., None]) -> str:
+    """The docstring up to its arguments, which tyro explains one by one."""
+    return inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
+
+
+def _overview() -> str:
+    lines = [
+        "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines.append(f"  spear {name:<15} {(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "`spear COMMAND --help` explains a command, with an example."])

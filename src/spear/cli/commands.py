@@ -1,0 +1,431 @@
+"""The commands. Each is a function whose docstring is its help; what is heavy is imported inside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError, unknown_name
+
+if TYPE_CHECKING:
+    from spear.data.episode import EpisodeStore
+
+Sim = Literal["sim"]
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+Name = Annotated[str | None, arg(metavar="NAME")]
+Number = Annotated[int | None, arg(metavar="INT")]
+
+
+def label(
+    out: Path = Path("runs/labels"),
+    scenes: int = 1000,
+    first_seed: int = 10_000,
+    source: Sim = "sim",
+    preset: str = "nano",
+    drawings: int = 4,
+    workers: int = 2,
+) -> None:
+    """Label images with the 3D boxes of the objects in them.
+
+    Finds every object of an image, outlines it, lifts it to 3D and fits an oriented box. Writes the labelled
+    images of both cameras as Parquet files, from which `spear train` asks its 3D questions, and images with
+    depth. An interrupted run continues where it was.
+
+    Example:
+        spear label --scenes 1000 --out runs/labels
+
+    Args:
+        out: Folder to write to.
+        scenes: How many scenes to label (two images each).
+        first_seed: Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing.
+        source: Where images come from; sim is the built-in simulator, which knows the truth.
+        preset: Model size whose cameras are used.
+        drawings: So many labelled images are also saved as pictures, boxes drawn, in OUT/drawings.
+        workers: Processes.
+    """
+    from PIL import Image
+    from rich.progress import Progress
+
+    from spear.labels.draw import draw_label
+    from spear.labels.store import LabelStore
+    from spear.models.presets import preset as find_preset
+    from spear.scenes import label_scenes
+
+    sizes = dict(find_preset(preset).image_sizes)
+    with Progress(console=_stderr()) as bar:
+        row = bar.add_task("labelling", total=scenes)
+        images = label_scenes(
+            out, scenes, sizes, first_seed, workers, lambda done: bar.update(row, completed=done)
+        )
+    (out / "drawings").mkdir(exist_ok=True)
+    store = LabelStore(out / "external")
+    for index in range(min(drawings, len(store))):
+        Image.fromarray(draw_label(store[index])).save(out / "drawings" / f"{index:04d}.png")
+    print(f"{images} labelled images in {out}" + (f", drawings in {out / 'drawings'}" if drawings else ""))
+
+
+def ask(
+    image: Annotated[Positional[str], arg(metavar="IMAGE")],
+    question: Annotated[Positional[str], arg(metavar="QUESTION")],
+    /,
+    model: str = "nano",
+    family: Name = None,
+    draw: File = None,
+) -> None:
+    """Ask SPEAR-VLM a 3D question about an image.
+
+    Numbers in the answer are metres from the camera: x to the right, y down, z forward.
+
+    Examples:
+        spear ask photo.jpg "How far away is the mug?"
+        spear ask sim:7 "Provide the 3D bounding box coordinates of the carrot" --draw box.png
+
+    Args:
+        image: A JPEG or PNG file, or sim:SEED for a scene of the built-in simulator.
+        question: What to ask, in words.
+        model: The model that comes with this package (nano), or a folder with a trained one.
+        family: Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset,
+            distance, back_projection or chain_of_thought. Without it the model answers freely.
+        draw: Save the image with the answer's box drawn on it (for sim: images, whose camera is known).
+    """
+    from PIL import Image
+
+    from spear.evaluate import ask as asking
+    from spear.policy import load_vlm
+
+    bundle = load_vlm(model)
+    picture = asking.read_picture(image, bundle.processor.image_sizes["external"])
+    answer = asking.ask(bundle, picture, question, family)
+    print(asking.words(answer, picture))
+    if draw:
+        Image.fromarray(asking.draw(answer, picture)).save(draw)
+
+
+def record(
+    out: Path = Path("runs/episodes"),
+    episodes: int = 200,
+    families: tuple[str, ...] = (),
+    first_seed: int = 10_000,
+    preset: str = "nano",
+    workers: int = 2,
+) -> None:
+    """Record demonstrations of the scripted expert in the simulator, to train a policy on.
+
+    Now and then the arm is pushed off course; the expert recovers, and the push itself is never a training
+    target. Demonstrations that fail are left out.
+
+    Example:
+        spear record --episodes 3000 --out runs/episodes
+
+    Args:
+        out: Folder to write to.
+        episodes: How many demonstrations per task family.
+        families: Task families; all of them when none is given.
+        first_seed: Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing.
+        preset: Model size whose cameras are used.
+        workers: Processes.
+    """
+    from rich.progress import track
+
+    from spear.data.episode import write_episodes
+    from spear.models.presets import preset as find_preset
+    from spear.sim.record import record as demonstrate
+    from spear.sim.scene import FAMILIES, TRAIN_SEED
+
+    if first_seed < TRAIN_SEED:
+        raise SpearError(
+            f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
+        )
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("task family", family, FAMILIES)
+    sizes = find_preset(preset).image_sizes
+    tasks = [(f, first_seed + i) for i in range(episodes) for f in families or FAMILIES]
+    made = demonstrate(tasks, sizes["external"], sizes["wrist"], workers=workers)
+    shown = track(made, "recording", total=len(tasks), console=_stderr())
+    written = write_episodes((e for e in shown if e.success), out)
+    print(f"{written} of {len(tasks)} demonstrations succeeded and are in {out}")
+
+
+def train(
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")],
+    /,
+    out: Folder = None,
+    labels: Folder = None,
+    episodes: tuple[Path, ...] = (),
+    init: Name = None,
+    moge: Folder = None,
+    steps: Number = None,
+    seed: int = 0,
+    set: tuple[str, ...] = (),
+) -> None:
+    """Train one stage. Stopped at any moment, the same command continues where it was.
+
+    `spear train list` shows the recipes.
+
+    Examples:
+        spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
+        spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
+
+    Args:
+        recipe: Name of the recipe, or list.
+        out: Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE.
+        labels: Folder of labelled images, from spear label.
+        episodes: Folders of robot demonstrations: from spear record, or RLDS datasets.
+        init: Where to start from: a trained folder, or nano for the weights that come with this package.
+            Without it, training starts from random weights.
+        moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with.
+        steps: Number of steps, when it shall not be the recipe's.
+        seed: Two runs with the same seed give the same weights.
+        set: Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.
+    """
+    from spear.policy import locate
+    from spear.train.recipes import RECIPES
+    from spear.train.recipes import recipe as find
+
+    if recipe == "list":
+        for known in RECIPES.values():
+            print(f"{known.name:<14} {known.description}")
+        return
+    part = "policy" if getattr(RECIPES.get(find(recipe).starts_from or ""), "kind", "") == "vla" else "vlm"
+    start = locate(init, part) if init else None
+    encoder = locate(moge, "moge") if moge else None
+    changes = {}
+    for item in set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SpearError(f"--set {item}: write it as KEY=VALUE")
+        changes[key] = _value(value)
+    from spear.train.run import train as run
+
+    target = out or Path("runs") / recipe
+    robots = [(path.name, _episodes(path, target), 1.0) for path in episodes]
+    final = run(recipe, target, labels, robots, start, encoder, seed, steps=steps, **changes)
+    print(f"trained: {final}")
+
+
+def evaluate(
+    policy: str = "nano",
+    families: tuple[str, ...] = (),
+    scenes: int = 200,
+    first_seed: int = 0,
+    replan: int = 5,
+    batch: int = 32,
+    films: int = 1,
+    out: Path = Path("runs/evaluate"),
+    compare: File = None,
+) -> None:
+    """Let a policy act in simulated scenes it has never seen, and count its successes.
+
+    Prints success per task family with 95 % intervals; writes OUT/results.json and films of successes and
+    failures.
+
+    Examples:
+        spear evaluate --policy nano --scenes 200
+        spear evaluate --policy runs/my_policy --families stack_cube --compare runs/evaluate/results.json
+
+    Args:
+        policy: nano (comes with this package), a folder with a trained policy, or a reference: expert or
+            nothing.
+        families: Task families; all of them when none is given.
+        scenes: Scenes per family.
+        first_seed: Scenes first-seed, first-seed + 1, … below 10000.
+        replan: How many of the predicted actions are executed before the policy looks again.
+        batch: Scenes that run at once.
+        films: Films of so many successes and failures per family.
+        out: Folder for the results.
+        compare: An earlier results.json: also print the difference on the scenes that both have seen.
+    """
+    from rich import print as show
+
+    from spear.evaluate.closed_loop import evaluate as run
+    from spear.evaluate.load import load_actor
+    from spear.evaluate.results import Results
+    from spear.evaluate.results import compare as difference
+    from spear.sim.scene import FAMILIES
+
+    earlier = Results.load(compare) if compare else None
+    actor, *sizes = load_actor(policy)
+    results, made = run(actor, families or FAMILIES, scenes, first_seed, replan, batch, *sizes, films=films)
+    results.save(out / "results.json")
+    for film in made:
+        word = "success" if film.outcome.success else "failure"
+        name = f"{film.outcome.family}-{word}-{film.outcome.seed}.{film.mime.removeprefix('video/')}"
+        (out / name).write_bytes(film.data)
+    show(results.table())
+    if earlier:
+        for family, d in difference(results, earlier).items():
+            print(
+                f"{family}: {d.value:+.1%} against {earlier.policy} [{d.low:+.1%}, {d.high:+.1%}], n = {d.n}"
+            )
+    print(f"results{' and films' if made else ''} in {out}")
+
+
+def evaluate_vlm(
+    model: str = "nano", scenes: int = 300, first_seed: int = 0, out: Path = Path("runs/evaluate-vlm")
+) -> None:
+    """Score SPEAR-VLM's answers to 3D questions about simulated scenes it has never seen.
+
+    Prints the errors per kind of question beside the best constant guess; writes OUT/scores.json.
+
+    Example:
+        spear evaluate vlm --model runs/nano-vlm-2 --scenes 300
+
+    Args:
+        model: nano (comes with this package) or a folder with a trained model.
+        scenes: How many scenes to ask about.
+        first_seed: Scenes first-seed, first-seed + 1, … below 10000.
+        out: Folder for the results.
+    """
+    from rich import print as show
+
+    from spear.evaluate.held_out import held_out_labels
+    from spear.evaluate.vqa import evaluate as run
+    from spear.policy import load_vlm
+
+    bundle = load_vlm(model)
+    scores = run(bundle, held_out_labels(scenes, first_seed, bundle.processor.image_sizes["external"]))
+    scores.save(out / "scores.json")
+    show(scores.table())
+
+
+def evaluate_data(
+    policy: Annotated[Positional[str], arg(metavar="POLICY")],
+    data: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    /,
+    train: Folder = None,
+    plot: File = None,
+) -> None:
+    """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
+
+    Prints the errors beside those of always predicting the mean action.
+
+    Example:
+        spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.png
+
+    Args:
+        policy: nano (comes with this package) or a folder with a trained policy.
+        data: Folder of held-out episodes (see `spear data prepare`).
+        train: Folder of the training episodes, whose mean action is the reference (default: held-out ones).
+        plot: Save a plot of predictions and truth as PNG.
+    """
+    from spear.data.episode import EpisodeStore
+    from spear.evaluate import open_loop
+    from spear.policy import Spear1Policy
+
+    held_out = EpisodeStore(data)
+    ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
+    reference = open_loop.score_mean_action(EpisodeStore(train) if train else held_out, held_out)
+    for name, one in ours.summary().items():
+        other = reference.summary()[name]
+        print(
+            f"{name.replace('_', ' '):<18} {one.value:8.3f} [{one.low:.3f}, {one.high:.3f}]"
+            f"   mean action {other.value:8.3f} [{other.low:.3f}, {other.high:.3f}]"
+        )
+    if plot:
+        plot.write_bytes(open_loop.plot(ours, reference))
+
+
+def data_inspect(path: Annotated[Positional[Path], arg(metavar="FOLDER")], /) -> None:
+    """Show what a folder of robot data holds.
+
+    Example:
+        spear data inspect bridge_dataset/1.0.0
+
+    Args:
+        path: An RLDS folder, or a folder of episodes written by this program.
+    """
+    from spear.data.inspect import inspect
+
+    print(inspect(path))
+
+
+def data_prepare(
+    path: Annotated[Positional[Path], arg(metavar="FOLDER")], /, out: Path, split: str = "train"
+) -> None:
+    """Turn an RLDS dataset into episodes that training reads fast: 5 Hz, one meaning of actions.
+
+    Broken episodes are set aside and counted.
+
+    Example:
+        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --split "train[:90%]"
+
+    Args:
+        path: An RLDS folder.
+        out: Folder to write to.
+        split: Which episodes: train, val, train[:90%], train[90%:] …
+    """
+    from spear.data.prepare import prepare_rlds
+
+    written, reasons = prepare_rlds(path, out, split)
+    for reason in reasons[:5]:
+        print(f"set aside: {reason}", file=sys.stderr)
+    print(f"{written} episodes in {out}, {len(reasons)} set aside")
+
+
+def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
+    """Walk the whole way and make one HTML page of it; takes a few minutes on a laptop.
+
+    Images labelled in 3D; answers to 3D questions; the robot at work in the simulator, with films; and a
+    fine-tuning on real robot episodes.
+
+    Example:
+        spear demo --out runs/demo --data bridge_dataset/1.0.0
+
+    Args:
+        out: Folder for the page and its intermediate results.
+        data: An RLDS folder with real robot episodes.
+    """
+    from spear.demo import make
+
+    print(f"open {make(out, data).resolve()}")
+
+
+def _episodes(path: Path, out: Path) -> EpisodeStore:
+    """The episodes of a folder; an RLDS dataset is prepared first, into OUT/data."""
+    from spear.data.episode import EpisodeStore
+    from spear.data.prepare import prepare_rlds
+    from spear.data.rlds import is_rlds
+
+    if not is_rlds(path):
+        return EpisodeStore(path)
+    target = out / "data" / path.resolve().name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written, reasons = prepare_rlds(path, target)
+        print(f"{path}: {written} episodes, {len(reasons)} set aside", file=sys.stderr)
+    return EpisodeStore(target)
+
+
+def _value(text: str) -> Any:
+    """A number, true/false/null or list as JSON has them; anything else is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "label": label,
+    "ask": ask,
+    "record": record,
+    "train": train,
+    "evaluate": evaluate,
+    "evaluate vlm": evaluate_vlm,
+    "evaluate data": evaluate_data,
+    "data inspect": data_inspect,
+    "data prepare": data_prepare,
+    "demo": demo,
+}

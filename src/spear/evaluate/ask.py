@@ -1,0 +1,105 @@
+"""One question about one image, for people: an answer in words and metres, and a drawing of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from spear.errors import SpearError, unknown_name
+from spear.evaluate.held_out import held_out_frames
+from spear.evaluate.vqa import PREDICTION, Answerer, Segments
+from spear.labels.box3d import EDGES
+from spear.labels.camera import project
+from spear.labels.questions import FAMILIES
+from spear.sim.render import Size
+from spear.types import Array, Pixel
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image [h, w, 3] uint8 and its camera's intrinsics [3, 3], None when they are not known."""
+
+    image: Array
+    intrinsics: Array | None
+
+
+def read_picture(where: str, size: Size) -> Picture:
+    """A JPEG or PNG file, or "sim:SEED": the held-out scene of that seed at `size` (width, height).
+
+    Raises SpearError for a file that is not there or not an image, and for a seed that is not held out.
+    """
+    if where.startswith("sim:"):
+        if not where[4:].isdigit():
+            raise SpearError(f"image {where!r}: write sim:SEED with a number, for example sim:7")
+        frame = next(held_out_frames(1, int(where[4:]), size))
+        return Picture(frame.image, frame.intrinsics)
+    try:
+        return Picture(np.asarray(Image.open(where).convert("RGB")), None)
+    except FileNotFoundError:
+        raise SpearError(f"image {where!r}: no such file") from None
+    except (OSError, ValueError, SyntaxError):
+        raise SpearError(f"image {where!r}: not a JPEG or PNG file that can be read") from None
+
+
+def ask(model: Answerer, picture: Picture, question: str, family: str | None = None) -> Segments:
+    """The model's answer. Raises SpearError for an unknown question family or an empty question."""
+    if family is not None and family not in FAMILIES:
+        raise unknown_name("question family", family, FAMILIES)
+    if not question.strip():
+        raise SpearError("empty question: ask something about the image, in words")
+    return model.answer([picture.image], [question], family)[0].segments
+
+
+def words(answer: Segments, picture: Picture) -> str:
+    """An answer to read: 3D numbers in metres, image points in pixels, a box by its centre and vertices."""
+    numbers = [s for s in answer if isinstance(s, float)]
+    if len(numbers) == 24 and len(answer) == 24:
+        vertices = np.reshape(numbers, (8, 3))
+        lines = [f"  {_point(v)}" for v in vertices]
+        return "\n".join([f"centre {_point(vertices.mean(0))} m; vertices:", *lines])
+    height, width = picture.image.shape[:2]
+    parts = []
+    for segment in answer:
+        if isinstance(segment, Pixel):
+            parts.append(f"({segment.x * width:.0f}, {segment.y * height:.0f}) px")
+        else:
+            parts.append(f"{segment:.3f} m" if isinstance(segment, float) else segment.strip())
+    return " ".join(parts)
+
+
+def draw(answer: Segments, picture: Picture, scale: int = 3) -> Array:
+    """The image, `scale` times as large, with the answer's box or points: [scale·h, scale·w, 3] uint8.
+
+    Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
+    """
+    height, width = picture.image.shape[:2]
+    numbers = [s for s in answer if isinstance(s, float)]
+    points = np.array([(s.x * width, s.y * height) for s in answer if isinstance(s, Pixel)]).reshape(-1, 2)
+    if len(numbers) in (3, 24):
+        if picture.intrinsics is None:
+            raise SpearError(
+                "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
+                "object appear in the image (--family back_projection)"
+            )
+        corners = np.reshape(numbers, (-1, 3))
+        if (corners[:, 2] <= 0).any():
+            raise SpearError("cannot draw: the answer lies behind the camera")
+        points = project(corners, picture.intrinsics)
+    if not len(points):
+        raise SpearError("cannot draw: the answer has no box, point or image location")
+    canvas = Image.fromarray(picture.image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(canvas)
+    points = points * scale
+    for a, b in EDGES if len(points) == 8 else ():
+        pen.line([tuple(points[a].tolist()), tuple(points[b].tolist())], fill=PREDICTION, width=scale)
+    for x, y in points if len(points) != 8 else ():
+        pen.ellipse(
+            (x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), outline=PREDICTION, width=scale
+        )
+    return np.asarray(canvas)
+
+
+def _point(v: Array) -> str:
+    return f"({v[0]:+.3f}, {v[1]:+.3f}, {v[2]:+.3f})"
