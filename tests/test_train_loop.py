@@ -1,0 +1,188 @@
+"""The loop's own promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spear.errors import SpearError
+from spear.train import checkpoint, loop
+from spear.train.loop import Optimization
+
+
+class Regression:
+    """A small task whose batches depend on the step alone."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.scale = scale
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
+
+    def loss(
+        self, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        x = batch["x"]
+        noise = 0.1 * torch.randn(8, 1, generator=generator)
+        error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
+        return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
+
+
+SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in rows]
+
+
+def test_training_learns_and_logs(tmp_path: Path) -> None:
+    averaged = loop.run(Regression(), SMALL, tmp_path, seed=1, workers=0, log_every=1, quiet=True)
+    rows = losses(tmp_path)
+    assert [r[0] for r in rows] == list(range(1, 41))
+    assert sum(r[1] for r in rows[-10:]) < 0.7 * sum(r[1] for r in rows[:10])
+    assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_schedule() -> None:
+    opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
+    assert loop.learning_rate(0, opt) == pytest.approx(0.1)
+    assert loop.learning_rate(9, opt) == pytest.approx(1.0)
+    assert loop.learning_rate(60, opt) == pytest.approx(0.55)
+    assert loop.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
+    constant = Optimization(steps=110, lr=1.0, warmup=10, schedule="constant")
+    assert loop.learning_rate(109, constant) == 1.0
+
+
+def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
+    task = Regression()
+    expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
+    opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32")
+    for step in range(1, 7):  # step by step, through checkpoints, so that the weights can be looked at between
+        part = Optimization(**{**opt.__dict__, "steps": step, "schedule": "constant"})
+        averaged = loop.run(task, part, tmp_path, seed=0, workers=0, save_every=1, quiet=True)
+        decay = min(0.9, step / (9 + step))
+        for name, parameter in task.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+    for name, value in averaged.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_frozen_modules_stay_bit_for_bit(tmp_path: Path) -> None:
+    task = Regression()
+    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    opt = Optimization(steps=5, lr=1e-2, warmup=1, frozen=("0",), weight_decay=0.5, precision="fp32")
+    loop.run(task, opt, tmp_path, seed=0, workers=0, quiet=True)
+    after = dict(task.model.named_parameters())
+    assert torch.equal(before["0.weight"], after["0.weight"]) and torch.equal(before["0.bias"], after["0.bias"])
+    assert not torch.equal(before["2.weight"], after["2.weight"])
+
+
+def test_a_freeze_schedule_that_names_nothing_is_refused(tmp_path: Path) -> None:
+    opt = Optimization(steps=5, lr=1e-2, frozen=("encoder",))
+    with pytest.raises(SpearError, match="'encoder': no such module"):
+        loop.run(Regression(), opt, tmp_path, seed=0, workers=0, quiet=True)
+
+
+def test_learning_rates_per_module() -> None:
+    task = Regression()
+    opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1})
+    loop.apply_freeze(task.model, opt)
+    groups = loop.make_optimizer(task.model, opt).param_groups
+    rates = {(g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups}
+    assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (1e-3, False): 1}
+
+
+def test_not_finite_loss_stops_with_a_reason_and_keeps_the_run(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="not finite"):
+        loop.run(Regression(scale=math.inf), SMALL, tmp_path, seed=0, workers=0, quiet=True)
+
+
+def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
+    short = Optimization(**{**SMALL.__dict__, "steps": 4})
+    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+    with pytest.raises(SpearError, match="another seed"):
+        loop.run(Regression(), SMALL, tmp_path, seed=1, workers=0, quiet=True)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    short = Optimization(**{**SMALL.__dict__, "steps": 4})
+    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+    latest = checkpoint.find_latest(tmp_path / "checkpoints")
+    assert latest is not None
+    weights = latest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(SpearError, match=r"step-00000004.*cannot be read"):
+        loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, quiet=True)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, save_every=10, quiet=True)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopping_and_continuing_changes_nothing(tmp_path: Path, workers: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    one = loop.run(Regression(), SMALL, whole, seed=3, workers=workers, log_every=1, quiet=True)
+
+    class Stops(Regression):
+        def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 18:
+                raise KeyboardInterrupt
+            return super().loss(batch, generator)
+
+    for _ in range(2):  # stopped twice, 17 steps after each start: between checkpoints
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(
+                Stops(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True
+            )
+    two = loop.run(Regression(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True)
+    assert losses(whole) == losses(parts)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_train_loop import SMALL, Regression
+from spear.train import loop
+class Slow(Regression):
+    def loss(self, batch, generator):
+        time.sleep(0.05)
+        return super().loss(batch, generator)
+loop.run(Slow(), SMALL, Path(sys.argv[1]), seed=3, workers=0, save_every=5, log_every=1, quiet=True)
+"""
+
+
+def test_kill_nine_and_the_same_command_again(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    loop.run(Regression(), SMALL, whole, seed=3, workers=0, log_every=1, quiet=True)
+    command = [sys.executable, "-c", SCRIPT, str(killed), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while not (killed / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert losses(killed)[-1][0] < SMALL.steps
+    subprocess.run(command, env=environment, check=True)
+    assert losses(whole) == losses(killed)
