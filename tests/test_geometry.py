@@ -47,7 +47,9 @@ AXES = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0], [0.6, -0.8, 0], [0.48, 0.6,
 
 def special(dtype: torch.dtype = torch.float64) -> Tensor:
     vectors = torch.tensor(ANGLES, dtype=dtype)[:, None, None] * torch.tensor(AXES, dtype=dtype)
-    return geo.quat_exp(vectors.reshape(-1, 3))
+    # Products of quarter turns, some of them in gimbal lock, with matrices of exact 0 and ±1.
+    quarters = torch.cartesian_prod(*[torch.tensor([0.5, -0.5], dtype=dtype)] * 4)
+    return torch.cat([geo.quat_exp(vectors.reshape(-1, 3)), quarters])
 
 
 def test_product_conjugate_and_rotation_agree_with_scipy() -> None:

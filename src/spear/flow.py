@@ -51,9 +51,10 @@ class FlowConfig:
     rotation_loss     "cosine" or "mse".
     prediction        what the network gives: "velocity" or "clean".
     geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1 is our choice).
-    geodesic_step     δ of the geodesic term, clipped to what remains; None is all the way, δ = 1 - τ (our
-                      choice: speed along a geodesic is constant, so this compares with the data itself, and
-                      the term is the rotation error at the end, whatever τ is).
+    geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
+                      it. Small is our choice: the cosine loss leaves the speed free, and this is enough to
+                      hold it, while larger steps cost more direction near the data than the speed is worth
+                      (on a toy problem, a final error of 16 mrad at 0.003, 76 at 0.1, 85 with None).
     *_weight          of the parts in the total (1 is our choice).
     time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper
                       says "as π0").
@@ -63,7 +64,7 @@ class FlowConfig:
     rotation_loss: Literal["cosine", "mse"] = "cosine"
     prediction: Literal["velocity", "clean"] = "velocity"
     geodesic_weight: float = 1.0
-    geodesic_step: float | None = None
+    geodesic_step: float | None = 0.003
     translation_weight: float = 1.0
     rotation_weight: float = 1.0
     gripper_weight: float = 1.0
