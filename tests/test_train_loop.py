@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from spear.errors import SpearError
-from spear.train import checkpoint, loop
-from spear.train.loop import Optimization
+from spear.train import checkpoint, loop, optimize
+from spear.train.optimize import Optimization
 
 
 class Regression:
@@ -59,19 +59,21 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
 
 def test_schedule() -> None:
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
-    assert loop.learning_rate(0, opt) == pytest.approx(0.1)
-    assert loop.learning_rate(9, opt) == pytest.approx(1.0)
-    assert loop.learning_rate(60, opt) == pytest.approx(0.55)
-    assert loop.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
+    assert optimize.learning_rate(0, opt) == pytest.approx(0.1)
+    assert optimize.learning_rate(9, opt) == pytest.approx(1.0)
+    assert optimize.learning_rate(60, opt) == pytest.approx(0.55)
+    assert optimize.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
     constant = Optimization(steps=110, lr=1.0, warmup=10, schedule="constant")
-    assert loop.learning_rate(109, constant) == 1.0
+    assert optimize.learning_rate(109, constant) == 1.0
 
 
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     task = Regression()
     expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
     opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32")
-    for step in range(1, 7):  # step by step, through checkpoints, so that the weights can be looked at between
+    for step in range(
+        1, 7
+    ):  # step by step, through checkpoints, so that the weights can be looked at between
         part = Optimization(**{**opt.__dict__, "steps": step, "schedule": "constant"})
         averaged = loop.run(task, part, tmp_path, seed=0, workers=0, save_every=1, quiet=True)
         decay = min(0.9, step / (9 + step))
@@ -87,7 +89,9 @@ def test_frozen_modules_stay_bit_for_bit(tmp_path: Path) -> None:
     opt = Optimization(steps=5, lr=1e-2, warmup=1, frozen=("0",), weight_decay=0.5, precision="fp32")
     loop.run(task, opt, tmp_path, seed=0, workers=0, quiet=True)
     after = dict(task.model.named_parameters())
-    assert torch.equal(before["0.weight"], after["0.weight"]) and torch.equal(before["0.bias"], after["0.bias"])
+    assert torch.equal(before["0.weight"], after["0.weight"]) and torch.equal(
+        before["0.bias"], after["0.bias"]
+    )
     assert not torch.equal(before["2.weight"], after["2.weight"])
 
 
@@ -100,8 +104,8 @@ def test_a_freeze_schedule_that_names_nothing_is_refused(tmp_path: Path) -> None
 def test_learning_rates_per_module() -> None:
     task = Regression()
     opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1})
-    loop.apply_freeze(task.model, opt)
-    groups = loop.make_optimizer(task.model, opt).param_groups
+    optimize.apply_freeze(task.model, opt)
+    groups = optimize.make_optimizer(task.model, opt).param_groups
     rates = {(g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups}
     assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (1e-3, False): 1}
 
@@ -149,9 +153,7 @@ def test_stopping_and_continuing_changes_nothing(tmp_path: Path, workers: int) -
 
     for _ in range(2):  # stopped twice, 17 steps after each start: between checkpoints
         with pytest.raises(KeyboardInterrupt):
-            loop.run(
-                Stops(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True
-            )
+            loop.run(Stops(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True)
     two = loop.run(Regression(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True)
     assert losses(whole) == losses(parts)
     assert all(torch.equal(one[k], two[k]) for k in one)

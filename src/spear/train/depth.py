@@ -13,7 +13,7 @@ import torch
 from spear.data.images import decode_image
 from spear.errors import SpearError
 from spear.models.moge import MogeForRelativeDepth
-from spear.train.loop import Batch
+from spear.train.optimize import Batch
 from spear.types import Array
 
 STRIDE = 4

@@ -16,7 +16,7 @@ from spear.labels.store import read
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer
-from spear.train.loop import Batch
+from spear.train.optimize import Batch
 from spear.train.recipes import QuestionMix
 from spear.types import LabeledImage, Question
 

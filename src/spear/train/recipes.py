@@ -6,12 +6,13 @@ stated there and are our choice. The `nano-*` recipes are ours, sized for two CP
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spear.errors import unknown_name
 from spear.labels.questions import FAMILIES, FAMILIES_2D
-from spear.train.loop import Optimization
+from spear.train.optimize import Optimization
 
 Kind = Literal["depth", "vlm", "vla"]
 
@@ -65,6 +66,30 @@ class Recipe:
     question_images: int = 0
     question_weight: float = 1.0
     augment: float = 0.0
+
+    def changed(self, **changes: Any) -> Recipe:
+        """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
+
+        Raises `SpearError`, suggesting the nearest name, for a key that none of them has.
+        """
+        parts: dict[str, Any] = {"optimization": self.optimization, "questions": self.questions}
+        own: dict[str, Any] = {}
+        for key, value in changes.items():
+            holder = next((n for n, part in parts.items() if key in _fields(part)), None)
+            if value is None:
+                continue
+            if key in _fields(self) and key not in parts:
+                own[key] = value
+            elif holder is not None:
+                parts[holder] = dataclasses.replace(parts[holder], **{key: value})
+            else:
+                known = {*_fields(self), *(f for part in parts.values() for f in _fields(part))} - set(parts)
+                raise unknown_name("recipe key", key, known)
+        return dataclasses.replace(self, **own, **parts)
+
+
+def _fields(part: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]
 
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")

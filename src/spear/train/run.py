@@ -22,7 +22,7 @@ import spear
 from spear.data.episode import EpisodeStore
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
 from spear.labels.questions import all_texts
 from spear.models import weights
 from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
@@ -33,6 +33,7 @@ from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
 from spear.train import loop
 from spear.train.depth import DepthTask
+from spear.train.optimize import Task
 from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
 from spear.train.recipes import Recipe, recipe
 from spear.train.vla import VlaTask
@@ -62,16 +63,9 @@ def train(
 
     Raises `SpearError` for an unknown recipe or field, or data that is missing.
     """
-    stage = override(recipe(name), overrides)
-    torch.manual_seed(seed)
+    stage = recipe(name).changed(**overrides)
     started = time.time()
-    size = preset(stage.preset)
-    if stage.kind == "depth":
-        model, task, save = _depth(stage, size, _need(labels, stage, "labels"), seed)
-    elif stage.kind == "vlm":
-        model, task, save = _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
-    else:
-        model, task, save = _vla(stage, size, labels, episodes, init, seed)
+    model, task, save = build(stage, labels, episodes, init, moge, seed)
     averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, quiet=quiet)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
@@ -101,28 +95,26 @@ def train(
     return final
 
 
-def override(stage: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with some of its own fields, its optimisation's or its question mix's replaced."""
-    own = {f.name for f in dataclasses.fields(Recipe)}
-    nested: dict[str, Any] = {"optimization": stage.optimization, "questions": stage.questions}
-    for key, value in changes.items():
-        if value is None:
-            continue
-        holder = next(
-            (n for n, part in nested.items() if key in {f.name for f in dataclasses.fields(part)}), None
-        )
-        if key in own:
-            stage = dataclasses.replace(stage, **{key: value})
-        elif holder is not None:
-            nested[holder] = dataclasses.replace(nested[holder], **{key: value})
-        else:
-            known = own.union(*({f.name for f in dataclasses.fields(part)} for part in nested.values()))
-            raise unknown_name("recipe key", key, known)
-    return dataclasses.replace(stage, **nested)
-
-
-Built = tuple[PreTrainedModel, loop.Task, Callable[[Path], Any]]
+Built = tuple[PreTrainedModel, Task, Callable[[Path], Any]]
 """A model, the task that trains it, and what saves the result into a folder."""
+
+
+def build(
+    stage: Recipe,
+    labels: Path | None = None,
+    episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
+    init: Path | None = None,
+    moge: Path | None = None,
+    seed: int = 0,
+) -> Built:
+    """A recipe's model and task, before the first step; arguments as in `train`."""
+    torch.manual_seed(seed)
+    size = preset(stage.preset)
+    if stage.kind == "depth":
+        return _depth(stage, size, _need(labels, stage, "labels"), seed)
+    if stage.kind == "vlm":
+        return _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
+    return _vla(stage, size, labels, episodes, init, seed)
 
 
 def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:

@@ -12,7 +12,7 @@ from spear.data.mixture import TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.train.loop import Batch
+from spear.train.optimize import Batch
 from spear.train.questions import QuestionSamples
 from spear.types import Action
 
@@ -85,7 +85,9 @@ def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str,
             k: torch.from_numpy(v).permute(0, 3, 1, 2).contiguous() for k, v in raw["images"].items()
         },
         "view_mask": {k: torch.from_numpy(v) for k, v in raw["views"].items()},
-        "state": normalizer.state_vector(tensors["position"], tensors["rotation"], tensors["gripper"][..., None]),
+        "state": normalizer.state_vector(
+            tensors["position"], tensors["rotation"], tensors["gripper"][..., None]
+        ),
         "actions": actions.to_vector(),
         "action_mask": torch.from_numpy(raw["action_mask"]),
         **text,

@@ -1,0 +1,176 @@
+"""How weights move: the optimiser's numbers, the freeze schedule, and one training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from spear.errors import SpearError
+
+Batch = dict[str, Any]
+"""Tensors by name, dicts of them, and what else a task's loss needs."""
+
+
+class Task(Protocol):
+    """What the loop trains: a model, its batches and its loss."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """What learns."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step: a pure function of the step. Runs in the loader process."""
+        ...
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Total loss and its named parts, all 0-d."""
+        ...
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move; the part of a recipe that the loop reads.
+
+    steps             optimiser steps.
+    lr                peak learning rate.
+    lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
+    frozen            module prefixes that do not learn.
+    trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
+    schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
+    ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
+    precision         "bf16" autocasts the forward pass; master weights stay float32.
+    """
+
+    steps: int
+    lr: float
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 100
+    final_lr: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema: float = 0.999
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+def learning_rate(step: int, opt: Optimization) -> float:
+    """Factor on the peak learning rate at `step` (0-based)."""
+    if step < opt.warmup:
+        return (step + 1) / opt.warmup
+    if opt.schedule == "constant":
+        return 1.0
+    done = (step - opt.warmup) / max(1, opt.steps - opt.warmup)
+    return opt.final_lr + (1 - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _matches(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
+    """Set `requires_grad` from the freeze schedule. A prefix that matches nothing is refused."""
+    names = [n for n, _ in model.named_parameters()]
+    for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
+        if not any(_matches(n, prefix) for n in names):
+            tops = sorted({n.rsplit(".", 1)[0] for n in names})[:6]
+            raise SpearError(
+                f"freeze schedule names {prefix!r}: no such module (there are {', '.join(tops)}, …)"
+            )
+    for name, parameter in model.named_parameters():
+        learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
+        parameter.requires_grad_(learns and not any(_matches(name, p) for p in opt.frozen))
+
+
+def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.AdamW:
+    """AdamW over what learns; no weight decay on vectors (norms, biases); one group per learning-rate factor."""
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefixes = [p for p in opt.lr_scale if _matches(name, p)]
+            scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
+            groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": params,
+                "lr": opt.lr * scale,
+                "peak": opt.lr * scale,
+                "weight_decay": opt.weight_decay * decays,
+            }
+            for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0])
+        ],
+        betas=opt.betas,
+        fused=True,
+    )
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one step, a pure function of (seed, step)."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % (2**63))
+
+
+class Stepper:
+    """One optimisation step after another on a task's model.
+
+    ema  the averaged weights of what learns, by parameter name; None when averaging is off.
+    """
+
+    def __init__(self, task: Task, opt: Optimization, seed: int) -> None:
+        self.task, self.opt, self.seed = task, opt, seed
+        self.model = task.model.train()
+        apply_freeze(self.model, opt)
+        self.optimizer = make_optimizer(self.model, opt)
+        self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
+        self.device = next(self.model.parameters()).device
+
+    def __call__(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        """Forward, backward, clip, update, average. Returns loss, parts and gradient norm, 0-d tensors.
+
+        Raises `SpearError` when the gradient is not finite; the weights are then those of the step before.
+        """
+        opt = self.opt
+        factor = learning_rate(step, opt)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=opt.precision == "bf16"):
+            loss, parts = self.task.loss(
+                to_device(batch, self.device), step_generator(self.seed, step, self.device)
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
+        if not torch.isfinite(norm):
+            raise SpearError(f"step {step}: the loss or its gradient is not finite: lower the learning rate")
+        self.optimizer.step()
+        if self.ema is not None:
+            decay = min(opt.ema, (1 + step) / (10 + step))
+            current = [self.learning[n].detach() for n in self.ema]
+            torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
+        return {"loss": loss.detach(), **parts, "grad_norm": norm}
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, or the plain ones when averaging is off, by parameter name."""
+        self.model.eval()
+        if self.ema is not None:
+            return self.ema
+        return {n: p.detach().clone() for n, p in self.learning.items()}
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in nested dicts on `device`; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value
