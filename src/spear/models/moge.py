@@ -55,7 +55,10 @@ class MogeDepthConfig(PreTrainedConfig):
 
 @dataclass
 class DepthOutput(ModelOutput):
-    """loss: mean absolute error of log depth up to one scale per image; log_depth [B, rows·cells, columns·cells]."""
+    """loss: mean absolute error of log depth up to one scale per image.
+
+    log_depth  [B, rows·cells, columns·cells].
+    """
 
     loss: torch.Tensor | None = None
     log_depth: torch.Tensor | None = None

@@ -141,24 +141,25 @@ class Spear1ForActionPrediction(PreTrainedModel):
         state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
         The result has noisy's shape; its rotation is as the network gives it, not normalised.
         """
-        vector = noisy.to_vector()
+        dtype = self.state_proj.weight.dtype
+        vector = noisy.to_vector().to(dtype)
         samples = time.reshape(time.shape[0], -1).shape[1]
         batch, horizon = vector.shape[0], vector.shape[-2]
         actions = self._embed_actions(
             vector.reshape(batch, samples, horizon, ACTION_DIM), time.reshape(batch, -1)
         )
-        embeds = torch.cat([self.state_proj(state)[:, None].to(actions.dtype), actions.flatten(1, 2)], dim=1)
+        embeds = torch.cat([self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1)
         first = positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
         output = self.expert(
-            inputs_embeds=embeds,
+            inputs_embeds=embeds.to(dtype),  # autocast or not, the residual stream is in full precision
             attention_mask=suffix_mask(prefix.valid, horizon, samples),
             position_ids=torch.cat([first, first + steps], dim=1),
             past_key_values=prefix.cache,
             use_cache=False,
         )
-        prediction = self.action_out_proj(output.last_hidden_state[:, 1:]).float()
-        return Action.from_vector(prediction.reshape(vector.shape))
+        prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
+        return Action.from_vector(prediction.reshape(vector.shape).to(noisy.translation.dtype))
 
     def _embed_actions(self, actions: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Noisy actions [B, K, H, 8] and their times [B, K] -> [B, K, H, width], as in π0."""
@@ -238,7 +239,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
 def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
     """[...] -> [..., width] float32: sines, then cosines, of geometrically spaced periods (as π0's)."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
-    angle = time.float()[..., None] * (2 * math.pi / min_period * (min_period / max_period) ** fraction)
+    # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
+    frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi
+    angle = frequency * time.float()[..., None]
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 

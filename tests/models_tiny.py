@@ -1,0 +1,89 @@
+"""A preset of a few thousand parameters, and random inputs for it, for tests of the models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from spear.models.presets import Preset, spear1_config, vlm_config
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.types import Action
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
+TINY = Preset(
+    name="tiny",
+    image_sizes={"external": (48, 32), "wrist": (32, 32)},
+    stem="conv",
+    vision={
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "image_size": 32,
+    },
+    moge={
+        "hidden_size": 16,
+        "mlp_ratio": 2,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "image_size": 32,
+    },
+    text=TEXT,
+    expert={**TEXT, "hidden_size": 16},
+    vocabulary=40,
+    bins=24,
+)
+START = TINY.vocabulary
+
+
+def vlm(seed: int = 0, **changes: Any) -> SpearVLMForConditionalGeneration:
+    """A random SPEAR-VLM of the tiny preset; changes are to the preset."""
+    torch.manual_seed(seed)
+    return SpearVLMForConditionalGeneration(vlm_config(dataclasses.replace(TINY, **changes))).eval()
+
+
+def spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
+    """A random SPEAR-1 of the tiny preset."""
+    torch.manual_seed(seed)
+    return Spear1ForActionPrediction(spear1_config(dataclasses.replace(TINY, **changes))).eval()
+
+
+def pixels(
+    batch: int, seed: int = 0, views: tuple[str, ...] = ("external", "wrist")
+) -> dict[str, torch.Tensor]:
+    """Noise images, uint8."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {view: TINY.image_sizes[view] for view in views}
+    return {
+        v: torch.randint(0, 256, (batch, 3, h, w), generator=g, dtype=torch.uint8)
+        for v, (w, h) in sizes.items()
+    }
+
+
+def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and a right-padding mask with rows of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, last, (rows, length), generator=g)
+    mask = (torch.arange(length) < length - torch.arange(rows)[:, None] % 3).long()
+    return ids * mask, mask
+
+
+def actions(*shape: int, seed: int = 0) -> Action:
+    """Random chunks with unit quaternions."""
+    g = torch.Generator().manual_seed(seed)
+    rotation = torch.nn.functional.normalize(torch.randn(*shape, 4, generator=g), dim=-1)
+    rotation = rotation * torch.where(rotation[..., :1] < 0, -1.0, 1.0)
+    return Action(torch.randn(*shape, 3, generator=g), rotation, torch.randn(*shape, 1, generator=g))

@@ -1,0 +1,161 @@
+"""Images are never stretched; words and numbers go through tokens and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spear.errors import SpearError
+from spear.models.losses import IGNORE
+from spear.models.presets import preset
+from spear.models.processing import Processor, fit_image, window
+from spear.tokens import CoordinateTokenizer
+from spear.types import Pixel, Question
+
+TEXTS = [
+    "put the carrot on the plate",
+    "where is the bowl",
+    "the mug is  and the cup is  so the mug is closer",
+]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    values = np.random.default_rng(0).normal(size=4000)
+    return Processor.build(preset("nano"), TEXTS, CoordinateTokenizer.fit(values))
+
+
+def disc(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (0.3 * min(height, width)) ** 2
+    return np.repeat((inside * 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("how", ["pad", "crop"])
+@given(
+    source=st.tuples(st.integers(60, 300), st.integers(60, 300)),
+    target=st.tuples(st.integers(60, 200), st.integers(60, 200)),
+)
+def test_a_circle_stays_a_circle(how: str, source: tuple[int, int], target: tuple[int, int]) -> None:
+    fitted = fit_image(disc(*source), *target, how)  # type: ignore[arg-type]
+    assert fitted.shape == (*target, 3) and fitted.dtype == np.uint8
+    bright = fitted[..., 0].astype(float) / 255
+    scale = (min if how == "pad" else max)(target[0] / source[0], target[1] / source[1])
+    diameter = 0.6 * min(source) * scale
+    if diameter < min(target):
+        # Through the middle, across and down: the same length, and the one that the scale says.
+        across, down = bright.sum(1).max(), bright.sum(0).max()
+        assert across == pytest.approx(diameter, abs=1.5 + 1.5 * scale)
+        assert down == pytest.approx(diameter, abs=1.5 + 1.5 * scale)
+
+
+def test_padding_keeps_the_whole_image_and_cropping_fills_the_frame() -> None:
+    white = np.full((100, 200, 3), 255, np.uint8)
+    padded = fit_image(white, 100, 100)
+    assert padded.any(axis=(1, 2)).tolist() == [False] * 25 + [True] * 50 + [False] * 25
+    assert fit_image(white, 100, 100, "crop").min() == 255
+    assert fit_image(white, 100, 200) is white
+    assert window((200, 100), (100, 100), "pad") == (0, -50, 200, 200)
+    assert window((200, 100), (100, 100), "crop") == (50, 0, 100, 100)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), "image.png", np.zeros((4, 4, 4), np.uint8)]
+)
+def test_wrong_images_are_refused(image: object) -> None:
+    with pytest.raises(SpearError, match="wrong image type"):
+        fit_image(image, 8, 8)  # type: ignore[arg-type]
+
+
+def test_images_come_out_as_the_views_want_them(processor: Processor) -> None:
+    image = processor.image(disc(480, 640), "external")
+    assert image.shape == (3, 128, 192) and image.dtype == torch.uint8 and image.is_contiguous()
+    with pytest.raises(SpearError, match=r"unknown view 'wirst': did you mean 'wrist'\?"):
+        processor.image(disc(8, 8), "wirst")
+
+
+def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
+    segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
+    back = processor.read_answer([*processor.answer_ids(segments), 1, 5, 5])
+    assert [type(s) for s in back] == [type(s) for s in segments]
+    for a, b in zip(segments, back, strict=True):
+        if isinstance(a, Pixel) and isinstance(b, Pixel):
+            assert (b.x, b.y) == pytest.approx((a.x, a.y), abs=0.5 / 1024 + 1e-9)
+        elif isinstance(a, float):
+            assert processor.coordinates.encode(np.array(a)) == processor.coordinates.encode(np.array(b))
+        else:
+            assert a == b
+    assert processor.read_answer(processor.answer_ids([Pixel(0.5, 0.5)])[:1]) == ["<loc0512>"]
+    assert processor.read_answer([]) == []
+
+
+def test_grammar_admits_the_answer_and_its_like_only(processor: Processor) -> None:
+    segments = ["the mug is ", 0.5, " at ", Pixel(0.1, 0.2)]
+    grammar = processor.grammar(segments)
+    like = processor.answer_ids(["the mug is ", -3.0, " at ", Pixel(0.9, 0.8)])
+    assert len(grammar) == len(like)
+    assert all(low <= i < high for i, (low, high) in zip(like, grammar, strict=True))
+    other = processor.answer_ids(["the cup is ", -3.0, " at ", Pixel(0.9, 0.8)])
+    assert not all(low <= i < high for i, (low, high) in zip(other, grammar, strict=False))
+
+
+def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None:
+    box = [float(v) for v in np.random.default_rng(1).normal(size=24)]
+    batch = processor.questions(
+        [
+            Question("box_vertices", "where is the bowl", box, ["bowl"]),
+            Question("exists", "is it?", ["yes"], ["it"]),
+        ]
+    )
+    ids, labels = batch["input_ids"], batch["labels"]
+    tokens = processor.tokenizer
+    assert ids.shape == labels.shape == batch["token_type_ids"].shape
+    learned = labels != IGNORE
+    assert torch.equal(labels[learned], ids[learned])
+    assert torch.equal(learned, batch["token_type_ids"].bool())
+    assert int(learned[0].sum()) == 25 and labels[0][learned[0]][-1] == tokens.eos_token_id
+    prompt = ids[0][~learned[0] & batch["attention_mask"][0].bool()].tolist()
+    assert prompt[0] == tokens.bos_token_id and tokens.decode(prompt[1:]) == "where is the bowl\n"
+    assert torch.equal(ids == tokens.pad_token_id, batch["attention_mask"] == 0)
+    alone = processor.prompts(["where is the bowl"])["input_ids"][0].tolist()
+    assert alone == prompt
+
+
+def test_empty_and_too_long_prompts_are_refused(processor: Processor) -> None:
+    with pytest.raises(SpearError, match="empty instruction"):
+        processor.prompts(["put it there", " \n"])
+    with pytest.raises(SpearError, match="prompt too long: 'xyzw"):
+        processor.prompts(["xyzw" * 100])
+
+
+def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
+    for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+        assert processor.tokenizer.decode(ids) == text
+    assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
+    first = processor.coordinate_start
+    assert processor.tokenizer.convert_tokens_to_ids(["<3d0000>", "<3d1023>"]) == [first, first + 1023]
+    assert processor.vocabulary == first + 1024
+
+
+def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path) -> None:
+    processor.save(tmp_path)
+    again = Processor.load(tmp_path)
+    segments = ["the mug is ", 0.25, Pixel(0.3, 0.4)]
+    assert again.answer_ids(segments) == processor.answer_ids(segments)
+    assert again.image_sizes == processor.image_sizes and list(again.image_sizes) == ["external", "wrist"]
+    assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
+    (tmp_path / "processor.json").write_text("{")
+    with pytest.raises(SpearError, match="broken processor"):
+        Processor.load(tmp_path)
+
+
+def test_training_a_tokenizer_is_repeatable() -> None:
+    coordinates = CoordinateTokenizer.fit(np.linspace(-1, 1, 100), bins=8)
+    first, second = (Processor.build(preset("nano"), TEXTS, coordinates) for _ in range(2))
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
