@@ -116,7 +116,8 @@ class VlmBundle:
 def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
     folder = locate(name, "vlm")
-    model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32).to(device)
+    model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32)
+    torch.nn.Module.to(model, device)
     return VlmBundle(model, Processor.load(folder))
 
 
@@ -140,7 +141,8 @@ class Spear1Policy:
     def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
         folder = locate(name, "policy")
-        model = weights.load(Spear1ForActionPrediction, folder, torch.float32).to(device)
+        model = weights.load(Spear1ForActionPrediction, folder, torch.float32)
+        torch.nn.Module.to(model, device)
         return Spear1Policy(
             model, Processor.load(folder), Normalizer.load(folder / "normalizer.json"), steps, seed
         )
