@@ -30,7 +30,7 @@ def normalize_pixels(
 
 
 class ConvStem(nn.Module):
-    """Stride-2 3×3 convolutions with GELU between them, in place of one big patch convolution.
+    """Stride-2 3×3 convolutions with ReLU between them, in place of one big patch convolution.
 
     Our choice for small models: at a total stride of 32 it costs a quarter of what 14-pixel patches do.
     Widths double up to the encoder's width. [B, 3, h, w] -> [B, width, h / patch, w / patch].
@@ -55,7 +55,7 @@ class ConvStem(nn.Module):
         """Patch embeddings of normalised pixels."""
         x = self.convs[0](pixels.contiguous(memory_format=torch.channels_last))
         for conv in self.convs[1:]:
-            x = conv(nn.functional.gelu(x, approximate="tanh"))
+            x = conv(nn.functional.relu(x))
         return x
 
 
