@@ -115,6 +115,21 @@ def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: in
     assert CoordinateTokenizer.from_json(fitted.to_json()).edges.tolist() == fitted.edges.tolist()
 
 
+def test_repeated_values_count_as_often_as_they_occur() -> None:
+    values = np.random.default_rng(0).normal(size=20_000).round(1)
+    fitted = CoordinateTokenizer.fit(values, bins=64)
+    for i, edge in enumerate(fitted.edges[1:-1], start=1):
+        # The tick that the edge was spread below holds the i-th share of the values.
+        tick = np.ceil(edge * 10 - 1e-9) / 10
+        assert (values < tick - 0.01).mean() - 0.01 <= i / 64 <= (values < tick + 0.01).mean() + 0.01
+
+
+def test_values_closer_than_the_bins_can_be_still_give_increasing_edges() -> None:
+    fitted = CoordinateTokenizer.fit([1.0, np.nextafter(1.0, 2)], bins=16)
+    assert (np.diff(fitted.edges) > 0).all()
+    assert (fitted.encode(fitted.representatives) == np.arange(16)).all()
+
+
 def test_tensors_in_tensors_out(tokenizer: CoordinateTokenizer) -> None:
     x = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.3
     ids = tokenizer.encode(x)
