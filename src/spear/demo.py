@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from spear import report
 from spear.data.episode import EpisodeStore
@@ -15,7 +16,7 @@ from spear.data.prepare import prepare_rlds
 from spear.data.rlds import open_rlds
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop, vqa
-from spear.evaluate.actors import NOTHING, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.held_out import held_out_frames
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
@@ -30,9 +31,9 @@ from spear.train.run import train
 SCENES = 40
 """Closed-loop scenes per family: an interval of ± 15 points at most, in a few minutes."""
 QUESTION_SCENES = 60
-LABELLED = 100
-"""The first of the scenes that are labelled and drawn, and the size of their pictures, in pixels."""
-LABEL_SIZE = (240, 160)
+"""Scenes 0, 1, … that SPEAR-VLM is asked about."""
+LABEL_SCENES, LABEL_SEED, LABEL_SIZE = 30, 100, (240, 160)
+"""How many scenes are labelled, from which seed on, in pictures of which (width, height) in pixels."""
 FINE_TUNE_STEPS = 600
 SAMPLE = Path("../shared/data/bridge_v2_sample")
 """Where a sample of BridgeData V2 is looked for, from the current folder."""
@@ -54,7 +55,10 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
     """
     log = log or Console(stderr=True)
     started = time.perf_counter()
+    if data is not None:
+        open_rlds(data)
     vlm, policy = load_vlm("nano"), Spear1Policy.load("nano")
+    disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     parts: list[Part] = []
     jobs: Sequence[tuple[str, Callable[[], Part]]] = (
@@ -86,14 +90,14 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
     return path
 
 
-def labelled_scenes(scenes: int = 30, drawn: int = 4) -> Part:
+def labelled_scenes() -> Part:
     """(a) Scenes labelled by the pipeline, with the error of its boxes against the simulator's true ones."""
-    frames = list(held_out_frames(scenes, LABELLED, LABEL_SIZE))
+    frames = list(held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
     labels = list(label_frames(iter(frames)))
     accuracy = compare(labels, frames)
     pictures = [
-        report.picture(draw_label(label, scale=4), f"scene {LABELLED + i}: {len(label.objects)} objects")
-        for i, label in enumerate(labels[:drawn])
+        report.picture(draw_label(label, scale=4), f"scene {LABEL_SEED + i}: {len(label.objects)} objects")
+        for i, label in enumerate(labels[:4])
     ]
     body = report.paragraph(
         "Labelling finds each object, outlines it, lifts its pixels to 3D and fits an oriented box. Here the "
@@ -101,21 +105,21 @@ def labelled_scenes(scenes: int = 30, drawn: int = 4) -> Part:
         "camera sees is used, so the hidden side of a box is a guess."
     )
     measured = report.paragraph(
-        f"Against the true boxes of {accuracy.n} objects in {scenes} scenes: median error "
+        f"Against the true boxes of {accuracy.n} objects in {LABEL_SCENES} scenes: median error "
         f"{1000 * accuracy.center:.1f} mm of the centre, {1000 * accuracy.vertex:.1f} mm of the vertices, "
         f"median 3D overlap (IoU) {accuracy.iou:.2f}."
     )
     return Section("Images labelled in 3D", body + report.grid(pictures, wide=True) + measured), None
 
 
-def answers(vlm: VlmBundle, scenes: int = QUESTION_SCENES, drawn: int = 6) -> Part:
+def answers(vlm: VlmBundle) -> Part:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
-    labels = list(label_frames(held_out_frames(scenes, 0, vlm.processor.image_sizes["external"])))
+    labels = list(label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])))
     scores = vqa.evaluate(vlm, labels)
     boxes = [a for a in scores.asked if a.question.family == "box_vertices" and a.error is not None]
     shown = {a.image: a for a in reversed(boxes)}
     pictures = []
-    for image in sorted(shown)[:drawn]:
+    for image in sorted(shown)[:6]:
         a = shown[image]
         caption = f"{a.question.prompt} — centre off by {1000 * (a.error or 0):.0f} mm"
         pictures.append(report.picture(vqa.draw(a, labels[image]), caption))
@@ -148,16 +152,21 @@ def answers(vlm: VlmBundle, scenes: int = QUESTION_SCENES, drawn: int = 6) -> Pa
     return Section("Questions about 3D, answered", body), fact
 
 
-def robot_at_work(policy: Spear1Policy, scenes: int = SCENES) -> Part:
+def robot_at_work(policy: Spear1Policy) -> Part:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
     sizes = policy.processor.image_sizes
-    actors = (PolicyActor(policy, "SPEAR-1 nano"), ExpertActor(), ConstantActor("nothing", NOTHING))
+    actors: tuple[Actor, ...] = (
+        PolicyActor(policy, "SPEAR-1 nano"),
+        ExpertActor(),
+        ConstantActor("nothing", NOTHING),
+    )
     results: list[Results] = []
     films: list[closed_loop.Film] = []
     for index, actor in enumerate(actors):
         result, made = closed_loop.evaluate(
             actor,
-            scenes=scenes,
+            families=FAMILIES,
+            scenes=SCENES,
             image_size=sizes["external"],
             wrist_size=sizes["wrist"],
             films=0 if index else 1,
@@ -182,7 +191,7 @@ def robot_at_work(policy: Spear1Policy, scenes: int = SCENES) -> Part:
     ]
     body = (
         report.paragraph(
-            f"{scenes} held-out scenes per task; the policy moves, turns, opens and closes the gripper five "
+            f"{SCENES} held-out scenes per task; the policy moves, turns, opens and closes the gripper five "
             "times a second, from two cameras and an instruction. Bars are success rates, lines their 95 % "
             "intervals. Per task, the first success and the first failure are filmed."
         )

@@ -185,6 +185,8 @@ def train(
         seed: Two runs with the same seed give the same weights.
         set: Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from spear.policy import locate
     from spear.train.recipes import RECIPES
     from spear.train.recipes import recipe as find
@@ -205,6 +207,7 @@ def train(
     from spear.train.run import train as run
 
     target = out or Path("runs") / recipe
+    disable_progress_bar()
     robots = [(path.name, _episodes(path, target), 1.0) for path in episodes]
     final = run(recipe, target, labels, robots, start, encoder, seed, steps=steps, **changes)
     print(f"trained: {final}")
@@ -251,8 +254,8 @@ def evaluate(
     from spear.sim.scene import FAMILIES
 
     earlier = Results.load(compare) if compare else None
-    actor, *sizes = load_actor(policy)
-    results, made = run(actor, families or FAMILIES, scenes, first_seed, replan, batch, *sizes, films=films)
+    actor, sizes = load_actor(policy)
+    results, made = run(actor, families or FAMILIES, scenes, first_seed, replan, batch, films=films, **sizes)
     results.save(out / "results.json")
     for film in made:
         word = "success" if film.outcome.success else "failure"

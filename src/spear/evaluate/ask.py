@@ -66,7 +66,7 @@ def words(answer: Segments, picture: Picture) -> str:
             parts.append(f"({segment.x * width:.0f}, {segment.y * height:.0f}) px")
         else:
             parts.append(f"{segment:.3f} m" if isinstance(segment, float) else segment.strip())
-    return " ".join(parts)
+    return " ".join(parts) or "(no answer)"
 
 
 def draw(answer: Segments, picture: Picture, scale: int = 3) -> Array:

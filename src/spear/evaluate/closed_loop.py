@@ -95,9 +95,10 @@ def evaluate(
                 bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
             done.sort(key=lambda d: d[0].seed)
             outcomes += [outcome for outcome, _ in done]
-            for success in (True, False) if renderer is not None else ():
-                chosen = [d for d in done if d[0].success == success][:films]
-                kept += [_film(outcome, poses, image_size, renderer) for outcome, poses in chosen]
+            for success in (True, False):
+                for outcome, poses in [d for d in done if d[0].success == success][:films]:
+                    assert renderer is not None
+                    kept.append(_film(outcome, poses, image_size, renderer))
     settings = {
         "scenes": scenes,
         "first_seed": first_seed,

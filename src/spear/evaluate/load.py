@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy
 from spear.sim.render import Size
 
 
-def load_actor(name: str) -> tuple[Actor, Size, Size]:
-    """ "expert", "nothing", a trained folder or "nano" -> who acts, and the camera sizes it wants to see."""
+class Cameras(TypedDict, total=False):
+    """Sizes (width, height), by keyword of `spear.evaluate.closed_loop.evaluate`."""
+
+    image_size: Size
+    wrist_size: Size
+
+
+def load_actor(name: str) -> tuple[Actor, Cameras]:
+    """Who acts ("expert", "nothing", a trained folder or a shipped name), and the cameras that it needs."""
     if name == "expert":
-        return ExpertActor(), (280, 210), (112, 112)
+        return ExpertActor(), {}
     if name == "nothing":
-        return ConstantActor("nothing", NOTHING), (280, 210), (112, 112)
+        return ConstantActor("nothing", NOTHING), {}
     policy = Spear1Policy.load(name)
     sizes = policy.processor.image_sizes
-    return PolicyActor(policy, name), sizes["external"], sizes["wrist"]
+    return PolicyActor(policy, name), {"image_size": sizes["external"], "wrist_size": sizes["wrist"]}

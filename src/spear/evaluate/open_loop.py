@@ -43,9 +43,10 @@ class Errors:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """One policy's open-loop errors; `first_step` holds predictions and truth of each step for plots.
+    """One policy's open-loop errors on some episodes.
 
-    predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done.
+    predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done (NaN where that is
+                      not known).
     """
 
     name: str
@@ -94,7 +95,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
             chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
         errors.append(_errors(np.stack(chunks), episode))
         predicted.append(np.stack([c[0] for c in chunks]))
-    return OpenLoop(name, errors, predicted, [episode_actions(e)[0] for e in episodes])
+    return OpenLoop(name, errors, predicted, [_truth(e) for e in episodes])
 
 
 def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
@@ -103,7 +104,7 @@ def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
     constant = mean_action(np.concatenate(known))
     episodes = [resample(e) for e in _states(held_out)]
     errors = [_errors(np.tile(constant, (len(e), HORIZON, 1)), e) for e in episodes]
-    truth = [episode_actions(e)[0] for e in episodes]
+    truth = [_truth(e) for e in episodes]
     return OpenLoop("mean action", errors, [np.tile(constant, (len(t), 1)) for t in truth], truth)
 
 
@@ -136,6 +137,11 @@ def plot(model: OpenLoop, reference: OpenLoop, episodes: int = 3, dpi: int = 110
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def _truth(episode: Episode) -> Array:
+    actions, valid = episode_actions(episode)
+    return np.where(valid[:, None], actions, np.nan)
 
 
 def _states(store: EpisodeStore) -> list[Episode]:

@@ -113,14 +113,14 @@ class Scores:
         temporary.replace(path)
 
     def table(self) -> Table:
-        """The scores for a terminal."""
+        """The scores for a terminal; "guess": constant answer, "free": grammar of unconstrained answers."""
         from rich.table import Table
 
         table = Table(title=f"SPEAR-VLM: {len(self.asked)} questions about held-out images")
-        for column in ("question", "n", "median error", "mean", "constant guess", "grammar", "grammar, free"):
-            table.add_column(column, justify="left" if column == "question" else "right")
-        for row in self.rows():
-            table.add_row(*[cell.replace("[", "\\[") for cell in row])
+        for column in ("question", "n", "median error \\[95 %]", "guess", "grammar", "free"):
+            table.add_column(column, justify="left" if column == "question" else "right", no_wrap=True)
+        for question, n, median, _, constant, grammar, free in self.rows():
+            table.add_row(question, n, median.replace("[", "\\["), constant, grammar, free)
         return table
 
     def rows(self) -> list[list[str]]:

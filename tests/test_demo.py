@@ -1,0 +1,175 @@
+"""The whole way with hardly trained weights: every command runs, the page is whole, broken weights are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import spear.policy
+from spear import demo
+from spear.cli import main
+from spear.errors import SpearError
+from spear.evaluate import video
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the one that ships, trained for a single step by the commands themselves."""
+    root = tmp_path_factory.mktemp("weights")
+    labels, episodes = str(root / "labels"), str(root / "episodes")
+    small = ["--steps", "1", "--set", "batch_size=2"]
+    vlm, depth, nano = str(root / "vlm-0"), str(root / "depth"), root / "nano"
+    for command in (
+        ["label", "--scenes", "3", "--out", labels, "--workers", "1", "--drawings", "1"],
+        ["record", "--episodes", "1", "--families", "put_on", "--out", episodes, "--workers", "1"],
+        f"train nano-depth --out {depth} --labels {labels}".split() + small,
+        f"train nano-vlm-0 --out {vlm} --labels {labels}".split() + small,
+        f"train nano-vlm-1 --out {nano}/vlm --labels {labels} --init {vlm} --moge {depth}".split() + small,
+        f"train nano-vla --out {nano}/policy --labels {labels} --episodes {episodes} --init {nano}/vlm".split()
+        + [*small, "question_images=1"],
+    ):
+        assert main(command) == 0
+    shipped = root / "shipped" / "nano"
+    for part in ("vlm", "policy"):
+        shutil.copytree(nano / part / "final", shipped / part)
+    return root
+
+
+@pytest.fixture
+def shipped(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(spear.policy, "SHIPPED", weights / "shipped")
+    small = {
+        "SCENES": 1,
+        "QUESTION_SCENES": 2,
+        "LABEL_SCENES": 2,
+        "FINE_TUNE_STEPS": 1,
+        "FAMILIES": ("put_on",),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(video, "HEIGHT", 84)
+    return weights
+
+
+def test_drawings_and_recorded_episodes(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Image.open(weights / "labels/drawings/0000.png").size == (3 * 192, 3 * 128)
+    assert main(["data", "inspect", str(weights / "episodes")]) == 0
+    assert "192 x 128 pixels, in 1 of 1 episodes" in capsys.readouterr().out
+
+
+def test_ask_answers_in_metres_and_draws(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
+    assert re.fullmatch(r"-?\d\.\d{3} m\n", capsys.readouterr().out)
+    photo, drawing = tmp_path / "p.jpg", tmp_path / "d.png"
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(photo)
+    question = ["Where does the box around the mug appear?", "--family", "back_projection"]
+    assert main(["ask", str(photo), *question, "--draw", str(drawing)]) == 0
+    assert capsys.readouterr().out.count("px") == 8
+    assert Image.open(drawing).size == (240, 180)
+
+
+def test_evaluate_writes_results_films_and_a_comparison(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = ["--families", "stack_cube", "--scenes", "1", "--out"]
+    assert main(["evaluate", "--policy", "expert", *scenes, str(tmp_path / "expert")]) == 0
+    expert = tmp_path / "expert" / "results.json"
+    assert json.loads(expert.read_text())["mean_success"] == 1
+    assert [p.name for p in (tmp_path / "expert").glob("*.mp4")] == ["stack_cube-success-0.mp4"]
+    capsys.readouterr()
+    assert main(["evaluate", *scenes, str(tmp_path / "nano"), "--compare", str(expert)]) == 0
+    assert "against expert" in capsys.readouterr().out
+    assert main(["evaluate", "vlm", "--scenes", "2", "--out", str(tmp_path / "vlm")]) == 0
+    assert json.loads((tmp_path / "vlm/scores.json").read_text())["constrained"]["distance"]["n"] > 0
+
+
+def test_the_page_without_real_data_says_how_to_get_some(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "page"]) == 0
+    html = (tmp_path / "page/index.html").read_text()
+    assert str(tmp_path / "page/index.html") in capsys.readouterr().out
+    assert "make demo DATA=" in html
+    assert html.count("<video") == 1
+    assert html.count("<section>") == 4
+    assert not re.search(r'(src|href)="(?!data:)', html)
+
+
+def test_real_episodes_are_learned_and_scored(shipped: Path, shared: Path, tmp_path: Path) -> None:
+    data = shared / "data/bridge_v2_sample"
+    section, fact = demo.real_episodes(tmp_path, data)
+    assert "19 episodes of bridge_v2_sample for learning, 6 others to test on" in section.body
+    assert "mean action" in section.body
+    assert fact is not None
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert [len(store) for store in demo._split(data, tmp_path)] == [19, 6]
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_missing_or_truncated_checkpoint_is_one_line(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "policy"
+    shutil.copytree(shipped / "shipped/nano/policy", broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert main(["evaluate", "--policy", str(broken), "--scenes", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "model.safetensors" in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr(spear.policy, "SHIPPED", tmp_path / "nothing")
+    with pytest.raises(SpearError, match="no model 'nano'"):
+        demo.make(tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["ask", "sim:7", " "], "empty question"),
+        (["ask", "sim:x", "how far?"], "sim:SEED"),
+        (["ask", "sim:10000", "how far?"], "held-out seeds"),
+        (["ask", "absent.png", "how far?"], "no such file"),
+        (["ask", __file__, "how far?"], "not a JPEG or PNG"),
+        (["ask", "sim:7", "how far?", "--family", "distanse"], "did you mean 'distance'?"),
+        (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "no episodes: /nowhere"),
+        (["train", "nano-vla", "--init", "nanno"], "no model 'nanno'"),
+        (["train", "nano-post", "--init", "nano", "--set", "batch_sise=2"], "did you mean 'batch_size'?"),
+    ],
+)
+def test_bad_questions_and_recipes_are_one_line(
+    shipped: Path, argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert hint in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_bad_observations_are_refused(shipped: Path) -> None:
+    policy = spear.policy.Spear1Policy.load("nano")
+    image = np.zeros((96, 128, 3), np.uint8)
+    state = np.array([0.5, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+    good = {"observation/image": image, "observation/state": state, "prompt": "put the mug on the plate"}
+    assert policy.infer(good)["actions"].shape == (5, 8)
+    nearly, bad, missing = state.copy(), state.copy(), state.copy()
+    nearly[4], bad[4], missing[2] = 1.0005, 1.01, np.nan
+    assert policy.infer({**good, "observation/state": nearly})["actions"].shape == (5, 8)
+    for change, hint in (
+        ({"observation/state": bad}, "norm 1.01"),
+        ({"observation/state": missing}, "not finite"),
+        ({"observation/image": image.astype(float)}, "wrong image type"),
+        ({"prompt": "  "}, "empty instruction"),
+    ):
+        with pytest.raises(SpearError, match=hint):
+            policy.infer({**good, **change})
