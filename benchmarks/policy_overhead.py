@@ -1,0 +1,51 @@
+"""Policy overhead: `infer` (checks, image fitting, tokens, normalisation, network) against the bare network.
+
+Both run on the same observation, one after the other, many times; the ratio is of their medians, so that what else
+the machine does meanwhile touches both. Goal: at most 1.1.
+
+    python benchmarks/policy_overhead.py [POLICY] [RUNS]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from spear.policy import Spear1Policy
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def main(name: str = "nano", runs: int = 100) -> None:
+    policy = Spear1Policy.load(name)
+    rng = np.random.default_rng(0)
+    observation = {
+        "observation/image": rng.integers(0, 256, (480, 640, 3), dtype=np.uint8),
+        "observation/wrist_image": rng.integers(0, 256, (480, 640, 3), dtype=np.uint8),
+        "observation/state": np.array([0.45, 0.0, 0.2, 0.0, 1.0, 0.0, 0.0, 1.0], np.float32),
+        "prompt": "put the carrot on the plate",
+    }
+    inputs = policy.inputs([observation])
+    whole, bare = (lambda: policy.infer(observation)), (lambda: policy.predict(inputs))
+    for _ in range(5):
+        whole(), bare()
+    times = [(seconds(whole), seconds(bare)) for _ in range(runs)]
+    infer, network = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+    print(
+        f"infer {infer:.2f} ms, bare network {network:.2f} ms, {torch.get_num_threads()} threads, {runs} runs"
+    )
+    print(f"policy overhead: infer / bare network = {infer / network:.3f} (goal <= 1.1)")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
