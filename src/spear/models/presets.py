@@ -70,6 +70,7 @@ PRESETS: dict[str, Preset] = {
                 "num_attention_heads": 2,
                 "patch_size": 32,
                 "image_size": 192,
+                "initializer_range": 0.08,
             },
             text={
                 "hidden_size": 192,

@@ -50,6 +50,7 @@ def train(
     seed: int = 0,
     workers: int = 1,
     save_every: int = 500,
+    log_every: int = 20,
     quiet: bool = False,
     **overrides: Any,
 ) -> Path:
@@ -66,7 +67,7 @@ def train(
     stage = recipe(name).changed(**overrides)
     started = time.time()
     model, task, save = build(stage, labels, episodes, init, moge, seed)
-    averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, quiet=quiet)
+    averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, log_every, quiet)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
