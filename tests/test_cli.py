@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,43 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
 )
 def test_bad_input_is_one_line(argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert hint in fails(capsys, *argv)
+
+
+def test_a_broken_record_is_set_aside_and_a_folder_of_them_refused(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rlds"
+    shutil.copytree(shared / "data/bridge_v2_sample/1.0.0", folder)
+    (record,) = folder.glob("*.tfrecord*")
+    whole = record.read_bytes()
+    record.chmod(0o644)
+    record.write_bytes(whole[:5000] + bytes(64) + whole[5064:])
+    assert main(["data", "prepare", str(folder), "--out", str(tmp_path / "most")]) == 0
+    said = capsys.readouterr()
+    assert "24 episodes" in said.out
+    assert "1 set aside" in said.out
+    assert record.name in said.err
+    record.write_bytes(whole[:5000])
+    line = fails(capsys, "data", "prepare", str(folder), "--out", str(tmp_path / "none"))
+    assert record.name in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "pip install 'spear[sim]'" in fails(capsys, "evaluate", "--policy", "expert", "--scenes", "1")
+
+
+def test_interrupting_leaves_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spear.data.inspect.inspect", interrupted)
+    assert main(["data", "inspect", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

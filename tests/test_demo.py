@@ -28,11 +28,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (
         ["label", "--scenes", "3", "--out", labels, "--workers", "1", "--drawings", "1"],
         ["record", "--episodes", "1", "--families", "put_on", "--out", episodes, "--workers", "1"],
-        f"train nano-depth --out {depth} --labels {labels}".split() + small,
-        f"train nano-vlm-0 --out {vlm} --labels {labels}".split() + small,
-        f"train nano-vlm-1 --out {nano}/vlm --labels {labels} --init {vlm} --moge {depth}".split() + small,
-        f"train nano-vla --out {nano}/policy --labels {labels} --episodes {episodes} --init {nano}/vlm".split()
-        + [*small, "question_images=1"],
+        [*f"train nano-depth --out {depth} --labels {labels}".split(), *small],
+        [*f"train nano-vlm-0 --out {vlm} --labels {labels}".split(), *small],
+        [*f"train nano-vlm-1 --out {nano}/vlm --labels {labels} --init {vlm} --moge {depth}".split(), *small],
+        [
+            *f"train nano-vla --out {nano}/policy --labels {labels} --episodes {episodes}".split(),
+            *["--init", f"{nano}/vlm", *small, "question_images=1"],
+        ],
     ):
         assert main(command) == 0
     shipped = root / "shipped" / "nano"
