@@ -7,6 +7,7 @@ CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -18,7 +19,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spear.errors import SpearError
-from spear.train import checkpoint
+from spear.train import checkpoint, parallel
 from spear.train.optimize import Batch, Optimization, Stepper, Task, learning_rate
 
 
@@ -38,7 +39,7 @@ def batches(task: Task, first: int, last: int, workers: int) -> Iterator[Batch]:
     loader = torch.utils.data.DataLoader(
         _Steps(task),
         batch_size=None,
-        sampler=range(first, last),
+        sampler=range(first * parallel.world() + parallel.rank(), last * parallel.world(), parallel.world()),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
@@ -118,20 +119,30 @@ def run(
     folder = out / "checkpoints"
     latest = checkpoint.find_latest(folder)
     first = 0
-    settings = json.loads(json.dumps({"seed": seed, "optimization": dataclasses.asdict(opt)}))
+    settings = json.loads(
+        json.dumps({"seed": seed, "processes": parallel.world(), "optimization": dataclasses.asdict(opt)})
+    )
     if latest is not None:
         state = checkpoint.load(latest, stepper.model, stepper.ema, stepper.optimizer)
-        if state["settings"]["seed"] != seed:
-            raise SpearError(f"{out} holds a run with another seed: give a new --out folder or the same seed")
+        for key in ("seed", "processes"):
+            if state["settings"].get(key, settings[key]) != settings[key]:
+                raise SpearError(
+                    f"{out} holds a run with another seed or number of processes: use the same, or a new --out"
+                )
         first = int(state["step"])
-    with Logger(out, first, opt.steps, log_every, quiet) as logger:
+    main = parallel.rank() == 0
+    with Logger(out, first, opt.steps, log_every, quiet) if main else contextlib.nullcontext() as logger:
         ahead = batches(task, first, opt.steps, workers)
         for step, batch in zip(range(first, opt.steps), ahead, strict=True):
-            logger.log(step, stepper(step, batch), opt.lr * learning_rate(step, opt))
+            values = stepper(step, batch)
+            if logger is None:
+                continue
+            logger.log(step, values, opt.lr * learning_rate(step, opt))
             if (step + 1) % save_every == 0 or step + 1 == opt.steps:
                 checkpoint.save(
                     folder, step + 1, stepper.model, stepper.ema, stepper.optimizer, {"settings": settings}
                 )
+    parallel.wait()
     return stepper.result()
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from spear.errors import SpearError
+from spear.train import parallel
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
@@ -145,10 +146,12 @@ class Stepper:
             group["lr"] = group["peak"] * factor
         with torch.autocast(self.device.type, torch.bfloat16, enabled=opt.precision == "bf16"):
             loss, parts = self.task.loss(
-                to_device(batch, self.device), step_generator(self.seed, step, self.device)
+                to_device(batch, self.device),
+                step_generator(self.seed, step * parallel.world() + parallel.rank(), self.device),
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.average_gradients(self.learning.values())
         norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
         if not torch.isfinite(norm):
             raise SpearError(f"step {step}: the loss or its gradient is not finite: lower the learning rate")

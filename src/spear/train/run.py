@@ -31,7 +31,7 @@ from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
-from spear.train import loop
+from spear.train import loop, parallel
 from spear.train.depth import DepthTask
 from spear.train.optimize import Task
 from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
@@ -66,6 +66,7 @@ def train(
     """
     stage = recipe(name).changed(**overrides)
     started = time.time()
+    parallel.start()
     model, task, save = build(stage, labels, episodes, init, moge, seed)
     averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, log_every, quiet)
     with torch.no_grad():
@@ -73,6 +74,9 @@ def train(
         for key, value in averaged.items():
             parameters[key].copy_(value)
     final = out / "final"
+    if parallel.rank() > 0:
+        parallel.wait()
+        return final
     part = out / ".part-final"
     shutil.rmtree(part, ignore_errors=True)
     save(part)
@@ -83,6 +87,7 @@ def train(
                 "seed": seed,
                 "init": None if init is None else json.loads((init / "recipe.json").read_text()),
                 "minutes": round((time.time() - started) / 60, 2),
+                "processes": parallel.world(),
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
                 "spear": spear.__version__,
@@ -93,6 +98,7 @@ def train(
     )
     shutil.rmtree(final, ignore_errors=True)
     part.replace(final)
+    parallel.wait()
     return final
 
 
@@ -111,6 +117,10 @@ def build(
     """A recipe's model and task, before the first step; arguments as in `train`."""
     torch.manual_seed(seed)
     size = preset(stage.preset)
+    stage = stage.changed(
+        batch_size=parallel.share(stage.batch_size, "batch_size"),
+        question_images=parallel.share(stage.question_images, "question_images"),
+    )
     if stage.kind == "depth":
         return _depth(stage, size, _need(labels, stage, "labels"), seed)
     if stage.kind == "vlm":
