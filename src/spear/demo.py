@@ -10,20 +10,19 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from spear import report
 from spear.data.episode import EpisodeStore
 from spear.data.prepare import prepare_rlds
 from spear.data.rlds import open_rlds
 from spear.errors import SpearError
-from spear.evaluate import closed_loop, open_loop, vqa
+from spear.evaluate import closed_loop, open_loop, page, vqa
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.held_out import held_out_frames
+from spear.evaluate.page import Section
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
 from spear.labels.accuracy import compare
 from spear.labels.draw import draw_label
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
-from spear.report import Section
 from spear.scenes import label_frames
 from spear.sim.scene import FAMILIES
 from spear.train.run import train
@@ -74,9 +73,9 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
         parts.append((Section(section.title, section.body, time.perf_counter() - begun), fact))
     minutes = (time.perf_counter() - started) / 60
     facts = [fact for _, fact in parts if fact is not None]
-    html = report.page(
+    html = page.page(
         "SPEAR-1 nano: from images to a robot that moves",
-        report.paragraph(
+        page.paragraph(
             "A small 3D-aware vision-language model and the robot policy built on it, both trained with this "
             "package and running on this computer. Every scene below is held out: nothing was trained on it."
         ),
@@ -96,20 +95,20 @@ def labelled_scenes() -> Part:
     labels = list(label_frames(iter(frames)))
     accuracy = compare(labels, frames)
     pictures = [
-        report.picture(draw_label(label, scale=4), f"scene {LABEL_SEED + i}: {len(label.objects)} objects")
+        page.picture(draw_label(label, scale=4), f"scene {LABEL_SEED + i}: {len(label.objects)} objects")
         for i, label in enumerate(labels[:4])
     ]
-    body = report.paragraph(
+    body = page.paragraph(
         "Labelling finds each object, outlines it, lifts its pixels to 3D and fits an oriented box. Here the "
         "simulator's truth stands in for the detector, the segmenter and the depth network; only what the "
         "camera sees is used, so the hidden side of a box is a guess."
     )
-    measured = report.paragraph(
+    measured = page.paragraph(
         f"Against the true boxes of {accuracy.n} objects in {LABEL_SCENES} scenes: median error "
         f"{1000 * accuracy.center:.1f} mm of the centre, {1000 * accuracy.vertex:.1f} mm of the vertices, "
         f"median 3D overlap (IoU) {accuracy.iou:.2f}."
     )
-    return Section("Images labelled in 3D", body + report.grid(pictures, wide=True) + measured), None
+    return Section("Images labelled in 3D", body + page.grid(pictures, wide=True) + measured), None
 
 
 def answers(vlm: VlmBundle) -> Part:
@@ -122,7 +121,7 @@ def answers(vlm: VlmBundle) -> Part:
     for image in sorted(shown)[:6]:
         a = shown[image]
         caption = f"{a.question.prompt} — centre off by {1000 * (a.error or 0):.0f} mm"
-        pictures.append(report.picture(vqa.draw(a, labels[image]), caption))
+        pictures.append(page.picture(vqa.draw(a, labels[image]), caption))
     headers = [
         "question",
         "n",
@@ -133,14 +132,14 @@ def answers(vlm: VlmBundle) -> Part:
         "unconstrained",
     ]
     body = (
-        report.paragraph(
+        page.paragraph(
             "SPEAR-VLM answers in 3D tokens: eight box vertices are 24 of them. Green is the truth, orange "
             "the answer. The first scenes are shown, not the best ones."
         )
-        + report.grid(pictures)
+        + page.grid(pictures)
         + "<h3>All questions</h3>"
-        + report.table(headers, scores.rows())
-        + report.paragraph(
+        + page.table(headers, scores.rows())
+        + page.paragraph(
             "Constant guess: the error of the best answer that does not look at the image. Grammar: answers "
             "with exactly as many numbers as they need, with decoding constrained to them and without.",
             soft=True,
@@ -181,7 +180,7 @@ def robot_at_work(policy: Spear1Policy) -> Part:
         numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
         rows.append([family.replace("_", " "), *numbers, steps])
     pictures = [
-        report.film(
+        page.film(
             f.data,
             f.mime,
             f"{f.outcome.family.replace('_', ' ')}, scene {f.outcome.seed}: "
@@ -190,18 +189,18 @@ def robot_at_work(policy: Spear1Policy) -> Part:
         for f in films
     ]
     body = (
-        report.paragraph(
+        page.paragraph(
             f"{SCENES} held-out scenes per task; the policy moves, turns, opens and closes the gripper five "
             "times a second, from two cameras and an instruction. Bars are success rates, lines their 95 % "
             "intervals. Per task, the first success and the first failure are filmed."
         )
-        + report.success_bars(groups)
+        + page.success_bars(groups)
         + "<h3>SPEAR-1 on the way to success</h3>"
-        + report.table(
+        + page.table(
             ["task", "reached", "grasped", "placed", "moved a wrong object", "steps to success"], rows
         )
         + "<h3>Films (outside camera, wrist camera)</h3>"
-        + report.grid(pictures, wide=True)
+        + page.grid(pictures, wide=True)
     )
     every = results[0].summary().success
     fact = (
@@ -215,7 +214,7 @@ def real_episodes(out: Path, data: Path | None) -> Part:
     """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean action."""
     title = "Real robot episodes"
     if data is None and not SAMPLE.is_dir():
-        body = report.paragraph(
+        body = page.paragraph(
             "No real data was given. Download any Open X-Embodiment dataset in RLDS form, for example "
             "BridgeData V2 from rail.eecs.berkeley.edu/datasets/bridge_release/data/tfds/, and run this "
             "again with make demo DATA=path/to/bridge_dataset/1.0.0."
@@ -247,15 +246,15 @@ def real_episodes(out: Path, data: Path | None) -> Part:
     rows = [[words, *(_interval(s[name], name) for s in summaries)] for name, words in names.items()]
     ours, mean = summaries[0]["translation_mm"], summaries[1]["translation_mm"]
     body = (
-        report.paragraph(
+        page.paragraph(
             f"{len(learned)} episodes of {source.name} for learning, {len(held_out)} others to test on: "
             f"{FINE_TUNE_STEPS} steps of the post-training recipe, starting from the weights that come with "
             "this package. The errors say how far each predicted action is from what the demonstrator did; "
             "the reference is the one action that is best without looking."
         )
-        + report.table(["mean error [95 %]", *(s.name for s in scores)], rows)
+        + page.table(["mean error [95 %]", *(s.name for s in scores)], rows)
         + "<h3>Predictions on held-out episodes</h3>"
-        + report.picture(open_loop.plot(scores[0], scores[1]), "the first action of each predicted chunk")
+        + page.picture(open_loop.plot(scores[0], scores[1]), "the first action of each predicted chunk")
     )
     fact = (
         f"{ours.value:.1f} mm",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+import spear
 from spear.cli.commands import COMMANDS
 from spear.errors import SpearError, unknown_name
 
@@ -31,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_overview())
             return 0
         if args[0] == "--version":
-            from spear import __version__
-
-            print(__version__)
+            print(spear.__version__)
             return 0
         name = _command(args)
         rest = args[len(name.split()) :]

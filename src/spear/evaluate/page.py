@@ -14,7 +14,7 @@ from PIL import Image
 from spear.evaluate.stats import Estimate
 from spear.types import Array
 
-CSS = resources.files("spear").joinpath("report.css").read_text()
+CSS = resources.files("spear.evaluate").joinpath("page.css").read_text()
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import re
 
 import numpy as np
 
-from spear import report
+from spear.evaluate import page
 from spear.evaluate.stats import wilson
 
 
 def test_a_page_needs_nothing_from_outside_and_escapes_text() -> None:
-    body = report.picture(np.zeros((4, 6, 3), np.uint8), 'a "quoted" <b>caption</b>') + report.film(
+    body = page.picture(np.zeros((4, 6, 3), np.uint8), 'a "quoted" <b>caption</b>') + page.film(
         b"\x00", "video/mp4", "film"
     )
-    html = report.page("T & T", "", [("97 %", "success")], [report.Section("One", body, 3.2)])
+    html = page.page("T & T", "", [("97 %", "success")], [page.Section("One", body, 3.2)])
     assert not re.search(r'(src|href)="(?!data:)', html)
     assert "http" not in html
     assert "<b>caption" not in html
@@ -23,11 +23,11 @@ def test_a_page_needs_nothing_from_outside_and_escapes_text() -> None:
 
 
 def test_bars_are_as_long_as_the_rates() -> None:
-    html = report.success_bars([("carrot", [("SPEAR-1", wilson(30, 40)), ("nothing", wilson(0, 40))])])
+    html = page.success_bars([("carrot", [("SPEAR-1", wilson(30, 40)), ("nothing", wilson(0, 40))])])
     assert "width:75.0%" in html
     assert "75% [60%, 86%]" in html
     assert "0% [0%, 9%]" in html
 
 
 def test_tables_escape_their_cells() -> None:
-    assert "<td>&lt;x&gt;</td>" in report.table(["h"], [["<x>"]])
+    assert "<td>&lt;x&gt;</td>" in page.table(["h"], [["<x>"]])
