@@ -184,11 +184,17 @@ def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
     return first
 
 
-def init_new_embeddings(existing: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def init_new_embeddings(
+    existing: Tensor, count: int, generator: torch.Generator | None = None, smooth: bool = False
+) -> Tensor:
     """New rows [count, D] from N(mean, cov) of the rows of `existing` [V, D]; its dtype and device.
 
     The covariance is D × D in float64 and may be singular (V ≤ D, unused dimensions): its symmetric square
     root is taken from its eigenvectors. Random numbers come from the CPU `generator`, whatever the device.
+
+    smooth  False: rows are independent (the paper). True: each row has the same distribution, but neighbouring
+            rows are alike, as the bins that they stand for are (our choice for small models, which cannot
+            learn the order of a thousand tokens from few examples).
     """
     rows, width = existing.shape
     weight = existing.detach()
@@ -203,8 +209,29 @@ def init_new_embeddings(existing: Tensor, count: int, generator: torch.Generator
     cov /= rows
     eigenvalues, vectors = torch.linalg.eigh(cov)
     root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
-    normal = torch.randn(count, width, generator=generator, dtype=torch.float64).to(weight.device)
-    return (mean + normal @ root).to(weight.dtype)
+    draw = _smooth_normal if smooth else _normal
+    return (mean + draw(count, width, generator).to(weight.device) @ root).to(weight.dtype)
+
+
+def _normal(count: int, width: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(count, width, generator=generator, dtype=torch.float64)
+
+
+def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
+    """[count, width] standard normals, independent between columns, each column a smooth curve along the rows.
+
+    A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8 rows
+    to four times the table.
+    """
+    octaves = torch.rand(waves, width, generator=generator, dtype=torch.float64)
+    length = 8 * (4 * count / 8) ** octaves
+    amplitudes = torch.randn(2, waves, width, generator=generator, dtype=torch.float64) / waves**0.5
+    place = torch.arange(count, dtype=torch.float64)[:, None]
+    total = torch.zeros(count, width, dtype=torch.float64)
+    for wave in range(waves):
+        angle = 2 * math.pi * place / length[wave]
+        total += amplitudes[0, wave] * angle.cos() + amplitudes[1, wave] * angle.sin()
+    return total
 
 
 def _to_numpy(values: ArrayLike | Tensor, dtype: type = np.float64) -> Array:

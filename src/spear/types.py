@@ -201,6 +201,10 @@ class Pixel:
     x: float
     y: float
 
+    def __str__(self) -> str:
+        """As PaliGemma's two location tokens, y before x: "<loc0512><loc0256>"."""
+        return "".join(f"<loc{min(max(int(v * 1024), 0), 1023):04d}>" for v in (self.y, self.x))
+
 
 class Policy(Protocol):
     """Anything that acts. The openpi convention: a flat dict in, a dict out.

@@ -29,7 +29,7 @@ from spear.labels.templates import EVERYDAY, POINTS, PROMPTS, with_article
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
 
 FAMILIES = ("box_vertices", "keypoint", "offset", "distance", "back_projection", "chain_of_thought")
-FAMILIES_2D = ("where_2d", "centre_2d", "exists", "count", "which_side", "left_or_right", "list")
+FAMILIES_2D = ("what_at", "where_2d", "centre_2d", "exists", "count", "which_side", "left_or_right", "list")
 
 NEAR_TIE = 0.05
 """Distances, or places as fractions of the image's width, closer than this are not compared."""
@@ -259,6 +259,18 @@ def _centre_2d(scene: _Scene, rng: np.random.Generator) -> Answer | None:
     return {"x": _noun(o.name, rng)}, [_middle(o, scene)], (o.name,)
 
 
+def _what_at(scene: _Scene, rng: np.random.Generator) -> Answer | None:
+    """Which object is at a point: somewhere in the middle half of its 2D box."""
+    if not scene.flat:
+        return None
+    o = _pick(scene.flat, rng)
+    x0, y0, x1, y1 = o.box2d.tolist()
+    u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
+    w, h = scene.label.width, scene.label.height
+    place = Pixel(_fraction(x0 + u * (x1 - x0), w), _fraction(y0 + v * (y1 - y0), h))
+    return {"p": str(place)}, [o.name], (o.name,)
+
+
 def _exists(scene: _Scene, rng: np.random.Generator) -> Answer | None:
     shown = [o.name for o in scene.label.objects]
     if shown and rng.random() < 0.5:
@@ -312,6 +324,7 @@ _MAKERS: Mapping[str, Callable[[_Scene, np.random.Generator], Answer | None]] = 
     "distance": _camera_distance,
     "back_projection": _back_projection,
     "chain_of_thought": _chain_of_thought,
+    "what_at": _what_at,
     "where_2d": _where_2d,
     "centre_2d": _centre_2d,
     "exists": _exists,

@@ -59,6 +59,13 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
         "Compare the distance to {x} with the distance to {y}: which is closer?",
         "Give the distance to {x}, the distance to {y} and the closer of the two",
     ),
+    "what_at": (
+        "What is at {p}?",
+        "Which object is at {p}?",
+        "Name the object at {p}",
+        "What do you see at {p}?",
+        "Identify the thing at {p}",
+    ),
     "where_2d": (
         "Where is {x} in the image?",
         "Detect {x}",

@@ -97,7 +97,8 @@ class SiglipEncoder(SiglipVisionModel):
             self.embeddings.patch_embedding = stem  # type: ignore[assignment]
             self.post_init()
             table = self.embeddings.position_embedding.weight
-            init.copy_(table, position_waves(round(table.shape[0] ** 0.5), table.shape[1]))
+            if table.device.type != "meta":
+                init.copy_(table, position_waves(round(table.shape[0] ** 0.5), table.shape[1]))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StemConv):
@@ -116,8 +117,9 @@ class DinoEncoder(Dinov2Model):
             self.embeddings.patch_embeddings.projection = stem  # type: ignore[assignment]
             self.post_init()
             table = self.embeddings.position_embeddings  # [1, 1 + side², width], the class token first
-            waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
-            init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
+            if table.device.type != "meta":
+                waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
+                init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StemConv):

@@ -14,7 +14,7 @@ from spear.errors import unknown_name
 from spear.labels.questions import FAMILIES, FAMILIES_2D
 from spear.train.optimize import Optimization
 
-Kind = Literal["depth", "vlm", "vla"]
+Kind = Literal["depth", "naming", "vlm", "vla"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class QuestionMix:
 class Recipe:
     """One stage of training.
 
-    kind          "depth" (the MoGe-style encoder alone), "vlm" or "vla".
+    kind          "depth" (the MoGe-style encoder alone), "naming" (the SigLIP-style one), "vlm" or "vla".
     preset        the model's size (`spear.models.presets`).
     moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
     coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
+    smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
+                  `spear.tokens.init_new_embeddings`).
     starts_from   the stage whose result `--init` takes; None starts from random weights.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our choice).
@@ -60,6 +62,7 @@ class Recipe:
     batch_size: int
     moge: bool = True
     coordinate_rows_only: bool = False
+    smooth_tokens: bool = False
     starts_from: str | None = None
     questions: QuestionMix = QuestionMix()
     flow_samples: int = 1
@@ -110,6 +113,15 @@ RECIPES: dict[str, Recipe] = {
             batch_size=64,
         ),
         Recipe(
+            name="nano-siglip",
+            kind="naming",
+            preset="nano",
+            description="Stage 0, image encoder: what each patch shows, standing in for SigLIP's pretraining.",
+            optimization=Optimization(steps=1500, lr=1e-3, weight_decay=0.02, ema=0.99),
+            batch_size=128,
+            moge=False,
+        ),
+        Recipe(
             name="nano-vlm-0",
             kind="vlm",
             preset="nano",
@@ -127,6 +139,7 @@ RECIPES: dict[str, Recipe] = {
             optimization=Optimization(steps=500, lr=2e-3, trained=VLM_1, weight_decay=0.0),
             batch_size=32,
             coordinate_rows_only=True,
+            smooth_tokens=True,
             starts_from="nano-vlm-0",
             questions=_NANO_MIX,
         ),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 import spear
 from spear.data.episode import EpisodeStore
@@ -29,6 +28,7 @@ from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
 from spear.train import loop, parallel
@@ -102,7 +102,7 @@ def train(
     return final
 
 
-Built = tuple[PreTrainedModel, Task, Callable[[Path], Any]]
+Built = tuple[torch.nn.Module, Task, Callable[[Path], Any]]
 """A model, the task that trains it, and what saves the result into a folder."""
 
 
@@ -123,6 +123,8 @@ def build(
     )
     if stage.kind == "depth":
         return _depth(stage, size, _need(labels, stage, "labels"), seed)
+    if stage.kind == "naming":
+        return _naming(stage, size, _need(labels, stage, "labels"), seed)
     if stage.kind == "vlm":
         return _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
     return _vla(stage, size, labels, episodes, init, seed)
@@ -138,7 +140,7 @@ def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Pat
     known = load_labels(labels, list(size.image_sizes))
     if init is None:
         processor = _new_processor(size, labels, known, seed)
-        model = SpearVLMForConditionalGeneration(_vlm_config(stage, size, processor))
+        model = _new_vlm(stage, size, processor, seed)
     else:
         processor = Processor.load(init)
         model = _grown(
@@ -166,7 +168,9 @@ def _vla(
     known = load_labels(labels, list(size.image_sizes)) if labels is not None else {}
     if init is None:
         processor = _new_processor(size, _need(labels, stage, "labels"), known, seed)
-        model = Spear1ForActionPrediction(spear1_config(size, _vlm_config(stage, size, processor)))
+        vlm = _new_vlm(stage, size, processor, seed)
+        model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
+        model.vlm.load_state_dict(vlm.state_dict())
     else:
         processor = Processor.load(init)
         kind = json.loads((init / "config.json").read_text())["model_type"]
@@ -219,6 +223,23 @@ def _new_processor(size: Preset, folder: Path, labels: dict[str, list[LabeledIma
     return Processor.build(size, texts, fit_coordinates(first, size.bins, seed))
 
 
+def _new_vlm(
+    stage: Recipe, size: Preset, processor: Processor, seed: int
+) -> SpearVLMForConditionalGeneration:
+    """A VLM with random weights; location and 3D tokens are alike where their places are alike."""
+    vlm = SpearVLMForConditionalGeneration(_vlm_config(stage, size, processor))
+    embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
+    generator = torch.Generator().manual_seed(seed)
+    words = embeddings[: processor.location_start]
+    with torch.no_grad():
+        for first, count in (
+            (processor.location_start, LOCATIONS),
+            (processor.coordinate_start, processor.coordinates.bins),
+        ):
+            embeddings[first : first + count] = init_new_embeddings(words, count, generator, smooth=True)
+    return vlm
+
+
 def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMConfig:
     config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
     if not stage.moge:
@@ -257,5 +278,7 @@ def _grown(
     embeddings = model.get_parameter("language_model.embed_tokens.weight")
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        embeddings[first : first + bins] = init_new_embeddings(embeddings[:first], bins, generator)
+        embeddings[first : first + bins] = init_new_embeddings(
+            embeddings[: processor.location_start], bins, generator, stage.smooth_tokens
+        )
     return model

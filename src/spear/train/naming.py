@@ -1,0 +1,92 @@
+"""Stage 0, image encoder: naming what each patch shows (nano only; see `spear.models.naming`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spear.data.images import JITTER_DRAWS, decode_image, jitter
+from spear.labels import rle
+from spear.labels.store import read
+from spear.models.naming import PatchNaming
+from spear.models.processing import Processor
+from spear.train.optimize import Batch
+from spear.types import Array, LabeledImage
+
+LEAST = 0.01
+"""Share of a patch that an object must cover to be shown by it."""
+
+
+class NamingTask:
+    """Batches of labelled images with what each patch shows, and the loss of `PatchNaming`.
+
+    folder  has a sub-folder per view; every fourth batch is of the wrist camera when there is one.
+    """
+
+    def __init__(
+        self,
+        model: PatchNaming,
+        processor: Processor,
+        names: Sequence[str],
+        folder: Path,
+        patch: int,
+        images: int,
+        seed: int,
+    ) -> None:
+        self.model, self.processor, self.images, self.seed = model, processor, images, seed
+        self.views = {
+            view: [_targets(label, names, patch) for label in read(folder / view)]
+            for view in processor.image_sizes
+            if (folder / view).is_dir()
+        }
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `PatchNaming.forward`."""
+        rng = np.random.default_rng((self.seed, 2, step))
+        view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
+        rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
+        pixels = [
+            self.processor.image(jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5), view)
+            for image, *_ in rows
+        ]
+        shown, centre, largest = (
+            torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[1:]
+        )
+        return {
+            "view": view,
+            "pixels": torch.stack(pixels),
+            "shown": shown,
+            "centre": centre,
+            "largest": largest,
+        }
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Names and centres."""
+        output = self.model(**batch)
+        return output.loss, output.parts
+
+
+def _targets(label: LabeledImage, names: Sequence[str], patch: int) -> tuple[bytes, Array, Array, Array]:
+    """The encoded image, shown [P, C] bool, centre [P, 2] float32 and largest [P] bool; see `PatchNaming`."""
+    rows, columns = label.height // patch, label.width // patch
+    shown = np.zeros((rows, columns, len(names)), bool)
+    centre = np.zeros((rows, columns, 2), np.float32)
+    most = np.full((rows, columns), LEAST, np.float32)
+    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
+    for o in label.objects:
+        mask = rle.decode(o.mask, label.height, label.width)[: rows * patch, : columns * patch]
+        share = mask.reshape(rows, patch, columns, patch).mean((1, 3))
+        if o.name in names:
+            shown[..., names.index(o.name)] |= share > LEAST
+        x0, y0, x1, y1 = o.box2d
+        place = np.array([(x0 + x1) / 2, (y0 + y1) / 2]) / patch
+        larger = share > most
+        centre[larger] = (place - grid)[larger]
+        most = np.maximum(most, share)
+    flat = rows * columns
+    return label.image, shown.reshape(flat, -1), centre.reshape(flat, 2), (most > LEAST).reshape(flat)
