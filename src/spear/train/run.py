@@ -136,6 +136,22 @@ def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
     return model, DepthTask(model, labels / "depth", stage.batch_size, seed), model.save_pretrained
 
 
+def _naming(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
+    known = load_labels(labels, list(size.image_sizes))
+    processor = _new_processor(size, labels, known, seed)
+    vlm = _new_vlm(stage, size, processor, seed)
+    names = sorted({o.name for label in known["external"] for o in label.objects})
+    ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
+    model = PatchNaming(vlm, ids)
+    task = NamingTask(model, processor, names, labels, size.vision["patch_size"], stage.batch_size, seed)
+
+    def save(folder: Path) -> None:
+        vlm.save_pretrained(folder)
+        processor.save(folder)
+
+    return model, task, save
+
+
 def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Path | None, seed: int) -> Built:
     known = load_labels(labels, list(size.image_sizes))
     if init is None:
