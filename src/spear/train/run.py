@@ -25,6 +25,7 @@ from spear.errors import SpearError
 from spear.labels.questions import all_texts
 from spear.models import weights
 from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
+from spear.models.naming import PatchNaming
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -33,6 +34,7 @@ from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
 from spear.train import loop, parallel
 from spear.train.depth import DepthTask
+from spear.train.naming import NamingTask
 from spear.train.optimize import Task
 from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
 from spear.train.recipes import Recipe, recipe
