@@ -47,7 +47,8 @@ def imported_rooms(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" if node.module == "spear" else node.module for alias in node.names]
+            inside = node.module == "spear"
+            names = [f"spear.{alias.name}" if inside else node.module for alias in node.names]
             assert node.level == 0, f"{path}: imports are absolute in this project"
         found |= {name.split(".")[1] for name in names if name.startswith("spear.")}
     return found

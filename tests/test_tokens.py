@@ -245,3 +245,23 @@ def test_new_embeddings_do_not_depend_on_gradients_and_leave_the_old_alone() -> 
     before = existing.detach().clone()
     assert not init_new_embeddings(existing, 3).requires_grad
     assert torch.equal(existing, before)
+
+
+def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    existing = torch.randn(500, 12, generator=generator, dtype=torch.float64)
+    existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
+    tables = torch.stack(
+        [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
+    )  # [draws, rows, width]
+    pooled = tables[:, ::64].reshape(-1, 12)
+    scale = existing.std(0)
+    assert ((pooled.mean(0) - existing.mean(0)).abs() < 0.15 * scale).all()
+    assert (pooled.T.cov() - existing.T.cov()).abs().max() < 0.15 * existing.T.cov().abs().max()
+
+    def likeness(gap: int) -> float:
+        centred = (tables - existing.mean(0)) / scale
+        return float((centred[:, :-gap] * centred[:, gap:]).mean())
+
+    assert likeness(1) > 0.95
+    assert likeness(1) > likeness(16) > likeness(200)
