@@ -21,7 +21,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sim": {"errors", "types", "geometry"},
     "labels": {"errors", "types", "geometry"},
     "data": {"errors", "types", "geometry"},
-    "embodiments": {"errors", "types", "geometry", "data"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)
@@ -62,7 +61,9 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong, f"{path.relative_to(SOURCE)} imports {sorted(wrong)}, which lie above it"
 
 
-@pytest.mark.parametrize("module", ["spear", "spear.types", "spear.geometry", "spear.flow", "spear.tokens", "spear.models"])
+@pytest.mark.parametrize(
+    "module", ["spear", "spear.types", "spear.geometry", "spear.flow", "spear.tokens", "spear.models"]
+)
 def test_importing_pulls_in_no_heavy_extra(module: str) -> None:
     code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from spear.labels.depth import write_depth
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.store import write_shards
@@ -73,7 +74,6 @@ def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
     from spear.sim.render import Renderer
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
-    from spear.train.depth import write_depth
 
     out, index, first, count, sizes = job
     if all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes):

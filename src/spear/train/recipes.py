@@ -99,7 +99,12 @@ VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
 # Boxes carry most numbers per answer and are what control needs: they are asked twice as often (our choice).
 _NANO_3D = (*FAMILIES, "box_vertices", "keypoint")
-_NANO_MIX = QuestionMix((*_NANO_3D, "what_at", "what_at", "where_2d", "centre_2d"), pairs=(4, 4), wrist=0.25, coordinate_smoothing=2.0)
+_NANO_MIX = QuestionMix(
+    (*_NANO_3D, "what_at", "what_at", "where_2d", "centre_2d"),
+    pairs=(4, 4),
+    wrist=0.25,
+    coordinate_smoothing=2.0,
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
