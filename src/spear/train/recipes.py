@@ -97,10 +97,9 @@ def _fields(part: Any) -> list[str]:
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
-# Boxes carry most numbers per answer and are what control needs: they are asked twice as often (our choice).
-_NANO_3D = (*FAMILIES, "box_vertices", "keypoint")
+# Single points are asked most: they teach to find things, with few tokens that are not about finding (our choice).
 _NANO_MIX = QuestionMix(
-    (*_NANO_3D, "what_at", "what_at", "where_2d", "centre_2d"),
+    (*FAMILIES, "keypoint", "keypoint", "keypoint", "what_at", "what_at", "centre_2d", "centre_2d"),
     pairs=(4, 4),
     wrist=0.25,
     coordinate_smoothing=2.0,
