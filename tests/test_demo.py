@@ -24,12 +24,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("weights")
     labels, episodes = str(root / "labels"), str(root / "episodes")
     small = ["--steps", "1", "--set", "batch_size=2"]
-    vlm, depth, nano = str(root / "vlm-0"), str(root / "depth"), root / "nano"
+    siglip, vlm, depth, nano = (str(root / name) for name in ("siglip", "vlm-0", "depth", "nano"))
     for command in (
         ["label", "--scenes", "3", "--out", labels, "--workers", "1", "--drawings", "1"],
         ["record", "--episodes", "1", "--families", "put_on", "--out", episodes, "--workers", "1"],
         [*f"train nano-depth --out {depth} --labels {labels}".split(), *small],
-        [*f"train nano-vlm-0 --out {vlm} --labels {labels}".split(), *small],
+        [*f"train nano-siglip --out {siglip} --labels {labels}".split(), *small],
+        [*f"train nano-vlm-0 --out {vlm} --labels {labels} --init {siglip}".split(), *small],
         [*f"train nano-vlm-1 --out {nano}/vlm --labels {labels} --init {vlm} --moge {depth}".split(), *small],
         [
             *f"train nano-vla --out {nano}/policy --labels {labels} --episodes {episodes}".split(),
@@ -37,9 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     ):
         assert main(command) == 0
-    shipped = root / "shipped" / "nano"
-    for part in ("vlm", "policy"):
-        shutil.copytree(nano / part / "final", shipped / part)
+    shutil.copytree(root / "nano" / "policy" / "final", root / "shipped" / "nano")
     return root
 
 
@@ -121,7 +120,7 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "policy"
-    shutil.copytree(shipped / "shipped/nano/policy", broken)
+    shutil.copytree(shipped / "shipped/nano", broken)
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert main(["evaluate", "--policy", str(broken), "--scenes", "1"]) == 2

@@ -45,7 +45,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     labels, store = root / "labels", EpisodeStore(root / "episodes")
     folders = {}
     folders["nano-depth"] = train("nano-depth", root / "depth", labels, **FEW)
-    folders["nano-vlm-0"] = train("nano-vlm-0", root / "vlm0", labels, **FEW)
+    folders["nano-siglip"] = train("nano-siglip", root / "siglip", labels, **FEW)
+    folders["nano-vlm-0"] = train("nano-vlm-0", root / "vlm0", labels, init=folders["nano-siglip"], **FEW)
     folders["nano-vlm-1"] = train(
         "nano-vlm-1", root / "vlm1", labels, init=folders["nano-vlm-0"], moge=folders["nano-depth"], **FEW
     )

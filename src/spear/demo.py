@@ -228,7 +228,7 @@ def real_episodes(out: Path, data: Path | None) -> Part:
         "nano-post",
         run,
         episodes=[(source.name, learned, 1.0)],
-        init=locate("nano", "policy"),
+        init=locate("nano"),
         steps=FINE_TUNE_STEPS,
     )
     scores = [

@@ -19,27 +19,27 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
-"""Where the weights that come with the package lie: NAME/vlm and NAME/policy."""
+"""Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
 QUATERNION_TOLERANCE = 1e-3
 """How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
 _NUMBERS = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
 _PIXELS = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 
 
-def locate(name: str | Path, part: str) -> Path:
+def locate(name: str | Path) -> Path:
     """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
 
-    part  "vlm" or "policy", which of the shipped ones. Raises `SpearError` when there is none.
+    Raises `SpearError` when there is none.
     """
     path = Path(name)
     if (path / "final" / "config.json").is_file():
         return path / "final"
     if path.is_dir():
         return path
-    shipped = SHIPPED / str(name) / part
-    if shipped.is_dir():
+    shipped = SHIPPED / str(name)
+    if (shipped / "config.json").is_file():
         return shipped
-    names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+    names = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
     raise SpearError(
         f"no model {str(name)!r}: give a folder with a trained one"
         + (f", or {' or '.join(names)}, which comes with this package" if names else "")
@@ -114,9 +114,15 @@ class VlmBundle:
 
 
 def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
-    """SPEAR-VLM from a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
-    folder = locate(name, "vlm")
-    model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32)
+    """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
+
+    Raises `SpearError` when it is missing or broken.
+    """
+    folder = locate(name)
+    if weights.architecture(folder) == Spear1ForActionPrediction.config_class.model_type:
+        model = weights.load(Spear1ForActionPrediction, folder, torch.float32).vlm
+    else:
+        model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32)
     torch.nn.Module.to(model, device)
     return VlmBundle(model, Processor.load(folder))
 
@@ -140,7 +146,7 @@ class Spear1Policy:
     @staticmethod
     def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
-        folder = locate(name, "policy")
+        folder = locate(name)
         model = weights.load(Spear1ForActionPrediction, folder, torch.float32)
         torch.nn.Module.to(model, device)
         return Spear1Policy(

@@ -195,9 +195,9 @@ def train(
         for known in RECIPES.values():
             print(f"{known.name:<14} {known.description}")
         return
-    part = "policy" if getattr(RECIPES.get(find(recipe).starts_from or ""), "kind", "") == "vla" else "vlm"
-    start = locate(init, part) if init else None
-    encoder = locate(moge, "moge") if moge else None
+    find(recipe)
+    start = locate(init) if init else None
+    encoder = locate(moge) if moge else None
     changes = {}
     for item in set:
         key, equals, value = item.partition("=")

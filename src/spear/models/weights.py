@@ -50,19 +50,21 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     return model.eval()
 
 
+def architecture(folder: Path) -> str:
+    """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise SpearError(f"checkpoint without a readable config: {folder / 'config.json'}: {error}") from error
+
+
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     """Refuse a folder that is not a whole checkpoint of `cls`."""
     if not folder.is_dir():
         raise SpearError(
             f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors"
         )
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise SpearError(
-            f"checkpoint without a readable config: {folder / 'config.json'}: {error}"
-        ) from error
-    assert cls.config_class is not None
+    kind = architecture(folder)
     wanted = cls.config_class.model_type
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])

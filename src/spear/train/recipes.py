@@ -133,6 +133,7 @@ RECIPES: dict[str, Recipe] = {
             optimization=Optimization(steps=3000, lr=1e-3, weight_decay=0.02),
             batch_size=32,
             moge=False,
+            starts_from="nano-siglip",
             questions=QuestionMix((*FAMILIES_2D, "where_2d", "centre_2d"), pairs=(4, 4), wrist=0.25),
         ),
         Recipe(
