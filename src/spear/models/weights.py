@@ -65,6 +65,7 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
             f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors"
         )
     kind = architecture(folder)
+    assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
