@@ -294,7 +294,10 @@ def _grown(
     model.moge.load_state_dict(encoder.moge.state_dict())
     first, bins = processor.coordinate_start, processor.coordinates.bins
     embeddings = model.get_parameter("language_model.embed_tokens.weight")
+    assert model.moge_projector is not None
     with torch.no_grad():
+        # The new half of each visual token starts small beside what the language model can read already.
+        model.moge_projector.linear.weight.mul_(0.2)
         generator = torch.Generator().manual_seed(seed)
         embeddings[first : first + bins] = init_new_embeddings(
             embeddings[: processor.location_start], bins, generator, stage.smooth_tokens
