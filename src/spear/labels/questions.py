@@ -130,13 +130,11 @@ def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
     for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
-            for templates in PROMPTS.values():
+            for family, templates in PROMPTS.items():
+                points = [word for synonyms in POINTS.values() for word in synonyms]
+                fillings = points if family == "keypoint" else [""]
                 for template in templates:
-                    for p in (
-                        [word for synonyms in POINTS.values() for word in synonyms]
-                        if "{p}" in template
-                        else [""]
-                    ):
+                    for p in fillings:
                         yield template.format_map({**words, "p": p})
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
