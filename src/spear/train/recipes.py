@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spear.errors import unknown_name
-from spear.labels.questions import FAMILIES, FAMILIES_2D
+from spear.labels.questions import FAMILIES
 from spear.train.optimize import Optimization
 
 Kind = Literal["depth", "naming", "vlm", "vla"]
@@ -97,6 +97,7 @@ def _fields(part: Any) -> list[str]:
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
+ENCODERS = ("vision_tower", "moge")
 # Single points are asked most: they teach to find things, with few tokens that are not about finding (our choice).
 _NANO_MIX = QuestionMix(
     (*FAMILIES, "keypoint", "keypoint", "keypoint", "what_at", "what_at", "centre_2d", "centre_2d"),
@@ -113,7 +114,7 @@ RECIPES: dict[str, Recipe] = {
             kind="depth",
             preset="nano",
             description="Stage 0, encoder: relative depth on renders, standing in for MoGe's pretraining.",
-            optimization=Optimization(steps=3000, lr=1e-3, weight_decay=0.02),
+            optimization=Optimization(steps=1500, lr=1e-3, weight_decay=0.02),
             batch_size=64,
         ),
         Recipe(
@@ -121,7 +122,7 @@ RECIPES: dict[str, Recipe] = {
             kind="naming",
             preset="nano",
             description="Stage 0, image encoder: what each patch shows, standing in for SigLIP's pretraining.",
-            optimization=Optimization(steps=1500, lr=1e-3, weight_decay=0.02, ema=0.99),
+            optimization=Optimization(steps=1200, lr=1e-3, weight_decay=0.02, ema=0.99),
             batch_size=128,
             moge=False,
         ),
@@ -130,31 +131,45 @@ RECIPES: dict[str, Recipe] = {
             kind="vlm",
             preset="nano",
             description="Stage 0, VLM: 2D questions, standing in for PaliGemma's pretraining (no MoGe yet).",
-            optimization=Optimization(steps=3000, lr=1e-3, weight_decay=0.02),
-            batch_size=32,
+            optimization=Optimization(
+                steps=1250,
+                lr=3e-4,
+                schedule="constant",
+                warmup=50,
+                frozen=("vision_tower", "multi_modal_projector"),
+                weight_decay=0.02,
+                ema=0.99,
+            ),
+            batch_size=16,
             moge=False,
             starts_from="nano-siglip",
-            questions=QuestionMix((*FAMILIES_2D, "where_2d", "centre_2d"), pairs=(4, 4), wrist=0.25),
+            questions=QuestionMix(("what_at", "centre_2d", "centre_2d", "where_2d"), pairs=(4, 4)),
         ),
         Recipe(
             name="nano-vlm-1",
             kind="vlm",
             preset="nano",
             description="SPEAR-VLM stage 1: only both projections and the 3D-token embeddings learn.",
-            optimization=Optimization(steps=500, lr=2e-3, trained=VLM_1, weight_decay=0.0),
-            batch_size=32,
+            optimization=Optimization(
+                steps=200, lr=1e-3, warmup=20, trained=VLM_1, weight_decay=0.0, ema=0.98
+            ),
+            batch_size=16,
             coordinate_rows_only=True,
             smooth_tokens=True,
             starts_from="nano-vlm-0",
-            questions=_NANO_MIX,
+            questions=dataclasses.replace(
+                _NANO_MIX, families=("keypoint", "keypoint", "distance", "centre_2d", "what_at")
+            ),
         ),
         Recipe(
             name="nano-vlm-2",
             kind="vlm",
             preset="nano",
-            description="SPEAR-VLM stage 2: everything learns (the paper's best row trains both encoders).",
-            optimization=Optimization(steps=14000, lr=1e-3, weight_decay=0.02),
-            batch_size=32,
+            description="SPEAR-VLM stage 2: everything but the two encoders learns.",
+            optimization=Optimization(
+                steps=2800, lr=4e-4, warmup=50, frozen=ENCODERS, weight_decay=0.02, ema=0.99
+            ),
+            batch_size=16,
             starts_from="nano-vlm-1",
             questions=_NANO_MIX,
         ),
@@ -162,15 +177,20 @@ RECIPES: dict[str, Recipe] = {
             name="nano-vla",
             kind="vla",
             preset="nano",
-            description="SPEAR-1: demonstrations of the four task families, MoGe frozen, 3D questions alongside.",
+            description="SPEAR-1: demonstrations of four task families, encoders frozen, 3D questions alongside.",
             optimization=Optimization(
-                steps=20000, lr=1e-3, frozen=("vlm.moge",), weight_decay=0.02, ema=0.9995
+                steps=4000,
+                lr=5e-4,
+                warmup=50,
+                frozen=tuple(f"vlm.{name}" for name in ENCODERS),
+                weight_decay=0.02,
+                ema=0.995,
             ),
-            batch_size=64,
+            batch_size=32,
             starts_from="nano-vlm-2",
             questions=_NANO_MIX,
             flow_samples=4,
-            question_images=8,
+            question_images=4,
             question_weight=0.5,
             augment=0.5,
         ),
@@ -179,7 +199,9 @@ RECIPES: dict[str, Recipe] = {
             kind="vla",
             preset="nano",
             description="Post-training: fit the nano policy to your own robot's episodes, a few minutes on a CPU.",
-            optimization=Optimization(steps=600, lr=4e-4, frozen=("vlm.moge",), weight_decay=0.02, ema=0.99),
+            optimization=Optimization(
+                steps=600, lr=3e-4, warmup=50, frozen=("vlm.moge",), weight_decay=0.02, ema=0.99
+            ),
             batch_size=32,
             starts_from="nano-vla",
             flow_samples=4,
