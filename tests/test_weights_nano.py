@@ -1,0 +1,39 @@
+"""The weights that ship: small enough, loadable, and better than not looking."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spear.evaluate import vqa
+from spear.evaluate.held_out import held_out_labels
+from spear.policy import SHIPPED, Spear1Policy, load_vlm
+from spear.sim.env import TabletopEnv
+
+
+def test_they_are_small_and_have_a_card() -> None:
+    files = [f for f in (SHIPPED / "nano").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 20e6
+    card = (SHIPPED / "nano" / "README.md").read_text()
+    assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
+
+
+def test_the_vlm_sees_where_things_are() -> None:
+    vlm = load_vlm("nano")
+    labels = held_out_labels(12, 500, vlm.processor.image_sizes["external"])
+    scores = vqa.evaluate(vlm, labels, families=("keypoint",))
+    found = scores.families["keypoint"]
+    assert found.median is not None
+    assert found.median.value < 0.6 * found.constant
+    assert found.grammar.value == 1.0
+
+
+def test_the_policy_moves_towards_something() -> None:
+    policy = Spear1Policy.load("nano")
+    sizes = policy.processor.image_sizes
+    env = TabletopEnv("put_on", sizes["external"], sizes["wrist"])
+    observation, _ = env.reset(seed=3)
+    actions = policy.infer(observation)["actions"]
+    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    steps = np.linalg.norm(actions[:, :3], axis=-1)
+    assert 0.005 < steps.sum() < 0.5
+    assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
