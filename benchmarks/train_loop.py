@@ -54,8 +54,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         source = loop.batches(task, 0, (rounds + 1) * steps, workers=1)
         logger = loop.Logger(Path(folder), first_step=0, total=steps * rounds, quiet=True)
-        for batch, _ in zip(source, range(steps), strict=False):  # the loader fills its queue
-            step(0, batch)
+        for _ in range(steps):  # the loader fills its queue
+            step(0, next(source))
         for _ in range(rounds):
             begun = time.perf_counter()
             for _ in range(steps):
