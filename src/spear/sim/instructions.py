@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_INTO = (
+    "put the {source} in the {target}",
+    "place the {source} into the {target}",
+    "pick up the {source} and put it in the {target}",
+    "drop the {source} in the {target}",
+    "move the {source} into the {target}",
+    "take the {source} and place it in the {target}",
+)
 TEMPLATES: dict[str, Sequence[str]] = {
     "put_on": (
         "put the {source} on the {target}",
@@ -16,23 +24,8 @@ TEMPLATES: dict[str, Sequence[str]] = {
         "take the {source} and place it on the {target}",
         "the {source} goes on the {target}",
     ),
-    "put_in_bowl": (
-        "put the {source} in the {target}",
-        "place the {source} into the {target}",
-        "pick up the {source} and put it in the {target}",
-        "drop the {source} in the {target}",
-        "move the {source} into the {target}",
-        "take the {source} and place it in the {target}",
-    ),
-    "put_in_basket": (
-        "put the {source} in the {target}",
-        "place the {source} into the {target}",
-        "pick up the {source} and put it in the {target}",
-        "drop the {source} in the {target}",
-        "move the {source} into the {target}",
-        "take the {source} and place it in the {target}",
-        "the {source} belongs in the {target}",
-    ),
+    "put_in_bowl": _INTO,
+    "put_in_basket": (*_INTO, "the {source} belongs in the {target}"),
     "spoon_on_towel": (
         "put the {source} on the {target}",
         "place the {source} on the {target}",
