@@ -28,9 +28,9 @@ class PatchNaming(nn.Module):
     """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
 
     SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token shall
-    point towards the text embeddings of what the patch shows, as the language model will see both. Two linear heads, thrown
-    away afterwards, make the token know places finer than patches: one tells which of `CELLS` × `CELLS` cells of the
-    patch shows how much of which object, the other where the centre of the patch's largest object lies.
+    point towards the text embeddings of what the patch shows, as the language model will see both. Two linear heads,
+    thrown away afterwards, make the token know places finer than patches: one tells which of `CELLS` × `CELLS`
+    cells of the patch shows how much of which object, the other where the centre of its largest object lies.
 
     names  token ids of each object name.
     """
