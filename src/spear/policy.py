@@ -13,6 +13,7 @@ import torch
 from spear import flow
 from spear.data.normalize import Normalizer
 from spear.errors import SpearError
+from spear.geometry import unit_quat
 from spear.models import weights
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -21,8 +22,6 @@ from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
 """Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
-QUATERNION_TOLERANCE = 1e-3
-"""How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
 _NUMBERS = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
 _PIXELS = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 
@@ -230,11 +229,6 @@ def _state(state: Any) -> Array:
         )
     if not np.isfinite(array).all():
         raise SpearError(f"observation/state is not finite: {array.tolist()}: check the robot's state")
-    norm = float(np.linalg.norm(array[3:7]))
-    if abs(norm - 1) > QUATERNION_TOLERANCE:
-        raise SpearError(
-            f"observation/state: quaternion has norm {norm:.4g}, not 1: check its layout (w x y z)"
-        )
     array = array.copy()
-    array[3:7] /= norm
+    array[3:7] = unit_quat(torch.from_numpy(array[3:7]), "observation/state[3:7]").numpy()
     return array
