@@ -69,7 +69,7 @@ def test_the_wrist_camera_may_be_missing(policy: Spear1Policy) -> None:
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(SpearError, match="no model 'nanno'.*nano"):
+    with pytest.raises(SpearError, match=r"no model 'nanno'.*nano"):
         locate("nanno")
     with pytest.raises(SpearError, match="no model"):
         load_vlm("nowhere/at/all")
