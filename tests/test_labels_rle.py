@@ -26,7 +26,9 @@ def test_wrong_lengths_are_refused(runs: list[int]) -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))
-def test_compressed_strings_are_those_of_pycocotools(height: int, width: int, seed: int, share: float) -> None:
+def test_compressed_strings_are_those_of_pycocotools(
+    height: int, width: int, seed: int, share: float
+) -> None:
     coco = pytest.importorskip("pycocotools.mask")
     mask = np.random.default_rng(seed).random((height, width)) < share
     expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
