@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from spear.labels.images import load_image
+from spear.types import Array
 
 
 @dataclass
@@ -46,6 +51,20 @@ def error(status: int, name: str, message: str, *details: dict[str, Any], **head
 
 def retry_info(delay: str) -> dict[str, Any]:
     return {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
+
+
+def camel(value: Any) -> Any:
+    """JSON with its keys in camel case: the API takes both spellings, and the client sends both."""
+    if isinstance(value, dict):
+        return {re.sub("_([a-z])", lambda m: m[1].upper(), k): camel(v) for k, v in value.items()}
+    return [camel(v) for v in value] if isinstance(value, list) else value
+
+
+def picture(request: dict[str, Any]) -> Array:
+    """The image [h, w, 3] in a request."""
+    inline = request["contents"][0]["parts"][0]["inlineData"]
+    assert inline["mimeType"] == "image/jpeg"
+    return load_image(base64.b64decode(inline["data"].replace("-", "+").replace("_", "/")))
 
 
 class Server:

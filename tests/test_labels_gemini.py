@@ -1,4 +1,3 @@
-import base64
 import json
 import pickle
 import socket
@@ -12,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemini_server import Reply, Server, boxes, error, retry_info, serving, text
+from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
 from spear.errors import SpearError
 from spear.labels.gemini import PROMPT, GeminiDetector
 from spear.labels.gemini_answer import Unusable, parse
 from spear.labels.ground_truth import GroundTruthPointMap
-from spear.labels.images import load_image
 from spear.labels.pipeline import Failures, label
 from spear.types import Array, Frame
 
@@ -67,10 +65,7 @@ def test_the_request_holds_image_prompt_and_schema(server: Server) -> None:
     (request,) = server.requests
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
     assert server.headers[0]["x-goog-api-key"] == "secret-key"
-    picture, prompt = request["contents"][0]["parts"]
-    assert picture["inlineData"]["mimeType"] == "image/jpeg"
-    data = picture["inlineData"]["data"]
-    sent = load_image(base64.b64decode(data, altchars=b"-_" if set(data) & set("-_") else None))
+    sent, prompt = picture(request), request["contents"][0]["parts"][1]
     assert sent.shape == (50, 200, 3)
     assert np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
     assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
@@ -249,8 +244,7 @@ def test_answers_belong_to_their_images(server: Server) -> None:
     frames = [frame(i, 40, 60 + i) for i in range(6)]
 
     def answer(request: dict[str, Any]) -> Reply:
-        data = request["contents"][0]["parts"][0]["inlineData"]["data"]
-        width = load_image(base64.b64decode(data, altchars=b"-_" if set(data) & set("-_") else None)).shape[1]
+        width = picture(request).shape[1]
         time.sleep(0.02 * (66 - width))
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
 
