@@ -100,7 +100,7 @@ def serving() -> Iterator[Server]:
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             reply = server.reply(
-                self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(content)
+                self.path, {k.lower(): v for k, v in self.headers.items()}, camel(json.loads(content))
             )
             data = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
             self.send_response(reply.status)
