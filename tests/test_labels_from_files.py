@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.labels.from_files import Annotation, FileDetector, FileSegmenter, iou2d, tight_box
+from spear.labels.from_files import Annotation, FileDetector, FileSegmenter
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.protocols import Detection
@@ -157,10 +157,3 @@ def test_annotated_masks_run_through_the_pipeline() -> None:
     assert result.provenance["detector"] == result.provenance["segmenter"] == "known"
     with pytest.raises(SpearError, match="b: not in known"):
         list(label([unseen], FileDetector(known), GroundTruthSegmenter(), GroundTruthPointMap()))
-
-
-def test_iou2d() -> None:
-    boxes = np.array([[0, 0, 4, 4], [2, 0, 6, 4], [4, 4, 8, 8], [1, 1, 1, 1]])
-    np.testing.assert_allclose(iou2d(boxes[0], boxes), [1, 1 / 3, 0, 0])
-    assert iou2d(boxes[3], boxes[3]) == 0
-    assert tight_box(np.zeros((3, 3), bool)).tolist() == [0, 0, 0, 0]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from spear.errors import SpearError
+from spear.labels.boxes2d import clip, iou2d, tight_box
 from spear.labels.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 
@@ -51,7 +52,7 @@ class Annotation:
             return tight_box(mask) if mask is not None else np.zeros(4, np.float32)
         rows, columns = self._annotated_size(height, width)
         scale = np.array([width / columns, height / rows] * 2)
-        return np.clip(self.box2d * scale, 0, [width, height, width, height]).astype(np.float32)
+        return clip(self.box2d * scale, height, width)
 
     def mask_in(self, height: int, width: int) -> Array | None:
         """The mask [height, width] bool in an image of this size (nearest pixel); None without an outline.
@@ -179,25 +180,6 @@ def _detections(frame: Frame, annotated: Sequence[Annotation]) -> list[Detection
         for a, box in zip(annotated, boxes, strict=True)
         if box[2] > box[0] and box[3] > box[1]
     ]
-
-
-def iou2d(a: Array, b: Array) -> Array:
-    """Intersection over union of boxes [..., 4] (x0, y0, x1, y1) with boxes [..., 4]: [...], 0 where both are
-    empty."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    shared = np.prod(np.maximum(sides, 0), axis=-1)
-    union = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
-def tight_box(mask: Array) -> Array:
-    """The box [4] float32 around the pixels of a mask [h, w]: x0, y0, x1, y1, upper ends exclusive; zeros when
-    there are none."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return np.zeros(4, np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def load_json(path: Path, kind: str) -> tuple[dict[str, Any], str]:

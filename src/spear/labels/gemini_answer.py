@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.from_files import iou2d
+from spear.labels.boxes2d import iou2d
 from spear.labels.protocols import Detection
 
 PROMPT = (
