@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 
 from labels_tiny import save_sam2
+from spear.errors import SpearError
 from spear.labels.protocols import Detection
 from spear.labels.sam2 import MEAN, STD, Sam2Segmenter, postprocess, preprocess, scale_boxes
 from spear.types import Array, Frame
@@ -101,6 +102,17 @@ def test_images_of_a_batch_may_have_any_number_of_boxes(folder: str) -> None:
     assert (np.stack(one_by_one) == masks[3][14:19]).mean() > 0.999
     assert (masks[3][0] != masks[3][1]).any()
     assert segmenter.segment([], []) == []
+
+
+def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Sam2Segmenter(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
+    with pytest.raises(SpearError, match="memory is full with 2 images at a time"):
+        segmenter.segment([frame(0), frame(1)], [asked(BOXES)] * 2)
 
 
 def test_the_name_tells_settings_apart(folder: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.labels.boxes2d import clip, suppress
-from spear.labels.pretrained import digest, load_model, load_processor
+from spear.labels.pretrained import digest, enough_memory, load_model, load_processor
 from spear.labels.protocols import Detection
 from spear.types import Array, Frame
 
@@ -84,7 +84,7 @@ class GroundingDinoDetector:
     def _ask(self, images: list[Array], prompt: str, names: Sequence[str] | None) -> list[list[Detection]]:
         inputs = self._processor(images=images, text=[prompt] * len(images), return_tensors="pt")
         inputs = inputs.to(self.device, self._network.dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), enough_memory(len(images)):
             outputs = self._network(**inputs)
         return self._read(outputs, inputs["input_ids"][0].tolist(), images[0].shape[:2], names)
 
@@ -196,7 +196,7 @@ class Owlv2Detector:
         inputs = self._processor(
             images=images, text=text, padding="max_length", truncation=True, return_tensors="pt"
         ).to(self.device, self._network.dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), enough_memory(len(images)):
             outputs = self._network(**inputs)
         results = self._processor.post_process_grounded_object_detection(
             outputs,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,15 @@ def load_model(cls: Any, kind: str, model: str, device: str, dtype: str) -> Any:
 def load_processor(cls: Any, kind: str, model: str) -> Any:
     """The processor that goes with a network; arguments and errors as of `load_model`."""
     return _load(cls, _locate(model), model, kind)
+
+
+@contextmanager
+def enough_memory(images: int) -> Iterator[None]:
+    """Turns a full accelerator into a `SpearError`, after which the pipeline tries fewer images at a time."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SpearError(f"memory is full with {images} images at a time: give a smaller batch") from error
 
 
 def digest(text: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from spear.labels.pretrained import load_model
+from spear.labels.pretrained import enough_memory, load_model
 from spear.labels.protocols import Detection
 from spear.types import Array, Frame
 
@@ -65,7 +65,7 @@ class Sam2Segmenter:
         if not busy:
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
-        with torch.inference_mode():
+        with torch.inference_mode(), enough_memory(len(busy)):
             levels = self._network.get_image_embeddings(pixels.to(self.device, self._network.dtype))
             for place, i in enumerate(busy):
                 embeddings = [level[place : place + 1] for level in levels]
