@@ -9,14 +9,16 @@ import torch
 WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", "steel", "bowl")
 
 
-def save_sam2(folder: Path) -> Path:
-    """SAM 2 for squares of 64 pixels."""
+def save_sam2(folder: Path, video: bool = False) -> Path:
+    """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when `video`."""
     from transformers import (
         Sam2Config,
         Sam2HieraDetConfig,
         Sam2MaskDecoderConfig,
         Sam2Model,
         Sam2PromptEncoderConfig,
+        Sam2VideoConfig,
+        Sam2VideoModel,
         Sam2VisionConfig,
     )
 
@@ -45,7 +47,32 @@ def save_sam2(folder: Path) -> Path:
         initializer_range=0.3,
     )
     torch.manual_seed(0)
-    Sam2Model(config).save_pretrained(folder)
+    if not video:
+        Sam2Model(config).save_pretrained(folder)
+        return folder
+    memory = Sam2VideoConfig(
+        vision_config=vision,
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 32,
+            "mlp_dim": 32,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+        image_size=64,
+        initializer_range=0.3,
+        memory_attention_hidden_size=32,
+        memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=32,
+        memory_attention_rope_feat_sizes=[4, 4],
+        memory_encoder_hidden_size=32,
+        memory_encoder_output_channels=8,
+        mask_downsampler_embed_dim=32,
+        memory_fuser_embed_dim=32,
+        memory_fuser_num_layers=1,
+        memory_fuser_intermediate_dim=32,
+    )
+    Sam2VideoModel(memory).save_pretrained(folder)
     return folder
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 
@@ -102,6 +103,17 @@ def test_images_of_a_batch_may_have_any_number_of_boxes(folder: str) -> None:
     assert (np.stack(one_by_one) == masks[3][14:19]).mean() > 0.999
     assert (masks[3][0] != masks[3][1]).any()
     assert segmenter.segment([], []) == []
+
+
+def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
+    folder = save_sam2(tmp_path / "video", video=True)
+    segmenter = Sam2Segmenter(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    ours = segmenter._network.state_dict()
+    assert ours and all((weights[name] == value).all() for name, value in ours.items())
+    assert len(weights) > len(ours)
+    (masks,) = segmenter.segment([frame(0)], [asked(BOXES)])
+    assert masks.shape == (4, 40, 60)
 
 
 def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

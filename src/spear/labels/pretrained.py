@@ -26,7 +26,7 @@ _FAILURES = (
 """What `from_pretrained` raises on names that do not exist and on broken files."""
 
 
-def load_model(cls: Any, kind: str, model: str, device: str, dtype: str) -> Any:
+def load_model(cls: Any, kind: str, model: str, device: str, dtype: str, also: tuple[str, ...] = ()) -> Any:
     """A network, in evaluation mode on a device.
 
     Args:
@@ -35,6 +35,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, dtype: str) -> Any:
         model: name on the Hub, or folder of `config.json` and `model.safetensors`.
         device: "cpu", "cuda", "cuda:1", ….
         dtype: "float32", "bfloat16" or "float16", of weights and activations.
+        also: other kinds of which this network is a part.
 
     Raises:
         SpearError: there is no such model or no network, it is of another kind, or weights are missing.
@@ -45,7 +46,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, dtype: str) -> Any:
         raise SpearError(f"dtype {dtype!r}: give float32, bfloat16 or float16")
     path = _locate(model)
     config = _load(AutoConfig, path, model, kind)
-    if config.model_type != kind:
+    if config.model_type not in (kind, *also):
         raise SpearError(f"{model}: a {config.model_type} model, not {kind}: give a {kind} model")
     network, info = _load(
         cls, path, model, kind, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True

@@ -49,7 +49,8 @@ class Sam2Segmenter:
         from transformers import Sam2Model
 
         self.multimask, self.device = multimask, device
-        self._network = load_model(Sam2Model, "sam2", model, device, dtype)
+        # the published checkpoints are those of the video model, which holds this one
+        self._network = load_model(Sam2Model, "sam2", model, device, dtype, also=("sam2_video",))
         size = self._network.config.prompt_encoder_config.image_size
         self._side = int(size if isinstance(size, int) else size[0])
         choice = ", best of three" if multimask else ""
