@@ -71,7 +71,11 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
         SpearError: not found, no network, not a MoGe, a config that is not supported, or weights that are
             missing, unknown or of another shape.
     """
-    checkpoint = read_checkpoint(name)
+    return build_moge(read_checkpoint(name))
+
+
+def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
+    """`load_moge` from a checkpoint in memory, whose tensors are copied."""
     with torch.device("meta"):
         model: MogeV1 | MogeV2
         if checkpoint.version == 1:
@@ -82,13 +86,12 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
     return model.eval()
 
 
-def load_encoder(encoder: MogeEncoder, name: Path | str) -> None:
+def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
     """Fill the encoder of a SPEAR-VLM with that of a published MoGe, in place; the heads are left out.
 
-    name: as for `load_moge`. Raises `SpearError` as `load_moge` does, and when the encoder is of another size or
-    resamples its position embeddings in another way (the preset "spear1" fits the ViT-L checkpoints).
+    checkpoint: from `read_checkpoint`. Raises `SpearError` as `load_moge` does, and when the encoder is of
+    another size or resamples its position embeddings in another way (the preset "spear1" fits ViT-L checkpoints).
     """
-    checkpoint = read_checkpoint(name)
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
         raise SpearError(

@@ -29,6 +29,7 @@ from spear.models.moge_layers import (
     uv_channels,
 )
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.types import Unit
 
 _FIXED = {
     "remap_output": "exp",
@@ -86,7 +87,7 @@ class MogeV1Config:
 class MogeV1(nn.Module):
     """The network: DINOv2's last layers, summed after a projection each, and a convolutional head."""
 
-    unit = "relative"
+    unit: Unit = "relative"
 
     def __init__(self, config: MogeV1Config) -> None:
         super().__init__()

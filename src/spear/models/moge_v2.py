@@ -29,6 +29,7 @@ from spear.models.moge_layers import (
     uv_channels,
 )
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.types import Unit
 
 HEADS = {"points_head": 3, "mask_head": 1, "normal_head": 3}
 """The heads that a MoGe-2 may have -> their output channels."""
@@ -141,7 +142,7 @@ class MogeV2(nn.Module):
             self.scale_head = nn.Sequential(*layers[:-1])
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """Of the points: "metre", or "relative" for a network without scale."""
         return "relative" if self.scale_head is None else "metre"
 
