@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from spear.models.moge_v1 import MogeV1
 from spear.models.moge_v2 import MogeV2
 from spear.models.presets import preset, vlm_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.types import Array
 
 CASES = [
     (1, "v1_140x196"),
@@ -44,7 +46,9 @@ INFER = [
     (2, "v2_square_37x37", "tokens"),
 ]
 FLIPS = 13
-"""Pixels of a case whose mask value is so near the threshold that rounding may decide."""
+"""Pixels of a case whose mask value is within 1e-4 of the threshold, so that rounding may decide."""
+FLIPS_HALF = 40
+"""The same in half precision, a thousandth of the pixels (our choice)."""
 
 
 @pytest.fixture(scope="session")
@@ -100,48 +104,53 @@ def test_features_and_raw_outputs_are_the_references(folder: Path, version: int,
 
 @pytest.mark.parametrize(("version", "case", "label"), INFER)
 def test_inference_is_the_references(folder: Path, version: int, case: str, label: str) -> None:
-    arguments = description(folder, version)["cases"][case]["infer"][label]
-    half = arguments.get("use_fp16", True)
-    image = torch.tensor(arrays(folder, case)["image"])[None]
-    height, width = image.shape[2:]
-    fov = arguments.get("fov_x")
-    found = infer(
-        reference(folder, version),
-        image,
-        arguments.get("num_tokens"),
-        intrinsics=None if fov is None else intrinsics_from_fov(fov, width, height)[None],
-        project=arguments.get("force_projection", True),
-        apply_mask=arguments.get("apply_mask", True),
-        dtype=torch.float16 if half else torch.float32,
-    )
-    compare(found, arrays(folder, case), f"infer.{label}.", 1e-2 if half else 1e-3)
+    half = description(folder, version)["cases"][case]["infer"][label].get("use_fp16", True)
+    compare(inferred(folder, version, case, label), arrays(folder, case), f"infer.{label}.", half)
 
 
 def test_full_precision_is_near_the_references_half_precision(folder: Path) -> None:
-    """The reference's `infer` with every argument at its default: 2,500 tokens in float16, which takes this
-    processor minutes; in float32 it must be as near."""
-    image = torch.tensor(arrays(folder, "v1_168x224")["image"])[None]
-    expected = arrays(folder, "v1_168x224_default_fp16")
-    compare(infer(reference(folder, 1), image), expected, "infer.default_fp16.", 1e-2, flips=60)
+    """The reference's `infer` with every argument at its default: 2,500 tokens in float16, which takes a
+    processor without float16 arithmetic minutes. The same in float32 must be as near."""
+    found = inferred(folder, 1, "v1_168x224", "default_fp32")
+    compare(found, arrays(folder, "v1_168x224_default_fp16"), "infer.default_fp16.", half=True)
 
 
-def compare(found: Geometry, expected: dict, prefix: str, tolerance: float, flips: int = FLIPS) -> None:
-    """All arrays of one label: what is missing in one of the masks is left out."""
+@cache
+def inferred(folder: Path, version: int, case: str, label: str) -> Geometry:
+    """Our `infer` with the arguments of one of the reference's labels."""
+    arguments = description(folder, version)["cases"][case]["infer"][label]
+    image = torch.tensor(arrays(folder, case)["image"])[None]
+    fov = arguments.get("fov_x")
+    return infer(
+        reference(folder, version),
+        image,
+        arguments.get("num_tokens"),
+        intrinsics=None if fov is None else intrinsics_from_fov(fov, image.shape[3], image.shape[2])[None],
+        project=arguments.get("force_projection", True),
+        apply_mask=arguments.get("apply_mask", True),
+        dtype=torch.float16 if arguments.get("use_fp16", True) else torch.float32,
+    )
+
+
+def compare(found: Geometry, expected: dict[str, Array], prefix: str, half: bool) -> None:
+    """All arrays of one label, where both know them."""
     height, width = found.mask.shape[1:]
     names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
     assert {"mask", "intrinsics"} < set(names)
+    known = torch.tensor(expected[prefix + "mask"])
+    flips = int((known != found.mask[0]).sum())
+    assert flips <= (FLIPS_HALF if half else FLIPS)
     for name in names:
+        array = expected[prefix + name]
         step = 4 if name.endswith("_s4") else 1
         tensor = getattr(found, name.removesuffix("_s4"))[0]
-        if name == "mask":
-            assert (tensor.numpy() != expected[prefix + name]).sum() <= flips
-        elif name == "intrinsics":  # theirs are in image widths and heights
-            assert error(tensor / torch.tensor([[width], [height], [1]]), expected[prefix + name]) < tolerance
+        if name == "intrinsics":  # theirs are in image widths and heights
+            assert error(tensor / torch.tensor([[width], [height], [1]]), array) < (1e-2 if half else 1e-3)
         elif name == "normal_s4":
-            both = found.mask[0, ::step, ::step].numpy() & expected[prefix + "mask"][::step, ::step]
-            assert error(tensor[::step, ::step][both], expected[prefix + name][both]) < 1e-2
-        else:
-            assert error(tensor[::step, ::step], expected[prefix + name]) < tolerance
+            both = (found.mask[0] & known)[::step, ::step]
+            assert error(tensor[::step, ::step][both], array[both.numpy()]) < (1e-2 if half else 2e-3)
+        elif name != "mask":
+            assert error(tensor[::step, ::step], array) < (1e-2 if half else 1e-3)
 
 
 @pytest.mark.parametrize(("version", "case"), [(1, "v1_140x196"), (2, "v2_196x140")])

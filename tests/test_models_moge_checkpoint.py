@@ -245,6 +245,7 @@ def test_a_name_is_fetched_from_the_hub_and_kept(
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_from("http://127.0.0.1:9", tmp_path, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
     with pytest.raises(
         SpearError, match=r"cannot get Ruicheng/moge-vitl .*or give a local model\.pt"
     ) as caught:
