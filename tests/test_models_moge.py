@@ -247,6 +247,8 @@ def test_what_does_not_fit_is_refused() -> None:
         infer(model, image, intrinsics=torch.eye(3))
     with pytest.raises(SpearError, match="resolution level 10: give one from 0 to 9"):
         infer(model, image, resolution_level=10)
+    with pytest.raises(SpearError, match="num_tokens is 0: give a positive number"):
+        infer(model, image, num_tokens=0)
     with pytest.raises(SpearError, match="image of 400×2 is too thin for 24 MoGe tokens"):
         infer(model, torch.zeros(1, 3, 2, 400))
     with pytest.raises(SpearError, match=r"unknown MoGe encoder 'dinov2_vitg14': did you mean"):

@@ -129,7 +129,11 @@ def test_configs_that_were_never_published_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(SpearError, match=f"MoGe config not supported: .*{problem}"):
             MogeV1Config.from_published({**config, **change})
-    config = checkpoint(folder, 2).config
+    v2 = checkpoint(folder, 2)
+    cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}
+    with pytest.raises(SpearError, match=r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'"):
+        build_moge(dataclasses.replace(v2, config={**v2.config, "neck": cut}))
+    config = v2.config
     shuffled = {**config["neck"], "resamplers": "pixel_shuffle"}
     normed = {k: v for k, v in config["neck"].items() if k != "res_block_in_norm"}
     for change, problem in (
@@ -154,7 +158,9 @@ class Harmful:
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     torch.save({"model": {}, "model_config": Harmful(marker)}, tmp_path / "harmful.pt")
-    with pytest.raises(SpearError, match=r"refused: .* is not a PyTorch file of tensors and plain data alone"):
+    with pytest.raises(
+        SpearError, match=r"refused: .* is not a PyTorch file of tensors and plain data alone"
+    ):
         load_moge(tmp_path / "harmful.pt")
     assert not marker.exists()
     torch.save({"model": {"conv.weight": torch.zeros(2)}}, tmp_path / "other.pt")
@@ -178,8 +184,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(SpearError, match=r"MoGe checkpoint not found: .*nowhere\.pt: give a \.pt"):
         load_moge(tmp_path / "nowhere.pt")
-    with pytest.raises(SpearError, match="MoGe checkpoint not found"):
-        load_moge(tmp_path)
+    for name in (tmp_path, "runs/absent.safetensors"):
+        with pytest.raises(SpearError, match="MoGe checkpoint not found"):
+            load_moge(name)
 
 
 @pytest.fixture

@@ -101,6 +101,9 @@ def test_wrong_options_are_refused() -> None:
         MogePointMap(random_v1(), device="cpu", dtype="float8")
     with pytest.raises(SpearError, match=r"no device warp: .*: use cpu, or cuda"):
         MogePointMap(random_v1(), device="warp")
+    grey = Frame(image=np.zeros((40, 60), np.uint8), source="grey")
+    with pytest.raises(SpearError, match=r"grey: uint8 \(40, 60\): convert it to \[h, w, 3\] uint8 RGB"):
+        MogePointMap(random_v1(), device="cpu").predict([grey])
 
 
 def test_the_labeller_runs_on_it() -> None:

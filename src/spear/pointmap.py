@@ -84,6 +84,11 @@ class MogePointMap:
         """
         groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
+            if frame.image.ndim != 3 or frame.image.shape[2] != 3 or frame.image.dtype != np.uint8:
+                raise SpearError(
+                    f"{frame.source or 'image'}: {frame.image.dtype} {frame.image.shape}: "
+                    "convert it to [h, w, 3] uint8 RGB"
+                )
             height, width = frame.image.shape[:2]
             groups[height, width, self.known_intrinsics and frame.intrinsics is not None].append(index)
         results: dict[int, PointMapResult] = {}

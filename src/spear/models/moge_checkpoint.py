@@ -76,12 +76,18 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
 
 def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
     """`load_moge` from a checkpoint in memory, whose tensors are copied."""
-    with torch.device("meta"):
-        model: MogeV1 | MogeV2
-        if checkpoint.version == 1:
-            model = MogeV1(MogeV1Config.from_published(checkpoint.config))
-        else:
-            model = MogeV2(MogeV2Config.from_published(checkpoint.config))
+    model: MogeV1 | MogeV2
+    try:
+        with torch.device("meta"):
+            if checkpoint.version == 1:
+                model = MogeV1(MogeV1Config.from_published(checkpoint.config))
+            else:
+                model = MogeV2(MogeV2Config.from_published(checkpoint.config))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SpearError(
+            f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}: "
+            f"{type(error).__name__} {error}: use one of the published checkpoints"
+        ) from error
     _fill(model, checkpoint, own=_PREFIXES[checkpoint.version], unused=())
     return model.eval()
 
@@ -106,7 +112,7 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     """Read a local file, or one from the Hub; see `load_moge`."""
     path = Path(name)
     if not path.is_file():
-        if path.exists() or not _HUB_NAME.fullmatch(str(name)):
+        if path.exists() or path.suffix in (".pt", ".safetensors") or not _HUB_NAME.fullmatch(str(name)):
             raise SpearError(
                 f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub such as "
                 "Ruicheng/moge-vitl"

@@ -19,13 +19,9 @@ FIT_SIDE = 64
 
 
 def view_plane(
-    width: int,
-    height: int,
-    aspect: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
+    width: int, height: int, aspect: float | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
-    """MoGe's uv grid: [height, width, 2] view-plane coordinates of a grid's cell centres, in half diagonals.
+    """MoGe's uv grid: [height, width, 2] float32 view-plane coordinates of a grid's cell centres, in half diagonals.
 
     u runs to the right and v down; both are 0 at the image's centre. aspect: width / height of the image that
     the grid covers, when its cells are not square.
@@ -33,10 +29,7 @@ def view_plane(
     ratio = width / height if aspect is None else aspect
     diagonal = math.sqrt(1 + ratio**2)
     ends = [(n - 1) / n * span / diagonal for n, span in ((width, ratio), (height, 1.0))]
-    u, v = (
-        torch.linspace(-end, end, n, dtype=dtype, device=device)
-        for end, n in zip(ends, (width, height), strict=True)
-    )
+    u, v = (torch.linspace(-end, end, n, device=device) for end, n in zip(ends, (width, height), strict=True))
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
@@ -119,5 +112,5 @@ def unproject(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
         indexing="ij",
     )
     pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)
-    rays = pixels @ torch.linalg.inv(intrinsics.double()).to(depth.dtype).mT[:, None]
+    rays = pixels @ torch.linalg.inv(intrinsics).to(depth.dtype).mT[:, None]
     return rays * depth[..., None]

@@ -60,7 +60,7 @@ def infer(
         dtype: float16 or bfloat16 for automatic mixed precision.
 
     Raises:
-        SpearError: images, intrinsics or a level that do not fit.
+        SpearError: images, intrinsics, tokens or a level that do not fit.
     """
     device = next(model.parameters()).device
     if (
@@ -74,8 +74,12 @@ def infer(
     batch, _, height, width = images.shape
     if intrinsics is not None and intrinsics.shape != (batch, 3, 3):
         raise SpearError(f"intrinsics are {tuple(intrinsics.shape)}: pass one [3, 3] matrix per image")
+    if num_tokens is not None and num_tokens < 1:
+        raise SpearError(
+            f"num_tokens is {num_tokens}: give a positive number, MoGe was trained for about 2,000"
+        )
     images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
-    tokens = num_tokens or tokens_at(model, resolution_level)
+    tokens = tokens_at(model, resolution_level) if num_tokens is None else num_tokens
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, tokens)
     mask = output.mask > 0.5
