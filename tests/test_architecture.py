@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)
 MAY_IMPORT["policy"] = MATHEMATICS_AND_BELOW - {"sim"}
+MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes"}
