@@ -19,7 +19,7 @@ from typing import Any
 from spear.errors import SpearError
 
 PRICES_READ = date(2026, 10, 7)
-"""When `PRICES` were read off https://ai.google.dev/gemini-api/docs/pricing."""
+"""When `PRICES` were noted, from a transcript of https://ai.google.dev/gemini-api/docs/pricing: check there."""
 
 PRICES: Mapping[str, tuple[tuple[date, float, float], ...]] = {
     "gemini-3.8-flash": ((date(2026, 9, 2), 0.75, 3.75), (date(2027, 1, 1), 1.50, 7.50)),
