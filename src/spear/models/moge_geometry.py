@@ -21,7 +21,8 @@ FIT_SIDE = 64
 def view_plane(
     width: int, height: int, aspect: float | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
-    """MoGe's uv grid: [height, width, 2] float32 view-plane coordinates of a grid's cell centres, in half diagonals.
+    """MoGe's uv grid: view-plane coordinates of a grid's cell centres [height, width, 2] float32, in half
+    diagonals.
 
     u runs to the right and v down; both are 0 at the image's centre. aspect: width / height of the image that
     the grid covers, when its cells are not square.
