@@ -13,7 +13,8 @@ from spear.labels.draw import draw_label
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import Failures, decode_image, label
-from spear.labels.points import erode, inliers, subsample, support_plane
+from spear.labels.masks import erode
+from spear.labels.points import inliers, subsample, support_plane
 from spear.labels.protocols import Detection, Detector, PointMap, Segmenter
 from spear.types import Frame
 

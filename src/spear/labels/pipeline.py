@@ -12,7 +12,7 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.labels.objects import BoxSettings, label_object
-from spear.labels.points import support_plane
+from spear.labels.points import noise_level, support_plane
 from spear.labels.protocols import Detector, PointMap, PointMapResult, Segmenter
 from spear.types import Array, Frame, LabeledImage
 
@@ -140,9 +140,11 @@ def _label_batch(
     for frame, found, outlines, geometry in zip(frames, detections, masks, maps, strict=True):
         geometry = _finite(geometry)
         up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-        plane = support_plane(geometry.points[geometry.mask & ~outlines.any(axis=0)], up)
+        taken = np.asarray(outlines.any(axis=0))
+        plane = support_plane(geometry.points[geometry.mask & ~taken], up)
+        noise = noise_level(geometry.points, geometry.mask)
         lifted = (
-            label_object(detection, mask, geometry, plane, settings)
+            label_object(detection, mask, geometry, plane, settings, taken, noise)
             for detection, mask in zip(found, outlines, strict=True)
         )
         height, width = frame.image.shape[:2]
