@@ -154,7 +154,7 @@ def _outline(
         lines = np.count_nonzero(inside, axis=1 - axis)
         cut += int(lines[0]) * (window[axis].start == 0) + int(lines[-1]) * (window[axis].stop >= shape[axis])
     total += cut
-    return 1.0 - (occluded + cut) / total, cut / total, np.concatenate(beside)
+    return float(1.0 - (occluded + cut) / total), float(cut / total), np.concatenate(beside)
 
 
 def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
