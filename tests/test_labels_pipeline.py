@@ -13,7 +13,7 @@ from spear.labels.draw import draw_label
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import Failures, decode_image, label
-from spear.labels.points import erode, inliers, subsample, support_plane
+from spear.labels.points import inliers, subsample, support_plane
 from spear.labels.protocols import Detection, Detector, PointMap, Segmenter
 from spear.types import Frame
 
@@ -167,15 +167,6 @@ def test_an_image_of_nothing_is_a_label_without_objects(frames: list[Frame]) -> 
 def test_erosion_does_not_shrink_the_boxes(frames: list[Frame]) -> None:
     result = compare(label(frames, *TRUTH, settings=BoxSettings(erosion=1)), frames)
     assert result.iou > 0.75
-
-
-def test_erode_takes_the_border_but_not_at_the_edge_of_the_image() -> None:
-    mask = np.zeros((5, 6), bool)
-    mask[0:4, 1:5] = True
-    expected = np.zeros((5, 6), bool)
-    expected[0:3, 2:4] = True
-    assert (erode(mask, 1) == expected).all()
-    assert (erode(mask, 0) == mask).all()
 
 
 def test_outliers_are_removed_and_only_they() -> None:

@@ -13,6 +13,9 @@ from spear.labels.camera import unproject
 from spear.labels.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
+GROUND_TRUTH = "ground-truth"
+"""The name of these components in a label's provenance."""
+
 
 def _missing(frame: Frame, what: str) -> SpearError:
     return SpearError(
@@ -37,7 +40,7 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
 class GroundTruthDetector:
     """Reads `frame.instances` and `frame.names`; drops those of fewer than `min_pixels` visible pixels."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def __init__(self, min_pixels: int = 12) -> None:
         self.min_pixels = min_pixels
@@ -60,7 +63,7 @@ class GroundTruthSegmenter:
     """The mask of the instance whose name is the detection's and whose tight box overlaps it most (IoU >
     0.5)."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool; empty where no instance matches."""
@@ -82,7 +85,7 @@ class GroundTruthSegmenter:
 class GroundTruthPointMap:
     """Unprojects `frame.depth` (metres along z; 0, inf and NaN are unknown) by `frame.intrinsics`."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The metric point map of each frame."""

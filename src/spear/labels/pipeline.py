@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.objects import BoxSettings, label_object
-from spear.labels.points import support_plane
+from spear.labels.ground_truth import GROUND_TRUTH
+from spear.labels.objects import ESTIMATED, BoxSettings, label_object
+from spear.labels.points import noise_level, support_plane
 from spear.labels.protocols import Detector, PointMap, PointMapResult, Segmenter
 from spear.types import Array, Frame, LabeledImage
 
@@ -69,7 +70,7 @@ def label(
     detector: Detector,
     segmenter: Segmenter,
     pointmap: PointMap,
-    settings: BoxSettings = BoxSettings(),  # noqa: B008 - frozen
+    settings: BoxSettings | None = None,
     failures: Failures | None = None,
     batch_size: int = 8,
 ) -> Iterator[LabeledImage]:
@@ -78,7 +79,8 @@ def label(
     Args:
         frames: images, with ground truth where the components read it.
         detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
-        settings: how boxes are fitted.
+        settings: how boxes are fitted; None for `BoxSettings()` where masks and depth are ground truth, and
+            `objects.ESTIMATED` otherwise.
         failures: filled with the images set aside; pass one to read it afterwards.
         batch_size: images per call of a model.
 
@@ -89,6 +91,9 @@ def label(
         SpearError: more images than `failures.limit` were bad.
     """
     failures = Failures() if failures is None else failures
+    if settings is None:
+        exact = segmenter.name == pointmap.name == GROUND_TRUTH
+        settings = BoxSettings() if exact else ESTIMATED
     names = {"detector": detector.name, "segmenter": segmenter.name, "pointmap": pointmap.name}
     source = iter(frames)
     while batch := list(islice(source, batch_size)):
@@ -140,9 +145,11 @@ def _label_batch(
     for frame, found, outlines, geometry in zip(frames, detections, masks, maps, strict=True):
         geometry = _finite(geometry)
         up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-        plane = support_plane(geometry.points[geometry.mask & ~outlines.any(axis=0)], up)
+        taken = np.asarray(outlines.any(axis=0))
+        plane = support_plane(geometry.points[geometry.mask & ~taken], up)
+        noise = noise_level(geometry.points, geometry.mask)
         lifted = (
-            label_object(detection, mask, geometry, plane, settings)
+            label_object(detection, mask, geometry, plane, settings, taken, noise)
             for detection, mask in zip(found, outlines, strict=True)
         )
         height, width = frame.image.shape[:2]
