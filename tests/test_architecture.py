@@ -71,6 +71,8 @@ def test_importing_pulls_in_no_heavy_extra(module: str) -> None:
 
 
 def test_the_command_line_starts_without_networks() -> None:
-    code = "import sys, spear.cli; print(*[m for m in ('torch', 'transformers', 'mujoco') if m in sys.modules])"
+    code = (
+        "import sys, spear.cli; print(*[m for m in ('torch', 'transformers', 'mujoco') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

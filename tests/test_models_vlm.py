@@ -148,8 +148,9 @@ def test_a_box_has_exactly_24_3d_tokens_whatever_the_weights_say() -> None:
     model = vlm(4)
     images = pixels(2, views=("external",))
     ids, mask = text(2, 6)
-    box = decode.coordinates(model.config, 24)
-    words = [(7, 8), *decode.coordinates(model.config, 1), (9, 10)]
+    number = (START, START + TINY.bins)
+    box = [number] * 24
+    words = [(7, 8), number, (9, 10)]
     answers = model.answer(images, ids, mask, max_new_tokens=25, grammars=[box, words])
     assert answers.shape == (2, 25)
     numbers = (answers >= START) & (answers < START + TINY.bins)
@@ -160,6 +161,26 @@ def test_a_box_has_exactly_24_3d_tokens_whatever_the_weights_say() -> None:
     assert torch.equal(free, model.answer(images, ids, mask, max_new_tokens=4))
     with pytest.raises(SpearError, match="answer too long"):
         model.answer(images, ids, mask, max_new_tokens=24, grammars=[box, None])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("most", [5, 6, 12])
+def test_a_worded_answer_has_its_numbers_whatever_the_weights_say(seed: int, most: int) -> None:
+    model = vlm(seed)
+    ids, mask = text(3, 6)
+    number = (START, START + TINY.bins)
+    grammar = decode.Worded(2, ((3, 20),), number)
+    answers = model.answer(
+        pixels(3, views=("external",)), ids, mask, max_new_tokens=most, grammars=[grammar] * 3
+    )
+    for row in answers.tolist():
+        said = row[: row.index(1)]
+        assert sum(number[0] <= token < number[1] for token in said) == 2
+        assert all(3 <= token < 20 or number[0] <= token < number[1] for token in said)
+        assert 3 <= said[0] < 20 and 3 <= said[-1] < 20
+        assert not any(row[len(said) + 1 :])
+    with pytest.raises(SpearError, match="answer too long"):
+        model.answer(pixels(3, views=("external",)), ids, mask, max_new_tokens=4, grammars=[grammar] * 3)
 
 
 def test_gradients_reach_every_weight() -> None:
@@ -249,3 +270,19 @@ def test_encoders_must_share_their_grid() -> None:
 
 def test_auto_classes_know_the_models() -> None:
     assert type(AutoModel.from_config(vlm_config(TINY))).__name__ == "SpearVLMForConditionalGeneration"
+
+
+def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
+    model, arguments = vlm(), batch()
+    lengths = torch.tensor([int(v) for v in arguments["attention_mask"].sum(1)])
+    whole = model(pixels(4), **arguments).loss
+    whole.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for groups in (2, 3, 9):
+        model.zero_grad()
+        loss = model(pixels(4), **arguments, length_groups=groups).loss
+        loss.backward()
+        torch.testing.assert_close(loss, whole)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-3)
+    assert len(lengths.unique()) > 1

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -123,3 +128,12 @@ def test_bad_requests_are_one_clear_line() -> None:
         env.step(np.full(8, np.nan))
     with pytest.raises(SpearError, match="quaternion"):
         env.step(np.zeros(8))
+
+
+def test_without_an_opengl_driver_the_packages_to_install_are_named(tmp_path: Path) -> None:
+    no_driver = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
+    main = "import sys; from spear.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "record", "--episodes", "1", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=no_driver, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "libegl1 libgl1 libgl1-mesa-dri" in done.stderr and "Traceback" not in done.stderr

@@ -27,11 +27,16 @@ def a_label() -> LabeledImage:
 
 
 def test_targets_say_what_is_where() -> None:
-    _, shown, centre, largest = _targets(a_label(), ["cup", "fork", "spoon"], 32)
+    _, shown, cells, centre, largest = _targets(a_label(), ["cup", "fork", "spoon"], 32)
     np.testing.assert_array_equal(shown[:, 0], [True, True, False, False])
     assert not shown[:, 1].any()
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
     np.testing.assert_array_equal(largest, [True, True, False, True])
+    # cells are 8 pixels wide: of patch 0 (columns 0, 8, 16, 24) the cup covers the right half of the third column
+    first = cells[0].reshape(4, 4, 3)[..., 0]
+    np.testing.assert_array_equal(first[0], [0, 0, 64, 128])
+    np.testing.assert_array_equal(first[1], [0, 0, 128, 255])
+    np.testing.assert_array_equal(cells[3].reshape(4, 4, 3)[2:, 2:, 2], [[96, 32], [0, 0]])
     # the cup's centre is pixel (30, 14): seen from the middle of patch 0 (16, 16) and of patch 1 (48, 16)
     np.testing.assert_allclose(centre[0], [14 / 32, -2 / 32])
     np.testing.assert_allclose(centre[1], [-18 / 32, -2 / 32])
@@ -46,11 +51,12 @@ def test_the_loss_teaches_the_encoder_and_falls() -> None:
     model = PatchNaming(SpearVLMForConditionalGeneration(config), [[300], [301, 302], [303]])
     pixels = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
     shown = torch.rand(4, 4, 3) < 0.3
+    cells = torch.randint(0, 256, (4, 4, 16, 3), dtype=torch.uint8)
     centre, largest = torch.rand(4, 4, 2) - 0.5, shown.any(-1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
     for _ in range(12):
-        loss = model("external", pixels, shown, centre, largest).loss
+        loss = model("external", pixels, shown, cells, centre, largest).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

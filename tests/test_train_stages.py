@@ -111,9 +111,7 @@ def test_the_freeze_schedule_decides_what_learns(walked: Walk, tmp_path: Path) -
         one["language_model.layers.0.mlp.up_proj.weight"], two["language_model.layers.0.mlp.up_proj.weight"]
     )
     thawed = parameters(
-        train(
-            "nano-vlm-2", tmp_path, walked.labels, init=walked.folders["nano-vlm-1"], frozen=(), **FEW
-        )
+        train("nano-vlm-2", tmp_path, walked.labels, init=walked.folders["nano-vlm-1"], frozen=(), **FEW)
     )
     assert not torch.equal(one[moge], thawed[moge]) and not torch.equal(one[siglip], thawed[siglip])
     vla = dict(Spear1Policy.load(walked.folders["nano-vla"]).model.vlm.named_parameters())
@@ -121,9 +119,7 @@ def test_the_freeze_schedule_decides_what_learns(walked: Walk, tmp_path: Path) -
 
 
 def test_a_seeded_run_repeats_bit_for_bit(walked: Walk, tmp_path: Path) -> None:
-    again = train(
-        "nano-vlm-2", tmp_path / "again", walked.labels, init=walked.folders["nano-vlm-1"], **FEW
-    )
+    again = train("nano-vlm-2", tmp_path / "again", walked.labels, init=walked.folders["nano-vlm-1"], **FEW)
     first, second = parameters(walked.folders["nano-vlm-2"]), parameters(again)
     assert all(torch.equal(first[n], second[n]) for n in first)
 

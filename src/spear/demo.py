@@ -222,7 +222,8 @@ def real_episodes(out: Path, data: Path | None) -> Part:
         return Section(title, body), None
     source = data or SAMPLE
     learned, held_out = _split(source, out)
-    key = hashlib.sha256(str(learned.path.resolve()).encode()).hexdigest()[:8]
+    weights = (locate("nano") / "model.safetensors").read_bytes()
+    key = hashlib.sha256(str(learned.path.resolve()).encode() + weights).hexdigest()[:8]
     run = out / f"fine-tuned-{key}"
     tuned = train(
         "nano-post",

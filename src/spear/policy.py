@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from spear import flow
 from spear.data.normalize import Normalizer
 from spear.errors import SpearError
+from spear.geometry import unit_quat
 from spear.models import weights
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -20,8 +22,6 @@ from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
 """Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
-QUATERNION_TOLERANCE = 1e-3
-"""How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
 _NUMBERS = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
 _PIXELS = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 
@@ -88,8 +88,8 @@ class VlmBundle:
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
-        family  of the questions (one, or one each): answers that are nothing but numbers or image locations are
-                then held to their exact form. None: the model answers freely.
+        family  of the questions (one, or one each): answers are then held to its form, with exactly as many numbers
+                or image locations as it has. None: the model answers freely.
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         grammars = [self._grammar(f) for f in families]
@@ -110,6 +110,8 @@ class VlmBundle:
             return self.processor.grammar([0.0] * _NUMBERS[family])
         if family in _PIXELS:
             return self.processor.grammar([Pixel(0.0, 0.0)] * _PIXELS[family])
+        if family == "chain_of_thought":
+            return self.processor.worded(2)
         return None
 
 
@@ -131,7 +133,9 @@ def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
 class Spear1Policy:
     """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
 
-    steps  Euler steps of the flow. The noise of call k depends on (seed, k) alone.
+    steps  Euler steps of the flow.
+    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how many
+           observations came before it; never on what else is in the batch.
     """
 
     model: Spear1ForActionPrediction
@@ -141,7 +145,7 @@ class Spear1Policy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator(self.model.device).manual_seed(self.seed)
+        self._seen = 0
 
     @staticmethod
     def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
@@ -155,7 +159,7 @@ class Spear1Policy:
 
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
-        self._generator.manual_seed(self.seed)
+        self._seen = 0
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -170,7 +174,7 @@ class Spear1Policy:
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
         """The network alone: normalised actions [B, H, ·] for what `inputs` gives."""
-        return self.model.sample_actions(**inputs, steps=self.steps, generator=self._generator)
+        return self.model.sample_actions(**inputs, steps=self.steps)
 
     def inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Observations as the network's arguments, checked."""
@@ -197,7 +201,19 @@ class Spear1Policy:
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device),
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
+            "noise": self._noise(observations).to(device),
         }
+
+    def _noise(self, observations: Sequence[Mapping[str, Any]]) -> Action:
+        """The noise [B, H, ·] that the actions flow from."""
+        rows = []
+        for o in observations:
+            draw = int(o.get("seed", self._seen))
+            self._seen += 1
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
+            shape = (1, self.model.config.horizon)
+            rows.append(flow.sample_noise(shape, self.model.flow, generator).to_vector())
+        return Action.from_vector(torch.cat(rows))
 
 
 def _state(state: Any) -> Array:
@@ -213,11 +229,6 @@ def _state(state: Any) -> Array:
         )
     if not np.isfinite(array).all():
         raise SpearError(f"observation/state is not finite: {array.tolist()}: check the robot's state")
-    norm = float(np.linalg.norm(array[3:7]))
-    if abs(norm - 1) > QUATERNION_TOLERANCE:
-        raise SpearError(
-            f"observation/state: quaternion has norm {norm:.4g}, not 1: check its layout (w x y z)"
-        )
     array = array.copy()
-    array[3:7] /= norm
+    array[3:7] = unit_quat(torch.from_numpy(array[3:7]), "observation/state[3:7]").numpy()
     return array

@@ -214,6 +214,7 @@ class Policy(Protocol):
         "observation/wrist_image"  [h, w, 3] uint8, optional
         "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper opening
         "prompt"                   str
+        "seed"                     int, optional: fixes what is random in the answer to this observation
     Result keys
         "actions"                  [H, 8] float32, the layout of `Action`, metres
     """

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -38,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = args[len(name.split()) :]
         command = COMMANDS[name]
         _check_options(command, rest)
-        tyro.cli(command, prog=f"spear {name}", args=rest, description=_description(command))
+        arguments = _parse(name, command, rest)
+        command(*arguments.args, **arguments.kwargs)
         return 0
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,6 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> inspect.BoundArguments:
+    """The arguments of a command; tyro's complaint about them as one `SpearError` line."""
+
+    @functools.wraps(command)
+    def collect(*values: Any, **named: Any) -> inspect.BoundArguments:
+        return inspect.signature(command).bind(*values, **named)
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(collect, prog=f"spear {name}", args=args, description=_description(command))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    lines = [line.strip(" │╭╮╰╯─") for line in complaint.getvalue().splitlines()]
+    more = f"spear {name} --help"
+    said = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", more)))
+    reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
+    raise SpearError(f"{reason}: see `{more}`")
 
 
 def _command(args: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ class Actor(Protocol):
 
 
 class PolicyActor:
-    """A policy, which sees only observations."""
+    """A policy, which sees only observations. Its noise is fixed by the scene's seed and the step, so that an
+    outcome does not depend on which scenes run beside it."""
 
     needs_images = True
 
@@ -41,7 +42,11 @@ class PolicyActor:
         self.name = name
 
     def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(observations)]
+        seeded = [
+            {**o, "seed": 1000 * env.world.spec.seed + env.steps}
+            for env, o in zip(envs, observations, strict=True)
+        ]
+        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
 
 class ExpertActor:

@@ -89,7 +89,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
     episodes = [resample(e) for e in store]
     errors, predicted = [], []
     for episode in episodes:
-        seen = observations(episode)
+        seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
         chunks: list[Array] = []
         for start in range(0, len(seen), batch):
             chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]

@@ -46,7 +46,9 @@ class DepthImages:
         try:
             self.table = pa.concat_tables([pq.read_table(f) for f in files]).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
-            raise SpearError(f"images with depth in {folder} cannot be read ({error}): label again") from error
+            raise SpearError(
+                f"images with depth in {folder} cannot be read ({error}): label again"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.table)

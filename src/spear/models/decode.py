@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +12,45 @@ from spear.errors import SpearError
 from spear.models.mask import positions
 
 if TYPE_CHECKING:
-    from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+    from spear.models.vlm import SpearVLMForConditionalGeneration
 
-Grammar = Sequence[tuple[int, int]]
-"""What an answer must look like: for each token in order, the range [first, last) of ids it may come from.
-After the last range the answer ends. A forced token is a range of one."""
+Range = tuple[int, int]
+"""Token ids [first, last)."""
 
 
-def coordinates(config: SpearVLMConfig, count: int) -> Grammar:
-    """The grammar of exactly `count` 3D tokens (24 for the eight vertices of a box)."""
-    return [(config.coordinate_start, config.coordinate_start + config.coordinate_bins)] * count
+@dataclass(frozen=True)
+class Worded:
+    """Answers in free words with exactly `count` 3D tokens between them, the first after a word, and a word last.
+
+    words, numbers  the ids of either; the end token is not a word.
+    """
+
+    count: int
+    words: tuple[Range, ...]
+    numbers: Range
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest answer, its end included."""
+        return self.count + 3
+
+    def allowed(self, said: Sequence[int], left: int, end: int) -> tuple[Range, ...]:
+        """What may come after the tokens `said`, when `left` tokens are left, this one included."""
+        given = sum(self.numbers[0] <= token < self.numbers[1] for token in said)
+        worded = bool(said) and not self.numbers[0] <= said[-1] < self.numbers[1]
+        owed = self.count - given
+        if owed == 0:
+            closing = ((end, end + 1),) if worded else ()
+            return closing if worded and left == 1 else (*self.words, *closing)
+        numbers = (self.numbers,) if said else ()
+        if said and left <= owed + 2:
+            return numbers
+        return (*self.words, *numbers)
+
+
+Grammar = Sequence[Range] | Worded
+"""What an answer must look like. A list of ranges: for each token in order, the ids it may come from; after the
+last range the answer ends. A forced token is a range of one."""
 
 
 @torch.no_grad()
@@ -44,7 +74,7 @@ def greedy(
     end, pad = config.eos_token_id, config.pad_token_id
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    longest = max((len(g) + 1 for g in grammars or [] if g is not None), default=0)
+    longest = max((_shortest(g) for g in grammars or [] if g is not None), default=0)
     if longest > max_new_tokens:
         raise SpearError(
             f"answer too long: its grammar has {longest} tokens, max_new_tokens is {max_new_tokens}"
@@ -58,7 +88,11 @@ def greedy(
     for step in range(max_new_tokens):
         logits = vlm.head(hidden).float()
         if grammars is not None:
-            logits = _restrict(logits, grammars, step, end)
+            said = torch.stack(answer, dim=1).tolist() if answer else [[]] * len(last)
+            allowed = [
+                _allowed(g, row, max_new_tokens - step, end) for g, row in zip(grammars, said, strict=True)
+            ]
+            logits = _restrict(logits, allowed)
         token = logits.argmax(-1).masked_fill(done, pad)
         answer.append(token)
         done = done | (token == end)
@@ -77,11 +111,23 @@ def greedy(
     return torch.stack(answer, dim=1)
 
 
-def _restrict(logits: torch.Tensor, grammars: Sequence[Grammar | None], step: int, end: int) -> torch.Tensor:
-    """Forbid every token that is outside each answer's range at this step. [N, vocabulary]."""
-    free = (0, logits.shape[-1])
-    ranges = [free if g is None else g[step] if step < len(g) else (end, end + 1) for g in grammars]
-    bounds = torch.tensor(ranges, device=logits.device)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    allowed = (ids >= bounds[:, :1]) & (ids < bounds[:, 1:])
-    return logits.masked_fill(~allowed, float("-inf"))
+def _shortest(grammar: Grammar) -> int:
+    return grammar.shortest if isinstance(grammar, Worded) else len(grammar) + 1
+
+
+def _allowed(grammar: Grammar | None, said: Sequence[int], left: int, end: int) -> tuple[Range, ...] | None:
+    """The ids that may come next, None for any."""
+    if grammar is None:
+        return None
+    if isinstance(grammar, Worded):
+        return grammar.allowed(said, left, end)
+    return (grammar[len(said)] if len(said) < len(grammar) else (end, end + 1),)
+
+
+def _restrict(logits: torch.Tensor, allowed: Sequence[tuple[Range, ...] | None]) -> torch.Tensor:
+    """Forbid every token that is not in one of its row's ranges. [N, vocabulary]."""
+    forbidden = torch.ones_like(logits, dtype=torch.bool)
+    for row, ranges in enumerate(allowed):
+        for first, last in ((0, logits.shape[-1]),) if ranges is None else ranges:
+            forbidden[row, first:last] = False
+    return logits.masked_fill(forbidden, float("-inf"))

@@ -12,10 +12,13 @@ from transformers.utils import ModelOutput
 
 from spear.models.vlm import SpearVLMForConditionalGeneration
 
+CELLS = 4
+"""A patch is cut into so many cells a side."""
+
 
 @dataclass
 class NamingOutput(ModelOutput):
-    """loss and its parts: "names" (sigmoid loss, nats) and "centres" (mean absolute error, patches)."""
+    """loss and its parts: "names" and "cells" (sigmoid losses, nats), "centres" (mean absolute error, patches)."""
 
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None
@@ -25,9 +28,9 @@ class PatchNaming(nn.Module):
     """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
 
     SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token shall
-    point towards the text embeddings of what the patch shows, as the language model will see both. A linear head,
-    thrown away afterwards, tells where the centre of the patch's largest object lies, so that the token knows
-    places finer than patches.
+    point towards the text embeddings of what the patch shows, as the language model will see both. Two linear heads,
+    thrown away afterwards, make the token know places finer than patches: one tells which of `CELLS` × `CELLS`
+    cells of the patch shows how much of which object, the other where the centre of its largest object lies.
 
     names  token ids of each object name.
     """
@@ -38,13 +41,17 @@ class PatchNaming(nn.Module):
         self.names = [torch.tensor(ids) for ids in names]
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-4.0))
-        self.centre = nn.Linear(vlm.config.text_config.hidden_size, 2)
+        width = vlm.config.text_config.hidden_size
+        self.centre = nn.Linear(width, 2)
+        self.cells = nn.Linear(width, CELLS * CELLS * len(names))
+        nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
 
     def forward(
         self,
         view: str,
         pixels: torch.Tensor,
         shown: torch.Tensor,
+        cells: torch.Tensor,
         centre: torch.Tensor,
         largest: torch.Tensor,
     ) -> NamingOutput:
@@ -52,6 +59,7 @@ class PatchNaming(nn.Module):
 
         pixels   [B, 3, h, w] uint8 of one view.
         shown    [B, P, C] bool: patch p shows an object called c.
+        cells    [B, P, CELLS · CELLS, C] uint8: the share of each cell that shows it, 255 for all of it.
         centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
         largest  [B, P] bool: there is such an object.
         """
@@ -62,8 +70,12 @@ class PatchNaming(nn.Module):
         logits = self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
         naming = nn.functional.binary_cross_entropy_with_logits(logits, shown.float(), reduction="none")
         naming = naming.sum(-1).mean()
+        covered = self.cells(tokens).float().view(cells.shape)
+        filling = nn.functional.binary_cross_entropy_with_logits(covered, cells / 255, reduction="none")
+        filling = filling.sum(-1).mean()
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
         return NamingOutput(
-            loss=naming + placing, parts={"names": naming.detach(), "centres": placing.detach()}
+            loss=naming + placing + filling,
+            parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
         )

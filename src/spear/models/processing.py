@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from spear.errors import SpearError, unknown_name
+from spear.models.decode import Worded
 from spear.models.losses import IGNORE
 from spear.models.presets import Preset
 from spear.models.tokenizer import LOCATION_FORMAT, LOCATIONS, train_tokenizer
@@ -155,6 +156,14 @@ class Processor:
             else:
                 ranges.append((self.coordinate_start, self.coordinate_start + self.coordinates.bins))
         return ranges
+
+    def worded(self, count: int) -> Worded:
+        """The grammar of answers in words with exactly `count` numbers."""
+        ends = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
+        starts = [0, *(i + 1 for i in ends)]
+        words = tuple((a, b) for a, b in zip(starts, [*ends, self.location_start], strict=True) if a < b)
+        first = self.coordinate_start
+        return Worded(count, words, (first, first + self.coordinates.bins))
 
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
         """Token ids of an answer -> text, numbers and pixels, up to its end; the inverse of `answer_ids`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -183,6 +183,18 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is not None:
             features, image_valid = features[image_index], image_valid[image_index]
+        return self.read(features, image_valid, input_ids, attention_mask, token_type_ids, keep_cache)
+
+    def read(
+        self,
+        features: torch.Tensor,
+        image_valid: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        keep_cache: bool = True,
+    ) -> Prefix:
+        """Visual tokens (of `encode_images`, one row per text) and text through the language model."""
         text = self.language_model.embed_tokens(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -213,6 +225,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         image_index: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
+        length_groups: int = 1,
     ) -> SpearVLMOutput:
         """The loss where `labels` are given, else the logits.
 
@@ -222,21 +235,37 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image, in
         order. labels          [N, L] the token that stands at each place, −100 where it is not to be learned.
                         Only the places that have one go through the head.
+        length_groups   with `labels`: the texts run in so many groups of similar length, to save padding. The
+                        loss is the same.
         """
-        state = self.prefix(
-            pixel_values,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            image_index,
-            view_mask,
-            keep_cache=labels is None,
-        )
         if labels is None:
+            state = self.prefix(
+                pixel_values, input_ids, attention_mask, token_type_ids, image_index, view_mask
+            )
             return SpearVLMOutput(logits=self.head(state.hidden), past_key_values=state.cache)
-        wanted = labels[:, 1:] != losses.IGNORE
-        logits = self.head(state.hidden[:, :-1][wanted])
-        loss, parts = losses.token_loss(logits, labels[:, 1:][wanted], self.config)
+        features, image_valid = self.encode_images(pixel_values, view_mask)
+        if image_index is None:
+            image_index = torch.arange(len(features), device=features.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        hidden, targets = [], []
+        for rows, length in _by_length(attention_mask, length_groups):
+            owners = image_index[rows]
+            state = self.read(
+                features[owners],
+                image_valid[owners],
+                input_ids[rows, :length],
+                attention_mask[rows, :length],
+                token_type_ids[rows, :length],
+                keep_cache=False,
+            )
+            target = labels[rows, 1:length]
+            wanted = target != losses.IGNORE
+            hidden.append(state.hidden[:, :-1][wanted])
+            targets.append(target[wanted])
+        loss, parts = losses.token_loss(self.head(torch.cat(hidden)), torch.cat(targets), self.config)
         return SpearVLMOutput(loss=loss, parts=parts)
 
     @torch.no_grad()
@@ -253,6 +282,16 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return decode.greedy(
             self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars
         )
+
+
+def _by_length(attention_mask: torch.Tensor, groups: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Texts [N, L] in `groups` groups of similar length: their rows, and the length of the longest."""
+    if groups <= 1:
+        yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
+        return
+    lengths = attention_mask.sum(dim=1)
+    for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
+        yield rows, int(lengths[rows[-1]])
 
 
 class Projector(nn.Module):

@@ -55,7 +55,9 @@ def architecture(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
     except (OSError, ValueError, AttributeError) as error:
-        raise SpearError(f"checkpoint without a readable config: {folder / 'config.json'}: {error}") from error
+        raise SpearError(
+            f"checkpoint without a readable config: {folder / 'config.json'}: {error}"
+        ) from error
 
 
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:

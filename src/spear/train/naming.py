@@ -11,7 +11,7 @@ import torch
 from spear.data.images import JITTER_DRAWS, decode_image, jitter
 from spear.labels import rle
 from spear.labels.store import read
-from spear.models.naming import PatchNaming
+from spear.models.naming import CELLS, PatchNaming
 from spear.models.processing import Processor
 from spear.train.optimize import Batch
 from spear.types import Array, LabeledImage
@@ -52,13 +52,14 @@ class NamingTask:
             self.processor.image(jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5), view)
             for image, *_ in rows
         ]
-        shown, centre, largest = (
+        shown, cells, centre, largest = (
             torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[1:]
         )
         return {
             "view": view,
             "pixels": torch.stack(pixels),
             "shown": shown,
+            "cells": cells,
             "centre": centre,
             "largest": largest,
         }
@@ -71,22 +72,36 @@ class NamingTask:
         return output.loss, output.parts
 
 
-def _targets(label: LabeledImage, names: Sequence[str], patch: int) -> tuple[bytes, Array, Array, Array]:
-    """The encoded image, shown [P, C] bool, centre [P, 2] float32 and largest [P] bool; see `PatchNaming`."""
+def _targets(
+    label: LabeledImage, names: Sequence[str], patch: int
+) -> tuple[bytes, Array, Array, Array, Array]:
+    """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
+    largest [P] bool of `PatchNaming.forward`."""
     rows, columns = label.height // patch, label.width // patch
+    side = patch // CELLS
     shown = np.zeros((rows, columns, len(names)), bool)
+    cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
     centre = np.zeros((rows, columns, 2), np.float32)
     most = np.full((rows, columns), LEAST, np.float32)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
     for o in label.objects:
         mask = rle.decode(o.mask, label.height, label.width)[: rows * patch, : columns * patch]
-        share = mask.reshape(rows, patch, columns, patch).mean((1, 3))
+        fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+        share = fine.mean((2, 3))
         if o.name in names:
-            shown[..., names.index(o.name)] |= share > LEAST
+            name = names.index(o.name)
+            shown[..., name] |= share > LEAST
+            cells[..., name] = np.maximum(cells[..., name], np.rint(255 * fine).astype(np.uint8))
         x0, y0, x1, y1 = o.box2d
         place = np.array([(x0 + x1) / 2, (y0 + y1) / 2]) / patch
         larger = share > most
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
     flat = rows * columns
-    return label.image, shown.reshape(flat, -1), centre.reshape(flat, 2), (most > LEAST).reshape(flat)
+    return (
+        label.image,
+        shown.reshape(flat, -1),
+        cells.reshape(flat, CELLS * CELLS, -1),
+        centre.reshape(flat, 2),
+        (most > LEAST).reshape(flat),
+    )

@@ -20,6 +20,9 @@ from spear.train.optimize import Batch
 from spear.train.recipes import QuestionMix
 from spear.types import LabeledImage, Question
 
+LENGTH_GROUPS = 4
+"""Answers differ in length (a point 3 tokens, a box 24): run in this many groups, a quarter of the work is saved."""
+
 
 def load_labels(folder: Path, views: Sequence[str]) -> dict[str, list[LabeledImage]]:
     """All labels of a folder, by view, without their masks (questions do not need them).
@@ -127,5 +130,5 @@ class VlmTask:
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """λ-weighted cross-entropy and its parts."""
-        output = self.model(**batch)
+        output = self.model(**batch, length_groups=LENGTH_GROUPS)
         return output.loss, output.parts
