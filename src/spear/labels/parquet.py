@@ -31,18 +31,18 @@ class ParquetWriter:
     def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
         self.path, self.schema, self.rows_per_group = path, schema, rows_per_group
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._waiting = schema.empty_table()
+        self._waiting: list[pa.Table] = []
         with writing(path):
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by __exit__
             self._parquet = pq.ParquetWriter(self._file, schema, compression="zstd")
 
     def write(self, table: pa.Table) -> None:
         """Add rows."""
-        waiting = pa.concat_tables([self._waiting, table])
-        whole = len(waiting) - len(waiting) % self.rows_per_group
-        for start in range(0, whole, self.rows_per_group):
-            self._write_group(waiting.slice(start, self.rows_per_group))
-        self._waiting = waiting.slice(whole).combine_chunks()
+        self._waiting.append(table)
+        while sum(map(len, self._waiting)) >= self.rows_per_group:
+            rows = pa.concat_tables(self._waiting)
+            self._write_group(rows.slice(0, self.rows_per_group))
+            self._waiting = [rows.slice(self.rows_per_group)]
 
     def _write_group(self, rows: pa.Table) -> None:
         with writing(self.path):
@@ -50,8 +50,8 @@ class ParquetWriter:
 
     def commit(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the last rows, and `metadata` into the footer; then the file is there, on the disk."""
-        if len(self._waiting):
-            self._write_group(self._waiting)
+        if any(map(len, self._waiting)):
+            self._write_group(pa.concat_tables(self._waiting))
         with writing(self.path):
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
