@@ -31,23 +31,15 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def test_ray_makes_the_same_bytes_as_the_local_engine(tmp_path: Path) -> None:
+def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 21)
     options: dict[str, Any] = {"settings": {}, "shard_size": 8, "batch_size": 3}
-    label_folder(listing(source), tmp_path / "local", engine(), **options)
-    label_folder(listing(source), tmp_path / "ray", partial(run_ray, graph(), ONE), **options)
-    for path in (tmp_path / "local").iterdir():
-        assert (tmp_path / "ray" / path.name).read_bytes() == path.read_bytes()
-
-
-def test_it_finishes_what_the_local_engine_began(tmp_path: Path) -> None:
-    source = photos(tmp_path / "photos", 12, bad=False)
-    options: dict[str, Any] = {"settings": {}, "shard_size": 4, "batch_size": 3}
     label_folder(listing(source), tmp_path / "labels", engine(), **options)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
-    (tmp_path / "labels" / "labels-00001.parquet").unlink()
+    for number in (0, 2):
+        (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
     done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), ONE), **options)
-    assert done.before == 8
+    assert (done.before, done.done) == (8, 21)
     assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
 
 

@@ -67,7 +67,7 @@ def label_page(
         (f"{aside:,}", "images set aside"),
     ]
     models = ", ".join(sorted(found.models))
-    write_text(out, page(f"Labels in {folder.name}", paragraph(models), facts, sections))
+    write_text(out, page(f"3D labels: {folder.resolve().name}", paragraph(models), facts, sections))
 
 
 def _questions(folder: Path) -> Asked:

@@ -89,7 +89,7 @@ def card(found: Summary, with_questions: bool) -> str:
         "# Images with 3D labels",
         "",
         f"{found.images:,} images with {found.objects:,} objects, {found.boxed:,} of them with an oriented 3D box. "
-        f"{aside:,} images were set aside (`{REJECTED}`).",
+        + (f"{aside:,} images were set aside (`{REJECTED}`)." if aside else "No image was set aside."),
         "",
         "3D numbers are in the camera frame: x right, y down, z forward. The vertices of a box come top four "
         "first, then the bottom four, each four near-left, near-right, far-right, far-left. Masks are COCO run "

@@ -48,7 +48,7 @@ def draw_boxes(
     height, width = image.shape[:2]
     canvas = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=max(10, 5 * scale, width * scale // 56))
+    font = ImageFont.load_default(size=max(10, 5 * scale, width * scale // 36))
     thick = max(1, scale, width * scale // 280)
     for box, name, color in zip(
         vertices, names, palette if palette is not None else colors(len(names)), strict=True

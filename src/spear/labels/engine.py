@@ -20,6 +20,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from spear.errors import SpearError
@@ -96,19 +97,32 @@ def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[l
             networks = graph.detector(), graph.segmenter(), graph.pointmap()
         detect(works, networks[0], graph.need_objects)
         segment(works, networks[1])
-        locate(works, networks[2])
-        yield [_slim(work) for work in works]
+        locate_and_pack(works, networks[2])
+        yield works
 
 
-def _slim(work: Work) -> Work:
-    """Without what `finish` does not need: it is sent to another process."""
-    if work.reason is not None or work.frame is None:
+def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
+    """`locate`, after which only what `finish` needs is kept, for the way to another process: no pixels (they are
+    encoded already), no truth, and masks eight pixels to a byte."""
+    locate(works, pointmap)
+    works[:] = map(_pack, works)
+
+
+def _pack(work: Work) -> Work:
+    if work.reason is not None or work.frame is None or work.masks is None:
         return replace(work, frame=None, masks=None, geometry=None)
-    return replace(work, frame=replace(work.frame, depth=None, instances=None, boxes=None))
+    frame = replace(work.frame, image=work.frame.image[..., :0], depth=None, instances=None, boxes=None)
+    return replace(work, frame=frame, masks=np.packbits(work.masks, axis=-1))
+
+
+def _unpack(work: Work) -> Work:
+    assert work.frame is not None and work.masks is not None
+    width = work.frame.image.shape[1]
+    return replace(work, masks=np.unpackbits(work.masks, axis=-1, count=width).view(bool))
 
 
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
-    """Fit the boxes of a batch, and make rows of its labels.
+    """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
     An image at which this breaks down is set aside like any other: at the scale of millions there is always one.
     """
@@ -118,7 +132,7 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
             rejected.append(Rejected(work.source, work.reason, work.empty))
             continue
         try:
-            labels.append(lift(work, boxes))
+            labels.append(lift(_unpack(work), boxes))
         except Exception as error:
             rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}", False))
     return Done(to_table(labels), rejected)

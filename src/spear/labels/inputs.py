@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.pipeline import Work, admit, decode_image
+from spear.labels.pipeline import Work, admit, decode_image, encode_jpeg
 from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos
 from spear.types import Array, Frame
 
@@ -203,7 +203,7 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
 
 
 def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
-    """Read images and begin their `Work`; what cannot be read is set aside with the reason.
+    """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is set aside.
 
     Args:
         items: in the order of `find`, so that neighbours in one file are read together.
@@ -232,15 +232,20 @@ def _contents(call: Callable[[], Iterator[Content]], count: int) -> list[Content
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
+    if isinstance(content, bytes):
+        try:
+            content = decode_image(content)
+        except SpearError as error:
+            content = error
     if isinstance(content, SpearError):
         return Work(key, None, str(content))
     if isinstance(content, Frame):
-        return admit(dataclasses.replace(content, source=key))
-    try:
-        image = decode_image(content) if isinstance(content, bytes) else content
-    except SpearError as error:
-        return Work(key, None, str(error))
-    return admit(Frame(image=shrink(image, longest), source=key))
+        work = admit(dataclasses.replace(content, source=key))
+    else:
+        work = admit(Frame(image=shrink(content, longest), source=key))
+    if work.frame is not None and work.reason is None:
+        work.encoded = encode_jpeg(work.frame.image)
+    return work
 
 
 def shrink(image: Array, longest: int | None) -> Array:

@@ -32,6 +32,7 @@ class Work:
     frame       the image; None when it could not be read.
     reason      why it was set aside; later stages pass it over. None while all is well.
     empty       it was set aside because nothing was found in it, which is no failure.
+    encoded     the image as it is kept; None leaves encoding to `lift`.
     detections  of `detect`.
     masks       [n, h, w] bool, of `segment`.
     geometry    of `locate`.
@@ -42,6 +43,7 @@ class Work:
     frame: Frame | None
     reason: str | None = None
     empty: bool = False
+    encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
     geometry: PointMapResult | None = None
@@ -215,7 +217,7 @@ def lift(work: Work, settings: BoxSettings) -> LabeledImage:
     )
     height, width = frame.image.shape[:2]
     return LabeledImage(
-        image=encode_jpeg(frame.image),
+        image=work.encoded or encode_jpeg(frame.image),
         width=width,
         height=height,
         intrinsics=np.asarray(geometry.intrinsics, np.float64),

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,24 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 
 def words(question: Question) -> str:
-    """The answer for people: lengths to a thousandth, image locations as fractions of the width and height."""
+    """The answer for people: points as (x, y, z), lengths to a thousandth, image locations as fractions of the
+    width and height."""
     unit = " m" if question.unit == "metre" else ""
-    said = [
-        f"({s.x:.3f}, {s.y:.3f})" if isinstance(s, Pixel) else f"{s:.3f}{unit}" if isinstance(s, float) else s
-        for s in question.segments
-    ]
-    return " ".join(text.strip() for text in said)
+    said = []
+    for kind, group in groupby(question.segments, key=type):
+        run = list(group)
+        if kind is float and len(run) % 3 == 0:
+            points = zip(*[iter(f"{v:.3f}" for v in run)] * 3, strict=True)
+            said += [f"({', '.join(point)}){unit}" for point in points]
+        else:
+            said += [_word(segment, unit) for segment in run]
+    return " ".join(said)
+
+
+def _word(segment: str | float | Pixel, unit: str) -> str:
+    if isinstance(segment, Pixel):
+        return f"({segment.x:.3f}, {segment.y:.3f})"
+    return f"{segment:.3f}{unit}" if isinstance(segment, float) else segment.strip()
 
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from spear.errors import SpearError
-from spear.labels.engine import Done, Graph, finish
+from spear.labels.engine import Done, Graph, finish, locate_and_pack
 from spear.labels.inputs import Item, read
-from spear.labels.pipeline import Work, detect, locate, segment
+from spear.labels.pipeline import Work, detect, segment
 
 Row = dict[str, Any]
 """A batch on its way through Ray: {"data": the pickled batch}. Ray knows no types of ours."""
@@ -66,7 +66,7 @@ def run_ray(
         data = data.map(partial(_apply, partial(read, longest=graph.longest)))
         for make, stage, part in zip(
             (graph.detector, graph.segmenter, graph.pointmap),
-            (partial(detect, need_objects=graph.need_objects), segment, locate),
+            (partial(detect, need_objects=graph.need_objects), segment, locate_and_pack),
             resources,
             strict=True,
         ):
@@ -98,7 +98,7 @@ def _apply(call: Callable[[Any], Any], row: Row) -> Row:
 class _Network:
     """An actor with a component, made when the first batch comes, through which batches go."""
 
-    def __init__(self, make: Callable[[], Any], stage: Callable[[Sequence[Work], Any], None]) -> None:
+    def __init__(self, make: Callable[[], Any], stage: Callable[[list[Work], Any], None]) -> None:
         self.make, self.stage = make, stage
         self.component: Any = None
 
