@@ -6,68 +6,20 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from spear.cli import label_commands
 from spear.errors import SpearError, unknown_name
 
 if TYPE_CHECKING:
     from spear.data.episode import EpisodeStore
 
-Sim = Literal["sim"]
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 File = Annotated[Path | None, arg(metavar="FILE")]
 Name = Annotated[str | None, arg(metavar="NAME")]
 Number = Annotated[int | None, arg(metavar="INT")]
-
-
-def label(
-    out: Path = Path("runs/labels"),
-    scenes: int = 1000,
-    first_seed: int = 10_000,
-    source: Sim = "sim",
-    preset: str = "nano",
-    drawings: int = 4,
-    workers: int = 2,
-) -> None:
-    """Label images with the 3D boxes of the objects in them.
-
-    Finds every object of an image, outlines it, lifts it to 3D and fits an oriented box. Writes the labelled
-    images of both cameras as Parquet files, from which `spear train` asks its 3D questions, and images with
-    depth. An interrupted run continues where it was.
-
-    Example:
-        spear label --scenes 1000 --out runs/labels
-
-    Args:
-        out: Folder to write to.
-        scenes: How many scenes to label (two images each).
-        first_seed: Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing.
-        source: Where images come from; sim is the built-in simulator, which knows the truth.
-        preset: Model size whose cameras are used.
-        drawings: So many labelled images are also saved as pictures, boxes drawn, in OUT/drawings.
-        workers: Processes.
-    """
-    from PIL import Image
-    from rich.progress import Progress
-
-    from spear.labels.draw import draw_label
-    from spear.labels.store import LabelStore
-    from spear.models.presets import preset as find_preset
-    from spear.scenes import label_scenes
-
-    sizes = dict(find_preset(preset).image_sizes)
-    with Progress(console=_stderr()) as bar:
-        row = bar.add_task("labelling", total=scenes)
-        images = label_scenes(
-            out, scenes, sizes, first_seed, workers, lambda done: bar.update(row, completed=done)
-        )
-    (out / "drawings").mkdir(exist_ok=True)
-    store = LabelStore(out / "external")
-    for index in range(min(drawings, len(store))):
-        Image.fromarray(draw_label(store[index])).save(out / "drawings" / f"{index:04d}.png")
-    print(f"{images} labelled images in {out}" + (f", drawings in {out / 'drawings'}" if drawings else ""))
 
 
 def ask(
@@ -421,7 +373,9 @@ def _stderr() -> Any:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "label": label,
+    "label": label_commands.label,
+    "label show": label_commands.show,
+    "questions": label_commands.ask_about,
     "ask": ask,
     "record": record,
     "train": train,

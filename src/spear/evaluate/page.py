@@ -54,14 +54,14 @@ def picture(image: Array | bytes, caption: str) -> str:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG", optimize=True)
         data = buffer.getvalue()
-    source = _data_uri(data, "image/png")
+    source = data_uri(data, "image/png")
     words = escape(caption)
     return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 def film(data: bytes, mime: str, caption: str) -> str:
     """A looping, silent film that starts by itself."""
-    source = _data_uri(data, mime)
+    source = data_uri(data, mime)
     return (
         f'<figure><video autoplay loop muted playsinline controls src="{source}"></video>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -100,5 +100,6 @@ def success_bars(groups: Sequence[tuple[str, Sequence[tuple[str, Estimate]]]]) -
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
-def _data_uri(data: bytes, mime: str) -> str:
+def data_uri(data: bytes, mime: str) -> str:
+    """What a page holds inside instead of a link to a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

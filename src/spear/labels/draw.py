@@ -1,4 +1,4 @@
-"""Draw labels on their image: projected 3D boxes with names, in distinct colours."""
+"""Draw labels on their image: masks, projected 3D boxes and names, in distinct colours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from spear.labels import rle
 from spear.labels.box3d import EDGES
 from spear.labels.camera import project
+from spear.labels.masks import erode
 from spear.labels.pipeline import decode_image
 from spear.types import Array, LabeledImage
 
@@ -46,24 +48,39 @@ def draw_boxes(
     height, width = image.shape[:2]
     canvas = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=max(10, 5 * scale))
-    for box, name, color in zip(vertices, names, palette or colors(len(names)), strict=True):
+    font = ImageFont.load_default(size=max(10, 5 * scale, width * scale // 36))
+    thick = max(1, scale, width * scale // 280)
+    for box, name, color in zip(
+        vertices, names, palette if palette is not None else colors(len(names)), strict=True
+    ):
         if (np.asarray(box)[:, 2] <= 1e-3).any():
             continue
         corners = project(np.asarray(box), intrinsics) * scale
         for i, j in EDGES:
             front = {i, j} <= {0, 1, 4, 5}
             line = [tuple(corners[i].tolist()), tuple(corners[j].tolist())]
-            pen.line(line, fill=color, width=max(1, scale if front else scale // 2))
+            pen.line(line, fill=color, width=thick if front else max(1, thick // 2))
         x, y = corners[:, 0].mean(), corners[:, 1].min()
         place = (float(np.clip(x, 0, width * scale)), float(np.clip(y, 6 * scale, height * scale)))
         pen.text(place, name, fill=color, font=font, anchor="mb", stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(canvas)
 
 
-def draw_label(label: LabeledImage, scale: int = 3) -> Array:
-    """A labelled image with all its 3D boxes and names: [scale·h, scale·w, 3] uint8."""
-    boxed = [(o.box3d.vertices, o.name) for o in label.objects if o.box3d is not None]
-    return draw_boxes(
-        decode_image(label.image), [v for v, _ in boxed], [n for _, n in boxed], label.intrinsics, scale=scale
-    )
+def draw_masks(image: Array, masks: Sequence[Array], palette: Sequence[tuple[int, int, int]]) -> Array:
+    """The image [h, w, 3] uint8, tinted where the masks [h, w] bool are: each with a colour and an outline."""
+    tinted = image.copy()
+    for mask, color in zip(masks, palette, strict=True):
+        tinted[mask] = (0.65 * tinted[mask] + 0.35 * np.array(color)).astype(np.uint8)
+        tinted[mask & ~erode(mask, 1)] = color
+    return tinted
+
+
+def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
+    """A labelled image with all its 3D boxes and names, and its masks if wanted: [scale·h, scale·w, 3] uint8."""
+    image, palette = decode_image(label.image), colors(len(label.objects))
+    if masks:
+        outlines = [rle.decode(o.mask, label.height, label.width) for o in label.objects]
+        image = draw_masks(image, outlines, palette)
+    boxed = [(o.box3d.vertices, o.name, c) for o, c in zip(label.objects, palette, strict=True) if o.box3d]
+    vertices, names, chosen = zip(*boxed, strict=True) if boxed else ((), (), ())
+    return draw_boxes(image, vertices, names, label.intrinsics, chosen, scale)

@@ -1,9 +1,13 @@
-"""Images in, 3D-labelled images out: detect → segment → point map → box."""
+"""Images in, 3D-labelled images out: detect → segment → point map → box.
+
+Each stage is a function on a batch of `Work`, one image on its way. `label` runs them one after the other; the
+engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a cluster.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,11 +18,37 @@ from spear.errors import SpearError
 from spear.labels.ground_truth import GROUND_TRUTH
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
 from spear.labels.points import noise_level, support_plane
-from spear.labels.protocols import Detector, PointMap, PointMapResult, Segmenter
+from spear.labels.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.types import Array, Frame, LabeledImage
 
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
+
+
+@dataclass
+class Work:
+    """One image on its way through the stages; each stage fills in its part.
+
+    source      where the image came from: the label's source.
+    frame       the image; None when it could not be read.
+    reason      why it was set aside; later stages pass it over. None while all is well.
+    empty       it was set aside because nothing was found in it, which is no failure.
+    encoded     the image as it is kept; None leaves encoding to `lift`.
+    detections  of `detect`.
+    masks       [n, h, w] bool, of `segment`.
+    geometry    of `locate`.
+    provenance  names of the models so far, as in `LabeledImage`.
+    """
+
+    source: str
+    frame: Frame | None
+    reason: str | None = None
+    empty: bool = False
+    encoded: bytes | None = None
+    detections: Sequence[Detection] = ()
+    masks: Array | None = None
+    geometry: PointMapResult | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,22 +121,25 @@ def label(
         SpearError: more images than `failures.limit` were bad.
     """
     failures = Failures() if failures is None else failures
-    if settings is None:
-        exact = segmenter.name == pointmap.name == GROUND_TRUTH
-        settings = BoxSettings() if exact else ESTIMATED
-    names = {"detector": detector.name, "segmenter": segmenter.name, "pointmap": pointmap.name}
     source = iter(frames)
     while batch := list(islice(source, batch_size)):
-        good = []
-        for frame in batch:
-            failures.seen += 1
-            if reason := _unusable(frame):
-                failures.add(frame.source, reason)
+        works = [admit(frame) for frame in batch]
+        detect(works, detector)
+        segment(works, segmenter)
+        locate(works, pointmap)
+        failures.seen += len(works)
+        for work in works:
+            if work.reason is None:
+                yield lift(work, settings)
             else:
-                good.append(frame)
-        yield from _label_batch(good, detector, segmenter, pointmap, settings, failures, names)
+                failures.add(work.source, work.reason)
         failures.check()
     failures.check(finished=True)
+
+
+def admit(frame: Frame) -> Work:
+    """The work of labelling a frame, set aside when its image is not [h, w, 3] uint8 or too small."""
+    return Work(frame.source, frame, _unusable(frame))
 
 
 def _unusable(frame: Frame) -> str | None:
@@ -119,50 +152,90 @@ def _unusable(frame: Frame) -> str | None:
     return None
 
 
-def _label_batch(
-    frames: Sequence[Frame],
-    detector: Detector,
-    segmenter: Segmenter,
-    pointmap: PointMap,
-    settings: BoxSettings,
-    failures: Failures,
-    names: dict[str, str],
-) -> Iterator[LabeledImage]:
-    """Label a batch; when a model refuses it, image by image, setting aside those that are refused alone."""
-    if not frames:
+def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
+    """Find the objects of each image. With `need_objects`, images in which none is found are set aside."""
+
+    def call(good: Sequence[Work]) -> None:
+        for work, found in zip(good, detector.detect(_frames(good)), strict=True):
+            work.detections = found
+            work.provenance["detector"] = detector.name
+            if need_objects and not found:
+                work.reason, work.empty = "no object was found", True
+
+    _each_good(works, call)
+
+
+def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
+    """Outline the objects of each image."""
+
+    def call(good: Sequence[Work]) -> None:
+        masks = segmenter.segment(_frames(good), [work.detections for work in good])
+        for work, outlines in zip(good, masks, strict=True):
+            work.masks = outlines
+            work.provenance["segmenter"] = segmenter.name
+
+    _each_good(works, call)
+
+
+def locate(works: Sequence[Work], pointmap: PointMap) -> None:
+    """Predict the point map of each image."""
+
+    def call(good: Sequence[Work]) -> None:
+        for work, geometry in zip(good, pointmap.predict(_frames(good)), strict=True):
+            work.geometry = geometry
+            work.provenance["pointmap"] = pointmap.name
+
+    _each_good(works, call)
+
+
+def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) -> None:
+    """Call a model on the batch; when it refuses, image by image, setting aside those refused alone."""
+    good = [work for work in works if work.reason is None]
+    if not good:
         return
     try:
-        detections = detector.detect(frames)
-        masks = segmenter.segment(frames, detections)
-        maps = pointmap.predict(frames)
+        call(good)
     except SpearError as error:
-        if len(frames) == 1:
-            failures.add(frames[0].source, str(error))
+        if len(good) == 1:
+            good[0].reason = str(error)
             return
-        for frame in frames:
-            yield from _label_batch([frame], detector, segmenter, pointmap, settings, failures, names)
-        return
-    for frame, found, outlines, geometry in zip(frames, detections, masks, maps, strict=True):
-        geometry = _finite(geometry)
-        up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-        taken = np.asarray(outlines.any(axis=0))
-        plane = support_plane(geometry.points[geometry.mask & ~taken], up)
-        noise = noise_level(geometry.points, geometry.mask)
-        lifted = (
-            label_object(detection, mask, geometry, plane, settings, taken, noise)
-            for detection, mask in zip(found, outlines, strict=True)
-        )
-        height, width = frame.image.shape[:2]
-        yield LabeledImage(
-            image=encode_jpeg(frame.image),
-            width=width,
-            height=height,
-            intrinsics=np.asarray(geometry.intrinsics, np.float64),
-            objects=[o for o in lifted if o is not None],
-            unit=geometry.unit,
-            source=frame.source,
-            provenance=names,
-        )
+        for work in good:
+            _each_good([work], call)
+
+
+def _frames(works: Sequence[Work]) -> list[Frame]:
+    return [work.frame for work in works if work.frame is not None]
+
+
+def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
+    """Fit the boxes of an image that has gone through all models.
+
+    settings  None: `BoxSettings()` where masks and points are the ground truth, else `ESTIMATED`.
+    """
+    assert work.frame is not None and work.masks is not None and work.geometry is not None
+    frame, geometry = work.frame, _finite(work.geometry)
+    if settings is None:
+        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
+        settings = BoxSettings() if exact else ESTIMATED
+    up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
+    taken = np.asarray(work.masks.any(axis=0))
+    plane = support_plane(geometry.points[geometry.mask & ~taken], up)
+    noise = noise_level(geometry.points, geometry.mask)
+    lifted = (
+        label_object(detection, mask, geometry, plane, settings, taken, noise)
+        for detection, mask in zip(work.detections, work.masks, strict=True)
+    )
+    height, width = frame.image.shape[:2]
+    return LabeledImage(
+        image=work.encoded or encode_jpeg(frame.image),
+        width=width,
+        height=height,
+        intrinsics=np.asarray(geometry.intrinsics, np.float64),
+        objects=[o for o in lifted if o is not None],
+        unit=geometry.unit,
+        source=work.source,
+        provenance=work.provenance,
+    )
 
 
 def _finite(geometry: PointMapResult) -> PointMapResult:

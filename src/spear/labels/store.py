@@ -1,17 +1,16 @@
 """Labelled images in Parquet shards: written atomically, read in order or at random with little memory.
 
-One row per image. The column `image` is {bytes, path}, as Hugging Face `datasets` has it. Rows are grouped by
-`ROWS_PER_GROUP`, which is what a random access reads.
+One row per image. The column `image` is {bytes, path}, as Hugging Face `datasets` has it, and marked as such.
+Rows are grouped by `ROWS_PER_GROUP`, which is what a random access reads.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
+from spear.labels.parquet import ParquetWriter
 from spear.types import Box3D, LabeledImage, LabeledObject
 
-ROWS_PER_GROUP = 16
+REJECTED = "rejected.parquet"
+QUESTIONS = "questions.parquet"
+"""Files that may lie beside the shards in their folder."""
 
 _VECTOR = pa.list_(pa.float32())
 _BOX = pa.struct({"vertices": _VECTOR, "center": _VECTOR, "size": _VECTOR, "rotation": _VECTOR})
@@ -47,7 +49,8 @@ SCHEMA = pa.schema(
         "unit": pa.string(),
         "source": pa.string(),
         "provenance": pa.string(),
-    }
+    },
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 """Matrices are stored row by row; scores and provenance as JSON."""
 
@@ -65,46 +68,35 @@ def write_shards(labels: Iterable[LabeledImage], out_dir: str | Path, shard_size
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.parquet")):
         raise SpearError(f"{folder}: holds labels already: choose another folder, or delete these")
+    source = iter(labels)
     paths: list[Path] = []
-    rows = map(_to_row, labels)
-    while (path := _write_shard(rows, folder / f"labels-{len(paths):05d}.parquet", shard_size)) is not None:
+    for first in source:
+        path = folder / f"labels-{len(paths):05d}.parquet"
+        with ParquetWriter(path, SCHEMA) as writer:
+            for label in chain([first], islice(source, shard_size - 1)):
+                writer.write(to_table([label]))
+            writer.commit()
         paths.append(path)
     return paths
 
 
-def _write_shard(rows: Iterator[dict[str, Any]], path: Path, size: int) -> Path | None:
-    group = _take(rows, min(ROWS_PER_GROUP, size))
-    if not group:
-        return None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            left = size
-            while group:
-                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-                left -= len(group)
-                group = _take(rows, min(ROWS_PER_GROUP, left))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
+    """Labels as rows of `SCHEMA`."""
+    return pa.Table.from_pylist([_to_row(label) for label in labels], SCHEMA)
 
 
-def _take(rows: Iterator[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    return [row for _, row in zip(range(most), rows, strict=False)]
-
-
-def read(path: str | Path) -> Iterator[LabeledImage]:
+def read(path: str | Path, images: bool = True) -> Iterator[LabeledImage]:
     """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
+
+    images  False leaves the images empty, which is quicker.
 
     Raises:
         SpearError: no shard there, or a broken one.
     """
-    for shard in _shards(path):
+    for shard in shards_in(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
-            yield from map(_from_row, _read_group(file, group, shard).to_pylist())
+            yield from map(_from_row, _read_group(file, group, shard, images).to_pylist())
 
 
 class LabelStore:
@@ -121,7 +113,7 @@ class LabelStore:
         self.cache_groups = cache_groups
         self._groups: list[tuple[Path, int]] = []
         sizes = []
-        for shard in _shards(path):
+        for shard in shards_in(path):
             metadata = _open(shard).metadata
             self._groups += [(shard, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -156,12 +148,20 @@ class LabelStore:
         return {**self.__dict__, "_files": {}, "_cache": OrderedDict()}
 
 
-def _shards(path: str | Path) -> list[Path]:
+def shards_in(path: str | Path) -> list[Path]:
+    """The shards of a folder in order, or the one shard given."""
     path = Path(path)
-    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    found = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    shards = [shard for shard in found if shard.name not in (REJECTED, QUESTIONS)]
     if not shards:
         raise SpearError(f"{path}: no label shards (*.parquet) here: give a folder that `spear label` wrote")
     return shards
+
+
+def footer(path: Path, key: str) -> str | None:
+    """The text that a shard's footer holds under `key`."""
+    value = (_open(path).metadata.metadata or {}).get(key.encode())
+    return None if value is None else value.decode()
 
 
 def _broken(path: Path, error: Exception) -> SpearError:
@@ -182,9 +182,10 @@ def _open(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_group(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+def _read_group(file: pq.ParquetFile, group: int, path: Path, images: bool = True) -> pa.Table:
+    columns = SCHEMA.names if images else [name for name in SCHEMA.names if name != "image"]
     try:
-        return file.read_row_group(group, columns=SCHEMA.names, use_threads=False)
+        return file.read_row_group(group, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise _broken(path, error) from error
 
@@ -221,7 +222,7 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> LabeledImage:
     return LabeledImage(
-        image=row["image"]["bytes"],
+        image=row["image"]["bytes"] if "image" in row else b"",
         width=row["width"],
         height=row["height"],
         intrinsics=np.array(row["intrinsics"]).reshape(3, 3),

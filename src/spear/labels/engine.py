@@ -1,0 +1,186 @@
+"""The local engine: networks in batches in this process, everything else in worker processes.
+
+Batches come out in the order in which they went in, whatever the number of workers, and only a few are on their
+way at any time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from spear.errors import SpearError
+from spear.labels.inputs import Item, read
+from spear.labels.objects import BoxSettings
+from spear.labels.pipeline import Work, detect, lift, locate, segment
+from spear.labels.protocols import Detector, PointMap, Segmenter
+from spear.labels.store import to_table
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is done with an image.
+
+    detector, segmenter, pointmap  each makes its component; can be sent to another process.
+    boxes         how boxes are fitted.
+    longest       photos are made smaller until their longer side has so many pixels; None keeps them. 840 is
+                  what the paper labelled at.
+    need_objects  set aside images in which nothing is found.
+    """
+
+    detector: Callable[[], Detector]
+    segmenter: Callable[[], Segmenter]
+    pointmap: Callable[[], PointMap]
+    boxes: BoxSettings = field(default_factory=BoxSettings)
+    longest: int | None = 840
+    need_objects: bool = True
+
+
+class Rejected(NamedTuple):
+    """An image that was set aside, and why; empty when the reason is that nothing was found in it."""
+
+    source: str
+    reason: str
+    empty: bool
+
+
+class Done(NamedTuple):
+    """A labelled batch: its labels as rows of `store.SCHEMA`, and what was set aside."""
+
+    labels: pa.Table
+    rejected: list[Rejected]
+
+
+Engine = Callable[[Iterable[Sequence[Item]]], Iterator[Done]]
+"""Batches of items → the labels of each, in order."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
+    """Label batches on this computer.
+
+    Args:
+        graph: what is done with an image; its components are made here, when the first batch has been read.
+        workers: processes that read images, fit boxes and encode; 0 does all that in this process.
+        batches: items that go through the networks together.
+
+    Raises:
+        SpearError: a component cannot be made, or a worker was killed.
+    """
+    with _pool(workers) as pool:
+        ahead = workers + 1
+        read_batches = _in_order(pool, partial(read, longest=graph.longest), batches, ahead)
+        yield from _in_order(
+            pool, partial(finish, graph.boxes), _through_networks(graph, read_batches), ahead
+        )
+
+
+def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[list[Work]]:
+    networks: tuple[Detector, Segmenter, PointMap] | None = None
+    for works in batches:
+        if networks is None:
+            networks = graph.detector(), graph.segmenter(), graph.pointmap()
+        detect(works, networks[0], graph.need_objects)
+        segment(works, networks[1])
+        locate_and_pack(works, networks[2])
+        yield works
+
+
+def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
+    """`locate`, after which only what `finish` needs is kept, for the way to another process: no pixels (they are
+    encoded already), no truth, and masks eight pixels to a byte."""
+    locate(works, pointmap)
+    works[:] = map(_pack, works)
+
+
+def _pack(work: Work) -> Work:
+    if work.reason is not None or work.frame is None or work.masks is None:
+        return replace(work, frame=None, masks=None, geometry=None)
+    frame = replace(work.frame, image=work.frame.image[..., :0], depth=None, instances=None, boxes=None)
+    return replace(work, frame=frame, masks=np.packbits(work.masks, axis=-1))
+
+
+def _unpack(work: Work) -> Work:
+    assert work.frame is not None and work.masks is not None
+    width = work.frame.image.shape[1]
+    return replace(work, masks=np.unpackbits(work.masks, axis=-1, count=width).view(bool))
+
+
+def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
+    """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
+
+    An image at which this breaks down is set aside like any other: at the scale of millions there is always one.
+    """
+    labels, rejected = [], []
+    for work in works:
+        if work.reason is not None:
+            rejected.append(Rejected(work.source, work.reason, work.empty))
+            continue
+        try:
+            labels.append(lift(_unpack(work), boxes))
+        except Exception as error:
+            rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}", False))
+    return Done(to_table(labels), rejected)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """`map`, in the pool, with at most `ahead` results waiting."""
+    if pool is None:
+        yield from map(call, pieces)
+        return
+    waiting: deque[Any] = deque()
+    for piece in pieces:
+        waiting.append(pool.submit(call, piece))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers <= 0:
+        yield None
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise SpearError(
+            "a worker process was killed (out of memory?): use fewer --workers or a smaller --batch-size, and run "
+            "the same command again"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """A worker leaves interrupts to the process that it works for, and ends when that one does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,230 @@
+"""A folder of labels: begun, continued after any interruption, finished.
+
+    LABELS/labels-00000.parquet, …   labelled images (see `spear.labels.store`)
+    LABELS/rejected.parquet          what was set aside: source, reason
+    LABELS/run.json                  the settings, which every continuation must share
+    LABELS/README.md                 dataset card with statistics
+
+Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard that
+is there is finished and one that is not is made again. Its footer names what was set aside from it, and a hash of
+the keys of its items, by which an input that has changed meanwhile is found out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+
+from spear import __version__
+from spear.errors import SpearError
+from spear.labels.card import write_card
+from spear.labels.engine import Done, Engine
+from spear.labels.inputs import Item
+from spear.labels.parquet import ParquetWriter, sweep, write_text, writing
+from spear.labels.pipeline import Failures
+from spear.labels.store import REJECTED, SCHEMA, footer
+
+FOOTER = "spear.labels"
+"""Key in a shard's footer of a JSON object with "items", "keys" and "rejected" ([source, reason] each)."""
+SETTINGS = "run.json"
+_REJECTED = pa.schema({"source": pa.string(), "reason": pa.string()})
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside; `before` were done when
+    this command began."""
+
+    total: int
+    before: int
+    done: int
+    rejected: int
+
+
+class _Shard(NamedTuple):
+    """A shard that is to be made: its number, and how many items with which hash of keys it stands for."""
+
+    number: int
+    items: int
+    keys: str
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"labels-{self.number:05d}.parquet"
+
+
+def label_folder(
+    items: Callable[[], Iterable[Item]],
+    out: Path,
+    engine: Engine,
+    settings: Mapping[str, Any],
+    shard_size: int = 1024,
+    batch_size: int = 8,
+    most_bad: float = 0.5,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Label items into a folder, or finish what was begun there.
+
+    Args:
+        items: lists the input; called twice, and must list the same both times.
+        out: folder, new or of a run with the same settings.
+        engine: labels batches.
+        settings: all that decides what the labels are, JSON-able; kept in run.json.
+        shard_size: items per shard. Memory does not depend on it.
+        batch_size: items that go through the networks together.
+        most_bad: the run stops when a larger fraction of the images fail (images without objects do not count).
+        on_progress: called at the start and after each batch.
+
+    Raises:
+        SpearError: the folder is of another run, is being written to, or its input has changed; no input; too
+            many failures; the disk is full. What is finished stays, and the same call finishes the rest.
+    """
+    total = sum(1 for _ in items())
+    if not total:
+        raise SpearError("no image to label: give photos, folders, videos or episodes")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _same_run(out, {"spear": __version__, **settings, "shard_size": shard_size})
+        sweep(out)
+        finished = _finished(out)
+        for number, known in finished.items():
+            if number * shard_size >= total:
+                raise _changed(out, number, known)
+        before = sum(known["items"] for known in finished.values())
+        rejected = sum(len(known["rejected"]) for known in finished.values())
+        progress = Progress(total, before, before, rejected)
+        on_progress(progress)
+        failures = Failures(limit=most_bad)
+        with closing(_labelled(out, items(), engine, finished, shard_size, batch_size)) as results:
+            for shard, group in groupby(results, key=lambda result: result[0]):
+                with ParquetWriter(shard.path(out), SCHEMA) as writer:
+                    refused: list[tuple[str, str]] = []
+                    for _, done in group:
+                        writer.write(done.labels)
+                        refused += [(source, reason) for source, reason, _ in done.rejected]
+                        progress = _count(progress, done, failures)
+                        on_progress(progress)
+                    rest = {"items": shard.items, "keys": shard.keys, "rejected": refused}
+                    writer.commit({FOOTER: json.dumps(rest)})
+        _write_rejected(out)
+        write_card(out)
+    return progress
+
+
+def _labelled(
+    out: Path,
+    items: Iterable[Item],
+    engine: Engine,
+    finished: Mapping[int, Mapping[str, Any]],
+    shard_size: int,
+    batch_size: int,
+) -> Generator[tuple[_Shard, Done], None, None]:
+    """The batches of the shards that are not finished, in order, each with its shard."""
+    handed: deque[_Shard] = deque()
+
+    def batches() -> Iterator[Sequence[Item]]:
+        for number, members in enumerate(chunks(items, shard_size)):
+            keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
+            if number in finished:
+                if finished[number]["keys"] != keys:
+                    raise _changed(out, number, finished[number])
+                continue
+            for batch in chunks(members, batch_size):
+                handed.append(_Shard(number, len(members), keys))
+                yield batch
+
+    for done in engine(batches()):
+        yield handed.popleft(), done
+
+
+def _count(progress: Progress, done: Done, failures: Failures) -> Progress:
+    """The progress with one more batch; raises when too much has failed."""
+    images, rejected = len(done.labels) + len(done.rejected), len(done.rejected)
+    failures.seen += images
+    for source, reason, empty in done.rejected:
+        if not empty:
+            failures.add(source, reason)
+    progress = replace(progress, done=progress.done + images, rejected=progress.rejected + rejected)
+    failures.check(finished=progress.done == progress.total)
+    return progress
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter."""
+    source = iter(items)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Only one process writes to a folder at a time; the lock ends with the process, however it ends."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SpearError(f"{out}: another process is labelling into this folder: wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _same_run(out: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs."""
+    path = out / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    if not path.is_file():
+        if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
+            raise SpearError(f"{out}: holds other files: label into a folder of its own")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        there = json.loads(path.read_text())
+        keys = sorted({*there, *settings})
+    except (OSError, ValueError, TypeError) as error:
+        raise SpearError(f"{path}: cannot be read ({error}): label into another folder") from error
+    for key in keys:
+        if there.get(key) != settings.get(key):
+            raise SpearError(
+                f"{out}: holds a run with other settings: {key} is {json.dumps(there.get(key))} there, "
+                f"{json.dumps(settings.get(key))} here: label into another folder, or use its settings"
+            )
+
+
+def _finished(out: Path) -> dict[int, dict[str, Any]]:
+    """Number → footer of the shards that are there."""
+    found = {}
+    for path in sorted(out.glob("labels-*.parquet")):
+        text = footer(path, FOOTER)
+        if text is None:
+            raise SpearError(f"{path}: not of this run: move it elsewhere")
+        found[int(path.stem.removeprefix("labels-"))] = json.loads(text)
+    return found
+
+
+def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
+    return SpearError(
+        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} of its "
+        "images: label the present input into another folder"
+    )
+
+
+def _write_rejected(out: Path) -> None:
+    with ParquetWriter(out / REJECTED, _REJECTED, rows_per_group=4096) as writer:
+        for known in _finished(out).values():
+            rows = [{"source": source, "reason": reason} for source, reason in known["rejected"]]
+            writer.write(pa.Table.from_pylist(rows, _REJECTED))
+        writer.commit()

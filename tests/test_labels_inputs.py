@@ -1,0 +1,195 @@
+"""Every kind of input is listed without reading it, under keys that stay the same, and read item by item."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from spear.errors import SpearError
+from spear.labels.inputs import Content, Item, find, read, shrink
+from spear.types import Array
+
+
+def encoded(value: int, size: tuple[int, int] = (48, 32)) -> bytes:
+    """A PNG of one grey value."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grey(items: Sequence[Item], **options: int) -> list[int | str]:
+    """The grey value of each item's image, or why there is none."""
+    return [
+        work.reason or round(float(work.frame.image.mean())) if work.frame is not None else work.reason or ""
+        for work in read(items, **options)
+    ]
+
+
+def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7) -> None:
+    """A video whose frame i is grey of value 5 i."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", gop
+        stream.bit_rate = 8_000_000
+        for i in range(frames):
+            image = np.full((48, 64, 3), 5 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: Path) -> None:
+    for name, value in (("b/2.png", 20), ("b/1.PNG", 10), ("a.png", 5), ("c.png", 30), (".hidden.png", 9)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(value))
+    (tmp_path / "notes.txt").write_text("no image")
+    items = list(find(str(tmp_path)))
+    assert [Path(i.key).relative_to(tmp_path).as_posix() for i in items] == [
+        "a.png",
+        "b/1.PNG",
+        "b/2.png",
+        "c.png",
+    ]
+    assert grey(items) == [5, 10, 20, 30]
+    assert pickle.loads(pickle.dumps(items)) == items
+    assert [i.key for i in find(f"{tmp_path}/**/*.png")] == [
+        str(tmp_path / n) for n in ("a.png", "b/2.png", "c.png")
+    ]
+    assert [i.key for i in find(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
+
+
+def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name, data in (("x/0.png", encoded(40)), ("x/0.json", b"{}"), ("x/1.jpg", encoded(50)[:60])):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    rows = [{"bytes": encoded(60 + i), "path": None} for i in range(5)] + [None]
+    pq.write_table(
+        pa.table({"image": rows, "label": list(range(6))}), tmp_path / "t.parquet", row_group_size=2
+    )
+    pq.write_table(pa.table({"jpg": [encoded(80)], "n": [1]}), tmp_path / "u.parquet")
+    items = list(find(str(tmp_path)))
+    assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [
+        "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
+    ]  # fmt: skip
+    first, broken, *others = grey(items)
+    assert first == 40 and "replace the image" in str(broken)
+    assert others == [60, 61, 62, 63, 64, "this row has no image: fill it in", 80]
+    assert grey([items[6], items[3]]) == [64, 61]  # any item, in any order
+
+
+def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
+    film(tmp_path / "film.mp4")
+    items = list(find(str(tmp_path / "film.mp4"), rate=2.5))
+    assert [i.key.rpartition("#")[2] for i in items] == [str(4 * n) for n in range(10)]
+    values = [int(v) for v in grey(items)]
+    assert np.abs(np.array(values) - 20 * np.arange(10)).max() <= 2
+    assert abs(int(grey([items[7]])[0]) - 140) <= 2  # alone, after a seek
+    every = list(find(str(tmp_path / "film.mp4"), rate=1000))
+    assert len(every) == 40
+    assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
+    late = items[0]._replace(place=99.0)
+    assert "ends before 99.00 s" in str(grey([items[9], late])[1])
+    with pytest.raises(SpearError, match="more than 0"):
+        list(find(str(tmp_path / "film.mp4"), rate=0))
+
+
+def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Path) -> None:
+    av = pytest.importorskip("av")
+    path = next((shared / "data/lerobot/v2.1_video").rglob("*.mp4"))
+    with av.open(str(path)) as container:
+        truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    items = list(find(str(path), rate=1000))
+    assert len(items) == len(truth)
+    chosen = [2, 3, 5, len(truth) - 1]
+    for work, index in zip(read([items[i] for i in chosen]), chosen, strict=True):
+        assert work.frame is not None
+        np.testing.assert_array_equal(work.frame.image, truth[index])
+
+
+def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
+    take = tmp_path / "takes" / "cooking_7"
+    small = take / "frame_aligned_videos" / "downscaled" / "448"
+    small.mkdir(parents=True)
+    names = ("cam01.mp4", "aria01_214-1.mp4", "aria01_1201-1.mp4", "aria01_1201-2.mp4", "aria01_211-1.mp4")
+    for name in names:
+        film(small / name, frames=10)
+    assert {Path(i.path).name for i in find(str(tmp_path / "takes"))} == {"cam01.mp4", "aria01_214-1.mp4"}
+    film(take / "frame_aligned_videos" / "cam02.mp4", frames=30)
+    keys = [i.key for i in find(str(tmp_path))]
+    assert keys == [str(take / "frame_aligned_videos" / f"cam02.mp4#{n}") for n in (0, 10, 20)]
+
+
+def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(encoded(7))
+    (tmp_path / "tiny.png").write_bytes(encoded(7, (1, 1)))
+    (tmp_path / "zero.png").write_bytes(b"")
+    items = list(find(str(tmp_path)))
+    gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
+    good, tiny, zero, missing = grey([*items, gone])
+    assert good == 7
+    assert "1×1 pixels" in str(tiny) and "replace the image" in str(zero) and "No such file" in str(missing)
+
+
+def test_a_reader_that_stops_early_names_the_images_it_did_not_give() -> None:
+    reasons = [work.reason for work in read([Item(str(i), two, "x", i) for i in range(4)])]
+    assert reasons[:2] == [None, None]
+    assert all("ends before" in (reason or "") for reason in reasons[2:])
+
+
+def two(path: str, places: Sequence[int]) -> Sequence[Content]:
+    """A reader that gives two images whatever it is asked."""
+    return iter([np.zeros((20, 20, 3), np.uint8)] * 2)
+
+
+def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(encoded(90, (400, 100)))
+    (work,) = read(list(find(str(tmp_path))), longest=200)
+    assert work.frame is not None and work.frame.image.shape == (50, 200, 3)
+    small: Array = np.zeros((10, 20, 3), np.uint8)
+    assert shrink(small, 20) is small
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("absent", "no such file or folder"),
+        ("empty", "no image, tar shard, Parquet file or video in this folder"),
+        ("*.jpg", "nothing matches"),
+        ("notes.txt", "not an image"),
+        ("cut.tar", "not a whole, uncompressed tar file"),
+        ("bad.parquet", "not a Parquet file"),
+        ("words.parquet", "no column of image bytes"),
+        ("two.parquet", "several columns of bytes (a, b)"),
+        ("bad.mp4", "not a video"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("words")
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for n in range(2):
+            member = tarfile.TarInfo(f"{n}.png")
+            member.size = 5000
+            tar.addfile(member, io.BytesIO(bytes(5000)))
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
+    (tmp_path / "bad.parquet").write_bytes(b"words")
+    (tmp_path / "bad.mp4").write_bytes(b"words")
+    pq.write_table(pa.table({"x": ["y"]}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"a": [b"y"], "b": [b"y"]}), tmp_path / "two.parquet")
+    with pytest.raises(SpearError) as stop:
+        list(find(str(tmp_path / name)))
+    assert hint in str(stop.value) and str(tmp_path) in str(stop.value) and "\n" not in str(stop.value)

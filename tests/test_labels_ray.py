@@ -1,0 +1,56 @@
+"""The Ray engine makes what the local one makes. One Ray serves all tests of this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, listing, photos
+from spear.errors import SpearError
+from spear.labels.engine import Graph
+from spear.labels.ray_engine import Resources, run_ray
+from spear.labels.run import label_folder
+
+ONE = (Resources(), Resources(), Resources())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A Ray of two CPUs whose workers can import the tests' own modules."""
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    tests = str(Path(__file__).parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", tests, prepend=":")
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 21)
+    options: dict[str, Any] = {"settings": {}, "shard_size": 8, "batch_size": 3}
+    label_folder(listing(source), tmp_path / "labels", engine(), **options)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
+    for number in (0, 2):
+        (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
+    done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), ONE), **options)
+    assert (done.before, done.done) == (8, 21)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
+
+
+def no_key() -> Any:
+    """A component that cannot be made."""
+    raise SpearError("no API key: set ONE")
+
+
+def test_a_component_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 4, bad=False)
+    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), ONE)
+    with pytest.raises(SpearError, match=r"^no API key: set ONE$"):
+        label_folder(listing(source), tmp_path / "labels", broken, {})
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["run.json"]
