@@ -23,7 +23,7 @@ from label_stand_ins import StandIn, photos
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import find, read
 from spear.labels.pipeline import detect, locate, segment
-from spear.labels.run import Progress, label_folder
+from spear.labels.run import label_folder
 
 
 def main(
@@ -74,23 +74,13 @@ def networks_alone(source: Path, images: int, seconds: float, batch_size: int) -
 
 
 def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers: int) -> float:
-    """Seconds per image of labelling the folder, from the first finished batch to the last."""
-    graph = Graph(*[partial(StandIn, seconds)] * 3)
-    times: list[tuple[float, int]] = []
-
-    def progress(now: Progress) -> None:
-        times.append((time.perf_counter(), now.done))
-
-    label_folder(
-        lambda: find(str(source)),
-        out,
-        partial(run_local, graph, workers),
-        {},
-        batch_size=batch_size,
-        on_progress=progress,
-    )
-    (first, some), (last, every) = times[1], times[-1]
-    return (last - first) / (every - some)
+    """Seconds per image of labelling the folder, from the first call of a network until all is on the disk."""
+    model = StandIn(seconds)
+    graph = Graph(lambda: model, lambda: model, lambda: model)
+    engine = partial(run_local, graph, workers)
+    done = label_folder(lambda: find(str(source)), out, engine, {}, batch_size=batch_size)
+    assert model.begun is not None
+    return (time.perf_counter() - model.begun) / done.done
 
 
 if __name__ == "__main__":

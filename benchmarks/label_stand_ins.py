@@ -45,16 +45,21 @@ def _work(seconds: float) -> None:
 
 
 class StandIn:
-    """All three components: `OBJECTS` ellipses on a slope, at a cost of `seconds` per image each."""
+    """All three components: `OBJECTS` ellipses on a slope, at a cost of `seconds` per image each.
+
+    begun  when it was first called (`time.perf_counter`).
+    """
 
     name = "stand-in"
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
+        self.begun: float | None = None
         self._known: dict[tuple[int, ...], tuple[list[Detection], Array, PointMapResult]] = {}
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The ellipses' boxes."""
+        self.begun = self.begun or time.perf_counter()
         _work(self.seconds * len(frames))
         return [self._scene(frame.image.shape)[0] for frame in frames]
 

@@ -27,11 +27,13 @@ class BrightDetector:
 
     name = "bright"
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = 0.0, stuck_at: str = "none") -> None:
+        self.seconds, self.stuck_at = seconds, stuck_at
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         time.sleep(self.seconds * len(frames))
+        if any(frame.source.endswith(self.stuck_at) for frame in frames):
+            time.sleep(1e6)
         if any(frame.image[0, 0, 0] == REFUSED for frame in frames):
             raise SpearError("request refused")
         return [[] if frame.image[0, 0, 0] == EMPTY else [_bright(frame.image)] for frame in frames]
@@ -75,13 +77,14 @@ class SlopePointMap:
         )
 
 
-def graph(seconds: float = 0.0, **options: Any) -> Graph:
-    """The three together; the detector takes so long per image."""
-    return Graph(partial(BrightDetector, seconds), BoxSegmenter, SlopePointMap, **options)
+def graph(*detector: Any) -> Graph:
+    """The three together, with these arguments for the detector."""
+    return Graph(partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap)
 
 
-def engine(workers: int = 0, seconds: float = 0.0) -> Any:
-    return partial(run_local, graph(seconds), workers)
+def engine(workers: int = 0, *detector: Any) -> Any:
+    """The local engine with these components."""
+    return partial(run_local, graph(*detector), workers)
 
 
 def photos(folder: Path, count: int, bad: bool = True) -> Path:
