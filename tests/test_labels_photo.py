@@ -9,9 +9,10 @@ import pytest
 
 from labels_tiny import WORDS, save_grounding_dino, save_owlv2, save_sam2
 from moge_reference import random_v1
+from spear.images import decode_image
 from spear.labels.objects import BoxSettings
 from spear.labels.open_vocabulary import GroundingDinoDetector, Owlv2Detector
-from spear.labels.pipeline import decode_image, label
+from spear.labels.pipeline import label
 from spear.labels.protocols import Detector
 from spear.labels.quality import QualityBar
 from spear.labels.questions import FAMILIES, generate

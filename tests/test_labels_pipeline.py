@@ -6,13 +6,14 @@ import pytest
 
 from labels_scenes import random_frame, render
 from spear.errors import SpearError
+from spear.images import decode_image
 from spear.labels import rle
 from spear.labels.accuracy import compare
 from spear.labels.camera import project, unproject
 from spear.labels.draw import draw_label
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.objects import BoxSettings
-from spear.labels.pipeline import Failures, decode_image, label
+from spear.labels.pipeline import Failures, label
 from spear.labels.points import inliers, subsample, support_plane
 from spear.labels.protocols import Detection, Detector, PointMap, Segmenter
 from spear.types import Frame
@@ -206,7 +207,7 @@ def test_camera_pixel_centres_are_at_one_half() -> None:
 def test_a_truncated_image_is_refused(frames: list[Frame]) -> None:
     (result,) = label(frames[:1], *TRUTH)
     for broken in (result.image[: len(result.image) // 2], b"", b"not an image"):
-        with pytest.raises(SpearError, match="replace the image"):
+        with pytest.raises(SpearError, match="broken image"):
             decode_image(broken)
 
 

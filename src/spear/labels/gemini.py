@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
+from spear.images import encode_jpeg
 from spear.labels.gemini_answer import PROMPT, SCHEMA, VOCABULARY, Unusable, answer_text, parse
-from spear.labels.pipeline import encode_jpeg
 from spear.labels.protocols import Detection
 from spear.labels.remote import PRICES_READ, AnswerCache, Pace, Usage, advised_wait, backoff, price
 from spear.types import Array, Frame

@@ -6,15 +6,14 @@ engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same function
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from PIL import Image
 
 from spear.errors import SpearError
+from spear.images import encode_jpeg
 from spear.labels.ground_truth import GROUND_TRUTH
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
 from spear.labels.points import noise_level, support_plane
@@ -77,22 +76,6 @@ class Failures:
                 f"{len(self.rows)} of {self.seen} images are bad (more than {self.limit:.0%}); the last "
                 f"was {source or 'unnamed'}: {reason}: check the input, or allow a larger fraction"
             )
-
-
-def encode_jpeg(image: Array, quality: int = 95) -> bytes:
-    """[h, w, 3] uint8 RGB -> JPEG bytes, colour at full resolution: small objects are told apart by it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
-
-
-def decode_image(data: bytes) -> Array:
-    """JPEG or PNG bytes -> [h, w, 3] uint8 RGB; `SpearError` when they are not a whole image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SpearError(f"image bytes: {error}: replace the image") from error
 
 
 def label(
