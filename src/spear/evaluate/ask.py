@@ -12,6 +12,7 @@ from spear.evaluate.held_out import held_out_frames
 from spear.evaluate.vqa import PREDICTION, Answerer, Segments
 from spear.labels.box3d import EDGES
 from spear.labels.camera import project
+from spear.labels.images import load_image
 from spear.labels.questions import FAMILIES
 from spear.sim.render import Size
 from spear.types import Array, Pixel
@@ -26,7 +27,7 @@ class Picture:
 
 
 def read_picture(where: str, size: Size) -> Picture:
-    """A JPEG or PNG file, or "sim:SEED": the held-out scene of that seed at `size` (width, height).
+    """An image file (see `labels.images.load_image`), or "sim:SEED": that held-out scene at `size` (width, height).
 
     Raises SpearError for a file that is not there or not an image, and for a seed that is not held out.
     """
@@ -35,12 +36,7 @@ def read_picture(where: str, size: Size) -> Picture:
             raise SpearError(f"image {where!r}: write sim:SEED with a number, for example sim:7")
         frame = next(held_out_frames(1, int(where[4:]), size))
         return Picture(frame.image, frame.intrinsics)
-    try:
-        return Picture(np.asarray(Image.open(where).convert("RGB")), None)
-    except FileNotFoundError:
-        raise SpearError(f"image {where!r}: no such file") from None
-    except (OSError, ValueError, SyntaxError):
-        raise SpearError(f"image {where!r}: not a JPEG or PNG file that can be read") from None
+    return Picture(load_image(where), None)
 
 
 def ask(model: Answerer, picture: Picture, question: str, family: str | None = None) -> Segments:

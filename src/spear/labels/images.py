@@ -58,7 +58,7 @@ def load_image(source: str | Path | bytes, name: str = "") -> Array:
             image.load()
             return np.array(_rgb(ImageOps.exif_transpose(image), name))
     except _BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <_io.")[0]
         raise SpearError(
             f"{name}: not a readable image ({reason}): replace it, or convert it to JPEG or PNG"
         ) from error
