@@ -140,7 +140,7 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
         (["ask", "sim:x", "how far?"], "sim:SEED"),
         (["ask", "sim:10000", "how far?"], "held-out seeds"),
         (["ask", "absent.png", "how far?"], "No such file"),
-        (["ask", __file__, "how far?"], "not a JPEG or PNG"),
+        (["ask", __file__, "how far?"], "not a readable image"),
         (["ask", "sim:7", "how far?", "--family", "distanse"], "did you mean 'distance'?"),
         (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "no episodes: /nowhere"),
         (["train", "nano-vla", "--init", "nanno"], "no model 'nanno'"),
