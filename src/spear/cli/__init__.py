@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"run pip install 'spear[{extra}]'"
         print(f"error: this command needs {error.name}, which is not installed: {hint}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
