@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from spear import __version__
+import spear
 from spear.errors import SpearError
 from spear.labels.card import write_card
 from spear.labels.engine import Done, Engine
@@ -96,7 +96,7 @@ def label_folder(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        _same_run(out, {"spear": __version__, **settings, "shard_size": shard_size})
+        _same_run(out, {"spear": spear.__version__, **settings, "shard_size": shard_size})
         sweep(out)
         finished = _finished(out)
         for number, known in finished.items():
