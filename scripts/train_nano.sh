@@ -7,10 +7,12 @@ RUNS=${RUNS:-runs}
 export OMP_NUM_THREADS=1
 TRAIN="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $BIN/spear train"
 
-"$BIN/spear" label --scenes 12544 --first-seed 200000 --out "$RUNS/labels"
+"$BIN/spear" label --scenes 13056 --first-seed 200000 --out "$RUNS/labels"
 [ -d "$RUNS/episodes" ] || "$BIN/spear" record --episodes 1000 --out "$RUNS/episodes"
-$TRAIN nano-depth --labels "$RUNS/labels" --out "$RUNS/nano-depth"
-$TRAIN nano-siglip --labels "$RUNS/labels" --out "$RUNS/nano-siglip"
+# The two encoders side by side, one process each.
+"$BIN/spear" train nano-depth --labels "$RUNS/labels" --out "$RUNS/nano-depth" &
+"$BIN/spear" train nano-siglip --labels "$RUNS/labels" --out "$RUNS/nano-siglip"
+wait
 $TRAIN nano-vlm-0 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-0" --init "$RUNS/nano-siglip"
 $TRAIN nano-vlm-1 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-1" --init "$RUNS/nano-vlm-0" \
     --moge "$RUNS/nano-depth"

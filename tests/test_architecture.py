@@ -15,19 +15,21 @@ SOURCE = Path(__file__).parents[1] / "src" / "spear"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "images": {"errors", "types"},
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
     "sim": {"errors", "types", "geometry"},
-    "labels": {"errors", "types", "geometry"},
-    "data": {"errors", "types", "geometry"},
+    "labels": {"errors", "types", "images", "geometry"},
+    "data": {"errors", "types", "images", "geometry"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)
 MAY_IMPORT["policy"] = MATHEMATICS_AND_BELOW - {"sim"}
+MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
 MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "pointmap"}
-MAY_IMPORT["sources"] = {"errors", "types", "geometry", "labels", "data", "sim"}
+MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}

@@ -14,11 +14,11 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from spear.data.episode import EpisodeStore
-from spear.data.images import decode_image
 from spear.data.inspect import inspect
 from spear.data.prepare import prepare_rlds
 from spear.data.rlds import open_rlds, read_raw, read_rlds, split_ranges
 from spear.errors import SpearError
+from spear.images import decode_image
 
 SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"
 

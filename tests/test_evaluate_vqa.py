@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from spear.evaluate import vqa
+from spear.images import encode_jpeg
 from spear.labels.box3d import make_box
 from spear.labels.camera import project
-from spear.labels.pipeline import encode_jpeg
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
 
 INTRINSICS = np.array([[140.0, 0, 70], [0, 140, 52.5], [0, 0, 1]])

@@ -85,6 +85,38 @@ def test_iou_agrees_with_sampling(seed: int) -> None:
     assert iou(a, b) == pytest.approx(iou(b, a), abs=1e-6)
 
 
+@given(seeds, st.sampled_from([0.0, 1e-8, -3e-8, 1e-7]), st.sampled_from([0.0, 1e-7, 3e-7]))
+def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(seed: int, lift: float, tilt: float) -> None:
+    """Two boxes on one table, up to float32."""
+    rng = np.random.default_rng(seed)
+    turn = Rotation.from_quat(rng.normal(size=4)).as_matrix()
+    size = rng.uniform(0.02, 0.3, 3)
+    a = make_box(rng.normal((0, 0, 1), 0.2), size, turn)
+    yaw = Rotation.from_rotvec(turn[:, 2] * rng.uniform(0, 1.5) + turn[:, 0] * tilt).as_matrix()
+    slide = turn[:, :2] @ rng.uniform(-0.3, 0.3, 2) * size.min()
+    taller = np.array([1, 1, rng.choice([1, 1.3])])
+    b = make_box(
+        a.center + slide + turn[:, 2] * ((taller[2] - 1) * size[2] / 2 + lift), size * taller, yaw @ turn
+    )
+    points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
+    inside = (np.abs((points - b.center) @ b.rotation) <= b.size / 2 + 1e-6).all(axis=1).mean()
+    volume_a, volume_b = np.prod(a.size), np.prod(b.size)
+    expected = inside * volume_a / (volume_a + volume_b - inside * volume_a)
+    assert iou(a, b) == pytest.approx(expected, abs=0.015)
+
+
+@given(seeds)
+def test_noisy_points_do_not_widen_the_box(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    true = box_from_vertices(on_table(rng.uniform(0.06, 0.15, 3), rng.uniform(0, np.pi)))
+    up = -true.rotation[:, 1]
+    points = surface(true, rng)
+    support = float((points @ up).min())
+    noisy = points * (1 + 0.004 * rng.normal(size=(len(points), 1)))
+    told, untold = (fit_box(noisy, up, support, noise=noise).size for noise in (0.004, 0.0))
+    assert np.abs(told - true.size).mean() < np.abs(untold - true.size).mean()
+
+
 @given(seeds)
 def test_iou_identities(seed: int) -> None:
     box = random_box(np.random.default_rng(seed))

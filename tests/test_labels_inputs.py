@@ -86,7 +86,7 @@ def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> Non
         "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
     ]  # fmt: skip
     first, broken, *others = grey(items)
-    assert first == 40 and "replace the image" in str(broken)
+    assert first == 40 and "not a readable image" in str(broken)
     assert others == [60, 61, 62, 63, 64, "this row has no image: fill it in", 80]
     assert grey([items[6], items[3]]) == [64, 61]  # any item, in any order
 
@@ -141,7 +141,9 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
-    assert "1×1 pixels" in str(tiny) and "replace the image" in str(zero) and "No such file" in str(missing)
+    assert (
+        "1×1 pixels" in str(tiny) and "not a readable image" in str(zero) and "No such file" in str(missing)
+    )
 
 
 def test_a_reader_that_stops_early_names_the_images_it_did_not_give() -> None:
@@ -161,6 +163,17 @@ def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path: Path) -> N
     assert work.frame is not None and work.frame.image.shape == (50, 200, 3)
     small: Array = np.zeros((10, 20, 3), np.uint8)
     assert shrink(small, 20) is small
+
+
+def test_photos_are_labelled_the_right_way_up_and_in_rgb(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (40, 20), (200, 30, 30)).save(tmp_path / "a.jpg", exif=turned)
+    Image.new("CMYK", (40, 20), (0, 255, 255, 0)).save(tmp_path / "b.jpg")
+    upright, inks = read(list(find(str(tmp_path))))
+    assert upright.frame is not None and upright.frame.image.shape == (40, 20, 3)
+    assert inks.frame is not None and inks.frame.image.shape == (20, 40, 3)
+    assert inks.frame.image[10, 10, 0] > 200 and inks.frame.image[10, 10, 1] < 60
 
 
 @pytest.mark.parametrize(

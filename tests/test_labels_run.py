@@ -70,7 +70,7 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
         for row in pq.read_table(whole / "rejected.parquet").to_pylist()
     }
     assert list(rejected) == ["00003", "00005", "00007"]
-    assert "replace the image" in rejected["00003"]
+    assert "not a readable image" in rejected["00003"]
     assert rejected["00005"] == "request refused" and rejected["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
     assert "18 images with 18 objects, 18 of them with an oriented 3D box. 3 images were set aside" in card

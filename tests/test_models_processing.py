@@ -126,6 +126,12 @@ def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None
     assert alone == prompt
 
 
+def test_numbers_in_another_unit_than_the_tokens_are_refused(processor: Processor) -> None:
+    with pytest.raises(SpearError, match=r"'how far is it': .* 'relative', the 3D tokens in 'metre'"):
+        processor.questions([Question("distance", "how far is it", [0.5], ["it"], "relative")])
+    processor.questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
+
+
 def test_empty_and_too_long_prompts_are_refused(processor: Processor) -> None:
     with pytest.raises(SpearError, match="empty instruction"):
         processor.prompts(["put it there", " \n"])

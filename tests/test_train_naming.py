@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from spear.images import encode_jpeg
 from spear.labels import rle
-from spear.labels.pipeline import encode_jpeg
 from spear.models.naming import PatchNaming
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration

@@ -18,11 +18,7 @@ from typing import Any
 
 from spear.errors import SpearError, unknown_name
 from spear.labels.engine import Graph
-from spear.labels.objects import BoxSettings
-
-ESTIMATED = BoxSettings(erosion=2)
-"""How boxes are fitted to estimated point maps, whose depth smears over the outlines; `BoxSettings()` to true ones
-(our choice)."""
+from spear.labels.objects import ESTIMATED, BoxSettings
 
 
 @dataclass(frozen=True)
@@ -176,12 +172,12 @@ def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest:
         partial(build, "detector", detector, choice),
         partial(build, "segmenter", segmenter, choice),
         partial(build, "point map", pointmap, choice),
-        boxes=BoxSettings() if pointmap == "ground-truth" else ESTIMATED,
+        boxes=BoxSettings() if segmenter == pointmap == "ground-truth" else ESTIMATED,
         longest=longest,
     )
 
 
-def _model(model: str | None) -> dict[str, str]:
+def _model(model: str | None) -> dict[str, Any]:
     return {"model": model} if model else {}
 
 

@@ -249,8 +249,9 @@ def _point_maps(folder: Path, labels: Sequence[LabeledImage]) -> list[PointMapRe
     import json
 
     from spear.components import Choice, build
+    from spear.images import decode_image
     from spear.labels.inputs import read
-    from spear.labels.pipeline import admit, decode_image, locate
+    from spear.labels.pipeline import admit, locate
     from spear.sources import items
     from spear.types import Frame
 

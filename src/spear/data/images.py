@@ -1,28 +1,18 @@
-"""Encoded images in, pixels out; and the one change that keeps geometry true: another exposure."""
+"""The one change of an image that keeps geometry true: another exposure."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError
 from spear.types import Array
 
 FitImage = Callable[[Array, int, int], Array]
 """(image [h, w, 3] uint8, height, width) -> [height, width, 3] uint8, aspect kept by cropping or padding."""
 JITTER_DRAWS = 5
 """Random numbers that `jitter` takes."""
-
-
-def decode_image(encoded: bytes, where: str = "an image") -> Array:
-    """JPEG or PNG bytes to [h, w, 3] uint8, writable. Raises SpearError naming `where` when broken."""
-    try:
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SpearError(f"broken image: {where}: {error}; leave it out") from error
 
 
 def jitter(image: Array, draws: Array, strength: float) -> Array:

@@ -12,10 +12,10 @@ import numpy as np
 
 from spear.data.actions import store_actions
 from spear.data.episode import SHARD_GLOB, EpisodeStore
-from spear.data.images import decode_image
 from spear.data.oxe import REGISTRY, SPEC_FILE
 from spear.data.rlds import is_rlds, open_rlds, read_raw
 from spear.errors import SpearError
+from spear.images import decode_image
 
 SHOWN = 5
 """How many instructions to show; the most frequent first."""

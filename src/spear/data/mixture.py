@@ -16,8 +16,9 @@ import numpy as np
 
 from spear.data.actions import HORIZON, RATE_HZ, chunk, store_actions
 from spear.data.episode import EpisodeStore
-from spear.data.images import JITTER_DRAWS, FitImage, decode_image, jitter
+from spear.data.images import JITTER_DRAWS, FitImage, jitter
 from spear.errors import SpearError
+from spear.images import decode_image
 from spear.types import Array
 
 

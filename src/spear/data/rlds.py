@@ -23,12 +23,12 @@ from PIL import Image
 
 from spear.data.actions import binarize_gripper, derive_actions
 from spear.data.episode import check_episode
-from spear.data.images import decode_image
 from spear.data.oxe import DatasetSpec, RotationFormat, column, find_spec
 from spear.data.tfds_features import unflatten
 from spear.data.tfrecord import OnBad, parse_example, read_records
 from spear.errors import SpearError, unknown_name
 from spear.geometry import euler_to_quat, quat_canonical, quat_multiply
+from spear.images import decode_image
 from spear.types import Array, Episode
 
 

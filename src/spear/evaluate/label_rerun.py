@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from spear.errors import SpearError
+from spear.images import decode_image
 from spear.labels.box3d import EDGES
 from spear.labels.draw import colors
-from spear.labels.pipeline import decode_image
 from spear.labels.protocols import PointMapResult
 from spear.types import LabeledImage
 

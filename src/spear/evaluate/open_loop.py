@@ -17,11 +17,11 @@ import torch
 
 from spear.data.actions import HORIZON, chunk, episode_actions, resample
 from spear.data.episode import EpisodeStore
-from spear.data.images import decode_image
 from spear.errors import SpearError
 from spear.evaluate.actors import mean_action
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
+from spear.images import decode_image
 from spear.types import Array, Episode, Policy
 
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from spear.evaluate.stats import Estimate, bootstrap, wilson
+from spear.images import decode_image
 from spear.labels.draw import draw_boxes
-from spear.labels.pipeline import decode_image
 from spear.labels.questions import FAMILIES, generate
 from spear.types import Array, LabeledImage, Pixel, Question
 

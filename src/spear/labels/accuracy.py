@@ -10,7 +10,7 @@ import numpy as np
 from spear.errors import SpearError
 from spear.labels import rle
 from spear.labels.box3d import box_from_vertices, iou, vertex_error
-from spear.types import Frame, LabeledImage
+from spear.types import Box3D, Frame, LabeledImage, LabeledObject
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,19 @@ class Accuracy:
         )
 
 
+def instance_of(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
+    """The instance of a frame with an instance map that the object's mask covers most; 0 when it covers none."""
+    assert frame.instances is not None
+    covered = frame.instances[rle.decode(o.mask, label.height, label.width)]
+    return int(np.bincount(covered[covered > 0], minlength=1).argmax())
+
+
+def box_errors(box: Box3D, true: Box3D) -> tuple[float, float, float]:
+    """Distance of the centres, mean distance of the vertices up to the box's symmetries, 3D IoU."""
+    center = float(np.linalg.norm(box.center - true.center))
+    return center, vertex_error(box.vertices, true.vertices), iou(box, true)
+
+
 def agreements(label: LabeledImage, frame: Frame) -> tuple[list[Agreement], int]:
     """Every labelled box against the true box of the instance that its mask covers most; and how many were
     missed.
@@ -63,20 +76,18 @@ def agreements(label: LabeledImage, frame: Frame) -> tuple[list[Agreement], int]
         )
     found: dict[int, Agreement] = {}
     for o in label.objects:
-        if o.box3d is None:
-            continue
-        covered = frame.instances[rle.decode(o.mask, label.height, label.width)]
-        instance = int(np.bincount(covered).argmax())
-        if instance not in frame.boxes:
+        instance = instance_of(o, label, frame)
+        if o.box3d is None or instance not in frame.boxes:
             continue
         true = box_from_vertices(frame.boxes[instance])
+        center, vertex, overlap = box_errors(o.box3d, true)
         found[instance] = Agreement(
             name=o.name,
             visible=float(o.scores.get("visible", 1.0)),
-            center=float(np.linalg.norm(o.box3d.center - true.center)),
-            vertex=vertex_error(o.box3d.vertices, true.vertices),
+            center=center,
+            vertex=vertex,
             ordered=float(np.linalg.norm(o.box3d.vertices - true.vertices, axis=1).mean()),
-            iou=iou(o.box3d, true),
+            iou=overlap,
         )
     present = set(np.unique(frame.instances).tolist()) & set(frame.boxes)
     return list(found.values()), len(present - set(found))

@@ -111,6 +111,7 @@ def fit_box(
     support: float | None = None,
     mode: Mode = "auto",
     margin: float = 0.0,
+    noise: float = 0.0,
 ) -> Box3D:
     """The oriented box of an object of which only the side that faces the camera is seen.
 
@@ -123,24 +124,29 @@ def fit_box(
             (smallest volume); "auto" is yaw for an object that stands on its support, full where no `up` is
             known, and otherwise full only where that box has less than half the volume.
         margin: how far the object reaches beyond its outermost points on each side.
+        noise: standard deviation of the points' depth, as a fraction of it. Noise pushes the outermost points
+            further out along their rays; the box is drawn in by as much as that direction has of each of its
+            axes, at most a fifth of its size.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
     if mode == "full" or up is None:
-        return _boxed(points, _smallest_volume(points), margin)
-    upright = _boxed(points, _upright(points, up), margin, support)
+        return _boxed(points, _smallest_volume(points), margin, noise)
+    upright = _boxed(points, _upright(points, up), margin, noise, support)
     if mode == "yaw" or support is not None:
         return upright
-    free = _boxed(points, _smallest_volume(points), margin)
+    free = _boxed(points, _smallest_volume(points), margin, noise)
     return free if np.prod(free.size) < 0.5 * np.prod(upright.size) else upright
 
 
-def _boxed(points: Array, axes: Array, margin: float, support: float | None = None) -> Box3D:
+def _boxed(points: Array, axes: Array, margin: float, noise: float, support: float | None = None) -> Box3D:
     """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given)."""
     along = points @ axes
     low, high = along.min(axis=0), along.max(axis=0)
+    pushed = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
+    low, high = low + pushed, high - pushed
     if support is not None:
         low[2] = min(support, high[2])
         near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
@@ -265,7 +271,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
     edge, face = np.nonzero((at >= 0) & (at <= 1))
     crossings = start[edge] + at[edge, face][:, None] * step[edge]
     candidates = np.concatenate([local, crossings])
-    tolerance = 1e-6 * float(half.max())
+    # Faces often lie in one plane (two boxes on one table), up to what float32 loses at their distance.
+    tolerance = 1e-6 * float(half.max() + np.abs(center).max())
     return candidates[(np.abs(candidates) <= half + tolerance).all(axis=1)] @ axes.T + center
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from spear.images import decode_image
 from spear.labels import rle
 from spear.labels.box3d import EDGES
 from spear.labels.camera import project
-from spear.labels.pipeline import decode_image
-from spear.labels.points import erode
+from spear.labels.masks import erode
 from spear.types import Array, LabeledImage
 
 

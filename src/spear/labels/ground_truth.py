@@ -8,9 +8,13 @@ import numpy as np
 from scipy import ndimage
 
 from spear.errors import SpearError
+from spear.labels.boxes2d import iou2d
 from spear.labels.camera import unproject
 from spear.labels.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
+
+GROUND_TRUTH = "ground-truth"
+"""The name of these components in a label's provenance."""
 
 
 def _missing(frame: Frame, what: str) -> SpearError:
@@ -36,7 +40,7 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
 class GroundTruthDetector:
     """Reads `frame.instances` and `frame.names`; drops those of fewer than `min_pixels` visible pixels."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def __init__(self, min_pixels: int = 12) -> None:
         self.min_pixels = min_pixels
@@ -59,7 +63,7 @@ class GroundTruthSegmenter:
     """The mask of the instance whose name is the detection's and whose tight box overlaps it most (IoU >
     0.5)."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool; empty where no instance matches."""
@@ -71,7 +75,7 @@ class GroundTruthSegmenter:
         masks = np.zeros((len(detections), *frame.instances.shape), bool)
         for mask, detection in zip(masks, detections, strict=True):
             candidates = {i: b for i, b in boxes.items() if frame.names[i] == detection.name}
-            overlaps = {i: _iou2d(box, detection.box2d) for i, box in candidates.items()}
+            overlaps = {i: float(iou2d(box, detection.box2d)) for i, box in candidates.items()}
             best = max(overlaps, key=overlaps.__getitem__, default=0)
             if best and overlaps[best] > 0.5:
                 mask[:] = frame.instances == best
@@ -81,7 +85,7 @@ class GroundTruthSegmenter:
 class GroundTruthPointMap:
     """Unprojects `frame.depth` (metres along z; 0, inf and NaN are unknown) by `frame.intrinsics`."""
 
-    name = "ground-truth"
+    name = GROUND_TRUTH
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The metric point map of each frame."""
@@ -93,11 +97,3 @@ class GroundTruthPointMap:
         known = np.isfinite(frame.depth) & (frame.depth > 0)
         points = unproject(np.where(known, frame.depth, 0), frame.intrinsics)
         return PointMapResult(points, known, np.asarray(frame.intrinsics), "metre")
-
-
-def _iou2d(a: Array, b: Array) -> float:
-    ax0, ay0, ax1, ay1 = a.tolist()
-    bx0, by0, bx1, by1 = b.tolist()
-    shared = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - shared
-    return shared / union if union > 0 else 0.0

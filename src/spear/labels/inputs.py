@@ -23,7 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.pipeline import Work, admit, decode_image, encode_jpeg
+from spear.images import encode_jpeg
+from spear.labels.images import load_image
+from spear.labels.pipeline import Work, admit
 from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos
 from spear.types import Array, Frame
 
@@ -234,7 +236,7 @@ def _contents(call: Callable[[], Iterator[Content]], count: int) -> list[Content
 def _work(key: str, content: Content, longest: int | None) -> Work:
     if isinstance(content, bytes):
         try:
-            content = decode_image(content)
+            content = load_image(content, key)
         except SpearError as error:
             content = error
     if isinstance(content, SpearError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from spear.labels import rle
 from spear.labels.box3d import Mode, fit_box, keypoints
-from spear.labels.points import Plane, erode, inliers, subsample
+from spear.labels.masks import erode, lift, snap
+from spear.labels.points import NEAR, Plane, inliers, subsample
 from spear.labels.protocols import Detection, PointMapResult
+from spear.labels.quality import planarity, stability
 from spear.types import Array, LabeledObject
 
-NEAR = 0.02
-"""Two points of neighbouring pixels belong to touching surfaces when they are nearer to each other than this
-fraction of their distance from the camera (our choice)."""
+MARGIN = 0.3
+"""Pixels that an object is taken to reach beyond the centres of its outermost ones: less than half of one, since
+the outermost of many is near the edge. Our choice, measured."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +25,39 @@ class BoxSettings:
     """How boxes are fitted (all our choice; the paper says only "outlier removal, oriented box").
 
     mode         see `box3d.fit_box`.
-    erosion      pixels taken off the border of a mask before its points are used, where estimated depth
-                 smears over the outline ("flying pixels"); the box is widened by as much again. 0 for exact
-                 depth.
-    min_points   objects with fewer clean points (or fewer than 4) get no box.
-    max_points   points kept per object.
+    band         how many pixels an estimated mask's outline may be off: pixels that near to it are decided
+                 anew by where they are in 3D (`masks.snap`). 0 for true masks.
+    erosion      how many pixels along the outline take their depth from further inside where they fly, because
+                 estimated depth smears over the outline (`masks.lift`). 0 for exact depth.
+                 Both are pixels of an image of up to 256; in larger ones they grow in proportion.
+    min_points   objects with fewer clean points (or fewer than 8) get no box.
+    max_points   points kept per object, up to half of them from its outline.
     deviations   outlier threshold, see `points.inliers`.
     """
 
     mode: Mode = "auto"
+    band: int = 0
     erosion: int = 0
     min_points: int = 12
-    max_points: int = 400
+    max_points: int = 600
     deviations: float = 3.0
 
 
+ESTIMATED = BoxSettings(band=1, erosion=1)
+"""For masks and depth from networks."""
+
+EDGE = 256
+"""The longer side of images, pixels, in which `BoxSettings` counts pixels as they are."""
+
+
 def label_object(
-    detection: Detection, mask: Array, pointmap: PointMapResult, plane: Plane | None, settings: BoxSettings
+    detection: Detection,
+    mask: Array,
+    pointmap: PointMapResult,
+    plane: Plane | None,
+    settings: BoxSettings,
+    taken: Array | None = None,
+    noise: float = 0.0,
 ) -> LabeledObject | None:
     """Lift one detection to 3D.
 
@@ -47,29 +66,42 @@ def label_object(
         mask: [h, w] bool, its pixels.
         pointmap: of the whole image.
         plane: the support plane of the image, None when none was found.
+        taken: [h, w] bool, the pixels of other objects, when known.
+        noise: of the depth, see `points.noise_level`.
 
     Returns:
         The object, with `box3d` None and no keypoints when too few points are left; None for an empty mask.
         Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
         its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the
-        edge.
+        edge. Of those with a box also: "planarity" and "stability", see `quality`.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return None
-    window = (slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2))
+    band, erosion = (_pixels(n, mask.shape) for n in (settings.band, settings.erosion))
+    room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
+    window = (
+        slice(max(rows[0] - room, 0), rows[-1] + 1 + room),
+        slice(max(columns[0] - room, 0), columns[-1] + 1 + room),
+    )
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
-    visible, edge, beside = _outline(mask, window, points, known)
-    cloud = subsample(points[erode(inside, settings.erosion) & known], settings.max_points)
-    cloud = cloud[inliers(cloud, deviations=settings.deviations)].astype(np.float64)
+    if band:
+        others = np.zeros_like(inside) if taken is None else taken[window] & ~inside
+        inside = snap(inside, points, known, others, plane, band, noise)
+        if not inside.any():
+            inside = mask[window]
+    visible, edge, beside = _outline(inside, window, mask.shape, points, known)
+    cloud = _cloud(inside & known, lift(inside & known, points, erosion, noise), settings)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     box, points3d = None, {}
-    if len(cloud) >= max(settings.min_points, 4):
+    if len(cloud) >= max(settings.min_points, 8):
         distance = float(np.median(cloud[:, 2]))
-        margin = (0.5 + settings.erosion) * distance / float(pointmap.intrinsics[0, 0])
+        margin = MARGIN * distance / float(pointmap.intrinsics[0, 0])
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
-        box = fit_box(cloud, up, support, settings.mode, margin)
+        fit = partial(fit_box, up=up, support=support, mode=settings.mode, margin=margin, noise=noise)
+        box = fit(cloud)
         points3d = keypoints(cloud, box)
+        scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
     return LabeledObject(
         name=detection.name,
         box2d=np.asarray(detection.box2d, np.float32),
@@ -80,16 +112,28 @@ def label_object(
     )
 
 
+def _pixels(count: int, shape: tuple[int, ...]) -> int:
+    """A number of pixels of `BoxSettings` in an image of `shape`."""
+    return round(count * max(1.0, max(shape) / EDGE))
+
+
+def _cloud(inside: Array, points: Array, settings: BoxSettings) -> Array:
+    """The clean points [n, 3] of a mask [h, w]. Its outline, which bounds the box, is kept more densely."""
+    inner = erode(inside, 1)
+    outline = subsample(points[inside & ~inner], settings.max_points // 2)
+    cloud = np.concatenate([outline, subsample(points[inner], settings.max_points - len(outline))])
+    return cloud[inliers(cloud, deviations=settings.deviations)].astype(np.float64)
+
+
 def _outline(
-    mask: Array, window: tuple[slice, slice], points: Array, known: Array
+    inside: Array, window: tuple[slice, slice], shape: tuple[int, ...], points: Array, known: Array
 ) -> tuple[float, float, Array]:
-    """Walk along the outline of a mask.
+    """Walk along the outline of a mask, given in a window of an image of `shape`.
 
     Returns:
         "visible" and "edge" as in `label_object`; the points [n, 3] just outside the outline that touch the
         object.
     """
-    inside = mask[window]
     total = occluded = 0
     beside = []
     for axis in (0, 1):
@@ -105,9 +149,12 @@ def _outline(
             gap = q - p
             touching = np.einsum("ij,ij->i", gap, gap) < limit * limit
             beside.append(q[touching])
-    cut = sum(int(np.count_nonzero(side)) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    cut = 0
+    for axis in (0, 1):
+        lines = np.count_nonzero(inside, axis=1 - axis)
+        cut += int(lines[0]) * (window[axis].start == 0) + int(lines[-1]) * (window[axis].stop >= shape[axis])
     total += cut
-    return 1.0 - (occluded + cut) / total, cut / total, np.concatenate(beside)
+    return float(1.0 - (occluded + cut) / total), float(cut / total), np.concatenate(beside)
 
 
 def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:

@@ -6,17 +6,17 @@ engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same function
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.objects import BoxSettings, label_object
-from spear.labels.points import support_plane
+from spear.images import encode_jpeg
+from spear.labels.ground_truth import GROUND_TRUTH
+from spear.labels.objects import ESTIMATED, BoxSettings, label_object
+from spear.labels.points import noise_level, support_plane
 from spear.labels.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.types import Array, Frame, LabeledImage
 
@@ -78,28 +78,12 @@ class Failures:
             )
 
 
-def encode_jpeg(image: Array, quality: int = 95) -> bytes:
-    """[h, w, 3] uint8 RGB -> JPEG bytes, colour at full resolution: small objects are told apart by it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
-
-
-def decode_image(data: bytes) -> Array:
-    """JPEG or PNG bytes -> [h, w, 3] uint8 RGB; `SpearError` when they are not a whole image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SpearError(f"image bytes: {error}: replace the image") from error
-
-
 def label(
     frames: Iterable[Frame],
     detector: Detector,
     segmenter: Segmenter,
     pointmap: PointMap,
-    settings: BoxSettings = BoxSettings(),  # noqa: B008 - frozen
+    settings: BoxSettings | None = None,
     failures: Failures | None = None,
     batch_size: int = 8,
 ) -> Iterator[LabeledImage]:
@@ -108,7 +92,8 @@ def label(
     Args:
         frames: images, with ground truth where the components read it.
         detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
-        settings: how boxes are fitted.
+        settings: how boxes are fitted; None for `BoxSettings()` where masks and depth are ground truth, and
+            `objects.ESTIMATED` otherwise.
         failures: filled with the images set aside; pass one to read it afterwards.
         batch_size: images per call of a model.
 
@@ -205,14 +190,22 @@ def _frames(works: Sequence[Work]) -> list[Frame]:
     return [work.frame for work in works if work.frame is not None]
 
 
-def lift(work: Work, settings: BoxSettings) -> LabeledImage:
-    """Fit the boxes of an image that has gone through all models."""
+def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
+    """Fit the boxes of an image that has gone through all models.
+
+    settings  None: `BoxSettings()` where masks and points are the ground truth, else `ESTIMATED`.
+    """
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, _finite(work.geometry)
+    if settings is None:
+        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
+        settings = BoxSettings() if exact else ESTIMATED
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-    plane = support_plane(geometry.points[geometry.mask & ~work.masks.any(axis=0)], up)
+    taken = np.asarray(work.masks.any(axis=0))
+    plane = support_plane(geometry.points[geometry.mask & ~taken], up)
+    noise = noise_level(geometry.points, geometry.mask)
     lifted = (
-        label_object(detection, mask, geometry, plane, settings)
+        label_object(detection, mask, geometry, plane, settings, taken, noise)
         for detection, mask in zip(work.detections, work.masks, strict=True)
     )
     height, width = frame.image.shape[:2]

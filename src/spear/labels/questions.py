@@ -8,66 +8,71 @@
     back_projection   8 pixels: where the vertices appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
 
-The objects asked about are those that a reader can tell apart and see: the only one of their name in the
-image, with a box, their centre inside the image and enough of their outline visible. Which of two is closer
-is not asked when their distances differ by less than 5 % (our choice).
+The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
+Which of two is closer is not asked when their distances differ by less than 5 % (`answers.NEAR_TIE`, our
+choice).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from math import sqrt
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
-from spear.labels.templates import EVERYDAY, POINTS, PROMPTS, with_article
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
+from spear.labels.answers import MAKERS, Maker, Scene, Segments, is_a, pick, pixels
+from spear.labels.answers_2d import MAKERS_2D
+from spear.labels.quality import BAR, QualityBar, failings
+from spear.labels.templates import EVERYDAY, POINTS, PROMPTS, UNITS, with_article
+from spear.types import LabeledImage, LabeledObject, Pixel, Question, Unit
 
-FAMILIES = ("box_vertices", "keypoint", "offset", "distance", "back_projection", "chain_of_thought")
-FAMILIES_2D = ("what_at", "where_2d", "centre_2d", "exists", "count", "which_side", "left_or_right", "list")
+FAMILIES = tuple(MAKERS)
+FAMILIES_2D = tuple(MAKERS_2D)
+_MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D}
 
-NEAR_TIE = 0.05
-"""Distances, or places as fractions of the image's width, closer than this are not compared."""
-
-MIN_VISIBLE = 0.6
-"""Objects less of whose outline is seen are not asked about (the "visible" score; our choice)."""
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """A label, its objects fit for 3D questions (`solid`) and for 2D ones (`flat`), and names it may lack."""
-
-    label: LabeledImage
-    solid: list[LabeledObject]
-    flat: list[LabeledObject]
-    absent: Sequence[str]
+MIN_VISIBLE_2D = 0.6
+"""Objects less of whose outline is seen are not asked about in 2D (our choice)."""
 
 
-T = TypeVar("T")
-Segments = list[str | float | Pixel]
-Answer = tuple[dict[str, str], Segments, tuple[str, ...]]
-"""What fills a template ({"x": name, …}), the answer, and the names asked about."""
+class Rounding(Protocol):
+    """What 3D tokens do to numbers: `spear.tokens.CoordinateTokenizer`, of which labels know no more."""
+
+    unit: Unit
+
+    def encode(self, values: Any) -> Any:
+        """Numbers to the ids of their bins."""
+        ...
+
+    def decode(self, ids: Any) -> Any:
+        """Ids of bins to the numbers that they stand for."""
+        ...
 
 
-def askable(label: LabeledImage, min_visible: float = MIN_VISIBLE) -> list[LabeledObject]:
+def why_not_asked(label: LabeledImage, bar: QualityBar = BAR) -> list[tuple[str, ...]]:
+    """For each object of a label, all that keeps 3D questions from asking about it; empty for a good one.
+
+    "ambiguous": its name also fits another object of the image. "no box". "outside": its centre is not in the
+    image. Or the names of the scores in which it fails the bar (`quality.failings`).
+    """
+    return [_reasons(o, label, bar) for o in label.objects]
+
+
+def _reasons(o: LabeledObject, label: LabeledImage, bar: QualityBar) -> tuple[str, ...]:
+    ambiguous = () if _alone(o, label) else ("ambiguous",)
+    if o.box3d is None:
+        return (*ambiguous, "no box")
+    outside = ("outside",) if pixels(o.box3d.center[None], label) == [None] else ()
+    return (*ambiguous, *outside, *failings(o.scores, bar))
+
+
+def _alone(o: LabeledObject, label: LabeledImage) -> bool:
+    return sum(is_a(other.name, o.name) for other in label.objects) == 1
+
+
+def askable(label: LabeledImage, bar: QualityBar = BAR) -> list[LabeledObject]:
     """The objects that 3D questions are asked about."""
-    return [o for o in _distinct(label, min_visible) if o.box3d is not None and _centred(o, label)]
-
-
-def _distinct(label: LabeledImage, min_visible: float) -> list[LabeledObject]:
-    counts = Counter(o.name for o in label.objects)
-    return [o for o in label.objects if counts[o.name] == 1 and o.scores.get("visible", 1.0) >= min_visible]
-
-
-def _centred(o: LabeledObject, label: LabeledImage) -> bool:
-    assert o.box3d is not None
-    (x,) = _pixels(o.box3d.center[None], label)
-    return x is not None
+    return [o for o in label.objects if not _reasons(o, label, bar)]
 
 
 def generate(
@@ -75,8 +80,9 @@ def generate(
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
     families: Sequence[str] = FAMILIES,
-    min_visible: float = MIN_VISIBLE,
+    bar: QualityBar = BAR,
     absent: Sequence[str] = EVERYDAY,
+    coordinates: Rounding | None = None,
 ) -> list[Question]:
     """Ask about an image.
 
@@ -85,15 +91,17 @@ def generate(
         rng: decides everything random here; the same state gives the same questions.
         pairs: fewest and most questions.
         families: of `FAMILIES` and `FAMILIES_2D`, drawn with equal chance.
-        min_visible: objects with a lower "visible" score are not asked about.
+        bar: objects under it are not asked about in 3D.
         absent: names that "exists" may ask about when the image does not show them.
+        coordinates: 3D tokens to whose numbers those of the answers are rounded; which of two is closer is not
+            asked when they make it a tie. None leaves the numbers as they are.
 
     Returns:
         Up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not allow
         more.
 
     Raises:
-        SpearError: an unknown family, or pairs that are not 1 <= fewest <= most.
+        SpearError: an unknown family, pairs that are not 1 <= fewest <= most, or 3D tokens of another unit.
     """
     fewest, most = pairs
     if not 1 <= fewest <= most:
@@ -101,27 +109,56 @@ def generate(
     for family in families:
         if family not in _MAKERS:
             raise unknown_name("question family", family, _MAKERS)
-    flat = _distinct(label, min_visible)
-    solid = [o for o in flat if o.box3d is not None and _centred(o, label)]
-    scene = _Scene(label, solid, flat, absent)
+    if coordinates is not None and coordinates.unit != label.unit:
+        raise SpearError(
+            f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: use tokens "
+            "fitted on labels of the same unit"
+        )
+    flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
+    scene = Scene(label, askable(label, bar), flat, absent)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
     questions: list[Question] = []
     seen = set()
     for _ in range(4 * wanted):
-        family = _pick(families, rng)
+        family = pick(families, rng)
         answer = _MAKERS[family](scene, rng)
         if answer is None:
             continue
         words, segments, objects = answer
+        if coordinates is not None:
+            segments = rounded(segments, coordinates)
+            if family == "chain_of_thought" and segments[1] == segments[3]:
+                continue
         key = (family, objects, tuple(segments))
         if key in seen:
             continue
         seen.add(key)
-        prompt = _pick(PROMPTS[family], rng).format_map(words)
+        prompt = pick(PROMPTS[family], rng).format_map(words)
+        if len(UNITS[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
+            prompt = pick(UNITS[label.unit], rng).format(prompt)
         questions.append(Question(family, prompt, segments, objects, label.unit))
         if len(questions) == wanted:
             break
     return questions
+
+
+def rounded(segments: Sequence[str | float | Pixel], coordinates: Rounding) -> Segments:
+    """An answer with its numbers as 3D tokens will say them."""
+    return [float(coordinates.decode(coordinates.encode(s))) if isinstance(s, float) else s for s in segments]
+
+
+def spoken(question: Question, coordinates: Rounding | None = None) -> str:
+    """The answer as a person reads it: numbers to three decimals with their unit, as 3D tokens will say them
+    when `coordinates` is given; points in threes; image locations as PaliGemma's tokens."""
+    segments = question.segments if coordinates is None else rounded(question.segments, coordinates)
+    unit = "m" if question.unit == "metre" else "units"
+    if any(isinstance(s, str) for s in segments) or len(question.values) == 1:
+        return "".join(f"{s:.3f} {unit}" if isinstance(s, float) else str(s) for s in segments)
+    if not question.values:
+        return " ".join(map(str, segments))
+    numbers = [f"{s:.3f}" for s in segments]
+    points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
+    return f"{' '.join(points)} {unit}"
 
 
 def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
@@ -138,196 +175,5 @@ def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
                         yield template.format_map({**words, "p": p})
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
+    yield from (wording.format("") for wordings in UNITS.values() for wording in wordings)
     yield from ("yes", "no", "left", "right", *map(str, range(10)))
-
-
-def _pick(items: Sequence[T], rng: np.random.Generator) -> T:
-    return items[int(rng.random() * len(items))]
-
-
-def _noun(name: str, rng: np.random.Generator) -> str:
-    return with_article(name, rng.random() < 0.8)
-
-
-def _distance(o: LabeledObject) -> float:
-    assert o.box3d is not None
-    x, y, z = o.box3d.center.tolist()
-    return sqrt(x * x + y * y + z * z)
-
-
-def _two(objects: Sequence[LabeledObject], rng: np.random.Generator) -> tuple[LabeledObject, LabeledObject]:
-    first = int(rng.random() * len(objects))
-    second = (first + 1 + int(rng.random() * (len(objects) - 1))) % len(objects)
-    return objects[first], objects[second]
-
-
-def _pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
-    """Where points [n, 3] appear; None outside the image or behind the camera."""
-    (fx, skew, cx), (_, fy, cy), _ = label.intrinsics.tolist()
-    pixels: list[Pixel | None] = []
-    for x, y, z in points.tolist():
-        u = (fx * x + skew * y + cx * z) / (z * label.width) if z > 0 else -1.0
-        v = (fy * y + cy * z) / (z * label.height) if z > 0 else -1.0
-        pixels.append(Pixel(u, v) if 0 <= u < 1 and 0 <= v < 1 else None)
-    return pixels
-
-
-def _box_vertices(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = _pick(scene.solid, rng)
-    assert o.box3d is not None
-    return {"x": _noun(o.name, rng)}, o.box3d.vertices.ravel().tolist(), (o.name,)
-
-
-def _keypoint(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = _pick(scene.solid, rng)
-    point = _pick(tuple(POINTS), rng)
-    return {"x": _noun(o.name, rng), "p": _pick(POINTS[point], rng)}, o.keypoints[point].tolist(), (o.name,)
-
-
-def _offset(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if len(scene.solid) < 2:
-        return None
-    a, b = _two(scene.solid, rng)
-    assert a.box3d is not None and b.box3d is not None
-    return _nouns(a, b, rng), (b.box3d.center - a.box3d.center).tolist(), (a.name, b.name)
-
-
-def _camera_distance(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = _pick(scene.solid, rng)
-    return {"x": _noun(o.name, rng)}, [_distance(o)], (o.name,)
-
-
-def _back_projection(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = _pick(scene.solid, rng)
-    assert o.box3d is not None
-    pixels = [pixel for pixel in _pixels(o.box3d.vertices, scene.label) if pixel is not None]
-    return ({"x": _noun(o.name, rng)}, [*pixels], (o.name,)) if len(pixels) == 8 else None
-
-
-def _chain_of_thought(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if len(scene.solid) < 2:
-        return None
-    for _ in range(4):  # a near-tie is no reason to ask about something else
-        a, b = _two(scene.solid, rng)
-        first, second = _distance(a), _distance(b)
-        if abs(first - second) >= NEAR_TIE * max(first, second):
-            closer = a.name if first < second else b.name
-            segments: Segments = [
-                f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"
-            ]  # fmt: skip
-            return _nouns(a, b, rng), segments, (a.name, b.name)
-    return None
-
-
-def _nouns(a: LabeledObject, b: LabeledObject, rng: np.random.Generator) -> dict[str, str]:
-    return {"x": _noun(a.name, rng), "y": _noun(b.name, rng)}
-
-
-def _fraction(value: float, size: int) -> float:
-    return min(max(value / size, 0.0), 1.0 - 1e-6)
-
-
-def _where_2d(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.flat:
-        return None
-    o = _pick(scene.flat, rng)
-    x0, y0, x1, y1 = o.box2d.tolist()
-    w, h = scene.label.width, scene.label.height
-    corners: Segments = [Pixel(_fraction(x0, w), _fraction(y0, h)), Pixel(_fraction(x1, w), _fraction(y1, h))]
-    return {"x": _noun(o.name, rng)}, corners, (o.name,)
-
-
-def _middle(o: LabeledObject, scene: _Scene) -> Pixel:
-    x0, y0, x1, y1 = o.box2d.tolist()
-    return Pixel(_fraction((x0 + x1) / 2, scene.label.width), _fraction((y0 + y1) / 2, scene.label.height))
-
-
-def _centre_2d(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.flat:
-        return None
-    o = _pick(scene.flat, rng)
-    return {"x": _noun(o.name, rng)}, [_middle(o, scene)], (o.name,)
-
-
-def _what_at(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    """Which object is at a point: somewhere in the middle half of its 2D box."""
-    if not scene.flat:
-        return None
-    o = _pick(scene.flat, rng)
-    x0, y0, x1, y1 = o.box2d.tolist()
-    u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
-    w, h = scene.label.width, scene.label.height
-    place = Pixel(_fraction(x0 + u * (x1 - x0), w), _fraction(y0 + v * (y1 - y0), h))
-    return {"p": str(place)}, [o.name], (o.name,)
-
-
-def _exists(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    shown = [o.name for o in scene.label.objects]
-    if shown and rng.random() < 0.5:
-        name, answer = _pick(shown, rng), "yes"
-    else:
-        name, answer = _pick(scene.absent, rng), "no"
-        if name in shown:
-            return None
-    return {"x": with_article(name, definite=False)}, [answer], (name,)
-
-
-def _count(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    shown = [o.name for o in scene.label.objects]
-    name = _pick(shown if shown and rng.random() < 0.8 else scene.absent, rng)
-    return {"x": name}, [str(shown.count(name))], (name,)
-
-
-def _which_side(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.flat:
-        return None
-    o = _pick(scene.flat, rng)
-    x = _middle(o, scene).x
-    if abs(x - 0.5) < NEAR_TIE:
-        return None
-    return {"x": _noun(o.name, rng)}, ["left" if x < 0.5 else "right"], (o.name,)
-
-
-def _left_or_right(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    if len(scene.flat) < 2:
-        return None
-    a, b = _two(scene.flat, rng)
-    gap = _middle(a, scene).x - _middle(b, scene).x
-    if abs(gap) < NEAR_TIE:
-        return None
-    return _nouns(a, b, rng), ["left" if gap < 0 else "right"], (a.name, b.name)
-
-
-def _list(scene: _Scene, rng: np.random.Generator) -> Answer | None:
-    objects = sorted(scene.label.objects, key=lambda o: _middle(o, scene).x)
-    places = [_middle(o, scene).x for o in objects]
-    if not objects or any(b - a < NEAR_TIE / 2 for a, b in pairwise(places)):
-        return None
-    names = tuple(o.name for o in objects)
-    return {}, [", ".join(names)], names
-
-
-_MAKERS: Mapping[str, Callable[[_Scene, np.random.Generator], Answer | None]] = {
-    "box_vertices": _box_vertices,
-    "keypoint": _keypoint,
-    "offset": _offset,
-    "distance": _camera_distance,
-    "back_projection": _back_projection,
-    "chain_of_thought": _chain_of_thought,
-    "what_at": _what_at,
-    "where_2d": _where_2d,
-    "centre_2d": _centre_2d,
-    "exists": _exists,
-    "count": _count,
-    "which_side": _which_side,
-    "left_or_right": _left_or_right,
-    "list": _list,
-}

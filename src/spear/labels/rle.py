@@ -38,3 +38,42 @@ def decode(runs: Sequence[int] | Array, height: int, width: int) -> Array:
         )
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return flat.reshape((height, width), order="F")
+
+
+def to_string(runs: Sequence[int]) -> str:
+    """Run lengths as COCO's compressed string.
+
+    From the third on, each run is stored as its difference from the one two before it; each number as groups of
+    five bits, lowest first, the sixth bit set while more groups follow, plus 48 to make it printable.
+    """
+    text = []
+    for i, run in enumerate(runs):
+        value = run - runs[i - 2] if i > 2 else run
+        more = True
+        while more:
+            group = value & 31
+            value >>= 5
+            more = value != (-1 if group & 16 else 0)
+            text.append(chr(group + 32 * more + 48))
+    return "".join(text)
+
+
+def from_string(text: str | bytes) -> list[int]:
+    """The inverse of `to_string`; `SpearError` for a string that is none."""
+    data = text.encode("latin-1", "replace") if isinstance(text, str) else text
+    runs: list[int] = []
+    value = shift = 0
+    for code in data:
+        if not 48 <= code < 112:
+            raise SpearError(f"compressed mask: {chr(code)!r} is not part of one: give COCO run lengths")
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if code - 48 & 32:
+            continue
+        if code - 48 & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise SpearError("compressed mask: it ends in the middle of a number: give the whole string")
+    return runs

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spear.types import Unit
+
 PROMPTS: Mapping[str, tuple[str, ...]] = {
     "box_vertices": (
         "Provide the 3D bounding box coordinates of {x}",
@@ -122,6 +124,20 @@ POINTS: Mapping[str, tuple[str, ...]] = {
     "furthest": ("furthest", "farthest"),
     "centre": ("centre", "center"),
 }
+
+UNITS: Mapping[Unit, tuple[str, ...]] = {
+    "metre": ("{}",),
+    "relative": (
+        "{} (in relative units)",
+        "{} (relative scale)",
+        "{} (answer in relative units)",
+        "In relative units: {}",
+        "The scale of the image is unknown: {}",
+        "Up to scale: {}",
+    ),
+}
+"""How a question whose answer has numbers says their unit: {} is the question. Metres go without saying, as in the
+published wordings; numbers without a known scale never do."""
 
 EVERYDAY: tuple[str, ...] = (
     "apple", "banana", "basket", "bottle", "bowl", "box", "brush", "can", "carrot", "cube", "cup", "eggplant",

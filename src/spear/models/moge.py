@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,15 +32,26 @@ class MogeEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features of uint8 images, normalised here with ImageNet's statistics."""
-        backbone = self.backbone
-        hidden = backbone.embeddings(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
-        features = []
-        layers = backbone.encoder.layer
-        for index, layer in enumerate(layers):
+        return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
+        count = len(self.backbone.encoder.layer)
+        tokens = self.layers(images, range(count - LAST_LAYERS, count))
+        return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
+
+    def layers(self, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+        """What the layers of these indices (from 0, rising) say, each after the final LayerNorm.
+
+        images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
+        """
+        hidden = self.backbone.embeddings(images)
+        found = []
+        for index, layer in enumerate(self.backbone.encoder.layer):
             hidden = layer(hidden)
-            if index >= len(layers) - LAST_LAYERS:
-                features.append(backbone.layernorm(hidden)[:, 1:])
-        return torch.cat(features, dim=-1)
+            if index in indices:
+                found.append(self.backbone.layernorm(hidden))
+        return found
 
 
 class MogeDepthConfig(PreTrainedConfig):

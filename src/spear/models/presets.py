@@ -148,6 +148,7 @@ PRESETS: dict[str, Preset] = {
                 "num_attention_heads": 16,
                 "patch_size": 14,
                 "image_size": 518,
+                "position_offset": 0.1,  # as MoGe's weights were trained
             },
             text={
                 "hidden_size": 2048,

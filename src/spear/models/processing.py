@@ -116,7 +116,16 @@ class Processor:
         return self._pad([self._prompt(text) for text in texts])
 
     def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Prompts with their answers: also token_type_ids (1 on the answer) and labels."""
+        """Prompts with their answers: also token_type_ids (1 on the answer) and labels.
+
+        Raises `SpearError` for numbers in another unit than the 3D tokens'.
+        """
+        for question in questions:
+            if question.unit != self.coordinates.unit and question.values:
+                raise SpearError(
+                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the 3D tokens in "
+                    f"{self.coordinates.unit!r}: use tokens fitted on labels of the same unit"
+                )
         prompts = [self._prompt(question.prompt) for question in questions]
         answers = [
             [*self.answer_ids(question.segments), self.tokenizer.eos_token_id] for question in questions

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from spear.errors import SpearError
 
@@ -27,6 +28,14 @@ def normalize_pixels(
         1, 3, 1, 1
     )
     return pixels * scale - shift
+
+
+def standardize(
+    images: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> torch.Tensor:
+    """Images [B, 3, h, w] in 0 … 1 -> (image − mean) / std per channel."""
+    middle, spread = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images - middle) / spread
 
 
 class ConvStem(nn.Module):
@@ -107,11 +116,37 @@ class SiglipEncoder(SiglipVisionModel):
             super()._init_weights(module)
 
 
+class OffsetEmbeddings(Dinov2Embeddings):
+    """DINOv2's embeddings, with position embeddings resampled as DINOv2's own code does it, and so MoGe's.
+
+    A grid of n patches is read off the learned one of m with the scale (n + `config.position_offset`) / m,
+    not n / m as Transformers does: the positions differ by up to a patch, and trained weights notice.
+    """
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """[1, 1 + patches, width] for an image of height × width pixels, the class token's first."""
+        table = self.position_embeddings
+        side, patch = math.isqrt(table.shape[1] - 1), self.patch_size
+        assert isinstance(patch, int)
+        rows, columns = height // patch, width // patch
+        if rows == columns == side:
+            return table
+        offset = self.config.position_offset
+        grid = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
+        scale = ((rows + offset) / side, (columns + offset) / side)
+        grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
 class DinoEncoder(Dinov2Model):
-    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv"."""
+    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv" and `OffsetEmbeddings` where
+    `config.position_offset` is not zero (DINOv2's own code has 0.1)."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
+        if getattr(config, "position_offset", 0.0):
+            self.embeddings = OffsetEmbeddings(config)
+            self.post_init()
         if getattr(config, "stem", "patch") == "conv":
             stem = ConvStem(config.hidden_size, config.patch_size)  # type: ignore[arg-type]
             self.embeddings.patch_embeddings.projection = stem  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spear.data.images import decode_image
+from spear.images import decode_image
 from spear.labels.depth import DepthImages
 from spear.models.moge import MogeForRelativeDepth
 from spear.train.optimize import Batch

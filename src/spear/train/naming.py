@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spear.data.images import JITTER_DRAWS, decode_image, jitter
+from spear.data.images import JITTER_DRAWS, jitter
+from spear.images import decode_image
 from spear.labels import rle
 from spear.labels.store import read
 from spear.models.naming import CELLS, PatchNaming

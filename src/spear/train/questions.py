@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spear.data.images import JITTER_DRAWS, decode_image, jitter
+from spear.data.images import JITTER_DRAWS, jitter
 from spear.errors import SpearError
+from spear.images import decode_image
 from spear.labels.questions import generate
 from spear.labels.store import read
 from spear.models.processing import Processor

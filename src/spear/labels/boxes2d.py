@@ -1,0 +1,41 @@
+"""Boxes in images: x0, y0, x1, y1 in pixels, the upper ends exclusive."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spear.types import Array
+
+
+def iou2d(a: Array, b: Array) -> Array:
+    """Intersection over union of boxes [..., 4] with boxes [..., 4]: [...], 0 where both are empty."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.prod(np.maximum(sides, 0), axis=-1)
+    union = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def tight_box(mask: Array) -> Array:
+    """The box [4] float32 around the pixels of a mask [h, w]; zeros when there are none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return np.zeros(4, np.float32)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+
+
+def clip(boxes: Array, height: int, width: int) -> Array:
+    """The part of each box [n, 4] inside an image, [n, 4] float32."""
+    return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+
+
+def suppress(boxes: Array, scores: Array, overlap: float) -> Array:
+    """Non-maximum suppression: the numbers [k] of the boxes [n, 4] to keep, best score [n] first.
+
+    A box goes when one that is kept overlaps it by more than this IoU. Of equal scores the earlier stays.
+    """
+    kept: list[int] = []
+    for i in np.argsort(-np.asarray(scores), kind="stable").tolist():
+        if not kept or float(iou2d(boxes[kept], boxes[i]).max()) <= overlap:
+            kept.append(i)
+    return np.array(kept, np.intp)
