@@ -73,7 +73,8 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
     assert "not a readable image" in rejected["00003"]
     assert rejected["00005"] == "request refused" and rejected["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
-    assert "18 images with 18 objects, 18 of them with an oriented 3D box. 3 images were set aside" in card
+    assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
+    assert "3 images were set aside (`rejected.parquet`)" in card
     assert "| block | 18 |" in card and "| no object was found | 1 |" in card
     assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
 

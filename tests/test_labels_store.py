@@ -1,5 +1,6 @@
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_round_trip_in_order_and_at_random(labels: list[LabeledImage], tmp_path:
     with pytest.raises(IndexError):
         store[23]
     assert_same(labels[4], pickle.loads(pickle.dumps(store))[4])
+
+
+def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_path: Path) -> None:
+    write_shards(labels, tmp_path)
+    for a, b in zip(labels, read(tmp_path, pixels=False), strict=True):
+        assert b.image == b"" and all(len(o.mask) == 0 for o in b.objects)
+        masked = [replace(o, mask=a.objects[i].mask) for i, o in enumerate(b.objects)]
+        assert_same(a, replace(b, image=a.image, objects=masked))
 
 
 def test_an_interrupted_writer_leaves_whole_shards_only(labels: list[LabeledImage], tmp_path: Path) -> None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from spear.errors import SpearError
 from spear.evaluate.page import Section, data_uri, page, paragraph, table
-from spear.labels.card import Summary, summarize
+from spear.labels.card import rejects
 from spear.labels.draw import draw_label
 from spear.labels.parquet import write_text
-from spear.labels.question_store import ask, read_questions, words
-from spear.labels.questions import askable
+from spear.labels.question_store import ask, read_questions
+from spear.labels.questions import spoken, why_not_asked
+from spear.labels.statistics import Histogram, Statistics, statistics, token_use
 from spear.labels.store import LabelStore, read
 from spear.tokens import CoordinateTokenizer
-from spear.types import Array, LabeledImage, Question
+from spear.types import LabeledImage, Question
 
 WIDTH = 640
 """Pixels across of a picture on the sheet, at least."""
@@ -46,28 +48,34 @@ def label_page(
         out: HTML file, written whole or not at all.
         tokenizer: 3D tokens whose use is counted; None fits them to the answers about every other image and
             counts in those about the rest.
+
+    Raises:
+        SpearError: no labels there, labels of several units, or 3D tokens of another unit.
     """
-    found = summarize(folder)
+    found = statistics(read(folder, pixels=False))
+    if tokenizer is not None and tokenizer.unit != found.unit:
+        raise SpearError(
+            f"{folder}: labels in unit {found.unit!r}, 3D tokens in {tokenizer.unit!r}: give another model, or none"
+        )
     questions = _questions(folder)
-    families = Counter(q.family for asked in questions.values() for q in asked)
+    asked = Counter(q.family for some in questions.values() for q in some)
+    rejected = rejects(folder)
     cards = [_card(label, questions[label.source]) for label in shown]
     sections = [
         Section("Contact sheet", f'<div class="grid wide">{"".join(cards)}</div>'),
         Section("Objects", _objects(found)),
-        Section("Questions", _asked(questions, families, tokenizer)),
+        Section("Questions", _asked(questions, asked, tokenizer)),
     ]
-    if found.rejected:
-        rows = [[reason, f"{count:,}"] for reason, count in found.rejected.most_common()]
-        sections.append(Section("Set aside", table(["because", "images"], rows)))
-    aside = sum(found.rejected.values())
+    if rejected:
+        sections.append(Section("Set aside", _counts("because", "images", rejected.most_common())))
     facts = [
         (f"{found.images:,}", "labelled images"),
-        (f"{found.objects:,}", f"objects, {found.boxed:,} with a 3D box"),
-        (f"{sum(families.values()):,}", "questions"),
-        (f"{aside:,}", "images set aside"),
+        (f"{found.objects:,}", f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about"),
+        (f"{asked.total():,}", "questions"),
+        (f"{rejected.total():,}", "images set aside"),
     ]
-    models = ", ".join(sorted(found.models))
-    write_text(out, page(f"3D labels: {folder.resolve().name}", paragraph(models), facts, sections))
+    lead = paragraph(", ".join(found.provenance))
+    write_text(out, page(f"3D labels: {folder.resolve().name}", lead, facts, sections))
 
 
 def _questions(folder: Path) -> Asked:
@@ -75,7 +83,7 @@ def _questions(folder: Path) -> Asked:
     for source, question in read_questions(folder):
         questions[source].append(question)
     if not questions:
-        for label in read(folder, images=False):
+        for label in read(folder, pixels=False):
             questions[label.source] = ask(label, seed=0)
     return questions
 
@@ -86,9 +94,9 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(draw_label(label, scale, masks=True)).save(buffer, "JPEG", quality=85)
     source = data_uri(buffer.getvalue(), "image/jpeg")
-    fit = {o.name for o in askable(label)}
-    left_out = sorted({o.name for o in label.objects} - fit)
-    asked = "".join(f"<dt>{escape(q.prompt)}</dt><dd>{escape(_short(words(q)))}</dd>" for q in questions)
+    why = zip(label.objects, why_not_asked(label), strict=True)
+    left_out = [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons]
+    asked = "".join(f"<dt>{escape(q.prompt)}</dt><dd>{escape(_short(spoken(q)))}</dd>" for q in questions)
     aside = f"<p>not asked about: {escape(', '.join(left_out))}</p>" if left_out else ""
     name = escape(label.source)
     return (
@@ -101,24 +109,33 @@ def _short(answer: str, most: int = 150) -> str:
     return answer if len(answer) <= most else f"{answer[:most].rsplit(' ', 1)[0]} …"
 
 
-def _objects(found: Summary) -> str:
-    unit = "m" if set(found.units) == {"metre"} else "the label's unit"
-    names = [[name, f"{count:,}"] for name, count in found.names.most_common(20)]
-    distances = np.array(found.distances)
-    chart = ""
-    if len(distances):
-        counts, edges = np.histogram(distances, bins=40, range=(0.0, float(np.quantile(distances, 0.99))))
-        chart = f"<h3>Distance from the camera to the box's centre, {unit} (99 % of all)</h3>" + bars(
-            counts, f"{edges[0]:.2g}", f"{edges[-1]:.2g}"
-        )
-    return f"{chart}<h3>Names</h3>{table(['object', 'count'], names)}"
+def _objects(found: Statistics) -> str:
+    unit = "m" if found.unit == "metre" else "the image's own unit"
+    charts = [
+        ("Distance from the camera to the box's centre", found.distance, unit),
+        ("Longest side of the box", found.size, unit),
+        *((f"Score: {name}", spread, "") for name, spread in found.scores.items()),
+    ]
+    figures = [_chart(title, spread, unit) for title, spread, unit in charts if spread is not None]
+    return (
+        f'<div class="grid">{"".join(figures)}</div>'
+        f"<h3>Names</h3>{_counts('object', 'count', list(found.names.items())[:20])}"
+        f"<h3>Not asked about</h3>{_counts('because', 'objects', found.reasons.items())}"
+    )
+
+
+def _chart(title: str, spread: Histogram, unit: str) -> str:
+    low, high = f"{spread.edges[0]:.2g}", f"{spread.edges[-1]:.2g} {unit}"
+    return f"<div><h3>{escape(title)}</h3>{bars(spread.counts, low, high)}</div>"
+
+
+def _counts(what: str, count: str, rows: Iterable[tuple[str, int]]) -> str:
+    return table([what, count], [[name, f"{number:,}"] for name, number in rows])
 
 
 def _asked(questions: Asked, families: Counter[str], tokenizer: CoordinateTokenizer | None) -> str:
     names = Counter(name for asked in questions.values() for q in asked for name in q.objects)
-    body = table(
-        ["family", "questions"], [[f.replace("_", " "), f"{n:,}"] for f, n in families.most_common()]
-    )
+    body = _counts("family", "questions", ((f.replace("_", " "), n) for f, n in families.most_common()))
     if names:
         most, least = names.most_common(1)[0], names.most_common()[-1]
         body += paragraph(
@@ -127,45 +144,35 @@ def _asked(questions: Asked, families: Counter[str], tokenizer: CoordinateTokeni
             soft=True,
         )
     values = [[v for q in asked for v in q.values] for asked in questions.values()]
-    counted, how = _token_counts(values, tokenizer)
-    if counted is None:
-        return body
-    use = counted.reshape(SHOWN_BINS, -1).sum(axis=1)
-    unused = int((counted == 0).sum())
+    how = "The tokens are those of the given model."
+    if tokenizer is None:
+        how = "The tokens are fitted to every other image, and counted in the rest."
+        fitted = [v for image in values[::2] for v in image]
+        if len(set(fitted)) < 2:
+            return body
+        tokenizer = CoordinateTokenizer.fit(fitted)
+        values = values[1::2]
+    use = token_use([v for image in values for v in image], tokenizer)
+    grouped = np.array(use.counts).reshape(SHOWN_BINS, -1).sum(axis=1).tolist()
     return (
-        f"{body}<h3>Use of the {len(counted)} 3D tokens</h3>"
-        + bars(use, "lowest", "highest")
-        + paragraph(f"{counted.sum():,} numbers; {unused} tokens are never used. {how}", soft=True)
+        f"{body}<h3>Use of the {tokenizer.bins:,} 3D tokens</h3>"
+        + bars(grouped, "lowest", "highest")
+        + paragraph(
+            f"{sum(use.counts):,} numbers; {use.unused:,} tokens are never used, {use.outside:,} numbers lie "
+            f"outside; evenness {use.evenness:.2f} (1: all are used alike). {how}",
+            soft=True,
+        )
     )
 
 
-def _token_counts(
-    values: Sequence[Sequence[float]], tokenizer: CoordinateTokenizer | None
-) -> tuple[Array | None, str]:
-    """How often each 3D token is used, and whose tokens they are; None when there are too few numbers."""
-    if tokenizer is not None:
-        numbers = [v for image in values for v in image]
-        how = "The tokens are those of the given model."
-    else:
-        fitted = [v for image in values[::2] for v in image]
-        numbers = [v for image in values[1::2] for v in image]
-        how = "The tokens are fitted to every other image, and counted in the rest."
-        if len(set(fitted)) < 2:
-            return None, how
-        tokenizer = CoordinateTokenizer.fit(fitted)
-    if not numbers:
-        return None, how
-    return np.bincount(tokenizer.encode(np.array(numbers)), minlength=tokenizer.bins), how
-
-
-def bars(counts: Array, low: str, high: str) -> str:
+def bars(counts: Sequence[int], low: str, high: str) -> str:
     """A histogram as an SVG that grows with the page, its ends named."""
-    most = max(int(counts.max()), 1)
+    most = max(*counts, 1)
     width = 640 / len(counts)
     shapes = "".join(
         f'<rect x="{i * width:.1f}" y="{100 - 100 * n / most:.1f}" width="{0.85 * width:.1f}" '
         f'height="{100 * n / most:.1f}"><title>{n:,}</title></rect>'
-        for i, n in enumerate(counts.tolist())
+        for i, n in enumerate(counts)
     )
     return (
         '<svg viewBox="0 0 640 120" style="width:100%;max-width:760px;display:block" fill="var(--accent)">'

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from spear.errors import SpearError
 from spear.labels.card import write_card
 from spear.labels.parquet import ParquetWriter
-from spear.labels.questions import FAMILIES, generate
+from spear.labels.questions import FAMILIES, generate, spoken
 from spear.labels.store import QUESTIONS, read
 from spear.types import LabeledImage, Pixel, Question
 
@@ -61,7 +61,7 @@ def write_questions(
     counts: Counter[str] = Counter()
     images = 0
     with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer:
-        labels = read(folder, images=False)
+        labels = read(folder, pixels=False)
         while some := list(islice(labels, 256)):
             images += len(some)
             asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
@@ -89,34 +89,13 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
         raise SpearError(f"{path}: broken ({error}): write it again with `spear questions`") from error
 
 
-def words(question: Question) -> str:
-    """The answer for people: points as (x, y, z), lengths to a thousandth, image locations as fractions of the
-    width and height."""
-    unit = " m" if question.unit == "metre" else ""
-    said = []
-    for kind, group in groupby(question.segments, key=type):
-        run = list(group)
-        if kind is float and len(run) % 3 == 0:
-            points = zip(*[iter(f"{v:.3f}" for v in run)] * 3, strict=True)
-            said += [f"({', '.join(point)}){unit}" for point in points]
-        else:
-            said += [_word(segment, unit) for segment in run]
-    return " ".join(said)
-
-
-def _word(segment: str | float | Pixel, unit: str) -> str:
-    if isinstance(segment, Pixel):
-        return f"({segment.x:.3f}, {segment.y:.3f})"
-    return f"{segment:.3f}{unit}" if isinstance(segment, float) else segment.strip()
-
-
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
     return {
         "source": source,
         "family": question.family,
         "prompt": question.prompt,
-        "answer": words(question),
+        "answer": spoken(question),
         "segments": json.dumps(segments),
         "objects": list(question.objects),
         "unit": question.unit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -136,10 +137,8 @@ def statistics(
     names: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     provenance: Counter[str] = Counter()
-    distances: list[float] = []
-    sizes: list[float] = []
-    values: list[float] = []
-    scores: dict[str, list[float]] = {name: [] for name in SCORES}
+    distances, sizes, values = (array("d") for _ in range(3))  # a list would take four times the memory
+    scores = {name: array("d") for name in SCORES}
     asked = _Asked(families)
     unit: Unit | None = None
     for index, label in enumerate(labels):
@@ -167,7 +166,7 @@ def statistics(
         asked.add(generate(label, np.random.default_rng((seed, index)), pairs, families, bar))
         if coordinates is not None:
             rng = np.random.default_rng((seed, 1, index))
-            values += [v for q in generate(label, rng, TOKEN_PAIRS, families, bar) for v in q.values]
+            values.extend(v for q in generate(label, rng, TOKEN_PAIRS, families, bar) for v in q.values)
     return Statistics(
         images=totals["images"],
         objects=totals["objects"],

@@ -55,6 +55,11 @@ SCHEMA = pa.schema(
 """Matrices are stored row by row; scores and provenance as JSON."""
 
 
+_WITHOUT_PIXELS = [name for name in SCHEMA.names if name not in ("image", "objects")] + [
+    f"objects.list.element.{field.name}" for field in _OBJECT if field.name != "mask"
+]
+
+
 def write_shards(labels: Iterable[LabeledImage], out_dir: str | Path, shard_size: int = 1024) -> list[Path]:
     """Write labels to `out_dir`/labels-00000.parquet, … of `shard_size` images each (zstd).
 
@@ -85,10 +90,10 @@ def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(label) for label in labels], SCHEMA)
 
 
-def read(path: str | Path, images: bool = True) -> Iterator[LabeledImage]:
+def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
 
-    images  False leaves the images empty, which is quicker.
+    pixels  False leaves images and masks empty, which is quicker.
 
     Raises:
         SpearError: no shard there, or a broken one.
@@ -96,7 +101,7 @@ def read(path: str | Path, images: bool = True) -> Iterator[LabeledImage]:
     for shard in shards_in(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
-            yield from map(_from_row, _read_group(file, group, shard, images).to_pylist())
+            yield from map(_from_row, _read_group(file, group, shard, pixels).to_pylist())
 
 
 class LabelStore:
@@ -182,8 +187,8 @@ def _open(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_group(file: pq.ParquetFile, group: int, path: Path, images: bool = True) -> pa.Table:
-    columns = SCHEMA.names if images else [name for name in SCHEMA.names if name != "image"]
+def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = True) -> pa.Table:
+    columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
     try:
         return file.read_row_group(group, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
@@ -238,7 +243,7 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
     return LabeledObject(
         name=row["name"],
         box2d=np.array(row["box2d"], np.float32),
-        mask=row["mask"],
+        mask=row.get("mask", ()),
         box3d=box
         and Box3D(
             vertices=np.array(box["vertices"], np.float32).reshape(8, 3),
