@@ -12,7 +12,7 @@ from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models import decode, losses
 from spear.models.mask import positions, prefix_lm_mask
-from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
+from spear.models.moge import MogeDepthConfig, MogeForDepth
 from spear.models.presets import PRESETS, preset, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 
@@ -215,7 +215,7 @@ def test_unknown_views_and_wrong_images_are_refused() -> None:
 def test_depth_model_learns_and_ignores_unknown_pixels() -> None:
     torch.manual_seed(0)
     config = MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4)
-    model = MogeForRelativeDepth(config)
+    model = MogeForDepth(config)
     image = pixels(4)["external"]
     depth = 0.5 + image[:, 0].float() / 255
     depth[:, :4, :8] = math.inf

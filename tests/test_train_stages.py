@@ -95,9 +95,9 @@ def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> 
     assert torch.equal(before[embeddings][:first], after[embeddings][:first])
     assert not torch.equal(before[embeddings][first:], after[embeddings][first:])
     encoder = {n for n in after if n.startswith("moge.")}
-    from spear.models.moge import MogeForRelativeDepth
+    from spear.models.moge import MogeForDepth
 
-    trained = dict(weights.load(MogeForRelativeDepth, walked.folders["nano-depth"]).named_parameters())
+    trained = dict(weights.load(MogeForDepth, walked.folders["nano-depth"]).named_parameters())
     assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
 
 

@@ -194,7 +194,8 @@ def loss(
 
     For clean predictions the same among actions, because velocity errors grow without bound as τ → 1 (our
     choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q + q̂‖),
-    half the angle, whose gradient does not fade for small rotations, as that of the others does.
+    half the angle, whose gradient does not fade for small rotations, as that of the others does; but what it says of
+    several possible truths is their median, and in data where most steps do not turn that is not to turn.
     "linear" has the velocities' formulas in R⁴ for both.
 
     The paper sums over the chunk; we average over its valid steps: mask [..., H] bool, None is all.

@@ -1,7 +1,7 @@
 """Simulator scenes → 3D-labelled images: the labeller at work, with the simulator's truth as its models.
 
-Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and `depth/` (images with metric
-depth, for pretraining the encoder).
+Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and the same two under `depth/` (images
+with metric depth, for pretraining the encoder).
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
         return count
     renderer = Renderer()
     worlds: dict[int, Any] = {}
-    depth: list[tuple[bytes, Array]] = []
     for view, size in sizes.items():
         maps: list[Array] = []
 
@@ -94,13 +93,12 @@ def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
                 yield frame
 
         labels = list(label_frames(frames()))
+        depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
+        write_depth(depth, Path(out) / "depth" / view / f"depth-{index:05d}.parquet")
         part = Path(out) / view / f".part-{index:05d}"
         shutil.rmtree(part, ignore_errors=True)
         (path,) = write_shards(labels, part, shard_size=count)
         path.replace(Path(out) / view / f"labels-{index:05d}.parquet")
         part.rmdir()
-        if view == "external":
-            depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
-    write_depth(depth, Path(out) / "depth" / f"depth-{index:05d}.parquet")
     renderer.close()
     return count

@@ -67,7 +67,7 @@ class MogeDepthConfig(PreTrainedConfig):
 
 @dataclass
 class DepthOutput(ModelOutput):
-    """loss: mean absolute error of log depth up to one scale per image.
+    """loss: mean absolute error of log depth up to one scale per image, plus that of the scale's logarithm.
 
     log_depth  [B, rows·cells, columns·cells].
     """
@@ -76,9 +76,9 @@ class DepthOutput(ModelOutput):
     log_depth: torch.Tensor | None = None
 
 
-class MogeForRelativeDepth(PreTrainedModel):
-    """Depth from one image, to pretrain a small `MogeEncoder` where MoGe's own weights do not fit (our
-    choice).
+class MogeForDepth(PreTrainedModel):
+    """Metric depth from one image, to pretrain a small `MogeEncoder` where MoGe's own weights do not fit (our
+    choice). As in MoGe-2, shape and scale are two losses: most of depth is shape.
 
     A single linear head on the encoder's features, so that what depth needs is learned by the encoder.
     """
@@ -119,9 +119,10 @@ class MogeForRelativeDepth(PreTrainedModel):
             seen = (count > 0).float()
             error = log_depth - target
             shift = (error * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
-            loss = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
+            shape = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
+            loss = shape + shift.abs().mean()
         return DepthOutput(loss=loss, log_depth=log_depth)
 
 
 AutoConfig.register(MogeDepthConfig.model_type, MogeDepthConfig, exist_ok=True)
-AutoModel.register(MogeDepthConfig, MogeForRelativeDepth, exist_ok=True)
+AutoModel.register(MogeDepthConfig, MogeForDepth, exist_ok=True)

@@ -1,8 +1,8 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
-At random moments the arm is pushed off course for a step or two, or drops what it holds. Those steps are part
-of the episode (the pictures and poses are real) but masked: they are never a training target. What follows
-shows how to recover.
+At random moments the arm is pushed off course for a step or two, drops what it holds, or closes its gripper on
+nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses are real)
+but masked: they are never a training target. What follows shows how to recover.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from spear.sim.render import Renderer, Size
 from spear.types import Episode
 
 JPEG_QUALITY = 95
+MISSED = 5
+"""Longest time that a missed grasp goes unnoticed, steps."""
+_LIFT = 0.03
+"""How far a missed grasp is lifted per step, m."""
 _EXTRA_STEPS = 20
 """Disturbed episodes may take this much longer than an evaluation."""
 
@@ -34,12 +38,15 @@ class Disturbance:
     start        chance per step that a push begins; it lasts one or two steps.
     translation  standard deviation of a pushed step, m; rotation the same, rad.
     drop         chance that a push while holding the object opens the gripper instead.
+    miss         chance that a push while holding nothing closes the gripper and lifts it, for up to `MISSED` steps:
+                 what a policy does that has missed its grasp and has not noticed.
     """
 
     start: float = 0.10
     translation: float = 0.03
     rotation: float = math.radians(12)
     drop: float = 0.15
+    miss: float = 0.3
 
 
 def record(
@@ -76,14 +83,16 @@ def record_episode(
     rng = np.random.default_rng([seed, 1])
     images: dict[str, list[bytes]] = {"external": [], "wrist": []}
     states, actions, mask = [], [], []
-    pushed, limit = 0, MAX_STEPS + (_EXTRA_STEPS if disturbance else 0)
+    pushed, missed, limit = 0, False, MAX_STEPS + (_EXTRA_STEPS if disturbance else 0)
     while env.steps < limit and not info["success"]:
         action = expert.act(env.world)
+        holding = bool(action[7] < 0.5)
         if disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
-            pushed = int(rng.integers(1, 3))
+            missed = not holding and rng.random() < disturbance.miss
+            pushed = int(rng.integers(2, MISSED + 1) if missed else rng.integers(1, 3))
         if disturbance is not None and pushed > 0:
             pushed -= 1
-            action = _push(action, disturbance, rng, holding=action[7] < 0.5)
+            action = _push(action, disturbance, rng, holding, missed)
             mask.append(False)
         else:
             mask.append(True)
@@ -121,14 +130,21 @@ def _job(job: tuple[str, int, Size, Size, Disturbance | None]) -> Episode:
 
 
 def _push(
-    action: NDArray[np.float32], disturbance: Disturbance, rng: np.random.Generator, holding: bool
+    action: NDArray[np.float32],
+    disturbance: Disturbance,
+    rng: np.random.Generator,
+    holding: bool,
+    missed: bool,
 ) -> NDArray[np.float32]:
-    """A random step instead of the expert's; the gripper stays as it was, or drops what it holds."""
+    """A random step instead of the expert's; the gripper stays as it was, drops what it holds, or has `missed`."""
     step = rng.normal(0, disturbance.translation, 3)
     vector = rng.normal(0, disturbance.rotation, 3)
     angle = float(np.linalg.norm(vector))
     quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
     opening = 1.0 if holding and rng.random() < disturbance.drop else action[7]
+    if missed:
+        step[2] += _LIFT
+        opening = 0.0
     return np.array([*step, *quat, opening], np.float32)
 
 

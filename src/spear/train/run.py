@@ -24,7 +24,7 @@ from spear.data.normalize import Normalizer
 from spear.errors import SpearError
 from spear.labels.questions import all_texts
 from spear.models import weights
-from spear.models.moge import MogeDepthConfig, MogeForRelativeDepth
+from spear.models.moge import MogeDepthConfig, MogeForDepth
 from spear.models.naming import PatchNaming
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import Processor, fit_image
@@ -134,7 +134,7 @@ def build(
 
 def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
     encoder = vlm_config(size).moge_config
-    model = MogeForRelativeDepth(MogeDepthConfig(moge_config=encoder))
+    model = MogeForDepth(MogeDepthConfig(moge_config=encoder))
     return model, DepthTask(model, labels / "depth", stage.batch_size, seed), model.save_pretrained
 
 
@@ -289,7 +289,7 @@ def _grown(
         raise SpearError(
             f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
         )
-    encoder = weights.load(MogeForRelativeDepth, moge)
+    encoder = weights.load(MogeForDepth, moge)
     assert model.moge is not None
     model.moge.load_state_dict(encoder.moge.state_dict())
     first, bins = processor.coordinate_start, processor.coordinates.bins
