@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=1
 TRAIN="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $BIN/spear train"
 
 "$BIN/spear" label --scenes 13056 --first-seed 200000 --out "$RUNS/labels"
-[ -d "$RUNS/episodes" ] || "$BIN/spear" record --episodes 1000 --out "$RUNS/episodes"
+[ -d "$RUNS/episodes" ] || "$BIN/spear" record --episodes 2000 --out "$RUNS/episodes"
 # The two encoders side by side, one process each.
 "$BIN/spear" train nano-depth --labels "$RUNS/labels" --out "$RUNS/nano-depth" &
 "$BIN/spear" train nano-siglip --labels "$RUNS/labels" --out "$RUNS/nano-siglip"
