@@ -86,6 +86,12 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
 
 
+def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -> None:
+    episodes = [("sim", walked.episodes, 1.0)]
+    folder = train("nano-vla-no-3d", tmp_path, episodes=episodes, init=walked.folders["nano-vlm-0"], **FEW)
+    assert Spear1Policy.load(folder).model.vlm.moge is None
+
+
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
     before, after = (parameters(walked.folders[name]) for name in ("nano-vlm-0", "nano-vlm-1"))
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start
