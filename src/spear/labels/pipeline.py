@@ -92,8 +92,7 @@ def label(
     Args:
         frames: images, with ground truth where the components read it.
         detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
-        settings: how boxes are fitted; None for `BoxSettings()` where masks and depth are ground truth, and
-            `objects.ESTIMATED` otherwise.
+        settings: how boxes are fitted; None for those of `settings_for` the models.
         failures: filled with the images set aside; pass one to read it afterwards.
         batch_size: images per call of a model.
 
@@ -190,16 +189,21 @@ def _frames(works: Sequence[Work]) -> list[Frame]:
     return [work.frame for work in works if work.frame is not None]
 
 
+def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
+    """How boxes are fitted to what the models of these names say: as it is where both are the ground truth, else
+    allowing for errors (`ESTIMATED`)."""
+    return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
+
+
 def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     """Fit the boxes of an image that has gone through all models.
 
-    settings  None: `BoxSettings()` where masks and points are the ground truth, else `ESTIMATED`.
+    settings  None: those of `settings_for` the models that it has gone through.
     """
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, _finite(work.geometry)
     if settings is None:
-        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
-        settings = BoxSettings() if exact else ESTIMATED
+        settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
     plane = support_plane(geometry.points[geometry.mask & ~taken], up)
