@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, TemporaryError
 from spear.images import encode_jpeg
 from spear.labels.ground_truth import GROUND_TRUTH
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
@@ -32,6 +32,7 @@ class Work:
     frame       the image; None when it could not be read.
     reason      why it was set aside; later stages pass it over. None while all is well.
     empty       it was set aside because nothing was found in it, which is no failure.
+    temporary   it was set aside for a reason that may pass.
     encoded     the image as it is kept; None leaves encoding to `lift`.
     detections  of `detect`.
     masks       [n, h, w] bool, of `segment`.
@@ -43,11 +44,16 @@ class Work:
     frame: Frame | None
     reason: str | None = None
     empty: bool = False
+    temporary: bool = False
     encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+
+    def set_aside(self, error: SpearError) -> None:
+        """For this reason; later stages pass the image over."""
+        self.reason, self.temporary = str(error), isinstance(error, TemporaryError)
 
 
 @dataclass
@@ -179,7 +185,7 @@ def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) ->
         call(good)
     except SpearError as error:
         if len(good) == 1:
-            good[0].reason = str(error)
+            good[0].set_aside(error)
             return
         for work in good:
             _each_good([work], call)
