@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,6 @@ import pytest
 from labels_scenes import random_frame
 from rgbd_folders import camera_table, rays_of, write_coco, write_hypersim, write_plain, write_scannet
 from spear.cli import main
-from spear.errors import SpearError
 from spear.labels.accuracy import Accuracy, compare
 from spear.labels.question_store import read_questions
 from spear.labels.store import read
@@ -23,18 +23,12 @@ TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointma
 
 
 @pytest.fixture(scope="module")
-def frames() -> list[Frame]:
+def frames(renderer: Any) -> list[Frame]:
     """Two scenes of the simulator, the gripper not among their objects. Their cameras differ a little."""
-    pytest.importorskip("mujoco")
-    from spear.sim import Renderer, clutter_frame
+    from spear.sim import clutter_frame
     from spear.sim.world import GRIPPER
 
-    try:
-        renderer = Renderer()
-    except SpearError as error:
-        pytest.skip(str(error))
     seen = [clutter_frame(seed, "external", (280, 210), renderer) for seed in (3, 4)]
-    renderer.close()
     return [
         dataclasses.replace(frame, names={i: name for i, name in frame.names.items() if name != GRIPPER})
         for frame in seen
