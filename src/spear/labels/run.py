@@ -91,7 +91,8 @@ def label_folder(
         shard_size: items per shard. Memory does not depend on it.
         batch_size: items that go through the networks together.
         most_bad: the run stops when a larger fraction of the images fail (images without objects do not count).
-        retry_rejected: try again the images that were set aside for a reason that may pass.
+        retry_rejected: try again the images that were set aside for a reason that may pass; `most_bad` is then of
+            all images of the folder.
         on_progress: called at the start and after each batch.
 
     Raises:
