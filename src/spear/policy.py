@@ -105,6 +105,8 @@ class VlmBundle:
         return [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
 
     def _grammar(self, family: str | None) -> Any:
+        if family is None:
+            return None
         if family in NUMBERS:
             return self.processor.grammar([0.0] * NUMBERS[family])
         if family in PIXELS:
