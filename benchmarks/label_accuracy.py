@@ -64,15 +64,15 @@ class WrongMasks:
         return np.asarray(change(mask, iterations=abs(self.pixels), border_value=self.pixels < 0))
 
 
-def wrong_depth(frame: Frame, seed: int) -> Frame:
-    """The frame with depth as a network or a cheap sensor gives it."""
+def wrong_depth(frame: Frame, seed: int, most_scale: float = SCALE) -> Frame:
+    """The frame with depth as a network or a cheap sensor gives it, its scale off by `most_scale` at most."""
     rng = np.random.default_rng((7, seed))
     assert frame.depth is not None
     known = np.isfinite(frame.depth) & (frame.depth > 0)
     depth = ndimage.gaussian_filter(np.where(known, frame.depth, frame.depth[known].max()), FLYING)
     bend = ndimage.gaussian_filter(rng.normal(size=depth.shape), BEND_WIDTH)
     factor = 1 + BEND * bend / bend.std() + NOISE * rng.normal(size=depth.shape)
-    scale = SCALE ** rng.uniform(-1, 1)
+    scale = most_scale ** rng.uniform(-1, 1)
     return dataclasses.replace(frame, depth=(scale * factor * depth).astype(np.float32))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,3 +22,16 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")
     return path
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Any:
+    """The simulator's `Renderer`; skips where there is none."""
+    pytest.importorskip("mujoco")
+    from spear.errors import SpearError
+    from spear.sim import Renderer
+
+    try:
+        return Renderer()
+    except SpearError as error:
+        pytest.skip(str(error))

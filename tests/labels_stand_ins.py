@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError
+from spear.errors import SpearError, TemporaryError
 from spear.labels.camera import unproject
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import Item, find
@@ -27,13 +27,17 @@ class BrightDetector:
 
     name = "bright"
 
-    def __init__(self, seconds: float = 0.0, stuck_at: str = "none") -> None:
-        self.seconds, self.stuck_at = seconds, stuck_at
+    def __init__(
+        self, seconds: float = 0.0, stuck_at: str = "none", unreached: tuple[str, ...] = ("none",)
+    ) -> None:
+        self.seconds, self.stuck_at, self.unreached = seconds, stuck_at, unreached
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         time.sleep(self.seconds * len(frames))
         if any(frame.source.endswith(self.stuck_at) for frame in frames):
             time.sleep(1e6)
+        if any(frame.source.endswith(self.unreached) for frame in frames):
+            raise TemporaryError("no connection")
         if any(frame.image[0, 0, 0] == REFUSED for frame in frames):
             raise SpearError("request refused")
         return [[] if frame.image[0, 0, 0] == EMPTY else [_bright(frame.image)] for frame in frames]

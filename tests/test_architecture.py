@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
-    "sim": {"errors", "types", "geometry"},
+    "sim": {"errors", "types", "images", "geometry"},
     "labels": {"errors", "types", "images", "geometry"},
     "data": {"errors", "types", "images", "geometry"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from labels_stand_ins import photos
+from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
+from spear import components
 from spear.cli import main
 from spear.labels.question_store import read_questions
-from spear.labels.store import LabelStore
+from spear.labels.store import LabelStore, read
 
 TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
 
@@ -52,6 +53,28 @@ def test_scenes_are_labelled_asked_about_and_shown(
     rrd = tmp_path / "x.rrd"
     assert main(["label", "show", str(out), "--rerun", str(rrd)]) == 0
     assert rrd.stat().st_size > 500_000  # the clouds are in it
+
+
+def test_what_did_not_get_through_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "photos", 3, bad=False)
+    command = ["label", str(folder), "--out", str(tmp_path / "out"), "--workers", "0"]
+    monkeypatch.setitem(components.SEGMENTERS, "sam2", lambda model, choice: BoxSegmenter())
+    monkeypatch.setitem(components.POINTMAPS, "moge-2", lambda model, choice: SlopePointMap())
+    monkeypatch.setitem(
+        components.DETECTORS, "gemini", lambda model, choice: BrightDetector(unreached=("00001.png",))
+    )
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 labelled images" in said and "1 set aside" in said
+    assert "1 of them for a reason that may pass: --retry-rejected tries these again" in said
+    monkeypatch.setitem(components.DETECTORS, "gemini", lambda model, choice: BrightDetector())
+    assert main([*command, "--retry-rejected"]) == 0
+    said = capsys.readouterr().out
+    assert "3 labelled images" in said and "0 set aside" in said and "retry" not in said
+    names = [Path(label.source).name for label in read(tmp_path / "out")]
+    assert names == ["00000.png", "00001.png", "00002.png"]
 
 
 def test_a_photo_without_what_the_component_needs_is_named(

@@ -2,24 +2,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from labels_scenes import random_frame
+from rgbd_folders import camera_table, rays_of, write_hypersim
 from spear.errors import SpearError
 from spear.labels.accuracy import compare
-from spear.labels.box3d import box_from_vertices
-from spear.labels.camera import unproject
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
-from spear.labels.hypersim import NYU40, HypersimScene
+from spear.labels.hypersim import HypersimScene
 from spear.labels.pipeline import label
 from spear.labels.rgbd import open_scene
-from spear.types import Array, Frame
+from spear.types import Frame
 
 h5py = pytest.importorskip("h5py")
 
-UNIT = 0.0254
 NAMES = ("chair", "table", "lamp", "box", "bag")
-GL = np.diag([1.0, -1, -1])
 
 
 def scene_frame(seed: int = 0, **size: int) -> Frame:
@@ -29,75 +25,11 @@ def scene_frame(seed: int = 0, **size: int) -> Frame:
     return frame
 
 
-def write(folder: Path, frame: Frame, unit: float = UNIT) -> Path:
-    """One frame as the dataset stores it; the world is the frame's base."""
-    assert frame.depth is not None and frame.instances is not None and frame.intrinsics is not None
-    assert frame.extrinsics is not None and frame.boxes is not None
-    scene = folder / "ai_001_001"
-    detail, images = scene / "_detail", scene / "images"
-
-    def store(path: Path, values: Array) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(path, "w") as file:
-            file["dataset"] = values
-
-    distance = np.linalg.norm(unproject(frame.depth, frame.intrinsics), axis=-1)
-    distance[frame.depth == 0] = np.nan
-    geometry = images / "scene_cam_00_geometry_hdf5"
-    store(geometry / "frame.0007.depth_meters.hdf5", distance.astype(np.float32))
-    store(
-        geometry / "frame.0007.semantic_instance.hdf5",
-        np.where(frame.instances, frame.instances, -1).astype(np.int16),
-    )
-    labels = np.full(frame.instances.shape, -1, np.int16)
-    labels[frame.instances == 0] = NYU40.index("floor") + 1
-    for number, name in frame.names.items():
-        labels[frame.instances == number] = NYU40.index(name) + 1
-    store(geometry / "frame.0007.semantic.hdf5", labels)
-    preview = images / "scene_cam_00_final_preview"
-    preview.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(frame.image).save(preview / "frame.0007.tonemap.jpg")
-    camera = detail / "cam_00"
-    store(camera / "camera_keyframe_frame_indices.hdf5", np.array([3, 7]))
-    turn, place = frame.extrinsics[:3, :3] @ GL, frame.extrinsics[:3, 3] / unit
-    store(camera / "camera_keyframe_orientations.hdf5", np.stack([np.eye(3), turn]))
-    store(camera / "camera_keyframe_positions.hdf5", np.stack([np.zeros(3), place]))
-    boxes = [
-        box_from_vertices(v @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3])
-        for v in frame.boxes.values()
-    ]
-    values = {
-        "positions": [b.center / unit for b in boxes],
-        "extents": [b.size / unit for b in boxes],
-        "orientations": [b.rotation for b in boxes],
-    }
-    for kind, rows in values.items():
-        name = f"metadata_semantic_instance_bounding_box_object_aligned_2d_{kind}.hdf5"
-        store(detail / "mesh" / name, np.array([np.full_like(rows[0], np.nan), *rows]))
-    (detail / "metadata_scene.csv").write_text(
-        f"parameter_name,parameter_value\nmeters_per_asset_unit,{unit}\n"
-    )
-    return scene
-
-
-def camera_table(folder: Path, rays: Array) -> None:
-    names = [f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3)]
-    lines = [",".join(["scene_name", *names]), ",".join(["ai_001_001", *map(str, rays.ravel())])]
-    (folder / "metadata_camera_parameters.csv").write_text("\n".join(lines))
-
-
-def rays_of(k: Array, height: int, width: int) -> Array:
-    """Hypersim's matrix from image coordinates to rays, of a pinhole camera."""
-    pixel_from_uv = np.array([[width / 2, 0, width / 2], [0, -height / 2, height / 2], [0, 0, 1]])
-    matrix: Array = GL @ np.linalg.inv(k) @ pixel_from_uv
-    return matrix
-
-
 def test_a_frame_comes_back_with_depth_along_z_and_true_boxes(tmp_path: Path) -> None:
     true = scene_frame(width=96, height=64)
     assert true.intrinsics is not None and true.boxes is not None
     camera_table(tmp_path, rays_of(true.intrinsics, 64, 96))
-    scene = open_scene(write(tmp_path, true))
+    scene = open_scene(write_hypersim(tmp_path, true))
     assert isinstance(scene, HypersimScene) and len(scene) == 1
     frame = scene[0]
     np.testing.assert_allclose(frame.intrinsics, true.intrinsics, atol=1e-6)
@@ -117,14 +49,14 @@ def test_a_frame_comes_back_with_depth_along_z_and_true_boxes(tmp_path: Path) ->
 
 
 def test_the_usual_camera_sees_sixty_degrees(tmp_path: Path) -> None:
-    scene = write(tmp_path, scene_frame(width=1024, height=64))
+    scene = write_hypersim(tmp_path, scene_frame(width=1024, height=64))
     k = HypersimScene(scene)[0].intrinsics
     np.testing.assert_allclose(k, [[886.81, 0, 512], [0, 886.81, 32], [0, 0, 1]], atol=0.01)
 
 
 def test_a_shifted_lens_is_followed_and_a_tilted_one_refused(tmp_path: Path) -> None:
     true = scene_frame(width=96, height=64)
-    scene = write(tmp_path, true)
+    scene = write_hypersim(tmp_path, true)
     shifted = np.array([[86.0, 0, 50], [0, 87, 21], [0, 0, 1]])
     camera_table(tmp_path, 3.7 * rays_of(shifted, 64, 96))
     np.testing.assert_allclose(HypersimScene(scene)[0].intrinsics, shifted, atol=1e-6)
@@ -136,7 +68,7 @@ def test_a_shifted_lens_is_followed_and_a_tilted_one_refused(tmp_path: Path) -> 
 
 
 def test_without_instances_there_is_depth_alone(tmp_path: Path) -> None:
-    scene = write(tmp_path, scene_frame(width=96, height=64))
+    scene = write_hypersim(tmp_path, scene_frame(width=96, height=64))
     for path in (scene / "images" / "scene_cam_00_geometry_hdf5").glob("*semantic*"):
         path.unlink()
     frame = HypersimScene(scene)[0]
@@ -156,14 +88,14 @@ def test_without_instances_there_is_depth_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_part_is_named(tmp_path: Path, missing: str, message: str) -> None:
-    scene = write(tmp_path, scene_frame(width=96, height=64))
+    scene = write_hypersim(tmp_path, scene_frame(width=96, height=64))
     (scene / missing).unlink()
     with pytest.raises(SpearError, match=message):
         HypersimScene(scene)[0]
 
 
 def test_a_scene_that_the_table_does_not_know_is_refused(tmp_path: Path) -> None:
-    scene = write(tmp_path, scene_frame(width=96, height=64))
+    scene = write_hypersim(tmp_path, scene_frame(width=96, height=64))
     camera_table(tmp_path, np.eye(3))
     with pytest.raises(SpearError, match="no scene ai_002_003"):
         HypersimScene(scene.rename(tmp_path / "ai_002_003"))

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from labels_scenes import render
 from spear.labels.camera import unproject
-from spear.labels.masks import erode, lift, snap
+from spear.labels.masks import clean_points, erode, snap
 from spear.labels.points import noise_level, support_plane
 from spear.types import Array, Frame
 
@@ -77,12 +77,12 @@ def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
     top = border & (np.arange(len(mask))[:, None] < np.argwhere(mask)[:, 0].min() + 3)
     depth = frame.depth.copy()
     depth[top] += 0.06
-    lifted = lift(mask, unproject(depth, frame.intrinsics), 1, 0.0)
+    lifted = clean_points(mask, unproject(depth, frame.intrinsics), 1, 0.0)
     off = np.linalg.norm(lifted - points, axis=-1)
     assert top.sum() > 10
     assert off[top].max() < 0.01
     assert (off[erode(mask, 1)] < 1e-6).all()
-    assert (lift(mask, points, 0, 0.0) is points) and np.median(off[border]) < 1e-6
+    assert (clean_points(mask, points, 0, 0.0) is points) and np.median(off[border]) < 1e-6
 
 
 def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
@@ -90,7 +90,7 @@ def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
     rng = np.random.default_rng(0)
     mask = instances == 1
     noisy = points * (1 + 0.003 * rng.normal(size=mask.shape))[..., None]
-    smooth = lift(mask, noisy, 0, 0.003)
+    smooth = clean_points(mask, noisy, 0, 0.003)
     before, after = ((np.linalg.norm(p - points, axis=-1)[mask]) for p in (noisy, smooth))
     assert after.mean() < 0.65 * before.mean()
     signed = (np.linalg.norm(smooth, axis=-1) - np.linalg.norm(points, axis=-1))[mask & ~erode(mask, 1)]

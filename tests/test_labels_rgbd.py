@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from labels_scenes import random_frame
+from rgbd_folders import millimetres, write_plain, write_scannet
 from spear.errors import SpearError
 from spear.labels.accuracy import compare
 from spear.labels.camera import project, unproject
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import Failures, label
 from spear.labels.rgbd import RgbdFolder, ScanNetScene, Scene, align_depth, distance_to_depth, open_scene
-from spear.types import Array, Frame
+from spear.types import Frame
 
 TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 
@@ -23,48 +24,6 @@ TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 def truth() -> list[Frame]:
     rng = np.random.default_rng(0)
     return [random_frame(rng, width=96, height=64) for _ in range(3)]
-
-
-def millimetres(depth: Array | None) -> Image.Image:
-    assert depth is not None
-    return Image.fromarray(np.rint(depth * 1000).astype(np.uint16))
-
-
-def write_plain(folder: Path, frames: list[Frame]) -> Path:
-    for name in ("color", "depth", "pose"):
-        (folder / name).mkdir(parents=True)
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame.image).save(folder / "color" / f"{i}.png")
-        millimetres(frame.depth).save(folder / "depth" / f"{i}.png")
-        assert frame.extrinsics is not None
-        np.savetxt(folder / "pose" / f"{i}.txt", frame.extrinsics)
-    np.savetxt(folder / "intrinsics.txt", from_zero(frames[0].intrinsics))
-    return folder
-
-
-def write_scannet(folder: Path, frames: list[Frame]) -> Path:
-    write_plain(folder, frames)
-    (folder / "intrinsics.txt").unlink()
-    (folder / "intrinsic").mkdir()
-    (folder / "instance-filt").mkdir()
-    for name in ("color", "depth"):
-        k = np.eye(4)
-        k[:3, :3] = from_zero(frames[0].intrinsics)
-        np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", k, fmt="%f")
-        np.savetxt(folder / "intrinsic" / f"extrinsic_{name}.txt", np.eye(4), fmt="%f")
-    for i, frame in enumerate(frames):
-        assert frame.instances is not None
-        Image.fromarray(frame.instances.astype(np.uint8)).save(folder / "instance-filt" / f"{i}.png")
-    groups = [{"objectId": n - 1, "label": name} for n, name in frames[0].names.items()]
-    groups.append({"objectId": 20, "label": "wall"})
-    (folder / "scene0000_00.aggregation.json").write_text(json.dumps({"segGroups": groups}))
-    return folder
-
-
-def from_zero(k: Array | None) -> Array:
-    """Intrinsics with the first pixel's centre at 0, as most files have them."""
-    assert k is not None
-    return k - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
 
 
 def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:

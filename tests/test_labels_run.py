@@ -84,6 +84,55 @@ def test_workers_make_the_same_bytes(source: Path, whole: Path, tmp_path: Path) 
     assert contents(tmp_path / "labels") == contents(whole)
 
 
+UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
+"""A detector to which four images do not get through."""
+
+
+def test_what_did_not_get_through_is_tried_again_and_takes_its_place(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels"
+    assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, rejected=7, temporary=4)
+    rows = pq.read_table(out / "rejected.parquet").to_pylist()
+    assert [Path(row["source"]).stem for row in rows if row["temporary"]] == [
+        "00000", "00004", "00010", "00020"
+    ]  # fmt: skip
+    before = contents(out)
+    assert run(source, out) == Progress(21, 21, 21, rejected=7, temporary=4)
+    assert contents(out) == before  # nothing is tried again unless asked
+    seen: list[Progress] = []
+    still = (0.0, "none", ("00004.png",))
+    done = run(source, out, detector=still, retry_rejected=True, on_progress=seen.append)
+    assert seen[0] == Progress(21, before=17, done=17, rejected=3)
+    assert done == Progress(21, 17, 21, rejected=4, temporary=1)
+    assert [item.done for item in seen] == [17, 19, 20, 21]  # only these, a batch from each shard
+    assert run(source, out, workers=1, retry_rejected=True) == Progress(21, 20, 21, rejected=3)
+    assert contents(out) == contents(whole)
+    assert run(source, out, retry_rejected=True) == Progress(21, 21, 21, rejected=3)
+
+
+def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
+    """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
+    run(source, tmp_path / "whole", shard_size=18)
+    out = tmp_path / "labels"
+
+    def stop(after: int) -> Any:
+        def progress(now: Progress) -> None:
+            if now.done > now.before and now.done >= after:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, detector=UNREACHED, shard_size=18, on_progress=stop(19))
+    first = (out / "labels-00000.parquet").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, shard_size=18, retry_rejected=True, on_progress=stop(18))
+    assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
+    assert run(source, out, shard_size=18, retry_rejected=True) == Progress(21, 15, 21, rejected=3)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     found = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]

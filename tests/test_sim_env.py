@@ -20,14 +20,6 @@ from spear.sim.tasks import placed
 STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    try:
-        return Renderer()
-    except SpearError as error:
-        pytest.skip(str(error))
-
-
 def play(env: TabletopEnv, seed: int) -> dict[str, object]:
     _, info = env.reset(seed=seed)
     while not info["success"] and env.steps < MAX_STEPS:

@@ -13,14 +13,6 @@ from spear.types import Frame
 SIZE = (280, 210)
 
 
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    try:
-        return Renderer()
-    except SpearError as error:
-        pytest.skip(str(error))
-
-
 def unproject(frame: Frame) -> np.ndarray:
     """[h, w, 3] points, camera frame."""
     assert frame.depth is not None and frame.intrinsics is not None

@@ -5,23 +5,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from spear.errors import SpearError
 from spear.sim import FAMILIES, TRAIN_SEED, Disturbance, Renderer, record, record_episode
 from spear.types import Episode
 
 SIZES = (96, 72), (48, 48)
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    try:
-        return Renderer()
-    except SpearError as error:
-        pytest.skip(str(error))
 
 
 def same(one: Episode, other: Episode) -> bool:

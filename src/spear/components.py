@@ -18,7 +18,7 @@ from typing import Any
 
 from spear.errors import SpearError, unknown_name
 from spear.labels.engine import Graph
-from spear.labels.objects import ESTIMATED, BoxSettings
+from spear.labels.pipeline import settings_for
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest:
         partial(build, "detector", detector, choice),
         partial(build, "segmenter", segmenter, choice),
         partial(build, "point map", pointmap, choice),
-        boxes=BoxSettings() if segmenter == pointmap == "ground-truth" else ESTIMATED,
+        boxes=settings_for(segmenter, pointmap),
         longest=longest,
     )
 

@@ -10,6 +10,10 @@ class SpearError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what to do. The CLI exits with 2."""
 
 
+class TemporaryError(SpearError):
+    """A `SpearError` whose cause may pass, such as a service that cannot be reached: later it may go well."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     """A `SpearError` for a name that does not exist, suggesting the nearest one that does.
 

@@ -14,6 +14,7 @@ from spear import flow
 from spear.data.normalize import Normalizer
 from spear.errors import SpearError
 from spear.geometry import unit_quat
+from spear.labels.questions import NUMBERS, PIXELS
 from spear.models import weights
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -22,8 +23,6 @@ from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
 """Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
-_NUMBERS = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
-_PIXELS = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 
 
 def locate(name: str | Path) -> Path:
@@ -106,10 +105,12 @@ class VlmBundle:
         return [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
 
     def _grammar(self, family: str | None) -> Any:
-        if family in _NUMBERS:
-            return self.processor.grammar([0.0] * _NUMBERS[family])
-        if family in _PIXELS:
-            return self.processor.grammar([Pixel(0.0, 0.0)] * _PIXELS[family])
+        if family is None:
+            return None
+        if family in NUMBERS:
+            return self.processor.grammar([0.0] * NUMBERS[family])
+        if family in PIXELS:
+            return self.processor.grammar([Pixel(0.0, 0.0)] * PIXELS[family])
         if family == "chain_of_thought":
             return self.processor.worded(2)
         return None

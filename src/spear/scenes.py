@@ -19,6 +19,8 @@ from spear.labels.store import write_shards
 from spear.types import Array, Frame, LabeledImage
 
 Size = tuple[int, int]
+Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
+"""Frames with ground truth → their labels, one for each, in order. A function of a module, for other processes."""
 SCENES_PER_JOB = 256
 
 
@@ -34,16 +36,17 @@ def label_scenes(
     first_seed: int,
     workers: int = 2,
     on_progress: Callable[[int], None] = lambda done: None,
+    labelled: Labelled = label_frames,
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view of `sizes`; returns the images.
 
     sizes  view ("external", "wrist") → (width, height). A job of `SCENES_PER_JOB` scenes that is finished is kept,
-    so an interrupted run continues where it was.
+    so an interrupted run continues where it was. labelled  how; the depth images are true whatever it is.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
     jobs = [
-        (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes)
+        (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
     done = 0
@@ -69,13 +72,13 @@ def wording(draws: int = 2000) -> list[str]:
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 
-def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
+def _job(job: tuple[str, int, int, int, dict[str, Size], Labelled]) -> int:
     from spear.sim.frames import frame_of
     from spear.sim.render import Renderer
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
-    out, index, first, count, sizes = job
+    out, index, first, count, sizes, labelled = job
     if all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes):
         return count
     renderer = Renderer()
@@ -92,7 +95,7 @@ def _job(job: tuple[str, int, int, int, dict[str, Size]]) -> int:
                 maps.append(frame.depth)
                 yield frame
 
-        labels = list(label_frames(frames()))
+        labels = list(labelled(frames()))
         depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
         write_depth(depth, Path(out) / "depth" / view / f"depth-{index:05d}.parquet")
         part = Path(out) / view / f".part-{index:05d}"

@@ -32,6 +32,7 @@ def label(
     pointmap: str = "moge-2",
     vocabulary: str = "",
     questions: bool = False,
+    retry_rejected: bool = False,
     size: int = 840,
     rate: float = 1.0,
     per_episode: int = 4,
@@ -74,6 +75,7 @@ def label(
         pointmap: moge-2 (metres), moge (up to scale, as in the paper) or ground-truth.
         vocabulary: Names of objects to look for, separated by commas.
         questions: Also write questions and answers, as spear questions does.
+        retry_rejected: Try again what was set aside for a reason that may pass, such as a service out of reach.
         size: Larger photos are labelled and kept at so many pixels on their longer side.
         rate: Frames per second of video.
         per_episode: Frames of each robot episode.
@@ -131,11 +133,14 @@ def label(
             settings,
             shard_size,
             batch_size,
+            retry_rejected=retry_rejected,
             on_progress=report,
         )
     print(
         f"{done.done - done.rejected:,} labelled images in {out}, {done.rejected:,} set aside{report.speed()}"
     )
+    if done.temporary:
+        print(f"{done.temporary:,} of them for a reason that may pass: --retry-rejected tries these again")
     for component in made:
         if hasattr(component, "bill"):
             print(component.bill())

@@ -112,11 +112,11 @@ def _short(answer: str, most: int = 150) -> str:
 def _objects(found: Statistics) -> str:
     unit = "m" if found.unit == "metre" else "the image's own unit"
     charts = [
-        ("Distance from the camera to the box's centre", found.distance, unit),
-        ("Longest side of the box", found.size, unit),
-        *((f"Score: {name}", spread, "") for name, spread in found.scores.items()),
+        (f"Distance from the camera ({unit})", found.distance),
+        (f"Longest side of the box ({unit})", found.size),
+        *((f"Score: {name}", spread) for name, spread in found.scores.items()),
     ]
-    figures = [_chart(title, spread, unit) for title, spread, unit in charts if spread is not None]
+    figures = [_chart(title, spread) for title, spread in charts if spread is not None]
     return (
         f'<div class="grid">{"".join(figures)}</div>'
         f"<h3>Names</h3>{_counts('object', 'count', list(found.names.items())[:20])}"
@@ -124,8 +124,8 @@ def _objects(found: Statistics) -> str:
     )
 
 
-def _chart(title: str, spread: Histogram, unit: str) -> str:
-    low, high = f"{spread.edges[0]:.2g}", f"{spread.edges[-1]:.2g} {unit}"
+def _chart(title: str, spread: Histogram) -> str:
+    low, high = (f"{edge:.3g}" for edge in (spread.edges[0], spread.edges[-1]))
     return f"<div><h3>{escape(title)}</h3>{bars(spread.counts, low, high)}</div>"
 
 
@@ -166,7 +166,7 @@ def _asked(questions: Asked, families: Counter[str], tokenizer: CoordinateTokeni
 
 
 def bars(counts: Sequence[int], low: str, high: str) -> str:
-    """A histogram as an SVG that grows with the page, its ends named."""
+    """A histogram that grows with the page, its ends named in letters that do not."""
     most = max(*counts, 1)
     width = 640 / len(counts)
     shapes = "".join(
@@ -175,7 +175,6 @@ def bars(counts: Sequence[int], low: str, high: str) -> str:
         for i, n in enumerate(counts)
     )
     return (
-        '<svg viewBox="0 0 640 120" style="width:100%;max-width:760px;display:block" fill="var(--accent)">'
-        f'{shapes}<g fill="var(--soft)" font-size="13"><text x="0" y="116">{escape(low)}</text>'
-        f'<text x="640" y="116" text-anchor="end">{escape(high)}</text></g></svg>'
+        '<svg class="chart" viewBox="0 0 640 100" preserveAspectRatio="none" fill="var(--accent)">'
+        f'{shapes}</svg><div class="ends"><span>{escape(low)}</span><span>{escape(high)}</span></div>'
     )

@@ -51,11 +51,13 @@ class Graph:
 
 
 class Rejected(NamedTuple):
-    """An image that was set aside, and why; empty when the reason is that nothing was found in it."""
+    """An image that was set aside, and why; empty when the reason is that nothing was found in it, temporary when
+    the reason may pass."""
 
     source: str
     reason: str
-    empty: bool
+    empty: bool = False
+    temporary: bool = False
 
 
 class Done(NamedTuple):
@@ -129,12 +131,12 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
     labels, rejected = [], []
     for work in works:
         if work.reason is not None:
-            rejected.append(Rejected(work.source, work.reason, work.empty))
+            rejected.append(Rejected(work.source, work.reason, work.empty, work.temporary))
             continue
         try:
             labels.append(lift(_unpack(work), boxes))
         except Exception as error:
-            rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}", False))
+            rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
     return Done(to_table(labels), rejected)
 
 

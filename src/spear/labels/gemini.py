@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError
+from spear.errors import SpearError, TemporaryError
 from spear.images import encode_jpeg
 from spear.labels.gemini_answer import PROMPT, SCHEMA, VOCABULARY, Unusable, answer_text, parse
 from spear.labels.protocols import Detection
@@ -47,7 +47,8 @@ class GeminiDetector:
     Images of a batch are asked about at the same time. Overload (429, 5xx, lost connections) is waited out, as long
     as the service asks or with exponential backoff; an unusable answer is asked for once more. An image that is
     refused or stays unanswered is a `SpearError` of its own. What would fail for every image (key, model, daily
-    quota, no network) makes no further requests: every following image fails at once, with the same message.
+    quota, no network) makes no further requests: every following image fails at once, with the same message. These
+    failures, and images that stay unanswered, are a `TemporaryError`: later the images may go well.
 
     Answers are kept by image, prompt and settings, so that a repeated run costs nothing, and a failure in a batch
     does not make the rest of it be asked again.
@@ -192,7 +193,7 @@ class GeminiDetector:
         where, reason, unusable = frame.source or "image", "", 0
         for attempt in range(self.attempts):
             if self._fatal is not None:
-                raise SpearError(self._fatal)
+                raise TemporaryError(self._fatal)
             self._pace.wait()
             wait = backoff(attempt, self.first_wait, self.longest_wait)
             try:
@@ -221,7 +222,7 @@ class GeminiDetector:
                 time.sleep(wait)
         if not self._reached:
             raise self._stop(f"cannot reach the service ({reason}): check the network, then label again")
-        raise SpearError(
+        raise TemporaryError(
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
         )
 
@@ -247,9 +248,9 @@ class GeminiDetector:
         self._pace.hold(advised)
         return advised
 
-    def _stop(self, message: str) -> SpearError:
+    def _stop(self, message: str) -> TemporaryError:
         self._fatal = f"Gemini, {self.model}: {message}"
-        return SpearError(self._fatal)
+        return TemporaryError(self._fatal)
 
     def _count(self, tokens: Any = None) -> None:
         with self._lock:

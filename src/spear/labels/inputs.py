@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import SpearError
+from spear.errors import SpearError, TemporaryError
 from spear.images import encode_jpeg
 from spear.labels.images import load_image
 from spear.labels.pipeline import Work, admit
@@ -228,8 +228,10 @@ def _contents(call: Callable[[], Iterator[Content]], count: int) -> list[Content
         contents.extend(call())
     except SpearError as error:
         reason = error
-    except (OSError, pa.ArrowException) as error:
-        reason = SpearError(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+    except OSError as error:
+        reason = TemporaryError(f"cannot be read: {error.strerror or error}")
+    except pa.ArrowException as error:
+        reason = SpearError(f"cannot be read: {error}")
     return contents + [reason] * (count - len(contents))
 
 
@@ -240,7 +242,9 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
         except SpearError as error:
             content = error
     if isinstance(content, SpearError):
-        return Work(key, None, str(content))
+        work = Work(key, None)
+        work.set_aside(content)
+        return work
     if isinstance(content, Frame):
         work = admit(dataclasses.replace(content, source=key))
     else:

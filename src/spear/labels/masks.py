@@ -74,7 +74,7 @@ def snap(
     return result
 
 
-def lift(mask: Array, points: Array, erosion: int, noise: float) -> Array:
+def clean_points(mask: Array, points: Array, erosion: int, noise: float) -> Array:
     """The points [h, w, 3] of a mask's pixels, cleaned; meaningless outside the mask.
 
     The outermost `erosion` pixels that fly are put where the inside leads to: eroding them away would lose

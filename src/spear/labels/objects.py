@@ -9,7 +9,8 @@ import numpy as np
 
 from spear.labels import rle
 from spear.labels.box3d import Mode, fit_box, keypoints
-from spear.labels.masks import erode, lift, snap
+from spear.labels.boxes2d import tight_box
+from spear.labels.masks import clean_points, erode, snap
 from spear.labels.points import NEAR, Plane, inliers, subsample
 from spear.labels.protocols import Detection, PointMapResult
 from spear.labels.quality import planarity, stability
@@ -28,7 +29,7 @@ class BoxSettings:
     band         how many pixels an estimated mask's outline may be off: pixels that near to it are decided
                  anew by where they are in 3D (`masks.snap`). 0 for true masks.
     erosion      how many pixels along the outline take their depth from further inside where they fly, because
-                 estimated depth smears over the outline (`masks.lift`). 0 for exact depth.
+                 estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
                  Both are pixels of an image of up to 256; in larger ones they grow in proportion.
     min_points   objects with fewer clean points (or fewer than 8) get no box.
     max_points   points kept per object, up to half of them from its outline.
@@ -75,14 +76,14 @@ def label_object(
         its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the
         edge. Of those with a box also: "planarity" and "stability", see `quality`.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
+    if x1 == 0:
         return None
     band, erosion = (_pixels(n, mask.shape) for n in (settings.band, settings.erosion))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = (
-        slice(max(rows[0] - room, 0), rows[-1] + 1 + room),
-        slice(max(columns[0] - room, 0), columns[-1] + 1 + room),
+        slice(max(y0 - room, 0), y1 + room),
+        slice(max(x0 - room, 0), x1 + room),
     )
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
     if band:
@@ -91,7 +92,7 @@ def label_object(
         if not inside.any():
             inside = mask[window]
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
-    cloud = _cloud(inside & known, lift(inside & known, points, erosion, noise), settings)
+    cloud = _cloud(inside & known, clean_points(inside & known, points, erosion, noise), settings)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     box, points3d = None, {}
     if len(cloud) >= max(settings.min_points, 8):

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, TemporaryError
 from spear.images import encode_jpeg
 from spear.labels.ground_truth import GROUND_TRUTH
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
@@ -32,6 +32,7 @@ class Work:
     frame       the image; None when it could not be read.
     reason      why it was set aside; later stages pass it over. None while all is well.
     empty       it was set aside because nothing was found in it, which is no failure.
+    temporary   it was set aside for a reason that may pass.
     encoded     the image as it is kept; None leaves encoding to `lift`.
     detections  of `detect`.
     masks       [n, h, w] bool, of `segment`.
@@ -43,11 +44,16 @@ class Work:
     frame: Frame | None
     reason: str | None = None
     empty: bool = False
+    temporary: bool = False
     encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+
+    def set_aside(self, error: SpearError) -> None:
+        """For this reason; later stages pass the image over."""
+        self.reason, self.temporary = str(error), isinstance(error, TemporaryError)
 
 
 @dataclass
@@ -92,8 +98,7 @@ def label(
     Args:
         frames: images, with ground truth where the components read it.
         detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
-        settings: how boxes are fitted; None for `BoxSettings()` where masks and depth are ground truth, and
-            `objects.ESTIMATED` otherwise.
+        settings: how boxes are fitted; None for those of `settings_for` the models.
         failures: filled with the images set aside; pass one to read it afterwards.
         batch_size: images per call of a model.
 
@@ -180,7 +185,7 @@ def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) ->
         call(good)
     except SpearError as error:
         if len(good) == 1:
-            good[0].reason = str(error)
+            good[0].set_aside(error)
             return
         for work in good:
             _each_good([work], call)
@@ -190,16 +195,21 @@ def _frames(works: Sequence[Work]) -> list[Frame]:
     return [work.frame for work in works if work.frame is not None]
 
 
+def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
+    """How boxes are fitted to what the models of these names say: as it is where both are the ground truth, else
+    allowing for errors (`ESTIMATED`)."""
+    return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
+
+
 def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     """Fit the boxes of an image that has gone through all models.
 
-    settings  None: `BoxSettings()` where masks and points are the ground truth, else `ESTIMATED`.
+    settings  None: those of `settings_for` the models that it has gone through.
     """
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, _finite(work.geometry)
     if settings is None:
-        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
-        settings = BoxSettings() if exact else ESTIMATED
+        settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
     plane = support_plane(geometry.points[geometry.mask & ~taken], up)

@@ -31,6 +31,11 @@ FAMILIES = tuple(MAKERS)
 FAMILIES_2D = tuple(MAKERS_2D)
 _MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D}
 
+NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
+"""Families whose answers are numbers alone -> how many."""
+PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
+"""Families whose answers are image locations alone -> how many."""
+
 MIN_VISIBLE_2D = 0.6
 """Objects less of whose outline is seen are not asked about in 2D (our choice)."""
 

@@ -6,6 +6,7 @@ for; one that cannot be read is a `SpearError` that concerns no other. `hypersim
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +55,36 @@ def open_scene(folder: str | Path) -> Scene:
     )
 
 
-class RgbdFolder:
+class _Pairs:
+    """Colour images and depth PNGs of the same names, with poses: what plain folders and ScanNet's have in common."""
+
+    def __init__(self, folder: str | Path, depth_unit: float) -> None:
+        self.folder, self.depth_unit = Path(folder), depth_unit
+        self._frames = _pairs(self.folder)
+        self.sources = [str(color) for color, _ in self._frames]
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def _frame(self, index: int, camera: Array, depth_camera: Array | None = None) -> Frame:
+        """A frame with depth and pose; `depth_camera` None where both images show the same view."""
+        color, depth_file = self._frames[index]
+        image = load_image(color)
+        height, width = image.shape[:2]
+        depth = read_depth(depth_file, self.depth_unit)
+        if depth_camera is None:
+            rows, columns = depth.shape
+            depth_camera = np.diag([columns / width, rows / height, 1.0]) @ camera
+        return Frame(
+            image=image,
+            depth=align_depth(depth, depth_camera, camera, height, width),
+            intrinsics=camera,
+            extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
+            source=str(color),
+        )
+
+
+class RgbdFolder(_Pairs):
     """A folder of colour images, depth PNGs of the same names, and the camera.
 
         color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`
@@ -75,28 +105,12 @@ class RgbdFolder:
     """
 
     def __init__(self, folder: str | Path, depth_unit: float = 0.001, pixel_centre: float = 0.0) -> None:
-        self.folder, self.depth_unit, self.pixel_centre = Path(folder), depth_unit, pixel_centre
-        self._frames = _pairs(self.folder)
+        super().__init__(folder, depth_unit)
+        self.pixel_centre = pixel_centre
         self._intrinsics = self._camera()
-        self.sources = [str(color) for color, _ in self._frames]
-
-    def __len__(self) -> int:
-        return len(self._frames)
 
     def __getitem__(self, index: int) -> Frame:
-        color, depth_file = self._frames[index]
-        image = load_image(color)
-        depth = read_depth(depth_file, self.depth_unit)
-        height, width = image.shape[:2]
-        rows, columns = depth.shape
-        same_view = np.diag([columns / width, rows / height, 1.0]) @ self._intrinsics
-        return Frame(
-            image=image,
-            depth=align_depth(depth, same_view, self._intrinsics, height, width),
-            intrinsics=self._intrinsics,
-            extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
-            source=str(color),
-        )
+        return self._frame(index, self._intrinsics)
 
     def _camera(self) -> Array:
         path = self.folder / "intrinsics.json"
@@ -111,7 +125,7 @@ class RgbdFolder:
         return np.array([[fx, 0, cx + shift], [0, fy, cy + shift], [0, 0, 1]])
 
 
-class ScanNetScene:
+class ScanNetScene(_Pairs):
     """A ScanNet scan as its own tools export it.
 
         color/N.jpg, depth/N.png    depth in millimetres, 0 unknown
@@ -128,8 +142,7 @@ class ScanNetScene:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._frames = _pairs(self.folder)
+        super().__init__(folder, depth_unit=0.001)
         camera = self.folder / "intrinsic"
         self._color = read_intrinsics(camera / "intrinsic_color.txt")
         self._depth = read_intrinsics(camera / "intrinsic_depth.txt")
@@ -141,29 +154,14 @@ class ScanNetScene:
                     f"{camera / name}: not the identity: depth and colour must be registered to one camera first"
                 )
         self._names = _scannet_names(self.folder)
-        self.sources = [str(color) for color, _ in self._frames]
-
-    def __len__(self) -> int:
-        return len(self._frames)
 
     def __getitem__(self, index: int) -> Frame:
-        color, depth_file = self._frames[index]
-        image = load_image(color)
-        height, width = image.shape[:2]
-        instances = None
-        path = self.folder / "instance-filt" / f"{color.stem}.png"
-        if self._names is not None and path.is_file():
-            instances = _nearest(_read_png(path), height, width).astype(np.int32)
-        depth = read_depth(depth_file, 0.001)
-        return Frame(
-            image=image,
-            depth=align_depth(depth, self._depth, self._color, height, width),
-            instances=instances,
-            names={} if instances is None or self._names is None else self._names,
-            intrinsics=self._color,
-            extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
-            source=str(color),
-        )
+        frame = self._frame(index, self._color, self._depth)
+        path = self.folder / "instance-filt" / f"{Path(frame.source).stem}.png"
+        if self._names is None or not path.is_file():
+            return frame
+        instances = _nearest(_read_png(path), *frame.image.shape[:2]).astype(np.int32)
+        return dataclasses.replace(frame, instances=instances, names=self._names)
 
 
 def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width: int) -> Array:

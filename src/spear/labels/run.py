@@ -1,13 +1,14 @@
 """A folder of labels: begun, continued after any interruption, finished.
 
     LABELS/labels-00000.parquet, …   labelled images (see `spear.labels.store`)
-    LABELS/rejected.parquet          what was set aside: source, reason
+    LABELS/rejected.parquet          what was set aside: source, reason, and whether the reason may pass
     LABELS/run.json                  the settings, which every continuation must share
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard that
 is there is finished and one that is not is made again. Its footer names what was set aside from it, and a hash of
-the keys of its items, by which an input that has changed meanwhile is found out.
+the keys of its items, by which an input that has changed meanwhile is found out. Images that were set aside for a
+reason that may pass can be tried again; the shard is then what it would have been had they gone well at once.
 """
 
 from __future__ import annotations
@@ -29,36 +30,41 @@ import pyarrow as pa
 import spear
 from spear.errors import SpearError
 from spear.labels.card import write_card
-from spear.labels.engine import Done, Engine
+from spear.labels.engine import Done, Engine, Rejected
 from spear.labels.inputs import Item
 from spear.labels.parquet import ParquetWriter, sweep, write_text, writing
 from spear.labels.pipeline import Failures
+from spear.labels.retry import merged, set_aside, to_retry
 from spear.labels.store import REJECTED, SCHEMA, footer
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object with "items", "keys" and "rejected" ([source, reason] each)."""
+"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] each) and "temporary"
+(which of those, by number, were set aside for a reason that may pass)."""
 SETTINGS = "run.json"
-_REJECTED = pa.schema({"source": pa.string(), "reason": pa.string()})
+_REJECTED = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside; `before` were done when
-    this command began."""
+    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside, `temporary` of these for
+    a reason that may pass; `before` were done when this command began."""
 
     total: int
     before: int
     done: int
     rejected: int
+    temporary: int = 0
 
 
 class _Shard(NamedTuple):
-    """A shard that is to be made: its number, and how many items with which hash of keys it stands for."""
+    """A shard that is to be made: its number, how many items it stands for and a hash of their keys; the keys
+    themselves when it is there and some of its items are tried again, else none."""
 
     number: int
     items: int
     keys: str
+    again: tuple[str, ...] = ()
 
     def path(self, folder: Path) -> Path:
         return folder / f"labels-{self.number:05d}.parquet"
@@ -72,6 +78,7 @@ def label_folder(
     shard_size: int = 1024,
     batch_size: int = 8,
     most_bad: float = 0.5,
+    retry_rejected: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
@@ -84,6 +91,8 @@ def label_folder(
         shard_size: items per shard. Memory does not depend on it.
         batch_size: items that go through the networks together.
         most_bad: the run stops when a larger fraction of the images fail (images without objects do not count).
+        retry_rejected: try again the images that were set aside for a reason that may pass; `most_bad` is then of
+            all images of the folder.
         on_progress: called at the start and after each batch.
 
     Raises:
@@ -102,22 +111,35 @@ def label_folder(
         for number, known in finished.items():
             if number * shard_size >= total:
                 raise _changed(out, number, known)
-        before = sum(known["items"] for known in finished.values())
-        rejected = sum(len(known["rejected"]) for known in finished.values())
-        progress = Progress(total, before, before, rejected)
+        aside = {number: set_aside(known) for number, known in finished.items()}
+        temporary = sum(r.temporary for some in aside.values() for r in some)
+        again = temporary if retry_rejected else 0
+        before = sum(known["items"] for known in finished.values()) - again
+        rejected = sum(map(len, aside.values())) - again
+        progress = Progress(total, before, before, rejected, temporary - again)
         on_progress(progress)
-        failures = Failures(limit=most_bad)
-        with closing(_labelled(out, items(), engine, finished, shard_size, batch_size)) as results:
+        failures = Failures(limit=most_bad, seen=before if retry_rejected else 0)
+
+        def counted(results: Iterable[tuple[_Shard, Done]]) -> Iterator[Done]:
+            nonlocal progress
+            for _, done in results:
+                progress = _count(progress, done, failures)
+                on_progress(progress)
+                yield done
+
+        labelled = _labelled(out, items(), engine, finished, shard_size, batch_size, retry_rejected)
+        with closing(labelled) as results:
             for shard, group in groupby(results, key=lambda result: result[0]):
-                with ParquetWriter(shard.path(out), SCHEMA) as writer:
-                    refused: list[tuple[str, str]] = []
-                    for _, done in group:
+                path = shard.path(out)
+                with ParquetWriter(path, SCHEMA) as writer:
+                    batches = counted(group)
+                    if shard.again:
+                        batches = merged(path, shard.again, aside[shard.number], batches)
+                    refused: list[Rejected] = []
+                    for done in batches:
                         writer.write(done.labels)
-                        refused += [(source, reason) for source, reason, _ in done.rejected]
-                        progress = _count(progress, done, failures)
-                        on_progress(progress)
-                    rest = {"items": shard.items, "keys": shard.keys, "rejected": refused}
-                    writer.commit({FOOTER: json.dumps(rest)})
+                        refused += done.rejected
+                    writer.commit({FOOTER: json.dumps(_footer(shard, refused))})
         _write_rejected(out)
         write_card(out)
     return progress
@@ -130,19 +152,22 @@ def _labelled(
     finished: Mapping[int, Mapping[str, Any]],
     shard_size: int,
     batch_size: int,
+    retry_rejected: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
-    """The batches of the shards that are not finished, in order, each with its shard."""
+    """The batches of the shards that are not finished, and of what is tried again, in order, each with its shard."""
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:
         for number, members in enumerate(chunks(items, shard_size)):
-            keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
-            if number in finished:
-                if finished[number]["keys"] != keys:
-                    raise _changed(out, number, finished[number])
-                continue
+            keys = tuple(item.key for item in members)
+            shard = _Shard(number, len(members), hashlib.sha256("\0".join(keys).encode()).hexdigest())
+            if (known := finished.get(number)) is not None:
+                if known["keys"] != shard.keys:
+                    raise _changed(out, number, known)
+                members = [members[i] for i in to_retry(keys, set_aside(known))] if retry_rejected else []
+                shard = shard._replace(again=keys)
             for batch in chunks(members, batch_size):
-                handed.append(_Shard(number, len(members), keys))
+                handed.append(shard)
                 yield batch
 
     for done in engine(batches()):
@@ -153,10 +178,15 @@ def _count(progress: Progress, done: Done, failures: Failures) -> Progress:
     """The progress with one more batch; raises when too much has failed."""
     images, rejected = len(done.labels) + len(done.rejected), len(done.rejected)
     failures.seen += images
-    for source, reason, empty in done.rejected:
-        if not empty:
-            failures.add(source, reason)
-    progress = replace(progress, done=progress.done + images, rejected=progress.rejected + rejected)
+    for r in done.rejected:
+        if not r.empty:
+            failures.add(r.source, r.reason)
+    progress = replace(
+        progress,
+        done=progress.done + images,
+        rejected=progress.rejected + rejected,
+        temporary=progress.temporary + sum(r.temporary for r in done.rejected),
+    )
     failures.check(finished=progress.done == progress.total)
     return progress
 
@@ -215,6 +245,15 @@ def _finished(out: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
+def _footer(shard: _Shard, refused: Sequence[Rejected]) -> dict[str, Any]:
+    return {
+        "items": shard.items,
+        "keys": shard.keys,
+        "rejected": [(r.source, r.reason) for r in refused],
+        "temporary": [number for number, r in enumerate(refused) if r.temporary],
+    }
+
+
 def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
     return SpearError(
         f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} of its "
@@ -225,6 +264,8 @@ def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
 def _write_rejected(out: Path) -> None:
     with ParquetWriter(out / REJECTED, _REJECTED, rows_per_group=4096) as writer:
         for known in _finished(out).values():
-            rows = [{"source": source, "reason": reason} for source, reason in known["rejected"]]
+            rows = [
+                {"source": r.source, "reason": r.reason, "temporary": r.temporary} for r in set_aside(known)
+            ]
             writer.write(pa.Table.from_pylist(rows, _REJECTED))
         writer.commit()

@@ -99,9 +99,15 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
         SpearError: no shard there, or a broken one.
     """
     for shard in shards_in(path):
-        file = _open(shard)
-        for group in range(file.num_row_groups):
-            yield from map(_from_row, _read_group(file, group, shard, pixels).to_pylist())
+        for table in tables(shard, pixels):
+            yield from map(_from_row, table.to_pylist())
+
+
+def tables(shard: Path, pixels: bool = True) -> Iterator[pa.Table]:
+    """The rows of one shard, as `to_table` gives them, a row group at a time; `pixels` and errors as in `read`."""
+    file = _open(shard)
+    for group in range(file.num_row_groups):
+        yield _read_group(file, group, shard, pixels)
 
 
 class LabelStore:

@@ -1,115 +1,11 @@
-"""The catalogue: everyday objects as primitives, with what the expert and the tasks need to know of them.
-
-Every object's frame stands near its middle, z up when it rests as placed on the table, x along its long
-side. Sizes in metres.
-"""
+"""The catalogue: everyday objects, made of primitives. Sizes in metres; frames as in `spear.sim.parts`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-Color = tuple[float, float, float]
-Vec3 = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One primitive of an object.
-
-    shape    "box", "cylinder", "capsule", "ellipsoid" or "sphere"; size as MuJoCo's geom size.
-    pos      centre in the object frame, m; euler: turns about the fixed x, then y, then z axis, rad.
-    color    0 … 1; None takes the object's own colour.
-    visible  cameras see it; solid: it collides.
-    """
-
-    shape: str
-    size: tuple[float, ...]
-    pos: Vec3 = (0.0, 0.0, 0.0)
-    euler: Vec3 = (0.0, 0.0, 0.0)
-    color: Color | None = None
-    visible: bool = True
-    solid: bool = True
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of object.
-
-    name       what people call it.
-    parts      its primitives.
-    height     from its frame's origin down to the surface it rests on, m.
-    radius     of the disc on the table that it needs, m.
-    color      base colour.
-    mass       kg.
-    grasp      centre and half-sizes of the box that the gripper takes hold of, object frame, or None when the
-               object is not picked up. `round` grasps have no preferred yaw.
-    inside     of what things are put on or in: half-sizes (x, y) of the area in which a thing counts as
-               placed, and its height above the object's origin; `inside_round` when the area is an ellipse.
-    rim        height of the highest point above the object's origin, m.
-    """
-
-    name: str
-    parts: tuple[Part, ...]
-    height: float
-    radius: float
-    color: Color
-    mass: float = 0.06
-    grasp: tuple[Vec3, Vec3] | None = None
-    round: bool = False
-    inside: tuple[float, float, float] | None = None
-    inside_round: bool = True
-    rim: float = 0.0
-    fixed: bool = False
-
-    @property
-    def graspable(self) -> bool:
-        """Whether the gripper can pick it up."""
-        return self.grasp is not None
-
-    @property
-    def elongated(self) -> bool:
-        """Longer than the gripper opens: its yaw decides whether a grasp works."""
-        return self.grasp is not None and not self.round and self.radius > 0.042
-
-
-def _visual(shape: str, size: tuple[float, ...], **more: object) -> Part:
-    return replace(Part(shape, size, solid=False), **more)  # type: ignore[arg-type]
-
-
-def _hidden(size: tuple[float, ...], pos: Vec3 = (0.0, 0.0, 0.0), yaw: float = 0.0) -> Part:
-    return Part("box", size, pos, (0.0, 0.0, yaw), visible=False)
-
-
-def _along_x(
-    radius: float, half: float, x: float, color: Color | None = None, shape: str = "capsule"
-) -> Part:
-    return Part(shape, (radius, half), (x, 0, 0), (0, math.pi / 2, 0), color, solid=False)
-
-
-def _ring(
-    count: int,
-    radius: float,
-    half: Vec3,
-    z: float,
-    lean: float = 0.0,
-    color: Color | None = None,
-    **more: bool,
-) -> tuple[Part, ...]:
-    """A wall: `count` boxes of half-sizes (thickness, width, height) on a circle, leaning out by `lean`."""
-    return tuple(
-        Part(
-            "box",
-            half,
-            (radius * math.cos(a), radius * math.sin(a), z),
-            (0, lean, a),
-            color,
-            **more,
-        )
-        for a in (2 * math.pi * i / count for i in range(count))
-    )
-
+from spear.sim.parts import Color, Kind, Part, along_x, hidden, ring, visual
 
 GREEN: Color = (0.22, 0.52, 0.18)
 LEAF: Color = (0.30, 0.62, 0.22)
@@ -136,17 +32,17 @@ def _cube(name: str, color: Color) -> Kind:
 
 def _carrot() -> Kind:
     parts = (
-        _along_x(0.0165, 0.020, -0.030),
-        _along_x(0.0145, 0.022, 0.005),
-        _along_x(0.0115, 0.020, 0.032),
-        _along_x(0.0075, 0.014, 0.052),
+        along_x(0.0165, 0.020, -0.030),
+        along_x(0.0145, 0.022, 0.005),
+        along_x(0.0115, 0.020, 0.032),
+        along_x(0.0075, 0.014, 0.052),
         *(
             Part(
                 "capsule", (0.0035, 0.014), (-0.062, y, z), (0.0, math.pi / 2 + pitch, yaw), LEAF, solid=False
             )
             for y, z, pitch, yaw in ((0.0, 0.004, 0.1, 0.0), (0.007, 0.0, 0, -0.5), (-0.007, 0.0, 0, 0.5))
         ),
-        _hidden((0.060, 0.0135, 0.0165), (0.002, 0, 0)),
+        hidden((0.060, 0.0135, 0.0165), (0.002, 0, 0)),
     )
     return Kind(
         "carrot", parts, 0.0165, 0.075, (0.95, 0.45, 0.08), grasp=((-0.005, 0, 0), (0.060, 0.0135, 0.0165))
@@ -155,11 +51,11 @@ def _carrot() -> Kind:
 
 def _eggplant() -> Kind:
     parts = (
-        _visual("ellipsoid", (0.042, 0.0245, 0.0235), pos=(-0.022, 0, 0)),
-        _visual("ellipsoid", (0.046, 0.0185, 0.0180), pos=(0.016, 0, -0.002)),
-        _visual("ellipsoid", (0.012, 0.0140, 0.0140), pos=(0.054, 0, -0.002), color=LEAF),
-        _along_x(0.0042, 0.009, 0.070, GREEN),
-        _hidden((0.056, 0.0185, 0.0225), (-0.002, 0, -0.001)),
+        visual("ellipsoid", (0.042, 0.0245, 0.0235), pos=(-0.022, 0, 0)),
+        visual("ellipsoid", (0.046, 0.0185, 0.0180), pos=(0.016, 0, -0.002)),
+        visual("ellipsoid", (0.012, 0.0140, 0.0140), pos=(0.054, 0, -0.002), color=LEAF),
+        along_x(0.0042, 0.009, 0.070, GREEN),
+        hidden((0.056, 0.0185, 0.0225), (-0.002, 0, -0.001)),
     )
     return Kind(
         "eggplant",
@@ -176,16 +72,16 @@ def _banana() -> Kind:
     x, y = 0.052, 0.010
     tip: Color = (0.35, 0.26, 0.10)
     parts = (
-        _along_x(0.0160, 0.030, 0.0),
+        along_x(0.0160, 0.030, 0.0),
         Part("capsule", (0.0145, 0.022), (x, y, 0), (0, math.pi / 2, bend), solid=False),
         Part("capsule", (0.0145, 0.022), (-x, y, 0), (0, math.pi / 2, -bend), solid=False),
         Part("capsule", (0.0060, 0.006), (x + 0.031, y + 0.014, 0), (0, math.pi / 2, bend), tip, solid=False),
         Part(
             "capsule", (0.0060, 0.006), (-x - 0.031, y + 0.014, 0), (0, math.pi / 2, -bend), tip, solid=False
         ),
-        _hidden((0.034, 0.0145, 0.0155)),
-        _hidden((0.026, 0.0125, 0.0155), (x, y, 0), bend),
-        _hidden((0.026, 0.0125, 0.0155), (-x, y, 0), -bend),
+        hidden((0.034, 0.0145, 0.0155)),
+        hidden((0.026, 0.0125, 0.0155), (x, y, 0), bend),
+        hidden((0.026, 0.0125, 0.0155), (-x, y, 0), -bend),
     )
     return Kind(
         "banana", parts, 0.0160, 0.088, (0.95, 0.82, 0.18), grasp=((0, 0, 0), (0.075, 0.0145, 0.0155))
@@ -194,11 +90,11 @@ def _banana() -> Kind:
 
 def _spoon() -> Kind:
     parts = (
-        _along_x(0.0072, 0.048, -0.022),
-        _visual("ellipsoid", (0.028, 0.0190, 0.0085), pos=(0.050, 0, 0)),
-        _visual("ellipsoid", (0.020, 0.0130, 0.0040), pos=(0.051, 0, 0.0060), color=(0.42, 0.43, 0.46)),
-        _hidden((0.056, 0.0070, 0.0085), (-0.022, 0, 0)),
-        _hidden((0.022, 0.0150, 0.0085), (0.050, 0, 0)),
+        along_x(0.0072, 0.048, -0.022),
+        visual("ellipsoid", (0.028, 0.0190, 0.0085), pos=(0.050, 0, 0)),
+        visual("ellipsoid", (0.020, 0.0130, 0.0040), pos=(0.051, 0, 0.0060), color=(0.42, 0.43, 0.46)),
+        hidden((0.056, 0.0070, 0.0085), (-0.022, 0, 0)),
+        hidden((0.022, 0.0150, 0.0085), (0.050, 0, 0)),
     )
     return Kind(
         "spoon", parts, 0.0085, 0.080, STEEL, mass=0.05, grasp=((-0.012, 0, 0), (0.050, 0.0070, 0.0085))
@@ -206,7 +102,7 @@ def _spoon() -> Kind:
 
 
 def _cucumber() -> Kind:
-    parts = (_along_x(0.0155, 0.046, 0.0), _hidden((0.055, 0.0145, 0.0155)))
+    parts = (along_x(0.0155, 0.046, 0.0), hidden((0.055, 0.0145, 0.0155)))
     return Kind(
         "cucumber", parts, 0.0155, 0.064, (0.16, 0.42, 0.14), grasp=((0, 0, 0), (0.055, 0.0145, 0.0155))
     )
@@ -215,8 +111,8 @@ def _cucumber() -> Kind:
 def _can() -> Kind:
     parts = (
         Part("cylinder", (0.0260, 0.0400)),
-        _visual("cylinder", (0.0264, 0.0160), color=PALE),
-        _visual("cylinder", (0.0235, 0.0010), pos=(0, 0, 0.0400), color=STEEL),
+        visual("cylinder", (0.0264, 0.0160), color=PALE),
+        visual("cylinder", (0.0235, 0.0010), pos=(0, 0, 0.0400), color=STEEL),
     )
     return Kind(
         "can", parts, 0.040, 0.027, RED, mass=0.10, grasp=((0, 0, 0.005), (0.026, 0.026, 0.040)), round=True
@@ -226,21 +122,21 @@ def _can() -> Kind:
 def _bottle() -> Kind:
     parts = (
         Part("cylinder", (0.0240, 0.0340)),
-        _visual("ellipsoid", (0.0240, 0.0240, 0.020), pos=(0, 0, 0.034)),
-        _visual("cylinder", (0.0100, 0.0120), pos=(0, 0, 0.058)),
-        _visual("cylinder", (0.0115, 0.0060), pos=(0, 0, 0.072), color=PALE),
-        _visual("cylinder", (0.0244, 0.0140), pos=(0, 0, -0.004), color=YELLOW),
-        _hidden((0.009, 0.009, 0.022), (0, 0, 0.056)),
+        visual("ellipsoid", (0.0240, 0.0240, 0.020), pos=(0, 0, 0.034)),
+        visual("cylinder", (0.0100, 0.0120), pos=(0, 0, 0.058)),
+        visual("cylinder", (0.0115, 0.0060), pos=(0, 0, 0.072), color=PALE),
+        visual("cylinder", (0.0244, 0.0140), pos=(0, 0, -0.004), color=YELLOW),
+        hidden((0.009, 0.009, 0.022), (0, 0, 0.056)),
     )
     return Kind("bottle", parts, 0.034, 0.025, (0.10, 0.42, 0.30), mass=0.12)
 
 
 def _cup() -> Kind:
     parts = (
-        *_ring(10, 0.0250, (0.0022, 0.0086, 0.030), 0.0, solid=False),
+        *ring(10, 0.0250, (0.0022, 0.0086, 0.030), 0.0, solid=False),
         # solid to the touch: a finger does not slip inside
         Part("cylinder", (0.0270, 0.0300), visible=False),
-        _visual("cylinder", (0.0235, 0.0008), pos=(0, 0, -0.0232), color=(0.25, 0.22, 0.20)),
+        visual("cylinder", (0.0235, 0.0008), pos=(0, 0, -0.0232), color=(0.25, 0.22, 0.20)),
     )
     return Kind(
         "cup", parts, 0.030, 0.030, BLUE, mass=0.08, grasp=((0, 0, 0.0), (0.0275, 0.0275, 0.030)), round=True
@@ -249,10 +145,10 @@ def _cup() -> Kind:
 
 def _tomato() -> Kind:
     parts = (
-        _visual("ellipsoid", (0.0265, 0.0265, 0.0225)),
-        _visual("cylinder", (0.0100, 0.0015), pos=(0, 0, 0.0220), color=LEAF),
-        _hidden((0.0225, 0.0225, 0.0225)),
-        _hidden((0.0225, 0.0225, 0.0225), yaw=math.pi / 4),
+        visual("ellipsoid", (0.0265, 0.0265, 0.0225)),
+        visual("cylinder", (0.0100, 0.0015), pos=(0, 0, 0.0220), color=LEAF),
+        hidden((0.0225, 0.0225, 0.0225)),
+        hidden((0.0225, 0.0225, 0.0225), yaw=math.pi / 4),
     )
     return Kind(
         "tomato",
@@ -267,9 +163,9 @@ def _tomato() -> Kind:
 
 def _lemon() -> Kind:
     parts = (
-        _visual("ellipsoid", (0.0310, 0.0235, 0.0225)),
-        _visual("ellipsoid", (0.0080, 0.0080, 0.0080), pos=(0.028, 0, 0)),
-        _hidden((0.0240, 0.0200, 0.0225)),
+        visual("ellipsoid", (0.0310, 0.0235, 0.0225)),
+        visual("ellipsoid", (0.0080, 0.0080, 0.0080), pos=(0.028, 0, 0)),
+        hidden((0.0240, 0.0200, 0.0225)),
     )
     return Kind("lemon", parts, 0.0225, 0.036, (0.96, 0.87, 0.20), grasp=((0, 0, 0), (0.024, 0.0200, 0.0225)))
 
@@ -277,7 +173,7 @@ def _lemon() -> Kind:
 def _sponge() -> Kind:
     parts = (
         Part("box", (0.043, 0.027, 0.0150)),
-        _visual("box", (0.0433, 0.0273, 0.0045), pos=(0, 0, 0.0115), color=(0.20, 0.55, 0.35)),
+        visual("box", (0.0433, 0.0273, 0.0045), pos=(0, 0, 0.0115), color=(0.20, 0.55, 0.35)),
     )
     return Kind(
         "sponge", parts, 0.015, 0.052, (0.96, 0.80, 0.30), mass=0.03, grasp=((0, 0, 0), (0.043, 0.027, 0.015))
@@ -287,8 +183,8 @@ def _sponge() -> Kind:
 def _plate() -> Kind:
     parts = (
         Part("cylinder", (0.085, 0.0050)),
-        _visual("cylinder", (0.062, 0.0054), color=(0.98, 0.98, 0.97)),
-        *_ring(14, 0.0800, (0.0130, 0.0195, 0.0018), 0.0062, -0.25, visible=True, solid=False),
+        visual("cylinder", (0.062, 0.0054), color=(0.98, 0.98, 0.97)),
+        *ring(14, 0.0800, (0.0130, 0.0195, 0.0018), 0.0062, -0.25, visible=True, solid=False),
     )
     return Kind(
         "plate", parts, 0.005, 0.094, (0.80, 0.86, 0.93), mass=0.5, inside=(0.075, 0.075, 0.005), rim=0.010
@@ -298,7 +194,7 @@ def _plate() -> Kind:
 def _bowl() -> Kind:
     parts = (
         Part("cylinder", (0.052, 0.0040), (0, 0, -0.018)),
-        *_ring(12, 0.0630, (0.0030, 0.0200, 0.0250), 0.002, 0.45),
+        *ring(12, 0.0630, (0.0030, 0.0200, 0.0250), 0.002, 0.45),
     )
     return Kind(
         "bowl", parts, 0.022, 0.080, (0.86, 0.55, 0.20), mass=0.4, inside=(0.060, 0.060, -0.014), rim=0.026
@@ -316,12 +212,12 @@ def _basket() -> Kind:
         Part("box", (x, y, 0.003), (0, 0, -h + 0.003), color=dark),
     )
     bands = tuple(
-        _visual("box", (x + 0.0015, y + 0.0015, 0.0035), pos=(0, 0, z), color=dark)
+        visual("box", (x + 0.0015, y + 0.0015, 0.0035), pos=(0, 0, z), color=dark)
         for z in (-0.022, -0.006, 0.010)
     )
     # bands are frames: four thin strips each, so that the inside stays free
     strips = tuple(
-        _visual("box", half, pos=pos, color=dark)
+        visual("box", half, pos=pos, color=dark)
         for band in bands
         for half, pos in (
             ((0.0015, y + 0.0015, 0.0035), (x, 0.0, band.pos[2])),
@@ -357,7 +253,7 @@ def _towel() -> Kind:
     parts = (
         Part("box", (x, y, 0.0030)),
         *(
-            _visual("box", (x, 0.006, 0.0031), pos=(0, s * d, 0), color=PALE)
+            visual("box", (x, 0.006, 0.0031), pos=(0, s * d, 0), color=PALE)
             for s in (-1, 1)
             for d in (0.070, 0.088)
         ),

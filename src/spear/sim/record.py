@@ -7,7 +7,6 @@ but masked: they are never a training target. What follows shows how to recover.
 
 from __future__ import annotations
 
-import io
 import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from spear.images import encode_jpeg
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.types import Episode
 
-JPEG_QUALITY = 95
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03
@@ -96,8 +94,8 @@ def record_episode(
             mask.append(False)
         else:
             mask.append(True)
-        images["external"].append(_jpeg(observation["observation/image"]))
-        images["wrist"].append(_jpeg(observation["observation/wrist_image"]))
+        images["external"].append(encode_jpeg(observation["observation/image"]))
+        images["wrist"].append(encode_jpeg(observation["observation/wrist_image"]))
         states.append(observation["observation/state"])
         actions.append(action)
         info = env.physics_step(action)
@@ -146,9 +144,3 @@ def _push(
         step[2] += _LIFT
         opening = 0.0
     return np.array([*step, *quat, opening], np.float32)
-
-
-def _jpeg(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

@@ -14,7 +14,8 @@ import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.sim.instructions import instruct
-from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS, Color, Vec3
+from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS
+from spear.sim.parts import Color, Vec3
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TRAIN_SEED = 10_000

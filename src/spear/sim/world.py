@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from spear.sim import arm
 from spear.sim.control import Servo
-from spear.sim.objects import KINDS, Kind, Part
+from spear.sim.objects import KINDS
+from spear.sim.parts import Kind, Part
 from spear.sim.scene import SceneSpec
 
 TIMESTEP = 0.004

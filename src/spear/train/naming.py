@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ import torch
 from spear.data.images import JITTER_DRAWS, jitter
 from spear.images import decode_image
 from spear.labels import rle
-from spear.labels.store import read
 from spear.models.naming import CELLS, PatchNaming
 from spear.models.processing import Processor
 from spear.train.optimize import Batch
@@ -24,7 +22,7 @@ LEAST = 0.01
 class NamingTask:
     """Batches of labelled images with what each patch shows, and the loss of `PatchNaming`.
 
-    folder  has a sub-folder per view; every fourth batch is of the wrist camera when there is one.
+    labels  view -> labelled images with their masks; every fourth batch is of the wrist camera when there is one.
     """
 
     def __init__(
@@ -32,16 +30,14 @@ class NamingTask:
         model: PatchNaming,
         processor: Processor,
         names: Sequence[str],
-        folder: Path,
+        labels: Mapping[str, Sequence[LabeledImage]],
         patch: int,
         images: int,
         seed: int,
     ) -> None:
         self.model, self.processor, self.images, self.seed = model, processor, images, seed
         self.views = {
-            view: [_targets(label, names, patch) for label in read(folder / view)]
-            for view in processor.image_sizes
-            if (folder / view).is_dir()
+            view: [_targets(label, names, patch) for label in found] for view, found in labels.items()
         }
 
     def batch(self, step: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer
 from spear.train.optimize import Batch
 from spear.train.recipes import QuestionMix
-from spear.types import LabeledImage, Question
+from spear.types import LabeledImage, LabeledObject, Question
 
 LENGTH_GROUPS = 4
 """Answers differ in length (a point 3 tokens, a box 24): run in this many groups, a quarter of the work is saved."""
 
 
-def load_labels(folder: Path, views: Sequence[str]) -> dict[str, list[LabeledImage]]:
-    """All labels of a folder, by view, without their masks (questions do not need them).
+def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
+    """All labels of a folder, by view; without their masks unless these are wanted (questions do not need them).
 
     A folder with a sub-folder per view (as `spear label --source sim` writes), or one of shards, which is then
     taken as the first view, "external".
@@ -35,11 +36,15 @@ def load_labels(folder: Path, views: Sequence[str]) -> dict[str, list[LabeledIma
     found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
     return {
         view: [
-            dataclasses.replace(label, objects=tuple(dataclasses.replace(o, mask=()) for o in label.objects))
+            dataclasses.replace(label, objects=tuple(_compact(o, masks) for o in label.objects))
             for label in read(path)
         ]
         for view, path in found.items()
     }
+
+
+def _compact(o: LabeledObject, masks: bool) -> LabeledObject:
+    return dataclasses.replace(o, mask=array("i", o.mask) if masks else ())
 
 
 class QuestionSamples:

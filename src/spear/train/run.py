@@ -139,13 +139,13 @@ def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
 
 
 def _naming(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
-    known = load_labels(labels, list(size.image_sizes))
+    known = load_labels(labels, list(size.image_sizes), masks=True)
     processor = _new_processor(size, labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in known["external"] for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchNaming(vlm, ids)
-    task = NamingTask(model, processor, names, labels, size.vision["patch_size"], stage.batch_size, seed)
+    task = NamingTask(model, processor, names, known, size.vision["patch_size"], stage.batch_size, seed)
 
     def save(folder: Path) -> None:
         vlm.save_pretrained(folder)
