@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 
+from spear.chunks import mean_action
 from spear.errors import SpearError
-from spear.evaluate.actors import NOTHING, ConstantActor, ExpertActor, PolicyActor, mean_action
+from spear.evaluate.actors import NOTHING, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.closed_loop import evaluate
 from spear.types import Array
 
