@@ -112,7 +112,7 @@ def test_the_token_is_asked_for() -> None:
     with serving(token="secret") as server:
         assert get(server, "/healthz") == "ok\n"
         for wrong in (None, "Secret"):
-            with pytest.raises(SpearError, match="401.*send the token"):
+            with pytest.raises(SpearError, match=r"401.*send the token"):
                 RemotePolicy(url(server), token=wrong)
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(server, "/metrics")
@@ -197,7 +197,7 @@ def test_stopping_answers_what_is_under_way() -> None:
                 time.sleep(0.01)
             stop(server)
             np.testing.assert_array_equal(asked.result(60)["actions"], homing(seen()["observation/state"]))
-        with pytest.raises(SpearError, match="gone|busy"):
+        with pytest.raises(SpearError, match=r"gone|busy"):
             policy.infer(seen())
     with pytest.raises(SpearError, match="start one with"):
         RemotePolicy(url(server))

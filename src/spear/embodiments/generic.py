@@ -19,7 +19,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     ours: dict[str, Any] = {
         "observation/image": read.image(observation, "observation/image"),
         STATE: read.state(
-            values[:3],
+            read.position(values[:3], f"{STATE}[0:3]"),
             read.quaternion(values[3:7], f"{STATE}[3:7]"),
             read.opening(observation, f"{STATE}[7]", values[7]),
         ),

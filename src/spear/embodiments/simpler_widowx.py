@@ -32,7 +32,9 @@ def observe(observation: Observation) -> dict[str, Any]:
     return {
         "observation/image": read.image(observation, "observation/image"),
         "observation/state": read.state(
-            values[:3], rotation, read.opening(observation, f"{POSE}[7]", values[7])
+            read.position(values[:3], f"{POSE}[0:3]"),
+            rotation,
+            read.opening(observation, f"{POSE}[7]", values[7]),
         ),
         "prompt": read.prompt(observation),
     }

@@ -47,6 +47,13 @@ def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
     return array.astype(np.float64).reshape(count)
 
 
+def position(values: Array, what: str) -> Array:
+    """[3] metres of a point within 10 m of the base, which no arm exceeds; `SpearError` naming `what`."""
+    if np.abs(values).max() > 10:
+        raise SpearError(f"{what}: {values.tolist()} is beyond any arm's reach: send metres")
+    return values
+
+
 def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
     """A gripper opening in 0 … 1; readings up to 0.1 beyond are clipped, others refused."""
     if not -0.1 <= value <= 1.1:

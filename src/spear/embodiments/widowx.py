@@ -27,7 +27,11 @@ def observe(observation: Observation) -> dict[str, Any]:
     rotation = euler_to_quat(torch.from_numpy(values[3:6]), "xyz").numpy()
     return {
         "observation/image": read.image(observation, "observation/image"),
-        STATE: read.state(values[:3], rotation, read.opening(observation, f"{STATE}[6]", values[6])),
+        STATE: read.state(
+            read.position(values[:3], f"{STATE}[0:3]"),
+            rotation,
+            read.opening(observation, f"{STATE}[6]", values[6]),
+        ),
         "prompt": read.prompt(observation),
     }
 
