@@ -10,33 +10,14 @@ with batches of up to 16 against batches of 1; goal >= 3 (nano, two cores).
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from serve_process import server
+
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
-SERVE = "import sys; from spear.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
-
-
-@contextmanager
-def server(*options: str) -> Iterator[str]:
-    """`spear serve` in a process of its own; its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, *options, "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"ws://\S+", process.stdout.readline())
-        if not found:
-            raise SystemExit("the server did not start")
-        yield found[0]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def ask(url: str, clients: int, seconds: float) -> dict[str, Any]:
@@ -55,11 +36,11 @@ def ask(url: str, clients: int, seconds: float) -> dict[str, Any]:
 
 def main(checkpoint: str = "nano", seconds: float = 20.0, out: str | None = None) -> None:
     """Measures and prints; saves JSON when asked to."""
-    with server(checkpoint, "--queue", "64") as url:
-        rows = [ask(url, clients, seconds) for clients in CLIENTS]
+    with server(checkpoint, "--queue", "64") as served:
+        rows = [ask(served.url, clients, seconds) for clients in CLIENTS]
     print("the same without batching:")
-    with server(checkpoint, "--max-batch", "1") as url:
-        single = ask(url, 16, seconds)
+    with server(checkpoint, "--max-batch", "1") as served:
+        single = ask(served.url, 16, seconds)
     together = next(row for row in rows if row["clients"] == 16)
     ratio = together["per_second"] / single["per_second"]
     print(f"server overhead p50, one client: {rows[0]['overhead_p50']:.2f} ms (goal <= 2)")

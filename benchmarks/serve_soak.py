@@ -8,21 +8,18 @@ Prints the server's memory over time, and fails when its second half grew by mor
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from serve_process import Server, server
 from spear import embodiments
 from spear.serve import wire
 
-SERVE = "import sys; from spear.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 GROWTH = 0.02
 
 
@@ -59,14 +56,14 @@ async def bad(url: str, until: float, counts: Counter[str], seed: int) -> None:
         await asyncio.sleep(0.5)
 
 
-async def load(url: str, seconds: float, pid: int) -> list[float]:
+async def load(served: Server, seconds: float) -> list[float]:
     """Runs the clients; the server's memory, MiB, sampled 60 times."""
     until, counts, sizes = time.monotonic() + seconds, Counter[str](), []
-    clients = [asyncio.create_task(good(url, until, counts)) for _ in range(8)]
-    clients += [asyncio.create_task(bad(url, until, counts, seed)) for seed in range(4)]
+    clients = [asyncio.create_task(good(served.url, until, counts)) for _ in range(8)]
+    clients += [asyncio.create_task(bad(served.url, until, counts, seed)) for seed in range(4)]
     while time.monotonic() < until:
         await asyncio.sleep(seconds / 60)
-        sizes.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20)
+        sizes.append(served.memory())
         print(f"{until - time.monotonic():6.0f} s left: {sizes[-1]:7.1f} MiB, {dict(counts)}", flush=True)
     await asyncio.gather(*clients)
     return sizes
@@ -74,25 +71,14 @@ async def load(url: str, seconds: float, pid: int) -> list[float]:
 
 def main(seconds: float = 1800.0, checkpoint: str = "nano") -> None:
     """Starts a server, loads it, judges its memory."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, checkpoint, "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    found = re.search(r"ws://\S+", process.stdout.readline())
-    if not found:
-        raise SystemExit("the server did not start")
-    try:
-        sizes = asyncio.run(load(found[0], seconds, process.pid))
-    finally:
-        process.terminate()
-        code = process.wait()
+    with server(checkpoint) as served:
+        sizes = asyncio.run(load(served, seconds))
     half = len(sizes) // 2
     growth = max(sizes[half:]) / max(sizes[: half + 1]) - 1
     print(
         f"memory: {sizes[0]:.1f} … {sizes[-1]:.1f} MiB; second half grew by {growth:.2%} (goal <= {GROWTH:.0%})"
     )
-    print(f"exit code {code} (goal 0)")
-    if code or growth > GROWTH:
+    if growth > GROWTH:
         raise SystemExit(1)
 
 

@@ -45,6 +45,8 @@ def packed(**changes: object) -> bytes:
         (encode({"a": 1})[:-1], "not msgpack"),
         (encode({"a": 1}) + b"\0", "not msgpack"),
         (b"\x91" * 3000 + b"\xc0", "not msgpack"),
+        (b"\x81\xa1a" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
+        (b"\x81\xa1a" + b"\x91" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
         (b"\xdf\xff\xff\xff\xff", "not msgpack"),
         (msgpack.packb([1, 2]), "message: a list"),
         (msgpack.packb({b"a": 1}), "keys must be texts"),

@@ -19,6 +19,7 @@ from spear.errors import SpearError
 _KINDS = "biuf"
 _TYPE = re.compile(r"[<>=|]?[biuf][1248]")
 _DIMENSIONS = 8
+_DEPTH = 8
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -47,15 +48,19 @@ def _key(key: Any, where: str) -> str:
     return key
 
 
-def _value(value: Any, where: str) -> Any:
+def _value(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        raise SpearError(
+            f"{where.split('/')[0]}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays"
+        )
     if isinstance(value, dict):
         if b"__ndarray__" in value:
             return _array(value, where)
         if b"__npgeneric__" in value:
             return _scalar(value, where)
-        return {_key(k, where): _value(v, f"{where}/{str(k)[:80]}") for k, v in value.items()}
+        return {_key(k, where): _value(v, f"{where}/{str(k)[:80]}", depth + 1) for k, v in value.items()}
     if isinstance(value, list):
-        return [_value(v, where) for v in value]
+        return [_value(v, where, depth + 1) for v in value]
     if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
         raise SpearError(f"{where}: a msgpack extension: send numbers, texts, lists, maps or arrays")
     return value
