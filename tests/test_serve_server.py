@@ -122,6 +122,15 @@ def test_the_token_is_asked_for() -> None:
         RemotePolicy(url(server), token="secret").infer(seen())
 
 
+def test_connections_are_bounded() -> None:
+    with serving(max_clients=1) as server:
+        first = RemotePolicy(url(server))
+        with pytest.raises(SpearError, match=r"503.*busy: 1 clients"):
+            RemotePolicy(url(server))
+        assert get(server, "/healthz") == "ok\n"
+        first.close()
+
+
 def test_many_clients_are_answered_together_each_with_its_own() -> None:
     policy = Homing(seconds=0.02)
     with serving(policy, max_batch=8, wait_ms=1000.0) as server:
