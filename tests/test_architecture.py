@@ -30,13 +30,28 @@ MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
 MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "pointmap"}
 MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
+MAY_IMPORT["chunks"] = {"errors", "types", "geometry"}
+MAY_IMPORT["embodiments"] = {"errors", "types", "geometry", "sim"}
+MAY_IMPORT["serve"] = {"errors", "types", "embodiments"}
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
-MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes"}
+MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = set()
 
-HEAVY = ("mujoco", "gymnasium", "open3d", "av", "matplotlib", "ray", "tensorboard", "crc32c", "google.genai")
+HEAVY = (
+    "mujoco",
+    "gymnasium",
+    "open3d",
+    "av",
+    "matplotlib",
+    "ray",
+    "tensorboard",
+    "crc32c",
+    "google.genai",
+    "websockets",
+    "msgpack",
+)
 
 
 def room(path: Path) -> str:

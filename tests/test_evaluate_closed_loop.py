@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 
+from spear.chunks import mean_action
 from spear.errors import SpearError
-from spear.evaluate.actors import NOTHING, ConstantActor, ExpertActor, PolicyActor, mean_action
+from spear.evaluate.actors import NOTHING, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.closed_loop import evaluate
 from spear.types import Array
 
@@ -93,3 +94,25 @@ def test_mean_action_ignores_quaternion_signs() -> None:
     np.testing.assert_allclose(mean, mean_action(actions), atol=1e-6)
     np.testing.assert_allclose(mean[3:7], [np.cos(0.2), 0, 0, np.sin(0.2)], atol=0.01)
     assert mean[7] > 0.5
+
+
+def test_latency_costs_steps_and_each_way_of_executing_works() -> None:
+    class Planner(ExpertActor):
+        """The expert, who says its next action five times over: a chunk to execute while the next is awaited."""
+
+        def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+            return [np.repeat(a, 5, axis=0) for a in super().act(envs, observations)]
+
+    steps = {}
+    for latency in (0.0, 200.0):
+        done, _ = evaluate(Planner(), ("put_on",), 2, replan=1, quiet=True, latency_ms=latency)
+        assert done.settings["latency_ms"] == latency and done.settings["execution"] == "sync"
+        steps[latency] = sum(o.steps for o in done.outcomes)
+    assert steps[200.0] > 1.5 * steps[0.0]
+    still, _ = evaluate(ConstantActor("nothing", NOTHING), ("put_on",), 1, quiet=True, execution="async")
+    assert still.outcomes[0].steps == 60
+    mean, _ = evaluate(ExpertActor(), ("put_on",), 2, quiet=True, execution="ensemble")
+    plain, _ = evaluate(ExpertActor(), ("put_on",), 2, quiet=True)
+    assert mean.outcomes == plain.outcomes  # one action per chunk: nothing to average
+    with pytest.raises(SpearError, match="latency -1"):
+        evaluate(ExpertActor(), scenes=1, latency_ms=-1.0)

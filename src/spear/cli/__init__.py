@@ -25,6 +25,8 @@ EXTRAS = {
     "tensorboard": "train",
     "matplotlib": "report",
     "av": "report",
+    "websockets": "serve",
+    "msgpack": "serve",
 }
 """Module that may be absent -> the extra of this package that brings it."""
 

@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli import label_commands
+from spear.cli import label_commands, serve_commands
 from spear.errors import SpearError, unknown_name
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ def evaluate(
     films: int = 1,
     out: Path = Path("runs/evaluate"),
     compare: File = None,
+    execution: Literal["sync", "async", "ensemble"] = "sync",
+    latency_ms: float = 0.0,
 ) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
@@ -186,8 +188,8 @@ def evaluate(
         spear evaluate --policy runs/my_policy --families stack_cube --compare runs/evaluate/results.json
 
     Args:
-        policy: nano (comes with this package), a folder with a trained policy, or a reference: expert or
-            nothing.
+        policy: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
+            server, or a reference: expert or nothing.
         families: Task families; all of them when none is given.
         scenes: Scenes per family.
         first_seed: Scenes first-seed, first-seed + 1, … below 10000.
@@ -196,6 +198,9 @@ def evaluate(
         films: Films of so many successes and failures per family.
         out: Folder for the results.
         compare: An earlier results.json: also print the difference on the scenes that both have seen.
+        execution: sync waits for each chunk of actions; async moves on while the next one is computed;
+            ensemble looks at every step and averages what all chunks say about it.
+        latency_ms: Simulated time that the policy takes to answer, in milliseconds.
     """
     from rich import print as show
 
@@ -207,7 +212,18 @@ def evaluate(
 
     earlier = Results.load(compare) if compare else None
     actor, sizes = load_actor(policy)
-    results, made = run(actor, families or FAMILIES, scenes, first_seed, replan, batch, films=films, **sizes)
+    results, made = run(
+        actor,
+        families or FAMILIES,
+        scenes,
+        first_seed,
+        replan,
+        batch,
+        films=films,
+        execution=execution,
+        latency_ms=latency_ms,
+        **sizes,
+    )
     results.save(out / "results.json")
     for film in made:
         word = "success" if film.outcome.success else "failure"
@@ -382,6 +398,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "evaluate vlm": evaluate_vlm,
     "evaluate data": evaluate_data,
+    "serve": serve_commands.serve,
     "data inspect": data_inspect,
     "data prepare": data_prepare,
     "demo": demo,

@@ -72,15 +72,3 @@ class ConstantActor:
 
     def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         return [self.action[None]] * len(envs)
-
-
-def mean_action(actions: Array) -> Array:
-    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
-
-    The chordal mean is the top eigenvector of Σ q qᵀ, which does not depend on the signs of the quaternions.
-    """
-    actions = np.asarray(actions, np.float64)
-    q = actions[:, 3:7]
-    rotation = np.linalg.eigh(q.T @ q)[1][:, -1]
-    rotation = rotation if rotation[0] >= 0 else -rotation
-    return np.concatenate([actions[:, :3].mean(0), rotation, actions[:, 7:].mean(0)]).astype(np.float32)

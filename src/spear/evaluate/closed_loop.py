@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import mujoco
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spear.chunks import ChunkExecutor, Mode
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
@@ -38,6 +40,7 @@ class _Slot:
 
     env: TabletopEnv
     seed: int
+    chunks: ChunkExecutor
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
     poses: list[Array] = field(default_factory=list)
@@ -54,6 +57,8 @@ def evaluate(
     wrist_size: Size = (112, 112),
     films: int = 0,
     quiet: bool = False,
+    execution: Mode = "sync",
+    latency_ms: float = 0.0,
 ) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
 
@@ -63,8 +68,11 @@ def evaluate(
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
     films       films to make per family: of so many successes and as many failures, lowest seeds first.
+    execution   what happens to chunks, see `spear.chunks`.
+    latency_ms  simulated time from an observation to its chunk. The control loop takes a chunk up at its next
+                step, so it counts in whole steps of 200 ms, rounded up; steps spent standing still count too.
 
-    Raises SpearError for an unknown family and for seeds that are not held out.
+    Raises SpearError for an unknown family, for seeds that are not held out and for a negative latency.
     """
     for family in families:
         if family not in FAMILIES:
@@ -74,6 +82,9 @@ def evaluate(
             f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "
             "choose --scenes and --first-seed within them"
         )
+    if not 0 <= latency_ms < 1e6:
+        raise SpearError(f"latency {latency_ms:g} ms: give 0 or more")
+    delay = math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
     started = time.perf_counter()
     renderer = Renderer() if actor.needs_images or films else None
     outcomes: list[Outcome] = []
@@ -88,7 +99,7 @@ def evaluate(
             ]
             seeds = range(first_seed, first_seed + scenes)
             done: list[tuple[Outcome, list[Array]]] = []
-            for ended in _run(actor, envs, seeds, replan, bool(films)):
+            for ended in _run(actor, envs, seeds, replan, bool(films), execution, delay):
                 done.append(ended)
                 rate = len(done) / (time.perf_counter() - begun)
                 wins = sum(o.success for o, _ in done)
@@ -105,6 +116,8 @@ def evaluate(
         "replan": replan,
         "image_size": list(image_size),
         "wrist_size": list(wrist_size),
+        "execution": execution,
+        "latency_ms": latency_ms,
     }
     return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
 
@@ -115,21 +128,27 @@ def _run(
     seeds: Sequence[int],
     replan: int,
     filming: bool,
+    execution: Mode,
+    delay: int,
 ) -> Iterator[tuple[Outcome, list[Array]]]:
-    """All seeds through the given environments: the outcome and the poses of each episode as it ends."""
+    """All seeds through the given environments: the outcome and the poses of each episode as it ends.
+
+    delay: control steps from an observation to its chunk.
+    """
     waiting = list(seeds)[::-1]
     slots: list[_Slot] = []
     free = list(envs)
     while waiting or slots:
         while waiting and free:
-            slot = _Slot(free.pop(), waiting.pop())
+            slot = _Slot(free.pop(), waiting.pop(), ChunkExecutor(execution, replan))
             slot.env.load(World(sample_scene(slot.env.family, slot.seed)))
             slots.append(slot)
         observations = [s.env.observe() if actor.needs_images else {} for s in slots]
         chunks = actor.act([s.env for s in slots], observations)
         running = []
         for slot, chunk in zip(slots, chunks, strict=True):
-            if _execute(slot, chunk[:replan], filming):
+            slot.chunks.give(chunk, arrives=slot.chunks.tick + delay)
+            if _execute(slot, filming):
                 yield _outcome(slot), slot.poses
                 free.append(slot.env)
             else:
@@ -137,13 +156,13 @@ def _run(
         slots = running
 
 
-def _execute(slot: _Slot, actions: Array, filming: bool) -> bool:
-    """Steps one scene; True when its episode has ended."""
+def _execute(slot: _Slot, filming: bool) -> bool:
+    """Steps one scene until it is time to look again; True when its episode has ended."""
     data = slot.env.world.data
-    for action in actions:
+    while not slot.chunks.wants():
         if filming:
             slot.poses.append(data.qpos.copy())
-        slot.info = slot.env.physics_step(action)
+        slot.info = slot.env.physics_step(slot.chunks.next())
         slot.unreachable += slot.info["unreachable"]
         if slot.info["success"] or slot.env.steps >= MAX_STEPS:
             if filming:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypedDict
 
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
@@ -17,11 +18,16 @@ class Cameras(TypedDict, total=False):
 
 
 def load_actor(name: str) -> tuple[Actor, Cameras]:
-    """Who acts ("expert", "nothing", a trained folder or a shipped name), and the cameras that it needs."""
+    """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the cameras
+    that it needs."""
     if name == "expert":
         return ExpertActor(), {}
     if name == "nothing":
         return ConstantActor("nothing", NOTHING), {}
+    if name.startswith(("ws://", "wss://")):
+        from spear.serve.client import RemotePolicy
+
+        return PolicyActor(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name), {}
     policy = Spear1Policy.load(name)
     sizes = policy.processor.image_sizes
     return PolicyActor(policy, name), {"image_size": sizes["external"], "wrist_size": sizes["wrist"]}

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from spear.chunks import mean_action
 from spear.data.actions import HORIZON, chunk, episode_actions, resample
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
-from spear.evaluate.actors import mean_action
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
 from spear.images import decode_image

@@ -1,0 +1,60 @@
+"""Success against inference latency, for each way of executing chunks, in the embedded simulator.
+
+The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a latency counts
+in whole steps of 200 ms, rounded up.
+
+    python benchmarks/latency_study.py [CHECKPOINT] [SCENES] [OUT.json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from spear.chunks import Mode
+from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.load import load_actor
+from spear.evaluate.results import compare
+from spear.sim.scene import FAMILIES
+
+LATENCIES_MS = (0, 200, 400)
+REPLAN = {"sync": 5, "async": 3, "ensemble": 1}
+"""Actions executed between looks: the paper's whole chunk when the robot waits; with async, so many that a chunk still
+has actions while the next is computed at the longest latency."""
+
+
+def main(checkpoint: str = "nano", scenes: int = 100, out: str = "runs/latency.json") -> None:
+    """Prints a row per cell as it is done; saves all of them."""
+    actor, sizes = load_actor(checkpoint)
+    rows: list[dict[str, Any]] = []
+    reference = None
+    print(f"{'execution':10} {'latency':>8} {'success [95 %]':>20} {'against sync at 0 ms':>24}")
+    for mode in get_args(Mode):
+        for latency in LATENCIES_MS:
+            results, _ = evaluate(
+                actor,
+                FAMILIES,
+                scenes,
+                replan=REPLAN[mode],
+                execution=mode,
+                latency_ms=latency,
+                quiet=True,
+                **sizes,
+            )
+            reference = reference or results
+            s = results.summary().success
+            gaps = compare(results, reference).values()
+            gap = sum(g.value for g in gaps) / len(gaps)
+            print(
+                f"{mode:10} {latency:5} ms {s.value:8.1%} [{s.low:.1%}, {s.high:.1%}] {gap:+23.1%}",
+                flush=True,
+            )
+            rows.append({"execution": mode, "latency_ms": latency, **results.to_dict()})
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2], *map(int, sys.argv[2:3]), *sys.argv[3:4])

@@ -1,0 +1,55 @@
+"""The server under load: round trips and throughput for 1 … 64 clients on this machine, its overhead, batching.
+
+Observations have a 280 x 210 and a 112 x 112 image. Overhead is round trip minus inference as the server measured it:
+messages, sockets, queue and conversions; goal p50 <= 2 ms with one client. Batching is the throughput of 16 clients
+with batches of up to 16 against batches of 1; goal >= 3 (nano, two cores).
+
+    python benchmarks/serve.py [CHECKPOINT] [SECONDS] [OUT.json]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from serve_process import server
+
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def ask(url: str, clients: int, seconds: float) -> dict[str, Any]:
+    """What so many clients measure."""
+    script = Path(__file__).with_name("serve_bench_client.py")
+    command = [sys.executable, str(script), url, str(clients), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(
+        f"{clients:3} clients: p50 {result['p50']:7.1f} ms, p99 {result['p99']:7.1f} ms, "
+        f"{result['per_second']:6.1f} requests/s, overhead p50 {result['overhead_p50']:6.2f} ms",
+        flush=True,
+    )
+    return result
+
+
+def main(checkpoint: str = "nano", seconds: float = 20.0, out: str | None = None) -> None:
+    """Measures and prints; saves JSON when asked to."""
+    with server(checkpoint, "--queue", "64") as served:
+        rows = [ask(served.url, clients, seconds) for clients in CLIENTS]
+    print("the same without batching:")
+    with server(checkpoint, "--max-batch", "1") as served:
+        single = ask(served.url, 16, seconds)
+    together = next(row for row in rows if row["clients"] == 16)
+    ratio = together["per_second"] / single["per_second"]
+    print(f"server overhead p50, one client: {rows[0]['overhead_p50']:.2f} ms (goal <= 2)")
+    print(f"throughput of 16 clients, batches of 16 against 1: {ratio:.2f} (goal >= 3)")
+    if out:
+        Path(out).write_text(
+            json.dumps({"rows": rows, "without_batching": single, "batching": ratio}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2], *map(float, sys.argv[2:3]), *sys.argv[3:4])

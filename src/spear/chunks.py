@@ -1,0 +1,210 @@
+"""Executing predicted chunks: how many of the H actions, what while the next chunk is being computed.
+
+Time counts in ticks of the control loop (5 Hz). A chunk is predicted from what was observed at one tick and can be
+used from a later one, when inference is done.
+
+sync      execute k actions, look, stand still until the next chunk is there.
+async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has then
+          made other steps than the new chunk assumed; the difference is made up for along the chunk, so that there
+          is no jump at the seam and the arm ends where the new chunk wants it (our choice; the paper executes
+          sync).
+ensemble  look at every tick, and execute the weighted mean of what all chunks at hand say about now: temporal
+          ensembling (ACT, arXiv 2304.13705), with the newest weighing most and rotations averaged on S³.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from spear.errors import SpearError, unknown_name
+from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
+from spear.types import Array, Policy
+
+Mode = Literal["sync", "async", "ensemble"]
+REMEMBERED = 256
+"""Ticks of executed actions that are kept, to know what happened since an observation."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """actions [H, 8], predicted from the observation of tick `observed`, usable from tick `arrives` on."""
+
+    actions: Array
+    observed: int
+    arrives: int
+
+
+class ChunkExecutor:
+    """Chooses the action of each tick from the chunks that it is given. Each robot, or scene, has its own.
+
+        while True:
+            if executor.wants():
+                executor.give(policy.infer(observe())["actions"])
+            execute(executor.next())
+
+    replan   k, the actions of a chunk that are executed before the next look (ensemble: always 1).
+    decay    ensemble: a chunk that is one tick older weighs exp(-decay) of the newer one (our choice).
+    gripper  the opening that is commanded while there is no chunk yet.
+    """
+
+    def __init__(
+        self, mode: Mode = "sync", replan: int = 5, decay: float = 0.5, gripper: float = 1.0
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise unknown_name("way of executing chunks", mode, get_args(Mode))
+        if replan < 1:
+            raise SpearError(f"replan {replan}: execute at least 1 action of a chunk")
+        self.mode, self.replan, self.decay = mode, replan, decay
+        self.tick = 0
+        self._gripper = gripper
+        self._waiting: list[_Chunk] = []
+        self._held: list[_Chunk] = []  # ensemble: chunks at hand
+        self._left: list[Array] = []  # sync, async: actions still to execute
+        self._looked = -1
+        self._delay = 0
+        self._horizon = 0
+        self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
+
+    def wants(self) -> bool:
+        """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
+        if self.mode == "ensemble":
+            return self._looked < self.tick
+        if self._waiting:
+            return False
+        return len(self._left) <= (self._spare if self.mode == "async" else 0)
+
+    def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
+        """A chunk [H, 8], from the observation of tick `observed` (default: now), usable from tick `arrives` on
+        (default: now)."""
+        observed = self.tick if observed is None else observed
+        arrives = self.tick if arrives is None else arrives
+        self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
+        self._looked = max(self._looked, observed)
+        self._delay = arrives - observed
+
+    def next(self) -> Array:
+        """The action [8] for this tick, which ends it. With nothing to execute: no motion, gripper as it was."""
+        arrived = [c for c in self._waiting if c.arrives <= self.tick]
+        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
+        action = self._ensembled(arrived) if self.mode == "ensemble" else self._following(arrived)
+        self.tick += 1
+        self._executed.append(action)
+        if action is None:
+            return np.array([0, 0, 0, 1, 0, 0, 0, self._gripper], np.float32)
+        self._gripper = float(action[7])
+        return action
+
+    def _following(self, arrived: Sequence[_Chunk]) -> Array | None:
+        for chunk in arrived:
+            made = self._made_since(chunk.observed)
+            rows = _joined(chunk.actions, made) if self.mode == "async" else chunk.actions[: self.replan]
+            self._horizon = len(chunk.actions)
+            self._left = list(rows)
+        return self._left.pop(0) if self._left else None
+
+    @property
+    def _spare(self) -> int:
+        """Actions left of a chunk when it is time for the next look: those after the k-th, at least as many as
+        inference takes."""
+        return max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
+
+    def _ensembled(self, arrived: Sequence[_Chunk]) -> Array | None:
+        self._held += arrived
+        now = [(c, len(self._made_since(c.observed))) for c in self._held]
+        now = [(c, index) for c, index in now if index < len(c.actions)]
+        self._held = [c for c, _ in now]
+        if not now:
+            return None
+        weights = np.exp([-self.decay * (self.tick - c.observed) for c, _ in now])
+        return mean_action(np.stack([c.actions[index] for c, index in now]), weights)
+
+    def _made_since(self, tick: int) -> list[Array]:
+        """The actions made since a tick's observation; ticks without motion are left out."""
+        count = min(self.tick - tick, len(self._executed))
+        recent = list(self._executed)[len(self._executed) - count :]
+        return [action for action in recent if action is not None]
+
+
+class Pilot:
+    """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
+
+    With mode "async" or "ensemble" inference runs beside the robot: `step` never waits but for the first chunk.
+    Raises what the policy raises.
+    """
+
+    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = 3, decay: float = 0.5) -> None:
+        self._policy = policy
+        self._executor = ChunkExecutor(mode, replan, decay)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
+        self._asked: tuple[int, Future[dict[str, Any]]] | None = None
+
+    def step(self, observation: Mapping[str, Any]) -> Array:
+        """The action [8] to execute now, seeing `observation`."""
+        executor = self._executor
+        self._take(wait=False)
+        if self._asked is None and executor.wants():
+            self._asked = (executor.tick, self._thread.submit(self._policy.infer, dict(observation)))
+        self._take(wait=executor.mode == "sync" or executor.tick == 0)
+        return executor.next()
+
+    def close(self) -> None:
+        """Ends the inference thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, wait: bool) -> None:
+        if self._asked is not None and (wait or self._asked[1].done()):
+            tick, future = self._asked
+            self._asked = None
+            self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
+
+
+def mean_action(actions: Array, weights: Array | None = None) -> Array:
+    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
+
+    The chordal mean on S³ is the top eigenvector of Σ w q qᵀ, which does not depend on the signs of the
+    quaternions. weights [N] need not sum to one; None: all the same.
+    """
+    actions = np.asarray(actions, np.float64)
+    w = np.ones(len(actions)) if weights is None else np.asarray(weights, np.float64)
+    w = w / w.sum()
+    q = actions[:, 3:7]
+    rotation = np.linalg.eigh((q * w[:, None]).T @ q)[1][:, -1]
+    rotation = rotation if rotation[0] >= 0 else -rotation
+    return np.concatenate([w @ actions[:, :3], rotation, w @ actions[:, 7:]]).astype(np.float32)
+
+
+def _joined(actions: Array, made: Sequence[Array]) -> Array:
+    """What is left of a chunk [H, 8] when the steps `made` were made since its observation: [H - len(made), 8].
+
+    The chunk's path runs through targets P_j (the sum of translations, the product of rotations). The robot is at E
+    instead of P_n-1; that offset fades linearly to zero until the chunk's last action, so the steps stay smooth and
+    the chunk ends where it wanted to.
+    """
+    n, horizon = len(made), len(actions)
+    if n == 0 or n >= horizon:
+        return actions[n:]
+    where, turned = _path(np.asarray(actions, np.float64))
+    at, facing = (x[-1] for x in _path(np.asarray(made, np.float64)))
+    offset = at - where[n - 1]
+    turn = quat_log(quat_multiply(quat_conjugate(turned[n - 1]), facing))
+    fade = 1 - torch.arange(1, horizon - n + 1, dtype=torch.float64) / (horizon - n)
+    position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
+    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * turn))])
+    steps = quat_canonical(quat_normalize(quat_multiply(quat_conjugate(rotation[:-1]), rotation[1:])))
+    moves = position[1:] - position[:-1]
+    return np.concatenate([moves.numpy(), steps.numpy(), actions[n:, 7:]], axis=1).astype(np.float32)
+
+
+def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Displacement [n, 3] and turn [n, 4] after each of n actions, from where they start."""
+    turns = [torch.from_numpy(actions[0, 3:7])]
+    for row in torch.from_numpy(actions[1:, 3:7]):
+        turns.append(quat_multiply(turns[-1], row))
+    return torch.from_numpy(np.cumsum(actions[:, :3], axis=0)), quat_normalize(torch.stack(turns))

@@ -1,0 +1,92 @@
+"""`spear serve`: a policy for robots to connect to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+    /,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    embodiment: str = "generic",
+    control: Annotated[str | None, arg(metavar="NAME")] = None,
+    token: Annotated[str | None, arg(metavar="TEXT")] = None,
+    device: str = "auto",
+    steps: int = 10,
+    max_batch: int = 16,
+    wait_ms: float = 5.0,
+    queue: int = 64,
+) -> None:
+    """Serve a policy to robots, over a websocket that openpi-client connects to.
+
+    Several robots may connect; what they ask at the same time is answered together. GET /healthz says whether
+    the server is up, GET /metrics counts for Prometheus. Ctrl+C or SIGTERM answers what is under way, then stops.
+
+    Examples:
+        spear serve nano
+        spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
+
+    Args:
+        checkpoint: nano (comes with this package) or a folder with a trained policy.
+        port: Where to listen; 0 takes a free port.
+        host: Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine.
+        embodiment: The robot: generic, sim, droid, widowx, simpler_widowx, or a Python file that describes
+            yours (see docs/robots.md).
+        control: How the robot is commanded, where it has several ways (droid: joint_velocity, joint_position,
+            cartesian_position). Without it, the robot's usual one.
+        token: What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users of
+            this machine do not see it.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        steps: Euler steps of the flow: fewer are faster and coarser.
+        max_batch: At most so many observations are answered together.
+        wait_ms: For so long, at most, a batch waits for more observations.
+        queue: So many observations may wait; further ones are told that the server is busy.
+    """
+    import asyncio
+
+    import torch
+
+    from spear import embodiments
+    from spear.policy import Spear1Policy
+    from spear.serve.server import PolicyServer, Settings
+    from spear.serve.service import Service
+
+    for name, value in (("--max-batch", max_batch), ("--queue", queue), ("--steps", steps)):
+        if value < 1:
+            raise SpearError(f"{name} {value}: give at least 1")
+    if not 0 <= wait_ms <= 10_000:
+        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+    token = token or os.environ.get("SPEAR_TOKEN")
+    robot = embodiments.load(embodiment)
+    robot.control(control)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        policy = Spear1Policy.load(checkpoint, device, steps)
+    except (RuntimeError, AssertionError) as error:
+        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
+    service = Service(policy, robot, checkpoint, embodiment, control)
+    service.warm_up()
+    policy.reset()
+
+    def ready(server: PolicyServer) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {checkpoint} for {embodiment} ({service.metadata['control']}) at ws://{shown}:{server.port}",
+            flush=True,
+        )
+        if host not in LOOPBACK and not token:
+            print("warning: other machines may connect and there is no --token", file=sys.stderr, flush=True)
+
+    settings = Settings(host, port, token, max_batch, wait_ms, queue)
+    asyncio.run(PolicyServer(service, settings).run(ready))

@@ -1,0 +1,157 @@
+"""The DROID platform (Franka), with the observation keys of openpi's DROID client.
+
+Facts (droid-dataset/droid, robot_ik_solver.py and franka/robot.py): 15 Hz; a joint velocity of 1 asks for 0.2 rad in
+one step, and a vector with a larger entry is shortened as a whole; gripper positions are 1 closed, 0 open; cartesian
+positions are those of the flange, with roll, pitch, yaw (R = Rz Ry Rx).
+
+Ours: the end-effector is the point between the fingers of the Franka hand, 0.1034 m from the flange; a chunk's five
+actions at 5 Hz become fifteen rows at 15 Hz on straight lines (joints) or geodesics (poses); joints come from the
+inverse kinematics of `spear.sim.control`, which stays inside the joint limits and goes as near as it can.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.embodiments import Control, Embodiment, Observation
+from spear.embodiments import tools as read
+from spear.errors import SpearError
+from spear.geometry import (
+    matrix_to_quat,
+    pose_compose,
+    pose_inverse,
+    quat_canonical,
+    quat_slerp,
+    quat_to_euler,
+)
+from spear.types import Array
+
+IMAGE = "observation/exterior_image_1_left"
+WRIST = "observation/wrist_image_left"
+JOINTS = "observation/joint_position"
+GRIPPER = "observation/gripper_position"
+RATE_HZ = 15.0
+ROWS = 3
+"""Rows of 15 Hz in an action of 5 Hz."""
+JOINT_STEP = 0.2
+"""What a joint velocity of 1 means, rad per row."""
+
+
+def observe(observation: Observation) -> dict[str, Any]:
+    """Joint angles as an end-effector pose, by forward kinematics."""
+    joints = read.numbers(observation, JOINTS, 7)
+    if np.abs(joints).max() > 2 * np.pi:
+        raise SpearError(f"{JOINTS}: {np.abs(joints).max():.1f} is no joint angle: send radians")
+    closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
+    position, rotation = _kinematics().pose(joints)
+    return {
+        "observation/image": read.image(observation, IMAGE),
+        "observation/wrist_image": read.image(observation, WRIST),
+        "observation/state": read.state(
+            position, quat_canonical(torch.from_numpy(rotation)).numpy(), 1 - closed
+        ),
+        "prompt": read.prompt(observation),
+    }
+
+
+def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
+    """[3 H, 8] float32: joint angles (rad) and gripper."""
+    path = np.concatenate([_joints(observation)[None], _solve(actions, state, observation)])
+    return _with_gripper(np.concatenate([_between(a, b) for a, b in itertools.pairwise(path)]), actions)
+
+
+def joint_velocities(actions: Array, state: Array, observation: Observation) -> Array:
+    """[3 H, 8] float32: joint velocities in the platform's unit, within -1 … 1, and gripper."""
+    path = np.concatenate([_joints(observation)[None], _solve(actions, state, observation)])
+    velocity = np.repeat(np.diff(path, axis=0) / (ROWS * JOINT_STEP), ROWS, axis=0)
+    return _with_gripper(velocity / np.maximum(1.0, np.abs(velocity).max(axis=1, keepdims=True)), actions)
+
+
+def cartesian_positions(actions: Array, state: Array, observation: Observation) -> Array:
+    """[3 H, 7] float32: the flange's x, y, z (m), roll, pitch, yaw (rad), and gripper."""
+    from spear.sim.arm import ee_from_flange
+
+    tool = torch.from_numpy(ee_from_flange())
+    tool_position, tool_rotation = pose_inverse(tool[:3, 3], matrix_to_quat(tool[:3, :3]))
+    where, turned = (torch.from_numpy(x) for x in read.targets(state, actions))
+    where = torch.cat([torch.from_numpy(np.float64(state[:3]))[None], where])
+    turned = torch.cat([torch.from_numpy(np.float64(state[3:7]))[None], turned])
+    part = torch.arange(1, ROWS + 1, dtype=torch.float64).repeat(len(actions)) / ROWS
+    step = torch.arange(len(actions)).repeat_interleave(ROWS)
+    position = torch.lerp(where[step], where[step + 1], part[:, None])
+    rotation = quat_slerp(turned[step], turned[step + 1], part)
+    position, rotation = pose_compose(position, rotation, tool_position, tool_rotation)
+    return _with_gripper(torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1).numpy(), actions)
+
+
+def example() -> dict[str, Any]:
+    """The arm in front of its base, gripper open; images as openpi's client sends them."""
+    return {
+        IMAGE: read.example_image(224, 224),
+        WRIST: read.example_image(224, 224),
+        JOINTS: np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785]),
+        GRIPPER: np.array([0.0]),
+        "prompt": "put the carrot on the plate",
+    }
+
+
+def _kinematics() -> Any:
+    try:
+        from spear.sim.control import kinematics
+    except ModuleNotFoundError as error:
+        raise SpearError(
+            f'droid: {error.name} is not installed: run pip install "spear[sim]", whose kinematics it needs'
+        ) from error
+    return kinematics()
+
+
+def _joints(observation: Observation) -> Array:
+    return read.numbers(observation, JOINTS, 7)
+
+
+def _solve(actions: Array, state: Array, observation: Observation) -> Array:
+    """[H, 7] joint angles after each action."""
+    arm, joints, path = _kinematics(), _joints(observation), []
+    for position, rotation in zip(*read.targets(state, actions), strict=True):
+        joints = arm.solve(joints, position, rotation)
+        path.append(joints)
+    return np.stack(path)
+
+
+def _between(start: Array, end: Array) -> Array:
+    """[3, n] points on the way, the end included."""
+    return start + (end - start) * np.arange(1, ROWS + 1)[:, None] / ROWS
+
+
+def _with_gripper(rows: Array, actions: Array) -> Array:
+    return np.concatenate([rows, 1 - np.repeat(actions[:, 7:], ROWS, axis=0)], axis=1).astype(np.float32)
+
+
+EMBODIMENT = Embodiment(
+    about="the DROID platform (Franka), with openpi's keys",
+    required={
+        IMAGE: "the exterior camera's image, uint8 [height, width, 3]",
+        WRIST: "the wrist camera's image, uint8 [height, width, 3]",
+        JOINTS: "the joint angles: 7 numbers, rad",
+        GRIPPER: "the gripper's position: 0 open … 1 closed",
+        "prompt": "the instruction in words",
+    },
+    optional={},
+    observe=observe,
+    controls={
+        "joint_velocity": Control(
+            "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)", RATE_HZ, joint_velocities
+        ),
+        "joint_position": Control("7 joint angles (rad), gripper (1 closed)", RATE_HZ, joint_positions),
+        "cartesian_position": Control(
+            "the flange's x y z (m, base frame), roll pitch yaw (rad), gripper (1 closed)",
+            RATE_HZ,
+            cartesian_positions,
+        ),
+    },
+    example=example,
+)

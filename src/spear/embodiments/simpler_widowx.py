@@ -1,0 +1,78 @@
+"""SIMPLER's WidowX in ManiSkill 3: `eef_pos` as its observations have it, actions for
+`arm_pd_ee_target_delta_pose_align2`.
+
+Facts (haosulab/ManiSkill): the pose is that of link `ee_gripper_link` in the robot's base frame, whose x axis points
+out of the gripper (BridgeData's frame after its reference rotation); the controller moves its previous target by
+x, y, z along base axes, turns it about base axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c) and takes
+1 (open) or -1 (closed) for the gripper. 5 Hz.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.embodiments import Control, Embodiment, Observation
+from spear.embodiments import tools as read
+from spear.geometry import matrix_to_quat, quat_canonical, quat_conjugate, quat_multiply, quat_to_euler
+from spear.types import Array
+
+POSE = "observation/eef_pos"
+LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
+"""Orientation of the link where our end-effector frame is parallel to the base frame."""
+
+
+def observe(observation: Observation) -> dict[str, Any]:
+    """The link's orientation as that of our end-effector frame."""
+    values = read.numbers(observation, POSE, 8)
+    link = torch.from_numpy(read.quaternion(values[3:7], f"{POSE}[3:7]"))
+    rotation = quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
+    return {
+        "observation/image": read.image(observation, "observation/image"),
+        "observation/state": read.state(
+            read.position(values[:3], f"{POSE}[0:3]"),
+            rotation,
+            read.opening(observation, f"{POSE}[7]", values[7]),
+        ),
+        "prompt": read.prompt(observation),
+    }
+
+
+def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
+    """[H, 7] float32 for the controller."""
+    turns = quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ").numpy()
+    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, -1.0)
+    return np.concatenate([actions[:, :3], turns, gripper], axis=1).astype(np.float32)
+
+
+def example() -> dict[str, Any]:
+    """The arm before the table, gripper open, pointing down and turned a little."""
+    turned = torch.tensor([0.99, 0.0, 0.0, 0.1410674], dtype=torch.float64)
+    link = quat_multiply(turned, LINK).numpy()
+    return {
+        "observation/image": read.example_image(640, 480),
+        POSE: np.array([0.3, 0.0, 0.15, *link, 1.0], np.float32),
+        "prompt": "put carrot on plate",
+    }
+
+
+EMBODIMENT = Embodiment(
+    about="WidowX of SIMPLER in ManiSkill 3",
+    required={
+        "observation/image": "the third-view camera's image, uint8 [height, width, 3]",
+        POSE: "position (m) and quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers",
+        "prompt": "the instruction in words",
+    },
+    optional={},
+    observe=observe,
+    controls={
+        "arm_pd_ee_target_delta_pose_align2": Control(
+            "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed)",
+            5.0,
+            controller_actions,
+        )
+    },
+    example=example,
+)

@@ -1,0 +1,88 @@
+"""A served policy as a `spear.types.Policy`, so that whatever runs a policy here runs one elsewhere.
+
+For programs that have this package. A robot's own computer needs only openpi-client, which pins numpy < 2 and so
+lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from spear.errors import SpearError
+from spear.serve import wire
+
+PAUSE = 0.05
+"""Seconds before a busy server is asked again (our choice)."""
+
+
+class RemotePolicy:
+    """A policy at "ws://host:port".
+
+    A batch is sent on as many connections at once, so that the server can answer it together. `token` is the server's
+    --token. A busy server is asked again for `patience` seconds. Raises `SpearError` with the server's words for
+    a bad observation, and when the server cannot be reached.
+    """
+
+    def __init__(self, url: str, token: str | None = None, patience: float = 30.0) -> None:
+        self.url, self._token, self._patience = url, token, patience
+        self._connections: list[ClientConnection] = []
+        self.metadata: dict[str, Any] = {}
+        self._open(1)
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """One observation → {"actions": …, timings}."""
+        return self.infer_batch([observation])[0]
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Several observations, one result each, in order."""
+        messages = [wire.encode(o) for o in observations]
+        self._open(len(messages))
+        try:
+            for connection, message in zip(self._connections, messages, strict=False):
+                connection.send(message)
+            # every answer is read, so that a refused one leaves nothing behind for the next call
+            replies = [c.recv() for c, _ in zip(self._connections, messages, strict=False)]
+            deadline = time.monotonic() + self._patience
+            for index, reply in enumerate(replies):
+                while isinstance(reply, str) and reply.startswith("busy: ") and time.monotonic() < deadline:
+                    time.sleep(PAUSE)
+                    self._connections[index].send(messages[index])
+                    reply = self._connections[index].recv()
+                replies[index] = reply
+        except ConnectionClosed as error:
+            self.close()
+            raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
+        refused = [reply for reply in replies if isinstance(reply, str)]
+        if refused:
+            raise SpearError(refused[0])
+        return [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
+
+    def close(self) -> None:
+        """Hang up; the next call connects again."""
+        while self._connections:
+            self._connections.pop().close()
+
+    def _open(self, count: int) -> None:
+        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        while len(self._connections) < count:
+            try:
+                connection = connect(
+                    self.url, compression=None, max_size=None, additional_headers=headers, proxy=None
+                )
+                greeting = connection.recv(timeout=10)
+            except InvalidStatus as error:
+                said = (error.response.body or b"").decode(errors="replace").strip()
+                raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
+            except (OSError, WebSocketException) as error:
+                raise SpearError(
+                    f"{self.url}: no policy server ({error}): start one with `spear serve`"
+                ) from error
+            if isinstance(greeting, str):
+                raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
+            self.metadata = wire.decode(greeting)
+            self._connections.append(connection)

@@ -1,0 +1,126 @@
+"""Messages: msgpack maps with arrays in them, as openpi-client packs them. No pickle, nothing is executed.
+
+An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [...]}, a numpy scalar
+{b"__npgeneric__": True, b"data": value, b"dtype": ...}. Only booleans, integers and floats are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from spear.errors import SpearError
+
+_KINDS = "biuf"
+_TYPE = re.compile(r"[<>=|]?[biuf][1248]")
+_DIMENSIONS = 8
+_DEPTH = 8
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """A message as bytes. Values: numbers, texts, lists, maps, numpy arrays and scalars."""
+    packed: bytes = msgpack.packb(message, default=_pack)
+    return packed
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The inverse of `encode`; arrays are read-only views of `data`. Raises `SpearError` naming the bad key."""
+    try:
+        message = msgpack.unpackb(data, strict_map_key=True)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise SpearError(
+            f"message: not msgpack ({reason}): send one map packed as openpi-client does"
+        ) from error
+    if not isinstance(message, dict):
+        raise SpearError(f"message: a {type(message).__name__}: send a map of keys to values")
+    return {_key(key, "message"): _value(value, str(key)[:80]) for key, value in message.items()}
+
+
+def _key(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise SpearError(f"{where}: key {str(key)[:80]}: keys must be texts")
+    return key
+
+
+def _value(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        raise SpearError(
+            f"{where.split('/')[0]}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays"
+        )
+    if isinstance(value, dict):
+        if b"__ndarray__" in value:
+            return _array(value, where)
+        if b"__npgeneric__" in value:
+            return _scalar(value, where)
+        return {_key(k, where): _value(v, f"{where}/{str(k)[:80]}", depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_value(v, where, depth + 1) for v in value]
+    if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
+        raise SpearError(f"{where}: a msgpack extension: send numbers, texts, lists, maps or arrays")
+    return value
+
+
+def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
+    dtype, shape, data = _dtype(packed, where), packed.get(b"shape"), packed.get(b"data")
+    if not isinstance(data, bytes):
+        raise SpearError(f"{where}: an array without bytes: pack it as openpi-client does")
+    sizes = shape if isinstance(shape, list) else [None]
+    if len(sizes) > _DIMENSIONS or any(type(n) is not int or n < 0 for n in sizes):
+        raise SpearError(
+            f"{where}: an array of shape {str(shape)[:80]}: give up to {_DIMENSIONS} whole numbers"
+        )
+    if math.prod(sizes) * dtype.itemsize != len(data):
+        raise SpearError(
+            f"{where}: {len(data)} bytes for an array {dtype} {str(sizes)[:80]}: the message was cut or mispacked"
+        )
+    try:
+        return np.frombuffer(data, dtype).reshape(sizes)
+    except ValueError as error:  # an empty array with absurd other sizes
+        raise SpearError(f"{where}: an array of shape {str(sizes)[:80]}: {error}") from error
+
+
+def _scalar(packed: dict[Any, Any], where: str) -> np.generic:
+    value = packed.get(b"data")
+    dtype = _dtype(packed, where)
+    if not isinstance(value, bool | int | float):
+        raise SpearError(f"{where}: a numpy scalar that is a {type(value).__name__}: send a number")
+    try:
+        scalar: np.generic = dtype.type(value)
+    except (ValueError, OverflowError) as error:
+        raise SpearError(
+            f"{where}: {str(value)[:40]} does not fit {dtype}: send it in a wider type"
+        ) from error
+    return scalar
+
+
+def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
+    name = packed.get(b"dtype")
+    try:
+        if not isinstance(name, str) or not _TYPE.fullmatch(name):
+            raise TypeError
+        return np.dtype(name)
+    except (TypeError, ValueError):
+        raise SpearError(
+            f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats"
+        ) from None
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in _KINDS:
+        raise SpearError(f"cannot send an array of type {value.dtype}: only booleans, integers and floats")
+    if isinstance(value, np.ndarray):
+        return {
+            b"__ndarray__": True,
+            b"data": value.tobytes(),
+            b"dtype": value.dtype.str,
+            b"shape": value.shape,
+        }
+    if isinstance(value, np.generic):
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+    raise SpearError(f"cannot send a {type(value).__name__}: only numbers, texts, lists, maps and arrays")

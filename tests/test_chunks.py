@@ -1,0 +1,163 @@
+"""Executing chunks: k of H, standing still, no jump at the seam, means on S³; a pilot that never waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from spear.chunks import ChunkExecutor, Pilot, mean_action
+from spear.errors import SpearError
+from spear.types import Array
+
+
+def chunk(first: float, horizon: int = 5, turn: Sequence[float] = (0, 0, 0)) -> Array:
+    """Actions that move by first, first + 1, … mm along x and turn by `turn` each."""
+    rows = np.zeros((horizon, 8))
+    rows[:, 0] = 0.001 * (first + np.arange(horizon))
+    rows[:, 3:7] = Rotation.from_rotvec(turn).as_quat(scalar_first=True)
+    return rows.astype(np.float32)
+
+
+def drive(executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any) -> tuple[list[int], list[Array]]:
+    """Runs a policy whose chunk at tick t says t, t + 1, … mm: the ticks when it looked, the actions."""
+    looked, actions = [], []
+    for tick in range(ticks):
+        if executor.wants():
+            looked.append(tick)
+            executor.give(chunk(tick, **shape), arrives=tick + delay)
+        actions.append(executor.next())
+    return looked, actions
+
+
+def millimetres(actions: Sequence[Array]) -> list[float]:
+    return [round(1000 * float(a[0]), 3) for a in actions]
+
+
+def test_sync_executes_k_of_h_untouched() -> None:
+    looked, actions = drive(ChunkExecutor("sync", replan=3), 7)
+    assert looked == [0, 3, 6]
+    assert millimetres(actions) == [0, 1, 2, 3, 4, 5, 6]
+    expected = chunk(3)[0]
+    np.testing.assert_array_equal(actions[3], expected)
+    assert drive(ChunkExecutor("sync", replan=9), 11)[0] == [0, 5, 10]
+
+
+def test_sync_stands_still_while_it_waits() -> None:
+    looked, actions = drive(ChunkExecutor("sync", replan=2), 8, delay=2)
+    assert looked == [0, 4]
+    assert millimetres(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
+    assert actions[0][3] == 1 and actions[0][7] == 1
+    executor = ChunkExecutor("sync")
+    closing = chunk(0, 1)
+    closing[:, 7] = 0.25
+    executor.give(closing)
+    executor.next()
+    assert executor.next()[7] == 0.25
+
+
+def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
+    for delay in (1, 2):
+        looked, actions = drive(ChunkExecutor("async", replan=5), 14, delay=delay)
+        # the policy foresees its own steps, so that chunks agree wherever they overlap
+        moving = actions[delay:]
+        np.testing.assert_allclose(np.diff([a[0] for a in moving[:5]]), 0.001, atol=1e-7)
+        assert not any((a[:3] == 0).all() for a in moving[1:])
+        assert len(looked) >= 14 // 5
+
+
+def test_async_without_delay_is_sync() -> None:
+    for replan in (2, 5):
+        one = drive(ChunkExecutor("async", replan=replan), 11)
+        two = drive(ChunkExecutor("sync", replan=replan), 11)
+        assert one[0] == two[0]
+        np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
+    executor = ChunkExecutor("async", replan=3)
+    old, new = chunk(10, turn=(0, 0, 0.1)), chunk(0, turn=(0.2, 0, 0))
+    executor.give(old)
+    before = [executor.next() for _ in range(3)]
+    assert executor.wants()
+    executor.give(new, arrives=executor.tick + 2)
+    during = [executor.next() for _ in range(2)]
+    np.testing.assert_array_equal([*before, *during], old)
+    after = []
+    for _ in range(3):
+        after.append(executor.next())
+    assert after[0][0] < new[2][0]  # it went too far while it waited, and gives that back step by step
+    moved = sum(a[:3] for a in [*during, *after])
+    np.testing.assert_allclose(moved, new[:, :3].sum(0), atol=1e-7)
+    turned, wanted = Rotation.identity(), Rotation.identity()
+    for action in [*during, *after]:
+        turned = turned * Rotation.from_quat(action[3:7], scalar_first=True)
+    for action in new:
+        wanted = wanted * Rotation.from_quat(action[3:7], scalar_first=True)
+    assert (turned.inv() * wanted).magnitude() < 1e-5
+    gaps = np.array([a[0] for a in after]) - new[2:, 0]
+    np.testing.assert_allclose(gaps, gaps[0], atol=1e-7)
+
+
+def test_ensemble_averages_what_is_said_about_now() -> None:
+    executor = ChunkExecutor("ensemble", decay=np.log(2))
+    said = [chunk(0), chunk(30), chunk(90)]
+    got = []
+    for one in said:
+        assert executor.wants()
+        executor.give(one)
+        assert not executor.wants()
+        got.append(executor.next())
+    # now: 2 from the first (two ticks old), 31 from the second, 90 from the third
+    assert millimetres(got)[2] == pytest.approx((2 / 4 + 31 / 2 + 90) / (1 / 4 + 1 / 2 + 1), abs=1e-3)
+    looked, actions = drive(ChunkExecutor("ensemble"), 9, delay=2)
+    assert looked == list(range(9))
+    assert millimetres(actions)[:2] == [0, 0] and not any(m == 0 for m in millimetres(actions)[3:])
+
+
+def test_the_mean_rotation_is_the_same_for_both_signs_and_weighs() -> None:
+    turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
+    rows = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
+    for weights, low, high in ((None, 0.35, 0.35), ([3.0, 1.0], 0.26, 0.29)):
+        mean = mean_action(rows, weights)
+        flipped = mean_action(rows * np.array([1, 1, 1, -1, -1, -1, -1, 1]) ** [[0], [1]], weights)
+        np.testing.assert_allclose(mean, flipped, atol=1e-7)
+        angle = Rotation.from_quat(mean[3:7], scalar_first=True).magnitude()
+        assert low - 1e-6 <= angle <= high + 1e-6
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(SpearError, match="did you mean 'async'"):
+        ChunkExecutor("asynch")  # type: ignore[arg-type]
+    with pytest.raises(SpearError, match="at least 1"):
+        ChunkExecutor(replan=0)
+
+
+def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
+    think = threading.Event()
+    asked: list[int] = []
+
+    class Thinker:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            asked.append(observation["t"])
+            if len(asked) > 1:
+                assert think.wait(60)
+            return {"actions": chunk(observation["t"])}
+
+        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [self.infer(o) for o in observations]
+
+    pilot = Pilot(Thinker(), "async", replan=3)
+    actions = [pilot.step({"t": t}) for t in range(7)]
+    assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
+    think.set()
+    assert pilot._asked is not None
+    pilot._asked[1].result(60)
+    assert asked == [0, 3]
+    # two steps were made since t = 3: the new chunk goes on with its third
+    assert millimetres([pilot.step({"t": 7})]) == [5]
+    pilot.close()

@@ -1,0 +1,219 @@
+"""The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.sync.client import connect
+
+from serve_here import Homing, homing, serving, stop
+from spear.embodiments import load
+from spear.errors import SpearError
+from spear.serve import wire
+from spear.serve.client import RemotePolicy
+from spear.serve.server import PolicyServer, Settings
+from spear.serve.service import Service
+
+GENERIC = load("generic")
+
+
+def url(server: PolicyServer) -> str:
+    return f"ws://127.0.0.1:{server.port}"
+
+
+def get(server: PolicyServer, path: str, **headers: str) -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return reply.read().decode()
+
+
+def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
+    """The example with the arm at x, which `Homing`'s answer shows."""
+    observation = GENERIC.example()
+    observation["observation/state"][0] = x
+    return {**observation, **changes}
+
+
+def test_metadata_then_actions_with_timings_and_counts() -> None:
+    with serving() as server:
+        assert get(server, "/healthz") == "ok\n"
+        policy = RemotePolicy(url(server))
+        assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
+        assert set(policy.metadata["observation"]) == set(GENERIC.required)
+        first, second = policy.infer(seen()), policy.infer(seen())
+        np.testing.assert_array_equal(first["actions"], homing(seen()["observation/state"]))
+        assert first["server_timing"]["infer_ms"] >= first["policy_timing"]["infer_ms"] >= 0
+        assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
+        with pytest.raises(SpearError):
+            policy.infer(seen(prompt=""))
+        counts = dict(
+            line.rsplit(" ", 1) for line in get(server, "/metrics").splitlines() if not line.startswith("#")
+        )
+        assert counts['spear_requests_total{outcome="ok"}'] == "2"
+        assert counts['spear_requests_total{outcome="refused"}'] == "1"
+        assert (
+            counts["spear_request_seconds_count"] == counts['spear_request_seconds_bucket{le="+Inf"}'] == "3"
+        )
+        assert counts['spear_batch_size_bucket{le="1"}'] == "3"
+        assert (counts["spear_clients"], counts["spear_queue"]) == ("1", "0")
+        assert float(counts["spear_gpu_memory_bytes"]) >= 0
+        policy.close()
+
+
+def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
+    rng = np.random.default_rng(0)
+    good = wire.encode(seen())
+    bad: list[tuple[bytes | str, str]] = [
+        ("text", "in binary"),
+        (good[:1000], "not msgpack"),
+        (wire.encode({"x": 1}), "unknown observation key 'x'"),
+        (wire.encode(seen(**{"observation/state": np.full(8, np.nan)})), "observation/state: not finite"),
+        (wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})), "observation/image: uint8"),
+        (wire.encode(seen(prompt="explode")), "explode"),
+        (wire.encode(seen(prompt="bug")), "the server failed: ZeroDivisionError"),
+    ]
+    bad += [(rng.bytes(int(n)), "message") for n in rng.integers(0, 400, 20)]
+    for place in rng.integers(0, 700, 40):
+        broken = bytearray(good)
+        broken[place] = rng.integers(256)
+        bad.append((bytes(broken), ""))
+    with serving() as server, connect(url(server), compression=None) as raw:
+        raw.recv()
+        for message, said in bad:
+            raw.send(message)
+            reply = raw.recv()
+            if said:
+                assert isinstance(reply, str) and said in reply and "\n" not in reply
+        raw.send(good)
+        np.testing.assert_array_equal(wire.decode(raw.recv())["actions"], homing(seen()["observation/state"]))
+
+
+def test_a_message_beyond_the_limit_ends_its_connection_alone() -> None:
+    with serving(max_bytes=300_000) as server:
+        with connect(url(server), compression=None) as other:
+            other.recv()
+            with connect(url(server), compression=None) as raw:
+                raw.recv()
+                raw.send(b"\0" * 300_001)
+                with pytest.raises(Exception, match="1009"):
+                    raw.recv()
+            other.send(wire.encode(seen()))
+            assert isinstance(other.recv(), bytes)
+
+
+def test_the_token_is_asked_for() -> None:
+    with serving(token="secret") as server:
+        assert get(server, "/healthz") == "ok\n"
+        for wrong in (None, "Secret"):
+            with pytest.raises(SpearError, match=r"401.*send the token"):
+                RemotePolicy(url(server), token=wrong)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/metrics")
+        assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(server, "/nowhere", Authorization="Api-Key secret")
+        RemotePolicy(url(server), token="secret").infer(seen())
+
+
+def test_connections_are_bounded() -> None:
+    with serving(max_clients=1) as server:
+        first = RemotePolicy(url(server))
+        with pytest.raises(SpearError, match=r"503.*busy: 1 clients"):
+            RemotePolicy(url(server))
+        assert get(server, "/healthz") == "ok\n"
+        first.close()
+
+
+def test_many_clients_are_answered_together_each_with_its_own() -> None:
+    policy = Homing(seconds=0.02)
+    with serving(policy, max_batch=8, wait_ms=1000.0) as server:
+        clients = [RemotePolicy(url(server)) for _ in range(8)]
+
+        def ask(index: int) -> None:
+            for k in range(4):
+                x = 0.1 + 0.01 * index + 0.1 * k
+                answer = clients[index].infer(seen(x))["actions"]
+                np.testing.assert_allclose(answer[0, 0], -0.1 * x, rtol=1e-5)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(ask, range(8)))
+        assert max(policy.batches) == 8
+        assert sum(policy.batches) == 32
+        assert len(policy.batches) < 20
+
+
+def test_one_bad_observation_spoils_only_its_own_answer() -> None:
+    policy = Homing(seconds=0.02)
+    with serving(policy, wait_ms=1000.0) as server:
+        remote = RemotePolicy(url(server))
+        remote.infer_batch([seen(0.1)] * 4)
+        with pytest.raises(SpearError, match="explode"):
+            remote.infer_batch([seen(0.1), seen(prompt="explode"), seen(0.3), seen(0.4)])
+        answers = remote.infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
+        np.testing.assert_allclose(
+            [a["actions"][0, 0] for a in answers], [-0.01, -0.02, -0.03, -0.04], rtol=1e-5
+        )
+
+
+def test_a_full_queue_says_busy_at_once() -> None:
+    with serving(Homing(seconds=0.5), max_batch=1, queue=2) as server:
+        clients = [connect(url(server), compression=None) for _ in range(8)]
+        for client in clients:
+            client.recv()
+        for client in clients:
+            client.send(wire.encode(seen()))
+        replies = [client.recv() for client in clients]
+        busy = [r for r in replies if isinstance(r, str)]
+        assert busy and all(r.startswith("busy: 2 requests wait already") for r in busy)
+        assert len(replies) - len(busy) >= 2
+        for client in clients:
+            client.close()
+        patient = RemotePolicy(url(server))
+        assert len(patient.infer_batch([seen()] * 5)) == 5
+
+
+def test_dead_and_slow_clients_hold_nobody_up() -> None:
+    with serving(wait_ms=50.0) as server:
+        slow = connect(url(server), compression=None)
+        slow.recv()
+        for _ in range(3):
+            slow.send(wire.encode(seen()))  # and never reads
+        dead = connect(url(server), compression=None)
+        dead.recv()
+        dead.send(wire.encode(seen()))
+        dead.socket.close()  # without a word
+        policy = RemotePolicy(url(server))
+        for _ in range(3):
+            policy.infer(seen())
+        policy.close()
+        slow.close()
+
+
+def test_stopping_answers_what_is_under_way() -> None:
+    model = Homing(seconds=1.0)
+    with serving(model) as server:
+        policy = RemotePolicy(url(server))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(policy.infer, seen())
+            while not model.batches:
+                time.sleep(0.01)
+            stop(server)
+            np.testing.assert_array_equal(asked.result(60)["actions"], homing(seen()["observation/state"]))
+        with pytest.raises(SpearError, match=r"gone|busy"):
+            policy.infer(seen())
+    with pytest.raises(SpearError, match="start one with"):
+        RemotePolicy(url(server))
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with serving() as server:
+        second = PolicyServer(Service(Homing(), GENERIC), Settings(port=server.port))
+        with pytest.raises(SpearError, match="choose another --port"):
+            asyncio.run(second.run())

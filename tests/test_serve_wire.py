@@ -1,0 +1,93 @@
+"""Messages: what is sent arrives, and nothing that arrives can hurt."""
+
+from __future__ import annotations
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spear.errors import SpearError
+from spear.serve.wire import decode, encode
+
+
+def test_what_is_sent_arrives() -> None:
+    sent = {
+        "image": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
+        "state": np.linspace(0, 1, 8, dtype=">f8"),
+        "empty": np.zeros((0, 3), np.float32),
+        "strided": np.arange(10)[::2],
+        "flag": np.bool_(True),
+        "half": np.float16(0.5),
+        "nested": {"ms": 1.5, "list": [1, "two", None]},
+        "prompt": "stack the cubes · größer",
+    }
+    got = decode(encode(sent))
+    assert list(got) == list(sent)
+    for key, value in sent.items():
+        np.testing.assert_array_equal(got[key], value)
+        if isinstance(value, np.ndarray | np.generic):
+            assert got[key].dtype == value.dtype and type(got[key]) is type(value)
+
+
+def packed(**changes: object) -> bytes:
+    """A message whose "image" is an array with some of its parts changed."""
+    array = {b"__ndarray__": True, b"data": b"\0" * 12, b"dtype": "|u1", b"shape": [2, 2, 3]}
+    return msgpack.packb({"image": {**array, **{k.encode(): v for k, v in changes.items()}}})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not msgpack"),
+        (b"\xc1", "not msgpack"),
+        (encode({"a": 1})[:-1], "not msgpack"),
+        (encode({"a": 1}) + b"\0", "not msgpack"),
+        (b"\x91" * 3000 + b"\xc0", "not msgpack"),
+        (b"\x81\xa1a" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
+        (b"\x81\xa1a" + b"\x91" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
+        (b"\xdf\xff\xff\xff\xff", "not msgpack"),
+        (msgpack.packb([1, 2]), "message: a list"),
+        (msgpack.packb({b"a": 1}), "keys must be texts"),
+        (msgpack.packb({1: 1}), "not msgpack"),
+        (msgpack.packb({"t": msgpack.Timestamp(0)}), "^t: a msgpack extension"),
+        (packed(data="text"), "^image: an array without bytes"),
+        (packed(data=b"\0" * 11), "^image: 11 bytes for an array uint8"),
+        (packed(shape=[2, -2, -3]), "^image: an array of shape"),
+        (packed(shape=[2**40, 2**40]), "^image: 12 bytes"),
+        (packed(shape=[0, 2**63]), "^image: "),
+        (packed(shape="2"), "^image: an array of shape"),
+        (packed(shape=[1] * 40), "^image: an array of shape"),
+        (packed(dtype="|O"), r"^image: an array of type '\|O'"),
+        (packed(dtype="2u1"), "^image: an array of type"),
+        (packed(dtype="u1,u1"), "^image: an array of type"),
+        (packed(dtype=5), "^image: an array of type"),
+        (msgpack.packb({"s": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}), "^s: a numpy scalar"),
+        (
+            msgpack.packb({"s": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+            "^s: 300 does not fit",
+        ),
+    ],
+)
+def test_what_is_no_message_is_refused_by_name(data: bytes, said: str) -> None:
+    with pytest.raises(SpearError, match=said):
+        decode(data)
+
+
+@given(st.binary(max_size=64), st.integers(0, 10_000), st.integers(0, 255))
+def test_garbage_is_refused_and_nothing_worse(garbage: bytes, place: int, byte: int) -> None:
+    broken = bytearray(packed())
+    broken[place % len(broken)] = byte
+    for data in (garbage, bytes(broken), packed()[: place % 60]):
+        try:
+            assert isinstance(decode(data), dict)
+        except SpearError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+
+
+def test_what_cannot_be_sent_is_said() -> None:
+    with pytest.raises(SpearError, match="complex"):
+        encode({"a": np.zeros(2, np.complex64)})
+    with pytest.raises(SpearError, match="a set"):
+        encode({"a": {1}})
