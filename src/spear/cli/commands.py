@@ -170,7 +170,7 @@ def evaluate(
     families: tuple[str, ...] = (),
     scenes: int = 200,
     first_seed: int = 0,
-    replan: int = 5,
+    replan: int = 2,
     batch: int = 32,
     films: int = 1,
     out: Path = Path("runs/evaluate"),

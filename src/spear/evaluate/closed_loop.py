@@ -13,7 +13,7 @@ import mujoco
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spear.chunks import ChunkExecutor, Mode
+from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
@@ -51,7 +51,7 @@ def evaluate(
     families: Sequence[str] = FAMILIES,
     scenes: int = 200,
     first_seed: int = 0,
-    replan: int = 5,
+    replan: int = REPLAN,
     batch: int = 32,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
@@ -62,8 +62,8 @@ def evaluate(
 ) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
 
-    replan      actions of each predicted chunk that are executed before looking again (the paper executes the
-                whole chunk of 5; fewer reacts sooner and costs more inferences).
+    replan      actions of each predicted chunk that are executed before looking again: fewer reacts sooner and costs
+                more inferences.
     batch       scenes that run at once: their observations go through the policy together, and all share one
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
