@@ -185,7 +185,7 @@ class _Writer:
         }
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
-        if self.data is not None and _megabytes(self._data_path()) > DATA_MB:
+        if self.data is not None and os.path.getsize(self._data_path()) / 2**20 > DATA_MB:
             self.data.close()
             self.data = None
         if self.data is None:
@@ -211,7 +211,7 @@ class _Writer:
 
     def _start_video(self, camera: str, length: int) -> dict[str, Any]:
         video = self.videos.get(camera)
-        if video is not None and _megabytes(video.path) > VIDEO_MB:
+        if video is not None and video.bytes / 2**20 > VIDEO_MB:
             video.close()
             video = None
         if video is None:
@@ -388,10 +388,6 @@ def _chunk(number: int) -> dict[str, int]:
 
 def _place(prefix: str, number: int) -> dict[str, int]:
     return {f"{prefix}/{name}": value for name, value in _chunk(number).items()}
-
-
-def _megabytes(path: Path) -> float:
-    return os.path.getsize(path) / 2**20
 
 
 def _whole(rate_hz: float) -> int | float:

@@ -141,9 +141,11 @@ def find_spec(
 ) -> DatasetSpec:
     """The layout of dataset `name`: as given, or by the `spear.json` in its folder, or else by the registry.
 
-    given is a layout, or a file like `spear.json` with one. defaults are what the format of the dataset says itself (its rate, its column of instructions): they
-    come before the registry and behind `spear.json`. Raises SpearError for an unknown dataset (suggesting the
-    nearest name), for one of which too little is known, and for a bad `spear.json`.
+    given     a layout, or a file like `spear.json` with one.
+    defaults  what the format of the dataset says itself (its rate, its column of instructions): before what the
+              registry says, and behind `spear.json`.
+    Raises SpearError for an unknown dataset (suggesting the nearest name), for one of which too little is
+    known, and for a bad `spear.json`.
     """
     path = given if isinstance(given, Path) else folder / SPEC_FILE
     if isinstance(given, DatasetSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +40,8 @@ def read_frames(path: Path, first: float = 0.0, end: float = np.inf) -> Iterator
 class VideoWriter:
     """An AV1 video in an MP4 file, with the settings of LeRobot (crf 30, a key frame every second frame).
 
+    frames, bytes   what was written so far (the encoder keeps the last frames back until it is closed).
+
     rate_hz  frames per second. The file is complete when the writer is closed.
     """
 
@@ -54,10 +57,11 @@ class VideoWriter:
                 "this PyAV has no AV1 encoder: write images instead, or pip install --upgrade av"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.frames = path, 0
+        self.frames = self.bytes = 0
+        os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise
         self._container = av.open(str(path), "w", format="mp4")
         rate = Fraction(rate_hz).limit_denominator(1000)
-        options = {"crf": "30", "g": "2", "preset": "12", "svtav1-params": "lp=1"}
+        options = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
         stream: Any = self._container.add_stream("libsvtav1", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         self._stream = stream
@@ -65,13 +69,17 @@ class VideoWriter:
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
         frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        self._container.mux(self._stream.encode(frame))
+        self._mux(self._stream.encode(frame))
         self.frames += 1
+
+    def _mux(self, packets: Any) -> None:
+        self.bytes += sum(packet.size for packet in packets)
+        self._container.mux(packets)
 
     def close(self) -> None:
         """Write out what is waiting, and end the file."""
         if self.frames:
-            self._container.mux(self._stream.encode())
+            self._mux(self._stream.encode())
         self._container.close()
 
     def __enter__(self) -> VideoWriter:
