@@ -83,14 +83,13 @@ def export(
             smaller and a little blurred.
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
-    from spear.data.formats import read_episodes
     from spear.data.lerobot_write import write_lerobot
+    from spear.data.prepare import SetAside, good_episodes
 
-    reasons: list[str] = []
-    episodes = read_episodes(path, split, layout, lambda error: reasons.append(str(error)))
-    written = write_lerobot(episodes, out, images)
-    _report(reasons)
-    print(f"{written} episodes in {out}, {len(reasons)} set aside")
+    aside = SetAside(most=0.5)
+    written = write_lerobot(good_episodes(path, split, layout, aside), out, images)
+    _report(aside.reasons)
+    print(f"{written} episodes in {out}, {len(aside.reasons)} set aside")
 
 
 def datasets() -> None:

@@ -6,6 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spear.data.bridge_raw import (
+    find_numpy,
+    find_raw,
+    is_bridge_numpy,
+    is_bridge_raw,
+    read_bridge_numpy,
+    read_bridge_raw,
+)
+from spear.data.droid_raw import find_droid_raw, is_droid_raw, read_droid_raw
 from spear.data.episode import SHARD_GLOB, EpisodeStore
 from spear.data.lerobot import is_lerobot, open_lerobot, read_lerobot
 from spear.data.oxe import Layout
@@ -56,6 +65,27 @@ FORMATS: Mapping[str, Format] = {
     "rlds": Format("an RLDS dataset", "features.json", is_rlds, lambda p: open_rlds(p).lengths, read_rlds),
     "lerobot": Format(
         "a LeRobot dataset", "meta/info.json", is_lerobot, lambda p: open_lerobot(p).lengths, read_lerobot
+    ),
+    "bridge_raw": Format(
+        "raw BridgeData V2",
+        "obs_dict.pkl",
+        is_bridge_raw,
+        lambda p: {name: [len(found)] for name, found in find_raw(p).items()},
+        read_bridge_raw,
+    ),
+    "bridge_numpy": Format(
+        "BridgeData V2 as NumPy",
+        "out.npy",
+        is_bridge_numpy,
+        lambda p: {name: [len(found)] for name, found in find_numpy(p).items()},
+        read_bridge_numpy,
+    ),
+    "droid_raw": Format(
+        "raw DROID",
+        "trajectory.h5",
+        is_droid_raw,
+        lambda p: {name: [len(found)] for name, found in find_droid_raw(p).items()},
+        read_droid_raw,
     ),
 }
 

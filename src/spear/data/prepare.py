@@ -41,6 +41,22 @@ class SetAside:
             )
 
 
+def good_episodes(path: str | Path, split: str, dataset: Layout, aside: SetAside) -> Iterator[Episode]:
+    """The good episodes of a dataset in any format; the others go to `aside`.
+
+    Raises SpearError when too many are bad (see `SetAside`), or nothing good is left.
+    """
+    count = 0
+    for episode in read_episodes(path, split, dataset, aside):
+        count += 1
+        aside.check(count)
+        yield episode
+    aside.check(count)
+    if count == 0:
+        why = f": {aside.reasons[-1]}" if aside.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{why}")
+
+
 def prepare(
     path: str | Path,
     out_dir: str | Path,
@@ -61,21 +77,11 @@ def prepare(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise SpearError(f"not empty: {out_dir}: choose another folder for the episodes, or remove it")
 
-    def good() -> Iterator[Episode]:
-        count = 0
-        for episode in read_episodes(path, split, dataset, aside):
-            count += 1
-            aside.check(count)
-            yield resample(episode, RATE_HZ)
-        aside.check(count)
-        if count == 0:
-            why = f": {aside.reasons[-1]}" if aside.reasons else " (the split is empty)"
-            raise SpearError(f"no good episode: {path} split {split!r}{why}")
-
     part = out_dir.with_name(f".{out_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        written = write_episodes(good(), part)
+        good = good_episodes(path, split, dataset, aside)
+        written = write_episodes((resample(episode, RATE_HZ) for episode in good), part)
         part.replace(out_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
