@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from data_tiny import make
 
+from data_tiny import make
 from spear.cli import main
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.lerobot import read_lerobot

@@ -11,8 +11,8 @@ import numpy as np
 import pandas
 import pyarrow.parquet as pq
 import pytest
-from data_tiny import make
 
+from data_tiny import make
 from spear.data import lerobot_write
 from spear.data.episode import EpisodeStore
 from spear.data.lerobot import open_lerobot, read_lerobot

@@ -199,7 +199,7 @@ def test_raw_droid(tmp_path: Path) -> None:
     assert [e.source for e in good] == ["droid_raw/IRIS+a+2"]
     expected = (
         "missing video: ",
-        "11.mp4 has 4 frames, but there are 5 steps",
+        ".mp4 has 4 frames, but there are 5 steps",
         "more than 5 frames",
         "unreadable: ",
         "no camera 'wrist'",
