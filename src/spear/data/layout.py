@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +37,9 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
                 camera: unsquash(column(steps, key, source), spec.image_aspect.get(camera))
                 for camera, key in spec.images.items()
             },
-            position=_numbers(steps, position_column, spec, source),
-            rotation=to_quaternion(_numbers(steps, rotation_column, spec, source), layout, source),
-            gripper=to_opening(_numbers(steps, gripper_column, spec, source), *span),
+            position=_numbers(steps, position_column, source),
+            rotation=to_quaternion(_numbers(steps, rotation_column, source), layout, source),
+            gripper=to_opening(_numbers(steps, gripper_column, source), *span),
             instruction=_instruction(column(steps, spec.instruction, source)),
             rate_hz=rate_hz,
             source=source,
@@ -54,7 +53,7 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
         return _with_actions(episode, steps, spec)
     if spec.command is None:
         return episode
-    logged = _numbers(steps, spec.command, spec, source)
+    logged = _numbers(steps, spec.command, source)
     command = binarize_gripper(to_opening(logged, *spec.command_range))
     mask = np.arange(len(episode)) < len(episode) - 1
     action = derive_actions(episode.position, rotation, command)
@@ -76,15 +75,8 @@ def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec)
     return check_episode(dataclasses.replace(episode, **parts))
 
 
-def _numbers(steps: Mapping[str, Any], where: str, spec: DatasetSpec, source: str) -> Array:
-    """A column of numbers, [T] or [T, d] float64; those that `spec.compressed` names are unpacked first."""
-    path, bracket, _ = where.partition("[")
-    if path in spec.compressed:
-        try:
-            rows = [np.frombuffer(zlib.decompress(row), "<f4") for row in column(steps, path, source)]
-            steps, where = {"column": np.stack(rows)}, "column" + where[len(path) :] if bracket else "column"
-        except (zlib.error, ValueError) as error:
-            raise SpearError(f"unreadable column {path!r}: {source}: {error}; leave it out") from error
+def _numbers(steps: Mapping[str, Any], where: str, source: str) -> Array:
+    """A column of numbers, [T] or [T, d] float64."""
     try:
         return np.asarray(column(steps, where, source), np.float64)
     except (TypeError, ValueError) as error:
@@ -126,13 +118,16 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     if layout == "rotation_vector":
         return quat_canonical(quat_exp(tensor)).numpy()
     if layout == "matrix4_columns":
-        matrix = tensor.reshape(-1, 4, 4).transpose(1, 2)[:, :3, :3]
-        error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=matrix.dtype)).abs().amax((1, 2))
-        bad = ~((error < 1e-2) & (torch.linalg.det(matrix) > 0))
+        pose = tensor.reshape(-1, 4, 4).transpose(1, 2)
+        matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
+        error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
+        row = (pose[:, 3] - last).abs().amax(1)
+        bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
         if bad.any():
             step = int(bad.int().argmax())
             raise SpearError(
-                f"not a rotation: {source} step {step}: rotation matrix is not orthonormal; leave it out"
+                f"not a rotation: {source} step {step}: the 16 numbers are no pose written column after column; "
+                "leave it out, or check the layout"
             )
         return matrix_to_quat(matrix).numpy()
     if layout == "quat_xyzw":

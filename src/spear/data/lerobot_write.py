@@ -314,7 +314,8 @@ def _features(sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float)
 
 def _schema(features: Mapping[str, Any]) -> pa.Schema:
     """The schema of the rows, with the note that lets the `datasets` library restore its types."""
-    fields, note = [], {}
+    fields: list[pa.Field] = []
+    note: dict[str, Any] = {}
     for name, feature in features.items():
         dtype = feature["dtype"]
         if dtype == "video":

@@ -54,7 +54,6 @@ class DatasetSpec:
                      and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise.
-    compressed       paths of columns whose rows are zlib-compressed float32 numbers.
     rate_hz          steps per second.
     logged_translation, logged_rotation   columns of the logged arm actions. Training does not use them, as
                      motions are derived from the states.
@@ -79,7 +78,6 @@ class DatasetSpec:
     gripper_range: tuple[float, float] | None = None
     command: str | None = None
     command_range: tuple[float, float] = (0.0, 1.0)
-    compressed: tuple[str, ...] = ()
     rate_hz: float | None = None
     logged_translation: str | None = None
     logged_rotation: str | None = None
@@ -106,7 +104,7 @@ _EXAMPLES: Mapping[str, Any] = {
     "weight": 18.0,
     "facts": {"rate_hz": "our robot's manual"},
 }
-"""What a field looks like; those that are not here are texts, `compressed` is a list of them."""
+"""What a field looks like; those that are not here are texts."""
 _NEEDED = ("position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "rotation_format": get_args(RotationFormat),
@@ -189,14 +187,13 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
     for key, value in fields.items():
         if value == empty[key] or (value is None and empty[key] is None and key not in _EXAMPLES):
             continue
-        example = ["observation/state"] if key == "compressed" else _EXAMPLES.get(key, "text")
-        if key == "compressed" and isinstance(value, list | tuple):
-            example = ["observation/state"] * len(value)
+        example = _EXAMPLES.get(key, "text")
         if not _alike(value, example):
             raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example)}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise unknown_name(f"{key} (in {path})", value, _CHOICES[key])
-    return DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return DatasetSpec(**values)
 
 
 def _alike(value: Any, example: Any) -> bool:
@@ -232,13 +229,16 @@ def column(steps: Mapping[str, Any], where: str, source: str) -> Any:
     match = _COLUMN.match(where)
     if not match:
         raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
-    flat = match["path"] in steps
-    node: Any = steps[match["path"]] if flat else steps
-    for part in () if flat else match["path"].split("/"):
-        if not isinstance(node, Mapping) or part not in node:
+    node: Any = steps
+    parts = match["path"].split("/")
+    while parts:
+        # A name may have slashes in it itself: the longest that is there is meant.
+        names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        name = next((n for n in names if isinstance(node, Mapping) and n in node), None)
+        if name is None:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
-            raise SpearError(f"no column {where!r}: {source}: no {part!r} (there is: {there})")
-        node = node[part]
+            raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
+        node, parts = node[name], parts[name.count("/") + 1 :]
     if match["first"] is None:
         return node
     first = int(match["first"])

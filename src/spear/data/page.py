@@ -35,7 +35,7 @@ _WIDTH, _HEIGHT, _LEFT = 360, 150, 46
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:24px;color:#1c1f24;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .3em}pre{background:#f3f4f6;padding:12px;overflow-x:auto}
-.strip{display:flex;gap:2px;overflow-x:auto}.strip img{height:120px;border-radius:2px}
+.strip{display:flex;gap:2px}.strip img{max-height:120px;flex:0 1 auto;min-width:0;border-radius:2px}
 .label{color:#667;font-size:.85em;margin:.4em 0 .1em}.plots{display:flex;flex-wrap:wrap;gap:12px}
 svg{background:#fafafa;border:1px solid #e3e5e8;border-radius:4px}svg text{font:11px system-ui,sans-serif;fill:#556}
 .bad{color:#a33}
@@ -95,7 +95,7 @@ def _episode(episode: Episode) -> str:
             seconds,
             gripper,
             ("measured", "commanded"),
-            (-0.05, 1.05),
+            (-0.15, 1.35),
         ),
         _path("seen from above (x up, y left), m", episode, 1, 0),
         _path("seen from the right (x right, z up), m", episode, 0, 2),
@@ -150,7 +150,8 @@ def _plot(
                 line.append(f"{'L' if pen else 'M'}{a:.1f} {b:.1f}")
             pen = bool(np.isfinite(b))
         out.write(f'<path d="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        out.write(f'<text x="{_WIDTH - 8 - 66 * (len(names) - 1 - column)}" y="30" text-anchor="end" ')
+        right = _WIDTH - 8 - sum(7 * len(n) + 12 for n in names[column + 1 :])
+        out.write(f'<text x="{right}" y="30" text-anchor="end" ')
         out.write(f'style="fill:{colour}">{escape(name)}</text>')
     return _frame(title, out.getvalue(), (low, high), (0.0, end), " s", _HEIGHT)
 
