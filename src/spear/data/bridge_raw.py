@@ -160,7 +160,8 @@ def _raw_steps(folder: Path, source: str) -> dict[str, Any]:
             f"lengths differ: {source}: {len(state)} states and {len(actions)} actions, where there is one state "
             "more than actions; leave the episode out"
         )
-    late = _date(folder) is not None and _date(folder) < _LATE_UNTIL  # type: ignore[operator]
+    recorded = _date(folder)
+    late = recorded is not None and recorded < _LATE_UNTIL
     rows, acted = (slice(1, -1), slice(0, -1)) if late else (slice(0, -1), slice(None))
     lang = folder / "lang.txt"
     words = lang.read_text("utf-8", "replace").splitlines() if lang.is_file() else []

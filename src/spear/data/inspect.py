@@ -14,7 +14,7 @@ from spear.data.actions import store_actions
 from spear.data.episode import EpisodeStore
 from spear.data.formats import FORMATS, episode_counts, need_format, read_episodes
 from spear.data.lerobot import open_lerobot
-from spear.data.oxe import REGISTRY, SPEC_FILE, missing
+from spear.data.oxe import REGISTRY, SPEC_FILE, find_spec, missing
 from spear.data.rlds import open_rlds, read_raw
 from spear.errors import SpearError
 from spear.images import decode_image
@@ -79,6 +79,7 @@ def _describe_rlds(path: Path) -> str:
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
+        f"rate          {_rate_of(folder.name, folder.path)}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in splits.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
     ]
@@ -141,6 +142,14 @@ def _describe_raw(path: Path, title: str) -> str:
         lines.append(f"camera        {camera}: {width} x {height} pixels")
     lines.append(f"position, m   {_ranges(np.concatenate([e.position for e in episodes]))}")
     return "\n".join([*lines, *_instructions(e.instruction for e in episodes)])
+
+
+def _rate_of(name: str, folder: Path) -> str:
+    """RLDS does not hold the rate: the layout does."""
+    try:
+        return f"{find_spec(name, folder).rate_hz:g} Hz, by the layout"
+    except SpearError:
+        return "not known"
 
 
 def _layout_of(name: str, folder: Path) -> str:

@@ -8,6 +8,7 @@ for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -79,7 +80,8 @@ def write_lerobot(
         ) from error
     finally:
         if writer is not None:
-            writer.abandon()
+            with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
+                writer.abandon()
         shutil.rmtree(part, ignore_errors=True)
 
 
