@@ -66,7 +66,7 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
         (["evaluate", "vlm", "--model", "/nowhere"], "no model '/nowhere'"),
         (["ask", "x.png", "how far?", "--model", "/nowhere"], "no model '/nowhere'"),
         (["data", "inspect", "/nowhere"], "no such folder: /nowhere"),
-        (["data", "prepare", "/nowhere", "--out", "/tmp/never"], "not an RLDS folder"),
+        (["data", "prepare", "/nowhere", "--out", "/tmp/never"], "no such folder: /nowhere"),
         (["demo", "--data", "/nowhere"], "/nowhere"),
     ],
 )

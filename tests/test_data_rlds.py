@@ -15,8 +15,9 @@ from scipy.spatial.transform import Rotation
 
 from spear.data.episode import EpisodeStore
 from spear.data.inspect import inspect
-from spear.data.prepare import prepare_rlds
-from spear.data.rlds import open_rlds, read_raw, read_rlds, split_ranges
+from spear.data.prepare import prepare
+from spear.data.rlds import open_rlds, read_raw, read_rlds
+from spear.data.splits import split_ranges
 from spear.errors import SpearError
 from spear.images import decode_image
 
@@ -89,16 +90,16 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         "all": [("train", 0, 25), ("val", 0, 4)],
     }
     for split, ranges in expected.items():
-        assert split_ranges(folder, split) == ranges, split
+        assert split_ranges(folder.lengths, split, copy) == ranges, split
     assert folder.splits["train"][1][0].name == "bridge_dataset-train.tfrecord-00001-of-00002"
     for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2shard]", ""):
         with pytest.raises(SpearError, match="unreadable split"):
-            split_ranges(folder, bad)
+            split_ranges(folder.lengths, bad, copy)
     with pytest.raises(SpearError, match="did you mean 'train'"):
-        split_ranges(folder, "trian[:5]")
+        split_ranges(folder.lengths, "trian[:5]", copy)
     for far in ("train[:26]", "train[-26:]", "train[:101%]"):
         with pytest.raises(SpearError, match="beyond the 25 episodes"):
-            split_ranges(folder, far)
+            split_ranges(folder.lengths, far, copy)
 
 
 def test_a_slice_reads_only_its_episodes(bridge: Path) -> None:
@@ -169,11 +170,11 @@ def test_broken_records_are_named_or_set_aside(copy: Path, tmp_path: Path) -> No
     (copy / SHARD).write_bytes(data)
     with pytest.raises(SpearError, match=rf"broken record: .*{re.escape(SHARD)} record \d+: its checksum"):
         list(read_rlds(copy))
-    written, reasons = prepare_rlds(copy, tmp_path / "store")
+    written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
     assert len(EpisodeStore(tmp_path / "store")) == 24
     with pytest.raises(SpearError, match="not empty"):
-        prepare_rlds(copy, tmp_path / "store")
+        prepare(copy, tmp_path / "store")
 
 
 def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).write_bytes(data[: len(data) // 3])
     with pytest.raises(SpearError, match=r"record 8: the file ends .* copy the file again"):
         list(read_rlds(copy))
-    written, reasons = prepare_rlds(copy, tmp_path / "store")
+    written, reasons = prepare(copy, tmp_path / "store")
     assert written == 8 and len(reasons) == 1
     (copy / SHARD).unlink()
     with pytest.raises(SpearError, match=r"cannot read: .*No such file"):
@@ -194,7 +195,7 @@ def test_too_many_bad_episodes_stop_the_run_and_leave_nothing(copy: Path, tmp_pa
     with pytest.raises(SpearError, match=r"train#0 step 0: rotation quaternion has norm 0\.\d+"):
         list(read_rlds(copy))
     with pytest.raises(SpearError, match=r"(too many bad|no good) episode"):
-        prepare_rlds(copy, tmp_path / "store")
+        prepare(copy, tmp_path / "store")
     assert not any("store" in path.name for path in tmp_path.iterdir())
 
 
@@ -228,7 +229,8 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
     assert (half_turn.inv() * got).magnitude().max() < 1e-5
     for change, message in (
-        ({"rate_hz": None}, r"rate_hz must look like 5\.0"),
+        ({"rate_hz": None}, r"incomplete: .*: add rate_hz"),
+        ({"rate_hz": "5"}, r"rate_hz must look like 5\.0"),
         ({"images": "observation/image_0"}, r"images must look like {\"external"),
         ({"gripper_range": [1]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
@@ -277,7 +279,7 @@ def test_inspect_says_what_a_folder_is(bridge: Path, tmp_path: Path) -> None:
     assert re.search(r"observation/image_0 +image, 64 x 64 pixels\n", text)
     assert re.search(r"observation/state +float32 \[7\]", text)
     assert "8 × put carrot on plate" in text
-    prepare_rlds(bridge, tmp_path / "store", "train[:4]")
+    prepare(bridge, tmp_path / "store", "train[:4]")
     text = inspect(tmp_path / "store")
     assert re.search(r"episodes +4, 40 steps \(10 each\)", text) and "5 Hz" in text
     assert "external: 85 x 64 pixels, in 4 of 4 episodes" in text

@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from spear.data.episode import EpisodeStore
-from spear.data.prepare import prepare_rlds
-from spear.data.rlds import open_rlds
+from spear.data.formats import episode_counts
+from spear.data.prepare import prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop, page, vqa
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
@@ -48,14 +48,14 @@ Part = tuple[Section, tuple[str, str] | None]
 def make(out: Path, data: Path | None = None, log: Console | None = None) -> Path:
     """Write `out`/index.html and return its path.
 
-    data  an RLDS folder with real robot episodes; without it, the BridgeData sample if it is there.
+    data  a folder with real robot episodes (RLDS, LeRobot); without it, the BridgeData sample if it is there.
 
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
     log = log or Console(stderr=True)
     started = time.perf_counter()
     if data is not None:
-        open_rlds(data)
+        episode_counts(data)
     vlm, policy = load_vlm("nano"), Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
@@ -265,19 +265,18 @@ def real_episodes(out: Path, data: Path | None) -> Part:
 
 
 def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    """The first episodes of an RLDS folder for learning and the last of those for testing, prepared once."""
-    folder = open_rlds(source)
-    name, shards = next(iter(folder.splits.items()))
-    count = min(MOST_EPISODES, sum(n for _, n in shards))
+    """The first episodes of a dataset for learning and the last of those for testing, prepared once."""
+    name, total = next(iter(episode_counts(source).items()))
+    count = min(MOST_EPISODES, total)
     cut = count - max(1, round(HELD_OUT * count))
     if cut < 1:
         raise SpearError(f"too few episodes: {source}: its split {name!r} has {count}: give at least 2")
     stores = []
     for part, split in (("learn", f"{name}[:{cut}]"), ("test", f"{name}[{cut}:{count}]")):
-        key = hashlib.sha256(f"{folder.path.resolve()} {split}".encode()).hexdigest()[:8]
+        key = hashlib.sha256(f"{source.resolve()} {split}".encode()).hexdigest()[:8]
         target = out / f"episodes-{part}-{key}"
         if not target.is_dir():
-            prepare_rlds(source, target, split)
+            prepare(source, target, split)
         stores.append(EpisodeStore(target))
     return stores[0], stores[1]
 

@@ -1,7 +1,7 @@
 """All that can be labelled, as items: photos and videos, robot episodes, RGB-D scenes, the simulator.
 
 photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
-runs/episodes  bridge_dataset/1.0.0                             robot episodes: frames spread over each
+runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         robot episodes: frames spread over each
 rgbd:scene0000_00                                               frames with true depth
 sim:10000-10499                                                 scenes of the simulator, with all truth
 """
@@ -46,16 +46,15 @@ def items(arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4) -> 
 
 
 def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
-    from spear.data.rlds import is_rlds
+    from spear.data.formats import find_format
 
     if argument.startswith("sim:"):
         return _find_scenes(argument)
     if argument.startswith("rgbd:"):
         return _find_rgbd(argument.removeprefix("rgbd:"))
-    if is_rlds(argument):
-        return _find_rlds(argument, per_episode)
-    if os.path.isdir(argument) and any(entry.name.endswith(".arrow") for entry in os.scandir(argument)):
-        return _find_episodes(argument, per_episode)
+    robots = find_format(argument)
+    if robots is not None:
+        return (_find_episodes if robots == "store" else _find_demonstrations)(argument, per_episode)
     return find(argument, rate)
 
 
@@ -130,30 +129,29 @@ def _store(folder: str) -> Any:
     return EpisodeStore(folder)
 
 
-def _find_rlds(folder: str, per_episode: int) -> Iterator[Item]:
-    from spear.data.rlds import open_rlds
+def _find_demonstrations(folder: str, per_episode: int) -> Iterator[Item]:
+    from spear.data.formats import episode_counts
 
-    found = open_rlds(folder)
-    for split, shards in found.splits.items():
-        for index in range(sum(length for _, length in shards)):
+    for split, count in episode_counts(folder).items():
+        for index in range(count):
             for number in range(per_episode):
                 key = f"{folder}/{split}#{index}/{number + 1}-of-{per_episode}"
-                yield Item(key, read_rlds_frames, folder, (split, index, number, per_episode))
+                yield Item(key, read_demonstrations, folder, (split, index, number, per_episode))
 
 
-def read_rlds_frames(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
-    """Frames of an RLDS dataset, by (split, episode, number of the frame, frames per episode)."""
+def read_demonstrations(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
+    """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
-        episode = _rlds_episode(folder, split, index)
+        episode = _demonstration(folder, split, index)
         yield episode if isinstance(episode, SpearError) else _frame(episode, number, count)
 
 
 @lru_cache(maxsize=1)
-def _rlds_episode(folder: str, split: str, index: int) -> Episode | SpearError:
-    from spear.data.rlds import read_rlds
+def _demonstration(folder: str, split: str, index: int) -> Episode | SpearError:
+    from spear.data.formats import read_episodes
 
     try:
-        return next(read_rlds(folder, f"{split}[{index}:{index + 1}]"))
+        return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
 

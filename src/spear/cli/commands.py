@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli import label_commands, serve_commands
+from spear.cli import data_commands, label_commands, serve_commands
 from spear.errors import SpearError, unknown_name
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def train(
         recipe: Name of the recipe, or list.
         out: Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE.
         labels: Folder of labelled images, from spear label.
-        episodes: Folders of robot demonstrations: from spear record, or RLDS datasets.
+        episodes: Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets.
         init: Where to start from: a trained folder, or nano for the weights that come with this package.
             Without it, training starts from random weights.
         moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with.
@@ -160,7 +160,7 @@ def train(
 
     target = out or Path("runs") / recipe
     disable_progress_bar()
-    robots = [(path.name, _episodes(path, target), 1.0) for path in episodes]
+    robots = [(path.name, _episodes(path, target / "data"), 1.0) for path in episodes]
     final = run(recipe, target, labels, robots, start, encoder, seed, steps=steps, **changes)
     print(f"trained: {final}")
 
@@ -282,17 +282,20 @@ def evaluate_data(
 
     Args:
         policy: nano (comes with this package) or a folder with a trained policy.
-        data: Folder of held-out episodes (see `spear data prepare`).
+        data: Folder of held-out episodes, in any format (see `spear data inspect`).
         train: Folder of the training episodes, whose mean action is the reference (default: held-out ones).
         plot: Save a plot of predictions and truth as PNG.
     """
-    from spear.data.episode import EpisodeStore
+    from tempfile import TemporaryDirectory
+
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
 
-    held_out = EpisodeStore(data)
-    ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
-    reference = open_loop.score_mean_action(EpisodeStore(train) if train else held_out, held_out)
+    with TemporaryDirectory() as scratch:
+        held_out = _episodes(data, Path(scratch) / "held-out")
+        ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
+        learned = _episodes(train, Path(scratch) / "train") if train else held_out
+        reference = open_loop.score_mean_action(learned, held_out)
     for name, one in ours.summary().items():
         other = reference.summary()[name]
         print(
@@ -301,43 +304,6 @@ def evaluate_data(
         )
     if plot:
         plot.write_bytes(open_loop.plot(ours, reference))
-
-
-def data_inspect(path: Annotated[Positional[Path], arg(metavar="FOLDER")], /) -> None:
-    """Show what a folder of robot data holds.
-
-    Example:
-        spear data inspect bridge_dataset/1.0.0
-
-    Args:
-        path: An RLDS folder, or a folder of episodes written by this program.
-    """
-    from spear.data.inspect import inspect
-
-    print(inspect(path))
-
-
-def data_prepare(
-    path: Annotated[Positional[Path], arg(metavar="FOLDER")], /, out: Path, split: str = "train"
-) -> None:
-    """Turn an RLDS dataset into episodes that training reads fast: 5 Hz, one meaning of actions.
-
-    Broken episodes are set aside and counted.
-
-    Example:
-        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --split "train[:90%]"
-
-    Args:
-        path: An RLDS folder.
-        out: Folder to write to.
-        split: Which episodes: train, val, train[:90%], train[90%:] …
-    """
-    from spear.data.prepare import prepare_rlds
-
-    written, reasons = prepare_rlds(path, out, split)
-    for reason in reasons[:5]:
-        print(f"set aside: {reason}", file=sys.stderr)
-    print(f"{written} episodes in {out}, {len(reasons)} set aside")
 
 
 def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
@@ -351,7 +317,7 @@ def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
 
     Args:
         out: Folder for the page and its intermediate results.
-        data: An RLDS folder with real robot episodes.
+        data: A folder with real robot episodes (RLDS, LeRobot).
     """
     from spear.demo import make
 
@@ -359,19 +325,15 @@ def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
 
 
 def _episodes(path: Path, out: Path) -> EpisodeStore:
-    """The episodes of a folder; an RLDS dataset is prepared first, into OUT/data."""
-    from spear.data.episode import EpisodeStore
-    from spear.data.prepare import prepare_rlds
-    from spear.data.rlds import is_rlds
+    """The episodes of a folder; what is not our own store is prepared first, into OUT."""
+    from spear.data.prepare import open_store
 
-    if not is_rlds(path):
-        return EpisodeStore(path)
-    target = out / "data" / path.resolve().name
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        written, reasons = prepare_rlds(path, target)
-        print(f"{path}: {written} episodes, {len(reasons)} set aside", file=sys.stderr)
-    return EpisodeStore(target)
+    store, reasons = open_store(path, out)
+    for reason in reasons[:5]:
+        print(f"set aside: {reason}", file=sys.stderr)
+    if reasons:
+        print(f"{path}: {len(store)} episodes, {len(reasons)} set aside", file=sys.stderr)
+    return store
 
 
 def _value(text: str) -> Any:
@@ -399,7 +361,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate vlm": evaluate_vlm,
     "evaluate data": evaluate_data,
     "serve": serve_commands.serve,
-    "data inspect": data_inspect,
-    "data prepare": data_prepare,
+    **data_commands.COMMANDS,
     "demo": demo,
 }

@@ -11,33 +11,33 @@ from typing import Any
 import numpy as np
 
 from spear.data.actions import store_actions
-from spear.data.episode import SHARD_GLOB, EpisodeStore
-from spear.data.oxe import REGISTRY, SPEC_FILE
-from spear.data.rlds import is_rlds, open_rlds, read_raw
+from spear.data.episode import EpisodeStore
+from spear.data.formats import FORMATS, episode_counts, need_format, read_episodes
+from spear.data.lerobot import open_lerobot
+from spear.data.oxe import REGISTRY, SPEC_FILE, find_spec, missing
+from spear.data.rlds import open_rlds, read_raw
 from spear.errors import SpearError
 from spear.images import decode_image
 
 SHOWN = 5
 """How many instructions to show; the most frequent first."""
 LOOKED_AT = 50
-"""How many episodes of an RLDS folder to read: all of a real one would take hours."""
+"""How many episodes of a dataset to read: all of a real one would take hours."""
 
 
 def inspect(path: str | Path) -> str:
-    """A text of what `path` holds: an RLDS folder, or a store of our episodes.
+    """A text of what `path` holds, in any format that `spear.data.formats` knows.
 
-    Raises SpearError when it is neither, or is broken.
+    Raises SpearError when it is in none, or is broken.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise SpearError(f"no such folder: {folder}")
-    if any(folder.glob(SHARD_GLOB)):
+    folder, name = Path(path), need_format(path)
+    if name == "store":
         return _describe_store(EpisodeStore(folder))
-    if is_rlds(folder):
+    if name == "rlds":
         return _describe_rlds(folder)
-    raise SpearError(
-        f"no robot data: {folder}: neither an RLDS folder (features.json) nor a store ({SHARD_GLOB})"
-    )
+    if name == "lerobot":
+        return _describe_lerobot(folder)
+    return _describe_raw(folder, FORMATS[name].title)
 
 
 def _describe_store(store: EpisodeStore) -> str:
@@ -76,21 +76,90 @@ def _describe_rlds(path: Path) -> str:
     steps = [example["steps"] for example in examples if "steps" in example]
     if not steps:
         raise SpearError(f"no episodes: {folder.path}: split {first!r} has no examples with steps")
-    if (folder.path / SPEC_FILE).is_file():
-        known = f"described by {folder.path / SPEC_FILE}"
-    elif folder.name in REGISTRY:
-        known = "known"
-    else:
-        known = f"not known: describe it in {folder.path / SPEC_FILE} (see spear.data.oxe)"
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
-        f"layout        {known}",
+        f"layout        {_layout_of(folder.name, folder.path)}",
+        f"rate          {_rate_of(folder.name, folder.path)}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in splits.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
     words = [dict(_leaves(s)).get("language_instruction") for s in steps]
     return "\n".join([*lines, *_instructions(bytes(w[0]).decode("utf-8", "replace") for w in words if w)])
+
+
+def _describe_lerobot(path: Path) -> str:
+    folder = open_lerobot(path)
+    lengths = np.array([episode.length for episode in folder.episodes])
+    if not len(lengths):
+        raise SpearError(f"no episodes: {folder.path}: its metadata list none")
+    lines = [
+        f"{folder.path}: a LeRobot dataset, {folder.info['codebase_version']}",
+        f"robot         {folder.info.get('robot_type') or 'not named'}",
+        f"layout        {_layout_of(folder.name, folder.path)}",
+        f"episodes      {', '.join(f'{name} {sum(n)}' for name, n in folder.lengths.items())}, "
+        f"{lengths.sum()} steps ({_spread(lengths)} each)",
+        f"rate          {folder.rate_hz:g} Hz",
+    ]
+    for name, feature in folder.info["features"].items():
+        shape = feature["shape"]
+        if name in folder.cameras:
+            kind = "images in video" if feature["dtype"] == "video" else "images"
+            lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(str(n) for n in shape)}")
+        else:
+            axes = _axes(feature.get("names"))
+            lines.append(f"  {name.replace('.', '/'):<34} {feature['dtype']} {list(shape)}{axes}")
+    return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
+
+
+def _axes(names: Any) -> str:
+    """The names of the components of a feature, which some datasets have in a dict."""
+    if isinstance(names, Mapping):
+        names = [axis for axes in names.values() for axis in (axes if isinstance(axes, list) else [axes])]
+    return ": " + ", ".join(str(n) for n in names) if isinstance(names, list) and names else ""
+
+
+def _describe_raw(path: Path, title: str) -> str:
+    reasons: list[str] = []
+    counts = episode_counts(path)
+    read = read_episodes(path, next(iter(counts)), on_bad=lambda error: reasons.append(str(error)))
+    episodes = list(itertools.islice(read, LOOKED_AT))
+    lines = [
+        f"{path}: {title}",
+        f"episodes      {', '.join(f'{name} {n}' for name, n in counts.items())}",
+        f"looked at     {len(episodes)} good episodes, {len(reasons)} bad ones among them",
+        *(f"set aside     {reason}" for reason in reasons[:SHOWN]),
+    ]
+    if not episodes:
+        return "\n".join(lines)
+    first = episodes[0]
+    lines += [
+        f"steps         {_spread(np.array([len(e) for e in episodes]))} each",
+        f"rate          {first.rate_hz:g} Hz",
+    ]
+    for camera, images in first.images.items():
+        height, width = decode_image(images[0], f"{first.source} camera {camera!r}").shape[:2]
+        lines.append(f"camera        {camera}: {width} x {height} pixels")
+    lines.append(f"position, m   {_ranges(np.concatenate([e.position for e in episodes]))}")
+    return "\n".join([*lines, *_instructions(e.instruction for e in episodes)])
+
+
+def _rate_of(name: str, folder: Path) -> str:
+    """RLDS does not hold the rate: the layout does."""
+    try:
+        return f"{find_spec(name, folder).rate_hz:g} Hz, by the layout"
+    except SpearError:
+        return "not known"
+
+
+def _layout_of(name: str, folder: Path) -> str:
+    if (folder / SPEC_FILE).is_file():
+        return f"described by {folder / SPEC_FILE}"
+    spec = REGISTRY.get(name)
+    if spec is None:
+        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.oxe)"
+    unknown = missing(spec)
+    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 
 
 def _leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,14 +1,15 @@
 """What is known of each robot dataset, as data: where its columns are and what they mean.
 
-A dataset that is not here is described in a file `spear.json` in its RLDS folder, with the fields of
-`DatasetSpec` (where the file says nothing, those of the entry that "like" names are taken over):
+The datasets are in `oxe.toml`. One that is not there is described in a file `spear.json` in its folder, with
+the fields of `DatasetSpec` (where the file says nothing, those of the entry that "like" names are taken over):
 
     {"like": "bridge_dataset", "instruction": "language_instruction", "rate_hz": 10,
      "images": {"external": "observation/image", "wrist": "observation/wrist_image"},
      "position": "observation/state[0:3]", "rotation": "observation/state[3:7]",
      "rotation_format": "quat_xyzw", "gripper": "observation/state[7]", "gripper_range": [0.0, 0.08]}
 
-A column is a path below "steps", with an optional range of its last dimension: "observation/state[0:3]".
+A column is a path below the steps, with an optional range of its last dimension: "observation/state[0:3]".
+LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
 """
 
 from __future__ import annotations
@@ -16,22 +17,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spear.errors import SpearError, unknown_name
 
-RotationFormat = Literal["euler_xyz", "quat_wxyz", "quat_xyzw"]
-"""euler_xyz: roll, pitch, yaw about fixed axes, rad (R = Rz Ry Rx)."""
+RotationFormat = Literal["euler_xyz", "quat_wxyz", "quat_xyzw", "rotation_vector", "matrix4_columns"]
+"""How an orientation is written down.
+
+euler_xyz        roll, pitch, yaw about fixed axes, rad (R = Rz Ry Rx).
+quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
+rotation_vector  axis times angle, rad.
+matrix4_columns  the 16 numbers of a homogeneous pose, column after column.
+"""
+ActionKind = Literal["delta", "absolute", "velocity"]
+ActionFrame = Literal["base", "ee"]
 SPEC_FILE = "spear.json"
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset's layout and conventions.
+    """One dataset's layout and conventions. None is "not known"; `facts` says what is behind a value.
 
+    robot            the arm.
     images           our camera name -> column of encoded images.
     image_aspect     our camera name -> true width / height, where the stored images were squeezed.
     instruction      column of the instruction (its first row counts).
@@ -43,110 +55,145 @@ class DatasetSpec:
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise.
     rate_hz          steps per second.
-    weight           share of the paper's mixture, %; None where unknown.
+    logged_translation, logged_rotation   columns of the logged arm actions. Training does not use them, as
+                     motions are derived from the states.
+    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
+                     in the base or the end-effector frame.
+    action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
+                     `action_mask`, `success` and `source` are columns of the same parts of an `Episode`.
+    weight           share of the training mixture, %.
     facts            field -> where we know it from.
     """
 
     name: str
-    images: Mapping[str, str]
-    instruction: str
-    position: str
-    rotation: str
-    rotation_format: RotationFormat
-    gripper: str
-    gripper_range: tuple[float, float]
-    rate_hz: float
+    robot: str | None = None
+    images: Mapping[str, str] = field(default_factory=dict)
+    image_aspect: Mapping[str, float] = field(default_factory=dict)
+    instruction: str = "language_instruction"
+    position: str | None = None
+    rotation: str | None = None
+    rotation_format: RotationFormat | None = None
+    tool_rotation: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
+    gripper: str | None = None
+    gripper_range: tuple[float, float] | None = None
     command: str | None = None
     command_range: tuple[float, float] = (0.0, 1.0)
-    tool_rotation: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
-    image_aspect: Mapping[str, float] = field(default_factory=dict)
+    rate_hz: float | None = None
+    logged_translation: str | None = None
+    logged_rotation: str | None = None
+    logged_rotation_format: RotationFormat | None = None
+    logged_kind: ActionKind | None = None
+    logged_frame: ActionFrame | None = None
+    action: str | None = None
+    action_mask: str | None = None
+    success: str | None = None
+    source: str | None = None
     weight: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-_WIDOWX_CODE = "rail-berkeley/bridge_data_robot, transformation_utils.py and widowx_controller.py"
-
-REGISTRY: Mapping[str, DatasetSpec] = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec(
-            name="bridge_dataset",
-            images={"external": "observation/image_0"},
-            image_aspect={"external": 4 / 3},
-            instruction="language_instruction",
-            position="observation/state[0:3]",
-            rotation="observation/state[3:6]",
-            rotation_format="euler_xyz",
-            gripper="observation/state[6]",
-            gripper_range=(0.0, 1.0),
-            command="action[6]",
-            command_range=(0.0, 1.0),
-            rate_hz=5.0,
-            weight=18.0,
-            facts={
-                "images": "BridgeData V2 paper: camera 0 is the fixed over-the-shoulder view; others vary",
-                "image_aspect": "rail-berkeley/bridge_data_v2 squashes 640 x 480 images to squares",
-                "rotation": f"{_WIDOWX_CODE}: R = Rz Ry Rx, relative to a gripper that points down",
-                "tool_rotation": f"{_WIDOWX_CODE}: the reference pose turns the tool's x axis (forward) down "
-                "and leaves y, along which the fingers close: the identity in our frame",
-                "gripper": f"{_WIDOWX_CODE}: 1 open, 0 closed; readings reach 1.01",
-                "motion": "logged motions are relative to the previous target, not to the pose reached, and "
-                "rotate about base axes: integrated, they drift from the states (see the tests), so motions "
-                "are derived from the states, as Octo and OpenVLA do",
-                "rate_hz": "BridgeData V2 paper: 5 Hz",
-                "weight": "the paper: 18 %",
-            },
-        ),
-    )
+Layout = DatasetSpec | Path | None
+"""A layout, a file that describes one (see `read_spec`), or None: the dataset's own."""
+_EXAMPLES: Mapping[str, Any] = {
+    "images": {"external": "observation/image_0"},
+    "image_aspect": {"external": 1.3333333333333333},
+    "tool_rotation": [1.0, 0.0, 0.0, 0.0],
+    "gripper_range": [0.0, 1.0],
+    "command_range": [0.0, 1.0],
+    "rate_hz": 5.0,
+    "weight": 18.0,
+    "facts": {"rate_hz": "our robot's manual"},
+}
+"""What a field looks like; those that are not here are texts."""
+_NEEDED = ("position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "rotation_format": get_args(RotationFormat),
+    "logged_rotation_format": get_args(RotationFormat),
+    "logged_kind": get_args(ActionKind),
+    "logged_frame": get_args(ActionFrame),
 }
 
 
-def find_spec(name: str, folder: Path) -> DatasetSpec:
-    """The layout of dataset `name`: by the `spear.json` in its folder, or else by the registry.
+def missing(spec: DatasetSpec) -> list[str]:
+    """Fields without which no episode can be read."""
+    return [name for name in ("images", *_NEEDED) if not getattr(spec, name)]
 
-    Raises SpearError for an unknown dataset (suggesting the nearest name) and for a bad `spear.json`.
+
+def require(spec: DatasetSpec) -> tuple[str, str, RotationFormat, str, tuple[float, float], float]:
+    """(position, rotation, rotation_format, gripper, gripper_range, rate_hz), all known.
+
+    Raises SpearError naming what is not known of the dataset, and why.
     """
-    path = folder / SPEC_FILE
-    if not path.is_file():
-        if name not in REGISTRY:
-            hint = f"describe yours in {path} (fields: see spear.data.oxe)"
-            raise SpearError(f"{unknown_name('dataset', name, REGISTRY)}; {hint}")
-        return REGISTRY[name]
+    unknown = missing(spec)
+    if unknown:
+        why = "; ".join(f"{name} ({spec.facts[name]})" if name in spec.facts else name for name in unknown)
+        raise SpearError(
+            f"not enough is known of dataset {spec.name!r}: {why}: say it in a {SPEC_FILE} in its folder"
+        )
+    position, rotation, layout, gripper, span, rate = (getattr(spec, name) for name in _NEEDED)
+    return position, rotation, layout, gripper, span, rate
+
+
+def find_spec(
+    name: str, folder: Path, defaults: Mapping[str, Any] | None = None, given: Layout = None
+) -> DatasetSpec:
+    """The layout of dataset `name`: as given, or by the `spear.json` in its folder, or else by the registry.
+
+    given     a layout, or a file like `spear.json` with one.
+    defaults  what the format of the dataset says itself (its rate, its column of instructions): before what the
+              registry says, and behind `spear.json`.
+    Raises SpearError for an unknown dataset (suggesting the nearest name), for one of which too little is
+    known, and for a bad `spear.json`.
+    """
+    path = given if isinstance(given, Path) else folder / SPEC_FILE
+    if isinstance(given, DatasetSpec):
+        spec = given
+    elif path.is_file() or given is not None:
+        spec = read_spec(path, name, defaults)
+    elif name in REGISTRY:
+        spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
+    else:
+        hint = f"describe yours in {path} (fields: see spear.data.oxe)"
+        raise SpearError(f"{unknown_name('dataset', name, REGISTRY)}; {hint}")
+    require(spec)
+    return spec
+
+
+def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) -> DatasetSpec:
+    """The layout that a JSON file describes (see `spear.data.oxe`). Raises SpearError for a bad one."""
     try:
         fields = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SpearError(f"unreadable: {path}: {error}; it must be a JSON object") from error
-    return _from_fields(fields, name, path)
-
-
-def _from_fields(fields: dict[str, Any], name: str, path: Path) -> DatasetSpec:
-    known = [f.name for f in dataclasses.fields(DatasetSpec)]
     like = fields.pop("like", None)
+    known = [f.name for f in dataclasses.fields(DatasetSpec)]
     for key in fields:
         if key not in known:
             raise unknown_name(f"key (in {path})", key, [*known, "like"])
-    base: dict[str, Any] = {"name": name}
-    if like is not None:
-        if like not in REGISTRY:
-            raise unknown_name(f"dataset (like, in {path})", like, REGISTRY)
-        base = {**vars(REGISTRY[like]), **base}
-    fields = {**base, **fields}
-    missing = [
-        f.name
-        for f in dataclasses.fields(DatasetSpec)
-        if f.name not in fields and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        names = ", ".join(missing)
+    if like is not None and like not in REGISTRY:
+        raise unknown_name(f"dataset (like, in {path})", str(like), REGISTRY)
+    base = vars(REGISTRY[like]) if like is not None else {}
+    spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
+    unknown = missing(spec)
+    if unknown:
+        names = ", ".join(unknown)
         raise SpearError(f'incomplete: {path}: add {names}, or name a similar dataset as "like"')
-    example = json.loads(json.dumps(vars(REGISTRY["bridge_dataset"])))
-    for key, value in fields.items():
-        if key != "name" and value != vars(DatasetSpec).get(key, ...) and not _alike(value, example[key]):
-            raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example[key])}")
-    spec = DatasetSpec(**fields)
-    if spec.rotation_format not in get_args(RotationFormat):
-        raise unknown_name(f"rotation_format (in {path})", spec.rotation_format, get_args(RotationFormat))
     return spec
+
+
+def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
+    """A `DatasetSpec` of fields as JSON or TOML have them, each checked."""
+    empty = vars(DatasetSpec(""))
+    for key, value in fields.items():
+        if value == empty[key] or (value is None and empty[key] is None and key not in _EXAMPLES):
+            continue
+        example = _EXAMPLES.get(key, "text")
+        if not _alike(value, example):
+            raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example)}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise unknown_name(f"{key} (in {path})", value, _CHOICES[key])
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return DatasetSpec(**values)
 
 
 def _alike(value: Any, example: Any) -> bool:
@@ -162,6 +209,15 @@ def _alike(value: Any, example: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _load() -> dict[str, DatasetSpec]:
+    file = resources.files("spear.data").joinpath("oxe.toml")
+    tables = tomllib.loads(file.read_text("utf-8"))
+    return {name: _spec({"name": name, **table}, Path(str(file))) for name, table in tables.items()}
+
+
+REGISTRY: Mapping[str, DatasetSpec] = _load()
+"""Dataset name -> what is known of it."""
+
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
 
 
@@ -174,11 +230,15 @@ def column(steps: Mapping[str, Any], where: str, source: str) -> Any:
     if not match:
         raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
     node: Any = steps
-    for part in match["path"].split("/"):
-        if not isinstance(node, Mapping) or part not in node:
+    parts = match["path"].split("/")
+    while parts:
+        # A name may have slashes in it itself: the longest that is there is meant.
+        names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        name = next((n for n in names if isinstance(node, Mapping) and n in node), None)
+        if name is None:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
-            raise SpearError(f"no column {where!r}: {source}: no {part!r} (there is: {there})")
-        node = node[part]
+            raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
+        node, parts = node[name], parts[name.count("/") + 1 :]
     if match["first"] is None:
         return node
     first = int(match["first"])

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spear.data.actions import RATE_HZ, resample
-from spear.data.episode import write_episodes
-from spear.data.oxe import DatasetSpec
-from spear.data.rlds import read_rlds
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.formats import need_format, read_episodes
+from spear.data.oxe import Layout
 from spear.errors import SpearError
 from spear.types import Episode
 
@@ -41,14 +41,32 @@ class SetAside:
             )
 
 
-def prepare_rlds(
+def good_episodes(path: str | Path, split: str, dataset: Layout, aside: SetAside) -> Iterator[Episode]:
+    """The good episodes of a dataset in any format; the others go to `aside`.
+
+    Raises SpearError when too many are bad (see `SetAside`), or nothing good is left.
+    """
+    count = 0
+    for episode in read_episodes(path, split, dataset, aside):
+        count += 1
+        aside.check(count)
+        yield episode
+    aside.check(count)
+    if count == 0:
+        why = f": {aside.reasons[-1]}" if aside.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{why}")
+
+
+def prepare(
     path: str | Path,
     out_dir: str | Path,
     split: str = "train",
-    dataset: DatasetSpec | None = None,
+    dataset: Layout = None,
     most_bad: float = 0.5,
 ) -> tuple[int, list[str]]:
-    """Write an RLDS split as a store of canonical 5 Hz episodes; returns how many, and why not the rest.
+    """Write a dataset as a store of canonical 5 Hz episodes; returns how many, and why not the rest.
+
+    path is in any format that `spear.data.formats` knows; split says which of its episodes.
 
     A broken record, or an episode that `check_episode` refuses, is set aside (much of BridgeData has no
     instruction). Raises SpearError when more than the share `most_bad` is bad, or nothing good is left.
@@ -59,22 +77,27 @@ def prepare_rlds(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise SpearError(f"not empty: {out_dir}: choose another folder for the episodes, or remove it")
 
-    def good() -> Iterator[Episode]:
-        count = 0
-        for episode in read_rlds(path, split, dataset, aside):
-            count += 1
-            aside.check(count)
-            yield resample(episode, RATE_HZ)
-        aside.check(count)
-        if count == 0:
-            why = f": {aside.reasons[-1]}" if aside.reasons else " (the split is empty)"
-            raise SpearError(f"no good episode: {path} split {split!r}{why}")
-
     part = out_dir.with_name(f".{out_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        written = write_episodes(good(), part)
+        good = good_episodes(path, split, dataset, aside)
+        written = write_episodes((resample(episode, RATE_HZ) for episode in good), part)
         part.replace(out_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return written, aside.reasons
+
+
+def open_store(path: str | Path, work_dir: str | Path) -> tuple[EpisodeStore, list[str]]:
+    """The episodes of a folder in any format, as training reads them, and why some were set aside.
+
+    A store is opened as it is. Anything else is prepared first, once, into `work_dir`/<name of the folder>.
+    """
+    if need_format(path) == "store":
+        return EpisodeStore(path), []
+    target = Path(work_dir) / Path(path).resolve().name
+    reasons: list[str] = []
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _, reasons = prepare(path, target)
+    return EpisodeStore(target), reasons

@@ -8,28 +8,19 @@ still encoded. Shards are read one after the other, in order.
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from spear.data.actions import binarize_gripper, derive_actions
-from spear.data.episode import check_episode
-from spear.data.oxe import DatasetSpec, RotationFormat, column, find_spec
+from spear.data.layout import episode_from
+from spear.data.oxe import Layout, find_spec
+from spear.data.splits import split_ranges
 from spear.data.tfds_features import unflatten
 from spear.data.tfrecord import OnBad, parse_example, read_records
-from spear.errors import SpearError, unknown_name
-from spear.geometry import euler_to_quat, quat_canonical, quat_multiply
-from spear.images import decode_image
-from spear.types import Array, Episode
+from spear.errors import SpearError
+from spear.types import Episode
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,11 @@ class RldsFolder:
     version: str
     splits: Mapping[str, list[tuple[Path, int]]]
     features: Mapping[str, Any]
+
+    @property
+    def lengths(self) -> dict[str, list[int]]:
+        """Split name -> number of episodes in each of its shards."""
+        return {name: [length for _, length in shards] for name, shards in self.splits.items()}
 
 
 def is_rlds(path: str | Path) -> bool:
@@ -112,70 +108,6 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     ]
 
 
-_SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<selector>[\d_:%a-z-]+)\])?$")
-_BOUND = re.compile(r"^(?P<value>-?[\d_]+)?(?P<unit>%|shard)?$")
-
-
-def split_ranges(folder: RldsFolder, split: str) -> list[tuple[str, int, int]]:
-    """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them.
-
-    "train", "train[:20%]", "train[5:]", "train[-3:]", "train[1shard:2shard]", "train+val[:50%]", "all".
-    """
-    ranges = []
-    for part in re.split(r"\s*\+\s*", split.strip()):
-        if part == "all":
-            ranges += [(name, 0, _total(folder, name)) for name in folder.splits]
-            continue
-        match = _SPLIT.match(part)
-        if not match:
-            raise _bad_split(folder, split)
-        if match["name"] not in folder.splits:
-            raise unknown_name(f"split (of {folder.path})", match["name"], folder.splits)
-        ranges.append((match["name"], *_range(folder, match["name"], match["selector"], split)))
-    return ranges
-
-
-def _range(folder: RldsFolder, name: str, selector: str | None, split: str) -> tuple[int, int]:
-    total = _total(folder, name)
-    if selector is None:
-        return 0, total
-    bounds = [_BOUND.match(bound) for bound in selector.split(":")]
-    units = {bound["unit"] for bound in bounds if bound and bound["unit"]}
-    if not all(bounds) or len(units) > 1 or len(bounds) > 2 or selector == ":":
-        raise _bad_split(folder, split)
-    unit = units.pop() if units else ""
-    values = [None if not b or b["value"] is None else int(b["value"]) for b in bounds]
-    if len(values) == 1:
-        if unit != "shard" or values[0] is None:
-            raise _bad_split(folder, split)
-        values = [values[0], values[0] + 1 or None]
-    lengths = [length for _, length in folder.splits[name]]
-    first, end = (_absolute(value, unit, lengths) for value in values)
-    first, end = first or 0, total if end is None else end
-    beyond = unit == "%" and any(abs(value or 0) > 100 for value in values)
-    if beyond or abs(first) > total or abs(end) > total:
-        raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {folder.path}")
-    return first + total if first < 0 else first, end + total if end < 0 else end
-
-
-def _absolute(value: int | None, unit: str, lengths: list[int]) -> int | None:
-    if value is None or unit == "":
-        return value
-    if unit == "%":
-        return round(value * sum(lengths) / 100)
-    return sum(lengths[:value])
-
-
-def _bad_split(folder: RldsFolder, split: str) -> SpearError:
-    return SpearError(
-        f"unreadable split {split!r}: {folder.path}: write it like train, train[:20%] or train[5:]"
-    )
-
-
-def _total(folder: RldsFolder, name: str) -> int:
-    return sum(length for _, length in folder.splits[name])
-
-
 def read_raw(
     path: str | Path | RldsFolder, split: str = "train", on_bad: OnBad | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -186,7 +118,7 @@ def read_raw(
     than it should have, raises SpearError, or is reported to `on_bad` and passed over.
     """
     folder = path if isinstance(path, RldsFolder) else open_rlds(path)
-    for name, first, end in split_ranges(folder, split):
+    for name, first, end in split_ranges(folder.lengths, split, folder.path):
         before = 0
         for file, length in folder.splits[name]:
             low, high = max(first - before, 0), min(end - before, length)
@@ -206,7 +138,7 @@ def read_raw(
 def read_rlds(
     path: str | Path,
     split: str = "train",
-    dataset: DatasetSpec | None = None,
+    dataset: Layout = None,
     on_bad: OnBad | None = None,
 ) -> Iterator[Episode]:
     """Episodes of an RLDS split in our conventions, at their own rate, checked (see `check_episode`).
@@ -216,7 +148,7 @@ def read_rlds(
     episode raises SpearError naming it, or, with `on_bad`, is reported there and the episode is left out.
     """
     folder = open_rlds(path)
-    spec = dataset or find_spec(folder.name, folder.path)
+    spec = find_spec(folder.name, folder.path, given=dataset)
     for source, example in read_raw(folder, split, on_bad):
         try:
             yield episode_from(example["steps"], spec, source)
@@ -224,71 +156,3 @@ def read_rlds(
             if on_bad is None:
                 raise
             on_bad(error)
-
-
-def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Episode:
-    """Our `Episode` from the nested step arrays of a dataset laid out as `spec` says.
-
-    Motions come from the states, gripper commands from the logged ones where the dataset has them: the last
-    step leads nowhere known and is masked. Raises SpearError for a missing column or a bad episode.
-    """
-    position = np.asarray(column(steps, spec.position, source), np.float64)
-    words = column(steps, spec.instruction, source)
-    instruction = bytes(words[0]).decode("utf-8", "replace").strip() if len(words) else ""
-    episode = check_episode(
-        Episode(
-            images={
-                camera: unsquash(column(steps, key, source), spec.image_aspect.get(camera))
-                for camera, key in spec.images.items()
-            },
-            position=position,
-            rotation=to_quaternion(column(steps, spec.rotation, source), spec.rotation_format),
-            gripper=to_opening(column(steps, spec.gripper, source), *spec.gripper_range),
-            instruction=instruction,
-            rate_hz=spec.rate_hz,
-            source=source,
-        )
-    )
-    tool = torch.tensor(spec.tool_rotation, dtype=torch.float32)
-    rotation = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
-    episode = dataclasses.replace(episode, rotation=rotation)
-    if spec.command is None:
-        return episode
-    logged = column(steps, spec.command, source)
-    command = binarize_gripper(to_opening(logged, *spec.command_range))
-    mask = np.arange(len(episode)) < len(episode) - 1
-    action = derive_actions(episode.position, rotation, command)
-    return check_episode(dataclasses.replace(episode, action=action, action_mask=mask))
-
-
-def to_quaternion(values: Array, layout: RotationFormat) -> Array:
-    """Orientations [T, 3 or 4] in a dataset's layout to quaternions [T, 4] (w, x, y, z)."""
-    tensor = torch.as_tensor(np.asarray(values, np.float64))
-    if layout == "euler_xyz":
-        return euler_to_quat(tensor, "xyz").numpy()
-    if layout == "quat_xyzw":
-        tensor = tensor[:, [3, 0, 1, 2]]
-    return tensor.numpy()
-
-
-def to_opening(values: Array, closed: float, opened: float) -> Array:
-    """Gripper readings [T] or [T, 1] to openings [T], 0 closed … 1 open, clipped."""
-    flat = np.asarray(values, np.float64).reshape(len(values))
-    return np.clip((flat - closed) / (opened - closed), 0, 1)
-
-
-def unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
-    """Give images that were squeezed into another shape their camera's width to height back.
-
-    aspect None leaves them as they are. The height is kept; depth depends on the true proportions.
-    """
-    if aspect is None:
-        return list(images)
-    widened = []
-    for encoded in images:
-        image = Image.fromarray(decode_image(encoded))
-        image = image.resize((round(image.height * aspect), image.height), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=95)
-        widened.append(file.getvalue())
-    return widened

@@ -1,0 +1,121 @@
+"""The commands on robot data: what a folder holds, and from one format to another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+Source = Annotated[Positional[Path], arg(metavar="FOLDER")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+
+
+def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
+    """Show what a folder of robot data holds: format, cameras, rates, instructions.
+
+    With --out it also writes a page that opens in any browser: frames of some episodes, their actions as
+    plots, and the paths of the gripper.
+
+    Examples:
+        spear data inspect bridge_dataset/1.0.0
+        spear data inspect my_lerobot_dataset --out look.html
+
+    Args:
+        path: An RLDS or LeRobot dataset, raw BridgeData V2 or DROID, or episodes written by this program.
+        out: Write the page to this file.
+        layout: What the dataset's columns mean, as JSON, when its folder has no spear.json (for the page).
+    """
+    from spear.data.inspect import inspect as describe
+
+    print(describe(path))
+    if out is not None:
+        from spear.data.page import write_page
+
+        write_page(path, out, layout)
+        print(f"open {out.resolve()}")
+
+
+def prepare(path: Source, /, out: Path, split: str = "train", layout: File = None) -> None:
+    """Turn a robot dataset into episodes that training reads fast: 5 Hz, one meaning of actions.
+
+    Broken episodes are set aside and counted.
+
+    Example:
+        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --split "train[:90%]"
+
+    Args:
+        path: A folder of robot data (see spear data inspect).
+        out: Folder to write to.
+        split: Which episodes: train, val, train[:90%], train[90%:] …
+        layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
+    """
+    from spear.data.prepare import prepare as run
+
+    written, reasons = run(path, out, split, layout)
+    _report(reasons)
+    print(f"{written} episodes in {out}, {len(reasons)} set aside")
+
+
+def export(
+    path: Source,
+    /,
+    out: Path,
+    split: str = "train",
+    images: Literal["image", "video"] = "image",
+    layout: File = None,
+) -> None:
+    """Write robot episodes as a LeRobot v3.0 dataset, at their own rate.
+
+    Its states are position, quaternion (w x y z) and gripper opening; its actions are SPEAR-1's. Broken
+    episodes are set aside and counted.
+
+    Example:
+        spear data export runs/episodes --out my_lerobot_dataset --images video
+
+    Args:
+        path: A folder of robot data (see spear data inspect).
+        out: Folder to write to; it must not exist yet.
+        split: Which episodes: train, val, train[:90%], train[90%:] …
+        images: Keep the images as they are (image), or encode them as AV1 video (video), which is much
+            smaller and a little blurred.
+        layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
+    """
+    from spear.data.lerobot_write import write_lerobot
+    from spear.data.prepare import SetAside, good_episodes
+
+    aside = SetAside(most=0.5)
+    written = write_lerobot(good_episodes(path, split, layout, aside), out, images)
+    _report(aside.reasons)
+    print(f"{written} episodes in {out}, {len(aside.reasons)} set aside")
+
+
+def datasets() -> None:
+    """List the datasets whose layout is known, with their share of the training mixture.
+
+    Example:
+        spear data datasets
+    """
+    from spear.data.oxe import REGISTRY, missing
+
+    for name, spec in sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0)):
+        weight = f"{spec.weight:5.1f} %" if spec.weight is not None else "      -"
+        rate = f"{spec.rate_hz:g} Hz" if spec.rate_hz else "rate not known"
+        unknown = missing(spec)
+        note = f"not readable yet: {', '.join(unknown)} not known" if unknown else ", ".join(spec.images)
+        print(f"{weight}  {name:<62} {spec.robot or '':<16} {rate:<8} {note}")
+
+
+def _report(reasons: Sequence[str]) -> None:
+    for reason in reasons[:5]:
+        print(f"set aside: {reason}", file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "data inspect": inspect,
+    "data prepare": prepare,
+    "data export": export,
+    "data datasets": datasets,
+}

@@ -1,0 +1,120 @@
+"""The registry of datasets: complete where it says so, marked where it is not, and refused in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from spear.data.layout import episode_from, to_quaternion
+from spear.data.oxe import REGISTRY, column, find_spec, missing, require
+from spear.errors import SpearError
+from spear.images import encode_jpeg
+
+MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
+
+
+def test_the_mixture_is_the_papers_where_that_is_known() -> None:
+    assert len(MIXTURE) == 24
+    known = {"droid": 35.0, "bridge_dataset": 18.0, "fractal20220817_data": 12.0, "kuka": 4.0}
+    assert {name: REGISTRY[name].weight for name in known} == known
+    assert sum(spec.weight or 0 for spec in MIXTURE.values()) == pytest.approx(100, abs=0.05)
+    for name, spec in MIXTURE.items():
+        assert spec.facts["weight"].startswith("the paper: " if name in known else "ours: "), name
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_everything_has_a_source_or_is_said_not_to_be_known(name: str) -> None:
+    spec = REGISTRY[name]
+    assert spec.robot and spec.rate_hz and spec.images and spec.instruction
+    assert "external" in spec.images and all(len(fact) > 5 for fact in spec.facts.values())
+    unknown = missing(spec)
+    if unknown:
+        with pytest.raises(SpearError, match=f"not enough is known of dataset '{name}': {unknown[0]}"):
+            require(spec)
+        assert set(unknown) & set(spec.facts), f"{name}: say why {unknown} is not known"
+    if name in MIXTURE:
+        assert "rate_hz" in spec.facts
+        if not unknown:
+            assert {"tool_rotation", "gripper"} <= set(spec.facts)
+
+
+def test_what_is_not_known_is_refused_before_anything_is_read(tmp_path: object) -> None:
+    from pathlib import Path
+
+    with pytest.raises(SpearError, match=r"'toto': position \(there is none .*spear\.json"):
+        find_spec("toto", Path(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", sorted(n for n, s in REGISTRY.items() if not missing(s)))
+def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
+    """Columns exactly where the layout says, filled with one known motion, give that motion back."""
+    spec = REGISTRY[name]
+    position, rotation, layout, gripper, (closed, opened), _ = require(spec)
+    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
+    where = np.stack([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
+    pose = np.tile(np.eye(4), (4, 1, 1))
+    pose[:, :3, :3], pose[:, :3, 3] = turn.as_matrix(), where
+    written = {
+        "euler_xyz": turn.as_euler("xyz"),
+        "quat_wxyz": turn.as_quat(scalar_first=True),
+        "quat_xyzw": turn.as_quat(),
+        "rotation_vector": turn.as_rotvec(),
+        "matrix4_columns": pose.transpose(0, 2, 1).reshape(4, 16),
+    }[layout]
+    steps: dict[str, object] = {}
+
+    def put(path: str, values: np.ndarray) -> None:
+        name_of, _, span = path.rstrip("]").partition("[")
+        first, _, end = span.partition(":")
+        start = int(first or 0)
+        block = steps.setdefault(name_of, np.zeros((4, 40)))
+        assert isinstance(block, np.ndarray)
+        block[:, start : int(end or start + values.shape[1])] = values
+        if not span:
+            steps[name_of] = values
+
+    put(rotation, written)
+    put(position, where)
+    put(gripper, np.full((4, 1), closed + 0.75 * (opened - closed)))
+    if spec.command is not None and spec.command != gripper:
+        put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
+    for path in spec.images.values():
+        steps[path] = [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 4
+    steps[spec.instruction] = [b"do it"] * 4
+    episode = episode_from(steps, spec, name)
+    np.testing.assert_allclose(episode.position, where, atol=1e-6)
+    tool = Rotation.from_quat(spec.tool_rotation, scalar_first=True)
+    got = Rotation.from_quat(episode.rotation, scalar_first=True)
+    assert ((turn * tool).inv() * got).magnitude().max() < 1e-5
+    np.testing.assert_allclose(episode.gripper, 0.75, atol=1e-6)
+    if spec.command is not None and spec.command != gripper:
+        assert episode.action is not None
+        np.testing.assert_array_equal(episode.action[:, 7], [1, 0, 1, 0])
+
+
+def test_a_pose_written_row_after_row_is_refused() -> None:
+    pose = np.eye(4)[None]
+    pose[0, :3, 3] = 0.3, 0.1, 0.2
+    np.testing.assert_allclose(
+        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_columns")[0, 0], 1
+    )
+    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written column after"):
+        to_quaternion(pose.reshape(1, 16), "matrix4_columns", "mine")
+    with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
+        to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")
+    vector = torch.tensor([[0.0, 0.0, 0.5]])
+    got = Rotation.from_quat(to_quaternion(vector.numpy(), "rotation_vector"), scalar_first=True)
+    np.testing.assert_allclose(got.as_rotvec(), vector, atol=1e-9)
+
+
+def test_names_with_slashes_in_them_are_found() -> None:
+    steps = {
+        "observation": {"present/xyz": np.arange(6.0).reshape(2, 3)},
+        "observation/state": np.ones((2, 4)),
+    }
+    np.testing.assert_array_equal(column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]])
+    np.testing.assert_array_equal(column(steps, "observation/state[3]", "x"), [1, 1])
+    with pytest.raises(SpearError, match=r"no 'present' \(there is: present/xyz\)"):
+        column(steps, "observation/present/abc", "x")
