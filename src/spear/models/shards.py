@@ -15,7 +15,7 @@ from spear.errors import SpearError
 from spear.models import hub
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_PIECE = 32 * 2**20
+_PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
 
