@@ -25,7 +25,7 @@ from spear.types import Action
 
 LAYERS = {"nano": 99, "small": 2, "spear1": 1}
 VOCABULARY, IMAGE_TOKEN = 2048, 2047
-B, TEXT = 2, 9
+B, TEXT = 1, 9
 
 
 def reduced(name: str) -> Preset:
@@ -35,6 +35,9 @@ def reduced(name: str) -> Preset:
     for part in ("vision", "text", "expert"):
         fields = dict(getattr(size, part))
         parts[part] = {**fields, "num_hidden_layers": min(fields["num_hidden_layers"], LAYERS[name])}
+    parts["vision"]["image_size"] = (
+        8 * parts["vision"]["patch_size"]
+    )  # few tokens where images must be square
     depth = {"num_hidden_layers": parts["text"]["num_hidden_layers"]}
     parts["expert"] |= depth
     return dataclasses.replace(
@@ -79,7 +82,7 @@ def compare(name: str) -> str:
     patch, side = size.vision["patch_size"], size.vision["image_size"]
     ids = torch.randint(3, 1000, (B, TEXT))
     mask = torch.ones_like(ids)
-    mask[1, TEXT - 2 :] = 0
+    mask[-1, TEXT - 2 :] = 0
     kinds = (torch.arange(TEXT) >= 5).long().expand(B, TEXT)
 
     image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
@@ -98,7 +101,7 @@ def compare(name: str) -> str:
 
     images = torch.randint(0, 256, (B, 2, 3, side, side), dtype=torch.uint8)
     before = torch.ones(B, 2 * (side // patch) ** 2, dtype=torch.long)
-    state, noise, time = torch.randn(B, 10), torch.randn(B, size.horizon, 8), torch.tensor([0.2, 0.9])
+    state, noise, time = torch.randn(B, 10), torch.randn(B, size.horizon, 8), torch.full((B,), 0.2)
     reference: dict[str, Any] = {
         "pixel_values": images / 127.5 - 1,
         "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),

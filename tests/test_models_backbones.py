@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
@@ -379,3 +380,19 @@ def test_an_expert_of_another_depth_is_refused(tmp_path: Path) -> None:
     vlm.config.text_config.num_hidden_layers = text["num_hidden_layers"]
     expert = publish_pi0(pi0(), tmp_path / "pi0")
     refused("num_hidden_layers is 2, the VLM's is 3", plan_policy, vlm, expert, "tiny14")
+
+
+def test_names_on_the_hub_are_read_from_the_cache_and_else_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    refused(
+        "cannot get google/absent .*or give a local folder", plan_backbones, "google/absent", None, "tiny14"
+    )
+    cached = tmp_path / "models--google--tiny"
+    publish_paligemma(paligemma(), cached / "snapshots" / "0123456789", tokenizer=False)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789")
+    plan = plan_backbones("google/tiny", None, "tiny14")
+    assert plan.sources == {"PaliGemma": "google/tiny"} and plan.report.of("missing", "refused") == []
