@@ -2,7 +2,7 @@
 
     python benchmarks/convert_memory.py
 
-Writes a PaliGemma and a MoGe ViT-S with random weights, together some 110 M parameters, into a temporary folder,
+Writes a PaliGemma and a MoGe ViT-S with random weights, together some 145 M parameters, into a temporary folder,
 converts them in a process of their own, and prints how much more memory that process needed at its peak than before,
 divided by the bytes of the weights: reading, building and saving, mapped files included. Linux only.
 """
@@ -29,7 +29,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 128,
-    "vocab_size": 65536,
+    "vocab_size": 131072,
 }
 VISION = {
     "model_type": "siglip_vision_model",
