@@ -15,7 +15,10 @@ import tyro
 
 import spear
 from spear.cli.commands import COMMANDS
+from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
+
+COMMANDS.update(WEIGHT_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",

@@ -1,11 +1,11 @@
-"""Gemma with an RMSNorm that is quick on CPUs."""
+"""Gemma and Gemma 2 with an RMSNorm that is quick on CPUs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import GemmaConfig, GemmaModel
+from transformers import Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 
@@ -14,11 +14,33 @@ class Gemma(GemmaModel):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
-        width, eps = config.hidden_size, config.rms_norm_eps
-        for layer in self.layers:
-            layer.input_layernorm = FastRMSNorm(width, eps)
-            layer.post_attention_layernorm = FastRMSNorm(width, eps)
-        self.norm = FastRMSNorm(width, eps)
+        _quicken(self, "input_layernorm", "post_attention_layernorm")
+
+
+class Gemma2(Gemma2Model):
+    """Transformers' Gemma 2, the language model of PaliGemma 2, with `FastRMSNorm`s.
+
+    Every layer sees the whole sequence: Gemma 2's window of 4,096 tokens is longer than any of ours.
+    """
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__(config)
+        around = ("input_layernorm", "post_attention_layernorm")
+        _quicken(self, *around, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+def language_model(config: GemmaConfig | Gemma2Config) -> Gemma | Gemma2:
+    """The language model of a config: PaliGemma's Gemma or PaliGemma 2's Gemma 2."""
+    return Gemma2(config) if isinstance(config, Gemma2Config) else Gemma(config)
+
+
+def _quicken(model: Gemma | Gemma2, *norms: str) -> None:
+    """Replace these norms of each layer, and the last one, by `FastRMSNorm`s."""
+    width, eps = model.config.hidden_size, model.config.rms_norm_eps
+    for layer in model.layers:
+        for name in norms:
+            setattr(layer, name, FastRMSNorm(width, eps))
+    model.norm = FastRMSNorm(width, eps)
 
 
 class FastRMSNorm(GemmaRMSNorm):

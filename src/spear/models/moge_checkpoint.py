@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from spear.errors import SpearError
+from spear.models import hub
 from spear.models.moge import MogeEncoder
-from spear.models.moge_layers import ENCODERS
+from spear.models.moge_layers import ENCODERS, dinov2_config
 from spear.models.moge_v1 import MogeV1, MogeV1Config
 from spear.models.moge_v2 import HEADS, MogeV2, MogeV2Config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 
 Weights = Mapping[str, torch.Tensor]
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PREFIXES = {
     1: (("encoder.backbone.", "backbone."),),
     2: (("output_projections.", "encoder.output_projections."),),
@@ -98,26 +97,52 @@ def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
     checkpoint: from `read_checkpoint`. Raises `SpearError` as `load_moge` does, and when the encoder is of
     another size or resamples its position embeddings in another way (the preset "spear1" fits ViT-L checkpoints).
     """
+    encoder_names(encoder, checkpoint)
+    _fill(encoder, checkpoint, **_encoder_only(checkpoint))
+
+
+def encoder_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
+    """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading the weights."""
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
         raise SpearError(
             f"encoder does not fit {checkpoint.path}: its config's position_offset is {offset}: MoGe needs 0.1"
         )
+    return _match(encoder, checkpoint, **_encoder_only(checkpoint))
+
+
+def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, told from its width."""
+    config = dinov2_config(_encoder_of(checkpoint.weights, checkpoint.version))
+    fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
+    more = ("image_size", "use_mask_token", "position_offset")
+    return {name: getattr(config, name) for name in (*fields, *more)}
+
+
+def _encoder_only(checkpoint: Checkpoint) -> dict[str, Any]:
     prefix = _BACKBONE[checkpoint.version]
     heads = tuple(k for k in checkpoint.weights if not k.startswith(prefix))
-    _fill(encoder, checkpoint, own=(("backbone.", prefix),), unused=heads)
+    return {"own": (("backbone.", prefix),), "unused": heads}
+
+
+def _encoder_of(weights: Weights, version: int) -> str:
+    width = weights[f"{_BACKBONE[version]}cls_token"].shape[-1]
+    names = {size[0]: name for name, size in ENCODERS.items()}
+    if width not in names:
+        raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
+    return names[width]
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
     """Read a local file, or one from the Hub; see `load_moge`."""
     path = Path(name)
     if not path.is_file():
-        if path.exists() or path.suffix in (".pt", ".safetensors") or not _HUB_NAME.fullmatch(str(name)):
+        if path.exists() or path.suffix in (".pt", ".safetensors") or not hub.is_name(str(name)):
             raise SpearError(
                 f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub such as "
                 "Ruicheng/moge-vitl"
             )
-        path = _download(str(name))
+        path = hub.download(str(name), "a local model.pt", file="model.pt")
     weights, config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     prefix = _BACKBONE[version]
@@ -136,11 +161,7 @@ def config_from_shapes(weights: Weights) -> dict[str, Any]:
     published checkpoints are taken (evenly spaced layers up to the last).
     """
     version = 2 if "encoder.backbone.cls_token" in weights else 1
-    width = weights[f"{_BACKBONE[version]}cls_token"].shape[-1]
-    names = {size[0]: name for name, size in ENCODERS.items()}
-    if width not in names:
-        raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
-    encoder = names[width]
+    encoder = _encoder_of(weights, version)
     if version == 1:
         levels = _count(weights, "head.upsample_blocks.")
         first = weights["head.upsample_blocks.0.1.layers.2.weight"]
@@ -199,21 +220,33 @@ def _count(weights: Weights, prefix: str) -> int:
 def _fill(
     model: nn.Module, checkpoint: Checkpoint, own: tuple[tuple[str, str], ...], unused: tuple[str, ...]
 ) -> None:
-    """Put the weights in place; every name of the checkpoint is used, known to be of no use, or refused."""
+    """Put the weights in place, after `_match`."""
+    names = _match(model, checkpoint, own, unused)
+    state = {o: _piece(checkpoint, o, n).to(torch.float32, copy=True) for o, n in names.items()}
+    model.load_state_dict(state, assign=next(model.parameters()).is_meta)
+
+
+def _piece(checkpoint: Checkpoint, ours: str, name: str) -> torch.Tensor:
+    """The weight of that name, or the part of it that is ours: queries, keys and values are one in MoGe."""
+    weight = checkpoint.weights[name]
+    return weight.chunk(3)["qkv".index(ours.split("attention.")[1][0])] if ".attn.qkv." in name else weight
+
+
+def _match(
+    model: nn.Module, checkpoint: Checkpoint, own: tuple[tuple[str, str], ...], unused: tuple[str, ...]
+) -> dict[str, str]:
+    """Our names -> the checkpoint's; each of its names is used, known to be of no use, or refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
-    state, missing, used, shapes = {}, [], set(unused), []
+    matched, missing, used, shapes = {}, [], set(unused), []
     for ours, tensor in model.state_dict().items():
         name = _published(ours, own)
         used.add(name)
         if name not in weights:
             missing.append(name)
             continue
-        part = weights[name]
-        if ".attn.qkv." in name:
-            part = part.chunk(3)["qkv".index(ours.split("attention.")[1][0])]
-        if part.shape != tensor.shape:
+        if _piece(checkpoint, ours, name).shape != tensor.shape:
             shapes.append(f"{name} ({tuple(weights[name].shape)})")
-        state[ours] = part.to(torch.float32, copy=True)
+        matched[ours] = name
     backbone = _BACKBONE[checkpoint.version]
     for name, values in _CONSTANTS.items():
         key = name if checkpoint.version == 1 else f"encoder.{name}"
@@ -228,7 +261,7 @@ def _fill(
         if names:
             names = sorted(set(names))
             raise SpearError(f"{where}: {len(names)} weights {problem}, first {names[0]}: download it again")
-    model.load_state_dict(state, assign=next(model.parameters()).is_meta)
+    return matched
 
 
 def _published(ours: str, prefixes: tuple[tuple[str, str], ...]) -> str:
@@ -268,17 +301,3 @@ def _read_pickle(path: Path) -> tuple[Weights, Mapping[str, Any] | None]:
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise SpearError(f"not a MoGe checkpoint: {path} holds no weights by name: use the published file")
     return weights, config
-
-
-def _download(name: str) -> Path:
-    """`model.pt` of a repository on the Hub, from the local cache if it is there."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "model.pt"))
-    except Exception as error:  # the client's errors and its transport's have no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {reason}: check the name and the network, or give a "
-            "local model.pt"
-        ) from error

@@ -41,7 +41,7 @@ class Preset:
     prompt_tokens: int = 64
 
 
-_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 """Gemma's, and the nano tokenizer's."""
 
 _PATCH_14 = {"patch_size": 14, "image_size": 224}
@@ -197,7 +197,7 @@ def vlm_config(
     return SpearVLMConfig(
         vision_config={**size.vision, **stem, "vision_use_head": False},
         moge_config=None if size.moge is None else {**size.moge, **stem, "use_mask_token": False},
-        text_config={**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **_TOKEN_IDS},
+        text_config={**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **TOKEN_IDS},
         views=list(size.image_sizes),
         image_sizes={view: list(wh) for view, wh in size.image_sizes.items()},
         coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,
@@ -210,7 +210,7 @@ def spear1_config(size: Preset, vlm: SpearVLMConfig | None = None) -> Spear1Conf
     """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default)."""
     return Spear1Config(
         vlm_config=vlm or vlm_config(size),
-        expert_config={**size.expert, "vocab_size": 1, **dict.fromkeys(_TOKEN_IDS)},
+        expert_config={**size.expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
         horizon=size.horizon,
         flow=dict(size.flow),
     )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +86,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
+    _no_split_modules = SpearVLMForConditionalGeneration._no_split_modules
     _supports_sdpa = True
 
     def __init__(self, config: Spear1Config) -> None:
@@ -114,6 +115,26 @@ class Spear1ForActionPrediction(PreTrainedModel):
             if self.flow.prediction == "clean":
                 # The first guess is to stay: a rotation of (1, 0, 0, 0), which normalises safely.
                 init.copy_(module.bias, Action(*_identity(module.bias)).to_vector())
+
+    @classmethod
+    def from_vlm(
+        cls,
+        vlm: SpearVLMForConditionalGeneration | Path | str,
+        expert: Path | str | None = None,
+        size: str = "spear1",
+        flow: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Spear1ForActionPrediction:
+        """A SPEAR-1 to be trained, from a SPEAR-VLM and a new action expert or π0's published one.
+
+        dtype: None keeps the VLM's. A VLM in memory shares its weights with the result unless they are converted.
+        seed: of the new weights. For the other arguments, the errors, and a report on every weight see
+        `spear.models.action_expert.plan_policy`.
+        """
+        from spear.models.action_expert import plan_policy
+
+        return plan_policy(vlm, expert, size, flow).run(dtype, seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """The VLM's token embeddings."""

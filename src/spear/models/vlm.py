@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    GemmaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
@@ -24,7 +24,7 @@ from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
 from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
-from spear.models.gemma import Gemma
+from spear.models.gemma import language_model
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
@@ -33,8 +33,9 @@ from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pi
 class SpearVLMConfig(PreTrainedConfig):
     """The parts of SPEAR-VLM and how it learns.
 
-    vision_config, text_config  SigLIP's and Gemma's. moge_config: DINOv2's, or None for a plain PaliGemma. An
-        extra field `stem` = "conv" in either visual config swaps the patch embedding for a `ConvStem`.
+    vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says. moge_config:
+        DINOv2's, or None for a plain PaliGemma. An extra field `stem` = "conv" in either visual config swaps
+        the patch embedding for a `ConvStem`.
     views                   camera names in the order of their tokens.
     image_sizes             view -> [width, height] in pixels, multiples of the patch size.
     coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
@@ -46,7 +47,7 @@ class SpearVLMConfig(PreTrainedConfig):
     model_type = "spear_vlm"
     sub_configs_defaults: ClassVar = {
         "vision_config": SubConfigSpec(config_class=SiglipVisionConfig),
-        "text_config": SubConfigSpec(config_class=GemmaConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma"),
         "moge_config": SubConfigSpec(config_class=MogeConfig, optional=True),
     }
 
@@ -109,7 +110,12 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        "GemmaDecoderLayer",
+        "Gemma2DecoderLayer",
+        "SiglipEncoderLayer",
+        "Dinov2Layer",
+    ]
     _supports_sdpa = True
 
     def __init__(self, config: SpearVLMConfig) -> None:
@@ -122,8 +128,26 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         if config.moge_config is not None:
             self.moge = MogeEncoder(config.moge_config)
             self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
-        self.language_model = Gemma(config.text_config)
+        self.language_model = language_model(config.text_config)
         self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        paligemma: Path | str,
+        moge: Path | str | None,
+        size: str = "spear1",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> SpearVLMForConditionalGeneration:
+        """A SPEAR-VLM to be trained, from published PaliGemma and MoGe weights.
+
+        dtype: None keeps PaliGemma's. seed: of the new weights. For the other arguments, the errors, and a report
+        on every weight see `spear.models.backbones.plan_backbones`.
+        """
+        from spear.models.backbones import plan_backbones
+
+        return plan_backbones(paligemma, moge, size).run(dtype, seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings, which are also the output head."""
@@ -214,7 +238,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits over the vocabulary, by the embedding matrix. [..., width] -> [..., vocabulary]."""
-        return nn.functional.linear(hidden, self.language_model.embed_tokens.weight)
+        logits = nn.functional.linear(hidden, self.language_model.embed_tokens.weight)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def forward(
         self,

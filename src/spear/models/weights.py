@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, unknown_name
+from spear.models.shards import weight_files
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -24,21 +27,17 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     """
     folder = Path(folder)
     _check(cls, folder)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = cls.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet():
+            loaded: Any = cls.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SpearError(f"cannot load checkpoint: {folder}: {str(error).splitlines()[0]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -48,6 +47,20 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
                 f"first {names[0]}: save the model again"
             )
     return model.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers without progress bars, and without warnings about weights, which we check ourselves."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def architecture(folder: Path) -> str:
@@ -71,18 +84,9 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     wanted = cls.config_class.model_type
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
+    for file in weight_files(folder):
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
-        try:
-            with safe_open(folder / name, framework="pt"):
+            with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise SpearError(f"broken checkpoint: {folder / name}: {error}: copy it again") from error
+            raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error

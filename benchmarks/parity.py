@@ -1,0 +1,148 @@
+"""The same numbers as Transformers' PaliGemma and π0 at the widths of each preset, and what bfloat16 changes.
+
+    python benchmarks/parity.py [nano small spear1]
+
+Random weights in float32, without MoGe, encoders with patch convolutions, a vocabulary of 2,048, and so many layers
+that it fits a laptop (printed). Differences are the largest over the largest value: "logits" of questions with
+padding about one image (280×210, nano 192×128) against PaliGemma's, "velocity" and "actions" (10 steps, two square
+images) against π0's with the same noise. "bf16": our weights rounded to bfloat16 against ours in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
+from transformers import PI0ForConditionalGeneration as Pi0
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from spear.models.presets import Preset, preset, spear1_config
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.types import Action
+
+LAYERS = {"nano": 99, "small": 2, "spear1": 1}
+VOCABULARY, IMAGE_TOKEN = 2048, 2047
+B, TEXT = 1, 9
+
+
+def reduced(name: str) -> Preset:
+    """A preset without MoGe, with patch convolutions and at most `LAYERS` layers per network."""
+    size = preset(name)
+    parts = {}
+    for part in ("vision", "text", "expert"):
+        fields = dict(getattr(size, part))
+        parts[part] = {**fields, "num_hidden_layers": min(fields["num_hidden_layers"], LAYERS[name])}
+    parts["vision"]["image_size"] = (
+        8 * parts["vision"]["patch_size"]
+    )  # few tokens where images must be square
+    depth = {"num_hidden_layers": parts["text"]["num_hidden_layers"]}
+    parts["expert"] |= depth
+    return dataclasses.replace(
+        size, **parts, moge=None, stem="patch", vocabulary=VOCABULARY, flow={"rotation": "linear"}
+    )
+
+
+def pair(size: Preset) -> tuple[Spear1ForActionPrediction, Pi0]:
+    """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
+    torch.manual_seed(0)
+    ours = Spear1ForActionPrediction(spear1_config(size)).eval()
+    text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
+    vlm = PaliGemmaConfig(
+        vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=text,
+        projection_dim=size.text["hidden_size"],
+        hidden_size=size.text["hidden_size"],
+        image_token_index=IMAGE_TOKEN,
+    )
+    dit = GemmaConfig(**{**size.expert, "pad_token_id": 0})
+    theirs = Pi0(
+        PI0Config(vlm_config=vlm, dit_config=dit, chunk_size=size.horizon, max_state_dim=10, max_action_dim=8)
+    ).eval()
+    theirs.model.vlm.load_state_dict(ours.vlm.state_dict())
+    theirs.model.dit.load_state_dict(ours.expert.state_dict(), strict=False)
+    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
+        getattr(theirs.embed_action_time, name).load_state_dict(getattr(ours, name).state_dict())
+    theirs.action_out_proj.load_state_dict({k: -v for k, v in ours.action_out_proj.state_dict().items()})
+    return ours, theirs
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference over the largest value of `b`."""
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+def compare(name: str) -> str:
+    """One line of the table."""
+    size = reduced(name)
+    ours, theirs = pair(size)
+    width, height = size.image_sizes["external"]
+    patch, side = size.vision["patch_size"], size.vision["image_size"]
+    ids = torch.randint(3, 1000, (B, TEXT))
+    mask = torch.ones_like(ids)
+    mask[-1, TEXT - 2 :] = 0
+    kinds = (torch.arange(TEXT) >= 5).long().expand(B, TEXT)
+
+    image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
+    vlm = theirs.model.vlm
+    features = vlm.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
+    before = torch.ones(B, features.shape[1], dtype=torch.long)
+    hidden = vlm(
+        input_ids=torch.cat([before * IMAGE_TOKEN, ids], dim=1),
+        attention_mask=torch.cat([before, mask], dim=1),
+        token_type_ids=torch.cat([before * 0, kinds], dim=1),
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+    ).last_hidden_state[:, before.shape[1] :]
+    expected = hidden @ vlm.language_model.embed_tokens.weight.T
+    asked = ({"external": image}, ids, mask, kinds)
+    said = ours.vlm(*asked).logits
+
+    images = torch.randint(0, 256, (B, 2, 3, side, side), dtype=torch.uint8)
+    before = torch.ones(B, 2 * (side // patch) ** 2, dtype=torch.long)
+    state, noise, time = torch.randn(B, 10), torch.randn(B, size.horizon, 8), torch.full((B,), 0.2)
+    reference: dict[str, Any] = {
+        "pixel_values": images / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
+        "input_ids": torch.cat([before * IMAGE_TOKEN, ids], dim=1),
+        "attention_mask": torch.cat([before, mask], dim=1),
+        "state": state,
+        "noise": noise,
+    }
+    seen = ({"external": images[:, 0], "wrist": images[:, 1]}, ids, mask)
+    noisy = Action.from_vector(noise)
+    flow = -theirs(timestep=1 - time, **reference).logits
+    velocity = ours.predict(ours.prefix(*seen), state, noisy, time).to_vector()
+    goal = theirs.sample_actions(num_steps=10, **reference)[..., :3]
+    actions = ours.sample_actions(*seen, state, steps=10, noise=noisy).translation
+
+    rounded = ours.to(torch.bfloat16)
+    drift = rounded.vlm(*asked).logits
+    slower = rounded.predict(rounded.prefix(*seen), state, noisy, time).to_vector()
+    real = mask.bool()
+    millions = sum(p.numel() for p in ours.parameters()) / 1e6
+    numbers = [
+        relative(said[real], expected[real]),
+        relative(velocity, flow),
+        relative(actions, goal),
+        relative(drift[real], said[real]),
+        relative(slower, velocity),
+    ]
+    depth = f"{size.vision['num_hidden_layers']}/{size.text['num_hidden_layers']}"
+    return f"| {name} | {depth} | {millions:.0f} M | " + " | ".join(f"{n:.1e}" for n in numbers) + " |"
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a table."""
+    print(
+        "| widths of | layers SigLIP/Gemma | parameters | logits | velocity | actions | bf16 logits | bf16 velocity |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in sys.argv[1:] or LAYERS:
+        print(compare(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
