@@ -119,5 +119,5 @@ def _overview() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines.append(f"  spear {name:<15} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  spear {name:<17} {(command.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "`spear COMMAND --help` explains a command, with an example."])
