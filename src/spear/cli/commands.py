@@ -168,7 +168,7 @@ def train(
 def evaluate(
     policy: str = "nano",
     families: tuple[str, ...] = (),
-    scenes: int = 200,
+    scenes: int = 381,
     first_seed: int = 0,
     replan: int = 2,
     batch: int = 32,
@@ -191,7 +191,7 @@ def evaluate(
         policy: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
             server, or a reference: expert or nothing.
         families: Task families; all of them when none is given.
-        scenes: Scenes per family.
+        scenes: Scenes per family. 381 are enough to know each family's success rate to ±5 points.
         first_seed: Scenes first-seed, first-seed + 1, … below 10000.
         replan: How many of the predicted actions are executed before the policy looks again.
         batch: Scenes that run at once.
@@ -205,9 +205,9 @@ def evaluate(
     from rich import print as show
 
     from spear.evaluate.closed_loop import evaluate as run
+    from spear.evaluate.compare import compare as difference
     from spear.evaluate.load import load_actor
     from spear.evaluate.results import Results
-    from spear.evaluate.results import compare as difference
     from spear.sim.scene import FAMILIES
 
     earlier = Results.load(compare) if compare else None
@@ -226,15 +226,11 @@ def evaluate(
     )
     results.save(out / "results.json")
     for film in made:
-        word = "success" if film.outcome.success else "failure"
-        name = f"{film.outcome.family}-{word}-{film.outcome.seed}.{film.mime.removeprefix('video/')}"
+        name = f"{film.outcome.film_name}.{film.mime.removeprefix('video/')}"
         (out / name).write_bytes(film.data)
     show(results.table())
     if earlier:
-        for family, d in difference(results, earlier).items():
-            print(
-                f"{family}: {d.value:+.1%} against {earlier.policy} [{d.low:+.1%}, {d.high:+.1%}], n = {d.n}"
-            )
+        show(difference(results, earlier).table())
     print(f"results{' and films' if made else ''} in {out}")
 
 

@@ -17,7 +17,7 @@ from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.results import SCENES, Outcome, Results
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
@@ -49,7 +49,7 @@ class _Slot:
 def evaluate(
     actor: Actor,
     families: Sequence[str] = FAMILIES,
-    scenes: int = 200,
+    scenes: int = SCENES,
     first_seed: int = 0,
     replan: int = REPLAN,
     batch: int = 32,
