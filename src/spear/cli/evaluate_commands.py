@@ -8,6 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from spear.errors import SpearError
+
 File = Annotated[Path | None, arg(metavar="FILE")]
 
 
@@ -37,9 +39,9 @@ def compare(
 
     from spear.evaluate.compare import compare as pair_up
     from spear.evaluate.compare_page import comparison_page
-    from spear.evaluate.results import Results
+    from spear.evaluate.journal import load
 
-    results = Results.load(first), Results.load(second)
+    results = load(first), load(second)
     same = results[0].policy == results[1].policy
     comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
     show(comparison.table())
@@ -55,4 +57,42 @@ def compare(
         print(f"page: {out}")
 
 
-EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {"evaluate compare": compare}
+def merge(
+    parts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")],
+    /,
+    out: Path = Path("runs/merged"),
+) -> None:
+    """Put the parts of one evaluation together that ran with spear evaluate --shard on several machines.
+
+    Prints the whole table; writes OUT/results.json and copies the films.
+
+    Example:
+        spear evaluate merge from-machine-1 from-machine-2 --out runs/evaluate
+
+    Args:
+        parts: Folders that spear evaluate wrote.
+        out: Folder for the whole.
+    """
+    import shutil
+
+    from rich import print as show
+
+    from spear.evaluate.journal import load
+    from spear.evaluate.results import merge as put_together
+    from spear.evaluate.video import film_file
+
+    if not parts:
+        raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
+    found = [load(path) for path in parts]
+    results = put_together(found)
+    results.save(out / "results.json")
+    for path, part in zip(parts, found, strict=True):
+        folder = path if path.is_dir() else path.parent
+        for film in filter(None, (film_file(folder, o.film_name) for o in part.outcomes)):
+            if film.parent.resolve() != out.resolve():
+                shutil.copy2(film, out / film.name)
+    show(results.table())
+    print(f"results in {out}")
+
+
+EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {"evaluate compare": compare, "evaluate merge": merge}

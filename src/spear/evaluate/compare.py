@@ -85,8 +85,9 @@ class Comparison:
         from rich.table import Table
 
         table = Table(title=f"{self.first} against {self.second}, {len(self.pairs)} shared scenes")
-        for column in ("family", "n", self.first, self.second, "difference [95 %]", "p", "only one solved"):
-            table.add_column(escape(column), justify="left" if column == "family" else "right")
+        for column in ("family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"):
+            left = column == "family"
+            table.add_column(escape(column), justify="left" if left else "right", no_wrap=left)
         for row in self.rows:
             if row is self.mean:
                 table.add_section()

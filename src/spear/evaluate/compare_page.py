@@ -9,9 +9,7 @@ from pathlib import Path
 from spear.evaluate import page
 from spear.evaluate.compare import ALPHA, Comparison, Pair, cells, p_value, points
 from spear.evaluate.page import Section
-from spear.evaluate.results import Outcome
-
-MIME = {".mp4": "video/mp4", ".webm": "video/webm"}
+from spear.evaluate.video import MIME, film_file
 
 
 def comparison_page(
@@ -64,15 +62,13 @@ def comparison_page(
     return page.page(f"{c.first} against {c.second}", lead, facts, [*sections, *extra])
 
 
-def film_file(folder: Path, outcome: Outcome) -> Path | None:
-    """The film of an episode in a folder of results, None where there is none."""
-    paths = [folder / f"{outcome.film_name}{suffix}" for suffix in MIME]
-    return next((p for p in paths if p.is_file()), None)
-
-
 def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int) -> list[Pair]:
     """The shared scenes of which both folders have a film: disagreements first, families taking turns."""
-    both = [(a, b) for a, b in comparison.pairs if film_file(folders[0], a) and film_file(folders[1], b)]
+    both = [
+        (a, b)
+        for a, b in comparison.pairs
+        if film_file(folders[0], a.film_name) and film_file(folders[1], b.film_name)
+    ]
     seen: dict[tuple[bool, str], int] = {}
     ranked = []
     for a, b in both:
@@ -89,7 +85,7 @@ def _films(c: Comparison, pairs: Sequence[Pair], folders: tuple[Path, Path]) -> 
         parts.append(f"<h3>{escape(f'{family}, scene {seed}: {pair[0].instruction}')}</h3>")
         figures = []
         for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
-            path = film_file(folder, outcome)
+            path = film_file(folder, outcome.film_name)
             assert path is not None
             word = f"success after {outcome.steps} steps" if outcome.success else "failure"
             figures.append(page.film(path.read_bytes(), MIME[path.suffix], f"{name}: {word}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,14 +124,13 @@ class Results:
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.to_dict(), indent=1))
         temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> Results:
-        """Reads what `save` wrote: the file, or its folder. Raises `SpearError` for a file that is not one."""
-        path = path / "results.json" if path.is_dir() else path
+        """Reads what `save` wrote. Raises `SpearError` for a file that is not one."""
         try:
             raw = json.loads(path.read_text())
             outcomes = [Outcome(**o) for o in raw["outcomes"]]
@@ -164,3 +164,33 @@ class Results:
         table.add_row("mean of families", f"{mean.value:.1%} \\[{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4)
         table.caption = self.width()
         return table
+
+
+def merge(parts: Sequence[Results]) -> Results:
+    """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed.
+
+    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or when a
+    scene ended differently in two parts.
+    """
+    first = parts[0]
+    found: dict[tuple[str, int], Outcome] = {}
+    for part in parts:
+        if part.policy != first.policy:
+            raise SpearError(
+                f"results: of {first.policy} and of {part.policy}: these do not merge: compare them"
+            )
+        differ = sorted(k for k, v in part.settings.items() if first.settings.get(k) != v)
+        if differ or part.settings.keys() != first.settings.keys():
+            raise SpearError(
+                f"results of {part.policy}: run with different {', '.join(differ) or 'settings'}: "
+                "only parts of one evaluation merge"
+            )
+        for o in part.outcomes:
+            if found.setdefault((o.family, o.seed), o) != o:
+                raise SpearError(
+                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: the policy "
+                    "or the simulator changed in between: evaluate again into a new folder"
+                )
+    order = list(dict.fromkeys(f for f, _ in found))
+    outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
+    return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts))
