@@ -213,6 +213,7 @@ def evaluate(
     from spear.evaluate.compare import compare as difference
     from spear.evaluate.journal import Shard, load
     from spear.evaluate.load import load_actor
+    from spear.evaluate.reference import beside
     from spear.sim.scene import FAMILIES
 
     if films != "failures" and not films.isdecimal():
@@ -237,6 +238,8 @@ def evaluate(
     results = load(out)
     results.save(out / "results.json")
     show(results.table())
+    for published in beside(results):
+        show(published.table([(policy, results)]))
     if earlier:
         show(difference(results, earlier).table())
     print(f"results in {out}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError
+from spear.errors import SpearError, unknown_name
 
 File = Annotated[Path | None, arg(metavar="FILE")]
 
@@ -38,8 +38,9 @@ def compare(
     from rich import print as show
 
     from spear.evaluate.compare import compare as pair_up
-    from spear.evaluate.compare_page import comparison_page
+    from spear.evaluate.compare_page import comparison_page, reference_section
     from spear.evaluate.journal import load
+    from spear.evaluate.reference import beside
 
     results = load(first), load(second)
     same = results[0].policy == results[1].policy
@@ -50,10 +51,15 @@ def compare(
         print(f"run differently: {setting}")
     if comparison.unshared:
         print(f"left out: {comparison.unshared} episodes whose scene only one of the two saw")
+    ours = list(zip((comparison.first, comparison.second), results, strict=True))
+    published = beside(results[0])
+    for table in published:
+        show(table.table(ours))
     if out:
         folders = tuple(p if p.is_dir() else p.parent for p in (first, second))
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(comparison_page(comparison, (folders[0], folders[1]), films))
+        extra = [reference_section(table, ours) for table in published]
+        out.write_text(comparison_page(comparison, (folders[0], folders[1]), films, extra))
         print(f"page: {out}")
 
 
@@ -78,6 +84,7 @@ def merge(
     from rich import print as show
 
     from spear.evaluate.journal import load
+    from spear.evaluate.reference import beside
     from spear.evaluate.results import merge as put_together
     from spear.evaluate.video import film_file
 
@@ -92,7 +99,36 @@ def merge(
             if film.parent.resolve() != out.resolve():
                 shutil.copy2(film, out / film.name)
     show(results.table())
+    for published in beside(results):
+        show(published.table([(results.policy, results)]))
     print(f"results in {out}")
 
 
-EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {"evaluate compare": compare, "evaluate merge": merge}
+def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
+    """Show the numbers that the SPEAR-1 paper published.
+
+    They are theirs, not measured here. `spear evaluate` shows them beside results on the same tasks.
+
+    Examples:
+        spear evaluate reference
+        spear evaluate reference --table rotation
+
+    Args:
+        table: Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid.
+    """
+    from rich import print as show
+
+    from spear.evaluate.reference import references
+
+    known = references()
+    if table is not None and table not in known:
+        raise unknown_name("table", table, known)
+    for name in [table] if table else known:
+        show(known[name].table())
+
+
+EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate compare": compare,
+    "evaluate merge": merge,
+    "evaluate reference": reference,
+}

@@ -9,6 +9,8 @@ from pathlib import Path
 from spear.evaluate import page
 from spear.evaluate.compare import ALPHA, Comparison, Pair, cells, p_value, points
 from spear.evaluate.page import Section
+from spear.evaluate.reference import Reference
+from spear.evaluate.results import Results
 from spear.evaluate.video import MIME, film_file
 
 
@@ -60,6 +62,14 @@ def comparison_page(
     if shown:
         sections.append(Section("The same scenes, side by side", _films(c, shown, folders)))
     return page.page(f"{c.first} against {c.second}", lead, facts, [*sections, *extra])
+
+
+def reference_section(reference: Reference, ours: Sequence[tuple[str, Results]]) -> Section:
+    """Published numbers with ours below them, marked which is which."""
+    text = page.paragraph(f"Published numbers: {reference.source}. {reference.note}".strip(), soft=True)
+    return Section(
+        f"Published: {reference.title}", page.table(reference.headers(), reference.cells(ours)) + text
+    )
 
 
 def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int) -> list[Pair]:
