@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 from spear.chunks import Mode
 from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.compare import compare
 from spear.evaluate.load import load_actor
-from spear.evaluate.results import compare
 from spear.sim.scene import FAMILIES
 
 LATENCIES_MS = (0, 200, 400)
@@ -45,8 +45,7 @@ def main(checkpoint: str = "nano", scenes: int = 100, out: str = "runs/latency.j
             )
             reference = reference or results
             s = results.summary().success
-            gaps = compare(results, reference).values()
-            gap = sum(g.value for g in gaps) / len(gaps)
+            gap = compare(results, reference).mean.difference.value
             print(
                 f"{mode:10} {latency:5} ms {s.value:8.1%} [{s.low:.1%}, {s.high:.1%}] {gap:+23.1%}",
                 flush=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import av
@@ -73,6 +74,18 @@ def test_films_show_the_first_success_and_the_first_failure() -> None:
         with av.open(io.BytesIO(film.data)) as container:
             count = sum(1 for _ in container.decode(video=0))
         assert count == film.outcome.steps + 1 + 5
+
+
+def test_every_failure_is_filmed_also_those_of_an_earlier_run(tmp_path: Path) -> None:
+    idle = ConstantActor("nothing", NOTHING)
+    common: dict[str, Any] = {**SMALL, "out": tmp_path, "films": "failures"}
+    _, made = evaluate(idle, ("put_on",), 1, **common)
+    assert [p.suffix for p in tmp_path.glob("put_on-failure-0.*")] == [".mp4"]
+    film = made[0].data
+    (tmp_path / "put_on-failure-0.mp4").unlink()
+    results, made = evaluate(idle, ("put_on",), 1, **common)
+    assert [(f.outcome, f.data) for f in made] == [(results.outcomes[0], film)]
+    assert evaluate(idle, ("put_on",), 1, **common)[1] == []
 
 
 def test_only_held_out_scenes_and_known_families() -> None:

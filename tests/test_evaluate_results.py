@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from spear.errors import SpearError
-from spear.evaluate.results import Outcome, Results, compare
+from spear.evaluate.results import SCENES, Outcome, Results
 
 
 def outcome(family: str, seed: int, success: bool, steps: int = 10) -> Outcome:
@@ -56,9 +57,21 @@ def test_table_shows_every_family_with_its_interval() -> None:
     assert "[51%, 100%]" in buffer.getvalue()
 
 
-def test_compare_pairs_by_scene() -> None:
-    first = results("x", {"a": [True, True, False, True]})
-    second = results("y", {"a": [True, False, False, False]})
-    assert compare(first, second)["a"].value == pytest.approx(0.5)
-    with pytest.raises(SpearError, match="share no scene"):
-        compare(first, results("z", {"b": [True]}))
+def test_the_mean_has_an_interval_and_the_table_says_how_wide() -> None:
+    few = results("x", {"a": [True] * 12 + [False] * 12, "b": [True] * 6 + [False] * 18})
+    assert few.mean().value == 0.375
+    assert 0.12 < few.mean().half_width < 0.14  # 48 scenes
+    assert "up to ±18.6 for a family (n = 24)" in few.width()
+    assert "need about 381 scenes" in few.width()
+    many = results("x", {"a": [i % 2 == 0 for i in range(SCENES)]})
+    assert "need" not in many.width()
+    buffer = io.StringIO()
+    Console(file=buffer, width=120).print(few.table())
+    assert "±18.6" in buffer.getvalue()
+    assert "37.5% [25%, 52%]" in buffer.getvalue()
+
+
+def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
+    from spear.cli import COMMANDS
+
+    assert inspect.signature(COMMANDS["evaluate"]).parameters["scenes"].default == SCENES

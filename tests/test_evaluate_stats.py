@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from spear.evaluate.stats import bootstrap, paired_difference, wilson
+from spear.evaluate.stats import (
+    bootstrap,
+    mcnemar,
+    paired_difference,
+    paired_mean_difference,
+    samples_for,
+    wilson,
+    wilson_mean,
+)
 
 
 @given(st.integers(1, 400), st.floats(0, 1))
@@ -46,6 +54,64 @@ def test_paired_difference_of_equal_policies_is_zero_with_an_interval() -> None:
     d = paired_difference([True] * 30, [True] * 30)
     assert d.value == 0
     assert d.low < 0 < d.high
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_agrees_with_scipy(a: int, b: int) -> None:
+    expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mcnemar_raises_no_more_false_alarms_than_it_says() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random((2, 2000, 40)) < 0.4  # two equal policies, 2,000 times, on 40 scenes
+    alarms = [mcnemar(int((x & ~y).sum()), int((~x & y).sum())) < 0.05 for x, y in zip(a, b, strict=True)]
+    assert 0 < np.mean(alarms) <= 0.05
+
+
+def test_the_mean_difference_covers_the_truth_over_unlike_families() -> None:
+    rng = np.random.default_rng(4)
+    rates = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]
+    truth = np.mean([p - q for p, q, _ in rates])
+    covered = 0
+    for _ in range(400):
+        d = paired_mean_difference(
+            [((rng.random(n) < p).tolist(), (rng.random(n) < q).tolist()) for p, q, n in rates]
+        )
+        assert d.low <= d.value <= d.high
+        assert d.n == 75
+        covered += d.low <= truth <= d.high
+    assert 0.93 <= covered / 400 < 1
+    one = ([True, True, False], [False, True, True])
+    assert paired_mean_difference([one]) == paired_difference(*one)
+    with pytest.raises(ValueError, match="no strata"):
+        paired_mean_difference([])
+
+
+def test_the_mean_of_rates_weighs_them_equally_and_its_interval_covers() -> None:
+    assert wilson_mean([(3, 10), (9, 10)]) == wilson(12, 20)
+    assert wilson_mean([(10, 10), (0, 1000)]).value == 0.5
+    rng = np.random.default_rng(5)
+    rates, sizes = np.array([0.5, 0.6, 0.3]), np.array([30, 60, 20])
+    covered = 0
+    for _ in range(400):
+        wins = rng.binomial(sizes, rates)
+        e = wilson_mean([(int(k), int(n)) for k, n in zip(wins, sizes, strict=True)])
+        covered += e.low <= rates.mean() <= e.high
+    assert covered / 400 >= 0.93
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_samples_for_is_the_smallest_number(rate: float) -> None:
+    n = samples_for(0.05, rate)
+    widths = [
+        (e.high - e.low) / 2
+        for e in (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
+    ]
+    assert widths[0] < 0.05 < widths[1]
+    assert samples_for(0.05) == 381
+    with pytest.raises(ValueError, match="samples_for"):
+        samples_for(0.0)
 
 
 def test_bootstrap_resamples_groups_not_values() -> None:

@@ -20,10 +20,12 @@ class Actor(Protocol):
     """Chooses actions for several running scenes at once.
 
     name         for reports.
+    weights      tells trained weights apart (a hash of them); None where there are none, or out of sight.
     needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
     """
 
     name: str
+    weights: str | None
     needs_images: bool
 
     def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
@@ -37,9 +39,10 @@ class PolicyActor:
 
     needs_images = True
 
-    def __init__(self, policy: Policy, name: str) -> None:
+    def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
         self.policy = policy
         self.name = name
+        self.weights = weights
 
     def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         seeded = [
@@ -53,6 +56,7 @@ class ExpertActor:
     """The scripted expert, which sees the simulator's true state: what the arm and the time limit allow."""
 
     name = "expert"
+    weights: str | None = None
     needs_images = False
 
     def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
@@ -64,6 +68,7 @@ class ExpertActor:
 class ConstantActor:
     """The same action whatever is seen: doing nothing, or the demonstrations' mean action."""
 
+    weights: str | None = None
     needs_images = False
 
     def __init__(self, name: str, action: Array) -> None:

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import mujoco
 from rich.console import Console
@@ -17,7 +18,8 @@ from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.journal import WHOLE, Journal, Shard
+from spear.evaluate.results import SCENES, Outcome, Results
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
@@ -32,6 +34,13 @@ class Film:
     outcome: Outcome
     data: bytes
     mime: str
+
+    def save(self, folder: Path) -> None:
+        """Writes the film under its episode's name, whole or not at all."""
+        path = folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(self.data)
+        temporary.replace(path)
 
 
 @dataclass
@@ -49,16 +58,18 @@ class _Slot:
 def evaluate(
     actor: Actor,
     families: Sequence[str] = FAMILIES,
-    scenes: int = 200,
+    scenes: int = SCENES,
     first_seed: int = 0,
     replan: int = REPLAN,
     batch: int = 32,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    films: int = 0,
+    films: int | Literal["failures"] = 0,
     quiet: bool = False,
     execution: Mode = "sync",
     latency_ms: float = 0.0,
+    out: Path | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
 
@@ -67,12 +78,18 @@ def evaluate(
     batch       scenes that run at once: their observations go through the policy together, and all share one
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
-    films       films to make per family: of so many successes and as many failures, lowest seeds first.
+    films       films to make per family: of so many successes and as many failures, lowest seeds first; or of all
+                failures.
     execution   what happens to chunks, see `spear.chunks`.
     latency_ms  simulated time from an observation to its chunk. The control loop takes a chunk up at its next
                 step, so it counts in whole steps of 200 ms, rounded up; steps spent standing still count too.
 
-    Raises SpearError for an unknown family, for seeds that are not held out and for a negative latency.
+    out         folder that outcomes and films are written to as they come. Episodes that it already holds are not
+                run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
+    shard       run only this part of the scenes.
+
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family, for
+    seeds that are not held out and for a negative latency.
     """
     for family in families:
         if family not in FAMILIES:
@@ -85,41 +102,62 @@ def evaluate(
     if not 0 <= latency_ms < 1e6:
         raise SpearError(f"latency {latency_ms:g} ms: give 0 or more")
     delay = math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
-    started = time.perf_counter()
-    renderer = Renderer() if actor.needs_images or films else None
-    outcomes: list[Outcome] = []
-    kept: list[Film] = []
-    with _progress(quiet) as bar:
-        for family in families:
-            row = bar.add_task(family, total=scenes, info="")
-            begun = time.perf_counter()
-            envs = [
-                TabletopEnv(family, image_size, wrist_size, renderer, images=actor.needs_images)
-                for _ in range(min(batch, scenes))
-            ]
-            seeds = range(first_seed, first_seed + scenes)
-            done: list[tuple[Outcome, list[Array]]] = []
-            for ended in _run(actor, envs, seeds, replan, bool(films), execution, delay):
-                done.append(ended)
-                rate = len(done) / (time.perf_counter() - begun)
-                wins = sum(o.success for o, _ in done)
-                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
-            done.sort(key=lambda d: d[0].seed)
-            outcomes += [outcome for outcome, _ in done]
-            for success in (True, False):
-                for outcome, poses in [d for d in done if d[0].success == success][:films]:
-                    assert renderer is not None
-                    kept.append(_film(outcome, poses, image_size, renderer))
     settings = {
-        "scenes": scenes,
-        "first_seed": first_seed,
         "replan": replan,
         "image_size": list(image_size),
         "wrist_size": list(wrist_size),
         "execution": execution,
         "latency_ms": latency_ms,
+        "weights": actor.weights,
     }
+    journal = Journal(out, actor.name, settings, shard) if out else None
+    started = last = time.perf_counter()
+    renderer = Renderer() if actor.needs_images or films else None
+    seeds = range(first_seed + shard.index - 1, first_seed + scenes, shard.of)
+    outcomes: list[Outcome] = []
+    kept: list[Film] = []
+    with _progress(quiet) as bar:
+        for family in families:
+            row = bar.add_task(family, total=len(seeds), info="")
+            begun = time.perf_counter()
+            envs = [
+                TabletopEnv(family, image_size, wrist_size, renderer, images=actor.needs_images)
+                for _ in range(min(batch, len(seeds)))
+            ]
+            done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
+            poses: dict[int, list[Array]] = {}
+            todo = [s for s in seeds if s not in done]
+            for outcome, track in _run(actor, envs, todo, replan, bool(films), execution, delay):
+                done[outcome.seed], poses[outcome.seed] = outcome, track
+                if journal:
+                    now = time.perf_counter()
+                    journal.add(outcome, now - last)
+                    last = now
+                rate = len(poses) / (time.perf_counter() - begun)
+                wins = sum(o.success for o in done.values())
+                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
+            ended = [done[s] for s in seeds]
+            outcomes += ended
+            wanted = [o for o in _to_film(ended, films) if not (out and video.film_file(out, o.film_name))]
+            again = [o.seed for o in wanted if o.seed not in poses]
+            for outcome, track in _run(actor, envs, again, replan, True, execution, delay):
+                if outcome == done[outcome.seed]:
+                    poses[outcome.seed] = track
+            for outcome in wanted:
+                if outcome.seed in poses:
+                    assert renderer is not None
+                    kept.append(_film(outcome, poses[outcome.seed], image_size, renderer))
+                    if out:
+                        kept[-1].save(out)
     return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
+
+
+def _to_film(ended: Sequence[Outcome], films: int | Literal["failures"]) -> list[Outcome]:
+    """The episodes of a family that are to be filmed."""
+    failures = [o for o in ended if not o.success]
+    if films == "failures":
+        return failures
+    return [o for o in ended if o.success][:films] + failures[:films]
 
 
 def _run(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
 from typing import TypedDict
 
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
-from spear.policy import Spear1Policy
+from spear.policy import Spear1Policy, locate
 from spear.sim.render import Size
 
 
@@ -30,4 +32,16 @@ def load_actor(name: str) -> tuple[Actor, Cameras]:
         return PolicyActor(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name), {}
     policy = Spear1Policy.load(name)
     sizes = policy.processor.image_sizes
-    return PolicyActor(policy, name), {"image_size": sizes["external"], "wrist_size": sizes["wrist"]}
+    return PolicyActor(policy, name, fingerprint(locate(name))), {
+        "image_size": sizes["external"],
+        "wrist_size": sizes["wrist"],
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix with its own."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -100,6 +100,26 @@ def success_bars(groups: Sequence[tuple[str, Sequence[tuple[str, Estimate]]]]) -
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
+def difference_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
+    """Differences of rates as dots with their 95 % intervals, on a common axis whose middle is zero."""
+    reach = max(0.1, max(max(abs(e.low), abs(e.high)) for _, e in rows))
+
+    def at(value: float) -> float:
+        return 50 + 50 * value / reach
+
+    parts = []
+    for name, e in rows:
+        sure = "" if e.low <= 0 <= e.high else " sure"
+        span = f"left:{at(e.low):.1f}%;width:{at(e.high) - at(e.low):.1f}%"
+        parts.append(
+            f'<div class="name">{escape(name)}</div>'
+            f'<div class="track"><div class="zero"></div><div class="whisker" style="{span}"></div>'
+            f'<div class="dot{sure}" style="left:{at(e.value):.1f}%"></div></div>'
+            f"<div>{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]</div>"
+        )
+    return f'<div class="bars">{"".join(parts)}</div>'
+
+
 def data_uri(data: bytes, mime: str) -> str:
     """What a page holds inside instead of a link to a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

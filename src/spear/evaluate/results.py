@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.evaluate.stats import Estimate, paired_difference, wilson
+from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+HALF_WIDTH = 0.05
+"""How well a family's success rate is to be known: ± 5 points."""
+SCENES = samples_for(HALF_WIDTH)
+"""Scenes per family that are enough for that whatever the rate: the default of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class Outcome:
     wrong_object_moved: bool
     unreachable: int
     steps: int
+
+    @property
+    def film_name(self) -> str:
+        """The name, without its ending, of the file with this episode's film."""
+        return f"{self.family}-{'success' if self.success else 'failure'}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,25 @@ class Results:
     @property
     def mean_success(self) -> float:
         """The mean of the families' success rates, each family counting the same."""
-        return float(np.mean([self.summary(f).success.value for f in self.families]))
+        return self.mean().value
+
+    def mean(self) -> Estimate:
+        """`mean_success` with its interval, see `spear.evaluate.stats.wilson_mean`."""
+        rows = [[o.success for o in self.outcomes if o.family == f] for f in self.families]
+        return wilson_mean([(sum(row), len(row)) for row in rows])
+
+    def width(self) -> str:
+        """In words: how wide the intervals are, and how many scenes make them ±5 points."""
+        widest = max((self.summary(f).success for f in self.families), key=lambda e: e.half_width)
+        text = f"intervals: ±{100 * self.mean().half_width:.1f} points for the mean, "
+        text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
+        if widest.half_width <= HALF_WIDTH:
+            return text
+        need = max(samples_for(HALF_WIDTH, self.summary(f).success.value) for f in self.families)
+        return (
+            f"{text}. ±{100 * HALF_WIDTH:.0f} points need about {need} scenes per family at these rates, "
+            f"{SCENES} at any rate"
+        )
 
     def summary(self, family: str | None = None) -> Summary:
         """The numbers of one family, or of all episodes together."""
@@ -95,7 +124,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.to_dict(), indent=1))
         temporary.replace(path)
 
@@ -131,25 +160,37 @@ class Results:
                 "" if s.steps is None else f"{s.steps:.0f}",
             )
         table.add_section()
-        table.add_row("mean of families", f"{self.mean_success:.1%}", *[""] * 4)
+        mean = self.mean()
+        table.add_row("mean of families", f"{mean.value:.1%} \\[{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4)
+        table.caption = self.width()
         return table
 
 
-def compare(first: Results, second: Results) -> dict[str, Estimate]:
-    """Success of `first` minus `second` per family, paired on the scenes that both have seen.
+def merge(parts: Sequence[Results]) -> Results:
+    """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed.
 
-    Raises `SpearError` when they have no scene in common.
+    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or when a
+    scene ended differently in two parts.
     """
-    other = {(o.family, o.seed): o.success for o in second.outcomes}
-    differences = {}
-    for family in first.families:
-        both = [
-            (o.success, other[family, o.seed])
-            for o in first.outcomes
-            if o.family == family and (family, o.seed) in other
-        ]
-        if both:
-            differences[family] = paired_difference([a for a, _ in both], [b for _, b in both])
-    if not differences:
-        raise SpearError(f"results: {first.policy} and {second.policy} share no scene: use the same seeds")
-    return differences
+    first = parts[0]
+    found: dict[tuple[str, int], Outcome] = {}
+    for part in parts:
+        if part.policy != first.policy:
+            raise SpearError(
+                f"results: of {first.policy} and of {part.policy}: these do not merge: compare them"
+            )
+        differ = sorted(k for k, v in part.settings.items() if first.settings.get(k) != v)
+        if differ or part.settings.keys() != first.settings.keys():
+            raise SpearError(
+                f"results of {part.policy}: run with different {', '.join(differ) or 'settings'}: "
+                "only parts of one evaluation merge"
+            )
+        for o in part.outcomes:
+            if found.setdefault((o.family, o.seed), o) != o:
+                raise SpearError(
+                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: the policy "
+                    "or the simulator changed in between: evaluate again into a new folder"
+                )
+    order = list(dict.fromkeys(f for f, _ in found))
+    outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
+    return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts))

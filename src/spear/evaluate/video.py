@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +18,13 @@ HEIGHT = 420
 BAR = 44
 """Pixel height of the caption bar."""
 GREEN, RED, WHITE, GREY = (88, 214, 141), (255, 121, 108), (245, 246, 248), (30, 33, 39)
+MIME = {".mp4": "video/mp4", ".webm": "video/webm"}
+"""The kinds of films, by the ending of their files."""
+
+
+def film_file(folder: Path, name: str) -> Path | None:
+    """The film of that name in a folder of results, None where there is none."""
+    return next((p for suffix in MIME if (p := folder / f"{name}{suffix}").is_file()), None)
 
 
 def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | None = None) -> Array:

@@ -1,0 +1,182 @@
+"""Two results on the same scenes: who is better, by how much, and whether that may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spear.errors import SpearError
+from spear.evaluate.results import Outcome, Results
+from spear.evaluate.stats import (
+    Estimate,
+    mcnemar,
+    paired_difference,
+    paired_mean_difference,
+    wilson,
+    wilson_mean,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ALPHA = 0.05
+"""Below this p-value we say that one is better."""
+Pair = tuple[Outcome, Outcome]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family, or the mean of the families, on the shared scenes.
+
+    first, second            success rates with 95 % intervals.
+    difference               first - second, with the interval of a paired difference.
+    only_first, only_second  scenes that only one of the two solved: all that a paired test looks at.
+    p                        exact McNemar test, two-sided; of the mean: over the counts of all families.
+    """
+
+    name: str
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    only_first: int
+    only_second: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """first, second: names. pairs: both outcomes of each shared scene. unshared: scenes only one of them saw.
+
+    settings: how the two were run differently, in words.
+    """
+
+    first: str
+    second: str
+    families: Sequence[Row]
+    mean: Row
+    pairs: Sequence[Pair]
+    unshared: int
+    settings: Sequence[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The families and, below them, their mean."""
+        return [*self.families, self.mean]
+
+    @property
+    def disagreements(self) -> list[Pair]:
+        """The scenes that only one of the two solved."""
+        return [(a, b) for a, b in self.pairs if a.success != b.success]
+
+    def verdict(self) -> str:
+        """The answer in one sentence, from the test over all families."""
+        d, p = self.mean.difference, p_value(self.mean.p)
+        gap = f"{points(d.value, signed=False)} points [{points(d.low)}, {points(d.high)}], p {p}, n = {d.n}"
+        if self.mean.p >= ALPHA:
+            return f"No difference shown between {self.first} and {self.second}: {gap}."
+        first_won = self.mean.only_first > self.mean.only_second
+        better, worse = (self.first, self.second) if first_won else (self.second, self.first)
+        return f"{better} is better than {worse}: {gap}."
+
+    def table(self) -> Table:
+        """The rows for a terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"{self.first} against {self.second}, {len(self.pairs)} shared scenes")
+        for column in ("family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"):
+            left = column == "family"
+            table.add_column(escape(column), justify="left" if left else "right", no_wrap=left)
+        for row in self.rows:
+            if row is self.mean:
+                table.add_section()
+            table.add_row(*map(escape, cells(row)))
+        return table
+
+
+def compare(first: Results, second: Results, names: tuple[str, str] | None = None) -> Comparison:
+    """Success of `first` minus `second`, paired on the scenes that both have seen.
+
+    names  what to call the two; the policies' names otherwise.
+
+    Raises `SpearError` when they have no scene in common, or one that is not the same in both.
+    """
+    a, b = names or (first.policy, second.policy)
+    other = {(o.family, o.seed): o for o in second.outcomes}
+    pairs = [(o, other[o.family, o.seed]) for o in first.outcomes if (o.family, o.seed) in other]
+    if not pairs:
+        raise SpearError(f"results: {a} and {b} share no scene: use the same families and seeds")
+    for one, two in pairs:
+        if one.instruction != two.instruction:
+            raise SpearError(
+                f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and {two.instruction!r} for "
+                f"{b}: they come from different simulator versions: evaluate the older one again"
+            )
+    families = []
+    for family in dict.fromkeys(x.family for x, _ in pairs):
+        ours = [(x.success, y.success) for x, y in pairs if x.family == family]
+        families.append(_row(family, [x for x, _ in ours], [y for _, y in ours]))
+    strata = [
+        (
+            [x.success for x, _ in pairs if x.family == f.name],
+            [y.success for x, y in pairs if x.family == f.name],
+        )
+        for f in families
+    ]
+    only_first, only_second = sum(f.only_first for f in families), sum(f.only_second for f in families)
+    mean = Row(
+        "mean of families",
+        wilson_mean([(sum(x), len(x)) for x, _ in strata]),
+        wilson_mean([(sum(y), len(y)) for _, y in strata]),
+        paired_mean_difference(strata),
+        only_first,
+        only_second,
+        mcnemar(only_first, only_second),
+    )
+    unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
+    return Comparison(a, b, families, mean, pairs, unshared, _differences(first.settings, second.settings))
+
+
+def cells(row: Row) -> list[str]:
+    """name, n, both rates, difference with interval, p, scenes that only one solved: as text."""
+    d = row.difference
+    return [
+        row.name,
+        str(d.n),
+        f"{row.first.value:.1%}",
+        f"{row.second.value:.1%}",
+        f"{points(d.value)} [{points(d.low)}, {points(d.high)}]",
+        p_value(row.p).removeprefix("= "),
+        f"{row.only_first} : {row.only_second}",
+    ]
+
+
+def points(difference: float, signed: bool = True) -> str:
+    """A difference of rates in percentage points."""
+    return f"{100 * difference:+.1f}" if signed else f"{100 * abs(difference):.1f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value with its sign: "= 0.021" or "< 0.0001"."""
+    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
+
+
+def _row(name: str, first: Sequence[bool], second: Sequence[bool]) -> Row:
+    wins = sum(x and not y for x, y in zip(first, second, strict=True))
+    losses = sum(y and not x for x, y in zip(first, second, strict=True))
+    return Row(
+        name,
+        wilson(sum(first), len(first)),
+        wilson(sum(second), len(second)),
+        paired_difference(first, second),
+        wins,
+        losses,
+        mcnemar(wins, losses),
+    )
+
+
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Settings that both have and that differ, apart from which scenes were run and by which weights."""
+    shared = [k for k in first if k in second and k not in ("scenes", "first_seed", "weights")]
+    return [f"{k.replace('_', ' ')}: {first[k]} and {second[k]}" for k in shared if first[k] != second[k]]

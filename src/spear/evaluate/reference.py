@@ -1,0 +1,89 @@
+"""Numbers that others published, to be shown beside ours and never mixed into them.
+
+One TOML file per table in `reference/`: its title, source, columns (tasks), which families of our results are the
+same tasks, and success in %.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from spear.evaluate.results import Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published table.
+
+    title, source   what it shows, and where it was published.
+    columns         tasks, and `families` the same tasks as families of our results; empty for means alone.
+    rows            method -> success per column, %.
+    means           method -> mean success, %, as published.
+    note            what to know when reading it.
+    trials          trials per task where we know or infer it.
+    """
+
+    title: str
+    source: str
+    columns: Sequence[str]
+    families: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+    means: Mapping[str, float]
+    note: str = ""
+    trials: int | None = None
+
+    def headers(self) -> list[str]:
+        """Of the columns of `cells`."""
+        return ["success, %", *self.columns, "mean"]
+
+    def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
+        """The table as text, marked as published; below it our results (by name), as measured here."""
+        lines = [
+            [f"{name} (published)", *(f"{v:.1f}" for v in self.rows.get(name, ())), f"{mean:.1f}"]
+            for name, mean in self.means.items()
+        ]
+        for name, results in ours:
+            line, here = [f"{name} (measured here)"], set(results.families)
+            for family in self.families:
+                e = results.summary(family).success if family in here else None
+                line.append(
+                    "–" if e is None else f"{100 * e.value:.1f} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+                )
+            mean = results.mean()
+            all_tasks = here == set(self.families)
+            line.append(
+                f"{100 * mean.value:.1f} [{100 * mean.low:.0f}, {100 * mean.high:.0f}]" if all_tasks else "–"
+            )
+            lines.append(line)
+        return lines
+
+    def table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
+        """The same for a terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=self.title, caption=f"Published numbers: {self.source}. {self.note}".strip())
+        for index, header in enumerate(self.headers()):
+            table.add_column(header, justify="right" if index else "left")
+        for line in self.cells(ours):
+            table.add_row(*map(escape, line))
+        return table
+
+
+def references() -> dict[str, Reference]:
+    """All published tables, by name."""
+    folder = resources.files("spear.evaluate").joinpath("reference")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): Reference(**tomllib.loads(f.read_text("utf-8"))) for f in files}
+
+
+def beside(results: Results) -> list[Reference]:
+    """The published tables that hold a task of these results."""
+    return [r for r in references().values() if set(r.families) & set(results.families)]

@@ -1,0 +1,78 @@
+"""Published numbers: consistent in themselves, beside ours where the tasks are the same, never mixed in."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from spear.cli import main
+from spear.evaluate.reference import beside, references
+from spear.evaluate.results import Outcome, Results
+
+SIMPLER = references()["simpler_widowx"]
+
+
+def results(families: tuple[str, ...]) -> Results:
+    outcomes = [Outcome(f, s, "go", s < 3, True, True, False, 0, 9) for f in families for s in range(4)]
+    return Results("mine", {}, outcomes, 1.0)
+
+
+@pytest.mark.parametrize("name", references())
+def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
+    table = references()[name]
+    assert "arXiv" in table.source
+    assert len(table.columns) == len(table.families)
+    assert set(table.rows) <= set(table.means)
+    for method, row in table.rows.items():
+        assert len(row) == len(table.columns)
+        assert np.mean(row) == pytest.approx(table.means[method], abs=0.1)  # published means are rounded
+    assert all(0 <= v <= 100 for v in table.means.values())
+
+
+def test_simpler_values_are_what_24_trials_can_give() -> None:
+    assert SIMPLER.trials is not None
+    for row in SIMPLER.rows.values():
+        for value in row:
+            trials = value / 100 * SIMPLER.trials
+            assert abs(trials - round(trials)) < 0.02
+
+
+def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
+    assert beside(results(("spoon_on_towel", "stack_cube"))) == []  # our simulator's tasks are not SIMPLER's
+    one = results(SIMPLER.families[:1])
+    assert beside(one) == [SIMPLER]
+    *theirs, ours = SIMPLER.cells([("mine", one)])
+    assert theirs == SIMPLER.cells()
+    assert all("(published)" in line[0] for line in theirs)
+    assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
+    assert SIMPLER.cells([("mine", results(tuple(SIMPLER.families)))])[-1][-1] == "75.0 [51, 90]"
+    buffer = io.StringIO()
+    Console(file=buffer, width=200).print(SIMPLER.table([("mine", one)]))
+    assert "75.0 [30, 95]" in buffer.getvalue()
+
+
+def test_the_commands_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "reference"]) == 0
+    assert "59.4" in capsys.readouterr().out
+    assert main(["evaluate", "reference", "--table", "rotation"]) == 0
+    assert "SigLIP" not in capsys.readouterr().out
+    assert main(["evaluate", "reference", "--table", "rotatoin"]) == 2
+    assert "did you mean 'rotation'" in capsys.readouterr().err
+    for name in ("a", "b"):
+        results(tuple(SIMPLER.families)).save(tmp_path / name / "results.json")
+    argv = [
+        "evaluate",
+        "compare",
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+        "--out",
+        str(tmp_path / "x.html"),
+    ]
+    assert main(argv) == 0
+    html = (tmp_path / "x.html").read_text()
+    assert "SPEAR-1 (published)" in html
+    assert html.count("(measured here)") == 2
