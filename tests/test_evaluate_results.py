@@ -62,7 +62,12 @@ def test_the_mean_has_an_interval_and_the_table_says_how_wide() -> None:
     assert few.mean().value == 0.375
     assert 0.12 < few.mean().half_width < 0.14  # 48 scenes
     assert "up to ±18.6 for a family (n = 24)" in few.width()
-    assert "need about 381 scenes" in few.width()
+    assert "need up to 381 scenes" in few.width()
+    assert (
+        "need up to 381 scenes" in results("x", {"a": [True, True]}).width()
+    )  # two wins say little of the rate
+    sure = results("x", {"a": [True] * 95 + [False] * 5 + [True] * 9})
+    assert "need" not in sure.width()
     many = results("x", {"a": [i % 2 == 0 for i in range(SCENES)]})
     assert "need" not in many.width()
     buffer = io.StringIO()

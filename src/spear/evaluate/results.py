@@ -92,11 +92,9 @@ class Results:
         text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
         if widest.half_width <= HALF_WIDTH:
             return text
-        need = max(samples_for(HALF_WIDTH, self.summary(f).success.value) for f in self.families)
-        return (
-            f"{text}. ±{100 * HALF_WIDTH:.0f} points need about {need} scenes per family at these rates, "
-            f"{SCENES} at any rate"
-        )
+        rates = [self.summary(f).success for f in self.families]
+        need = max(samples_for(HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
+        return f"{text}. ±{100 * HALF_WIDTH:.0f} points need up to {need} scenes per family"
 
     def summary(self, family: str | None = None) -> Summary:
         """The numbers of one family, or of all episodes together."""
