@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert f"    spear {name}" in said
-    assert "(required)" in said or "default" in said
+    if inspect.signature(COMMANDS[name]).parameters:
+        assert "(required)" in said or "default" in said
 
 
 @pytest.mark.parametrize(
