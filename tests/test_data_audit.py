@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spear.data.audit import Report, conclusion, judge, text
+from data_tiny import make
+from spear.cli import main
+from spear.data.actions import derive_actions
+from spear.data.audit import Report, audit, judge
+from spear.data.audit_page import conclusion, text
+from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.hypotheses import Recording
 from spear.errors import SpearError
 
@@ -36,15 +43,19 @@ RIGHT: dict[str, dict[str, str | None]] = {
 }
 
 
-def motions(episodes: int = 9, steps: int = 26, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
+def motions(episodes: int = 8, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
     """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(episodes):
         time = np.arange(steps)[:, None] / RATE
-        waves = [rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (1.5, 4.0)]
+        waves = [
+            rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (1.5, 4.0)
+        ]
         position = [0.4, 0.0, 0.2] + (0 if still else 0.05) * (waves[0] + 0.5 * waves[1])
-        turns = [rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (2.0, 3.0)]
+        turns = [
+            rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (2.0, 3.0)
+        ]
         rotation = Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3)) * Rotation.from_rotvec(0.7 * sum(turns))
         found.append((position, rotation))
     return found
@@ -88,6 +99,11 @@ def recordings(**planted: Any) -> list[Recording]:
     return found
 
 
+def only(part: str, recording: Recording) -> Recording:
+    """Without the logged values of the other part, which saves time."""
+    return dataclasses.replace(recording, **{"turn" if part == "translation" else "translation": None})
+
+
 def verdicts(report: Report, part: str) -> dict[str, tuple[str, str]]:
     found = next(p for p in report.parts if p.name == part)
     return {f.question: (f.best, f.verdict) for f in found.findings}
@@ -124,12 +140,13 @@ def test_a_right_dataset_is_found_right() -> None:
     ids=str,
 )
 def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, question: str, truth: str) -> None:
-    report = judge(recordings(**planted), RIGHT)
+    made = [only(part, r) for r in recordings(**planted)]
+    report = judge(made, RIGHT)
     assert verdicts(report, part)[question] == (truth, "wrong")
     assert not report.agrees and "WRONG" in text(report)
     said = {**RIGHT, part: {**RIGHT[part], question: truth}}
-    if question in ("frame", "shift", "signs", "state"):
-        found = next(p for p in judge(recordings(**planted), said).parts if p.name == part)
+    if question in ("frame", "shift", "signs"):
+        found = next(p for p in judge(made, said).parts if p.name == part)
         assert found.verdict == "agrees"
 
 
@@ -164,6 +181,70 @@ def test_a_layout_that_does_not_say_gets_a_proposal() -> None:
     report = judge(recordings(frame="ee"), said)
     assert verdicts(report, "translation")["frame"] == ("ee", "not said")
     assert report.parts[0].verdict == "not said" and report.agrees
+
+
+@pytest.fixture
+def canonical(tmp_path: Path) -> Path:
+    """A store of episodes with right actions."""
+    episodes = []
+    for number, (position, rotation) in enumerate(motions(3)):
+        turn = rotation.as_quat(scalar_first=True)
+        action = derive_actions(position, turn, np.ones(len(turn)))
+        mask = np.arange(len(turn)) < len(turn) - 1
+        parts = {
+            "position": position,
+            "rotation": turn,
+            "action": action,
+            "action_mask": mask,
+            "rate_hz": RATE,
+        }
+        episodes.append(make(number, len(turn), (8, 8), **parts))
+    write_episodes(episodes, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
+    page = tmp_path / "audit.html"
+    assert main(["data", "audit", str(canonical), "--out", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "the layout agrees with the data" in shown and "WRONG" not in shown
+    assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
+    assert "http" not in page.read_text()
+
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    claim = json.loads((exported / "spear.json").read_text())
+    column = claim.pop("action")
+    claim = {k: v for k, v in claim.items() if not k.startswith("action")} | {
+        "logged_translation": f"{column}[0:3]",
+        "logged_rotation": f"{column}[3:7]",
+        "logged_rotation_format": "quat_wxyz",
+        "logged_kind": "delta",
+        "logged_frame": "base",
+    }
+    (exported / "spear.json").write_text(json.dumps(claim))
+    capsys.readouterr()
+    assert main(["data", "audit", str(exported)]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == "the layout is WRONG: rotation frame: ee, not base"
+
+    for key in ("logged_translation", "logged_rotation"):
+        claim.pop(key)
+    (exported / "spear.json").write_text(json.dumps(claim))
+    assert main(["data", "audit", str(exported)]) == 2
+    assert "names no logged actions" in capsys.readouterr().err
+    assert len(EpisodeStore(canonical)) == 3
+
+
+def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
+    """Real BridgeData V2: nothing contradicts the registry, and it is told which facts this sample cannot settle."""
+    report = audit(shared / "data" / "bridge_v2_sample")
+    assert report.agrees and report.episodes == 25
+    assert verdicts(report, "translation")["frame"] == ("base", "agrees")
+    assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
+    assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
+    assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
 
 
 def test_short_episodes_are_refused() -> None:

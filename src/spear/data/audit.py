@@ -20,7 +20,6 @@ import torch
 from spear.data.episode import EpisodeStore
 from spear.data.formats import FORMATS, episode_counts, need_format
 from spear.data.hypotheses import (
-    ANGLE_UNITS,
     LENGTH_UNITS,
     UNSCALED,
     Fit,
@@ -162,8 +161,14 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
     own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
+    # Of what the layout does not say at all (signs, shift), the plain answer is taken to be meant.
     scaled = form in ("euler_xyz", "rotation_vector")
-    shared: dict[str, str | None] = {"kind": kind, "signs": "+++", "shift": "0", "state": spec.rotation_format}
+    shared: dict[str, str | None] = {
+        "kind": kind,
+        "signs": "+++",
+        "shift": "0",
+        "state": spec.rotation_format,
+    }
     rate = "/s" if kind == "velocity" else ""
     return {
         "translation": {**shared, "frame": own.get("translation", frame), "unit": "m" + rate, "form": "-"},
@@ -266,16 +271,22 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     remarks = []
     position = np.concatenate([r.position for r in recordings])
     far = float(np.quantile(np.linalg.norm(position, axis=1), 0.95))
-    steps = np.concatenate([np.linalg.norm(np.diff(r.position, axis=0), axis=1) * r.rate_hz for r in recordings])
+    steps = np.concatenate(
+        [np.linalg.norm(np.diff(r.position, axis=0), axis=1) * r.rate_hz for r in recordings]
+    )
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit}")
     elif len(steps) and np.quantile(steps, 0.99) > FASTEST:
-        remarks.append(f"positions change by {np.quantile(steps, 0.99):.3g} per second: faster than an arm in metres")
+        remarks.append(
+            f"positions change by {np.quantile(steps, 0.99):.3g} per second: faster than an arm in metres"
+        )
     rotation = np.concatenate([r.rotation for r in recordings])
     _, unit = state_quaternions(rotation)
     if unit == "deg":
-        remarks.append(f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians")
+        remarks.append(
+            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians"
+        )
     return remarks
 
 
@@ -294,7 +305,7 @@ def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Par
     moved = float(best.moved.sum() / best.steps)
     note = ""
     if moved < LEAST[name]:
-        note = f"the robot hardly moves: {_size(name, moved)} in a stretch"
+        note = f"the robot hardly moves: {size(name, moved)} in a stretch"
     elif best.relative > UNEXPLAINED:
         note = f"no reading explains the states: the best leaves {best.relative:.0%} of the motion"
     findings = [_finding(q, order, said[q], counts, bool(note)) for q in Reading._fields]
@@ -316,9 +327,7 @@ def _answer(fit: Fit, question: str) -> str:
     return str(getattr(fit.reading, question))
 
 
-def _finding(
-    question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool
-) -> Finding:
+def _finding(question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool) -> Finding:
     """order are all fits, the best one first."""
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in order:
@@ -339,6 +348,11 @@ def _finding(
     return Finding(question, best, said, answers, tied, verdict)
 
 
+def size(name: str, value: float) -> str:
+    """A distance (m) or an angle (rad) in words."""
+    return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
+
+
 def _resamples(units: int) -> Array:
     """[RESAMPLES, units] how often each unit is drawn; the same in every run."""
     return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
@@ -346,77 +360,8 @@ def _resamples(units: int) -> Array:
 
 def _margin(fit: Fit, best: Fit, counts: Array) -> Margin:
     """Paired: the same episodes are drawn for both."""
-    draws = (counts @ fit.error) / (counts @ fit.moved) - (counts @ best.error) / (counts @ best.moved)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    draws = [(counts @ f.error) / np.maximum(counts @ f.moved, 1e-12) for f in (fit, best)]
+    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
     if len(fit.error) < 3:  # too few to say how much they differ
         low = min(float(low), 0.0)
     return Margin(fit.relative - best.relative, float(low), float(high))
-
-
-def _size(name: str, value: float) -> str:
-    return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
-
-
-QUESTIONS = {
-    "kind": "kind",
-    "frame": "frame",
-    "unit": "unit",
-    "signs": "signs of x y z",
-    "shift": "robot is late by (steps)",
-    "state": "orientation of states",
-    "form": "rotation of actions",
-}
-
-
-def text(report: Report) -> str:
-    """The report as a table for the terminal."""
-    lines = [
-        f"{report.path}: {report.episodes} episodes, {report.steps} steps",
-        f"converted actions, integrated over each episode, end {1000 * report.closure[0]:.3g} mm and "
-        f"{np.degrees(report.closure[1]):.3g}° from the last state (largest)",
-        *(f"states: {remark}" for remark in report.states),
-    ]
-    for part in report.parts:
-        lines += ["", *_part_text(part)]
-    lines += ["", conclusion(report)]
-    return "\n".join(lines)
-
-
-def _part_text(part: Part) -> list[str]:
-    best = part.best
-    lines = [
-        f"logged {part.name}s: the best reading is {_size(part.name, best.mean)} off on average, "
-        f"{best.relative:.1%} of the motion" + (f" ({part.note})" if part.note else "")
-    ]
-    if part.said is not None and part.margin is not None:
-        lines[0] += (
-            f"; the layout's leaves {part.said.relative:.1%}, which is {part.margin.value:+.1%} "
-            f"[{part.margin.low:+.1%}, {part.margin.high:+.1%}]"
-        )
-    header = f"  {'':<26}{'best':<18}{'layout':<18}{'verdict':<13}next best: how much worse, 95 % interval"
-    lines.append(header)
-    for finding in part.findings:
-        others = [(a, m) for a, (_, m) in finding.answers.items() if a != finding.best]
-        other, margin = others[0]
-        lines.append(
-            f"  {QUESTIONS[finding.question]:<26}{finding.best:<18}{finding.said or '-':<18}{finding.verdict:<13}"
-            f"{other}: {margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
-        )
-    return lines
-
-
-def conclusion(report: Report) -> str:
-    """One line: whether the layout is right."""
-    wrong = [
-        f"{part.name} {QUESTIONS[f.question]}: {f.best}, not {f.said}"
-        for part in report.parts
-        for f in part.findings
-        if f.verdict == "wrong" and part.verdict == "wrong"
-    ]
-    wrong += [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong" and not wrong]
-    if wrong or report.states:
-        return f"the layout is WRONG: {'; '.join([*report.states, *wrong])}"
-    unsure = [part.name for part in report.parts if part.verdict in ("cannot tell", "not said")]
-    if unsure:
-        return f"nothing contradicts the layout, but of {' and '.join(unsure)}s it cannot be confirmed"
-    return "the layout agrees with the data"

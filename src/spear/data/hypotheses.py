@@ -84,13 +84,15 @@ class Reading(NamedTuple):
 class Fit:
     """A reading's summed errors and the distances moved, one entry per unit of resampling (see `Stretches`).
 
-    Metres for translations and radians for rotations; `steps` is how many states were compared.
+    Metres for translations and radians for rotations; `steps` is how many states were compared; `factor` turns
+    logged translations into metres per step.
     """
 
     reading: Reading
     error: Array
     moved: Array
     steps: int
+    factor: float = 1.0
 
     @property
     def relative(self) -> float:
@@ -144,7 +146,9 @@ class Stretches:
 def _runs(valid: Array) -> Iterator[tuple[int, int]]:
     """(first, end) such that for every state first ≤ t < end the actions of all shifts are valid."""
     early, late = max(SHIFTS), -min(SHIFTS)
-    good = np.array([valid[t - early : t + late + 1].all() for t in range(early, len(valid) - late - 1)], bool)
+    good = np.array(
+        [valid[t - early : t + late + 1].all() for t in range(early, len(valid) - late - 1)], bool
+    )
     edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(int), [0]])))
     for first, end in zip(edges[::2], edges[1::2], strict=True):
         yield early + int(first), early + int(end)
@@ -178,8 +182,18 @@ def _from_pose(values: torch.Tensor, columns: bool) -> torch.Tensor:
 
 
 def forms_of(values: Array) -> list[str]:
-    """The ways in which numbers [N, d] may be meant as orientations."""
+    """The ways in which numbers [N, d] may be meant as rotations."""
     return [name for name, (width, _) in FORMS.items() if width == values.shape[1]]
+
+
+def state_forms(values: Array) -> list[str]:
+    """The ways in which recorded numbers [N, d] may be meant as orientations.
+
+    Not yaw, pitch, roll: that both states and actions are written so, with their frames exchanged, is the mirror
+    image of roll, pitch, yaw, which rotations alone can never tell. Where one of the two is written so, the
+    audit says it of the actions.
+    """
+    return [name for name in forms_of(values) if name != "euler_zyx"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
@@ -190,7 +204,9 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     scaled = rotation.shape[1] == 3
     unit = "deg" if scaled and np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
     values = _vector(rotation * ANGLE_UNITS[unit] if scaled else rotation)
-    return {name: FORMS[name][1](values).numpy() for name in forms_of(rotation)}, unit if scaled else UNSCALED
+    return {
+        name: FORMS[name][1](values).numpy() for name in state_forms(rotation)
+    }, unit if scaled else UNSCALED
 
 
 def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
@@ -202,7 +218,7 @@ def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) 
     found += [("velocity", f"{name}/s", factor * dt) for name, factor in units.items()]
     size = float(np.sqrt((logged**2).sum(-1).mean()))
     factor = moved / size if size > 0 else 0.0
-    if factor > 0 and all(not 0.5 < factor / known < 2 for _, _, known in found):
+    if factor > 0 and all(abs(np.log2(factor / known)) > 0.5 for _, _, known in found):
         found.append(("delta", f"{factor:.3g} {next(iter(units))}", factor))
     return found
 
@@ -210,7 +226,9 @@ def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) 
 def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
     """The fit of every reading of the logged translations."""
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
-    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(np.float64)
+    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(
+        np.float64
+    )
     turns, _ = state_quaternions(np.concatenate([r.rotation for r in recordings]))
     rows, inside = stretches.rows, stretches.inside
     start = position[rows[:, :1]]
@@ -227,7 +245,7 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
             for signs, flip in zip(SIGNS, FLIPS, strict=True):
                 distance = np.linalg.norm(parts @ (flip * factor) - offset - recorded, axis=-1)
                 reading = Reading(kind, frame, unit, signs, shift, state, "-")
-                fits.append(Fit(reading, stretches.sums(distance), moved, steps))
+                fits.append(Fit(reading, stretches.sums(distance), moved, steps, factor))
 
     for shift in SHIFTS:
         acted = logged[stretches.acted(shift)] * inside[..., None]
@@ -238,6 +256,24 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
             axes = quat_rotate(_vector(quaternions[rows[:, :-1], None]), _vector(diagonal)).numpy()
             judge(axes.swapaxes(-1, -2).cumsum(1), np.zeros(3), scales, "ee", state)
     return fits
+
+
+def integrate_translations(recording: Recording, fit: Fit) -> Array:
+    """[T, 3] where the logged translations of a whole episode lead from its first state, by a reading, m."""
+    reading = fit.reading
+    assert recording.translation is not None
+    rows = np.arange(len(recording.position) - 1) - reading.shift
+    known = (rows >= 0) & (rows < len(recording.position))
+    logged = recording.translation[np.where(known, rows, 0)] * FLIPS[SIGNS.index(reading.signs)] * fit.factor
+    path = np.array(recording.position, np.float64)
+    if reading.kind == "absolute":
+        path[1:] = np.where(known[:, None], logged, path[1:])
+        return path
+    if reading.frame == "ee":
+        turns, _ = state_quaternions(recording.rotation)
+        logged = quat_rotate(_vector(turns[reading.state][:-1]), _vector(logged)).numpy()
+    path[1:] = path[0] + (logged * known[:, None]).cumsum(0)
+    return path
 
 
 def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
@@ -324,6 +360,6 @@ def _added(
         if kind == "absolute":
             continue
         reached = _vector(start + total * (flip * factor))
-        for quaternions, state in zip(at, forms_of(angles), strict=True):
+        for quaternions, state in zip(at, state_forms(angles), strict=True):
             cosine = (FORMS[state][1](reached) * quaternions[:, 1:]).sum(-1).numpy()
             yield Reading(kind, "angles", unit, signs, shift, state, state), stretches.sums(_angle(cosine))
