@@ -20,9 +20,9 @@ QUESTIONS = {
     "frame": "frame",
     "unit": "unit",
     "signs": "signs of x y z",
-    "shift": "robot is late by (steps)",
-    "state": "orientation of states",
-    "form": "rotation of actions",
+    "shift": "steps late",
+    "state": "form of states",
+    "form": "form of actions",
 }
 
 

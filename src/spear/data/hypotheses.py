@@ -138,9 +138,7 @@ class Stretches:
     def sums(self, distances: Array) -> Array:
         """[..., n, L] distances, real steps only, summed per unit: [..., U]."""
         per_stretch = np.where(self.inside, distances, 0).sum(-1)
-        out = np.zeros((*per_stretch.shape[:-1], int(self.unit.max()) + 1))
-        np.add.at(out, (..., self.unit), per_stretch)
-        return out
+        return per_stretch @ (self.unit[:, None] == np.arange(int(self.unit.max()) + 1))
 
 
 def _runs(valid: Array) -> Iterator[tuple[int, int]]:
@@ -237,7 +235,7 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
     steps = int(inside.sum())
     step = float(np.sqrt((np.diff(position[rows], axis=1)[inside] ** 2).sum(-1).mean()))
     scales = _scales(logged[stretches.acted(0)][inside], step, LENGTH_UNITS, 1 / recordings[0].rate_hz)
-    fits = []
+    fits: list[Fit] = []
 
     def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
         """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
