@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class Normalizer:
     """normalised = (metres - offset) / scale, per axis (x, y, z; base frame).
 
     Values outside the fitted range are not clipped, so that the inverse is exact.
-    `samples` is the number of steps it was fitted on.
+    `samples` is the number of steps it was fitted on. `datasets` is empty, or, for the ablation, has a
+    normalizer of its own for each dataset, by name and in the order of the mixture (see `of`).
     """
 
     mode: Mode
@@ -46,6 +47,30 @@ class Normalizer:
     position_offset: Triple
     position_scale: Triple
     samples: int
+    datasets: Mapping[str, Normalizer] = field(default_factory=dict)
+
+    @staticmethod
+    def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
+        """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
+        names = [name for name, _, _ in stores]
+        if len(set(names)) < len(names):
+            raise SpearError(f"datasets of the same name: {', '.join(names)}: give each folder its own name")
+        whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
+        return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
+
+    def of(self, dataset: str | None) -> Normalizer:
+        """The one to use for a dataset: this one, unless datasets have their own.
+
+        Raises SpearError when they have and `dataset` is None (with more than one) or not among them.
+        """
+        if not self.datasets or (dataset is None and len(self.datasets) == 1):
+            return next(iter(self.datasets.values()), self)
+        if dataset is None:
+            known = ", ".join(self.datasets)
+            raise SpearError(f"normalised per dataset: say which one the robot is like (dataset=…): {known}")
+        if dataset not in self.datasets:
+            raise unknown_name("dataset", dataset, self.datasets)
+        return self.datasets[dataset]
 
     @staticmethod
     def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
@@ -110,15 +135,19 @@ class Normalizer:
     def load(path: str | Path) -> Normalizer:
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
         try:
-            fields = json.loads(Path(path).read_text())
-            for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
-                x, y, z = (float(v) for v in fields[name])
-                fields[name] = (x, y, z)
-            return Normalizer(**fields)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return _from_json(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpearError(
                 f"cannot read normalisation statistics: {path}: {error}; take the file saved with the weights"
             ) from error
+
+
+def _from_json(fields: dict[str, Any]) -> Normalizer:
+    for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
+        x, y, z = (float(v) for v in fields[name])
+        fields[name] = (x, y, z)
+    datasets = {name: _from_json(own) for name, own in fields.pop("datasets", {}).items()}
+    return Normalizer(**fields, datasets=datasets)
 
 
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:

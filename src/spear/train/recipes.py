@@ -54,6 +54,7 @@ class Recipe:
     question_weight  weight of their loss.
     augment       strength of photometric augmentation, 0 to 1.
     normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation).
+    normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Recipe:
     question_weight: float = 1.0
     augment: float = 0.0
     normalization: Mode = "quantile"
+    normalize_each: bool = False
 
     def changed(self, **changes: Any) -> Recipe:
         """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
