@@ -212,6 +212,9 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
     assert "http" not in page.read_text()
 
+    assert main(["data", "audit", str(canonical), "--split", "train[:2]"]) == 0
+    assert "2 episodes, 48 steps" in capsys.readouterr().out
+
     exported = tmp_path / "exported"
     assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
     claim = json.loads((exported / "spear.json").read_text())

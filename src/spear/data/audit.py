@@ -186,7 +186,9 @@ def _steps(path: str | Path, split: str, layout: Layout) -> tuple[DatasetSpec, I
     name = need_format(path)
     if name == "store":
         store = EpisodeStore(path)
-        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store)
+        ranges = split_ranges({"train": [len(store)]}, split, path)
+        chosen = [i for _, first, end in ranges for i in range(first, end)]
+        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store.subset(chosen))
     if name == "rlds":
         rlds = open_rlds(path)
         spec = find_spec(rlds.name, rlds.path, given=layout)
