@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.errors import SpearError
+from spear.train.vla import robot_inputs
 from spear.types import Action, Episode
 
 
@@ -66,6 +67,48 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path) -> None:
     mostly_large = Normalizer.fit([(small, 0.001), (large, 1.0)]).translation_scale
     np.testing.assert_allclose(mostly_small, 0.098, rtol=0.05)
     np.testing.assert_allclose(mostly_large, 0.0098, rtol=0.05)
+
+
+def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
+    small = make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
+    large = make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
+    Normalizer.fit_each([("small", small, 1.0), ("large", large, 1.0)]).save(tmp_path / "n.json")
+    both = Normalizer.load(tmp_path / "n.json")
+    for name, store in (("small", small), ("large", large)):
+        assert both.of(name) == Normalizer.fit([(store, 5.0)])
+    np.testing.assert_allclose(both.of("small").translation_scale, 0.0098, rtol=0.05)
+    with pytest.raises(SpearError, match="say which one"):
+        both.of(None)
+    with pytest.raises(SpearError, match="did you mean 'small'"):
+        both.of("smal")
+    whole = Normalizer.fit([(small, 1.0), (large, 1.0)])
+    assert dataclasses.replace(both, datasets={}) == whole and whole.of(None) is whole
+    with pytest.raises(SpearError, match="same name"):
+        Normalizer.fit_each([("a", small, 1.0), ("a", large, 1.0)])
+
+
+def test_training_rows_are_normalised_by_their_own_dataset() -> None:
+    own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
+    both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
+
+    class Words:
+        def prompts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.zeros(len(texts), 1)}
+
+    raw = {
+        "images": {},
+        "views": {},
+        "position": np.ones((3, 3), np.float32),
+        "rotation": np.tile(np.float32([1, 0, 0, 0]), (3, 1)),
+        "gripper": np.ones(3, np.float32),
+        "action": np.ones((3, 5, 8), np.float32),
+        "action_mask": np.ones((3, 5), bool),
+        "instruction": ["go"] * 3,
+        "dataset": np.array([1, 0, 1]),
+    }
+    batch = robot_inputs(Words(), both, raw)  # type: ignore[arg-type]
+    np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
+    np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
 
 
 finite = st.floats(-2, 2, width=32)

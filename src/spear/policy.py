@@ -149,14 +149,22 @@ class Spear1Policy:
         self._seen = 0
 
     @staticmethod
-    def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
-        """From a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
+    def load(
+        name: str | Path = "nano",
+        device: str = "cpu",
+        steps: int = 10,
+        seed: int = 0,
+        dataset: str | None = None,
+    ) -> Spear1Policy:
+        """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
+
+        dataset  whose units to use, where the datasets of the mixture were normalised each by itself.
+        """
         folder = locate(name)
         model = weights.load(Spear1ForActionPrediction, folder, torch.float32)
         torch.nn.Module.to(model, device)
-        return Spear1Policy(
-            model, Processor.load(folder), Normalizer.load(folder / "normalizer.json"), steps, seed
-        )
+        normalizer = Normalizer.load(folder / "normalizer.json").of(dataset)
+        return Spear1Policy(model, Processor.load(folder), normalizer, steps, seed)
 
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""

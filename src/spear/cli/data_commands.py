@@ -92,6 +92,33 @@ def export(
     print(f"{written} episodes in {out}, {len(aside.reasons)} set aside")
 
 
+def audit(path: Source, /, out: File = None, split: str | None = None, layout: File = None) -> None:
+    """Check that a dataset's logged actions mean what its layout says: frame, unit, signs, delay.
+
+    Every plausible reading of the logged actions is integrated from the recorded states and compared with
+    where the robot went. The table says which fits best, how much worse the next one is, and whether the
+    layout (spear.json, or the list of known datasets) says the same; where the data cannot tell, it says so.
+
+    Examples:
+        spear data audit bridge_dataset/1.0.0
+        spear data audit my_lerobot_dataset --out audit.html
+
+    Args:
+        path: An RLDS or LeRobot dataset, or episodes written by this program.
+        out: Write a page with plots to this file.
+        split: Which episodes: train, val, train[:90%] … (the first 50 of them are read).
+        layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
+    """
+    from spear.data.audit import audit as run
+    from spear.data.audit_page import text, write_audit_page
+
+    report = run(path, split, layout)
+    print(text(report))
+    if out is not None:
+        write_audit_page(report, out)
+        print(f"open {out.resolve()}")
+
+
 def datasets() -> None:
     """List the datasets whose layout is known, with their share of the training mixture.
 
@@ -117,5 +144,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data inspect": inspect,
     "data prepare": prepare,
     "data export": export,
+    "data audit": audit,
     "data datasets": datasets,
 }

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from spear.data.actions import store_actions
+from spear.data.actions import episode_actions
 from spear.data.episode import EpisodeStore
+from spear.data.sketch import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, unknown_name
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
@@ -36,7 +37,8 @@ class Normalizer:
     """normalised = (metres - offset) / scale, per axis (x, y, z; base frame).
 
     Values outside the fitted range are not clipped, so that the inverse is exact.
-    `samples` is the number of steps it was fitted on.
+    `samples` is the number of steps it was fitted on. `datasets` is empty, or, for the ablation, has a
+    normalizer of its own for each dataset, by name and in the order of the mixture (see `of`).
     """
 
     mode: Mode
@@ -45,6 +47,30 @@ class Normalizer:
     position_offset: Triple
     position_scale: Triple
     samples: int
+    datasets: Mapping[str, Normalizer] = field(default_factory=dict)
+
+    @staticmethod
+    def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
+        """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
+        names = [name for name, _, _ in stores]
+        if len(set(names)) < len(names):
+            raise SpearError(f"datasets of the same name: {', '.join(names)}: give each folder its own name")
+        whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
+        return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
+
+    def of(self, dataset: str | None) -> Normalizer:
+        """The one to use for a dataset: this one, unless datasets have their own.
+
+        Raises SpearError when they have and `dataset` is None (with more than one) or not among them.
+        """
+        if not self.datasets or (dataset is None and len(self.datasets) == 1):
+            return next(iter(self.datasets.values()), self)
+        if dataset is None:
+            known = ", ".join(self.datasets)
+            raise SpearError(f"normalised per dataset: say which one the robot is like (dataset=…): {known}")
+        if dataset not in self.datasets:
+            raise unknown_name("dataset", dataset, self.datasets)
+        return self.datasets[dataset]
 
     @staticmethod
     def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
@@ -52,20 +78,20 @@ class Normalizer:
 
         "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
         mean, unit deviation. Every dataset counts with its weight, whatever its size; masked steps do not.
+        One pass over each store in bounded memory: percentiles are exact for up to 16,384 steps per dataset,
+        and within 0.1 % in rank beyond (`spear.data.sketch`).
         """
         if mode not in get_args(Mode):
             raise unknown_name("normalisation", mode, get_args(Mode))
-        translations, positions, weights = [], [], []
-        for store, weight in stores:
-            actions, valid, states, _ = store_actions(store)
-            translations.append(actions[valid, :3])
-            positions.append(states[valid, :3])
-            weights.append(np.full(int(valid.sum()), weight / max(1, int(valid.sum()))))
-        if not sum(len(w) for w in weights):
+        sketches = [(_sketch(store), weight) for store, weight in stores]
+        seen = [(columns, weight) for columns, weight in sketches if columns[0].count]
+        if not seen:
             raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
-        weight_of = np.concatenate(weights)
-        parts = [_fit(np.concatenate(values), weight_of, mode) for values in (translations, positions)]
-        return Normalizer(mode, *parts[0], *parts[1], samples=len(weight_of))
+        parts = [
+            _fit([[(columns[first + axis], weight) for columns, weight in seen] for axis in range(3)], mode)
+            for first in (0, 3)
+        ]
+        return Normalizer(mode, *parts[0], *parts[1], samples=sum(columns[0].count for columns, _ in seen))
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
@@ -109,39 +135,59 @@ class Normalizer:
     def load(path: str | Path) -> Normalizer:
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
         try:
-            fields = json.loads(Path(path).read_text())
-            for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
-                x, y, z = (float(v) for v in fields[name])
-                fields[name] = (x, y, z)
-            return Normalizer(**fields)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return _from_json(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpearError(
                 f"cannot read normalisation statistics: {path}: {error}; take the file saved with the weights"
             ) from error
 
 
-def _fit(values: Array, weights: Array, mode: Mode) -> tuple[Triple, Triple]:
-    """Offset and scale per axis of values [N, 3] with weights [N]."""
-    values = values.astype(np.float64)
-    if mode == "meanstd":
-        share = (weights / weights.sum())[:, None]
-        offset = (values * share).sum(0)
-        scale = np.sqrt(((values - offset) ** 2 * share).sum(0))
-    else:
-        ends = (0.01, 0.99) if mode == "quantile" else (0.0, 1.0)
-        low, high = (np.array([_quantile(values[:, i], weights, q) for i in range(3)]) for q in ends)
-        offset, scale = (high + low) / 2, (high - low) / 2
+def _from_json(fields: dict[str, Any]) -> Normalizer:
+    for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
+        x, y, z = (float(v) for v in fields[name])
+        fields[name] = (x, y, z)
+    datasets = {name: _from_json(own) for name, own in fields.pop("datasets", {}).items()}
+    return Normalizer(**fields, datasets=datasets)
+
+
+def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
+    """Six sketches of the known steps of a store, in one pass: translation x, y, z, position x, y, z."""
+    sketches = [QuantileSketch() for _ in range(6)]
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        actions, valid = episode_actions(episode)
+        known = np.concatenate([actions[valid, :3], episode.position[valid]], axis=1)
+        for sketch, column in zip(sketches, known.T, strict=True):
+            sketch.add(column)
+    return sketches
+
+
+def _fit(axes: Sequence[Sequence[tuple[QuantileSketch, float]]], mode: Mode) -> tuple[Triple, Triple]:
+    """Offset and scale of each of three axes, of which each dataset has a sketch and a weight."""
+    offset, scale = (np.array(part) for part in zip(*(_fit_axis(axis, mode) for axis in axes), strict=True))
     scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
     return _triple(offset), _triple(scale)
 
 
-def _quantile(values: Array, weights: Array, q: float) -> float:
-    """Weighted quantile, linear between the order statistics; equal weights give `numpy.quantile`."""
-    order = np.argsort(values, kind="stable")
-    share = weights[order]
-    rank = np.cumsum(share) - share / 2  # the middle of each value's share
-    rank = (rank - rank[0]) / max(rank[-1] - rank[0], np.finfo(float).tiny)
-    return float(np.interp(q, rank, values[order]))
+def _fit_axis(datasets: Sequence[tuple[QuantileSketch, float]], mode: Mode) -> tuple[float, float]:
+    if mode == "minmax":
+        low, high = min(s.low for s, _ in datasets), max(s.high for s, _ in datasets)
+        return (high + low) / 2, (high - low) / 2
+    share = np.array([weight for _, weight in datasets]) / sum(weight for _, weight in datasets)
+    if mode == "meanstd":
+        mean = float(sum(w * s.mean for (s, _), w in zip(datasets, share, strict=True)))
+        parts = (
+            w * (s.squares / s.count + (s.mean - mean) ** 2)
+            for (s, _), w in zip(datasets, share, strict=True)
+        )
+        return mean, float(np.sqrt(sum(parts)))
+    pairs = [s.weighted() for s, _ in datasets]
+    values = np.concatenate([v for v, _ in pairs])
+    weights = np.concatenate(
+        [n * w / s.count for (_, n), (s, _), w in zip(pairs, datasets, share, strict=True)]
+    )
+    low, high = (weighted_quantile(values, weights, q) for q in (0.01, 0.99))
+    return (high + low) / 2, (high - low) / 2
 
 
 def _triple(values: Array) -> Triple:

@@ -32,7 +32,7 @@ STRIP_HEIGHT = 120
 COLOURS = ("#d1495b", "#3a8f5c", "#3d6fb6", "#8a6fb0")
 """x, y, z, and the gripper."""
 _WIDTH, _HEIGHT, _LEFT = 360, 150, 46
-_STYLE = """
+STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:24px;color:#1c1f24;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .3em}pre{background:#f3f4f6;padding:12px;overflow-x:auto}
 .strip{display:flex;gap:2px}.strip img{max-height:120px;flex:0 1 auto;min-width:0;border-radius:2px}
@@ -61,7 +61,7 @@ def write_page(path: str | Path, out: Path, dataset: Layout = None) -> None:
     title = escape(Path(path).resolve().name)
     html = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
         f"<pre>{escape(inspect(path))}</pre>{bad}{''.join(_episode(e) for e in episodes)}</html>\n"
     )
     try:
@@ -83,14 +83,14 @@ def _episode(episode: Episode) -> str:
         for camera, images in episode.images.items()
     )
     plots = [
-        _plot("step, mm (base frame)", seconds, 1000 * known[:, :3], "xyz"),
-        _plot(
+        plot("step, mm (base frame)", seconds, 1000 * known[:, :3], "xyz"),
+        plot(
             "turn, degrees (end-effector frame)",
             seconds,
             np.degrees(np.where(valid[:, None], turn, np.nan)),
             "xyz",
         ),
-        _plot(
+        plot(
             "gripper: measured, commanded (1 open)",
             seconds,
             gripper,
@@ -128,7 +128,7 @@ def _scale(values: Array, room: tuple[float, float]) -> tuple[float, float]:
     return (low - air, high + air) if np.isnan(room[0]) else room
 
 
-def _plot(
+def plot(
     title: str,
     seconds: Array,
     values: Array,

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from spear.data.normalize import Mode
 from spear.errors import unknown_name
 from spear.labels.questions import FAMILIES
 from spear.train.optimize import Optimization
@@ -52,6 +53,8 @@ class Recipe:
     question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
     question_weight  weight of their loss.
     augment       strength of photometric augmentation, 0 to 1.
+    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation).
+    normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     """
 
     name: str
@@ -69,6 +72,8 @@ class Recipe:
     question_images: int = 0
     question_weight: float = 1.0
     augment: float = 0.0
+    normalization: Mode = "quantile"
+    normalize_each: bool = False
 
     def changed(self, **changes: Any) -> Recipe:
         """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).

@@ -198,7 +198,10 @@ def _vla(
             vlm = weights.load(SpearVLMForConditionalGeneration, init)
             model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
             model.vlm.load_state_dict(vlm.state_dict())
-    normalizer = Normalizer.fit([(store, weight) for _, store, weight in episodes])
+    if stage.normalize_each:
+        normalizer = Normalizer.fit_each(episodes, stage.normalization)
+    else:
+        normalizer = Normalizer.fit([(store, weight) for _, store, weight in episodes], stage.normalization)
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
     questions = None

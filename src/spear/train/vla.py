@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spear.data.mixture import TrainingSamples
-from spear.data.normalize import Normalizer
+from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train.optimize import Batch
@@ -76,19 +76,26 @@ class VlaTask:
 
 
 def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str, Any]) -> Batch:
-    """A batch of `TrainingSamples` as network inputs, normalised."""
+    """A batch of `TrainingSamples` as network inputs, normalised; each row as its dataset is, where they differ."""
     tensors = {k: torch.from_numpy(np.ascontiguousarray(raw[k])) for k in ("position", "rotation", "gripper")}
-    actions = normalizer.normalize_action(Action.from_vector(torch.from_numpy(raw["action"])))
+    vectors = torch.from_numpy(raw["action"])
+    action, state = torch.empty_like(vectors), torch.empty(len(vectors), STATE_VECTOR_DIM)
+    kinds = list(normalizer.datasets.values())
+    for index, own in enumerate(kinds or [normalizer]):
+        rows = (
+            torch.from_numpy(raw["dataset"] == index) if kinds else torch.ones(len(vectors), dtype=torch.bool)
+        )
+        action[rows] = own.normalize_action(Action.from_vector(vectors[rows])).to_vector()
+        position, rotation, gripper = (tensors[k][rows] for k in ("position", "rotation", "gripper"))
+        state[rows] = own.state_vector(position, rotation, gripper[..., None])
     text = processor.prompts(raw["instruction"])
     return {
         "pixel_values": {
             k: torch.from_numpy(v).permute(0, 3, 1, 2).contiguous() for k, v in raw["images"].items()
         },
         "view_mask": {k: torch.from_numpy(v) for k, v in raw["views"].items()},
-        "state": normalizer.state_vector(
-            tensors["position"], tensors["rotation"], tensors["gripper"][..., None]
-        ),
-        "actions": actions.to_vector(),
+        "state": state,
+        "actions": action,
         "action_mask": torch.from_numpy(raw["action_mask"]),
         **text,
     }

@@ -1,0 +1,369 @@
+"""Does a dataset mean what its layout says? Every plausible reading of its logged actions against its states.
+
+`audit` reads some episodes of a folder, fits every reading of `spear.data.hypotheses`, and says for each
+question (frame, unit, signs, …) which answer fits best, by how much, and whether the layout says the same. An
+answer is only called wrong, or right, when the 95 % interval (bootstrap over episodes) of how much worse it
+does than the best lies above, or the others' lie above, `MARGIN`; else the data cannot tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from spear.data.episode import EpisodeStore
+from spear.data.formats import FORMATS, episode_counts, need_format
+from spear.data.hypotheses import (
+    LENGTH_UNITS,
+    UNSCALED,
+    Fit,
+    Reading,
+    Recording,
+    Stretches,
+    rotation_fits,
+    state_quaternions,
+    translation_fits,
+)
+from spear.data.layout import FASTEST, to_quaternion
+from spear.data.lerobot import TASK, open_lerobot
+from spear.data.lerobot import read_raw as read_lerobot_raw
+from spear.data.oxe import DatasetSpec, Layout, column, find_spec
+from spear.data.rlds import open_rlds, read_raw
+from spear.data.splits import split_ranges
+from spear.errors import SpearError
+from spear.geometry import apply_step
+from spear.types import Array
+
+EPISODES, STEPS = 50, 3000
+"""How much of a dataset to read."""
+MARGIN = 0.01
+"""Part of the motion by which a reading must be worse to be called worse."""
+UNEXPLAINED = 0.5
+"""Relative error above which even the best reading explains nothing."""
+FARTHEST = 3.0
+"""Metres from its base that an arm can be believed to reach."""
+LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
+"""Mean motion over a stretch (m, rad) below which nothing can be told."""
+RESAMPLES = 1000
+Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
+
+STORE = DatasetSpec(
+    "store", position="position", rotation="rotation", rotation_format="quat_wxyz", action="action"
+)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much worse than the best, as part of the motion: the value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question about the logged translations or rotations.
+
+    best      the answer of the best reading; said is the layout's, None where it says nothing.
+    answers   answer -> its best reading's fit and how much worse than the best of all it is.
+    tied      the answers that fit as well as the best one.
+    """
+
+    question: str
+    best: str
+    said: str | None
+    answers: Mapping[str, tuple[Fit, Margin]]
+    tied: Sequence[str]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was found of the logged translations, or rotations.
+
+    best, said  the best fit, and that of the layout's own reading (None where it does not say enough).
+    margin      how much worse the layout's reading is.
+    """
+
+    name: str
+    best: Fit
+    said: Fit | None
+    margin: Margin | None
+    findings: Sequence[Finding]
+    verdict: Verdict
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the audit found. `states` are remarks on the recorded states; `closure` is how far the converted
+    actions, integrated over whole episodes, end from the recorded states (largest, m and rad)."""
+
+    path: str
+    episodes: int
+    steps: int
+    parts: Sequence[Part]
+    states: Sequence[str]
+    closure: tuple[float, float]
+    recordings: Sequence[Recording]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing contradicts the layout."""
+        return not self.states and all(part.verdict != "wrong" for part in self.parts)
+
+
+def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
+    """Audit some episodes of a folder in any format that keeps its logged actions.
+
+    split is the first one where None; layout is the dataset's own where None. Raises SpearError for a layout
+    that names no logged actions, and when no episode is long enough (five steps).
+    """
+    spec, found = _steps(path, split or next(iter(episode_counts(path))), layout)
+    recordings: list[Recording] = []
+    closure = np.zeros(2)
+    for source, steps in itertools.islice(found, EPISODES):
+        recordings.append(_recording(steps, spec, source))
+        closure = np.maximum(closure, _closure(recordings[-1], spec))
+        if sum(len(r.position) for r in recordings) > STEPS:
+            break
+    return judge(recordings, claims(spec), str(path), (float(closure[0]), float(closure[1])))
+
+
+def judge(
+    recordings: Sequence[Recording],
+    said: Mapping[str, Mapping[str, str | None]],
+    path: str = "",
+    closure: tuple[float, float] = (0.0, 0.0),
+) -> Report:
+    """Fit every reading to some recordings; said is what the layout says (see `claims`)."""
+    stretches = Stretches(recordings)
+    if not stretches.count:
+        raise SpearError(f"nothing to audit: {path}: no episode has five steps with a known action in a row")
+    parts = []
+    if recordings[0].translation is not None:
+        parts.append(_part("translation", translation_fits(recordings, stretches), said["translation"]))
+    if recordings[0].turn is not None:
+        parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
+    steps = sum(len(r.position) for r in recordings)
+    return Report(path, len(recordings), steps, parts, _states(recordings), closure, recordings)
+
+
+def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
+    """What a layout says of its logged translations and rotations: question -> answer, None if it does not."""
+    kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
+    form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
+    own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
+    # Of what the layout does not say at all (signs, shift), the plain answer is taken to be meant.
+    scaled = form in ("euler_xyz", "rotation_vector")
+    shared: dict[str, str | None] = {
+        "kind": kind,
+        "signs": "+++",
+        "shift": "0",
+        "state": spec.rotation_format,
+    }
+    rate = "/s" if kind == "velocity" else ""
+    return {
+        "translation": {**shared, "frame": own.get("translation", frame), "unit": "m" + rate, "form": "-"},
+        "rotation": {
+            **shared,
+            "frame": own.get("rotation", frame),
+            "unit": "rad" + rate if scaled else UNSCALED,
+            "form": form,
+        },
+    }
+
+
+def _steps(path: str | Path, split: str, layout: Layout) -> tuple[DatasetSpec, Iterator[tuple[str, Any]]]:
+    """The layout of a dataset and (source, step arrays) of its episodes, without images where possible."""
+    name = need_format(path)
+    if name == "store":
+        store = EpisodeStore(path)
+        ranges = split_ranges({"train": [len(store)]}, split, path)
+        chosen = [i for _, first, end in ranges for i in range(first, end)]
+        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store.subset(chosen))
+    if name == "rlds":
+        rlds = open_rlds(path)
+        spec = find_spec(rlds.name, rlds.path, given=layout)
+        return spec, ((source, example["steps"]) for source, example in read_raw(rlds, split))
+    if name == "lerobot":
+        lerobot = open_lerobot(path)
+        spec = find_spec(
+            lerobot.name, lerobot.path, {"instruction": TASK, "rate_hz": lerobot.rate_hz}, given=layout
+        )
+        chosen = [
+            lerobot.splits[part][0] + i
+            for part, first, end in split_ranges(lerobot.lengths, split, lerobot.path)
+            for i in range(first, end)
+        ]
+        bare = [replace(lerobot.episodes[i], videos={}) for i in chosen]
+        return spec, ((f"{lerobot.name}#{e.index}", read_lerobot_raw(lerobot, e, ())) for e in bare)
+    known = ", ".join(FORMATS[n].title for n in ("rlds", "lerobot", "store"))
+    raise SpearError(f"cannot audit {FORMATS[name].title}: {path}: give one of: {known}")
+
+
+def _store_steps(store: EpisodeStore) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index in range(len(store)):
+        episode = store.without_images(index)
+        if episode.action is None:
+            raise SpearError(
+                f"nothing to audit: {episode.source}: it has no actions of its own: audit the dataset it came from"
+            )
+        yield (
+            episode.source,
+            {
+                "position": episode.position,
+                "rotation": episode.rotation,
+                "action": episode.action,
+                "action_mask": np.asarray(episode.action_mask, bool),
+            },
+        )
+
+
+def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Recording:
+    assert spec.position is not None and spec.rotation is not None and spec.rate_hz is not None
+    names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
+    if spec.action is not None:
+        names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
+    if names == (None, None):
+        raise SpearError(
+            f"nothing to audit: {source}: its layout names no logged actions; add logged_translation and "
+            'logged_rotation to its spear.json, for example "logged_translation": "action[0:3]"'
+        )
+    logged = [None if n is None else np.asarray(column(steps, n, source), np.float64) for n in names]
+    position = np.asarray(column(steps, spec.position, source), np.float64)
+    valid = np.ones(len(position), bool)
+    mask = spec.action_mask or ("action_mask" if spec.action and "action_mask" in steps else None)
+    if mask is not None:
+        valid = np.asarray(column(steps, mask, source), bool).reshape(-1)
+    rotation = np.asarray(column(steps, spec.rotation, source), np.float64)
+    for what, values in (("position", position), ("rotation", rotation), ("logged action", logged[0])):
+        if values is not None and not np.isfinite(values).all():
+            raise SpearError(f"not a number: {source}: its {what}; leave the episode out (--split)")
+    return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
+
+
+def _closure(recording: Recording, spec: DatasetSpec) -> Array:
+    """[2] how far the converted actions lead from the last recorded state, m and rad."""
+    from spear.data.actions import derive_actions
+
+    assert spec.rotation_format is not None
+    quaternions = to_quaternion(recording.rotation, spec.rotation_format, recording.source)
+    if spec.action is not None and recording.translation is not None and recording.turn is not None:
+        actions = np.concatenate([recording.translation, recording.turn], axis=1)
+    else:
+        actions = derive_actions(recording.position, quaternions, np.zeros(len(quaternions)))
+    where, turn = torch.as_tensor(recording.position), torch.as_tensor(np.asarray(quaternions, np.float64))
+    at, facing = where[0], turn[0]
+    for action in torch.as_tensor(actions[:-1].astype(np.float64)):
+        at, facing = apply_step(at, facing, action[:3], action[3:7])
+    cosine = float((facing * turn[-1]).sum().abs().clamp(max=1))
+    return np.array([float((at - where[-1]).norm()), 2 * np.arccos(cosine)])
+
+
+def _states(recordings: Sequence[Recording]) -> list[str]:
+    """What is wrong with the recorded states by themselves."""
+    remarks = []
+    position = np.concatenate([r.position for r in recordings])
+    far = float(np.quantile(np.linalg.norm(position, axis=1), 0.95))
+    steps = np.concatenate(
+        [np.linalg.norm(np.diff(r.position, axis=0), axis=1) * r.rate_hz for r in recordings]
+    )
+    if far > FARTHEST:
+        unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
+        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit}")
+    elif len(steps) and np.quantile(steps, 0.99) > FASTEST:
+        remarks.append(
+            f"positions change by {np.quantile(steps, 0.99):.3g} per second: faster than an arm in metres"
+        )
+    rotation = np.concatenate([r.rotation for r in recordings])
+    _, unit = state_quaternions(rotation)
+    if unit == "deg":
+        remarks.append(
+            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians"
+        )
+    return remarks
+
+
+def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Part:
+    def claimed(fit: Fit) -> bool:
+        return all(
+            said[q] is None or _answer(fit, q) in (said[q], "-") for q in said if q != "unit" or said["kind"]
+        )
+
+    def likeness(fit: Fit) -> int:
+        return sum(_answer(fit, q) in (said[q], "-") for q in said)
+
+    order = sorted(fits, key=lambda f: (round(f.relative, 4), -likeness(f)))
+    best = order[0]
+    counts = _resamples(len(best.error))
+    moved = float(best.moved.sum() / best.steps)
+    note = ""
+    if moved < LEAST[name]:
+        note = f"the robot hardly moves: {size(name, moved)} in a stretch"
+    elif best.relative > UNEXPLAINED:
+        note = f"no reading explains the states: the best leaves {best.relative:.0%} of the motion"
+    findings = [_finding(q, order, said[q], counts, bool(note)) for q in Reading._fields]
+    findings = [f for f in findings if f.best != "-" and len(f.answers) > 1]
+    own = next((fit for fit in order if claimed(fit)), None)
+    full = all(said[q] is not None for q in ("kind", "frame", "form"))
+    margin = None if own is None else _margin(own, best, counts)
+    verdict: Verdict = "agrees"
+    if note:
+        verdict = "cannot tell"
+    elif own is None or margin is None or margin.low > MARGIN:
+        verdict = "wrong"
+    elif not full:
+        verdict = "not said"
+    return Part(name, best, own, margin, findings, verdict, note)
+
+
+def _answer(fit: Fit, question: str) -> str:
+    return str(getattr(fit.reading, question))
+
+
+def _finding(question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool) -> Finding:
+    """order are all fits, the best one first."""
+    answers: dict[str, tuple[Fit, Margin]] = {}
+    for fit in order:
+        answer = _answer(fit, question)
+        if answer not in answers and (answer != "-" or fit is order[0]):
+            answers[answer] = fit, _margin(fit, order[0], counts)
+    tied = [answer for answer, (_, margin) in answers.items() if margin.low <= MARGIN]
+    best = _answer(order[0], question)
+    verdict: Verdict = "agrees"
+    if blind:
+        verdict = "cannot tell"
+    elif said is None:
+        verdict = "not said"
+    elif said not in tied:
+        verdict = "wrong"
+    elif len(tied) > 1:
+        verdict = "cannot tell"
+    return Finding(question, best, said, answers, tied, verdict)
+
+
+def size(name: str, value: float) -> str:
+    """A distance (m) or an angle (rad) in words."""
+    return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
+
+
+def _resamples(units: int) -> Array:
+    """[RESAMPLES, units] how often each unit is drawn; the same in every run."""
+    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+
+
+def _margin(fit: Fit, best: Fit, counts: Array) -> Margin:
+    """Paired: the same episodes are drawn for both."""
+    draws = [(counts @ f.error) / np.maximum(counts @ f.moved, 1e-12) for f in (fit, best)]
+    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
+    if len(fit.error) < 3:  # too few to say how much they differ
+        low = min(float(low), 0.0)
+    return Margin(fit.relative - best.relative, float(low), float(high))

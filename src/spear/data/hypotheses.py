@@ -1,0 +1,363 @@
+"""How well every plausible reading of logged actions leads from state to state: the numbers of the audit.
+
+A reading says what the logged numbers mean: a change per step, a velocity or a target; about which axes; in
+which unit, with which signs; how an orientation is written; how many steps later the robot does it. Each
+episode is cut into stretches of at most 20 steps. A reading is integrated from the first recorded state of a
+stretch, and its error is the mean distance to the recorded states, divided by the mean distance that the robot
+moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. Ours throughout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear.geometry import (
+    euler_to_quat,
+    matrix_to_quat,
+    quat_conjugate,
+    quat_exp,
+    quat_multiply,
+    quat_normalize,
+    quat_rotate,
+)
+from spear.types import Array
+
+SHIFTS = (-1, 0, 1, 2)
+"""Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
+STRETCH = 20
+"""Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
+LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
+ANGLE_UNITS = {"rad": 1.0, "deg": np.pi / 180}
+SIGNS = ["".join(s) for s in itertools.product("+-", repeat=3)]
+"""Of the x, y and z components."""
+FLIPS = np.array([[1.0 if s == "+" else -1.0 for s in signs] for signs in SIGNS])
+Scale = tuple[str, str, float]
+"""Kind, unit, and the factor to metres or radians per step."""
+UNSCALED = "unit quaternion"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the audit needs of one episode of T steps, as its dataset has it.
+
+    position     [T, 3] end-effector position, base frame.
+    rotation     [T, d] its orientation, written in whatever way.
+    translation  [T, 3] logged translations, or None.
+    turn         [T, d] logged rotations, or None.
+    valid        [T] bool, False where the action is none (the last step of derived actions, disturbances).
+    rate_hz      steps per second.
+    """
+
+    source: str
+    position: Array
+    rotation: Array
+    translation: Array | None
+    turn: Array | None
+    valid: Array
+    rate_hz: float
+
+
+class Reading(NamedTuple):
+    """What logged numbers mean. `state` (how recorded orientations are written) is "-" where it plays no part.
+
+    frame   "base", "ee", or "angles": added to the angles (or the rotation vector) themselves.
+    form    how a logged rotation is written; "-" for translations.
+    shift   see `SHIFTS`.
+    """
+
+    kind: str
+    frame: str
+    unit: str
+    signs: str
+    shift: int
+    state: str
+    form: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A reading's summed errors and the distances moved, one entry per unit of resampling (see `Stretches`).
+
+    Metres for translations and radians for rotations; `steps` is how many states were compared; `factor` turns
+    logged translations into metres per step.
+    """
+
+    reading: Reading
+    error: Array
+    moved: Array
+    steps: int
+    factor: float = 1.0
+
+    @property
+    def relative(self) -> float:
+        """Error as part of the motion."""
+        return float(self.error.sum() / max(self.moved.sum(), 1e-12))
+
+    @property
+    def mean(self) -> float:
+        """Mean distance between integrated and recorded states, m or rad."""
+        return float(self.error.sum() / self.steps)
+
+
+class Stretches:
+    """Runs of at most `STRETCH` steps of some recordings, all their rows one after the other.
+
+    rows    [n, L + 1] the row of each state of each stretch (padded with its last one).
+    inside  [n, L] which steps are real.
+    unit    [n] what is resampled for intervals: the episode, or the stretch where there are few episodes.
+
+    Every action that any shift would use is valid. `count` is 0 when no episode is long enough.
+    """
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        rows, inside, episode, start = [], [], [], 0
+        for number, recording in enumerate(recordings):
+            for first, end in _runs(recording.valid):
+                for low in range(first, end, STRETCH):
+                    steps = np.arange(STRETCH + 1)
+                    rows.append(start + np.minimum(low + steps, end))
+                    inside.append(low + steps[:-1] < end)
+                    episode.append(number)
+            start += len(recording.position)
+        self.count = len(rows)
+        self.rows = np.array(rows, int).reshape(-1, STRETCH + 1)
+        self.inside = np.array(inside, bool).reshape(-1, STRETCH)
+        enough = len(set(episode)) >= 8
+        self.unit = np.unique(episode, return_inverse=True)[1] if enough else np.arange(self.count)
+
+    def acted(self, shift: int) -> Array:
+        """[n, L] the row of the action that is thought to lead to each next state."""
+        return self.rows[:, :-1] - shift
+
+    def sums(self, distances: Array) -> Array:
+        """[..., n, L] distances, real steps only, summed per unit: [..., U]."""
+        per_stretch = np.where(self.inside, distances, 0).sum(-1)
+        return per_stretch @ (self.unit[:, None] == np.arange(int(self.unit.max()) + 1))
+
+
+def _runs(valid: Array) -> Iterator[tuple[int, int]]:
+    """(first, end) such that for every state first ≤ t < end the actions of all shifts are valid."""
+    early, late = max(SHIFTS), -min(SHIFTS)
+    good = np.array(
+        [valid[t - early : t + late + 1].all() for t in range(early, len(valid) - late - 1)], bool
+    )
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(int), [0]])))
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        yield early + int(first), early + int(end)
+
+
+def _vector(values: Array) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, np.float64))
+
+
+FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
+    "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
+    "euler_zyx": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
+    "rotation_vector": (3, quat_exp),
+    "quat_wxyz": (4, quat_normalize),
+    "quat_xyzw": (4, lambda v: quat_normalize(v[..., [3, 0, 1, 2]])),
+    "matrix4_columns": (16, lambda v: _from_pose(v, True)),
+    "matrix4_rows": (16, lambda v: _from_pose(v, False)),
+}
+"""Ways to write an orientation -> (numbers, to quaternions). Three more than `RotationFormat` has:
+
+euler_XYZ     angles about moving axes: R = Rx(a) Ry(b) Rz(c).
+euler_zyx     yaw, pitch, roll: euler_xyz with its columns the other way round.
+matrix4_rows  a homogeneous pose, row after row.
+"""
+
+
+def _from_pose(values: torch.Tensor, columns: bool) -> torch.Tensor:
+    pose = values.unflatten(-1, (4, 4))
+    return matrix_to_quat((pose.transpose(-1, -2) if columns else pose)[..., :3, :3].contiguous())
+
+
+def forms_of(values: Array) -> list[str]:
+    """The ways in which numbers [N, d] may be meant as rotations."""
+    return [name for name, (width, _) in FORMS.items() if width == values.shape[1]]
+
+
+def state_forms(values: Array) -> list[str]:
+    """The ways in which recorded numbers [N, d] may be meant as orientations.
+
+    Not yaw, pitch, roll: that both states and actions are written so, with their frames exchanged, is the mirror
+    image of roll, pitch, yaw, which rotations alone can never tell. Where one of the two is written so, the
+    audit says it of the actions.
+    """
+    return [name for name in forms_of(values) if name != "euler_zyx"]
+
+
+def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
+    """Form -> quaternions [N, 4] of recorded orientations, and the unit of their angles.
+
+    Angles beyond a whole turn are degrees, others radians: changes alone could not tell.
+    """
+    scaled = rotation.shape[1] == 3
+    unit = "deg" if scaled and np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
+    values = _vector(rotation * ANGLE_UNITS[unit] if scaled else rotation)
+    return {
+        name: FORMS[name][1](values).numpy() for name in state_forms(rotation)
+    }, unit if scaled else UNSCALED
+
+
+def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
+    """(kind, unit, factor) for changes and velocities, and a fitted unit where none of those is near.
+
+    moved  the size of a recorded step, to be compared with the size of a logged one.
+    """
+    found = [("delta", name, factor) for name, factor in units.items()]
+    found += [("velocity", f"{name}/s", factor * dt) for name, factor in units.items()]
+    size = float(np.sqrt((logged**2).sum(-1).mean()))
+    factor = moved / size if size > 0 else 0.0
+    if factor > 0 and all(abs(np.log2(factor / known)) > 0.5 for _, _, known in found):
+        found.append(("delta", f"{factor:.3g} {next(iter(units))}", factor))
+    return found
+
+
+def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
+    """The fit of every reading of the logged translations."""
+    position = np.concatenate([r.position for r in recordings]).astype(np.float64)
+    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(
+        np.float64
+    )
+    turns, _ = state_quaternions(np.concatenate([r.rotation for r in recordings]))
+    rows, inside = stretches.rows, stretches.inside
+    start = position[rows[:, :1]]
+    recorded = position[rows[:, 1:]] - start
+    moved = stretches.sums(np.linalg.norm(recorded, axis=-1))
+    steps = int(inside.sum())
+    step = float(np.sqrt((np.diff(position[rows], axis=1)[inside] ** 2).sum(-1).mean()))
+    scales = _scales(logged[stretches.acted(0)][inside], step, LENGTH_UNITS, 1 / recordings[0].rate_hz)
+    fits: list[Fit] = []
+
+    def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
+        """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
+        for kind, unit, factor in names:
+            for signs, flip in zip(SIGNS, FLIPS, strict=True):
+                distance = np.linalg.norm(parts @ (flip * factor) - offset - recorded, axis=-1)
+                reading = Reading(kind, frame, unit, signs, shift, state, "-")
+                fits.append(Fit(reading, stretches.sums(distance), moved, steps, factor))
+
+    for shift in SHIFTS:
+        acted = logged[stretches.acted(shift)] * inside[..., None]
+        diagonal = acted[..., None] * np.eye(3)
+        judge(diagonal.cumsum(1), np.zeros(3), scales, "base", "-")
+        judge(diagonal, start, [("absolute", u, f) for u, f in LENGTH_UNITS.items()], "base", "-")
+        for state, quaternions in turns.items():
+            axes = quat_rotate(_vector(quaternions[rows[:, :-1], None]), _vector(diagonal)).numpy()
+            judge(axes.swapaxes(-1, -2).cumsum(1), np.zeros(3), scales, "ee", state)
+    return fits
+
+
+def integrate_translations(recording: Recording, fit: Fit) -> Array:
+    """[T, 3] where the logged translations of a whole episode lead from its first state, by a reading, m."""
+    reading = fit.reading
+    assert recording.translation is not None
+    rows = np.arange(len(recording.position) - 1) - reading.shift
+    known = (rows >= 0) & (rows < len(recording.position))
+    logged = recording.translation[np.where(known, rows, 0)] * FLIPS[SIGNS.index(reading.signs)] * fit.factor
+    path = np.array(recording.position, np.float64)
+    if reading.kind == "absolute":
+        path[1:] = np.where(known[:, None], logged, path[1:])
+        return path
+    if reading.frame == "ee":
+        turns, _ = state_quaternions(recording.rotation)
+        logged = quat_rotate(_vector(turns[reading.state][:-1]), _vector(logged)).numpy()
+    path[1:] = path[0] + (logged * known[:, None]).cumsum(0)
+    return path
+
+
+def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
+    """The fit of every reading of the logged rotations."""
+    rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
+    logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
+    states, state_unit = state_quaternions(rotation)
+    rows, inside, steps = stretches.rows, stretches.inside, int(stretches.inside.sum())
+    names = list(states)
+    at = torch.stack([_vector(states[name][rows]) for name in names])  # [S, n, L + 1, 4]
+    first = quat_conjugate(at[:, :, :1])
+    seen = {  # the motion since the start of the stretch, about the axes of either frame
+        "ee": quat_multiply(first, at[:, :, 1:]),
+        "base": quat_multiply(at[:, :, 1:], first),
+    }
+    moved = stretches.sums(_angle(seen["ee"][..., 0].numpy()))
+    one = quat_multiply(quat_conjugate(at[:, :, :-1]), at[:, :, 1:])[..., 0].numpy()
+    # Where forms disagree on how far the robot turned, the smallest is the smoothest.
+    turned = float(min(np.sqrt((_angle(w)[inside] ** 2).mean()) for w in one))
+    if logged.shape[1] == 3:
+        used = logged[stretches.acted(0)][inside]
+        scales = _scales(used, turned, ANGLE_UNITS, 1 / recordings[0].rate_hz)
+        scales += [("absolute", unit, factor) for unit, factor in ANGLE_UNITS.items()]
+    else:
+        scales = [("delta", UNSCALED, 1.0), ("absolute", UNSCALED, 1.0)]
+    readings, forms = _logged_forms(logged, scales)
+    fits: list[Fit] = []
+
+    def judge(predicted: torch.Tensor, recorded: torch.Tensor, frame: str, absolute: bool) -> None:
+        """predicted [K, n, L, 4] by form, recorded [S, n, L, 4] by form of the state."""
+        chosen = [i for i, r in enumerate(readings) if (r.kind == "absolute") == absolute]
+        cosine = torch.einsum("knlc,snlc->sknl", predicted, recorded).numpy()
+        sums = stretches.sums(_angle(cosine))
+        for s, state in enumerate(names):
+            for k, index in enumerate(chosen):
+                reading = readings[index]._replace(frame=frame, shift=shift, state=state)
+                fits.append(Fit(reading, sums[s, k], moved[s], steps))
+
+    changes = forms[[i for i, r in enumerate(readings) if r.kind != "absolute"]]
+    targets = forms[[i for i, r in enumerate(readings) if r.kind == "absolute"]]
+    for shift in SHIFTS:
+        acted = stretches.acted(shift)
+        delta = changes[:, acted]
+        inner, outer = [delta[:, :, 0]], [delta[:, :, 0]]
+        for k in range(1, STRETCH):
+            inner.append(quat_multiply(inner[-1], delta[:, :, k]))
+            outer.append(quat_multiply(delta[:, :, k], outer[-1]))
+        judge(torch.stack(inner, 2), seen["ee"], "ee", False)
+        judge(torch.stack(outer, 2), seen["base"], "base", False)
+        judge(targets[:, acted], at[:, :, 1:], "base", True)
+        if rotation.shape[1] == logged.shape[1] == 3:
+            angles = rotation * ANGLE_UNITS[state_unit]
+            for reading, error in _added(angles, logged, at, scales, stretches, shift):
+                fits.append(Fit(reading, error, moved[names.index(reading.state)], steps))
+    return fits
+
+
+def _angle(cosine: Array) -> Array:
+    """Angle between two orientations, rad, of the scalar product of their quaternions."""
+    return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
+
+
+def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading], torch.Tensor]:
+    """Every way to read logged rotations, [K], and the quaternions [K, N, 4] that it gives."""
+    readings, quaternions = [], []
+    for (kind, unit, factor), form in itertools.product(scales, forms_of(logged)):
+        for signs, flip in zip(SIGNS, FLIPS, strict=True):
+            if logged.shape[1] == 3:
+                turn = FORMS[form][1](_vector(logged * flip * factor))
+            else:
+                turn = FORMS[form][1](_vector(logged)) * _vector(np.concatenate([[1], flip]))
+            readings.append(Reading(kind, "base", unit, signs, 0, "-", form))
+            quaternions.append(turn)
+    return readings, torch.stack(quaternions)
+
+
+def _added(
+    angles: Array, logged: Array, at: torch.Tensor, scales: Sequence[Scale], stretches: Stretches, shift: int
+) -> Iterator[tuple[Reading, Array]]:
+    """Readings by which logged numbers are added to the recorded ones, which is no composition; their errors."""
+    start = angles[stretches.rows[:, :1]]
+    total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
+    for (kind, unit, factor), (signs, flip) in itertools.product(scales, zip(SIGNS, FLIPS, strict=True)):
+        if kind == "absolute":
+            continue
+        reached = _vector(start + total * (flip * factor))
+        for quaternions, state in zip(at, state_forms(angles), strict=True):
+            cosine = (FORMS[state][1](reached) * quaternions[:, 1:]).sum(-1).numpy()
+            yield Reading(kind, "angles", unit, signs, shift, state, state), stretches.sums(_angle(cosine))
