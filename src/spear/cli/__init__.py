@@ -25,6 +25,7 @@ EXTRAS = {
     "gymnasium": "sim",
     "crc32c": "rlds",
     "google": "rlds",
+    "peft": "lora",
     "tensorboard": "train",
     "matplotlib": "report",
     "av": "report",
