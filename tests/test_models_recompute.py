@@ -15,9 +15,7 @@ def act(model: torch.nn.Module) -> torch.Tensor:
     ids, mask = text(2, 6)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 10, generator=generator)
-    return model(
-        pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator
-    ).loss
+    return model(pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator).loss
 
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
@@ -63,7 +61,9 @@ def test_loss_and_gradients_are_the_same(make: Callable[[], torch.nn.Module], ta
 def test_transformers_own_switch_does_the_same() -> None:
     model = spear1().train()
     loss, gradients, _ = step(model, act)
-    model._set_gradient_checkpointing(enable=True)  # what gradient_checkpointing_enable() of any version calls
+    model._set_gradient_checkpointing(
+        enable=True
+    )  # what gradient_checkpointing_enable() of any version calls
     assert recomputes(model)
     again, recomputed, _ = step(model, act)
     assert torch.equal(loss, again) and all(torch.equal(gradients[n], recomputed[n]) for n in gradients)

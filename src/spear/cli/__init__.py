@@ -15,10 +15,12 @@ import tyro
 
 import spear
 from spear.cli.commands import COMMANDS
+from spear.cli.plan_commands import PLAN_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
 
 COMMANDS.update(WEIGHT_COMMANDS)
+COMMANDS.update(PLAN_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",
