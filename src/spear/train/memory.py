@@ -131,7 +131,7 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     store_weights(model, opt)
     recompute_layers(model, opt.gradient_checkpointing)
     with FakeTensorMode(), Meter() as meter:
-        model.to_empty(device="cpu").train()
+        _give_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
         held = [torch.empty_like(p, dtype=_moment_type(opt)) for p in learning for _ in range(2)]
@@ -153,7 +153,8 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
         gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
     fixed = weights + moments + averaged
     # The update works in place, but for the blocks of `HalfStateAdamW`.
-    update = fixed + gradients + (4 * 4 * BLOCK if opt.moments == "bf16" else 0)
+    block = min(BLOCK, max((p.numel() for p in learning), default=0))
+    update = fixed + gradients + (4 * 4 * block if opt.moments == "bf16" else 0)
     return Memory(
         weights,
         gradients,
@@ -170,7 +171,7 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1, as_on_gpu: bool 
     stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
     model = _empty_model(stage, size, as_on_gpu).to(dtype)
     with FakeTensorMode(), Meter() as meter, torch.no_grad():
-        model.to_empty(device="cpu").eval()
+        _give_storage(model.eval())
         weights = meter.live
         model.sample_actions(**_observation(size, batch), steps=2)  # type: ignore[operator]
     count = sum(p.numel() for p in model.parameters())
@@ -195,6 +196,16 @@ def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Modul
             if isinstance(module, FastRMSNorm):
                 module.forward = partial(GemmaRMSNorm.forward, module)  # type: ignore[method-assign]
     return model
+
+
+def _give_storage(model: torch.nn.Module) -> None:
+    """Replace the weights, which have a shape alone, by ones that also have a storage, in the fake mode that is on."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _moment_type(opt: Optimization) -> torch.dtype:
