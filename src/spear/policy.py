@@ -149,10 +149,19 @@ class Spear1Policy:
         self._seen = 0
 
     @staticmethod
-    def load(name: str | Path = "nano", device: str = "cpu", steps: int = 10, seed: int = 0) -> Spear1Policy:
-        """From a folder or a shipped name. Raises `SpearError` when it is missing or broken."""
+    def load(
+        name: str | Path = "nano",
+        device: str = "cpu",
+        steps: int = 10,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Spear1Policy:
+        """From a folder or a shipped name, with weights in `dtype`: bfloat16 takes half the memory of float32.
+
+        Raises `SpearError` when it is missing or broken.
+        """
         folder = locate(name)
-        model = weights.load(Spear1ForActionPrediction, folder, torch.float32)
+        model = weights.load(Spear1ForActionPrediction, folder, dtype)
         torch.nn.Module.to(model, device)
         return Spear1Policy(
             model, Processor.load(folder), Normalizer.load(folder / "normalizer.json"), steps, seed
