@@ -27,7 +27,7 @@ def recompute_layers(model: nn.Module, on: bool = True) -> None:
         if isinstance(layer, GradientCheckpointingLayer):
             vars(layer).pop("forward", None)
             if on:
-                layer.forward = partial(_run, layer.forward)  # type: ignore[method-assign]
+                layer.forward = partial(_run, layer.forward)
 
 
 def recomputes(model: nn.Module) -> bool:
