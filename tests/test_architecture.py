@@ -51,6 +51,7 @@ HEAVY = (
     "google.genai",
     "websockets",
     "msgpack",
+    "peft",
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spear.errors import SpearError
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -73,3 +74,11 @@ def test_an_unknown_model_is_refused() -> None:
         locate("nanno")
     with pytest.raises(SpearError, match="no model"):
         load_vlm("nowhere/at/all")
+
+
+def test_weights_in_bfloat16_act_alike(policy: Spear1Policy) -> None:
+    half = Spear1Policy.load("nano", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    one, two = (p.infer(observation())["actions"] for p in (policy, half))
+    assert not np.array_equal(one, two)
+    np.testing.assert_allclose(one, two, atol=0.02)

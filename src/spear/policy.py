@@ -155,13 +155,15 @@ class Spear1Policy:
         steps: int = 10,
         seed: int = 0,
         dataset: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
         dataset  whose units to use, where the datasets of the mixture were normalised each by itself.
+        dtype    of the weights: bfloat16 takes half the memory of float32.
         """
         folder = locate(name)
-        model = weights.load(Spear1ForActionPrediction, folder, torch.float32)
+        model = weights.load(Spear1ForActionPrediction, folder, dtype)
         torch.nn.Module.to(model, device)
         normalizer = Normalizer.load(folder / "normalizer.json").of(dataset)
         return Spear1Policy(model, Processor.load(folder), normalizer, steps, seed)

@@ -16,17 +16,20 @@ import tyro
 import spear
 from spear.cli.commands import COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
+from spear.cli.plan_commands import PLAN_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
 
 COMMANDS.update(WEIGHT_COMMANDS)
 COMMANDS.update(EVALUATE_COMMANDS)
+COMMANDS.update(PLAN_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",
     "gymnasium": "sim",
     "crc32c": "rlds",
     "google": "rlds",
+    "peft": "lora",
     "tensorboard": "train",
     "matplotlib": "report",
     "av": "report",

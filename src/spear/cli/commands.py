@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -150,12 +150,7 @@ def train(
     find(recipe)
     start = locate(init) if init else None
     encoder = locate(moge) if moge else None
-    changes = {}
-    for item in set:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SpearError(f"--set {item}: write it as KEY=VALUE")
-        changes[key] = _value(value)
+    changes = recipe_changes(set)
     from spear.train.run import train as run
 
     target = out or Path("runs") / recipe
@@ -341,6 +336,17 @@ def _episodes(path: Path, out: Path) -> EpisodeStore:
     if reasons:
         print(f"{path}: {len(store)} episodes, {len(reasons)} set aside", file=sys.stderr)
     return store
+
+
+def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
+    changes = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SpearError(f"--set {item}: write it as KEY=VALUE")
+        changes[key] = _value(value)
+    return changes
 
 
 def _value(text: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -26,6 +26,7 @@ def serve(
     max_batch: int = 16,
     wait_ms: float = 5.0,
     queue: int = 64,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
 
@@ -51,6 +52,7 @@ def serve(
         max_batch: At most so many observations are answered together.
         wait_ms: For so long, at most, a batch waits for more observations.
         queue: So many observations may wait; further ones are told that the server is busy.
+        dtype: Precision of the weights: bfloat16 takes half the memory (see docs/memory.md).
     """
     import asyncio
 
@@ -72,7 +74,7 @@ def serve(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        policy = Spear1Policy.load(checkpoint, device, steps)
+        policy = Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
         raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
     service = Service(policy, robot, checkpoint, embodiment, control)

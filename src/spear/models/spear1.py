@@ -21,6 +21,7 @@ from spear.errors import SpearError
 from spear.models.attention import choose_attention
 from spear.models.gemma import Gemma
 from spear.models.mask import positions, suffix_mask
+from spear.models.recompute import RecomputesLayers
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import ACTION_DIM, Action
 
@@ -73,7 +74,7 @@ class Spear1Output(ModelOutput):
     parts: dict[str, torch.Tensor] | None = None
 
 
-class Spear1ForActionPrediction(PreTrainedModel):
+class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
     """SPEAR-1 (the paper, SPEAR-1; π0's architecture).
 
     [images, instruction] → [proprioception] → [actions], block-wise causal. The first block is the whole

@@ -27,6 +27,7 @@ from spear.models.cache import KeyValues
 from spear.models.gemma import language_model
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
+from spear.models.recompute import RecomputesLayers
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
 
 
@@ -97,7 +98,7 @@ class Prefix:
     hidden: torch.Tensor
 
 
-class SpearVLMForConditionalGeneration(PreTrainedModel):
+class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
     """SPEAR-VLM (the paper, SPEAR-VLM): images and a question in, text with 3D tokens out.
 
     A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features
@@ -220,6 +221,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     ) -> Prefix:
         """Visual tokens (of `encode_images`, one row per text) and text through the language model."""
         text = self.language_model.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(text.device.type):
+            text = text.float()  # frozen embeddings may be kept in bfloat16; the residual stream is not
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,16 @@ class _Steps(torch.utils.data.Dataset[Batch]):
         raise TypeError("a run has no last batch of its own")
 
 
-def batches(task: Task, first: int, last: int, workers: int) -> Iterator[Batch]:
-    """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one)."""
+def batches(task: Task, first: int, last: int, workers: int, accumulate: int = 1) -> Iterator[Batch]:
+    """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
+
+    `accumulate` of them per step: those that as many processes would take.
+    """
+    numbers = (n for step in range(first, last) for n in parallel.numbers(step, accumulate))
     loader = torch.utils.data.DataLoader(
         _Steps(task),
         batch_size=None,
-        sampler=range(first * parallel.world() + parallel.rank(), last * parallel.world(), parallel.world()),
+        sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
@@ -132,9 +137,9 @@ def run(
         first = int(state["step"])
     main = parallel.rank() == 0
     with Logger(out, first, opt.steps, log_every, quiet) if main else contextlib.nullcontext() as logger:
-        ahead = batches(task, first, opt.steps, workers)
-        for step, batch in zip(range(first, opt.steps), ahead, strict=True):
-            values = stepper(step, batch)
+        ahead = batches(task, first, opt.steps, workers, opt.accumulate)
+        for step in range(first, opt.steps):
+            values = stepper(step, *itertools.islice(ahead, opt.accumulate))
             if logger is None:
                 continue
             logger.log(step, values, opt.lr * learning_rate(step, opt))

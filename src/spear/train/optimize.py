@@ -10,7 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from spear.errors import SpearError
+from spear.models.recompute import recompute_layers
 from spear.train import parallel
+from spear.train.adamw import HalfStateAdamW
+from spear.train.lora import is_adapter
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
@@ -46,7 +49,12 @@ class Optimization:
     trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; master weights stay float32.
+    precision         "bf16" autocasts the forward pass; the weights that learn stay float32.
+    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory. They
+                      are used in bfloat16 under autocast anyway.
+    moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.adamw`).
+    accumulate        a batch is worked through in so many pieces, whose gradients are averaged.
+    gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.recompute`).
     """
 
     steps: int
@@ -62,6 +70,10 @@ class Optimization:
     grad_clip: float = 1.0
     ema: float = 0.999
     precision: Literal["bf16", "fp32"] = "bf16"
+    frozen_precision: Literal["bf16", "fp32"] = "fp32"
+    moments: Literal["bf16", "fp32"] = "fp32"
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
 
 
 def learning_rate(step: int, opt: Optimization) -> float:
@@ -79,7 +91,10 @@ def _matches(name: str, prefix: str) -> bool:
 
 
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
-    """Set `requires_grad` from the freeze schedule. A prefix that matches nothing is refused."""
+    """Set `requires_grad` from the freeze schedule; LoRA matrices learn wherever they are.
+
+    A prefix that matches nothing is refused.
+    """
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
         if not any(_matches(n, prefix) for n in names):
@@ -89,7 +104,24 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
             )
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
-        parameter.requires_grad_(learns and not any(_matches(name, p) for p in opt.frozen))
+        learns = learns and not any(_matches(name, p) for p in opt.frozen)
+        parameter.requires_grad_(learns or is_adapter(name))
+
+
+def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
+    """Convert the weights, in place: float32, but for frozen matrices as `opt.frozen_precision` says.
+
+    Only linear layers and token embeddings are kept in bfloat16: norms, biases and position embeddings are small.
+    Raises `SpearError` where the computation is in float32, which could not use them.
+    """
+    lower = opt.frozen_precision == "bf16"
+    if lower and opt.precision == "fp32":
+        raise SpearError("frozen_precision bf16 needs precision bf16: set both, or neither")
+    for module in model.modules():
+        large = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False):
+            half = lower and large and name == "weight" and not parameter.requires_grad
+            parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
 
 
 def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.AdamW:
@@ -100,7 +132,8 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.Ada
             prefixes = [p for p in opt.lr_scale if _matches(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
             groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
+    kind = HalfStateAdamW if opt.moments == "bf16" else torch.optim.AdamW
+    return kind(
         [
             {
                 "params": params,
@@ -130,27 +163,40 @@ class Stepper:
         self.task, self.opt, self.seed = task, opt, seed
         self.model = task.model.train()
         apply_freeze(self.model, opt)
+        store_weights(self.model, opt)
+        recompute_layers(self.model, opt.gradient_checkpointing)
         self.optimizer = make_optimizer(self.model, opt)
         self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
         self.device = next(self.model.parameters()).device
 
-    def __call__(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, step: int, *batches: Batch) -> dict[str, torch.Tensor]:
         """Forward, backward, clip, update, average. Returns loss, parts and gradient norm, 0-d tensors.
 
+        batches  one, or several whose gradients, losses and parts are averaged (`accumulate`).
         Raises `SpearError` when the gradient is not finite; the weights are then those of the step before.
         """
         opt = self.opt
         factor = learning_rate(step, opt)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=opt.precision == "bf16"):
-            loss, parts = self.task.loss(
-                to_device(batch, self.device),
-                step_generator(self.seed, step * parallel.world() + parallel.rank(), self.device),
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        said: dict[str, torch.Tensor] = {}
+        for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
+            # Autocast would keep a bfloat16 copy of every weight until the end of the forward pass.
+            with torch.autocast(
+                self.device.type,
+                torch.bfloat16,
+                enabled=opt.precision == "bf16",
+                cache_enabled=not opt.gradient_checkpointing,
+            ):
+                loss, parts = self.task.loss(
+                    to_device(batch, self.device), step_generator(self.seed, number, self.device)
+                )
+            (loss / len(batches)).backward()
+            for key, value in {"loss": loss.detach(), **parts}.items():
+                said[key] = said[key] + value / len(batches) if key in said else value / len(batches)
+            del loss
         parallel.average_gradients(self.learning.values())
         norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
         if not torch.isfinite(norm):
@@ -160,7 +206,7 @@ class Stepper:
             decay = min(opt.ema, (1 + step) / (10 + step))
             current = [self.learning[n].detach() for n in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
-        return {"loss": loss.detach(), **parts, "grad_norm": norm}
+        return {**said, "grad_norm": norm}
 
     def result(self) -> dict[str, torch.Tensor]:
         """The averaged weights, or the plain ones when averaging is off, by parameter name."""

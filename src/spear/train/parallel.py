@@ -1,7 +1,8 @@
 """Data parallelism: the same run on several processes, each with its share of every batch.
 
 Started by `torchrun --nproc-per-node N`; alone, every function here is a no-op. Rank r of N takes the batch and the
-random numbers number k·N + r at step k, with a batch of 1/N of the recipe's; gradients are averaged. On CPUs, one
+random numbers number k·N + r at step k, with a batch of 1/N of the recipe's; gradients are averaged. A process that
+accumulates gradients over M pieces is M ranks one after the other. On CPUs, one
 process per core is faster than one process with as many threads, since small matrices share threads badly.
 """
 
@@ -32,11 +33,28 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(total: int, what: str) -> int:
-    """This process's part of a batch. Raises `SpearError` when it cannot be divided evenly."""
-    if total % world():
-        raise SpearError(f"{what} {total} cannot be divided among {world()} processes: use a multiple")
-    return total // world()
+def share(total: int, what: str, accumulate: int = 1) -> int:
+    """What this process takes of a batch at a time, when it takes its part of it in `accumulate` pieces.
+
+    Raises `SpearError` when the batch cannot be divided evenly.
+    """
+    if accumulate < 1:
+        raise SpearError(f"accumulate {accumulate}: give 1, or in how many pieces a batch is worked through")
+    if total % (world() * accumulate):
+        pieces = f" in {accumulate} pieces each (accumulate)" if accumulate > 1 else ""
+        raise SpearError(
+            f"{what} {total} cannot be divided among {world()} processes{pieces}: use a multiple"
+        )
+    return total // (world() * accumulate)
+
+
+def numbers(step: int, accumulate: int = 1) -> range:
+    """The batches (and the random numbers) that are this process's at a step: `accumulate` of them, in a row.
+
+    N processes and one that accumulates N take the same ones, and so learn the same.
+    """
+    first = (step * world() + rank()) * accumulate
+    return range(first, first + accumulate)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

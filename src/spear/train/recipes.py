@@ -55,6 +55,9 @@ class Recipe:
     augment       strength of photometric augmentation, 0 to 1.
     normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
+    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`); which of
+                  its own weights learn beside them is the freeze schedule's matter, as ever.
+    lora_alpha    they count alpha / rank.
     """
 
     name: str
@@ -74,6 +77,8 @@ class Recipe:
     augment: float = 0.0
     normalization: Mode = "quantile"
     normalize_each: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
 
     def changed(self, **changes: Any) -> Recipe:
         """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
@@ -272,6 +277,43 @@ RECIPES: dict[str, Recipe] = {
             description="The paper's post-training on one robot: 50k steps.",
             optimization=Optimization(steps=50_000, lr=2.5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
             batch_size=256,
+            starts_from="spear1-vla",
+        ),
+        Recipe(
+            name="spear1-lora",
+            kind="vla",
+            preset="spear1",
+            description="Post-training on one GPU: expert and projections learn, the language model by LoRA.",
+            optimization=Optimization(
+                steps=20_000,
+                lr=5e-5,
+                frozen=("vlm.language_model", *(f"vlm.{encoder}" for encoder in ENCODERS)),
+                warmup=500,
+                ema=0.999,
+                frozen_precision="bf16",
+                accumulate=8,
+                gradient_checkpointing=True,
+            ),
+            batch_size=64,
+            starts_from="spear1-vla",
+            lora_rank=16,
+        ),
+        Recipe(
+            name="spear1-expert",
+            kind="vla",
+            preset="spear1",
+            description="Post-training on one GPU: the action expert alone learns.",
+            optimization=Optimization(
+                steps=20_000,
+                lr=5e-5,
+                frozen=("vlm",),
+                warmup=500,
+                ema=0.999,
+                frozen_precision="bf16",
+                accumulate=8,
+                gradient_checkpointing=True,
+            ),
+            batch_size=64,
             starts_from="spear1-vla",
         ),
     )

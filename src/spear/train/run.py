@@ -34,6 +34,7 @@ from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
 from spear.train import loop, parallel
 from spear.train.depth import DepthTask
+from spear.train.lora import add_adapters, merge_adapters, save_adapters
 from spear.train.naming import NamingTask
 from spear.train.optimize import Task
 from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
@@ -75,6 +76,7 @@ def train(
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
             parameters[key].copy_(value)
+    torch.nn.Module.to(model, "cpu", torch.float32)  # whatever it was trained in
     final = out / "final"
     if parallel.rank() > 0:
         parallel.wait()
@@ -119,17 +121,32 @@ def build(
     """A recipe's model and task, before the first step; arguments as in `train`."""
     torch.manual_seed(seed)
     size = preset(stage.preset)
+    pieces = stage.optimization.accumulate
     stage = stage.changed(
-        batch_size=parallel.share(stage.batch_size, "batch_size"),
-        question_images=parallel.share(stage.question_images, "question_images"),
+        batch_size=parallel.share(stage.batch_size, "batch_size", pieces),
+        question_images=parallel.share(stage.question_images, "question_images", pieces),
     )
     if stage.kind == "depth":
         return _depth(stage, size, _need(labels, stage, "labels"), seed)
     if stage.kind == "naming":
         return _naming(stage, size, _need(labels, stage, "labels"), seed)
     if stage.kind == "vlm":
-        return _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
-    return _vla(stage, size, labels, episodes, init, seed)
+        built = _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
+    else:
+        built = _vla(stage, size, labels, episodes, init, seed)
+    return _with_lora(stage, *built) if stage.lora_rank else built
+
+
+def _with_lora(stage: Recipe, model: torch.nn.Module, task: Task, save: Callable[[Path], Any]) -> Built:
+    """The same with LoRA. Saved are a plain model, with the LoRA merged into it, and the LoRA, in `adapter`."""
+    add_adapters(model, stage.lora_rank, stage.lora_alpha)
+
+    def save_merged(folder: Path) -> None:
+        save_adapters(model, folder / "adapter", stage.lora_rank, stage.lora_alpha)
+        merge_adapters(model)
+        save(folder)
+
+    return model, task, save_merged
 
 
 def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:

@@ -1,0 +1,300 @@
+"""How much memory a recipe needs, found by running one training step of the real code without any numbers in it.
+
+The networks are built on PyTorch's fake tensors, which have shapes and storage sizes but no contents. A forward and
+a backward pass run on them as they would in training; what is alive is added up after every operation, and the most
+is kept. So there is no formula for activations that could disagree with the code. Not in it: the CUDA context, what
+kernels use inside themselves, and memory lost between blocks; `usable` leaves room for these.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+from spear.errors import SpearError
+from spear.models.gemma import FastRMSNorm
+from spear.models.losses import token_loss
+from spear.models.presets import Preset, preset, spear1_config, vlm_config
+from spear.models.recompute import recompute_layers
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.train.adamw import BLOCK
+from spear.train.lora import add_adapters
+from spear.train.optimize import Optimization, apply_freeze, store_weights
+from spear.train.recipes import Recipe
+from spear.types import ACTION_DIM, Action
+
+GIB = 2**30
+CONTEXT = 0.6 * GIB
+"""Left free for the CUDA context and its libraries (our choice)."""
+FRAGMENTS = 0.04
+"""Share of the memory that is left free for what the allocator loses between blocks (our choice)."""
+ANSWER = 24
+"""Tokens of the longest answer, a 3D box; a question is counted with this many to be learned."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one training step, or one inference, at its fullest moment.
+
+    weights      all parameters and buffers, in the precision that they are kept in.
+    gradients, moments, averaged  of what learns: its gradients, AdamW's two averages, the EMA weights.
+    activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16 copies.
+    parameters, learning  numbers, not bytes: all parameters, and those that learn.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    averaged: int
+    activations: int
+    parameters: int
+    learning: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.averaged + self.activations
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make while it is on: `live` now, `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
+        return tensor
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def usable(gpu: str) -> float:
+    """Bytes that a training step may take of a GPU sold as, for example, "24GB", which is GiB.
+
+    Raises `SpearError` for a text that is no size.
+    """
+    number = gpu.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G").strip()
+    try:
+        size = float(number) * GIB
+    except ValueError:
+        size = 0.0
+    if not CONTEXT < size < 1e15:
+        raise SpearError(f"no size of a GPU: {gpu!r}: write it like 24GB")
+    return size * (1 - FRAGMENTS) - CONTEXT
+
+
+def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
+    """What one process needs to train `stage`, a "vla" or "vlm" recipe; the whole batch is its own.
+
+    as_on_gpu: with the attention and norms that run on a GPU. False: with those for CPUs, for checking.
+    Every image, prompt and answer is counted as present and as long as it may be. Raises `SpearError` for another
+    kind of recipe, or a batch that does not divide into `accumulate` pieces.
+    """
+    if stage.kind not in ("vla", "vlm"):
+        raise SpearError(f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe")
+    size, opt = preset(stage.preset), stage.optimization
+    pieces, rest = divmod(stage.batch_size, opt.accumulate)
+    if rest or not pieces:
+        raise SpearError(
+            f"batch_size {stage.batch_size} has no {opt.accumulate} equal pieces: change accumulate"
+        )
+    model = _empty_model(stage, size, as_on_gpu)
+    apply_freeze(model, opt)
+    store_weights(model, opt)
+    recompute_layers(model, opt.gradient_checkpointing)
+    with FakeTensorMode(), Meter() as meter:
+        _give_storage(model.train())
+        weights = meter.live
+        learning = [p for p in model.parameters() if p.requires_grad]
+        held = [torch.empty_like(p, dtype=_moment_type(opt)) for p in learning for _ in range(2)]
+        moments = meter.live - weights
+        held += [torch.empty_like(p) for p in learning if opt.ema > 0]
+        averaged = meter.live - weights - moments
+        if opt.accumulate > 1:  # those of the pieces before are there
+            for p in learning:
+                p.grad = torch.empty_like(p)
+        with torch.autocast(
+            "cpu",
+            torch.bfloat16,
+            enabled=opt.precision == "bf16",
+            cache_enabled=not opt.gradient_checkpointing,
+        ):
+            loss = _loss(model, stage, size, pieces)
+        loss.backward()
+        del loss
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
+    fixed = weights + moments + averaged
+    # The update works in place, but for the blocks of `HalfStateAdamW`.
+    block = min(BLOCK, max((p.numel() for p in learning), default=0))
+    update = fixed + gradients + (4 * 4 * block if opt.moments == "bf16" else 0)
+    return Memory(
+        weights,
+        gradients,
+        moments,
+        averaged,
+        max(meter.peak, update) - fixed - gradients,
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in learning),
+    )
+
+
+def inference(size: Preset, dtype: torch.dtype, batch: int = 1, as_on_gpu: bool = True) -> Memory:
+    """What SPEAR-1 needs to act, with all weights in `dtype`, for so many observations at once."""
+    stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
+    model = _empty_model(stage, size, as_on_gpu).to(dtype)
+    with FakeTensorMode(), Meter() as meter, torch.no_grad():
+        _give_storage(model.eval())
+        weights = meter.live
+        model.sample_actions(**_observation(size, batch), steps=2)  # type: ignore[operator]
+    count = sum(p.numel() for p in model.parameters())
+    return Memory(weights, 0, 0, 0, meter.peak - weights, count, 0)
+
+
+def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Module:
+    """The recipe's model without contents, with its LoRA."""
+    inner = vlm_config(size)
+    if not stage.moge:
+        inner.moge_config = None
+    config = inner if stage.kind == "vlm" else spear1_config(size, inner)
+    if as_on_gpu:
+        config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        kind: Any = SpearVLMForConditionalGeneration if stage.kind == "vlm" else Spear1ForActionPrediction
+        model: torch.nn.Module = kind(config)
+        if stage.lora_rank:
+            add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    if as_on_gpu:
+        for module in model.modules():
+            if isinstance(module, FastRMSNorm):
+                module.forward = partial(GemmaRMSNorm.forward, module)  # type: ignore[method-assign]
+    return model
+
+
+def _give_storage(model: torch.nn.Module) -> None:
+    """Replace the weights, which have a shape alone, by ones that also have a storage, in the fake mode that is on."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _moment_type(opt: Optimization) -> torch.dtype:
+    return torch.bfloat16 if opt.moments == "bf16" else torch.float32
+
+
+def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
+    """The task's loss on a batch of zeros."""
+    if stage.kind == "vlm":
+        return _question_loss(model, stage, size, pieces)
+    actions = Action.from_vector(torch.zeros(pieces, size.horizon, ACTION_DIM))
+    observation = _observation(size, pieces)
+    total = model(**observation, actions=actions, flow_samples=stage.flow_samples).loss
+    if stage.question_images:
+        images = max(1, stage.question_images // stage.optimization.accumulate)
+        total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)
+    return total
+
+
+def _observation(size: Preset, batch: int) -> dict[str, Any]:
+    return {
+        "pixel_values": _pixels(size, batch),
+        "input_ids": torch.zeros(batch, size.prompt_tokens, dtype=torch.long),
+        "attention_mask": torch.ones(batch, size.prompt_tokens, dtype=torch.long),
+        "state": torch.zeros(batch, STATE_FEATURES),
+    }
+
+
+def _pixels(size: Preset, batch: int) -> dict[str, torch.Tensor]:
+    return {
+        view: torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+        for view, (width, height) in size.image_sizes.items()
+    }
+
+
+def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.Tensor:
+    """The loss of as many questions about external images as the mix may ask, as long as they may be.
+
+    `SpearVLMForConditionalGeneration.forward` looks at the contents of its batch; this is it without looking.
+    """
+    view = next(iter(size.image_sizes))
+    features, valid = vlm.encode_images({view: _pixels(size, images)[view]})
+    owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
+    ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
+    read = vlm.read(features[owners], valid[owners], ids, keep_cache=False)
+    hidden = read.hidden[:, -ANSWER:].flatten(0, 1)
+    labels = torch.zeros(len(hidden), dtype=torch.long)
+    return token_loss(vlm.head(hidden), labels, vlm.config)[0]
+
+
+Fits = tuple[dict[str, Any], Memory]
+"""Changes to a recipe, and what it needs with them."""
+
+
+def savers(stage: Recipe) -> list[dict[str, Any]]:
+    """What can be changed in a recipe to save memory, each on top of those before it; what costs least comes first."""
+    opt, batch = stage.optimization, stage.batch_size
+    found: list[tuple[str, Any]] = []
+    if opt.precision == "bf16" and opt.frozen_precision != "bf16":
+        found.append(("frozen_precision", "bf16"))
+    if not opt.gradient_checkpointing:
+        found.append(("gradient_checkpointing", True))
+    for piece in (8, 1):
+        if batch // opt.accumulate > piece and batch % piece == 0:
+            found.append(("accumulate", batch // piece))
+    if opt.moments != "bf16":
+        found.append(("moments", "bf16"))
+    if opt.ema > 0:
+        found.append(("ema", 0))
+    return [dict(found[: count + 1]) for count in range(len(found))]
+
+
+def fit(
+    stage: Recipe, capacity: float, measure: Callable[[Recipe], Memory] = training
+) -> tuple[Fits | None, Fits]:
+    """The first of the recipe as it is and its `savers` that needs no more than `capacity` bytes, and the last tried.
+
+    The first is None when none fits.
+    """
+    tried: Fits = ({}, measure(stage))
+    for changes in [{}, *savers(stage)]:
+        if changes:
+            tried = (changes, measure(stage.changed(**changes)))
+        if tried[1].total <= capacity:
+            return tried, tried
+    return None, tried
+
+
+def flags(changes: Mapping[str, Any]) -> str:
+    """Changes to a recipe as `spear train` takes them."""
+    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changes.items()]
+    return " ".join(["--set", *words]) if words else ""

@@ -1,0 +1,164 @@
+"""The memory estimator against what PyTorch's allocator and autograd really do, at sizes that fit here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from models_tiny import TINY
+from spear.cli import main
+from spear.errors import SpearError
+from spear.models import presets
+from spear.models.presets import spear1_config
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.train import memory
+from spear.train.optimize import Optimization, Stepper
+from spear.train.recipes import Recipe
+from spear.types import Action
+
+OPT = Optimization(steps=2, lr=1e-3, ema=0.9)
+STAGE = Recipe("plan", "vla", "tiny", "", OPT, batch_size=8, flow_samples=2)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+
+class Acting:
+    """The loss that the estimator plans, on real random tensors."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = Spear1ForActionPrediction(spear1_config(TINY))
+
+    def batch(self, step: int) -> dict[str, Any]:
+        batch = memory._observation(TINY, 8)
+        batch["pixel_values"] = {v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()}
+        rotation = torch.nn.functional.normalize(torch.randn(8, 5, 4), dim=-1)
+        return {**batch, "actions": Action(torch.randn(8, 5, 3), rotation, torch.randn(8, 5, 1)).to_vector()}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
+        actions = Action.from_vector(batch.pop("actions"))
+        return self.model(**batch, actions=actions, flow_samples=2, generator=generator).loss, {}
+
+
+def allocated(stage: Recipe) -> int:
+    """Most bytes that the allocator held in a step, of what it gave out in it, and the weights and states before."""
+    task = Acting()
+    stepper = Stepper(task, stage.optimization, seed=0)
+    batch = task.batch(0)
+    stepper(0, dict(batch))
+    stepper.optimizer.zero_grad()
+    before = sum(t.untyped_storage().nbytes() for t in task.model.state_dict().values())
+    before += sum(t.nbytes for state in stepper.optimizer.state.values() for t in state.values())
+    before += sum(t.nbytes for t in (stepper.ema or {}).values())
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        stepper(1, batch)
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert len(events) > 1000
+    return before + peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"frozen": ("vlm",), "frozen_precision": "bf16", "ema": 0},
+        {"moments": "bf16", "frozen": ("vlm.moge",)},
+    ],
+)
+def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
+    stage = STAGE.changed(**changes)
+    planned = memory.training(stage, as_on_gpu=False)
+    assert planned.total == pytest.approx(allocated(stage), rel=0.05)
+
+
+def test_weights_gradients_and_states_are_exact() -> None:
+    stage = STAGE.changed(frozen=("vlm",), frozen_precision="bf16", moments="bf16")
+    stepper = Stepper(Acting(), stage.optimization, seed=0)
+    planned = memory.training(stage, as_on_gpu=False)
+    learning = sum(p.numel() for p in stepper.learning.values())
+    stored = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
+    assert planned.learning == learning and planned.parameters > learning
+    assert (planned.gradients, planned.moments, planned.averaged) == (
+        4 * learning,
+        4 * learning,
+        4 * learning,
+    )
+    assert planned.weights == stored
+
+
+def test_what_saves_memory_does() -> None:
+    whole = memory.training(STAGE)
+    less = memory.training(STAGE.changed(gradient_checkpointing=True))
+    assert less.activations < 0.6 * whole.activations and less.weights == whole.weights
+    pieces = memory.training(STAGE.changed(accumulate=8))
+    assert pieces.activations < 0.5 * whole.activations
+    assert memory.training(STAGE.changed(ema=0)).averaged == 0
+    tries = [memory.training(STAGE.changed(**changes)).total for changes in memory.savers(STAGE)]
+    assert min(tries) == tries[-1] < whole.total
+
+
+def test_the_first_saver_that_fits_is_named() -> None:
+    sizes = {False: 100, True: 50}
+
+    def measure(stage: Recipe) -> memory.Memory:
+        total = sizes[stage.optimization.gradient_checkpointing]
+        return memory.Memory(total, 0, 0, 0, 0, 1, 1)
+
+    fits, _ = memory.fit(STAGE, 60, measure)
+    assert fits is not None
+    assert memory.flags(fits[0]) == "--set frozen_precision=bf16 gradient_checkpointing=true"
+    assert memory.fit(STAGE, 100, measure)[0] == ({}, measure(STAGE))
+    assert memory.fit(STAGE, 40, measure)[0] is None
+
+
+def test_lora_and_questions_are_planned() -> None:
+    pytest.importorskip("peft")
+    frozen = ("vlm.language_model", "vlm.vision_tower", "vlm.moge")
+    lora = memory.training(STAGE.changed(lora_rank=4, frozen=frozen))
+    expert = memory.training(STAGE.changed(frozen=("vlm",)))
+    assert expert.learning < lora.learning < memory.training(STAGE).learning
+    assert memory.training(STAGE.changed(question_images=4)).total > memory.training(STAGE).total
+    assert memory.training(STAGE.changed(kind="vlm")).total > 0
+
+
+def test_acting_in_half_precision_takes_half() -> None:
+    full, half = (memory.inference(TINY, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("plan", "--preset", "tiny", "--gpu", "16GB", "--batch-size", "64")
+    assert main([*arguments, "--recipe", "spear1-post"]) == 0
+    said = capsys.readouterr().out
+    assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
+    assert main(["plan", "--preset", "tiny", "--gpu", "8GB", "--recipe", "inference"]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    for wrong, words in (
+        (("--gpu", "big"), "no size of a GPU: 'big': write it like 24GB"),
+        (("--recipe", "spear1-lorra"), "did you mean 'spear1-lora'"),
+        (("--recipe", "nano-depth"), "plan a vla or vlm recipe"),
+        (("--batch-size", "3"), "batch_size 3 has no 8 equal pieces"),
+    ):
+        assert main(["plan", "--preset", "tiny", *wrong]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_sizes_of_gpus() -> None:
+    assert memory.usable("24GB") == memory.usable("24 GiB") == memory.usable("24")
+    assert 0.9 * 24 * memory.GIB < memory.usable("24GB") < 24 * memory.GIB
+    with pytest.raises(SpearError):
+        memory.usable("-3GB")
