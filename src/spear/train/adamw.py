@@ -39,8 +39,9 @@ class HalfStateAdamW(torch.optim.AdamW):
         count, (beta1, beta2) = float(state["step"]), group["betas"]
         size = group["lr"] / (1 - beta1**count)
         root = math.sqrt(1 - beta2**count)
+        assert parameter.grad is not None
         parts = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        assert parameter.grad is not None and all(part.is_contiguous() for part in parts)
+        assert all(part.is_contiguous() for part in parts)
         for weight, grad, mean, square in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
             first = mean.float().lerp_(grad, 1 - beta1)
             second = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
