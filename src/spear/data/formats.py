@@ -98,7 +98,7 @@ def find_format(path: str | Path) -> str | None:
 def need_format(path: str | Path) -> str:
     """The name of the format that a path is in. Raises SpearError, saying what is known, when it is in none."""
     if not Path(path).exists():
-        raise SpearError(f"no such folder: {path}")
+        raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
     found = find_format(path)
     if found is None:
         known = "; ".join(f"{f.title} ({f.sign})" for f in FORMATS.values())
