@@ -10,8 +10,7 @@ import numpy as np
 
 from spear.data.audit import Finding, Part, Report, size
 from spear.data.hypotheses import integrate_translations
-from spear.data.page import STYLE, plot
-from spear.errors import SpearError
+from spear.data.page import plot, write_html
 
 PATHS = 3
 """Episodes whose path is drawn."""
@@ -101,18 +100,11 @@ table{border-collapse:collapse}td,th{padding:2px 10px 2px 0;text-align:left;font
 
 def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
-    title = f"audit of {Path(report.path).resolve().name}"
-    html = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_BARS}</style><h1>{escape(title)}</h1>"
+    body = (
         f'<p class="conclusion">{escape(conclusion(report))}</p><pre>{escape(text(report))}</pre>'
-        f"{''.join(_part(part) for part in report.parts)}{''.join(_paths(report))}</html>\n"
+        f"{''.join(_part(part) for part in report.parts)}{''.join(_paths(report))}"
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(html, "utf-8")
-    except OSError as error:
-        raise SpearError(f"cannot write: {out}: {error.strerror}; choose another file") from error
+    write_html(out, f"audit of {Path(report.path).resolve().name}", body, _BARS)
 
 
 def _part(part: Part) -> str:

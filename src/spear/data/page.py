@@ -58,11 +58,18 @@ def write_page(path: str | Path, out: Path, dataset: Layout = None) -> None:
         why = f": {reasons[-1]}" if reasons else " (it is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
     bad = "".join(f'<p class="bad">set aside: {escape(reason)}</p>' for reason in reasons)
-    title = escape(Path(path).resolve().name)
+    body = f"<pre>{escape(inspect(path))}</pre>{bad}{''.join(_episode(e) for e in episodes)}"
+    write_html(out, Path(path).resolve().name, body)
+
+
+def write_html(out: Path, title: str, body: str, style: str = "") -> None:
+    """Write a page with everything inside to one file; `style` comes after `STYLE`.
+
+    Raises SpearError for a file that cannot be written.
+    """
     html = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-        f"<pre>{escape(inspect(path))}</pre>{bad}{''.join(_episode(e) for e in episodes)}</html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style><h1>{escape(title)}</h1>{body}</html>\n"
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,28 @@ _NANO_MIX = QuestionMix(
     wrist=0.25,
     coordinate_smoothing=2.0,
 )
+_NANO_VLA = Recipe(
+    name="nano-vla",
+    kind="vla",
+    preset="nano",
+    description="SPEAR-1: demonstrations of four task families, MoGe and stem frozen, 3D questions beside.",
+    optimization=Optimization(
+        steps=10_500,
+        lr=2.5e-4,
+        lr_scale={"vlm.vision_tower": 0.3},
+        warmup=100,
+        frozen=("vlm.moge", "vlm.vision_tower.embeddings"),
+        weight_decay=0.02,
+        ema=0.998,
+    ),
+    batch_size=32,
+    starts_from="nano-vlm-2",
+    questions=_NANO_MIX,
+    flow_samples=4,
+    question_images=2,
+    question_weight=0.5,
+    augment=0.5,
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -187,47 +209,17 @@ RECIPES: dict[str, Recipe] = {
             starts_from="nano-vlm-1",
             questions=_NANO_MIX,
         ),
-        Recipe(
-            name="nano-vla",
-            kind="vla",
-            preset="nano",
-            description="SPEAR-1: demonstrations of four task families, MoGe and stem frozen, 3D questions beside.",
-            optimization=Optimization(
-                steps=10_500,
-                lr=2.5e-4,
-                lr_scale={"vlm.vision_tower": 0.3},
-                warmup=100,
-                frozen=("vlm.moge", "vlm.vision_tower.embeddings"),
-                weight_decay=0.02,
-                ema=0.998,
-            ),
-            batch_size=32,
-            starts_from="nano-vlm-2",
-            questions=_NANO_MIX,
-            flow_samples=4,
-            question_images=2,
-            question_weight=0.5,
-            augment=0.5,
-        ),
-        Recipe(
+        _NANO_VLA,
+        dataclasses.replace(
+            _NANO_VLA,
             name="nano-vla-no-3d",
-            kind="vla",
-            preset="nano",
             description="The comparison: as nano-vla, without 3D before it or beside it, for as long as both take.",
-            optimization=Optimization(
-                steps=28_000,
-                lr=2.5e-4,
-                lr_scale={"vlm.vision_tower": 0.3},
-                warmup=100,
-                frozen=("vlm.vision_tower.embeddings",),
-                weight_decay=0.02,
-                ema=0.998,
+            optimization=dataclasses.replace(
+                _NANO_VLA.optimization, steps=28_000, frozen=("vlm.vision_tower.embeddings",)
             ),
-            batch_size=32,
             moge=False,
             starts_from="nano-vlm-0",
-            flow_samples=4,
-            augment=0.5,
+            question_images=0,
         ),
         Recipe(
             name="nano-post",
