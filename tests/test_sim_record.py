@@ -63,6 +63,11 @@ def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> No
     assert sum(bool(episode.success) for episode in episodes) >= len(episodes) - 1
     actions = np.concatenate([episode.action for episode in episodes])
     assert np.linalg.norm(actions[masks, :3], axis=1).max() < 0.0601
+    # the gripper turns all along, near the object as well: there alone the wrist camera shows by how much
+    turns = 2 * np.arccos(np.clip(actions[:, 3], -1, 1))
+    late = np.concatenate([np.arange(len(episode)) >= 5 for episode in episodes])
+    assert (turns[masks & late] > np.radians(5)).mean() > 0.2
+    assert turns[masks].max() < np.radians(8.1)
 
 
 def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:

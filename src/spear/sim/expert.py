@@ -20,8 +20,8 @@ Floats = NDArray[np.float64]
 
 MAX_TRANSLATION = 0.06
 """Longest step, m."""
-MAX_ROTATION = math.radians(20)
-"""Largest turn of a step, rad."""
+MAX_ROTATION = math.radians(8)
+"""Largest turn of a step, rad: small, so that the turn goes on while the wrist camera sees the object."""
 HOVER = 0.09
 """Height over the grasp while the gripper is not aligned, m."""
 CARRY = 0.115

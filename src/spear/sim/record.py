@@ -1,7 +1,7 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
-At random moments the arm is pushed off course for a step or two, drops what it holds, or closes its gripper on
-nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses are real)
+At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes its
+gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses are real)
 but masked: they are never a training target. What follows shows how to recover.
 """
 
@@ -35,6 +35,8 @@ class Disturbance:
 
     start        chance per step that a push begins; it lasts one or two steps.
     translation  standard deviation of a pushed step, m; rotation the same, rad.
+    twist        standard deviation of the turn about the gripper's own axis that comes on top, rad: how far the gripper
+                 is turned from the object under it is seen at all heights, not only where the approach begins.
     drop         chance that a push while holding the object opens the gripper instead.
     miss         chance that a push while holding nothing closes the gripper and lifts it, for up to `MISSED` steps:
                  what a policy does that has missed its grasp and has not noticed.
@@ -43,6 +45,7 @@ class Disturbance:
     start: float = 0.10
     translation: float = 0.03
     rotation: float = math.radians(12)
+    twist: float = math.radians(30)
     drop: float = 0.15
     miss: float = 0.3
 
@@ -137,6 +140,7 @@ def _push(
     """A random step instead of the expert's; the gripper stays as it was, drops what it holds, or has `missed`."""
     step = rng.normal(0, disturbance.translation, 3)
     vector = rng.normal(0, disturbance.rotation, 3)
+    vector[2] += rng.normal(0, disturbance.twist)
     angle = float(np.linalg.norm(vector))
     quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
     opening = 1.0 if holding and rng.random() < disturbance.drop else action[7]
