@@ -27,6 +27,7 @@ def serve(
     wait_ms: float = 5.0,
     queue: int = 64,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    ui: bool = False,
 ) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
 
@@ -35,6 +36,7 @@ def serve(
 
     Examples:
         spear serve nano
+        spear serve nano --ui
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
 
     Args:
@@ -53,6 +55,8 @@ def serve(
         wait_ms: For so long, at most, a batch waits for more observations.
         queue: So many observations may wait; further ones are told that the server is busy.
         dtype: Precision of the weights: bfloat16 takes half the memory (see docs/memory.md).
+        ui: Also serve a page for people, at the address that is printed: watch and steer the policy in the built-in
+            simulator, ask SPEAR-VLM about a scene or a photo (see docs/ui.md).
     """
     import asyncio
 
@@ -87,8 +91,15 @@ def serve(
             f"serving {checkpoint} for {embodiment} ({service.metadata['control']}) at ws://{shown}:{server.port}",
             flush=True,
         )
+        if page:
+            print(f"page at http://{shown}:{server.port}/", flush=True)
         if host not in LOOPBACK and not token:
             print("warning: other machines may connect and there is no --token", file=sys.stderr, flush=True)
 
     settings = Settings(host, port, token, max_batch, wait_ms, queue)
-    asyncio.run(PolicyServer(service, settings).run(ready))
+    page = None
+    if ui:
+        from spear.ui.page import Page
+
+        page = Page(policy, checkpoint, token, settings.max_bytes)
+    asyncio.run(PolicyServer(service, settings, page).run(ready))
