@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
+
+if TYPE_CHECKING:
+    from spear.policy import Spear1Policy
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -60,10 +63,7 @@ def serve(
     """
     import asyncio
 
-    import torch
-
     from spear import embodiments
-    from spear.policy import Spear1Policy
     from spear.serve.server import PolicyServer, Settings
     from spear.serve.service import Service
 
@@ -75,12 +75,7 @@ def serve(
     token = token or os.environ.get("SPEAR_TOKEN")
     robot = embodiments.load(embodiment)
     robot.control(control)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        policy = Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
+    policy = load_policy(checkpoint, device, steps, dtype)
     service = Service(policy, robot, checkpoint, embodiment, control)
     service.warm_up()
     policy.reset()
@@ -103,3 +98,17 @@ def serve(
 
         page = Page(policy, checkpoint, token, settings.max_bytes)
     asyncio.run(PolicyServer(service, settings, page).run(ready))
+
+
+def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32") -> Spear1Policy:
+    """A policy on a device; "auto" takes a GPU when there is one. Raises `SpearError` when either is not there."""
+    import torch
+
+    from spear.policy import Spear1Policy
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error

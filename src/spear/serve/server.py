@@ -54,10 +54,10 @@ class Settings:
 
 
 class Page(Protocol):
-    """Something for people beside the policy: paths of its own, with its own answers and websocket."""
+    """Something for people beside the policy: requests of its own, with its own answers and websocket."""
 
-    def owns(self, path: str) -> bool:
-        """Whether a request's path is the page's; all below is asked for such paths alone."""
+    def owns(self, request: Request) -> bool:
+        """Whether a request is the page's; all below is for such requests alone."""
         ...
 
     def request(self, request: Request) -> Response | None:
@@ -153,7 +153,7 @@ class PolicyServer:
         self._clients.add(connection)
         previous: float | None = None
         try:
-            if self.page and connection.request and self.page.owns(connection.request.path):
+            if self.page and connection.request and self.page.owns(connection.request):
                 await self.page.talk(connection)
                 return
             await connection.send(self._metadata)
@@ -211,7 +211,7 @@ class PolicyServer:
         """Answers GET requests; None lets a websocket in."""
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "ok\n")
-        if self.page and self.page.owns(request.path):
+        if self.page and self.page.owns(request):
             if answer := self.page.request(request):
                 return answer
         elif not self._allowed(request):

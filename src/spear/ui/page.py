@@ -55,9 +55,10 @@ class Page:
         folder = resources.files("spear.ui")
         self._files = {path: (folder.joinpath(f).read_bytes(), kind) for path, (f, kind) in FILES.items()}
 
-    def owns(self, path: str) -> bool:
-        """Whether a request is for the page, and not for the policy."""
-        return urlsplit(path).path in (*FILES, SOCKET)
+    def owns(self, request: Request) -> bool:
+        """Whether a request is for the page, and not for the policy, whose websocket is at "/" (and anywhere else)."""
+        path = urlsplit(request.path).path
+        return path == SOCKET or (path in FILES and "Upgrade" not in request.headers)
 
     def request(self, request: Request) -> Response | None:
         """The answer to a request that the page owns; None lets its websocket in."""

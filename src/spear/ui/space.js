@@ -5,7 +5,7 @@ class Space {
   constructor(canvas, changed) {
     this.canvas = canvas;
     this.pen = canvas.getContext("2d");
-    Object.assign(this, { yaw: -2.3, pitch: 0.5, away: 1.5, target: [0.4, 0, 0.14] });
+    Object.assign(this, { yaw: 0, pitch: 0.5, away: 1.05, target: [0.46, 0, 0.1] });
     let from = null;
     canvas.addEventListener("pointerdown", e => { from = [e.clientX, e.clientY]; canvas.setPointerCapture(e.pointerId); });
     canvas.addEventListener("pointerup", () => { from = null; });
@@ -23,6 +23,11 @@ class Space {
     }, { passive: false });
   }
 
+  // Look from the side that a point is on, a little to its right.
+  lookFrom(point) {
+    this.yaw = Math.atan2(point[1] - this.target[1], point[0] - this.target[0]) + 0.4;
+  }
+
   clear() {
     fit(this.canvas);
     const { yaw, pitch, away, target } = this;
@@ -32,6 +37,7 @@ class Space {
     this.up = cross(back, this.right);
     this.forward = back.map(v => -v);
     this.focal = this.canvas.height * 1.25;
+    this.ground = getComputedStyle(this.canvas.parentElement).backgroundColor;
     this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
   }
 
@@ -70,7 +76,8 @@ class Space {
     const p = this.at(point);
     if (!p) return;
     Object.assign(this.pen, { fillStyle: color, font: `${12 * scale()}px system-ui, "DejaVu Sans", sans-serif`,
-      textAlign: "center", textBaseline: "bottom" });
+      textAlign: "center", textBaseline: "bottom", strokeStyle: this.ground, lineWidth: 4 * scale() });
+    this.pen.strokeText(text, p[0], p[1] - 4 * scale());
     this.pen.fillText(text, p[0], p[1] - 4 * scale());
   }
 

@@ -4,7 +4,7 @@
 const $ = id => document.getElementById(id);
 const view = { boxes: [], things: [], trail: [], edges: [], milestones: [] };
 const picture = new Image();
-let socket = null, drawing = false, waiting = 0;
+let socket = null, drawing = false, placedOnce = false, waiting = 0;
 
 const space = new Space($("space"), soon);
 picture.onload = soon;
@@ -50,6 +50,10 @@ function show(part) {
   }
   Object.assign(view, part);
   if ("families" in part) $("family").replaceChildren(...part.families.map(f => new Option(f.replaceAll("_", " "), f)));
+  if (part.camera?.pose && !placedOnce) {
+    space.lookFrom(part.camera.pose.slice(0, 3).map(row => row[3]));
+    placedOnce = true;
+  }
   if ("family" in part) { $("family").value = part.family; $("seed").value = part.seed; }
   if ("instruction" in part) $("instruction").value = part.instruction;
   if ("default_fov" in part) $("fov").value = part.default_fov;
@@ -93,7 +97,7 @@ function status() {
   if (!c) return void ($("chunk").textContent = "none yet: Predict, Step or Start");
   const n = c.positions.length - 1, ends = Math.hypot(...add(c.positions[n], c.positions[0], -1));
   const open = c.openings[n] > 0.5 ? "open" : "closed";
-  $("chunk").textContent = `${n} at ${view.rate_hz} Hz · ${(1000 * ends).toFixed(0)} mm away · ${open} · ${c.ms.toFixed(0)} ms`;
+  $("chunk").textContent = `${n} actions at ${view.rate_hz} Hz · ${(1000 * ends).toFixed(0)} mm, then ${open} · computed in ${c.ms.toFixed(0)} ms`;
 }
 
 // ---- what SPEAR-VLM said --------------------------------------------------------------------------------------------
@@ -164,6 +168,10 @@ function drawCamera() {
     const corners = b.vertices.map(at);
     wireframe(pen, corners, "#000a", 4.5, []);
     wireframe(pen, corners, color("answer"), 2.2, []);
+  }
+  for (const b of view.boxes) {
+    const corners = b.vertices.map(at);
+    pen.globalAlpha = b.step === view.step ? 1 : 0.4;
     if (corners.every(c => c)) label(pen, b.name, corners, canvas);
   }
   pen.restore();
@@ -195,7 +203,7 @@ function label(pen, text, corners, canvas) {
 
 function drawSpace() {
   space.clear();
-  const line = color("line"), soft = color("soft"), plan = color("accent");
+  const line = color("line"), soft = color("soft"), plan = color("accent"), names = [];
   for (let k = 0; k <= 8; k++) {
     space.line([[k / 10, -0.4, 0], [k / 10, 0.4, 0]], line);
     space.line([[0, k / 10 - 0.4, 0], [0.8, k / 10 - 0.4, 0]], line);
@@ -213,7 +221,7 @@ function drawSpace() {
       const corners = base(t.vertices);
       space.wire(corners, view.edges, soft, 1);
       const top = corners.slice(0, 4).reduce((sum, p) => add(sum, p, 0.25), [0, 0, 0]);
-      space.word(top, t.name, soft);
+      names.push([top, t.name]);
     }
     for (const b of view.boxes) {
       space.pen.globalAlpha = b.step === view.step ? 1 : 0.4;
@@ -228,8 +236,11 @@ function drawSpace() {
   }
   space.line(view.trail, color("past"), 1.6, [2, 4]);
   if (view.gripper) space.gripper(view.gripper.position, view.gripper.rotation, view.gripper.opening, color("ink"), 2.6);
-  const c = view.chunk;
-  if (!c) return;
+  if (view.chunk) drawChunk(view.chunk, plan);
+  for (const [place, name] of names) space.word(place, name, soft);
+}
+
+function drawChunk(c, plan) {
   const last = c.positions.length - 1;
   space.line(c.positions, plan, 3);
   space.line([c.positions[last], [...c.positions[last].slice(0, 2), 0]], plan, 1, [3, 4]);
