@@ -111,9 +111,7 @@ class Tab:
 
     def dark(self, on: bool = True) -> None:
         value = "dark" if on else "light"
-        self.call(
-            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}]
-        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -154,7 +152,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
     )
     try:
         ready = folder / "DevToolsActivePort"
-        until(lambda: ready.exists() and ready.read_text().count("\n") or process.poll() is not None, program)
+        until(lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text()), program)
         if process.poll() is not None:
             pytest.skip(f"{program} does not start here (exit code {process.returncode})")
         yield Browser(int(ready.read_text().splitlines()[0]))

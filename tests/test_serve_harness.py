@@ -105,7 +105,9 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
     moves = np.random.default_rng(1).normal(size=(5, 3)) / 100
     chunk = np.concatenate([moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1)
-    for row in ROBOT.controls["rotation_vector"].convert(chunk.astype(np.float32), ours["observation/state"], seen):
+    for row in ROBOT.controls["rotation_vector"].convert(
+        chunk.astype(np.float32), ours["observation/state"], seen
+    ):
         benchmark.step({"actions": row})
     link = Rotation.from_quat(seen["states"][3:7], scalar_first=True)
     ee = Rotation.from_quat(ours["observation/state"][3:7], scalar_first=True)
@@ -151,7 +153,9 @@ def test_without_states_it_says_what_to_switch_on() -> None:
         (["--embodiment", "simplerenv"], "did you mean 'simplerenv_widowx'?"),
     ],
 )
-def test_mistakes_are_one_clear_line(options: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_clear_line(
+    options: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["vla-eval", "nano", *options]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1

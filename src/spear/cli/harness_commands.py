@@ -74,7 +74,9 @@ def vla_eval(
         serve(HarnessServer(service, replan, max_batch, wait_ms), host, port)
     except* (OSError, OverflowError) as group:
         error = group.exceptions[0]
-        raise SpearError(f"cannot listen on {host}:{port}: {error}: choose another --port or --host") from error
+        raise SpearError(
+            f"cannot listen on {host}:{port}: {error}: choose another --port or --host"
+        ) from error
 
 
 HARNESS_COMMANDS = {"vla-eval": vla_eval}

@@ -1,7 +1,7 @@
-"""SIMPLER's WidowX as AllenAI's vla-eval harness runs it: the harness's observations, SimplerEnv's (ManiSkill 2) actions.
+"""SIMPLER's WidowX as AllenAI's vla-eval harness runs it: the harness's observations, actions for SimplerEnv.
 
-Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states" is the pose
-of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's opening; the
+Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states" is the
+pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's opening; the
 controller moves its previous target along base axes and turns it about base axes by a rotation vector; a gripper
 value above 0.5 opens. 5 Hz. In ManiSkill 3 the three angles are Euler's: that robot is `simpler_widowx`.
 """
