@@ -20,7 +20,7 @@ pytest.importorskip("mujoco")
 from spear.ui.page import Page
 
 FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-PAINTED = """(([canvas, name]) => {
+PAINTED = """((canvas, name) => {
   const probe = document.createElement("canvas").getContext("2d");
   probe.fillStyle = color(name);
   probe.fillRect(0, 0, 1, 1);
@@ -34,7 +34,7 @@ PAINTED = """(([canvas, name]) => {
       found = [count + 1, Math.min(left, x), Math.min(top, y), Math.max(right, x), Math.max(bottom, y)];
     }
   return found;
-})([document.querySelector("%s"), "%s"])"""
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def settled(tab: Tab) -> None:
 def painted(tab: Tab, canvas: str, name: str) -> list[int]:
     """How many pixels of a canvas have a colour of the page, and their left, top, right and bottom."""
     tab.run(FRAME)
-    return [int(v) for v in tab.run(PAINTED % (canvas, name))]
+    return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
 
 
 def shown(tab: Tab, selector: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.cli.serve_commands import LOOPBACK
+from spear.cli.serve_commands import LOOPBACK, check_numbers, load_policy
 from spear.errors import SpearError
 
 
@@ -49,16 +49,11 @@ def vla_eval(
 
     from spear import embodiments
     from spear.chunks import REPLAN
-    from spear.cli.serve_commands import load_policy
     from spear.serve.harness import HarnessServer
     from spear.serve.service import Service
 
     replan = REPLAN if replan is None else replan
-    for name, value in (("--max-batch", max_batch), ("--replan", replan), ("--steps", steps)):
-        if value < 1:
-            raise SpearError(f"{name} {value}: give at least 1")
-    if not 0 <= wait_ms <= 10_000:
-        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+    check_numbers(wait_ms, max_batch=max_batch, replan=replan, steps=steps)
     robot = embodiments.load(embodiment)
     robot.control(control)
     service = Service(load_policy(checkpoint, device, steps), robot, checkpoint, embodiment, control)

@@ -67,11 +67,7 @@ def serve(
     from spear.serve.server import PolicyServer, Settings
     from spear.serve.service import Service
 
-    for name, value in (("--max-batch", max_batch), ("--queue", queue), ("--steps", steps)):
-        if value < 1:
-            raise SpearError(f"{name} {value}: give at least 1")
-    if not 0 <= wait_ms <= 10_000:
-        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+    check_numbers(wait_ms, max_batch=max_batch, queue=queue, steps=steps)
     token = token or os.environ.get("SPEAR_TOKEN")
     robot = embodiments.load(embodiment)
     robot.control(control)
@@ -98,6 +94,15 @@ def serve(
 
         page = Page(policy, checkpoint, token, settings.max_bytes)
     asyncio.run(PolicyServer(service, settings, page).run(ready))
+
+
+def check_numbers(wait_ms: float, **counts: int) -> None:
+    """Raises `SpearError` for options of a server that make no sense; `counts` are named as their options are."""
+    for name, value in counts.items():
+        if value < 1:
+            raise SpearError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if not 0 <= wait_ms <= 10_000:
+        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
 
 
 def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32") -> Spear1Policy:

@@ -128,11 +128,10 @@ class Page:
 
 def _address(host: str) -> bool:
     """Whether a Host header names localhost or a numeric address."""
-    name = urlsplit("//" + host).hostname or ""
     try:
-        ipaddress.ip_address(name)
+        ipaddress.ip_address(urlsplit("//" + host).hostname or "")
     except ValueError:
-        return name == "localhost"
+        return host.partition(":")[0] == "localhost"
     return True
 
 

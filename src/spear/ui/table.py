@@ -37,8 +37,6 @@ SHOWN_WIDTHS = {"external": 576, "wrist": 224}
 """Pixels, about, of each camera's picture on the page; the model looks at its own, smaller ones."""
 LARGEST_SHOWN = (1152, 864)
 """A photo is scaled down to fit these pixels before it goes back to the page."""
-MOST_PIXELS = 24_000_000
-"""Of a photo (our choice)."""
 MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
 LINKS = ("link0", *(f"link{k}" for k in range(1, 8)), "hand")
@@ -125,9 +123,9 @@ class Table:
                 width, height = opened.size
         except Exception:  # what is wrong with it is said below
             width = height = 0
-        if width * height > MOST_PIXELS:
+        if max(width, height) > tools.LONGEST_SIDE:
             raise SpearError(
-                f"the image: {width} x {height} pixels: send at most {MOST_PIXELS // 10**6} million"
+                f"the image: {width} x {height} pixels: send sides of at most {tools.LONGEST_SIDE}"
             )
         pixels = load_image(data, "the image")
         self._photo = tools.image({"the image": pixels}, "the image")

@@ -14,7 +14,10 @@ connect();
 
 function connect() {
   socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/ui");
-  socket.onopen = () => link("up", "connected");
+  socket.onopen = () => {
+    link("up", "connected");
+    if ($("follow").checked) follow();
+  };
   socket.onmessage = e => show(JSON.parse(e.data));
   socket.onclose = e => {
     link("down", "not connected: trying again");
@@ -255,6 +258,7 @@ function drawChunk(c, plan) {
 // ---- what people do ---------------------------------------------------------------------------------------------------
 
 const instruct = () => ask({ do: "instruct", text: $("instruction").value });
+function follow() { ask({ do: "follow", on: $("follow").checked }); }
 const reset = () => ask({ do: "reset", family: $("family").value, seed: Math.trunc(Number($("seed").value)) });
 
 $("instruction").onchange = instruct;
@@ -269,7 +273,7 @@ $("open").onclick = () => $("file").click();
 $("file").onchange = () => { if ($("file").files.length) ask($("file").files[0]); $("file").value = ""; };
 $("truth").onchange = soon;
 $("fov").oninput = soon;
-$("follow").onchange = () => ask({ do: "follow", on: $("follow").checked });
+$("follow").onchange = follow;
 $("box-form").onsubmit = e => { e.preventDefault(); ask({ do: "boxes", objects: [$("object").value.trim()] }); };
 $("question-form").onsubmit = e => { e.preventDefault(); ask({ do: "question", text: $("question").value.trim() }); };
 window.addEventListener("dragover", e => e.preventDefault());
