@@ -1,6 +1,6 @@
 """The page's side of HTTP: its files, who may see them, and its websocket.
 
-The page runs code on this machine for whoever opens it, so other web sites must not: a websocket is taken only from
+The page puts this machine to work for whoever opens it, and other web sites must not: a websocket is taken only from
 a page of this server, and without a token the page is only found under an address or localhost, never under a name
 that somebody else could point here.
 """
