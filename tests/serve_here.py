@@ -52,14 +52,16 @@ def stop(server: PolicyServer) -> None:
 
 
 @contextmanager
-def serving(policy: Any = None, robot: str = "generic", **settings: Any) -> Iterator[PolicyServer]:
+def serving(
+    policy: Any = None, robot: str = "generic", page: Any = None, **settings: Any
+) -> Iterator[PolicyServer]:
     """A server on a free port of this machine, stopped at the end."""
     service = Service(policy or Homing(), embodiments.load(robot), "test", robot)
     started = threading.Event()
     held: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, Settings(port=0, **settings))
+        server = PolicyServer(service, Settings(port=0, **settings), page)
         held["server"] = server
         LOOPS[server] = asyncio.get_running_loop()
         await server.run(lambda _: started.set())

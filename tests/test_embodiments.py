@@ -46,7 +46,7 @@ def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
 
 
 def test_these_robots_come_along() -> None:
-    assert embodiments.names() == ["droid", "generic", "sim", "simpler_widowx", "widowx"]
+    assert embodiments.names() == ["droid", "generic", "sim", "simpler_widowx", "simplerenv_widowx", "widowx"]
 
 
 @pytest.mark.parametrize("name", ROBOTS)

@@ -16,6 +16,7 @@ import tyro
 import spear
 from spear.cli.commands import COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
+from spear.cli.harness_commands import HARNESS_COMMANDS
 from spear.cli.plan_commands import PLAN_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
@@ -23,6 +24,7 @@ from spear.errors import SpearError, unknown_name
 COMMANDS.update(WEIGHT_COMMANDS)
 COMMANDS.update(EVALUATE_COMMANDS)
 COMMANDS.update(PLAN_COMMANDS)
+COMMANDS.update(HARNESS_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",
@@ -35,6 +37,7 @@ EXTRAS = {
     "av": "report",
     "websockets": "serve",
     "msgpack": "serve",
+    "vla_eval": "vla-eval",
 }
 """Module that may be absent -> the extra of this package that brings it."""
 

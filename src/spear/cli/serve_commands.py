@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
+
+if TYPE_CHECKING:
+    from spear.policy import Spear1Policy
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -27,6 +30,7 @@ def serve(
     wait_ms: float = 5.0,
     queue: int = 64,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    ui: bool = False,
 ) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
 
@@ -35,6 +39,7 @@ def serve(
 
     Examples:
         spear serve nano
+        spear serve nano --ui
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
 
     Args:
@@ -53,30 +58,20 @@ def serve(
         wait_ms: For so long, at most, a batch waits for more observations.
         queue: So many observations may wait; further ones are told that the server is busy.
         dtype: Precision of the weights: bfloat16 takes half the memory (see docs/memory.md).
+        ui: Also serve a page for people, at the address that is printed: watch and steer the policy in the built-in
+            simulator, ask SPEAR-VLM about a scene or a photo (see docs/ui.md).
     """
     import asyncio
 
-    import torch
-
     from spear import embodiments
-    from spear.policy import Spear1Policy
     from spear.serve.server import PolicyServer, Settings
     from spear.serve.service import Service
 
-    for name, value in (("--max-batch", max_batch), ("--queue", queue), ("--steps", steps)):
-        if value < 1:
-            raise SpearError(f"{name} {value}: give at least 1")
-    if not 0 <= wait_ms <= 10_000:
-        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+    check_numbers(wait_ms, max_batch=max_batch, queue=queue, steps=steps)
     token = token or os.environ.get("SPEAR_TOKEN")
     robot = embodiments.load(embodiment)
     robot.control(control)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        policy = Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
+    policy = load_policy(checkpoint, device, steps, dtype)
     service = Service(policy, robot, checkpoint, embodiment, control)
     service.warm_up()
     policy.reset()
@@ -87,8 +82,38 @@ def serve(
             f"serving {checkpoint} for {embodiment} ({service.metadata['control']}) at ws://{shown}:{server.port}",
             flush=True,
         )
+        if page:
+            print(f"page at http://{shown}:{server.port}/", flush=True)
         if host not in LOOPBACK and not token:
             print("warning: other machines may connect and there is no --token", file=sys.stderr, flush=True)
 
     settings = Settings(host, port, token, max_batch, wait_ms, queue)
-    asyncio.run(PolicyServer(service, settings).run(ready))
+    page = None
+    if ui:
+        from spear.ui.page import Page
+
+        page = Page(policy, checkpoint, token, settings.max_bytes)
+    asyncio.run(PolicyServer(service, settings, page).run(ready))
+
+
+def check_numbers(wait_ms: float, **counts: int) -> None:
+    """Raises `SpearError` for options of a server that make no sense; `counts` are named as their options are."""
+    for name, value in counts.items():
+        if value < 1:
+            raise SpearError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if not 0 <= wait_ms <= 10_000:
+        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+
+
+def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32") -> Spear1Policy:
+    """A policy on a device; "auto" takes a GPU when there is one. Raises `SpearError` when either is not there."""
+    import torch
+
+    from spear.policy import Spear1Policy
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -53,11 +53,31 @@ class Settings:
     drain_s: float = 30.0
 
 
-class PolicyServer:
-    """Serves one `Service` until it is stopped."""
+class Page(Protocol):
+    """Something for people beside the policy: requests of its own, with its own answers and websocket."""
 
-    def __init__(self, service: Service, settings: Settings | None = None) -> None:
-        self.service = service
+    def owns(self, request: Request) -> bool:
+        """Whether a request is the page's; all below is for such requests alone."""
+        ...
+
+    def request(self, request: Request) -> Response | None:
+        """The answer to a GET request; None lets a websocket in."""
+        ...
+
+    async def talk(self, connection: ServerConnection) -> None:
+        """One websocket, from its first message to its last."""
+        ...
+
+    async def close(self) -> None:
+        """When the server stops."""
+        ...
+
+
+class PolicyServer:
+    """Serves one `Service`, and a page if there is one, until it is stopped."""
+
+    def __init__(self, service: Service, settings: Settings | None = None, page: Page | None = None) -> None:
+        self.service, self.page = service, page
         self.settings = settings or Settings()
         self.metrics = Metrics()
         self.port = self.settings.port
@@ -96,6 +116,8 @@ class PolicyServer:
                 await self._drain(server)
         finally:
             answering.cancel()
+            if self.page:
+                await self.page.close()
             for number in signals:
                 loop.remove_signal_handler(number)
 
@@ -131,6 +153,9 @@ class PolicyServer:
         self._clients.add(connection)
         previous: float | None = None
         try:
+            if self.page and connection.request and self.page.owns(connection.request):
+                await self.page.talk(connection)
+                return
             await connection.send(self._metadata)
             async for message in connection:
                 arrived = time.perf_counter()
@@ -186,7 +211,10 @@ class PolicyServer:
         """Answers GET requests; None lets a websocket in."""
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "ok\n")
-        if not self._allowed(request):
+        if self.page and self.page.owns(request):
+            if answer := self.page.request(request):
+                return answer
+        elif not self._allowed(request):
             return connection.respond(
                 http.HTTPStatus.UNAUTHORIZED,
                 "send the token: Authorization: Api-Key TOKEN (openpi-client: api_key)\n",

@@ -1,0 +1,85 @@
+"""SIMPLER's WidowX as AllenAI's vla-eval harness runs it: the harness's observations, actions for SimplerEnv.
+
+Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states" is the
+pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's opening; the
+controller moves its previous target along base axes and turns it about base axes by a rotation vector; a gripper
+value above 0.5 opens. 5 Hz. In ManiSkill 3 the three angles are Euler's: that robot is `simpler_widowx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.embodiments import Control, Embodiment, Observation
+from spear.embodiments import simpler_widowx as maniskill3
+from spear.embodiments import tools as read
+from spear.errors import SpearError
+from spear.geometry import quat_canonical, quat_conjugate, quat_log, quat_multiply
+from spear.types import Array
+
+
+def observe(observation: Observation) -> dict[str, Any]:
+    """The harness's observation, the link's orientation as that of our end-effector frame."""
+    images = observation["images"]
+    if not isinstance(images, Mapping) or "primary" not in images:
+        raise SpearError("images: no 'primary' in it: send a map of camera names to images")
+    values = read.numbers(observation, "states", 8)
+    link = torch.from_numpy(read.quaternion(values[3:7], "states[3:7]"))
+    rotation = quat_canonical(quat_multiply(link, quat_conjugate(maniskill3.LINK))).numpy()
+    opening = read.opening(observation, "states[7]", values[7])
+    ours = {
+        "observation/image": read.image({"images/primary": images["primary"]}, "images/primary"),
+        "observation/state": read.state(read.position(values[:3], "states[0:3]"), rotation, opening),
+        "prompt": read.prompt(observation, "task_description"),
+    }
+    if "seed" in observation:
+        ours["seed"] = read.seed(observation)
+    return ours
+
+
+def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
+    """[H, 7] float32 for the controller."""
+    turns = quat_log(torch.from_numpy(read.base_rotations(state, actions))).numpy()
+    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, 0.0)
+    return np.concatenate([actions[:, :3], turns, gripper], axis=1).astype(np.float32)
+
+
+def example() -> dict[str, Any]:
+    """What the harness sends at the start of an episode."""
+    seen = maniskill3.example()
+    return {
+        "images": {"primary": seen["observation/image"]},
+        "states": seen[maniskill3.POSE],
+        "task_description": seen["prompt"],
+        "task_name": "widowx_carrot_on_plate",
+    }
+
+
+EMBODIMENT = Embodiment(
+    about="WidowX of SIMPLER in the vla-eval harness (SimplerEnv, ManiSkill 2)",
+    required={
+        "images": "a map whose 'primary' is the third-view camera's image, uint8 [height, width, 3]",
+        "states": "position (m) and quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers "
+        "(the benchmark's send_state: true)",
+        "task_description": "the instruction in words",
+    },
+    optional={
+        "task_name": "not looked at",
+        "base_pose": "not looked at",
+        "tcp_pose": "not looked at",
+        "seed": "a whole number that fixes what is random in the answer",
+    },
+    observe=observe,
+    controls={
+        "rotation_vector": Control(
+            "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed)",
+            5.0,
+            controller_actions,
+        )
+    },
+    example=example,
+)

@@ -1,0 +1,280 @@
+"use strict";
+// The page keeps one view, which the server sends in parts, and draws whatever is in it.
+
+const $ = id => document.getElementById(id);
+const view = { boxes: [], things: [], trail: [], edges: [], milestones: [] };
+const picture = new Image();
+let socket = null, drawing = false, placedOnce = false, waiting = 0;
+
+const space = new Space($("space"), soon);
+picture.onload = soon;
+window.addEventListener("resize", soon);
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", soon);
+connect();
+
+function connect() {
+  socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/ui");
+  socket.onopen = () => {
+    link("up", "connected");
+    if ($("follow").checked) follow();
+  };
+  socket.onmessage = e => show(JSON.parse(e.data));
+  socket.onclose = e => {
+    link("down", "not connected: trying again");
+    waiting = 0;
+    if (e.code === 1009) problem("that was too large for the server");
+    view.running = false;
+    buttons();
+    setTimeout(connect, 2000);
+  };
+}
+
+function link(kind, words) {
+  $("link").className = "link " + kind;
+  $("link").textContent = words;
+}
+
+// Ask the server for something; what it answers arrives as parts of the view.
+function ask(what) {
+  if (socket.readyState !== WebSocket.OPEN) return problem("not connected to the server");
+  const bytes = what instanceof Blob;
+  if (bytes && what.size > view.max_bytes)
+    return problem(`this file has ${(what.size / 1e6).toFixed(1)} MB: send at most ${(view.max_bytes / 1e6).toFixed(0)} MB`);
+  waiting += 1;
+  socket.send(bytes ? what : JSON.stringify(what));
+  link("up", "working …");
+}
+
+function show(part) {
+  if ("problem" in part) {
+    waiting = Math.max(0, waiting - 1);
+    if (!waiting) link("up", "connected");
+    problem(part.problem);
+  }
+  Object.assign(view, part);
+  if ("families" in part) $("family").replaceChildren(...part.families.map(f => new Option(f.replaceAll("_", " "), f)));
+  if (part.camera?.pose && !placedOnce) {
+    space.lookFrom(part.camera.pose.slice(0, 3).map(row => row[3]));
+    placedOnce = true;
+  }
+  if ("family" in part) { $("family").value = part.family; $("seed").value = part.seed; }
+  if ("instruction" in part) $("instruction").value = part.instruction;
+  if ("default_fov" in part) $("fov").value = part.default_fov;
+  if ("model" in part) $("model").textContent = part.model;
+  if ("images" in part) {
+    picture.src = part.images.external;
+    $("wrist").hidden = !part.images.wrist;
+    if (part.images.wrist) $("wrist").src = part.images.wrist;
+    $("camera").parentElement.style.aspectRatio = $("space").parentElement.style.aspectRatio =
+      Math.min(2, Math.max(1.1, view.camera.aspect));
+  }
+  if ("answer" in part) answered();
+  if ("boxes" in part || "objects" in part) found();
+  status();
+  buttons();
+  soon();
+}
+
+function problem(text) {
+  $("problem").hidden = !text;
+  $("problem").textContent = text || "";
+}
+
+function buttons() {
+  const still = view.source === "photo", over = !!view.outcome;
+  $("run").textContent = view.running ? "Stop" : "Start";
+  $("run").classList.toggle("stop", !!view.running);
+  $("run").disabled = !view.running && (still || over);
+  $("step").disabled = still || over || !!view.running;
+  $("predict").disabled = !!view.running;
+  $("fov-line").hidden = !still;
+  $("truth").parentElement.hidden = $("follow").parentElement.hidden = still;
+}
+
+function status() {
+  const words = view.source === "photo" ? ["photo"] : [`step ${view.step ?? 0} of ${view.limit}`, ...view.milestones];
+  if (view.outcome) words.push(view.outcome);
+  $("progress").textContent = words.join(" · ");
+  $("progress").className = view.outcome === "success" ? "good" : view.outcome ? "bad" : "soft";
+  const c = view.chunk;
+  if (!c) return void ($("chunk").textContent = "none yet: Predict, Step or Start");
+  const n = c.positions.length - 1, ends = Math.hypot(...add(c.positions[n], c.positions[0], -1));
+  const open = c.openings[n] > 0.5 ? "open" : "closed";
+  $("chunk").textContent = `${n} actions at ${view.rate_hz} Hz · ${(1000 * ends).toFixed(0)} mm, then ${open} · computed in ${c.ms.toFixed(0)} ms`;
+}
+
+// ---- what SPEAR-VLM said --------------------------------------------------------------------------------------------
+
+function answered() {
+  const a = view.answer;
+  $("answer").className = "answer-text " + (a ? "said" : "soft");
+  $("answer").textContent = a ? a.text : "Numbers are metres from the camera: x to the right, y down, z forward.";
+  if (a) $("question").value = a.question;
+}
+
+function found() {
+  const names = view.boxes.map(b => b.name), objects = view.objects || [];
+  const chips = objects.map(name => chip(name, names.includes(name) ? "on" : "", [name]));
+  if (objects.length > 1) chips.push(chip("all of them", "all", objects));
+  $("objects").replaceChildren(...chips);
+  $("answers").hidden = !view.boxes.length;
+  $("answers").tBodies[0].replaceChildren(...view.boxes.map(b => {
+    const middle = [0, 1, 2].map(k => b.vertices.reduce((sum, v) => sum + v[k], 0) / 8);
+    const row = document.createElement("tr");
+    const cells = [b.name, ...middle.map(v => v.toFixed(3)), b.error_mm === null ? "–" : b.error_mm.toFixed(0) + " mm"];
+    row.append(...cells.map(text => Object.assign(document.createElement("td"), { textContent: text })));
+    return row;
+  }));
+  $("asked").textContent = view.boxes.length
+    ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s · centres in metres` : "";
+}
+
+function chip(text, kind, objects) {
+  const button = Object.assign(document.createElement("button"), { textContent: text, className: kind });
+  button.onclick = () => ask({ do: "boxes", objects });
+  return button;
+}
+
+// ---- drawing ----------------------------------------------------------------------------------------------------------
+
+function soon() {
+  if (drawing) return;
+  drawing = true;
+  requestAnimationFrame(() => { drawing = false; drawCamera(); drawSpace(); });
+}
+
+const color = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+
+function drawCamera() {
+  const canvas = $("camera"), pen = canvas.getContext("2d");
+  fit(canvas);
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  if (!picture.naturalWidth) return;
+  // the whole picture, never stretched
+  const k = Math.min(canvas.width / picture.naturalWidth, canvas.height / picture.naturalHeight);
+  const width = k * picture.naturalWidth, height = k * picture.naturalHeight;
+  const left = (canvas.width - width) / 2, top = (canvas.height - height) / 2;
+  pen.imageSmoothingQuality = "high";
+  pen.drawImage(picture, left, top, width, height);
+  const angle = Number($("fov").value);
+  $("fov-value").textContent = angle.toFixed(1) + "°";
+  const focal = height * (view.camera.focal ?? 0.5 / Math.tan(angle * Math.PI / 360));
+  const at = ([x, y, z]) => z > 1e-3 ? [left + width / 2 + focal * x / z, top + height / 2 + focal * y / z] : null;
+  pen.save();
+  pen.beginPath();
+  pen.rect(left, top, width, height);
+  pen.clip();
+  if ($("truth").checked)
+    for (const t of view.things) wireframe(pen, t.vertices.map(at), color("truth"), 1.4, [5, 4]);
+  for (const b of view.boxes) {
+    pen.globalAlpha = b.step === view.step ? 1 : 0.4;
+    const corners = b.vertices.map(at);
+    wireframe(pen, corners, "#000a", 4.5, []);
+    wireframe(pen, corners, color("answer"), 2.2, []);
+  }
+  for (const b of view.boxes) {
+    const corners = b.vertices.map(at);
+    pen.globalAlpha = b.step === view.step ? 1 : 0.4;
+    if (corners.every(c => c)) label(pen, b.name, corners, canvas);
+  }
+  pen.restore();
+}
+
+function wireframe(pen, corners, style, width, dash) {
+  if (!corners.every(c => c)) return;
+  Object.assign(pen, { strokeStyle: style, lineWidth: width * scale(), lineCap: "round" });
+  pen.setLineDash(dash.map(v => v * scale()));
+  pen.beginPath();
+  for (const [a, b] of view.edges) { pen.moveTo(...corners[a]); pen.lineTo(...corners[b]); }
+  pen.stroke();
+  pen.setLineDash([]);
+}
+
+function label(pen, text, corners, canvas) {
+  pen.font = `600 ${13 * scale()}px system-ui, "DejaVu Sans", sans-serif`;
+  const pad = 6 * scale(), tall = 20 * scale(), wide = pen.measureText(text).width + 2 * pad;
+  const middle = corners.reduce((sum, c) => sum + c[0], 0) / 8;
+  const x = Math.min(Math.max(middle - wide / 2, 0), canvas.width - wide);
+  const y = Math.max(Math.min(...corners.map(c => c[1])) - tall - 4 * scale(), 0);
+  pen.fillStyle = color("answer");
+  pen.beginPath();
+  pen.roundRect(x, y, wide, tall, 5 * scale());
+  pen.fill();
+  Object.assign(pen, { fillStyle: "#1c1206", textAlign: "left", textBaseline: "middle" });
+  pen.fillText(text, x + pad, y + tall / 2);
+}
+
+function drawSpace() {
+  space.clear();
+  const line = color("line"), soft = color("soft"), plan = color("accent"), names = [];
+  for (let k = 0; k <= 8; k++) {
+    space.line([[k / 10, -0.4, 0], [k / 10, 0.4, 0]], line);
+    space.line([[0, k / 10 - 0.4, 0], [0.8, k / 10 - 0.4, 0]], line);
+  }
+  ["x", "y", "z"].forEach((name, k) => {
+    const end = [0, 0, 0];
+    end[k] = 0.12;
+    const hue = ["#e0533d", "#2f9e5b", "#3b78e0"][k];
+    space.line([[0, 0, 0], end], hue, 2);
+    space.word(end, name, hue);
+  });
+  if (view.camera?.pose) {
+    const base = vertices => vertices.map(p => placed(view.camera.pose, p));
+    for (const t of view.things) {
+      const corners = base(t.vertices);
+      space.wire(corners, view.edges, soft, 1);
+      const top = corners.slice(0, 4).reduce((sum, p) => add(sum, p, 0.25), [0, 0, 0]);
+      names.push([top, t.name]);
+    }
+    for (const b of view.boxes) {
+      space.pen.globalAlpha = b.step === view.step ? 1 : 0.4;
+      space.wire(base(b.vertices), view.edges, color("answer"), 1.8);
+      space.pen.globalAlpha = 1;
+    }
+  }
+  if (view.arm?.length) {
+    space.line(view.arm, color("robot"), 7);
+    for (const joint of view.arm) space.dot(joint, color("robot"), 5);
+    space.line([view.arm.at(-1), add(view.gripper.position, turn(view.gripper.rotation, [0, 0, 0.085]), 1)], color("robot"), 5);
+  }
+  space.line(view.trail, color("past"), 1.6, [2, 4]);
+  if (view.gripper) space.gripper(view.gripper.position, view.gripper.rotation, view.gripper.opening, color("ink"), 2.6);
+  if (view.chunk) drawChunk(view.chunk, plan);
+  for (const [place, name] of names) space.word(place, name, soft);
+}
+
+function drawChunk(c, plan) {
+  const last = c.positions.length - 1;
+  space.line(c.positions, plan, 3);
+  space.line([c.positions[last], [...c.positions[last].slice(0, 2), 0]], plan, 1, [3, 4]);
+  for (let k = 1; k <= last; k++) {
+    space.pen.globalAlpha = 0.35 + 0.65 * k / last;
+    space.gripper(c.positions[k], c.rotations[k], c.openings[k], plan, 1.8);
+    space.pen.globalAlpha = 1;
+    space.dot(c.positions[k], plan, 3.6);
+  }
+}
+
+// ---- what people do ---------------------------------------------------------------------------------------------------
+
+const instruct = () => ask({ do: "instruct", text: $("instruction").value });
+function follow() { ask({ do: "follow", on: $("follow").checked }); }
+const reset = () => ask({ do: "reset", family: $("family").value, seed: Math.trunc(Number($("seed").value)) });
+
+$("instruction").onchange = instruct;
+$("instruction").onkeydown = e => { if (e.key === "Enter") { instruct(); ask({ do: "predict" }); } };
+$("run").onclick = () => ask({ do: view.running ? "stop" : "start" });
+$("step").onclick = () => ask({ do: "step" });
+$("predict").onclick = () => ask({ do: "predict" });
+$("reset").onclick = reset;
+$("family").onchange = reset;
+$("seed").onchange = reset;
+$("open").onclick = () => $("file").click();
+$("file").onchange = () => { if ($("file").files.length) ask($("file").files[0]); $("file").value = ""; };
+$("truth").onchange = soon;
+$("fov").oninput = soon;
+$("follow").onchange = follow;
+$("box-form").onsubmit = e => { e.preventDefault(); ask({ do: "boxes", objects: [$("object").value.trim()] }); };
+$("question-form").onsubmit = e => { e.preventDefault(); ask({ do: "question", text: $("question").value.trim() }); };
+window.addEventListener("dragover", e => e.preventDefault());
+window.addEventListener("drop", e => { e.preventDefault(); if (e.dataTransfer.files.length) ask(e.dataTransfer.files[0]); });

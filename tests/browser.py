@@ -1,0 +1,161 @@
+"""A headless Chromium, driven through its DevTools protocol; tests that need it skip where there is none."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.sync.client import connect
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 240
+"""Seconds for what takes one on an idle machine."""
+
+
+def until(true: Any, what: str, patience: float = PATIENCE) -> None:
+    """Wait for something that takes a moment."""
+    deadline = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+class Tab:
+    """One page. Notes the errors that its scripts make."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = connect(address, max_size=None, compression=None, proxy=None)
+        self._count = 0
+        self.errors: list[str] = []
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._count += 1
+        self._socket.send(json.dumps({"id": self._count, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=PATIENCE))
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(message["params"]["exceptionDetails"]["exception"]["description"])
+            elif message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
+                self.errors.append(message["params"]["entry"]["text"])
+            elif message.get("id") == self._count:
+                assert "error" not in message, message["error"]
+                return dict(message["result"])
+
+    def open(self, url: str, width: int = 1400, height: int = 1000) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.call("Page.navigate", url=url)
+
+    def run(self, script: str) -> Any:
+        """The value of an expression on the page."""
+        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def wait(self, script: str, patience: float = PATIENCE) -> None:
+        """Until an expression is true."""
+
+        def true() -> bool:
+            result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
+            return result["result"].get("value") is True
+
+        until(true, script, patience)
+
+    def click(self, selector: str) -> None:
+        """With the mouse, where the element is."""
+        x, y = self.run(
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
+            f"(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector: str, text: str) -> None:
+        """Replace what is in an input field."""
+        self.run(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({selector!r}))")
+        self.call("Input.insertText", text=text)
+
+    def enter(self) -> None:
+        """Press the Enter key."""
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key="Enter",
+                code="Enter",
+                windowsVirtualKeyCode=13,
+                text="\r",
+            )
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def dark(self, on: bool = True) -> None:
+        value = "dark" if on else "light"
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+
+class Browser:
+    """A running Chromium."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def tab(self) -> Tab:
+        """A new, empty tab."""
+        address = f"http://127.0.0.1:{self._port}/json/new?about:blank"
+        with urllib.request.urlopen(urllib.request.Request(address, method="PUT"), timeout=PATIENCE) as reply:
+            return Tab(json.load(reply)["webSocketDebuggerUrl"])
+
+
+@contextmanager
+def chromium(folder: Path) -> Iterator[Browser]:
+    """Chromium with an empty profile in `folder`; SPEAR_CHROMIUM names another program than those usual."""
+    program = os.environ.get("SPEAR_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip("no Chromium found (set SPEAR_CHROMIUM)")
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-extensions",
+        "--disable-background-networking",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={folder}",
+    ]
+    process = subprocess.Popen(
+        [program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        ready = folder / "DevToolsActivePort"
+        until(lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text()), program)
+        if process.poll() is not None:
+            pytest.skip(f"{program} does not start here (exit code {process.returncode})")
+        yield Browser(int(ready.read_text().splitlines()[0]))
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,188 @@
+"""The page in a real Chromium: it draws what is true, and its buttons do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from browser import Browser, Tab, chromium
+from serve_here import serving
+from spear.policy import Spear1Policy
+from spear.serve.server import PolicyServer
+
+pytest.importorskip("mujoco")
+
+from spear.ui.page import Page
+
+FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+PAINTED = """((canvas, name) => {
+  const probe = document.createElement("canvas").getContext("2d");
+  probe.fillStyle = color(name);
+  probe.fillRect(0, 0, 1, 1);
+  const want = probe.getImageData(0, 0, 1, 1).data;
+  const { width, height } = canvas, data = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  let found = [0, 1e9, 1e9, -1, -1];
+  for (let i = 0; i < width * height; i++)
+    if (data[4 * i + 3] > 200 && [0, 1, 2].every(k => Math.abs(data[4 * i + k] - want[k]) < 24)) {
+      const x = i % width, y = Math.floor(i / width);
+      const [count, left, top, right, bottom] = found;
+      found = [count + 1, Math.min(left, x), Math.min(top, y), Math.max(right, x), Math.max(bottom, y)];
+    }
+  return found;
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(browser: Browser, renderer: Any) -> Iterator[PolicyServer]:
+    """`renderer`: skips where nothing can be rendered."""
+    policy = Spear1Policy.load("nano", steps=2)
+    with serving(policy, page=Page(policy, "nano", None, 2**20), max_bytes=2**20) as running:
+        yield running
+
+
+@pytest.fixture
+def tab(browser: Browser, server: PolicyServer) -> Iterator[Tab]:
+    opened = browser.tab()
+    opened.open(f"http://127.0.0.1:{server.port}/")
+    settled(opened)
+    yield opened
+    assert opened.errors == []
+
+
+def settled(tab: Tab) -> None:
+    """Everything that was asked for is there and drawn."""
+    tab.wait("typeof view === 'object' && view.images && picture.complete && !waiting && !view.running")
+    tab.run(FRAME)
+
+
+def painted(tab: Tab, canvas: str, name: str) -> list[int]:
+    """How many pixels of a canvas have a colour of the page, and their left, top, right and bottom."""
+    tab.run(FRAME)
+    return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
+
+
+def shown(tab: Tab, selector: str) -> bool:
+    return bool(tab.run(f"document.querySelector('{selector}').checkVisibility()"))
+
+
+def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
+    assert painted(tab, "#camera", "answer")[0] == 0
+    tab.click("#objects button.all")
+    tab.wait("view.boxes.length > 1")
+    settled(tab)
+    assert painted(tab, "#camera", "answer")[0] > 300
+    assert tab.run("document.querySelectorAll('#answers tbody tr').length") == tab.run("view.boxes.length")
+    # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
+    tab.run("show({boxes: []})")
+    tab.click("#truth")
+    tab.run(
+        "(() => { const c = document.createElement('canvas'); c.width = picture.naturalWidth;"
+        " c.height = picture.naturalHeight; picture.src = c.toDataURL(); })()"
+    )
+    tab.wait("picture.complete")
+    count, *drawn = painted(tab, "#camera", "truth")
+    assert count > 100
+    width, height = tab.run(
+        "[document.querySelector('#camera').width, document.querySelector('#camera').height]"
+    )
+    vertices = np.concatenate([t["vertices"] for t in tab.run("view.things")])
+    assert abs(width / height - tab.run("view.camera.aspect")) < 0.01
+    focal = height * tab.run("view.camera.focal")
+    pixels = np.array([width, height]) / 2 + focal * vertices[:, :2] / vertices[:, 2:]
+    expected = np.clip([*pixels.min(0), *pixels.max(0)], 0, [width - 1, height - 1] * 2)
+    np.testing.assert_allclose(drawn, expected, atol=6)  # dashed lines may begin with a gap
+
+
+def test_predict_step_start_and_stop(tab: Tab) -> None:
+    assert painted(tab, "#space", "accent")[0] == 0
+    tab.click("#predict")
+    tab.wait("view.chunk")
+    settled(tab)
+    assert painted(tab, "#space", "accent")[0] > 100
+    assert tab.run("document.querySelector('#chunk').textContent").startswith("5 actions at 5 Hz")
+    before = tab.run("picture.src")
+    tab.click("#step")
+    tab.wait("view.step === 1")
+    settled(tab)
+    assert tab.run("picture.src") != before
+    assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
+    tab.click("#run")
+    tab.wait("view.running")
+    assert tab.run("document.querySelector('#run').textContent") == "Stop"
+    tab.wait("view.step >= 3")
+    tab.click("#run")
+    settled(tab)
+    assert tab.run("document.querySelector('#run').textContent") == "Start"
+    assert not tab.run("document.querySelector('#step').disabled")
+    tab.type("#seed", "4")
+    tab.click("#reset")
+    tab.wait("view.seed === 4 && view.step === 0")
+    settled(tab)
+    assert tab.run("view.chunk") is None
+
+
+def test_boxes_follow_and_questions_are_answered(tab: Tab) -> None:
+    tab.type("#object", tab.run("view.objects[0]"))
+    tab.enter()
+    tab.wait("view.boxes.length === 1")
+    tab.click("#follow")
+    settled(tab)
+    tab.click("#step")
+    tab.wait("view.step === 1 && view.boxes[0].step === 1")
+    tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
+    tab.enter()
+    tab.wait("view.answer")
+    settled(tab)
+    assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
+
+
+def test_photos_good_and_bad(tab: Tab, tmp_path: Path) -> None:
+    assert not shown(tab, "#problem") and not shown(tab, "#fov")
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    tab.choose_file("#file", broken)
+    tab.wait("document.querySelector('#problem').textContent")
+    problem = tab.run("document.querySelector('#problem').textContent")
+    assert shown(tab, "#problem") and "the image: not a readable image" in problem
+    assert tab.run("view.source") == "simulator"
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8)).save(large)
+    assert large.stat().st_size > 2**20
+    tab.choose_file("#file", large)
+    tab.wait("document.querySelector('#problem').textContent.includes('send at most 1 MB')")
+    good = tmp_path / "good.png"
+    Image.fromarray(np.full((240, 320, 3), 200, np.uint8)).save(good)
+    tab.choose_file("#file", good)
+    tab.wait("view.source === 'photo'")
+    settled(tab)
+    assert not shown(tab, "#problem") and shown(tab, "#fov") and not shown(tab, "#wrist")
+    assert tab.run("document.querySelector('#run').disabled && document.querySelector('#step').disabled")
+    tab.click("#reset")
+    tab.wait("view.source === 'simulator'")
+    settled(tab)
+
+
+def test_two_tabs_light_dark_and_narrow(tab: Tab, browser: Browser, server: PolicyServer) -> None:
+    other = browser.tab()
+    other.open(f"http://127.0.0.1:{server.port}/", width=480, height=900)
+    other.dark()
+    settled(other)
+    assert other.run("document.documentElement.scrollWidth <= innerWidth")
+    assert other.run("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
+    assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(245, 246, 248)"
+    other.click("#step")
+    other.wait("view.step === 1")
+    settled(other)
+    assert tab.run("view.step") == 0
+    assert other.errors == []
