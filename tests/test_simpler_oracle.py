@@ -76,7 +76,7 @@ class Table:
         self.link = Rotation.from_euler("XYZ", row[3:6]) * self.link
         self.changed, self.open = (row[6] > 0) != self.open, bool(row[6] > 0)
         offset = self.source - self.position
-        if not self.open and self.changed and np.linalg.norm(offset) < 0.02:
+        if not self.open and self.changed and np.linalg.norm(offset) < 0.035:
             self.held = offset
             fingers = (self.link * DOWN.inv()).as_matrix()[:, 1]
             self.taken_across = abs(float(fingers @ self.turn.as_matrix()[:, 0]))

@@ -84,7 +84,7 @@ class Simpler:
         """All seeds through a few processes: the outcome and the pictures of each episode as it ends."""
         if not seeds:
             return
-        free = self._open(family, min(self._batch, len(seeds)))
+        free = self.open(family, min(self._batch, len(seeds)))
         image = actor.needs_images or filming
         waiting, scenes = list(seeds)[::-1], list[SimplerScene]()
         with ThreadPoolExecutor(len(free)) as threads:
@@ -118,7 +118,8 @@ class Simpler:
             process.close()
         self._processes = []
 
-    def _open(self, task: str, count: int) -> list[SimplerProcess]:
+    def open(self, task: str, count: int) -> list[SimplerProcess]:
+        """Processes of a task; those of another one end."""
         if task != self._task:
             self.close()
             self._task = task

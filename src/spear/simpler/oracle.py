@@ -58,7 +58,7 @@ class Grip:
 GRIPS: dict[str, Grip] = {
     "PutCarrotOnPlateInScene-v1": Grip(2),
     "PutEggplantInBasketScene-v1": Grip(2, -0.005, 0.03),
-    "PutSpoonOnTableClothInScene-v1": Grip(2),
+    "PutSpoonOnTableClothInScene-v1": Grip(2, 0.03),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Grip(4, 0.0, 0.002),
 }
 
