@@ -32,9 +32,11 @@ MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "
 MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
 MAY_IMPORT["chunks"] = {"errors", "types", "geometry"}
 MAY_IMPORT["embodiments"] = {"errors", "types", "geometry", "sim"}
+MAY_IMPORT["simpler"] = {"errors", "types", "geometry", "embodiments"}
 MAY_IMPORT["serve"] = {"errors", "types", "embodiments"}
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
+MAY_IMPORT["evaluate"] |= {"embodiments", "simpler"}
 MAY_IMPORT["ui"] = MAY_IMPORT["evaluate"] | {"embodiments", "evaluate"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
@@ -43,6 +45,8 @@ MAY_IMPORT["__init__"] = set()
 HEAVY = (
     "mujoco",
     "gymnasium",
+    "mani_skill",
+    "sapien",
     "open3d",
     "av",
     "matplotlib",

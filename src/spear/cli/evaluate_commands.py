@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from spear.cli.simpler_commands import evaluate_simpler
 from spear.errors import SpearError, unknown_name
 
 File = Annotated[Path | None, arg(metavar="FILE")]
@@ -128,6 +129,7 @@ def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
 
 
 EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate simpler": evaluate_simpler,
     "evaluate compare": compare,
     "evaluate merge": merge,
     "evaluate reference": reference,

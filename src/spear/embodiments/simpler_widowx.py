@@ -1,10 +1,14 @@
-"""SIMPLER's WidowX in ManiSkill 3: `eef_pos` as its observations have it, actions for
-`arm_pd_ee_target_delta_pose_align2`.
+"""SIMPLER's WidowX in ManiSkill 3: the pose of its gripper link, commands for `arm_pd_ee_target_delta_pose_align2`.
 
-Facts (haosulab/ManiSkill): the pose is that of link `ee_gripper_link` in the robot's base frame, whose x axis points
-out of the gripper (BridgeData's frame after its reference rotation); the controller moves its previous target by
-x, y, z along base axes, turns it about base axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c) and takes
-1 (open) or -1 (closed) for the gripper. 5 Hz.
+Facts, read in mani_skill 3.0.1 and checked in it (docs/simpler.md): the controller keeps a commanded pose of link
+`ee_gripper_link` in the robot's base frame, whose x axis points out of the gripper (BridgeData's frame after its
+reference rotation). A command moves that pose, not the measured one, by x, y, z along base axes and turns it about base
+axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The gripper takes 1 (open) to -1
+(closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose, as ManiSkill 2's `eef_pos` had it, comes
+from `spear.simpler.world`. ManiSkill 2 read (a, b, c) as a rotation vector.
+
+Ours: an action's rotation is taken about the axes of the measured pose, as it is when demonstrations are converted; the
+gripper is commanded open from 0.5 on.
 """
 
 from __future__ import annotations

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from spear.types import Array, Policy
 
-if TYPE_CHECKING:
-    from spear.sim.env import TabletopEnv
-
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
+
+
+class Scene(Protocol):
+    """A running scene: the seed that fixes it, and the control steps made in it. Actors that look at the true state
+    know the simulator, and so more of it."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
 
 
 class Actor(Protocol):
@@ -28,7 +36,7 @@ class Actor(Protocol):
     weights: str | None
     needs_images: bool
 
-    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene."""
         ...
 
@@ -44,10 +52,9 @@ class PolicyActor:
         self.name = name
         self.weights = weights
 
-    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(self, envs: Sequence[Scene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         seeded = [
-            {**o, "seed": 1000 * env.world.spec.seed + env.steps}
-            for env, o in zip(envs, observations, strict=True)
+            {**o, "seed": 1000 * env.seed + env.steps} for env, o in zip(envs, observations, strict=True)
         ]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
@@ -59,7 +66,7 @@ class ExpertActor:
     weights: str | None = None
     needs_images = False
 
-    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         from spear.sim import expert
 
         return [expert.act(env.world)[None] for env in envs]
@@ -75,5 +82,5 @@ class ConstantActor:
         self.name = name
         self.action = np.asarray(action, np.float32).reshape(8)
 
-    def act(self, envs: Sequence[TabletopEnv], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         return [self.action[None]] * len(envs)

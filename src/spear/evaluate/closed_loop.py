@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mujoco
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
-from spear.evaluate.journal import WHOLE, Journal, Shard
+from spear.evaluate.journal import WHOLE, Shard
 from spear.evaluate.results import SCENES, Outcome, Results
+from spear.evaluate.runner import Film, Films, conduct
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 from spear.sim.world import World
 from spear.types import Array
-
-
-@dataclass(frozen=True)
-class Film:
-    """The film of one episode. data: the bytes of a file of MIME type `mime`."""
-
-    outcome: Outcome
-    data: bytes
-    mime: str
-
-    def save(self, folder: Path) -> None:
-        """Writes the film under its episode's name, whole or not at all."""
-        path = folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self.data)
-        temporary.replace(path)
 
 
 @dataclass
@@ -64,7 +45,7 @@ def evaluate(
     batch: int = 32,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    films: int | Literal["failures"] = 0,
+    films: Films = 0,
     quiet: bool = False,
     execution: Mode = "sync",
     latency_ms: float = 0.0,
@@ -110,88 +91,74 @@ def evaluate(
         "latency_ms": latency_ms,
         "weights": actor.weights,
     }
-    journal = Journal(out, actor.name, settings, shard) if out else None
-    started = last = time.perf_counter()
     renderer = Renderer() if actor.needs_images or films else None
-    seeds = range(first_seed + shard.index - 1, first_seed + scenes, shard.of)
-    outcomes: list[Outcome] = []
-    kept: list[Film] = []
-    with _progress(quiet) as bar:
-        for family in families:
-            row = bar.add_task(family, total=len(seeds), info="")
-            begun = time.perf_counter()
-            envs = [
-                TabletopEnv(family, image_size, wrist_size, renderer, images=actor.needs_images)
-                for _ in range(min(batch, len(seeds)))
-            ]
-            done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
-            poses: dict[int, list[Array]] = {}
-            todo = [s for s in seeds if s not in done]
-            for outcome, track in _run(actor, envs, todo, replan, bool(films), execution, delay):
-                done[outcome.seed], poses[outcome.seed] = outcome, track
-                if journal:
-                    now = time.perf_counter()
-                    journal.add(outcome, now - last)
-                    last = now
-                rate = len(poses) / (time.perf_counter() - begun)
-                wins = sum(o.success for o in done.values())
-                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
-            ended = [done[s] for s in seeds]
-            outcomes += ended
-            wanted = [o for o in _to_film(ended, films) if not (out and video.film_file(out, o.film_name))]
-            again = [o.seed for o in wanted if o.seed not in poses]
-            for outcome, track in _run(actor, envs, again, replan, True, execution, delay):
-                if outcome == done[outcome.seed]:
-                    poses[outcome.seed] = track
-            for outcome in wanted:
-                if outcome.seed in poses:
-                    assert renderer is not None
-                    kept.append(_film(outcome, poses[outcome.seed], image_size, renderer))
-                    if out:
-                        kept[-1].save(out)
-    return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
+    simulator = _Tabletop(replan, batch, image_size, wrist_size, execution, delay, renderer)
+    seeds = range(first_seed, first_seed + scenes)
+    return conduct(simulator, actor, dict.fromkeys(families, seeds), settings, films, quiet, out, shard)
 
 
-def _to_film(ended: Sequence[Outcome], films: int | Literal["failures"]) -> list[Outcome]:
-    """The episodes of a family that are to be filmed."""
-    failures = [o for o in ended if not o.success]
-    if films == "failures":
-        return failures
-    return [o for o in ended if o.success][:films] + failures[:films]
+@dataclass(frozen=True)
+class _Tabletop:
+    """The embedded simulator. A track is the joint positions at each step.
 
-
-def _run(
-    actor: Actor,
-    envs: Sequence[TabletopEnv],
-    seeds: Sequence[int],
-    replan: int,
-    filming: bool,
-    execution: Mode,
-    delay: int,
-) -> Iterator[tuple[Outcome, list[Array]]]:
-    """All seeds through the given environments: the outcome and the poses of each episode as it ends.
-
-    delay: control steps from an observation to its chunk.
+    delay     control steps from an observation to its chunk.
+    renderer  None where nothing is rendered.
     """
-    waiting = list(seeds)[::-1]
-    slots: list[_Slot] = []
-    free = list(envs)
-    while waiting or slots:
-        while waiting and free:
-            slot = _Slot(free.pop(), waiting.pop(), ChunkExecutor(execution, replan))
-            slot.env.load(World(sample_scene(slot.env.family, slot.seed)))
-            slots.append(slot)
-        observations = [s.env.observe() if actor.needs_images else {} for s in slots]
-        chunks = actor.act([s.env for s in slots], observations)
-        running = []
-        for slot, chunk in zip(slots, chunks, strict=True):
-            slot.chunks.give(chunk, arrives=slot.chunks.tick + delay)
-            if _execute(slot, filming):
-                yield _outcome(slot), slot.poses
-                free.append(slot.env)
-            else:
-                running.append(slot)
-        slots = running
+
+    replan: int
+    batch: int
+    image_size: Size
+    wrist_size: Size
+    execution: Mode
+    delay: int
+    renderer: Renderer | None
+    films_are_free = True
+
+    def run(
+        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+    ) -> Iterator[tuple[Outcome, list[Array]]]:
+        """All seeds through a few environments: the outcome and the poses of each episode as it ends."""
+        waiting = list(seeds)[::-1]
+        slots: list[_Slot] = []
+        free = [
+            TabletopEnv(family, self.image_size, self.wrist_size, self.renderer, images=actor.needs_images)
+            for _ in range(min(self.batch, len(seeds)))
+        ]
+        while waiting or slots:
+            while waiting and free:
+                slot = _Slot(free.pop(), waiting.pop(), ChunkExecutor(self.execution, self.replan))
+                slot.env.load(World(sample_scene(slot.env.family, slot.seed)))
+                slots.append(slot)
+            observations = [s.env.observe() if actor.needs_images else {} for s in slots]
+            chunks = actor.act([s.env for s in slots], observations)
+            running = []
+            for slot, chunk in zip(slots, chunks, strict=True):
+                slot.chunks.give(chunk, arrives=slot.chunks.tick + self.delay)
+                if _execute(slot, filming):
+                    yield _outcome(slot), slot.poses
+                    free.append(slot.env)
+                else:
+                    running.append(slot)
+            slots = running
+
+    def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
+        """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
+        assert self.renderer is not None
+        world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), self.image_size
+        views = [
+            ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
+            ("wrist", (video.HEIGHT, video.HEIGHT)),
+        ]
+        frames = []
+        for step, pose in enumerate(track):
+            world.data.qpos[:] = pose
+            mujoco.mj_forward(world.model, world.data)
+            external, wrist = self.renderer.images(world, views)
+            ended = step == len(track) - 1
+            frames.append(
+                video.compose(external, wrist, outcome.instruction, outcome.success if ended else None)
+            )
+        return Film(outcome, *video.encode(frames, RATE_HZ))
 
 
 def _execute(slot: _Slot, filming: bool) -> bool:
@@ -221,33 +188,4 @@ def _outcome(slot: _Slot) -> Outcome:
         wrong_object_moved=bool(info["wrong_object_moved"]),
         unreachable=slot.unreachable,
         steps=slot.env.steps,
-    )
-
-
-def _film(outcome: Outcome, poses: Sequence[Array], image_size: Size, renderer: Renderer) -> Film:
-    """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
-    world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), image_size
-    views = [
-        ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
-        ("wrist", (video.HEIGHT, video.HEIGHT)),
-    ]
-    frames = []
-    for step, pose in enumerate(poses):
-        world.data.qpos[:] = pose
-        mujoco.mj_forward(world.model, world.data)
-        external, wrist = renderer.images(world, views)
-        ended = step == len(poses) - 1
-        frames.append(video.compose(external, wrist, outcome.instruction, outcome.success if ended else None))
-    return Film(outcome, *video.encode(frames, RATE_HZ))
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        disable=quiet,
     )

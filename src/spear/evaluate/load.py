@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy, locate
-from spear.sim.render import Size
+
+if TYPE_CHECKING:
+    from spear.sim.render import Size
 
 
 class Cameras(TypedDict, total=False):

@@ -123,6 +123,11 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return result
 
     @property
+    def seed(self) -> int:
+        """Of the scene that is running."""
+        return self.world.spec.seed
+
+    @property
     def renderer(self) -> Renderer:
         """The rendering context in use."""
         if self._renderer is None:

@@ -1,0 +1,91 @@
+"""`spear evaluate simpler`: SIMPLER's WidowX tasks on ManiSkill 3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from spear.errors import SpearError
+
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+
+
+def evaluate_simpler(
+    checkpoint: str = "nano",
+    tasks: tuple[str, ...] = (),
+    scenes: int = 381,
+    first_seed: int = 0,
+    replan: int = 2,
+    batch: Annotated[int | None, arg(metavar="N")] = None,
+    films: str = "1",
+    out: Path = Path("runs/simpler"),
+    compare: Folder = None,
+    shard: str = "1/1",
+    assets: Folder = None,
+) -> None:
+    """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
+
+    Needs pip install 'spear[simpler]', ManiSkill's assets and a Vulkan driver: see docs/simpler.md. Prints success per
+    task with 95 % intervals beside the paper's numbers; writes OUT/results.json and films. The same command continues
+    an evaluation that was stopped.
+
+    Examples:
+        spear evaluate simpler --checkpoint runs/my_policy
+        spear evaluate simpler --checkpoint oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
+
+    Args:
+        checkpoint: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
+            server, or a reference: oracle (a script that knows the true state) or nothing.
+        tasks: ManiSkill's names; all four when none is given.
+        scenes: Episodes per task. 381 are enough to know each task's success rate to ±5 points. A task has 24 or 64
+            different starts, so most come up several times, with other noise for the policy; references, which
+            have no noise, see each once.
+        first_seed: Episodes first-seed, first-seed + 1, …
+        replan: How many of the predicted actions are executed before the policy looks again.
+        batch: Scenes that run at once, each in a process of its own; without it, as many as there are cores.
+        films: Films of so many successes and failures per task; or failures, for a film of every failure.
+        out: Folder for the results.
+        compare: An earlier folder or results.json: also print the difference on the scenes that both have seen.
+        shard: Run only a part of the scenes, 2/5 for the second of five (see `spear evaluate`).
+        assets: ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR.
+    """
+    from rich import print as show
+
+    from spear.evaluate.compare import compare as difference
+    from spear.evaluate.journal import Shard, load
+    from spear.evaluate.load import load_actor
+    from spear.evaluate.reference import beside
+    from spear.evaluate.simpler import OracleActor, evaluate
+    from spear.simpler.tasks import TASKS
+
+    if films != "failures" and not films.isdecimal():
+        raise SpearError(f"--films {films}: give a number, or failures for a film of every failure")
+    if batch is not None and batch < 1:
+        raise SpearError(f"--batch {batch}: give at least 1")
+    if checkpoint == "expert":
+        raise SpearError("--checkpoint expert: knows the embedded simulator only: give oracle")
+    part = Shard.parse(shard)
+    earlier = load(compare) if compare else None
+    actor = OracleActor() if checkpoint == "oracle" else load_actor(checkpoint)[0]
+    evaluate(
+        actor,
+        tasks or tuple(TASKS),
+        scenes,
+        first_seed,
+        replan,
+        batch,
+        films="failures" if films == "failures" else int(films),
+        out=out,
+        shard=part,
+        assets=assets,
+    )
+    results = load(out)
+    results.save(out / "results.json")
+    show(results.table())
+    for published in beside(results):
+        show(published.table([(checkpoint, results)]))
+    if earlier:
+        show(difference(results, earlier).table())
+    print(f"results in {out}")
