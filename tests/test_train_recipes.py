@@ -45,7 +45,7 @@ def test_every_recipe_starts_from_another_one_or_is_a_beginning() -> None:
 
 
 def test_the_page_has_every_recipe_with_its_numbers() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `") and " × " in line]
     cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
     assert set(cells) == set(RECIPES)
     for name, row in cells.items():
