@@ -63,7 +63,7 @@ def test_slurm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     environment = programs(
         tmp_path / "bin",
         scontrol='[ "$1" = show ] && echo node7 && echo node8',
-        srun='shift; exec "$@"',
+        srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )
     environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40123"}
@@ -158,6 +158,8 @@ def test_without_a_dry_run_it_is_written(tmp_path: Path, capsys: pytest.CaptureF
         (["vla-pretrain", "--launch", "slurm", "--job", "cpus=many"], "give a whole number"),
         (["vla-pretrain", "--launch", "slurm", "--job", "h200"], "write it as KEY=VALUE"),
         (["vla-pretrain", "--launch", "slurm", "--set", "learning_rat=1"], "unknown recipe key"),
+        (["vla-pretrain", "--launch", "slurm", "--set", "preset=nanno"], "did you mean 'nano'?"),
+        (["vla-pretrain", "--launch", "slurm", "--preset", "nanno"], "did you mean 'nano'?"),
         (["vla-pretrain", "--launch", "kubernetes", "--job", "image=x"], "needs image and volume"),
         (["vla-pretrain", "--launch", "slrum"], "slurm"),
         (["vla-pretrain", "--dry-run"], "--launch slurm, ray or kubernetes"),

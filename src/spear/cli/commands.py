@@ -161,6 +161,7 @@ def train(
     given = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
+    from spear.models.presets import preset as find_preset
     from spear.policy import locate
     from spear.train.recipes import RECIPES
     from spear.train.recipes import recipe as find
@@ -169,8 +170,10 @@ def train(
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    changes = recipe_changes(set) | {"preset": preset, "steps": steps}
+    named = {"preset": preset, "steps": steps}
+    changes = recipe_changes(set) | {key: value for key, value in named.items() if value is not None}
     stage = find(recipe).changed(**changes)
+    find_preset(stage.preset)
     target = out or Path("runs") / recipe
     if launch:
         launching.write(
@@ -341,7 +344,10 @@ def evaluate_data(
             learned = _episodes(train or data, Path(scratch) / "train", train_split or "train")
         reference = open_loop.score_mean_action(learned, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
-    print(f"{len(held_out)} held-out episodes".ljust(24) + "".join(f"{s.name:<28}" for s in scores).rstrip())
+    print(
+        f"{len(held_out)} held-out episodes".ljust(24)
+        + "".join(f"{s.name[-26:]:<28}" for s in scores).rstrip()
+    )
     summaries = [score.summary() for score in scores]
     for name in summaries[0]:
         cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)

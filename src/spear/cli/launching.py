@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def shares(stores: Sequence[EpisodeStore], weights: Sequence[float]) -> list[flo
     chosen = list(weights) or [w for w in known if w is not None]
     if len(chosen) != len(stores):
         chosen = [1.0] * len(stores)
-    if len(stores) > 1:
+    if len(stores) > 1 and os.environ.get("RANK", "0") == "0":
         total = sum(chosen)
         parts = ", ".join(f"{name} {w / total:.1%}" for name, w in zip(names, chosen, strict=True))
         print(f"mixture: {parts}", file=sys.stderr)

@@ -224,6 +224,8 @@ def _read_raw(
         if name not in folder.cameras or cameras is None or name in cameras:
             steps[name.replace(".", "/")] = _values(rows.column(name), folder.path)
     times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / folder.rate_hz), float).reshape(-1)
+    if not np.isfinite(times).all():
+        raise ValueError("a timestamp is missing")
     for name, (file, first, end) in episode.videos.items():
         if cameras is None or name in cameras:
             source = f"{folder.name}#{episode.index}"

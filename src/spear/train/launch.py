@@ -138,7 +138,8 @@ set -euo pipefail
 export OMP_NUM_THREADS={chosen["cpus"]}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 trap 'echo "out of time: queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
-srun --kill-on-bad-exit=1 torchrun --nnodes={job.nodes} --nproc-per-node={job.processes} --rdzv-backend=c10d \\
+srun --kill-on-bad-exit=1 --cpus-per-task={options["cpus-per-task"]} \\
+    torchrun --nnodes={job.nodes} --nproc-per-node={job.processes} --rdzv-backend=c10d \\
     --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id="$SLURM_JOB_ID" \\
     --max-restarts={chosen["restarts"]} --no-python \\
     {shlex.join(job.command)} &
