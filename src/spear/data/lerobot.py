@@ -209,7 +209,7 @@ def read_raw(
     try:
         return _read_raw(folder, episode, cameras)
     except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise SpearError(
             f"broken rows: {folder.name}#{episode.index}: {reason}; leave the episode out"
         ) from error
