@@ -11,9 +11,11 @@ import pytest
 
 from data_tiny import make
 from spear.cli import main
-from spear.cli.launching import shares
+from spear.cli.launching import dataset_name, shares
 from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.lerobot_write import write_lerobot
 from spear.data.oxe import REGISTRY
+from spear.data.prepare import open_store
 from spear.errors import SpearError
 from spear.models.presets import PRESETS
 from spear.policy import Spear1Policy
@@ -81,6 +83,18 @@ def test_each_runs_at_nano_after_the_one_before(tmp_path: Path) -> None:
         "prompt": "push the block 0",
     }
     assert np.isfinite(policy.infer(observation)["actions"]).all()
+
+
+def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:
+    """As of Open X-Embodiment, where the folder is a version."""
+    stores = []
+    for number, name in enumerate(("one", "two")):
+        folder = tmp_path / name / "1.0.0"
+        folder.parent.mkdir()
+        write_lerobot([make(number)], folder)
+        stores.append(open_store(folder, tmp_path / "work")[0])
+        assert dataset_name(folder) == dataset_name(tmp_path / name) == name
+    assert [s.source(0) for s in stores] == ["made#0", "made#1"]
 
 
 def store(folder: Path, dataset: str) -> EpisodeStore:

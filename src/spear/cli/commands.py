@@ -191,7 +191,7 @@ def train(
     disable_progress_bar()
     stores = [_episodes(path, target / "data", split) for path in episodes]
     mixed = zip(episodes, stores, launching.shares(stores, weights), strict=True)
-    robots = [(path.name, store, share) for path, store, share in mixed]
+    robots = [(launching.dataset_name(path), store, share) for path, store, share in mixed]
     final = run(recipe, target, labels, robots, start, encoder, seed, **changes)
     print(f"trained: {final}")
 

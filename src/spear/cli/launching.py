@@ -1,9 +1,10 @@
-"""What `spear train` does besides training: the shares of several datasets, and scripts that train on a cluster."""
+"""What `spear train` does besides training: names and shares of datasets, and scripts that train on a cluster."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 LAUNCHING = ("launch", "nodes", "gpus", "job", "dry_run")
 """Arguments of `spear train` that the command on the cluster has not."""
+
+
+def dataset_name(path: Path) -> str:
+    """What a dataset's folder is called; where that is a version (bridge_dataset/1.0.0), what the one above is."""
+    whole = path.resolve()
+    return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name
 
 
 def shares(stores: Sequence[EpisodeStore], weights: Sequence[float]) -> list[float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
 from spear.data.actions import RATE_HZ, resample
 from spear.data.episode import EpisodeStore, write_episodes
@@ -95,13 +95,14 @@ def open_store(
 ) -> tuple[EpisodeStore, list[str]]:
     """The episodes of a split of a folder in any format, as training reads them, and why some were set aside.
 
-    A store is opened as it is. Anything else is prepared first, once, into `work_dir`/<name of the folder>. With
-    `wait`, another process does that, and this one waits until it has.
+    A store is opened as it is. Anything else is prepared first, once, into a folder of `work_dir` whose name depends on
+    path and split. With `wait`, another process does that, and this one waits until it has.
     """
     if need_format(path) == "store":
         return open_split(path, split), []
-    name = Path(path).resolve().name
-    target = Path(work_dir) / (name if split == "train" else f"{name}-{quote(split, safe='')}")
+    whole = Path(path).resolve()
+    key = hashlib.sha256(f"{whole} {split}".encode()).hexdigest()[:8]
+    target = Path(work_dir) / f"{whole.name}-{key}"
     while wait and not target.is_dir():
         time.sleep(0.5)
     reasons: list[str] = []
