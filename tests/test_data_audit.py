@@ -228,9 +228,14 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     }
     (exported / "spear.json").write_text(json.dumps(claim))
     capsys.readouterr()
-    assert main(["data", "audit", str(exported)]) == 0
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last == "the layout is WRONG: rotation frame: ee, not base"
+    assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
+    said = capsys.readouterr()
+    assert said.out.strip().splitlines()[-2:] == [
+        "the layout is WRONG: rotation frame: ee, not base",
+        f"open {page}",
+    ]
+    assert said.err.startswith(f"error: {exported}: the layout is WRONG: rotation frame: ee, not base: ")
+    assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
 
     for key in ("logged_translation", "logged_rotation"):
         claim.pop(key)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from spear.cli import main
+from spear.data.audit import audit
 from spear.data.bridge_raw import read_bridge_numpy, read_bridge_raw
 from spear.data.droid_raw import read_droid_raw
 from spear.data.formats import episode_counts, find_format, read_episodes
@@ -31,16 +33,19 @@ def states(rows: int) -> np.ndarray:
     return np.hstack([0.25 + 0.01 * t, 0.02 * t, 0.1 + 0 * t, 0.1 * t, 0 * t, -0.05 * t, (t % 2) * 1.0])
 
 
-def record_bridge(day: Path, number: int = 0, lang: str | None = "put the spoon in the pot\n") -> Path:
-    """One raw trajectory: STEPS actions, one observation more."""
+def record_bridge(
+    day: Path, number: int = 0, lang: str | None = "put the spoon in the pot\n", observed: Any = None
+) -> Path:
+    """One raw trajectory: STEPS actions, one observation more; with other states, as many as they are."""
+    full_state = states(STEPS + 1) if observed is None else observed
     folder = day / "raw" / "traj_group0" / f"traj{number}"
     (folder / "images0").mkdir(parents=True)
-    for step in range(STEPS + 1):
-        (folder / "images0" / f"im_{step}.jpg").write_bytes(encode_jpeg(grey(20 * step + 40)))
-    observed = {"full_state": states(STEPS + 1), "time_stamp": [0.2 * k for k in range(STEPS + 1)]}
-    (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed))
-    actions = np.diff(states(STEPS + 1), axis=0)
-    actions[:, 6] = [1, 1, 0, 0, 1]
+    for step in range(len(full_state)):
+        (folder / "images0" / f"im_{step}.jpg").write_bytes(encode_jpeg(grey(20 * step % 200 + 40)))
+    seen = {"full_state": full_state, "time_stamp": [0.2 * k for k in range(len(full_state))]}
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps(seen))
+    actions = np.diff(full_state, axis=0)
+    actions[:, 6] = np.resize([1, 1, 0, 0, 1], len(actions))
     policy = [{"actions": a, "policy_type": "VRTeleopPolicy"} for a in actions]
     (folder / "policy_out.pkl").write_bytes(pickle.dumps(policy))
     (folder / "agent_data.pkl").write_bytes(pickle.dumps({"term_t": STEPS}))
@@ -135,19 +140,20 @@ def test_numpy_bridge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""
 
 
-def record_droid(folder: Path, uuid: str, frames: int = STEPS, **metadata: Any) -> Path:
+def record_droid(folder: Path, uuid: str, frames: int = STEPS, steps: int = STEPS, **metadata: Any) -> Path:
+    """One raw episode; the commanded pose of a step is where the arm then is in the next."""
     (folder / "recordings" / "MP4").mkdir(parents=True)
-    t = np.arange(STEPS)[:, None]
+    t = np.arange(steps)[:, None]
     pose = np.hstack([0.4 + 0.01 * t, 0 * t, 0.3 - 0.01 * t, np.pi + 0 * t, 0 * t, 0.1 * t])
     with h5py.File(folder / "trajectory.h5", "w") as file:
         file["observation/robot_state/cartesian_position"] = pose
-        file["observation/robot_state/gripper_position"] = np.linspace(0, 1, STEPS)
-        file["observation/robot_state/joint_positions"] = np.zeros((STEPS, 7))
-        file["observation/controller_info/movement_enabled"] = np.array([0, 1, 1, 1, 1], bool)
-        file["observation/camera_type/22"] = np.zeros(STEPS)
-        file["action/cartesian_position"] = pose
-        file["action/gripper_position"] = np.array([0, 0, 0, 1, 1.0])
-    said = {"uuid": uuid, "current_task": "Move the cup", "success": True, "trajectory_length": STEPS}
+        file["observation/robot_state/gripper_position"] = np.linspace(0, 1, steps)
+        file["observation/robot_state/joint_positions"] = np.zeros((steps, 7))
+        file["observation/controller_info/movement_enabled"] = np.arange(steps) > 0
+        file["observation/camera_type/22"] = np.zeros(steps)
+        file["action/cartesian_position"] = np.vstack([pose[1:], pose[-1:]])
+        file["action/gripper_position"] = np.resize([0, 0, 0, 1, 1.0], steps)
+    said = {"uuid": uuid, "current_task": "Move the cup", "success": True, "trajectory_length": steps}
     said |= {"wrist_cam_serial": "22", "ext1_cam_serial": "11", "ext2_cam_serial": "33"} | metadata
     (folder / f"metadata_{uuid}.json").write_text(json.dumps(said))
     for serial, offset in (("11", 0), ("22", 80)):
@@ -207,3 +213,36 @@ def test_raw_droid(tmp_path: Path) -> None:
     )
     for reason, part in zip(reasons, expected, strict=True):
         assert part in reason and "\n" not in reason
+
+
+def test_raw_recordings_are_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are, without preparing them; a layout that is wrong ends with exit code 2."""
+    day = tmp_path / "bridge" / "2022-01-01_00-00-00"
+    for number in range(3):
+        time = np.arange(25)[:, None] + 3 * number
+        wave = np.sin(time * [0.31, 0.23, 0.4])
+        observed = np.hstack([[0.3, 0, 0.2] + 0.1 * wave, np.cos(0.3 * time) * [0, 0, 0.9], time % 2.0])
+        record_bridge(day, number, observed=observed)
+    report = audit(tmp_path / "bridge")
+    assert report.agrees and report.episodes == 3
+    assert report.parts[0].verdict == "agrees"
+    frame = next(f for f in report.parts[0].findings if f.question == "frame")
+    assert (frame.best, frame.verdict) == ("base", "agrees")
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps({"like": "bridge_raw", "logged_frame": "ee"}))
+    assert main(["data", "audit", str(tmp_path / "bridge"), "--layout", str(wrong)]) == 2
+    assert "translation frame: base, not ee" in capsys.readouterr().err
+
+    observations = [{"images0": grey(9, 32, 32), "state": row} for row in observed[:-1]]
+    actions = list(np.diff(observed, axis=0))
+    (tmp_path / "numpy" / "train").mkdir(parents=True)
+    one = {"observations": observations, "actions": actions, "language": ["stack the cups"]}
+    np.save(tmp_path / "numpy" / "train" / "out.npy", [one] * 3)
+    assert audit(tmp_path / "numpy").parts[0].verdict == "agrees"
+
+    folder = record_droid(tmp_path / "droid" / "Mon_Dec__4_13:52:16_2023", "IRIS+a+1", steps=25)
+    (folder / "recordings/MP4/11.mp4").unlink()  # no video is looked at
+    report = audit(tmp_path / "droid")
+    assert report.agrees and report.parts[0].best.relative < 1e-3
+    kind = next(f for f in report.parts[0].findings if f.question == "kind")
+    assert kind.best == "absolute"

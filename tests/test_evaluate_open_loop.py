@@ -14,7 +14,7 @@ from PIL import Image
 from spear.data.actions import chunk, episode_actions
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.evaluate.open_loop import observations, plot, score, score_mean_action
+from spear.evaluate.open_loop import observations, plot, score, score_last_action, score_mean_action
 from spear.types import Array, Episode
 
 
@@ -92,6 +92,21 @@ def test_the_mean_action_is_a_reference_and_all_of_it_is_plotted(
     picture = Image.open(io.BytesIO(plot(score("replay", Replay(held_out), held_out), reference)))
     assert picture.format == "PNG"
     assert picture.width > 800
+
+
+def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
+    _, held_out = stores
+    reference = score_last_action(held_out)
+    for index, e in enumerate(held_out):
+        actions, _ = episode_actions(e)
+        np.testing.assert_array_equal(reference.predicted[index][1:], actions[:-1])
+        np.testing.assert_array_equal(reference.predicted[index][0], [0, 0, 0, 1, 0, 0, 0, 1])
+    # By hand, of the second episode: the errors of its last known step, whose chunk is one action long.
+    actions, _ = episode_actions(held_out[1])
+    last = reference.episodes[1]
+    expected = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
+    assert last.translation[-1] == pytest.approx(expected, rel=1e-4)
+    assert not last.gripper.all() and last.gripper.mean() > 0.5
 
 
 def test_an_episode_without_the_external_camera_is_refused() -> None:

@@ -28,7 +28,7 @@ LANGUAGE = "vlm.language_model."
 
 def run(out: Path, store: EpisodeStore, steps: int, **changes: Any) -> Path:
     arguments = {**FEW, **QUIET, "steps": steps, "lr": 1e-3, **changes}
-    return train("spear1-lora", out, episodes=[("made", store, 1.0)], init=locate("nano"), **arguments)
+    return train("finetune-lora", out, episodes=[("made", store, 1.0)], init=locate("nano"), **arguments)
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:

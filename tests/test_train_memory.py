@@ -141,14 +141,14 @@ def test_acting_in_half_precision_takes_half() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("plan", "--preset", "tiny", "--gpu", "16GB", "--batch-size", "64")
-    assert main([*arguments, "--recipe", "spear1-post"]) == 0
+    assert main([*arguments, "--recipe", "post-train-bridge"]) == 0
     said = capsys.readouterr().out
     assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
     assert main(["plan", "--preset", "tiny", "--gpu", "8GB", "--recipe", "inference"]) == 0
     assert "bfloat16" in capsys.readouterr().out
     for wrong, words in (
         (("--gpu", "big"), "no size of a GPU: 'big': write it like 24GB"),
-        (("--recipe", "spear1-lorra"), "did you mean 'spear1-lora'"),
+        (("--recipe", "finetune-lorra"), "did you mean 'finetune-lora'"),
         (("--recipe", "nano-depth"), "plan a vla or vlm recipe"),
         (("--batch-size", "3"), "batch_size 3 has no 8 equal pieces"),
     ):

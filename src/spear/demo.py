@@ -211,7 +211,7 @@ def robot_at_work(policy: Spear1Policy) -> Part:
 
 
 def real_episodes(out: Path, data: Path | None) -> Part:
-    """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean action."""
+    """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean and the last action."""
     title = "Real robot episodes"
     if data is None and not SAMPLE.is_dir():
         body = page.paragraph(
@@ -235,6 +235,7 @@ def real_episodes(out: Path, data: Path | None) -> Part:
     scores = [
         open_loop.score("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
         open_loop.score_mean_action(learned, held_out),
+        open_loop.score_last_action(held_out),
         open_loop.score("before fine-tuning", Spear1Policy.load("nano"), held_out),
     ]
     names = {
@@ -251,7 +252,7 @@ def real_episodes(out: Path, data: Path | None) -> Part:
             f"{len(learned)} episodes of {source.name} for learning, {len(held_out)} others to test on: "
             f"{FINE_TUNE_STEPS} steps of the post-training recipe, starting from the weights that come with "
             "this package. The errors say how far each predicted action is from what the demonstrator did; "
-            "the reference is the one action that is best without looking."
+            "the references look at no image: the one action that is best on average, and the last action again."
         )
         + page.table(["mean error [95 %]", *(s.name for s in scores)], rows)
         + "<h3>Predictions on held-out episodes</h3>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli import data_commands, label_commands, serve_commands
+from spear.cli import data_commands, label_commands, launching, serve_commands
 from spear.errors import SpearError, unknown_name
 
 if TYPE_CHECKING:
@@ -111,52 +112,87 @@ def train(
     out: Folder = None,
     labels: Folder = None,
     episodes: tuple[Path, ...] = (),
+    split: str = "train",
+    weights: tuple[float, ...] = (),
     init: Name = None,
     moge: Folder = None,
+    preset: Name = None,
     steps: Number = None,
     seed: int = 0,
     set: tuple[str, ...] = (),
+    launch: Annotated[Literal["slurm", "ray", "kubernetes"] | None, arg(metavar="CLUSTER")] = None,
+    nodes: int = 1,
+    gpus: int = 1,
+    job: tuple[str, ...] = (),
+    dry_run: bool = False,
 ) -> None:
     """Train one stage. Stopped at any moment, the same command continues where it was.
 
-    `spear train list` shows the recipes.
+    `spear train list` shows the recipes. With --launch it does not train, but writes the script (OUT/slurm.sh, ray.sh
+    or kubernetes.yaml) by which a cluster runs this command on many GPUs, again after each preemption.
 
     Examples:
         spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
+        spear train post-train-droid --episodes droid/1.0.1 --init runs/vla --launch slurm --nodes 2 --gpus 8 --dry-run
 
     Args:
         recipe: Name of the recipe, or list.
         out: Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE.
         labels: Folder of labelled images, from spear label.
         episodes: Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets.
+        split: Which episodes of each folder: train, train[:90%], train+val …
+        weights: Shares of the folders in each batch, one for each. Without them: those in the list of known datasets
+            (spear data datasets) where all are in it, otherwise equal ones.
         init: Where to start from: a trained folder, or nano for the weights that come with this package.
             Without it, training starts from random weights.
         moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with.
+        preset: Model size, when it shall not be the recipe's: nano, small or spear1.
         steps: Number of steps, when it shall not be the recipe's.
         seed: Two runs with the same seed give the same weights.
         set: Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.
+        launch: Write a script for this cluster instead: slurm, ray or kubernetes.
+        nodes: Machines that it runs on.
+        gpus: GPUs of each, one process per GPU; 0 for machines without.
+        job: What the cluster must know, as KEY=VALUE: time, partition, account, cpus, setup (slurm); address (ray);
+            image, volume, mount, cpus (kubernetes).
+        dry_run: Only print the script.
     """
+    given = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
+    from spear.models.presets import preset as find_preset
     from spear.policy import locate
     from spear.train.recipes import RECIPES
     from spear.train.recipes import recipe as find
 
     if recipe == "list":
         for known in RECIPES.values():
-            print(f"{known.name:<14} {known.description}")
+            print(f"{known.name:<17} {known.description}")
         return
-    find(recipe)
+    named = {"preset": preset, "steps": steps}
+    changes = recipe_changes(set) | {key: value for key, value in named.items() if value is not None}
+    stage = find(recipe).changed(**changes)
+    find_preset(stage.preset)
+    target = out or Path("runs") / recipe
+    if launch:
+        launching.write(
+            launch, stage, target, launching.command("train", train, given), nodes, gpus, job, dry_run
+        )
+        return
+    if dry_run or job:
+        raise SpearError(
+            "--dry-run and --job are for scripts: say for what with --launch slurm, ray or kubernetes"
+        )
     start = locate(init) if init else None
     encoder = locate(moge) if moge else None
-    changes = recipe_changes(set)
     from spear.train.run import train as run
 
-    target = out or Path("runs") / recipe
     disable_progress_bar()
-    robots = [(path.name, _episodes(path, target / "data"), 1.0) for path in episodes]
-    final = run(recipe, target, labels, robots, start, encoder, seed, steps=steps, **changes)
+    stores = [_episodes(path, target / "data", split) for path in episodes]
+    mixed = zip(episodes, stores, launching.shares(stores, weights), strict=True)
+    robots = [(launching.dataset_name(path), store, share) for path, store, share in mixed]
+    final = run(recipe, target, labels, robots, start, encoder, seed, **changes)
     print(f"trained: {final}")
 
 
@@ -272,20 +308,27 @@ def evaluate_data(
     policy: Annotated[Positional[str], arg(metavar="POLICY")],
     data: Annotated[Positional[Path], arg(metavar="FOLDER")],
     /,
+    split: str = "train",
     train: Folder = None,
+    train_split: Name = None,
     plot: File = None,
 ) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
-    Prints the errors beside those of always predicting the mean action.
+    Prints the errors, with 95 % intervals over episodes, beside those of two policies that see nothing: always the mean
+    action, and always the last action again.
 
-    Example:
+    Examples:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.png
+        spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
 
     Args:
         policy: nano (comes with this package) or a folder with a trained policy.
         data: Folder of held-out episodes, in any format (see `spear data inspect`).
-        train: Folder of the training episodes, whose mean action is the reference (default: held-out ones).
+        split: Which of its episodes are held out: train, val, train[90%:] …
+        train: Folder of the training episodes, whose mean action is a reference (default: the same folder
+            with --train-split, or else the held-out episodes).
+        train_split: Which of the training folder's episodes were trained on.
         plot: Save a plot of predictions and truth as PNG.
     """
     from tempfile import TemporaryDirectory
@@ -294,16 +337,21 @@ def evaluate_data(
     from spear.policy import Spear1Policy
 
     with TemporaryDirectory() as scratch:
-        held_out = _episodes(data, Path(scratch) / "held-out")
+        held_out = _episodes(data, Path(scratch) / "held-out", split)
         ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
-        learned = _episodes(train, Path(scratch) / "train") if train else held_out
+        learned = held_out
+        if train or train_split:
+            learned = _episodes(train or data, Path(scratch) / "train", train_split or "train")
         reference = open_loop.score_mean_action(learned, held_out)
-    for name, one in ours.summary().items():
-        other = reference.summary()[name]
-        print(
-            f"{name.replace('_', ' '):<18} {one.value:8.3f} [{one.low:.3f}, {one.high:.3f}]"
-            f"   mean action {other.value:8.3f} [{other.low:.3f}, {other.high:.3f}]"
-        )
+        scores = (ours, reference, open_loop.score_last_action(held_out))
+    print(
+        f"{len(held_out)} held-out episodes".ljust(24)
+        + "".join(f"{s.name[-26:]:<28}" for s in scores).rstrip()
+    )
+    summaries = [score.summary() for score in scores]
+    for name in summaries[0]:
+        cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
+        print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if plot:
         plot.write_bytes(open_loop.plot(ours, reference))
 
@@ -326,11 +374,11 @@ def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
     print(f"open {make(out, data).resolve()}")
 
 
-def _episodes(path: Path, out: Path) -> EpisodeStore:
-    """The episodes of a folder; what is not our own store is prepared first, into OUT."""
+def _episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
+    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first process."""
     from spear.data.prepare import open_store
 
-    store, reasons = open_store(path, out)
+    store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
     for reason in reasons[:5]:
         print(f"set aside: {reason}", file=sys.stderr)
     if reasons:

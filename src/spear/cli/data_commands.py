@@ -98,25 +98,29 @@ def audit(path: Source, /, out: File = None, split: str | None = None, layout: F
     Every plausible reading of the logged actions is integrated from the recorded states and compared with
     where the robot went. The table says which fits best, how much worse the next one is, and whether the
     layout (spear.json, or the list of known datasets) says the same; where the data cannot tell, it says so.
+    Ends with exit code 2 when the layout is wrong, so that a script can rely on it; otherwise with 0.
 
     Examples:
         spear data audit bridge_dataset/1.0.0
         spear data audit my_lerobot_dataset --out audit.html
 
     Args:
-        path: An RLDS or LeRobot dataset, or episodes written by this program.
+        path: A folder of robot data (see spear data inspect).
         out: Write a page with plots to this file.
         split: Which episodes: train, val, train[:90%] … (the first 50 of them are read).
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
     from spear.data.audit import audit as run
-    from spear.data.audit_page import text, write_audit_page
+    from spear.data.audit_page import conclusion, text, write_audit_page
+    from spear.errors import SpearError
 
     report = run(path, split, layout)
     print(text(report))
     if out is not None:
         write_audit_page(report, out)
         print(f"open {out.resolve()}")
+    if not report.agrees:
+        raise SpearError(f"{path}: {conclusion(report)}: say what fits in its spear.json (or --layout)")
 
 
 def datasets() -> None:

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 Name = Annotated[str | None, arg(metavar="NAME")]
 Number = Annotated[int | None, arg(metavar="INT")]
 SIZES = ("8GB", "16GB", "24GB", "48GB", "80GB", "141GB")
-ROWS = (("full fine-tuning", "spear1-post"), ("LoRA", "spear1-lora"), ("expert only", "spear1-expert"))
+ROWS = (
+    ("full fine-tuning", "post-train-bridge"),
+    ("LoRA", "finetune-lora"),
+    ("expert only", "finetune-expert"),
+)
 
 
 def plan(
-    recipe: str = "spear1-lora",
+    recipe: str = "finetune-lora",
     preset: Name = None,
     gpu: str = "24GB",
     batch_size: Number = None,
@@ -35,8 +39,8 @@ def plan(
     alive is added up. Acting is planned too, as the recipe named inference.
 
     Examples:
-        spear plan --recipe spear1-lora --gpu 16GB
-        spear plan --recipe spear1-post --gpu 48GB --set ema=0
+        spear plan --recipe finetune-lora --gpu 16GB
+        spear plan --recipe post-train-bridge --gpu 48GB --set ema=0
         spear plan --recipe inference --gpu 8GB
         spear plan --table
 

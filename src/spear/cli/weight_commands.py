@@ -87,8 +87,8 @@ def convert_vlm(
     Prints where each weight comes from, and the parameters per part.
 
     Examples:
-        spear convert vlm runs/spear1-vlm-2/final --out runs/spear1
-        spear convert vlm runs/spear1-vlm-2/final --expert lerobot/pi0_base --dry-run
+        spear convert vlm runs/vlm-stage2/final --out runs/spear1
+        spear convert vlm runs/vlm-stage2/final --expert lerobot/pi0_base --dry-run
 
     Args:
         vlm: Folder of a SPEAR-VLM, or its name on the Hugging Face Hub.

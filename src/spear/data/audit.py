@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from spear.data import bridge_raw, droid_raw
 from spear.data.episode import EpisodeStore
-from spear.data.formats import FORMATS, episode_counts, need_format
+from spear.data.formats import episode_counts, need_format, open_split
 from spear.data.hypotheses import (
     LENGTH_UNITS,
     UNSCALED,
@@ -185,10 +186,8 @@ def _steps(path: str | Path, split: str, layout: Layout) -> tuple[DatasetSpec, I
     """The layout of a dataset and (source, step arrays) of its episodes, without images where possible."""
     name = need_format(path)
     if name == "store":
-        store = EpisodeStore(path)
-        ranges = split_ranges({"train": [len(store)]}, split, path)
-        chosen = [i for _, first, end in ranges for i in range(first, end)]
-        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store.subset(chosen))
+        store = open_split(path, split)
+        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store)
     if name == "rlds":
         rlds = open_rlds(path)
         spec = find_spec(rlds.name, rlds.path, given=layout)
@@ -205,8 +204,12 @@ def _steps(path: str | Path, split: str, layout: Layout) -> tuple[DatasetSpec, I
         ]
         bare = [replace(lerobot.episodes[i], videos={}) for i in chosen]
         return spec, ((f"{lerobot.name}#{e.index}", read_lerobot_raw(lerobot, e, ())) for e in bare)
-    known = ", ".join(FORMATS[n].title for n in ("rlds", "lerobot", "store"))
-    raise SpearError(f"cannot audit {FORMATS[name].title}: {path}: give one of: {known}")
+    if name == "droid_raw":
+        spec = find_spec(droid_raw.NAME, Path(path), given=layout)
+        return replace(spec, action_mask="enabled"), droid_raw.steps_without_images(path, split)
+    raw = name == "bridge_raw"
+    spec = find_spec(bridge_raw.RAW if raw else bridge_raw.NUMPY, Path(path), given=layout)
+    return spec, (bridge_raw.raw_steps if raw else bridge_raw.numpy_steps)(path, split, images=False)
 
 
 def _store_steps(store: EpisodeStore) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from spear.data.layout import episode_from
 from spear.data.look import has_below
-from spear.data.oxe import Layout, find_spec
+from spear.data.oxe import DatasetSpec, Layout, find_spec
 from spear.data.splits import split_ranges
 from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
@@ -112,7 +113,7 @@ def read_bridge_raw(
 ) -> Iterator[Episode]:
     """Episodes of raw recordings, in our conventions; arguments and errors as for `read_rlds`."""
     spec = find_spec(RAW, Path(path), given=dataset)
-    yield from _read(path, find_raw(path), split, spec, _raw_steps, on_bad)
+    yield from _episodes(raw_steps(path, split, True, on_bad), spec, on_bad)
 
 
 def read_bridge_numpy(
@@ -120,41 +121,71 @@ def read_bridge_numpy(
 ) -> Iterator[Episode]:
     """Episodes of out.npy files, in our conventions; arguments and errors as for `read_rlds`."""
     spec = find_spec(NUMPY, Path(path), given=dataset)
-    yield from _read(path, find_numpy(path), split, spec, _numpy_steps, on_bad)
+    yield from _episodes(numpy_steps(path, split, True, on_bad), spec, on_bad)
 
 
-def _read(
-    path: str | Path, found: Trajectories, split: str, spec: Any, steps_of: Any, on_bad: OnBad | None
-) -> Iterator[Episode]:
+Steps = Iterator[tuple[str, dict[str, Any]]]
+"""(source, step arrays) of episodes."""
+
+
+def raw_steps(path: str | Path, split: str, images: bool, on_bad: OnBad | None = None) -> Steps:
+    """The step arrays of raw recordings as they are, with or without images; errors as for `read_rlds`."""
+    return _steps(path, find_raw(path), split, RAW, partial(_raw_steps, images=images), on_bad)
+
+
+def numpy_steps(path: str | Path, split: str, images: bool, on_bad: OnBad | None = None) -> Steps:
+    """The step arrays of out.npy files as they are, with or without images; errors as for `read_rlds`."""
+    return _steps(path, find_numpy(path), split, NUMPY, partial(_numpy_steps, images=images), on_bad)
+
+
+def _episodes(found: Steps, spec: DatasetSpec, on_bad: OnBad | None) -> Iterator[Episode]:
+    for source, steps in found:
+        try:
+            yield episode_from(steps, spec, source)
+        except SpearError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+
+
+def _steps(
+    path: str | Path,
+    found: Trajectories,
+    split: str,
+    dataset: str,
+    steps_of: Callable[[Any, str], dict[str, Any]],
+    on_bad: OnBad | None,
+) -> Steps:
     root = Path(path).resolve()
     open_file: tuple[Path | None, Any] = (None, None)
     for name, first, end in split_ranges({k: [len(v)] for k, v in found.items()}, split, path):
         for where, index in found[name][first:end]:
             place = where.resolve().relative_to(root) if where.resolve() != root else Path(root.name)
-            source = f"{spec.name}/{place}#{index}"
+            source = f"{dataset}/{place}#{index}"
             try:
                 if where.is_file() and open_file[0] != where:
                     open_file = (where, _read_numpy(where))
                 steps = steps_of(open_file[1][index] if where.is_file() else where, source)
-                yield episode_from(steps, spec, source)
             except SpearError as error:
                 if on_bad is None:
                     raise
                 on_bad(error)
+            else:
+                yield source, steps
 
 
-def _raw_steps(folder: Path, source: str) -> dict[str, Any]:
+def _raw_steps(folder: Path, source: str, images: bool) -> dict[str, Any]:
     """The step arrays of one raw trajectory. It has one observation more than actions."""
     state = np.asarray(_entry(_read_pickle(folder / "obs_dict.pkl"), "full_state", folder), np.float64)
     logged = _read_pickle(folder / "policy_out.pkl")
     actions = _stack([_entry(a, "actions", folder) if isinstance(a, dict) else a for a in logged], source)
-    images: dict[str, list[bytes]] = {}
-    for camera in sorted(folder.glob("images*")):
+    pictures: dict[str, list[bytes]] = {}
+    for camera in sorted(folder.glob("images*")) if images else ():
         files = [camera / f"im_{step}.jpg" for step in range(len(list(camera.glob("im_*.jpg"))))]
         missing = next((file for file in files if not file.is_file()), None)
         if missing is not None:
             raise SpearError(f"missing image: {missing}: copy it again, or leave the episode out")
-        images[camera.name] = [file.read_bytes() for file in files]
+        pictures[camera.name] = [file.read_bytes() for file in files]
     if len(state) != len(actions) + 1:
         raise SpearError(
             f"lengths differ: {source}: {len(state)} states and {len(actions)} actions, where there is one state "
@@ -166,7 +197,7 @@ def _raw_steps(folder: Path, source: str) -> dict[str, Any]:
     lang = folder / "lang.txt"
     words = lang.read_text("utf-8", "replace").splitlines() if lang.is_file() else []
     observation: dict[str, Any] = {"state": state[rows]}
-    for camera_name, files_of in images.items():
+    for camera_name, files_of in pictures.items():
         if len(files_of) != len(state):
             raise SpearError(
                 f"frames and rows differ: {source}: {camera_name} has {len(files_of)} images, but there are "
@@ -190,7 +221,7 @@ def _date(folder: Path) -> datetime | None:
     return None
 
 
-def _numpy_steps(trajectory: Any, source: str) -> dict[str, Any]:
+def _numpy_steps(trajectory: Any, source: str, images: bool) -> dict[str, Any]:
     """The step arrays of one trajectory of an out.npy: observations are a list of dicts, one per step."""
     if not isinstance(trajectory, dict) or not isinstance(trajectory.get("observations"), list):
         raise SpearError(f"no trajectory: {source}: it has no list of observations; leave it out")
@@ -199,8 +230,11 @@ def _numpy_steps(trajectory: Any, source: str) -> dict[str, Any]:
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     observation: dict[str, Any] = {}
     for key in steps[0]:
+        picture = key.startswith("images")
+        if picture and not images:
+            continue
         values = [_entry(step, key, source) for step in steps]
-        if key.startswith("images"):
+        if picture:
             observation[key] = [encode_jpeg(np.asarray(value, np.uint8)) for value in values]
         else:
             observation[key] = _stack(values, source)

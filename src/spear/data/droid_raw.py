@@ -61,15 +61,37 @@ def read_droid_raw(
     Steps at which the operator had not enabled movement are no demonstration: they are masked.
     """
     spec = find_spec(NAME, Path(path), given=dataset)
+    for folder in _chosen(path, split):
+        try:
+            yield _read(folder, spec)
+        except SpearError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+
+
+def steps_without_images(path: str | Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(source, step arrays) of episodes, where "enabled" [T] says at which steps the robot could move."""
+    for folder in _chosen(path, split):
+        metadata = _metadata(folder)
+        steps = read_steps(folder, metadata, ())
+        steps["enabled"] = _enabled(steps, len(steps["language_instruction"]))
+        yield f"{NAME}/{metadata.get('uuid') or folder.name}", steps
+
+
+def _chosen(path: str | Path, split: str) -> Iterator[Path]:
+    """The folders of the episodes that a split names."""
     found = find_droid_raw(path)
     for name, first, end in split_ranges({k: [len(v)] for k, v in found.items()}, split, path):
-        for folder in found[name][first:end]:
-            try:
-                yield _read(folder, spec)
-            except SpearError as error:
-                if on_bad is None:
-                    raise
-                on_bad(error)
+        yield from found[name][first:end]
+
+
+def _enabled(steps: Mapping[str, Any], length: int) -> Array:
+    """[length] bool: whether the operator had enabled movement; True where that is not recorded."""
+    enabled = steps["observation"].get("controller_info", {}).get("movement_enabled")
+    if enabled is None or len(enabled) != length:
+        return np.ones(length, bool)
+    return np.asarray(enabled, bool).reshape(-1)
 
 
 def _read(folder: Path, spec: DatasetSpec) -> Episode:
@@ -78,9 +100,8 @@ def _read(folder: Path, spec: DatasetSpec) -> Episode:
     steps = read_steps(folder, metadata, {c.rpartition("/")[2] for c in spec.images.values()})
     episode = episode_from(steps, spec, source)
     mask = episode.action_mask
-    enabled = steps["observation"].get("controller_info", {}).get("movement_enabled")
-    if mask is not None and enabled is not None and len(enabled) == len(mask):
-        mask = mask & np.asarray(enabled, bool).reshape(-1)
+    if mask is not None:
+        mask = mask & _enabled(steps, len(mask))
     success = metadata.get("success")
     return dataclasses.replace(
         episode, action_mask=mask, success=success if isinstance(success, bool) else None

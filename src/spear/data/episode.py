@@ -134,8 +134,9 @@ def write_episodes(
 
 def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
     table = _to_table(episodes)
-    handle, temporary = tempfile.mkstemp(prefix=".episodes-", suffix=".tmp", dir=folder)
+    temporary = ""
     try:
+        handle, temporary = tempfile.mkstemp(prefix=".episodes-", suffix=".tmp", dir=folder)
         with os.fdopen(handle, "wb") as file:
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_batch(table)
@@ -154,7 +155,8 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
             f"cannot write: {folder}: {error}; free some space or choose another folder"
         ) from error
     finally:
-        os.unlink(temporary)
+        if temporary:
+            os.unlink(temporary)
 
 
 def _to_table(episodes: Sequence[Episode]) -> pa.RecordBatch:

@@ -53,9 +53,14 @@ def _read_store(
     path: str | Path, split: str = "train", dataset: Layout = None, on_bad: OnBad | None = None
 ) -> Iterator[Episode]:
     """The episodes of a store; it needs no layout, and what is in it has been checked."""
+    yield from open_split(path, split)
+
+
+def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
+    """The episodes of a store that a split names; all of them are "train"."""
     store = EpisodeStore(path)
-    for _, first, end in split_ranges({"train": [len(store)]}, split, path):
-        yield from (store[i] for i in range(first, end))
+    ranges = split_ranges({"train": [len(store)]}, split, path)
+    return store.subset([i for _, first, end in ranges for i in range(first, end)])
 
 
 FORMATS: Mapping[str, Format] = {

@@ -20,6 +20,10 @@ from spear.types import Array, Episode
 
 FASTEST = 3.0
 """Metres per second that an end-effector can move and still be believed (our choice; a Franka does 1.7)."""
+FASTEST_TURN = 10.0
+"""Radians per second that it can turn and still be believed (our choice; a Franka's wrist does 2.6)."""
+_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
+"""What a whole JPEG and a whole PNG end with."""
 
 
 def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Episode:
@@ -28,13 +32,13 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
     Canonical actions are taken as they are where `spec.action` names their column. Otherwise motions come
     from the states, and gripper commands from the logged ones where the dataset has them: the last step leads
     nowhere known and is masked. Raises SpearError for a missing column or a bad episode, among them one whose
-    position jumps (more than 3 m/s between two steps).
+    pose jumps (more than 3 m/s or 10 rad/s between two steps), or one of whose images is cut off.
     """
     position_column, rotation_column, layout, gripper_column, span, rate_hz = require(spec)
     episode = check_episode(
         Episode(
             images={
-                camera: unsquash(column(steps, key, source), spec.image_aspect.get(camera))
+                camera: unsquash(_pictures(steps, key, source), spec.image_aspect.get(camera))
                 for camera, key in spec.images.items()
             },
             position=_numbers(steps, position_column, source),
@@ -83,6 +87,17 @@ def _numbers(steps: Mapping[str, Any], where: str, source: str) -> Array:
         raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
 
 
+def _pictures(steps: Mapping[str, Any], where: str, source: str) -> Sequence[bytes]:
+    """A column of encoded images. One that does not end as it should is decoded, to see whether it is whole."""
+    images: Sequence[bytes] = column(steps, where, source)
+    for step, image in enumerate(images):
+        if not isinstance(image, bytes):
+            raise SpearError(f"no images in column {where!r}: {source}: name another column")
+        if image and not image.endswith(_ENDS):
+            decode_image(image, f"{source} step {step} column {where!r}")
+    return images
+
+
 def _instruction(rows: Any) -> str:
     """The first row as text: bytes, a text, or Unicode code points padded with zeros."""
     if not len(rows):
@@ -100,6 +115,14 @@ def _check_jumps(episode: Episode) -> None:
         raise SpearError(
             f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where it was "
             "a step before; leave the episode out, or check the column and that its unit is metres"
+        )
+    cosine = np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1)
+    turned = 2 * np.arccos(cosine)
+    if len(turned) and turned.max() * episode.rate_hz > FASTEST_TURN:
+        step = int(turned.argmax())
+        raise SpearError(
+            f"jump: {episode.source} step {step + 1}: the end-effector is turned by {np.degrees(turned[step]):.3g}° "
+            "from a step before; leave the episode out, or check the column and how its rotations are written"
         )
 
 

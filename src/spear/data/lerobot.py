@@ -206,12 +206,26 @@ def read_raw(
     cameras  the features of images to read (those in videos are decoded, and encoded as JPEG); None for all.
     Raises SpearError, naming the episode, when its rows or frames are missing, too many or broken.
     """
+    try:
+        return _read_raw(folder, episode, cameras)
+    except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise SpearError(
+            f"broken rows: {folder.name}#{episode.index}: {reason}; leave the episode out"
+        ) from error
+
+
+def _read_raw(
+    folder: LeRobotFolder, episode: LeRobotEpisode, cameras: Collection[str] | None
+) -> dict[str, Any]:
     rows = _rows(episode, folder.name)
     steps: dict[str, Any] = {}
     for name in rows.column_names:
         if name not in folder.cameras or cameras is None or name in cameras:
             steps[name.replace(".", "/")] = _values(rows.column(name), folder.path)
     times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / folder.rate_hz), float).reshape(-1)
+    if not np.isfinite(times).all():
+        raise ValueError("a timestamp is missing")
     for name, (file, first, end) in episode.videos.items():
         if cameras is None or name in cameras:
             source = f"{folder.name}#{episode.index}"
@@ -255,9 +269,10 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     """A column as an array with the steps first, or as a list of bytes for images and texts."""
     kind = column.type
     if pa.types.is_struct(kind):
+        cells = [row or {} for row in column.to_pylist()]
         return [
-            row["bytes"] if row["bytes"] is not None else _image_file(folder, row["path"])
-            for row in column.to_pylist()
+            cell["bytes"] if cell.get("bytes") is not None else _image_file(folder, cell.get("path"))
+            for cell in cells
         ]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [(text or "").encode() for text in column.to_pylist()]

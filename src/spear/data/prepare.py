@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spear.data.actions import RATE_HZ, resample
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.formats import need_format, read_episodes
+from spear.data.formats import need_format, open_split, read_episodes
 from spear.data.oxe import Layout
 from spear.errors import SpearError
 from spear.types import Episode
@@ -88,16 +90,23 @@ def prepare(
     return written, aside.reasons
 
 
-def open_store(path: str | Path, work_dir: str | Path) -> tuple[EpisodeStore, list[str]]:
-    """The episodes of a folder in any format, as training reads them, and why some were set aside.
+def open_store(
+    path: str | Path, work_dir: str | Path, split: str = "train", wait: bool = False
+) -> tuple[EpisodeStore, list[str]]:
+    """The episodes of a split of a folder in any format, as training reads them, and why some were set aside.
 
-    A store is opened as it is. Anything else is prepared first, once, into `work_dir`/<name of the folder>.
+    A store is opened as it is. Anything else is prepared first, once, into a folder of `work_dir` whose name depends on
+    path and split. With `wait`, another process does that, and this one waits until it has.
     """
     if need_format(path) == "store":
-        return EpisodeStore(path), []
-    target = Path(work_dir) / Path(path).resolve().name
+        return open_split(path, split), []
+    whole = Path(path).resolve()
+    key = hashlib.sha256(f"{whole} {split}".encode()).hexdigest()[:8]
+    target = Path(work_dir) / f"{whole.name}-{key}"
+    while wait and not target.is_dir():
+        time.sleep(0.5)
     reasons: list[str] = []
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _, reasons = prepare(path, target)
+        _, reasons = prepare(path, target, split)
     return EpisodeStore(target), reasons

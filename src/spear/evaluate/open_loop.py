@@ -1,8 +1,8 @@
 """Open loop: how far a policy's predicted actions are from what the demonstrator did, on held-out episodes.
 
 This says nothing about success (an error of a centimetre may grasp or miss), but it needs no robot: it is
-the first check of a fine-tuning on real episodes. The reference is the one constant action that is best
-without looking: the mean action of the training episodes.
+the first check of a fine-tuning on real episodes. Two references need no images: the mean action of the training
+episodes, which is the best constant one, and the last action, repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spear.chunks import mean_action
-from spear.data.actions import HORIZON, chunk, episode_actions, resample
+from spear.data.actions import HORIZON, binarize_gripper, chunk, episode_actions, resample
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
@@ -108,6 +108,19 @@ def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
     return OpenLoop("mean action", errors, [np.tile(constant, (len(t), 1)) for t in truth], truth)
 
 
+def score_last_action(held_out: EpisodeStore) -> OpenLoop:
+    """The same errors for doing again, five times, what was done in the step before.
+
+    In an episode's first step, where nothing was done before: for standing still, the gripper as it is.
+    """
+    episodes = [resample(e) for e in _states(held_out)]
+    before = [_previous_actions(e) for e in episodes]
+    errors = [
+        _errors(np.repeat(b[:, None], HORIZON, axis=1), e) for b, e in zip(before, episodes, strict=True)
+    ]
+    return OpenLoop("last action", errors, before, [_truth(e) for e in episodes])
+
+
 def plot(model: OpenLoop, reference: OpenLoop, episodes: int = 3, dpi: int = 110) -> bytes:
     """PNG: predicted against true displacement per axis, and the gripper, over some held-out episodes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -142,6 +155,12 @@ def plot(model: OpenLoop, reference: OpenLoop, episodes: int = 3, dpi: int = 110
 def _truth(episode: Episode) -> Array:
     actions, valid = episode_actions(episode)
     return np.where(valid[:, None], actions, np.nan)
+
+
+def _previous_actions(episode: Episode) -> Array:
+    """[T, 8] the action of the step before each step."""
+    still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
+    return np.concatenate([still, episode_actions(episode)[0][:-1]])
 
 
 def _states(store: EpisodeStore) -> list[Episode]:

@@ -1,7 +1,8 @@
 """Every training stage as data: what learns, on what, for how long. `spear train NAME` runs one.
 
-The `spear1-*` recipes carry the paper's numbers where the paper states them; learning rates and schedules are not
-stated there and are our choice. The `nano-*` recipes are ours, sized for two CPU cores.
+The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where it states
+them; learning rates and schedules are not stated there and are our choice, as are `finetune-*`. The `nano-*` recipes
+are ours, sized for two CPU cores. docs/recipes.md has all of them as tables.
 """
 
 from __future__ import annotations
@@ -138,6 +139,16 @@ _NANO_VLA = Recipe(
     augment=0.5,
 )
 
+_POST_TRAIN = Recipe(
+    name="post-train-bridge",
+    kind="vla",
+    preset="spear1",
+    description="The paper's post-training for the WidowX: 50k steps on BridgeData V2.",
+    optimization=Optimization(steps=50_000, lr=2.5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
+    batch_size=256,
+    starts_from="vla-pretrain",
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -235,7 +246,7 @@ RECIPES: dict[str, Recipe] = {
             augment=1.0,
         ),
         Recipe(
-            name="spear1-vlm-1",
+            name="vlm-stage1",
             kind="vlm",
             preset="spear1",
             description="The paper's SPEAR-VLM stage 1: 2k steps, projections and 3D-token embeddings.",
@@ -245,37 +256,34 @@ RECIPES: dict[str, Recipe] = {
             starts_from="PaliGemma-3B and MoGe",
         ),
         Recipe(
-            name="spear1-vlm-2",
+            name="vlm-stage2",
             kind="vlm",
             preset="spear1",
             description="The paper's SPEAR-VLM stage 2: 10k steps, both encoders trained (its best row).",
             optimization=Optimization(steps=10000, lr=2e-5),
             batch_size=512,
-            starts_from="spear1-vlm-1",
+            starts_from="vlm-stage1",
         ),
         Recipe(
-            name="spear1-vla",
+            name="vla-pretrain",
             kind="vla",
             preset="spear1",
             description="The paper's pre-training: 300k steps at batch 2048, MoGe frozen, SigLIP trained.",
             optimization=Optimization(steps=300_000, lr=5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
             batch_size=2048,
-            starts_from="spear1-vlm-2",
+            starts_from="vlm-stage2",
+        ),
+        _POST_TRAIN,
+        dataclasses.replace(
+            _POST_TRAIN,
+            name="post-train-droid",
+            description="The paper's post-training for DROID's Franka: 50k steps on DROID.",
         ),
         Recipe(
-            name="spear1-post",
+            name="finetune-lora",
             kind="vla",
             preset="spear1",
-            description="The paper's post-training on one robot: 50k steps.",
-            optimization=Optimization(steps=50_000, lr=2.5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
-            batch_size=256,
-            starts_from="spear1-vla",
-        ),
-        Recipe(
-            name="spear1-lora",
-            kind="vla",
-            preset="spear1",
-            description="Post-training on one GPU: expert and projections learn, the language model by LoRA.",
+            description="Fine-tuning on one GPU: expert and projections learn, the language model by LoRA.",
             optimization=Optimization(
                 steps=20_000,
                 lr=5e-5,
@@ -287,14 +295,14 @@ RECIPES: dict[str, Recipe] = {
                 gradient_checkpointing=True,
             ),
             batch_size=64,
-            starts_from="spear1-vla",
+            starts_from="vla-pretrain",
             lora_rank=16,
         ),
         Recipe(
-            name="spear1-expert",
+            name="finetune-expert",
             kind="vla",
             preset="spear1",
-            description="Post-training on one GPU: the action expert alone learns.",
+            description="Fine-tuning on one GPU: the action expert alone learns.",
             optimization=Optimization(
                 steps=20_000,
                 lr=5e-5,
@@ -306,7 +314,7 @@ RECIPES: dict[str, Recipe] = {
                 gradient_checkpointing=True,
             ),
             batch_size=64,
-            starts_from="spear1-vla",
+            starts_from="vla-pretrain",
         ),
     )
 }
