@@ -115,6 +115,8 @@ def train(
     moge: Folder = None,
     steps: Number = None,
     seed: int = 0,
+    device: str = "auto",
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     set: tuple[str, ...] = (),
 ) -> None:
     """Train one stage. Stopped at any moment, the same command continues where it was.
@@ -124,6 +126,7 @@ def train(
     Examples:
         spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
+        torchrun --nproc-per-node 8 --no-python spear train spear1-post … --parallel fsdp
 
     Args:
         recipe: Name of the recipe, or list.
@@ -135,6 +138,8 @@ def train(
         moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with.
         steps: Number of steps, when it shall not be the recipe's.
         seed: Two runs with the same seed give the same weights.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N. Of several processes each takes a GPU of its own.
+        parallel: What several processes (torchrun) hold: ddp, each the whole model; fsdp, each its share of it.
         set: Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.
     """
     from transformers.utils.logging import disable_progress_bar
@@ -156,7 +161,19 @@ def train(
     target = out or Path("runs") / recipe
     disable_progress_bar()
     robots = [(path.name, _episodes(path, target / "data"), 1.0) for path in episodes]
-    final = run(recipe, target, labels, robots, start, encoder, seed, steps=steps, **changes)
+    final = run(
+        recipe,
+        target,
+        labels,
+        robots,
+        start,
+        encoder,
+        seed,
+        device=device,
+        sharded=parallel == "fsdp",
+        steps=steps,
+        **changes,
+    )
     print(f"trained: {final}")
 
 
