@@ -6,6 +6,7 @@ a GPU, so a training step on fake CUDA tensors finds every tensor that was made,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from spear import flow
+from spear.cli import main
 from spear.errors import SpearError
 from spear.models.losses import token_loss
 from spear.train import optimize
@@ -55,6 +57,13 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(SpearError, match="finds no GPU here"):
         choose_device("cuda")
+
+
+def test_the_command_refuses_a_device_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nano-vla", "--device", "gpu", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: unknown device 'gpu'") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 class Faked(Acting):

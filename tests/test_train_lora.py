@@ -22,7 +22,7 @@ from spear.train.run import train
 
 pytest.importorskip("peft")
 FEW = {"preset": "nano", "batch_size": 4, "accumulate": 2, "warmup": 1, "ema": 0.5, "schedule": "constant"}
-QUIET = {"workers": 0, "log_every": 1, "quiet": True}
+QUIET = {"workers": 0, "log_every": 1, "quiet": True, "device": "cpu"}
 LANGUAGE = "vlm.language_model."
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from spear.models import weights
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train import loop, parallel, sharding
 from spear.train.optimize import Optimization
-from train_tiny import EMBEDDINGS, Acting, start
+from train_tiny import EMBEDDINGS, Acting, said, start
 
 OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
 WHOLE = Optimization(
@@ -44,6 +43,7 @@ HALF = replace(WHOLE, steps=2)
 LOWER = replace(
     HALF, precision="bf16", frozen_precision="bf16", moments="bf16", gradient_checkpointing=True, lr=1e-3
 )
+PATIENCE = 900  # seconds: some machines are busy
 QUIET: dict[str, Any] = {"seed": 0, "workers": 0, "log_every": 1, "quiet": True}
 
 
@@ -127,19 +127,20 @@ class Two:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     root = tmp_path_factory.mktemp("two")
-    processes = start("test_train_parallel.slow_run", root)
-    deadline = time.monotonic() + 600
+    processes = start(slow_run, root)
+    deadline = time.monotonic() + PATIENCE
     while not (root / "killed" / "checkpoints" / "step-00000004").is_dir():
-        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGKILL)
-    survivor = processes[0].communicate(timeout=600)[1]
-    processes[1].communicate()
+    processes[1].kill()
+    processes[0].join(PATIENCE)
     loop.run(Acting(), replace(HALF, accumulate=2), root / "from-one", **QUIET)
-    others = start("test_train_parallel.runs", root)
-    said = [process.communicate(timeout=600)[1] for process in others]
-    assert [process.returncode for process in others] == [0, 0], "\n".join(said)
-    return Two(root, survivor, processes[0].returncode)
+    others = start(runs, root)
+    for process in others:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in others]
+    assert codes == [0, 0], said(runs, root, 0) + said(runs, root, 1)
+    return Two(root, said(slow_run, root, 0), processes[0].exitcode)
 
 
 @pytest.fixture(scope="module")

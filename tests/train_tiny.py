@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models_tiny import START, TINY, actions, pixels, spear1, text
+from spear.errors import SpearError
 from spear.models.spear1 import STATE_FEATURES
 from spear.train.questions import length_groups
 from spear.types import Action
@@ -63,32 +64,37 @@ class Acting:
         return self.model.vlm(**asked, length_groups=length_groups(self.model)).loss
 
 
-def start(function: str, *args: Path, processes: int = 2) -> list[subprocess.Popen[str]]:
-    """Call a test module's function, "module.function", in so many processes that know of each other."""
-    module, name = function.split(".")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\n"
-        "from spear.errors import SpearError\n"
-        f"from {module} import {name}\n"
-        f"try:\n    {name}(*map(Path, sys.argv[1:]))\n"
-        "except SpearError as error:\n    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)\n"
-    )
+def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:
+    """Call `function(root)` in so many processes that know of each other; what they say is in `root`.
+
+    As in the command, a `SpearError` is one line and exit code 2.
+    """
+    # A process whose autograd has used a GPU cannot be forked.
+    context: Any = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    made = [
+        context.Process(target=_work, args=(function, root, rank, processes, port))
         for rank in range(processes)
     ]
+    for process in made:
+        process.start()
+    return made
+
+
+def said(function: Callable[[Path], None], root: Path, rank: int) -> str:
+    """What a process that `start` started wrote on stderr."""
+    return (root / f"{function.__name__}-{rank}.txt").read_text()
+
+
+def _work(function: Callable[[Path], None], root: Path, rank: int, world: int, port: str) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(place, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.stderr = (root / f"{function.__name__}-{rank}.txt").open("w", buffering=1)
+    torch.set_num_threads(1)
+    try:
+        function(root)
+    except SpearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -64,6 +64,7 @@ class Logger:
             TimeRemainingColumn(),
             TextColumn("{task.fields[info]}"),
             disable=quiet,
+            refresh_per_second=2,  # drawing takes time from the training
         )
         self.row = self.bar.add_task(out.name, total=total, completed=first_step, info="")
 

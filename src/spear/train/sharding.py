@@ -1,9 +1,9 @@
 """FSDP2: every process keeps 1/N of each weight, gradient, moment and average, and borrows the rest while it works.
 
-One group per transformer layer, and one for what is left. Layers are gathered in bfloat16 where the computation is in
-bfloat16; masters, gradients and what is reduced stay float32. A step gathers each layer once and keeps it for the way
-back: the language model's keys and values leave their layer through a cache, past the hooks by which FSDP would know
-that the layer is needed again.
+One group per transformer layer, and one for what is left. On GPUs layers are gathered in bfloat16 where the
+computation is in bfloat16; masters, gradients and what is reduced stay float32. A step gathers each layer once and
+keeps it for the way back: the language model's keys and values leave their layer through a cache, past the hooks by
+which FSDP would know that the layer is needed again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def mesh(kind: str) -> DeviceMesh:
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     """Shard `model` over all processes, in place, on `device`.
 
-    lower: layers compute in bfloat16. Raises `SpearError` for a model with parameters that have no dimension.
+    lower: layers compute in bfloat16, and are gathered in it. (On a CPU they are gathered as they are, and autocast has
+    the rest to do: its layer norms want their weights in the precision of their input.)
+    Raises `SpearError` for a model with parameters that have no dimension.
     """
     single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if single:
@@ -38,7 +40,8 @@ def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
         )
     processes = mesh(device.type)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layer = MixedPrecisionPolicy(torch.bfloat16 if lower else None, torch.float32, cast_forward_inputs=False)
+    gathered = torch.bfloat16 if lower and device.type != "cpu" else None
+    layer = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for module in list(model.modules()):
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, mesh=processes, mp_policy=layer, reshard_after_forward=False)
