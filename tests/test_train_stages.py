@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,29 +84,6 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     assert (actions[:, 3] >= 0).all()
     policy.reset()
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
-
-
-def test_one_folder_is_all_that_serving_needs(walked: Walk, tmp_path: Path) -> None:
-    final = walked.folders["nano-vla"]
-    alone = shutil.copytree(final, tmp_path / "robot")
-    assert {"config.json", "model.safetensors", "tokenizer.json", "coordinates.json", "normalizer.json"} <= {
-        path.name for path in alone.iterdir()
-    }
-    texts = [path for path in alone.iterdir() if path.suffix == ".json"]
-    assert not any(str(final.parents[1]) in path.read_text() for path in texts)
-    run, gone = final.parent, final.parent.with_name("gone")
-    run.rename(gone)
-    try:
-        policy = Spear1Policy.load(alone)
-    finally:
-        gone.rename(run)
-    observation = {
-        "observation/image": np.full((240, 320, 3), 90, np.uint8),
-        "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
-        "prompt": "put the cube on the plate",
-    }
-    expected = Spear1Policy.load(final).infer(observation)["actions"]
-    np.testing.assert_array_equal(policy.infer(observation)["actions"], expected)
 
 
 def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -> None:

@@ -89,7 +89,12 @@ class Checkpoints:
         names = _names(model)
         counts = {names[p]: float(s["step"]) for p, s in optimizer.state.items()}
         processes = sharding.mesh("cpu") if sharding.is_sharded(model) else None
-        copies = {k: _copy(v, processes) for k, v in _tensors(model, ema, optimizer).items()}
+        tensors = sorted(_tensors(model, ema, optimizer).items(), key=lambda item: -item[1].numel())
+        copies = {
+            key: _copy(tensor, processes)
+            for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
+            if isinstance(tensor, DTensor) or place % parallel.world() == parallel.rank()
+        }
         text = json.dumps({**state, "step": step, "counts": counts}, indent=1)
         self._pending = self._writer.submit(self._write, step, copies, text)
 
