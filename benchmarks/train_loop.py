@@ -1,4 +1,4 @@
-"""Training speed: the loop with its data pipeline ÷ the bare network on one fixed batch (goal: at least 0.9).
+"""Training speed: the loop with its data pipeline ÷ the bare network on one fixed batch (goal: at least 0.95).
 
     python benchmarks/train_loop.py --episodes runs/episodes --labels runs/labels
 
@@ -19,6 +19,7 @@ import tyro
 
 from spear.data.episode import EpisodeStore
 from spear.train import loop
+from spear.train.log import Logger
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
 from spear.train.run import build
@@ -53,7 +54,7 @@ def main(
     first = 0
     with tempfile.TemporaryDirectory() as folder:
         source = loop.batches(task, 0, (rounds + 1) * steps, workers=1)
-        logger = loop.Logger(Path(folder), first_step=0, total=steps * rounds, quiet=True)
+        logger = Logger(Path(folder), first_step=0, total=steps * rounds, quiet=True)
         for _ in range(steps):  # the loader fills its queue
             step(0, next(source))
         for _ in range(rounds):

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from spear.errors import SpearError
-from spear.train import checkpoint, loop, optimize
+from spear.train import checkpoint, loop, nonfinite, optimize
+from spear.train.log import Logger, Spikes
 from spear.train.optimize import Optimization
 
 
@@ -110,9 +111,90 @@ def test_learning_rates_per_module() -> None:
     assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (1e-3, False): 1}
 
 
-def test_not_finite_loss_stops_with_a_reason_and_keeps_the_run(tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match="not finite"):
-        loop.run(Regression(scale=math.inf), SMALL, tmp_path, seed=0, workers=0, quiet=True)
+class Broken(Regression):
+    """The loss, or the gradient alone, of the steps in `bad` is not finite."""
+
+    def __init__(self, bad: set[int], gradient: bool = False) -> None:
+        super().__init__()
+        self.bad, self.gradient = bad, gradient
+
+    def batch(self, step: int) -> dict[str, Any]:
+        broken = torch.tensor(float(step in self.bad))
+        return {**super().batch(step), "more": {"broken": broken, "name": f"batch {step}"}}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        loss, parts = super().loss(batch, generator)
+        if batch["more"]["broken"]:
+            weight = self.model[0].weight.sum()
+            # The root's slope at zero is infinite, its value is not.
+            loss = loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
+        return loss, parts
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gradient: bool
+) -> None:
+    before = Optimization(**{**SMALL.__dict__, "steps": 6, "schedule": "constant"})
+    after = Optimization(**{**before.__dict__, "steps": 7})
+    task = Broken({6}, gradient)
+    loop.run(task, before, tmp_path, seed=5, workers=0, log_every=1, quiet=True)
+    weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    averaged = loop.run(task, after, tmp_path, seed=5, workers=0, log_every=1, quiet=True)
+    assert all(torch.equal(weights[n], p) for n, p in task.model.named_parameters())
+    assert all(v.isfinite().all() for v in averaged.values())
+    what = "gradient" if gradient else "loss"
+    assert (
+        f"step 7: the {what} is not finite: skipped (1 of at most 10); its batch is in"
+        in capsys.readouterr().err
+    )
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 7 and last["grad_norm" if gradient else "loss"] is None
+    (file,) = (tmp_path / "not-finite").iterdir()
+    batch, about = nonfinite.load_batch(file)
+    assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["name"] == "batch 6"
+    loss, _ = task.loss(batch, optimize.step_generator(about["seed"], about["number"]))
+    loss.backward()
+    assert loss.isfinite() == gradient and not task.model[0].weight.grad.isfinite().all()
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    opt = Optimization(**{**SMALL.__dict__, "max_skipped": 2})
+    with pytest.raises(
+        SpearError, match=r"step 9: the loss is not finite, and 2 steps were skipped before: look"
+    ):
+        loop.run(Broken({3, 5, 8, 9}), opt, tmp_path, seed=0, workers=0, save_every=7, quiet=True)
+    with pytest.raises(SpearError, match=r"step 9: .* and 2 steps were skipped before"):  # it remembers
+        loop.run(Broken({8}), opt, tmp_path, seed=0, workers=0, quiet=True)
+    assert len(list((tmp_path / "not-finite").iterdir())) == 3
+
+
+def test_loss_spikes_are_counted() -> None:
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    spikes = Spikes()
+    for step in range(1, 401):
+        jump = 3.0 if step in (30, 200, 300) else 0.0  # the first is too early to tell
+        spikes.add(step, 2 * 0.99**step + 0.1 * float(noise[step - 1]) + jump)
+    assert (spikes.count, spikes.last) == (2, 300)
+    spikes.add(401, math.nan)
+    assert spikes.count == 2
+
+
+def test_waiting_for_data_is_told(tmp_path: Path) -> None:
+    class Slow(Regression):
+        def batch(self, step: int) -> dict[str, Any]:
+            time.sleep(0.03)
+            return super().batch(step)
+
+    opt = Optimization(**{**SMALL.__dict__, "steps": 10})
+    loop.run(Slow(), opt, tmp_path, seed=0, workers=0, log_every=10, quiet=True)
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert 0.3 < row["data_wait"] <= 1
+    log = Logger(tmp_path, 0, 20, quiet=True)
+    log.spikes.count, log.spikes.last = 2, 17
+    assert log._line(2.0, 0.34, {"loss": 1.5, "grad_norm": 2.0}) == (
+        "2.0 steps/s  waits for data 34%  loss 1.500  2 loss spikes, last at 17"
+    )
 
 
 def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
@@ -122,12 +204,32 @@ def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
         loop.run(Regression(), SMALL, tmp_path, seed=1, workers=0, quiet=True)
 
 
+def test_a_checkpoint_of_another_model_or_version_is_named(tmp_path: Path) -> None:
+    short = Optimization(**{**SMALL.__dict__, "steps": 4})
+    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+    other = Regression()
+    other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    with pytest.raises(SpearError, match=r"of another model or other settings \(model.0.weight differs\)"):
+        loop.run(other, SMALL, tmp_path, seed=0, workers=0, quiet=True)
+    state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text('{"step": 4, "settings": {"seed": 0}}')
+    with pytest.raises(SpearError, match="written by an earlier version"):
+        loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, quiet=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    short = Optimization(**{**SMALL.__dict__, "steps": 4})
+    with pytest.raises(SpearError, match="a checkpoint cannot be written to"):
+        loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     short = Optimization(**{**SMALL.__dict__, "steps": 4})
     loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
     latest = checkpoint.find_latest(tmp_path / "checkpoints")
     assert latest is not None
-    weights = latest / "model.safetensors"
+    (weights,) = latest.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(SpearError, match=r"step-00000004.*cannot be read"):
         loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, quiet=True)

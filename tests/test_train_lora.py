@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from spear.train.run import train
 
 pytest.importorskip("peft")
 FEW = {"preset": "nano", "batch_size": 4, "accumulate": 2, "warmup": 1, "ema": 0.5, "schedule": "constant"}
-QUIET = {"workers": 0, "log_every": 1, "quiet": True}
+QUIET = {"workers": 0, "log_every": 1, "quiet": True, "device": "cpu"}
 LANGUAGE = "vlm.language_model."
 
 
@@ -102,6 +103,33 @@ def test_a_stopped_run_continues_bit_for_bit(trained: Path, store: EpisodeStore,
     assert len(logs[0]) == 4 and logs[0] == logs[1]
     one, two = parameters(trained), parameters(continued)
     assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(trained, tmp_path / "robot")
+    names = {path.name for path in alone.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "coordinates.json",
+        "normalizer.json",
+    } <= names
+    texts = [path.read_text() for path in alone.iterdir() if path.suffix == ".json"]
+    assert not any(str(trained.parent) in text for text in texts)
+    run, gone = trained.parent, trained.parent.with_name("gone")
+    run.rename(gone)
+    try:
+        policy = Spear1Policy.load(alone)
+        observation = {
+            "observation/image": np.full((240, 320, 3), 90, np.uint8),
+            "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
+            "prompt": "put the cube on the plate",
+        }
+        actions = policy.infer(observation)["actions"]
+    finally:
+        gone.rename(run)
+    np.testing.assert_array_equal(Spear1Policy.load(trained).infer(observation)["actions"], actions)
 
 
 def test_bad_requests_are_refused(

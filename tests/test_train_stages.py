@@ -21,7 +21,7 @@ from spear.train.recipes import ENCODERS, RECIPES, recipe
 from spear.train.run import train
 
 SIZES = dict(PRESETS["nano"].image_sizes)
-FEW = {"steps": 2, "batch_size": 4, "warmup": 1, "workers": 0, "quiet": True}
+FEW = {"steps": 2, "batch_size": 4, "warmup": 1, "workers": 0, "quiet": True, "device": "cpu"}
 
 
 @dataclass

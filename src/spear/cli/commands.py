@@ -119,6 +119,8 @@ def train(
     preset: Name = None,
     steps: Number = None,
     seed: int = 0,
+    device: str = "auto",
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     set: tuple[str, ...] = (),
     launch: Annotated[Literal["slurm", "ray", "kubernetes"] | None, arg(metavar="CLUSTER")] = None,
     nodes: int = 1,
@@ -135,6 +137,7 @@ def train(
         spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
         spear train post-train-droid --episodes droid/1.0.1 --init runs/vla --launch slurm --nodes 2 --gpus 8 --dry-run
+        torchrun --nproc-per-node 8 --no-python spear train post-train-bridge … --parallel fsdp
 
     Args:
         recipe: Name of the recipe, or list.
@@ -150,6 +153,8 @@ def train(
         preset: Model size, when it shall not be the recipe's: nano, small or spear1.
         steps: Number of steps, when it shall not be the recipe's.
         seed: Two runs with the same seed give the same weights.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N. Of several processes each takes a GPU of its own.
+        parallel: What several processes (torchrun) hold: ddp, each the whole model; fsdp, each its share of it.
         set: Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.
         launch: Write a script for this cluster instead: slurm, ray or kubernetes.
         nodes: Machines that it runs on.
@@ -192,7 +197,18 @@ def train(
     stores = [_episodes(path, target / "data", split) for path in episodes]
     mixed = zip(episodes, stores, launching.shares(stores, weights), strict=True)
     robots = [(launching.dataset_name(path), store, share) for path, store, share in mixed]
-    final = run(recipe, target, labels, robots, start, encoder, seed, **changes)
+    final = run(
+        recipe,
+        target,
+        labels,
+        robots,
+        start,
+        encoder,
+        seed,
+        device=device,
+        sharded=parallel == "fsdp",
+        **changes,
+    )
     print(f"trained: {final}")
 
 

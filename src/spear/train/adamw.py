@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 BLOCK = 2**24
 """Numbers that are worked on at a time, so that what is needed in float32 meanwhile stays below 0.3 GB."""
@@ -31,16 +32,15 @@ class HalfStateAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            # A checkpoint's moments come back in the parameter's precision, without having changed.
-            old = state[name] if name in state else torch.zeros_like(parameter, dtype=torch.bfloat16)
-            state[name] = old.to(torch.bfloat16)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
         count, (beta1, beta2) = float(state["step"]), group["betas"]
         size = group["lr"] / (1 - beta1**count)
         root = math.sqrt(1 - beta2**count)
         assert parameter.grad is not None
-        parts = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        parts = [part.to_local() if isinstance(part, DTensor) else part for part in whole]
         assert all(part.is_contiguous() for part in parts)
         for weight, grad, mean, square in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
             first = mean.float().lerp_(grad, 1 - beta1)

@@ -1,7 +1,9 @@
 """Checkpoints of a run: everything needed to continue as if it had never stopped. No pickle.
 
-A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`
-and `state.json`. It is written under a temporary name and renamed, so it is either whole or absent.
+A checkpoint is a folder `step-00001000/` with `state.json` and one safetensors file per process that had something to
+write (PyTorch's distributed checkpoint, in its Hugging Face format). It holds whole tensors with their names, however
+they were divided: it is read on any number of processes, sharded or not, on any device. It is written in the
+background from a copy, under a temporary name, and renamed when all processes are done, so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -10,16 +12,29 @@ import json
 import os
 import re
 import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from spear.errors import SpearError
+from spear.train import parallel, sharding
+from spear.train.adamw import HalfStateAdamW
 
 _NAME = re.compile(r"step-(\d{8})$")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
+
+Ema = dict[str, torch.Tensor] | None
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -28,83 +43,174 @@ def find_latest(folder: Path) -> Path | None:
     return max(found, default=None, key=lambda p: p.name)
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: torch.nn.Module,
-    ema: dict[str, torch.Tensor] | None,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write the checkpoint of `step` and delete all but the newest `keep`."""
-    final = folder / f"step-{step:08d}"
-    part = folder / f".part-{final.name}-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(_tensors(model), part / "model.safetensors")
-    if ema is not None:
-        save_file({k: v.contiguous() for k, v in ema.items()}, part / "ema.safetensors")
-    save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
-    (part / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    for old in sorted(p for p in folder.glob("step-*") if _NAME.search(p.name))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def load(
-    path: Path, model: torch.nn.Module, ema: dict[str, torch.Tensor] | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Put a checkpoint back into `model`, `ema` and `optimizer` (in place); returns its state."""
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`: what `Checkpoints.save` was given, and "step"."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        averaged = load_file(path / "ema.safetensors") if ema is not None else {}
-    except (OSError, ValueError, SafetensorError) as err:
-        raise SpearError(
-            f"checkpoint {path} cannot be read ({err}): delete that folder to continue from the one before"
-        ) from err
-    with torch.no_grad():
-        current = _tensors(model)
-        if set(current) != set(weights) or any(current[k].shape != weights[k].shape for k in current):
-            raise SpearError(f"checkpoint {path} is of another model: use a new --out folder")
-        for key, tensor in current.items():
-            tensor.copy_(weights[key])
-        if ema is not None:
-            for key, tensor in ema.items():
-                tensor.copy_(averaged[key])
-    _restore_optimizer(optimizer, moments)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     return state
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, tied ones once, as contiguous tensors that share the model's memory."""
+class Checkpoints:
+    """The checkpoints in a folder, of which the newest `keep` stay. All processes save and load together."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except SpearError:
+            if kind is None:
+                raise
+        finally:
+            self._writer.shutdown()
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        ema: Ema,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+    ) -> None:
+        """Copy what there is to keep and begin to write it as the checkpoint of `step`.
+
+        Waits for the one before. Raises `SpearError` when that could not be written.
+        """
+        self.wait()
+        names = _names(model)
+        counts = {names[p]: float(s["step"]) for p, s in optimizer.state.items()}
+        processes = sharding.mesh("cpu") if sharding.is_sharded(model) else None
+        tensors = sorted(_tensors(model, ema, optimizer).items(), key=lambda item: -item[1].numel())
+        copies = {
+            key: _copy(tensor, processes)
+            for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
+            if isinstance(tensor, DTensor) or place % parallel.world() == parallel.rank()
+        }
+        text = json.dumps({**state, "step": step, "counts": counts}, indent=1)
+        self._pending = self._writer.submit(self._write, step, copies, text)
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises `SpearError` when it could not be."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except _FAILED as error:
+            raise SpearError(
+                f"a checkpoint cannot be written to {self.folder} ({_first_line(error)}): "
+                "make room there; the same command continues from the one before"
+            ) from error
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: str) -> None:
+        final = self.folder / f"step-{step:08d}"
+        part = self.folder / f".part-{final.name}"
+        main = parallel.rank() == 0
+        if main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        if self._group is not None:
+            dist.barrier(self._group)
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        if main:  # which hears of it when every process is done
+            (part / "state.json").write_text(state)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+            for old in sorted(p for p in self.folder.glob("step-*") if _NAME.search(p.name))[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(
+        self, path: Path, model: torch.nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """Put a checkpoint back into `model`, `ema` and `optimizer` (in place); returns its state.
+
+        Raises `SpearError` when it cannot be read or is of another model.
+        """
+        state = read_state(path)
+        try:
+            stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+            _make_moments(optimizer, _names(model), state.get("counts", {}))
+            tensors = _tensors(model, ema, optimizer)
+            for key, tensor in tensors.items():
+                if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
+                    raise SpearError(
+                        f"checkpoint {path} is of another model or other settings ({key} differs): "
+                        "use a new --out folder"
+                    )
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except _FAILED as error:
+            raise _unreadable(path, error) from error
+        return state
+
+
+def _names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _tensors(model: torch.nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors themselves: parameters and buffers (tied ones once), averaged weights, moments."""
     seen: set[int] = set()
     out: dict[str, torch.Tensor] = {}
-    for key, tensor in model.state_dict(keep_vars=False).items():
-        if tensor.data_ptr() in seen and tensor.numel() > 0:
-            continue
-        seen.add(tensor.data_ptr())
-        out[key] = tensor.contiguous()
+    for key, tensor in model.state_dict().items():
+        place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+        if place not in seen or tensor.numel() == 0 or place == 0:
+            out[f"model.{key}"] = tensor
+        seen.add(place)
+    out |= {f"ema.{key}": tensor for key, tensor in (ema or {}).items()}
+    for parameter, name in _names(model).items():
+        moments = optimizer.state.get(parameter, {})
+        out |= {f"{kind}.{name}": moments[kind] for kind in _MOMENTS if kind in moments}
     return out
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.contiguous().clone()
-        for index, entries in state.items()
-        for name, value in entries.items()
-    }
+def _make_moments(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], counts: dict[str, float]
+) -> None:
+    """Give the parameters that have taken steps moments to read into, as their optimiser would make them."""
+    half = isinstance(optimizer, HalfStateAdamW)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            count = counts.get(names[parameter])
+            optimizer.state.pop(parameter, None)
+            if count is not None:
+                dtype = torch.bfloat16 if half else parameter.dtype
+                made = {kind: torch.zeros_like(parameter, dtype=dtype) for kind in _MOMENTS}
+                step = torch.tensor(count, device="cpu" if half else parameter.device)
+                optimizer.state[parameter] = {"step": step, **made}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]) -> None:
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+def _copy(tensor: torch.Tensor, processes: Any) -> torch.Tensor:
+    """A contiguous copy on the CPU; of a sharded tensor, of this process's part."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    copy = torch.empty(own.shape, dtype=own.dtype).copy_(own.detach())
+    if not isinstance(tensor, DTensor):
+        return copy
+    return DTensor.from_local(
+        copy, processes, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _unreadable(path: Path, error: BaseException) -> SpearError:
+    return SpearError(
+        f"checkpoint {path} cannot be read ({_first_line(error)}): delete that folder to continue from the one before"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """The last line of a message that says something: PyTorch's begin with the traceback of another process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spear.errors import SpearError
 from spear.train import checkpoint, parallel
+from spear.train.checkpoint import Checkpoints
+from spear.train.log import Logger
+from spear.train.nonfinite import FOLDER, NotFinite, save_batch
 from spear.train.optimize import Batch, Optimization, Stepper, Task, learning_rate
 
 
@@ -35,10 +35,13 @@ class _Steps(torch.utils.data.Dataset[Batch]):
         raise TypeError("a run has no last batch of its own")
 
 
-def batches(task: Task, first: int, last: int, workers: int, accumulate: int = 1) -> Iterator[Batch]:
+def batches(
+    task: Task, first: int, last: int, workers: int, accumulate: int = 1, device: torch.device = parallel.CPU
+) -> Iterator[Batch]:
     """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
 
-    `accumulate` of them per step: those that as many processes would take.
+    `accumulate` of them per step: those that as many processes would take. They are in memory that a GPU can copy
+    from while it works, if `device` is one.
     """
     numbers = (n for step in range(first, last) for n in parallel.numbers(step, accumulate))
     loader = torch.utils.data.DataLoader(
@@ -48,6 +51,7 @@ def batches(task: Task, first: int, last: int, workers: int, accumulate: int = 1
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
+        pin_memory=device.type == "cuda",
     )
     return iter(loader)
 
@@ -56,53 +60,26 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-class Logger:
-    """Progress on screen, `log.jsonl` and TensorBoard events (when it is installed) in a run's folder.
+def divided(opt: Optimization, out: Path) -> Optimization:
+    """`opt` with as many pieces per process as continue the run in `out`; as it is when there is none.
 
-    Lines of steps from `first_step` on are dropped: they will be run again.
+    Raises `SpearError` when the run's pieces cannot be shared among the processes that there are.
     """
-
-    def __init__(self, out: Path, first_step: int, total: int, every: int = 20, quiet: bool = False) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.total, self.every = total, every
-        self.started, self.first = time.perf_counter(), first_step
-        _keep_lines_until(out / "log.jsonl", first_step)
-        self.file = (out / "log.jsonl").open("a")
-        self.board = _tensorboard(out)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
-            disable=quiet,
+    latest = checkpoint.find_latest(out / "checkpoints")
+    if latest is None:
+        return opt
+    pieces = checkpoint.read_state(latest)["settings"].get("pieces")
+    if pieces is None:
+        raise SpearError(
+            f"{latest} was written by an earlier version: finish it with that one, or use a new --out"
         )
-        self.row = self.bar.add_task(out.name, total=total, completed=first_step, info="")
-
-    def __enter__(self) -> Logger:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def log(self, step: int, values: Mapping[str, torch.Tensor], lr: float = 0.0) -> None:
-        """Count a finished step (0-based); every so often, and at the last, write its values down."""
-        done = step + 1
-        if done % self.every == 0 or done == self.total:
-            numbers = {k: v.item() for k, v in values.items()}
-            rate = (done - self.first) / (time.perf_counter() - self.started)
-            self.file.write(json.dumps({"step": done, **numbers, "lr": lr, "steps_per_s": rate}) + "\n")
-            self.file.flush()
-            if self.board is not None:
-                for key, value in numbers.items():
-                    self.board.add_scalar(key, value, done)
-            short = " ".join(f"{k} {v:.3f}" for k, v in numbers.items() if k != "grad_norm")
-            self.bar.update(self.row, info=f"{rate:.1f} steps/s  {short}")
-        self.bar.update(self.row, completed=done)
+    if pieces % parallel.world():
+        fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
+        raise SpearError(
+            f"{out} holds a run whose batches have {pieces} piece{'s' if pieces > 1 else ''}, which "
+            f"{parallel.world()} processes cannot share: use {fitting}, or a new --out"
+        )
+    return dataclasses.replace(opt, accumulate=pieces // parallel.world())
 
 
 def run(
@@ -114,59 +91,78 @@ def run(
     save_every: int = 500,
     log_every: int = 20,
     quiet: bool = False,
+    device: torch.device | None = None,
+    sharded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
+    device, sharded: see `spear.train.optimize.Stepper`.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
-    Raises `SpearError` for a checkpoint of another seed or model, or when the loss is not finite.
+    Raises `SpearError` for a checkpoint of another seed or model, when more than `opt.max_skipped` steps had a loss or
+    gradient that is not finite, or when another process of the run is gone.
     """
-    stepper = Stepper(task, opt, seed)
-    folder = out / "checkpoints"
-    latest = checkpoint.find_latest(folder)
-    first = 0
-    settings = json.loads(
-        json.dumps({"seed": seed, "processes": parallel.world(), "optimization": dataclasses.asdict(opt)})
-    )
-    if latest is not None:
-        state = checkpoint.load(latest, stepper.model, stepper.ema, stepper.optimizer)
-        for key in ("seed", "processes"):
-            if state["settings"].get(key, settings[key]) != settings[key]:
-                raise SpearError(
-                    f"{out} holds a run with another seed or number of processes: use the same, or a new --out"
-                )
-        first = int(state["step"])
-    main = parallel.rank() == 0
-    with Logger(out, first, opt.steps, log_every, quiet) if main else contextlib.nullcontext() as logger:
-        ahead = batches(task, first, opt.steps, workers, opt.accumulate)
-        for step in range(first, opt.steps):
-            values = stepper(step, *itertools.islice(ahead, opt.accumulate))
-            if logger is None:
-                continue
-            logger.log(step, values, opt.lr * learning_rate(step, opt))
-            if (step + 1) % save_every == 0 or step + 1 == opt.steps:
-                checkpoint.save(
-                    folder, step + 1, stepper.model, stepper.ema, stepper.optimizer, {"settings": settings}
-                )
+    opt = divided(opt, out)
+    stepper = Stepper(task, opt, seed, device, sharded)
+    settings = {
+        "seed": seed,
+        "pieces": parallel.world() * opt.accumulate,
+        "optimization": dataclasses.asdict(opt),
+    }
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        latest = checkpoint.find_latest(checkpoints.folder)
+        first = skipped = 0
+        if latest is not None:
+            state = checkpoint.read_state(latest)
+            if state["settings"]["seed"] != seed:
+                raise SpearError(f"{out} holds a run with another seed: use the same, or a new --out")
+            checkpoints.load(latest, stepper.model, stepper.ema, stepper.optimizer)
+            first, skipped = state["step"], state["skipped"]
+        main = parallel.rank() == 0
+        try:
+            with Logger(out, first, opt.steps, log_every, quiet) if main else contextlib.nullcontext() as log:
+                ahead = batches(task, first, opt.steps, workers, opt.accumulate, stepper.device)
+                for step in range(first, opt.steps):
+                    begun = time.perf_counter()
+                    pieces = list(itertools.islice(ahead, opt.accumulate))
+                    waited = time.perf_counter() - begun
+                    try:
+                        values = stepper(step, *pieces)
+                    except NotFinite as problem:
+                        skipped, values = skipped + 1, problem.values
+                        _set_aside(problem, pieces, step, seed, out)
+                        _report(problem, step, skipped, opt.max_skipped, out, log)
+                    if log is not None:
+                        log.log(step, values, opt.lr * learning_rate(step, opt), waited)
+                    if (step + 1) % save_every == 0 or step + 1 == opt.steps:
+                        about = {"settings": settings, "skipped": skipped}
+                        checkpoints.save(step + 1, stepper.model, stepper.ema, stepper.optimizer, about)
+        except RuntimeError as error:
+            if not parallel.lost(error):
+                raise
+            raise SpearError(
+                f"process {parallel.rank()}: another process of this run is gone: see what it said; "
+                "the same command continues from the last checkpoint"
+            ) from error
     parallel.wait()
     return stepper.result()
 
 
-def _keep_lines_until(log: Path, step: int) -> None:
-    """Drop log lines of steps that the checkpoint does not contain, and a line that was cut off."""
-    if log.is_file():
-        lines = []
-        for line in log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line + "\n")
-            except ValueError:
-                continue
-        log.write_text("".join(lines))
+def _set_aside(problem: NotFinite, pieces: list[Batch], step: int, seed: int, out: Path) -> None:
+    numbers = parallel.numbers(step, len(pieces))
+    for index in problem.suspects:
+        save_batch(out, step, numbers[index], seed, pieces[index])
 
 
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"))
+def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:
+    """Say that a step was skipped, or, when it was one too many, end the run on all processes."""
+    where = f"step {step + 1}: the {problem.what} is not finite"
+    if skipped <= most:
+        if log is not None:
+            log.say(f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}")
+        return
+    if log is None:
+        raise SystemExit(2)  # process 0 says why
+    raise SpearError(
+        f"{where}, and {most} steps were skipped before: look at their batches in {out / FOLDER}, "
+        "lower the learning rate, or allow more (max_skipped)"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,16 +11,20 @@ import torch
 
 from spear.errors import SpearError
 from spear.models.recompute import recompute_layers
-from spear.train import parallel
+from spear.train import parallel, sharding
 from spear.train.adamw import HalfStateAdamW
 from spear.train.lora import is_adapter
+from spear.train.nonfinite import NotFinite
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
 
 
 class Task(Protocol):
-    """What the loop trains: a model, its batches and its loss."""
+    """What the loop trains: a model, its batches and its loss.
+
+    It may also have `learning_rows`, parameter name -> (first, last): of these, only rows first … last − 1 learn.
+    """
 
     @property
     def model(self) -> torch.nn.Module:
@@ -53,7 +57,9 @@ class Optimization:
     frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory. They
                       are used in bfloat16 under autocast anyway.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.adamw`).
-    accumulate        a batch is worked through in so many pieces, whose gradients are averaged.
+    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run that
+                      is continued keeps its pieces, whatever the number of processes (`spear.train.parallel`).
+    max_skipped       steps whose loss or gradient is not finite are skipped; one more than so many ends the run.
     gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.recompute`).
     """
 
@@ -74,6 +80,7 @@ class Optimization:
     moments: Literal["bf16", "fp32"] = "fp32"
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    max_skipped: int = 10
 
 
 def learning_rate(step: int, opt: Optimization) -> float:
@@ -156,32 +163,48 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
 class Stepper:
     """One optimisation step after another on a task's model.
 
-    ema  the averaged weights of what learns, by parameter name; None when averaging is off.
+    device   where the model is put; None leaves it where it is.
+    sharded  each process keeps its share of everything alone (`spear.train.sharding`); without effect on one process.
+    ema      the averaged weights of what learns, by parameter name; None when averaging is off.
     """
 
-    def __init__(self, task: Task, opt: Optimization, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        opt: Optimization,
+        seed: int,
+        device: torch.device | None = None,
+        sharded: bool = False,
+    ) -> None:
         self.task, self.opt, self.seed = task, opt, seed
         self.model = task.model.train()
+        self.device = device or next(self.model.parameters()).device
+        self.sharded = sharded and parallel.world() > 1
         apply_freeze(self.model, opt)
         store_weights(self.model, opt)
         recompute_layers(self.model, opt.gradient_checkpointing)
+        if self.sharded:
+            sharding.shard(self.model, self.device, opt.precision == "bf16")
+        elif device is not None:
+            torch.nn.Module.to(self.model, device)
         self.optimizer = make_optimizer(self.model, opt)
         self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
-        self.device = next(self.model.parameters()).device
+        self.masks = dict(self._masks())
 
-    def __call__(self, step: int, *batches: Batch) -> dict[str, torch.Tensor]:
-        """Forward, backward, clip, update, average. Returns loss, parts and gradient norm, 0-d tensors.
+    def __call__(self, step: int, *batches: Batch) -> dict[str, float]:
+        """Forward, backward, clip, update, average. Returns the mean loss and parts, and the gradient's norm.
 
         batches  one, or several whose gradients, losses and parts are averaged (`accumulate`).
-        Raises `SpearError` when the gradient is not finite; the weights are then those of the step before.
+        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; nothing is changed then.
         """
         opt = self.opt
         factor = learning_rate(step, opt)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        said: dict[str, torch.Tensor] = {}
+        said: list[torch.Tensor] = []
+        keys: list[str] = []
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
             # Autocast would keep a bfloat16 copy of every weight until the end of the forward pass.
             with torch.autocast(
@@ -194,19 +217,35 @@ class Stepper:
                     to_device(batch, self.device), step_generator(self.seed, number, self.device)
                 )
             (loss / len(batches)).backward()
-            for key, value in {"loss": loss.detach(), **parts}.items():
-                said[key] = said[key] + value / len(batches) if key in said else value / len(batches)
+            values = {"loss": loss.detach(), **parts}
+            keys = list(values)
+            said.append(torch.stack([value.detach().float() for value in values.values()]))
             del loss
-        parallel.average_gradients(self.learning.values())
+        if self.sharded:
+            sharding.release(self.model)
+        else:
+            parallel.average_gradients(self.learning.values())
+        for name, mask in self.masks.items():
+            gradient = self.learning[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
-        if not torch.isfinite(norm):
-            raise SpearError(f"step {step}: the loss or its gradient is not finite: lower the learning rate")
+        means = parallel.average(torch.stack(said).mean(0))
+        # The one time in a step that the process waits for a GPU.
+        *numbers, length = torch.cat([means, sharding.full(norm).float().reshape(1)]).tolist()
+        found = {**dict(zip(keys, numbers, strict=True)), "grad_norm": length}
+        if not math.isfinite(found["loss"]) or not math.isfinite(length):
+            self.optimizer.zero_grad(set_to_none=True)
+            bad = [i for i, piece in enumerate(said) if not math.isfinite(piece[0])]
+            if math.isfinite(found["loss"]):
+                raise NotFinite("gradient", list(range(len(batches))), found)
+            raise NotFinite("loss", bad, found)
         self.optimizer.step()
         if self.ema is not None:
             decay = min(opt.ema, (1 + step) / (10 + step))
             current = [self.learning[n].detach() for n in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
-        return {**said, "grad_norm": norm}
+        return found
 
     def result(self) -> dict[str, torch.Tensor]:
         """The averaged weights, or the plain ones when averaging is off, by parameter name."""
@@ -214,6 +253,15 @@ class Stepper:
         if self.ema is not None:
             return self.ema
         return {n: p.detach().clone() for n, p in self.learning.items()}
+
+    def _masks(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of parameters of which some rows learn: 1 for these, 0 for the others, [rows, 1]."""
+        rows: Mapping[str, tuple[int, int]] = getattr(self.task, "learning_rows", {})
+        for name, (first, last) in rows.items():
+            parameter = self.learning[name]
+            mask = torch.zeros(len(parameter), 1)
+            mask[first:last] = 1
+            yield name, sharding.distribute(mask, parameter)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

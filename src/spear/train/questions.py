@@ -20,10 +20,16 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer
 from spear.train.optimize import Batch
 from spear.train.recipes import QuestionMix
+from spear.train.sharding import is_sharded
 from spear.types import LabeledImage, LabeledObject, Question
 
 LENGTH_GROUPS = 4
 """Answers differ in length (a point 3 tokens, a box 24): run in this many groups, a quarter of the work is saved."""
+
+
+def length_groups(model: torch.nn.Module) -> int:
+    """`LENGTH_GROUPS`; 1 for a sharded model, whose processes must run every layer equally often."""
+    return 1 if is_sharded(model) else LENGTH_GROUPS
 
 
 def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
@@ -124,17 +130,15 @@ class VlmTask:
         self.model = model
         self.samples = samples
         self.batch = samples.batch
+        self.learning_rows: dict[str, tuple[int, int]] = {}
         if coordinate_rows_only:
             first = model.config.coordinate_start
             last = first + model.config.coordinate_bins
-            embeddings = model.get_parameter("language_model.embed_tokens.weight")
-            keep = torch.zeros(len(embeddings), 1)
-            keep[first:last] = 1
-            embeddings.register_hook(lambda grad: grad * keep.to(grad))
+            self.learning_rows = {"language_model.embed_tokens.weight": (first, last)}
 
     def loss(
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """λ-weighted cross-entropy and its parts."""
-        output = self.model(**batch, length_groups=LENGTH_GROUPS)
+        output = self.model(**batch, length_groups=length_groups(self.model))
         return output.loss, output.parts

@@ -32,8 +32,9 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import init_new_embeddings
-from spear.train import loop, parallel
+from spear.train import loop, parallel, sharding
 from spear.train.depth import DepthTask
+from spear.train.devices import choose_device
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
 from spear.train.naming import NamingTask
 from spear.train.optimize import Task
@@ -55,6 +56,8 @@ def train(
     save_every: int = 500,
     log_every: int = 20,
     quiet: bool = False,
+    device: str = "auto",
+    sharded: bool = False,
     **overrides: Any,
 ) -> Path:
     """Run the recipe `name` and return `out/final`.
@@ -63,24 +66,32 @@ def train(
     episodes  (name, store, weight) of robot demonstrations ("vla").
     init      the `final` folder of the recipe's earlier stage; None starts from random weights.
     moge      the `final` folder of a "depth" recipe, to begin SPEAR-VLM with its encoder.
+    device    auto, cpu, cuda or cuda:N (`spear.train.devices`).
+    sharded   weights, gradients, moments and averages are divided among the processes (`spear.train.sharding`).
     overrides fields of the recipe or of its `Optimization` (steps, lr, batch_size, …).
 
-    Raises `SpearError` for an unknown recipe or field, or data that is missing.
+    Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run` does.
     """
     stage = recipe(name).changed(**overrides)
     started = time.time()
-    parallel.start()
+    place = choose_device(device)
+    parallel.start(place)
+    stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
     model, task, save = build(stage, labels, episodes, init, moge, seed)
-    averaged = loop.run(task, stage.optimization, out, seed, workers, save_every, log_every, quiet)
+    averaged = loop.run(
+        task, stage.optimization, out, seed, workers, save_every, log_every, quiet, place, sharded
+    )
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
             parameters[key].copy_(value)
-    torch.nn.Module.to(model, "cpu", torch.float32)  # whatever it was trained in
+    if sharding.is_sharded(model):
+        sharding.unshard(model)
     final = out / "final"
     if parallel.rank() > 0:
         parallel.wait()
         return final
+    torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever it was trained
     part = out / ".part-final"
     shutil.rmtree(part, ignore_errors=True)
     save(part)
@@ -92,6 +103,8 @@ def train(
                 "init": None if init is None else json.loads((init / "recipe.json").read_text()),
                 "minutes": round((time.time() - started) / 60, 2),
                 "processes": parallel.world(),
+                "sharded": sharded,
+                "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
                 "spear": spear.__version__,

@@ -13,7 +13,7 @@ from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train.optimize import Batch
-from spear.train.questions import LENGTH_GROUPS, QuestionSamples
+from spear.train.questions import QuestionSamples, length_groups
 from spear.types import Action
 
 
@@ -69,7 +69,7 @@ class VlaTask:
         )
         total, parts = output.loss, dict(output.parts)
         if self.questions is not None:
-            asked = self.model.vlm(**batch["questions"], length_groups=LENGTH_GROUPS)
+            asked = self.model.vlm(**batch["questions"], length_groups=length_groups(self.model))
             total = total + self.question_weight * asked.loss
             parts |= {f"question_{k}": v for k, v in asked.parts.items()}
         return total, parts

@@ -1,0 +1,135 @@
+"""What a run says about itself: a progress line, `log.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SPIKE = 6.0
+"""A loss is a spike when it lies so many standard deviations above its running mean (our choice)."""
+MEMORY = 0.98
+"""What the running mean and variance keep at each step: they look back about 50 steps (our choice)."""
+
+
+class Spikes:
+    """Counts the losses that lie far above those before them.
+
+    count, last  how many there were, and the step (from 1) of the last one; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.last = self._seen = 0
+        self._mean = self._square = 0.0
+
+    def add(self, step: int, loss: float) -> None:
+        """Look at the loss of a step (from 1). The first 50 only teach what is usual."""
+        if not math.isfinite(loss):
+            return
+        bound = self._mean + SPIKE * math.sqrt(self._square)
+        if self._seen >= 1 / (1 - MEMORY) and loss > bound:
+            self.count, self.last = self.count + 1, step
+            loss = bound  # so that one spike does not hide the next
+        self._seen += 1
+        share = max(1 - MEMORY, 1 / self._seen)
+        change = loss - self._mean
+        self._mean += share * change
+        self._square = (1 - share) * (self._square + share * change**2)
+
+
+class Logger:
+    """Progress on screen, `log.jsonl` and TensorBoard events (when it is installed) in a run's folder.
+
+    Lines of steps from `first_step` on are dropped: they will be run again.
+    """
+
+    def __init__(self, out: Path, first_step: int, total: int, every: int = 20, quiet: bool = False) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.total, self.every = total, every
+        self.started, self.first = time.perf_counter(), first_step
+        self.spikes, self.waited, self.written = Spikes(), 0.0, self.started
+        _keep_lines_until(out / "log.jsonl", first_step)
+        self.file = (out / "log.jsonl").open("a")
+        self.board = _tensorboard(out)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            disable=quiet,
+            refresh_per_second=2,  # drawing takes time from the training
+        )
+        self.row = self.bar.add_task(out.name, total=total, completed=first_step, info="")
+
+    def __enter__(self) -> Logger:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def log(self, step: int, values: Mapping[str, float], lr: float = 0.0, waited: float = 0.0) -> None:
+        """Count a finished step (0-based); every so often, and at the last, write its values down.
+
+        waited: seconds that the step waited for its batch.
+        """
+        done = step + 1
+        self.waited += waited
+        self.spikes.add(done, values["loss"])
+        if done % self.every == 0 or done == self.total:
+            now = time.perf_counter()
+            rate = (done - self.first) / (now - self.started)
+            stalled = self.waited / max(now - self.written, 1e-9)
+            self.waited, self.written = 0.0, now
+            numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            row = {"step": done, **numbers, "lr": lr, "steps_per_s": rate, "data_wait": round(stalled, 4)}
+            self.file.write(json.dumps({**row, "spikes": self.spikes.count}) + "\n")
+            self.file.flush()
+            if self.board is not None:
+                for key, value in {**values, "data_wait": stalled}.items():
+                    self.board.add_scalar(key, value, done)
+            self.bar.update(self.row, info=self._line(rate, stalled, values))
+        self.bar.update(self.row, completed=done)
+
+    def say(self, line: str) -> None:
+        """A line of its own, on stderr, beside the progress line."""
+        print(line, file=sys.stderr, flush=True)
+
+    def _line(self, rate: float, stalled: float, values: Mapping[str, float]) -> str:
+        short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
+        count = self.spikes.count
+        spikes = (
+            f"  {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}" if count else ""
+        )
+        return f"{rate:.1f} steps/s  waits for data {stalled:.0%}  {short}{spikes}"
+
+
+def _keep_lines_until(log: Path, step: int) -> None:
+    """Drop log lines of steps that the checkpoint does not contain, and a line that was cut off."""
+    if log.is_file():
+        lines = []
+        for line in log.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line + "\n")
+            except ValueError:
+                continue
+        log.write_text("".join(lines))
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))
