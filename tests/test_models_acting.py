@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import Gemma2Config
 
 from models_tiny import TEXT, TINY, actions, pixels, spear1, text
@@ -231,25 +232,28 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, packed: bool) -> No
     assert linear(x, weight).requires_grad  # with gradients PyTorch's own, which has them
 
 
-def test_one_compiled_layer_serves_all() -> None:
+def test_what_is_compiled_for_one_layer_serves_all() -> None:
     model = spear1(text={**TEXT, "num_hidden_layers": 3}, expert={**TEXT, "num_hidden_layers": 3})
     graphs: list[int] = []
 
-    def backend(graph: Any, _: Any) -> Any:
+    def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(1)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
     plain, compiled = Stack(model.vlm.language_model), Stack(model.vlm.language_model)
-    compiled._run = torch.compile(compiled._one, backend=backend, fullgraph=True)
+    for name in ("_project", "_finish"):
+        function = torch.compile(getattr(compiled, name), backend=backend, fullgraph=True)
+        setattr(compiled, {"_project": "_before", "_finish": "_after"}[name], function)
     with torch.inference_mode():
         x = torch.randn(2, 7, TEXT["hidden_size"])
         places = torch.arange(7).expand(2, 7)
         results = []
         for layers in (plain, compiled):
             memory = layers.memory(2, 7, x.dtype, x.device)
-            results.append(layers(x, layers.rotations(places, x.dtype), memory.window(0, [(3, 3), (4, 7)])))
-            results.append(torch.stack(memory.values))
+            window = memory.window(0, [(3, 3), (4, 7)])
+            results.append(layers(x, layers.rotations(places, x.dtype), window))
+            results.append(torch.stack(memory.layers))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])
-    assert len(graphs) == 1
+    assert len(graphs) == 2

@@ -27,6 +27,9 @@ class Replay:
         self._lock = threading.Lock()
         self._works = True
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def __call__(
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs, *options: Hashable
     ) -> torch.Tensor:

@@ -20,34 +20,34 @@ from spear.models.replay import Replay
 
 
 class Memory:
-    """Keys and values of every layer, [B, kv heads, places, head_dim] each, to be written place by place."""
+    """Keys and values of every layer, [2, B, kv heads, places, head_dim] each, to be written place by place."""
 
     def __init__(
         self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        # Zeros where nothing was written yet: a masked place is multiplied by zero, and must not be NaN.
-        self.keys = torch.zeros(layers, *shape, dtype=dtype, device=device).unbind(0)
-        self.values = torch.zeros(layers, *shape, dtype=dtype, device=device).unbind(0)
+        self.layers = torch.empty(layers, 2, *shape, dtype=dtype, device=device).unbind(0)
 
     def to(self, dtype: torch.dtype) -> Memory:
         """Itself, or a copy in another precision."""
-        if self.keys[0].dtype == dtype:
+        first = self.layers[0]
+        if first.dtype == dtype:
             return self
-        copy = Memory(len(self.keys), tuple(self.keys[0].shape), dtype, self.keys[0].device)  # type: ignore[arg-type]
-        for own, other in zip((*copy.keys, *copy.values), (*self.keys, *self.values), strict=True):
-            own.copy_(other)
+        _, batch, groups, places, width = first.shape
+        copy = Memory(len(self.layers), (batch, groups, places, width), dtype, first.device)
+        for new, old in zip(copy.layers, self.layers, strict=True):
+            new.copy_(old)
         return copy
 
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
         """Where new tokens go and what they see; see `Window`. To be made once for many steps."""
-        count = sum(queries for queries, _ in blocks)
-        flat = [[(k[:, :, :end].flatten(0, 1), v[:, :, :end].flatten(0, 1)) for _, end in blocks]
-                for k, v in zip(self.keys, self.values, strict=True)]  # fmt: skip
+        queries = [count for count, _ in blocks]
         return Window(
-            [k[:, :, start : start + count] for k in self.keys],
-            [v[:, :, start : start + count] for v in self.values],
-            [queries for queries, _ in blocks],
-            flat,
+            [held[:, :, :, start : start + sum(queries)] for held in self.layers],
+            queries,
+            [
+                [(held[0, :, :, :end].flatten(0, 1), held[1, :, :, :end].flatten(0, 1)) for _, end in blocks]
+                for held in self.layers
+            ],
         )
 
 
@@ -55,12 +55,11 @@ class Memory:
 class Window:
     """Views of a `Memory` for tokens in a row, in blocks of (tokens, places that they see: all before this one).
 
-    keys_in, values_in  per layer: the places of the new tokens. queries: tokens per block.
+    places  per layer: where the new tokens' keys and values go. queries: tokens per block.
     seen  per layer and block: keys and values, [B · kv heads, places seen, head_dim].
     """
 
-    keys_in: list[torch.Tensor]
-    values_in: list[torch.Tensor]
+    places: list[torch.Tensor]
     queries: list[int]
     seen: list[list[tuple[torch.Tensor, torch.Tensor]]]
 
@@ -82,7 +81,7 @@ class Layer:
 class Stack:
     """All layers of a Gemma or Gemma 2 and its last norm.
 
-    packed: see `Fused`. compiled: one layer by `torch.compile`, whose result serves all.
+    packed: see `Fused`. compiled: what is before attention and after it by `torch.compile`, once for all layers.
     """
 
     def __init__(self, model: Gemma | Gemma2, packed: bool = False, compiled: bool = False) -> None:
@@ -96,12 +95,14 @@ class Stack:
         self.rotary = model.rotary_emb
         self.norm = _scale(model.norm)
         self.layers = [_layer(layer, packed) for layer in model.layers]
-        # On a GPU small kernels are most of the time where rows are few: compiled, they become one. The VLM's and the
-        # expert's layers, with and without masks, of one length and of any, are more variants than the usual 8.
+        self._before: Any = self._project
+        self._after: Any = self._finish
         if compiled:
+            # Where rows are few, small kernels are most of the time on a GPU: compiled, they become one.
+            self._before, self._after = torch.compile(self._project), torch.compile(self._finish)
+            # One length, then any; the VLM and the expert; prompts and single tokens: more than the usual 8 variants.
             limits: Any = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, 64)
-        self._run: Any = torch.compile(self._one) if compiled else self._one
+            limits.recompile_limit = max(limits.recompile_limit, 32)
         self.replay = Replay()
 
     def memory(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> Memory:
@@ -129,41 +130,32 @@ class Stack:
         keys_only  nothing but keys and values is wanted: the last layer stops at them, and the result is its input.
         """
         for index, layer in enumerate(self.layers):
-            stop = keys_only and index + 1 == len(self.layers)
-            seen = None if stop else window.seen[index]
-            x = self._run(
-                layer,
-                x,
-                *rotations,
-                window.keys_in[index],
-                window.values_in[index],
-                seen,
-                window.queries,
-                bias,
-            )
-        return x if keys_only else self._norm(x, self.norm)
+            query, held = self._before(layer, x, *rotations)
+            window.places[index].copy_(held)
+            if keys_only and index + 1 == len(self.layers):
+                return x
+            found = self._attend(query, window.seen[index], window.queries, bias)
+            x = self._after(layer, x, found)
+        return self._norm(x, self.norm)
 
-    def _one(
-        self,
-        layer: Layer,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        keys_in: torch.Tensor,
-        values_in: torch.Tensor,
-        seen: list[tuple[torch.Tensor, torch.Tensor]] | None,
-        queries: list[int],
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """One layer; where nothing is to be seen, its keys and values alone."""
+    def _project(
+        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
         query, key, value = layer.qkv(self._norm(x, layer.before_attention))
-        shape = (*x.shape[:2], -1, self.width)
-        keys_in.copy_(_rotate(key.view(shape), cos, sin).transpose(1, 2))
-        values_in.copy_(value.view(shape).transpose(1, 2))
-        if seen is None:
-            return x
-        found = self._attend(_rotate(query.view(shape), cos, sin), seen, queries, bias)
-        x = x + self._normed(layer.out(found)[0], layer.after_attention)
+        batch, length, _ = x.shape
+        key = _rotate(key.view(batch, length, self.groups, self.width), cos, sin)
+        held = torch.stack([key, value.view(key.shape).to(key.dtype)]).transpose(2, 3)
+        query = _rotate(query.view(batch, length, self.heads, self.width), cos, sin)
+        query = query.view(batch, length, self.groups, -1, self.width).transpose(1, 2)
+        return query.reshape(batch * self.groups, -1, self.width), held
+
+    def _finish(self, layer: Layer, x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """What attention found, [B · kv heads, S · query heads per kv head, d], and the rest of the layer."""
+        batch, length, _ = x.shape
+        found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
+        out = layer.out(found.reshape(batch, length, self.heads * self.width))[0]
+        x = x + self._normed(out, layer.after_attention)
         gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
         return x + self._normed(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
 
@@ -174,13 +166,10 @@ class Stack:
         queries: list[int],
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[B, S, heads, d] -> [B, S, heads · d]. The query heads of a key-value head are rows of one product."""
-        batch, length, heads, width = query.shape
-        each = heads // self.groups
-        rows = query.view(batch, length, self.groups, each, width).transpose(1, 2)
-        rows = rows.reshape(batch * self.groups, length * each, width)
+        """The query heads of a key-value head are rows of one product."""
+        each = self.heads // self.groups
         out = []
-        for part, (keys, values) in zip(rows.split([q * each for q in queries], dim=1), seen, strict=True):
+        for part, (keys, values) in zip(query.split([q * each for q in queries], dim=1), seen, strict=True):
             hidden = None if bias is None else bias[:, :, : keys.shape[1]]
             if part.device.type != "cpu" and self.softcap is None:
                 out.append(self._sdpa(part, keys, values, hidden))
@@ -193,9 +182,7 @@ class Stack:
                 scores = self.softcap * (scores / self.softcap).tanh()
                 scores = scores if hidden is None else scores + hidden
             out.append(torch.bmm(scores.softmax(-1), values))
-        whole = out[0] if len(out) == 1 else torch.cat(out, dim=1)
-        whole = whole.view(batch, self.groups, length, each, width).transpose(1, 2)
-        return whole.reshape(batch, length, heads * width)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _sdpa(
         self, part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
