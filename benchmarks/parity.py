@@ -10,75 +10,25 @@ images) against π0's with the same noise. "bf16": our weights rounded to bfloat
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any
 
 import torch
-from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
-from transformers import PI0ForConditionalGeneration as Pi0
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from spear.models.presets import Preset, preset, spear1_config
-from spear.models.spear1 import Spear1ForActionPrediction
+from pi0_pair import IMAGE_TOKEN, pair, reduced, relative
+from spear.models.presets import preset
 from spear.types import Action
 
 LAYERS = {"nano": 99, "small": 2, "spear1": 1}
-VOCABULARY, IMAGE_TOKEN = 2048, 2047
 B, TEXT = 1, 9
-
-
-def reduced(name: str) -> Preset:
-    """A preset without MoGe, with patch convolutions and at most `LAYERS` layers per network."""
-    size = preset(name)
-    parts = {}
-    for part in ("vision", "text", "expert"):
-        fields = dict(getattr(size, part))
-        parts[part] = {**fields, "num_hidden_layers": min(fields["num_hidden_layers"], LAYERS[name])}
-    parts["vision"]["image_size"] = (
-        8 * parts["vision"]["patch_size"]
-    )  # few tokens where images must be square
-    depth = {"num_hidden_layers": parts["text"]["num_hidden_layers"]}
-    parts["expert"] |= depth
-    return dataclasses.replace(
-        size, **parts, moge=None, stem="patch", vocabulary=VOCABULARY, flow={"rotation": "linear"}
-    )
-
-
-def pair(size: Preset) -> tuple[Spear1ForActionPrediction, Pi0]:
-    """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
-    torch.manual_seed(0)
-    ours = Spear1ForActionPrediction(spear1_config(size)).eval()
-    text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
-    vlm = PaliGemmaConfig(
-        vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
-        text_config=text,
-        projection_dim=size.text["hidden_size"],
-        hidden_size=size.text["hidden_size"],
-        image_token_index=IMAGE_TOKEN,
-    )
-    dit = GemmaConfig(**{**size.expert, "pad_token_id": 0})
-    theirs = Pi0(
-        PI0Config(vlm_config=vlm, dit_config=dit, chunk_size=size.horizon, max_state_dim=10, max_action_dim=8)
-    ).eval()
-    theirs.model.vlm.load_state_dict(ours.vlm.state_dict())
-    theirs.model.dit.load_state_dict(ours.expert.state_dict(), strict=False)
-    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
-        getattr(theirs.embed_action_time, name).load_state_dict(getattr(ours, name).state_dict())
-    theirs.action_out_proj.load_state_dict({k: -v for k, v in ours.action_out_proj.state_dict().items()})
-    return ours, theirs
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference over the largest value of `b`."""
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
 
 
 def compare(name: str) -> str:
     """One line of the table."""
-    size = reduced(name)
+    size = reduced(name, LAYERS[name], side=8)  # few tokens where images must be square
     ours, theirs = pair(size)
-    width, height = size.image_sizes["external"]
+    width, height = preset(name).image_sizes["external"]
     patch, side = size.vision["patch_size"], size.vision["image_size"]
     ids = torch.randint(3, 1000, (B, TEXT))
     mask = torch.ones_like(ids)

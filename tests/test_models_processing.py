@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spear.errors import SpearError
 from spear.models.losses import IGNORE
 from spear.models.presets import preset
-from spear.models.processing import Processor, fit_image, window
+from spear.models.processing import Processor, fit_image, fitting, window
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
 
@@ -62,6 +62,14 @@ def test_padding_keeps_the_whole_image_and_cropping_fills_the_frame() -> None:
     assert fit_image(white, 100, 200) is white
     assert window((200, 100), (100, 100), "pad") == (0, -50, 200, 200)
     assert window((200, 100), (100, 100), "crop") == (50, 0, 100, 100)
+
+
+def test_what_padding_does_is_said() -> None:
+    assert fitting((560, 420), (280, 210)) is None and fitting((561, 420), (280, 210)) is None
+    assert fitting((256, 256), (280, 210)) == (
+        "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
+    )
+    assert "above and below, 25%" in str(fitting((1280, 720), (280, 210)))
 
 
 @pytest.mark.parametrize(

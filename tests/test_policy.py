@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from models_tiny import spear1
 from spear.errors import SpearError
+from spear.models import weights
+from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy, load_vlm, locate
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
@@ -42,6 +49,10 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"image": None}, "observation without 'observation/image'"),
         ({"image": np.zeros((210, 280, 3), np.float32)}, "wrong image type: float32"),
         ({"wrist": np.zeros((3, 112, 112), np.uint8)}, "wrong image type: uint8"),
+        (
+            {"observation/left_image": np.zeros((9, 9, 3), np.uint8)},
+            "not trained with: 'observation/left_image'",
+        ),
         ({"prompt": "  "}, "empty instruction"),
         ({"prompt": "put " * 200}, "prompt too long"),
     ],
@@ -67,6 +78,56 @@ def test_the_wrist_camera_may_be_missing(policy: Spear1Policy) -> None:
     without = policy.infer(observation(wrist=None))["actions"]
     assert without.shape == (5, 8) and np.isfinite(without).all()
     assert not np.allclose(without, policy.infer(observation())["actions"])
+
+
+def test_who_has_which_camera_matters_to_nobody_else(policy: Spear1Policy) -> None:
+    both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
+    together = policy.infer_batch(both)
+    for one, result in zip(both, together, strict=True):
+        np.testing.assert_allclose(policy.infer(one)["actions"], result["actions"], atol=1e-5)
+
+
+def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -> None:
+    tall = np.zeros((300, 200, 3), np.uint8)
+    with pytest.warns(
+        UserWarning, match=r"'external': 200×300 shown in 192×128 with black bars left and right, 56%"
+    ):
+        policy.infer(observation(image=tall))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.infer(observation(image=tall, wrist=None))
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:
+    """A copy of the nano policy with one of its JSON files changed."""
+    folder.mkdir()
+    for source in locate("nano").iterdir():
+        (folder / source.name).symlink_to(source.resolve())
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).unlink()
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
+    start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
+    with pytest.raises(SpearError, match=r"vocabulary mismatch: .* its network 1024 from 1000 of 2786"):
+        Spear1Policy.load(start)
+    views = changed(tmp_path / "views", lambda c: c["vlm_config"].update(views=["external"]))
+    with pytest.raises(SpearError, match=r"views do not match: .* its processor has 'wrist'"):
+        load_vlm(views)
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+    state = spear1().state_dict()
+    spear1().save_pretrained(
+        tmp_path, state_dict={**state, "state_proj.weight": state["state_proj.weight"].char()}
+    )
+    with pytest.raises(SpearError, match=r"wrong dtype: state_proj.weight in .*model.safetensors is I8"):
+        weights.load(Spear1ForActionPrediction, tmp_path)
+    with pytest.raises(SpearError, match=r"wrong dtype: torch.int8"):
+        weights.load(Spear1ForActionPrediction, tmp_path, torch.int8)
 
 
 def test_an_unknown_model_is_refused() -> None:

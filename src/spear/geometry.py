@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spear.errors import SpearError, unknown_name
 
@@ -69,11 +69,9 @@ def quat_normalize(q: Tensor) -> Tensor:
 
 def quat_canonical(q: Tensor) -> Tensor:
     """The one of q and -q with w ≥ 0; where w = 0, the one whose first nonzero component is positive."""
-    sign = torch.sign(q.detach())
+    w, x, y, z = torch.sign(q.detach()).split(1, dim=-1)
     # Powers of two rank the components: the first nonzero one outweighs all later ones together.
-    rank = torch.tensor([8, 4, 2, 1], dtype=q.dtype, device=q.device)
-    negative = (sign * rank).sum(-1, keepdim=True) < 0
-    return torch.where(negative, -q, q)
+    return torch.where(8 * w + 4 * x + 2 * y + z < 0, -q, q)
 
 
 def unit_quat(q: Tensor, what: str) -> Tensor:
@@ -157,9 +155,12 @@ def quat_derivative(q: Tensor, omega: Tensor) -> Tensor:
 def sphere_exp(q: Tensor, velocity: Tensor) -> Tensor:
     """Follow the great circle from q with the tangent vector `velocity` for unit time, [..., 4].
 
-    The paper's integration step with velocity = q̇ Δτ: Δφ = ‖ω‖Δτ, q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)].
+    The paper's integration step with velocity = q̇ Δτ: Δφ = ‖ω‖Δτ, q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)], written without
+    the products: cos(Δφ/2) q + sin(Δφ/2) v/‖v‖, where v is the part of the velocity across q and ‖v‖ = Δφ/2.
     """
-    return quat_multiply(q, quat_exp(angular_velocity(q, velocity)))
+    across = velocity - (velocity * q).sum(-1, keepdim=True) * q
+    cos, sinc = _cos_sinc((across * across).sum(-1, keepdim=True))
+    return cos * q + sinc * across
 
 
 def sphere_log(q: Tensor, target: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def _log(q: Tensor) -> Tensor:
     x = torch.where(near, square, 0) / (w_near * w_near)
     series = (1 - x * (1 / 3 - x * (1 / 5 - x / 7))) / w_near
     scale = torch.where(near, series, torch.atan2(length, torch.where(near, 1, w)) / length)
-    half_turn = torch.tensor([2 * math.pi, 0, 0], dtype=q.dtype, device=q.device)
+    half_turn = nn.functional.pad(torch.full_like(w, 2 * math.pi), (0, 2))
     return torch.where(opposite, half_turn, 2 * scale * im)
 
 

@@ -18,7 +18,7 @@ from spear.labels.questions import NUMBERS, PIXELS
 from spear.models import weights
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -127,7 +127,7 @@ def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
     else:
         model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32)
     torch.nn.Module.to(model, device)
-    return VlmBundle(model, Processor.load(folder))
+    return VlmBundle(model, _processor(folder, model.config))
 
 
 @dataclass
@@ -166,7 +166,8 @@ class Spear1Policy:
         model = weights.load(Spear1ForActionPrediction, folder, dtype)
         torch.nn.Module.to(model, device)
         normalizer = Normalizer.load(folder / "normalizer.json").of(dataset)
-        return Spear1Policy(model, Processor.load(folder), normalizer, steps, seed)
+        processor = _processor(folder, model.config.vlm_config)
+        return Spear1Policy(model, processor, normalizer, steps, seed)
 
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
@@ -191,26 +192,35 @@ class Spear1Policy:
         """Observations as the network's arguments, checked."""
         device = self.model.device
         states = torch.from_numpy(np.stack([_state(o.get("observation/state")) for o in observations]))
+        keys = {_camera(view): view for view in self.processor.image_sizes}
+        for key in (key for observation in observations for key in observation):
+            if key.startswith("observation/") and key.endswith("image") and key not in keys:
+                raise SpearError(
+                    f"a camera that the model was not trained with: {key!r} (it knows {', '.join(keys)}): leave it out"
+                )
         pixels: dict[str, torch.Tensor] = {}
         present: dict[str, torch.Tensor] = {}
-        for view, (width, height) in self.processor.image_sizes.items():
-            images = [
-                o.get("observation/image" if view == "external" else f"observation/{view}_image")
-                for o in observations
-            ]
-            if view == "external" and any(image is None for image in images):
-                raise SpearError("observation without 'observation/image': give the external camera's image")
+        for key, view in keys.items():
+            images = [o.get(key) for o in observations]
+            there = [image is not None for image in images]
+            if view == "external" and not all(there):
+                raise SpearError(f"observation without {key!r}: give the external camera's image")
+            if not any(there):
+                continue  # a view that nobody has costs nothing
+            width, height = self.processor.image_sizes[view]
             blank = torch.zeros(3, height, width, dtype=torch.uint8)
             pixels[view] = torch.stack(
                 [blank if image is None else self.processor.image(image, view) for image in images]
             ).to(device)
-            present[view] = torch.tensor([image is not None for image in images], device=device)
+            if not all(there):
+                present[view] = torch.tensor(there, device=device)
         text = self.processor.prompts([o.get("prompt", "") for o in observations])
+        padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
             "pixel_values": pixels,
             "view_mask": present,
             "input_ids": text["input_ids"].to(device),
-            "attention_mask": text["attention_mask"].to(device),
+            "attention_mask": text["attention_mask"].to(device) if padded else None,
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
             "noise": self._noise(observations).to(device),
         }
@@ -225,6 +235,31 @@ class Spear1Policy:
             shape = (1, self.model.config.horizon)
             rows.append(flow.sample_noise(shape, self.model.flow, generator).to_vector())
         return Action.from_vector(torch.cat(rows))
+
+
+def _camera(view: str) -> str:
+    """The key of a view's image in an observation."""
+    return "observation/image" if view == "external" else f"observation/{view}_image"
+
+
+def _processor(folder: Path, config: SpearVLMConfig) -> Processor:
+    """The processor of a checkpoint. Raises `SpearError` when it is broken or another network's."""
+    processor = Processor.load(folder)
+    of_words = processor.coordinate_start, processor.coordinates.bins
+    of_network = config.coordinate_start, config.coordinate_bins
+    if of_words != of_network or sum(of_words) > config.text_config.vocab_size:
+        raise SpearError(
+            f"vocabulary mismatch: {folder}: its tokenizer has {of_words[1]} 3D tokens from id {of_words[0]}, its "
+            f"network {of_network[1]} from {of_network[0]} of {config.text_config.vocab_size}: take both from the same "
+            "checkpoint"
+        )
+    for view in processor.image_sizes:
+        if view not in config.views:
+            raise SpearError(
+                f"views do not match: {folder}: its processor has {view!r}, its network {', '.join(config.views)}: "
+                "take both from the same checkpoint"
+            )
+    return processor
 
 
 def _state(state: Any) -> Array:

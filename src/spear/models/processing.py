@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,20 @@ def fit_image(image: Array, height: int, width: int, how: How = "pad") -> Array:
     return np.asarray(fitted)
 
 
+def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:
+    """What padding does to an image of another aspect than the target's, in words; None where it is the same.
+
+    Sizes are (width, height); aspects that differ by less than a hundredth are the same (our choice).
+    """
+    _, _, width, height = window(source, target, "pad")
+    across, down = 1 - source[0] / width, 1 - source[1] / height
+    if max(across, down) < 0.01:
+        return None
+    where = "left and right" if across > down else "above and below"
+    (w, h), (tw, th) = source, target
+    return f"{w}×{h} shown in {tw}×{th} with black bars {where}, {max(across, down):.0%} of it, nothing stretched"
+
+
 @dataclass
 class Processor:
     """What SPEAR-VLM and SPEAR-1 read and write.
@@ -89,6 +104,7 @@ class Processor:
             )
         self.location_start = int(ids[0])
         self._cache: dict[str, list[int]] = {}
+        self._told: set[tuple[str, tuple[int, int]]] = set()
 
     @staticmethod
     def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> Processor:
@@ -102,11 +118,23 @@ class Processor:
         return len(self.tokenizer)
 
     def image(self, image: Array, view: str) -> torch.Tensor:
-        """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding."""
+        """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
+
+        Warns, once per view and size, when that takes black bars.
+        """
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
         width, height = self.image_sizes[view]
-        return torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
+        fitted = torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
+        size = (image.shape[1], image.shape[0])
+        if (view, size) not in self._told:
+            self._told.add((view, size))
+            if bars := fitting(size, (width, height)):
+                warnings.warn(
+                    f"images of view {view!r}: {bars}: give images of that aspect to use all of it",
+                    stacklevel=2,
+                )
+        return fitted
 
     def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.
@@ -236,7 +264,7 @@ class Processor:
         ids = [self.tokenizer.bos_token_id, *self._text(words), *self._text("\n")]
         if len(ids) > self.prompt_tokens:
             raise SpearError(
-                f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}"
+                f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}: say it shorter"
             )
         return ids
 

@@ -18,10 +18,13 @@ from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
+from spear.models.acting import sample
 from spear.models.attention import choose_attention
 from spear.models.gemma import Gemma
+from spear.models.linear import quicken
 from spear.models.mask import positions, suffix_mask
 from spear.models.recompute import RecomputesLayers
+from spear.models.sinusoids import sinusoids
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import ACTION_DIM, Action
 
@@ -102,6 +105,7 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         self.action_out_proj = nn.Linear(width, ACTION_DIM)
+        quicken(self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -244,27 +248,26 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         noise: Action | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
+        graphs: bool = True,
     ) -> Action:
         """Actions [B, H, ·], normalised units, rotations unit and canonical: `steps` Euler steps from noise.
 
-        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
+        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing. Without padding and
+        missing images, attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.acting`.
         """
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)
             noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
-        prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
-        return flow.integrate(
-            lambda noisy, time: self.predict(prefix, state, noisy, time), noise, steps, self.flow
-        )
-
-
-def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
-    """[...] -> [..., width] float32: sines, then cosines, of geometrically spaced periods (as π0's)."""
-    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
-    # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
-    frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi
-    angle = frequency * time.float()[..., None]
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        inputs = {
+            **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
+            **{f"present/{view}": present for view, present in (view_mask or {}).items()},
+            "input_ids": input_ids,
+            "state": state,
+            "noise": noise.to_vector(),
+        }
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        return Action.from_vector(sample(self, inputs, steps, graphs))
 
 
 def _identity(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

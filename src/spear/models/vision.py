@@ -23,11 +23,12 @@ def normalize_pixels(
     pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> torch.Tensor:
     """uint8 [B, 3, h, w] in 0 … 255 -> float32, (pixel / 255 − mean) / std per channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device).view(1, 3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(
-        1, 3, 1, 1
-    )
-    return pixels * scale - shift
+    scale = [1 / (255 * s) for s in std]
+    shift = [m / s for m, s in zip(mean, std, strict=True)]
+    if len(set(scale)) == len(set(shift)) == 1:
+        return pixels * scale[0] - shift[0]
+    # No tensor of constants: to bring it to a GPU would be to wait.
+    return torch.stack([pixels[:, i] * scale[i] - shift[i] for i in range(3)], dim=1)
 
 
 def standardize(

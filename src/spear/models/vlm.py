@@ -25,6 +25,7 @@ from spear.models import decode, losses
 from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
 from spear.models.gemma import language_model
+from spear.models.linear import linear, quicken
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
 from spear.models.recompute import RecomputesLayers
@@ -130,6 +131,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             self.moge = MogeEncoder(config.moge_config)
             self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
         self.language_model = language_model(config.text_config)
+        quicken(self)
         self.post_init()
 
     @classmethod
@@ -180,11 +182,20 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         for name in (*pixel_values, *(view_mask or {})):
             if name not in self.config.views:
                 raise unknown_name("view", name, self.config.views)
+        given = [name for name in self.config.views if name in pixel_values]
+        for name in given:
+            check_pixels(name, pixel_values[name])
+        # Views of one size go through the encoders together.
+        by_size: dict[Any, list[str]] = {}
+        for name in given:
+            by_size.setdefault(pixel_values[name].shape, []).append(name)
+        encoded: dict[str, torch.Tensor] = {}
+        for names in by_size.values():
+            together = self.image_features(names[0], torch.cat([pixel_values[name] for name in names]))
+            encoded.update(zip(names, together.chunk(len(names)), strict=True))
         features, valid = [], []
-        for name in self.config.views:
-            if name not in pixel_values:
-                continue
-            tokens = self.image_features(name, pixel_values[name])
+        for name in given:
+            tokens = encoded[name]
             present = (view_mask or {}).get(name)
             if present is None:
                 present = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
@@ -239,9 +250,9 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the vocabulary, by the embedding matrix. [..., width] -> [..., vocabulary]."""
-        logits = nn.functional.linear(hidden, self.language_model.embed_tokens.weight)
+    def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Logits of the tokens first … last − 1 (all of them), by the embedding matrix. [..., D] -> [..., tokens]."""
+        logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
         return logits if cap is None else cap * (logits / cap).tanh()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, unknown_name
-from spear.models.shards import weight_files
+from spear.models.shards import Shards
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -26,6 +26,10 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     weight is missing, a file is truncated, or the checkpoint is of another architecture or shape.
     """
     folder = Path(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise SpearError(
+            f"wrong dtype: {dtype}: weights are floating-point numbers: give float32 or bfloat16"
+        )
     _check(cls, folder)
     try:
         with quiet():
@@ -84,9 +88,6 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     wanted = cls.config_class.model_type
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
+    shards = Shards.open(folder, wanted)
+    for key in shards.weights:
+        shards.dtype(key)  # refuses quantised ones

@@ -1,0 +1,229 @@
+"""From images to actions: ours, Transformers' π0, openpi's, and the roofline, in one run on one machine.
+
+    python benchmarks/policy_latency.py --presets nano small --dtypes float32 bfloat16
+    python benchmarks/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --compiled
+
+Everybody has the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens; no MoGe, which
+π0 has not (`--moge` adds SPEAR-1 as it is, with MoGe and its own image sizes). "plain" is our network without the fast
+path, "ours" `sample_actions` (on a GPU a CUDA graph), "π0" Transformers' eager one, "compiled" that by
+`torch.compile`, "openpi" its PyTorch π0 where it can be imported, for the whole spear1 alone.
+
+The roofline is the sum over encoder, language model and each flow step of the larger of operations / peak and bytes of
+weights and keys and values / bandwidth, both measured here in the same dtype. Times are medians (least–most).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from pi0_pair import SIZES, observation, pair, reduced, relative
+from spear import flow
+from spear.models.presets import Preset, spear1_config
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.types import Action
+from timing import Machine, Times, machine, race
+
+STEPS, TEXT = 10, 48
+
+
+def plain(model: Spear1ForActionPrediction, given: dict[str, Any]) -> Action:
+    """Actions as `sample_actions` is checked against: the trained network, step by step."""
+    with torch.no_grad():
+        prefix = model.prefix(given["pixel_values"], given["input_ids"], given["attention_mask"])
+        return flow.integrate(
+            lambda noisy, time: model.predict(prefix, given["state"], noisy, time),
+            given["noise"],
+            STEPS,
+            model.flow,
+        )
+
+
+def compile_pi0(theirs: Any, given: dict[str, Any]) -> Any:
+    """π0 with its VLM and its flow step compiled, as its `sample_actions` calls them."""
+    theirs.forward = torch.compile(theirs.forward)
+    theirs.model.vlm.forward = torch.compile(theirs.model.vlm.forward)
+    return lambda: theirs.sample_actions(num_steps=STEPS, **given)
+
+
+def openpi(size: Preset, views: int, batch: int, dtype: torch.dtype, device: str) -> Any:
+    """openpi's PyTorch π0 (compiled by itself) of π0's own geometry. Raises ImportError where it is not installed."""
+    from openpi.models.pi0_config import Pi0Config
+    from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+
+    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    model = PI0Pytorch(Pi0Config(dtype=name, action_horizon=size.horizon, max_token_len=TEXT))
+    model = model.to(device).eval()
+    images = [torch.rand(batch, 3, 224, 224, device=device) * 2 - 1 for _ in range(views)]
+    there = torch.ones(batch, dtype=torch.bool, device=device)
+    ids = torch.randint(3, 1000, (batch, TEXT), device=device)
+    seen = images, [there] * views, ids, torch.ones_like(ids).bool(), torch.zeros(batch, 32, device=device)
+    model._preprocess_observation = lambda *_, **__: seen
+    noise = torch.randn(batch, size.horizon, 32, device=device)
+    given = SimpleNamespace(state=seen[-1])
+    return lambda: model.sample_actions(device, given, noise=noise, num_steps=STEPS)
+
+
+def roofline(
+    model: Spear1ForActionPrediction, tokens: list[int], batch: int, horizon: int, limit: Machine
+) -> float:
+    """Milliseconds that nobody can do without. tokens: of each view."""
+    config, wide = model.config, model.action_out_proj.weight.element_size()
+    text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
+
+    def phase(weights: float, rows: float, seen: float, width: float, layers: int) -> tuple[float, float]:
+        attention = 4 * layers * rows * seen * width
+        return batch * (2 * weights * rows + attention), weights * wide
+
+    phases = []
+    encoders = [(model.vlm.vision_tower, model.vlm.multi_modal_projector, vision, 0)]
+    if model.vlm.moge is not None:
+        encoders.append((model.vlm.moge, model.vlm.moge_projector, config.vlm_config.moge_config, 1))
+    for encoder, projector, shape, extra in encoders:
+        weights = sum(p.numel() for part in (encoder, projector) for p in part.parameters() if p.dim() > 1)
+        each = [phase(weights, t, t + extra, shape.hidden_size, shape.num_hidden_layers) for t in tokens]
+        phases.append((sum(f for f, _ in each), each[0][1]))
+    length, width = sum(tokens) + TEXT, text.num_attention_heads * text.head_dim
+    layers = model.vlm.language_model.layers
+    of_layers = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
+    keys = sum(m.weight.numel() for m in (layers[-1].self_attn.k_proj, layers[-1].self_attn.v_proj))
+    phases.append(phase(sum(of_layers[:-1]) + keys, length, length, width, len(layers) - 1))
+    expert = sum(p.numel() for p in model.expert.parameters() if p.dim() > 1)
+    flops, moved = phase(expert, horizon, length + 1 + horizon, width, len(layers))
+    memory = 2 * len(layers) * batch * length * text.num_key_value_heads * text.head_dim * wide
+    phases += [(flops, moved + memory)] * STEPS
+    return 1000 * limit.least(*phases)
+
+
+def whole(
+    name: str, batch: int, dtype: torch.dtype, device: str
+) -> tuple[Spear1ForActionPrediction, Any, list[int]]:
+    """SPEAR-1 as the preset has it, an observation of all its views, and their tokens."""
+    size = dataclasses.replace(SIZES[name], vocabulary=2048)
+    model = Spear1ForActionPrediction(spear1_config(size)).eval().to(device, dtype)
+    patch = size.vision["patch_size"]
+    given = {
+        "pixel_values": {
+            view: torch.randint(0, 256, (batch, 3, h, w), dtype=torch.uint8, device=device)
+            for view, (w, h) in size.image_sizes.items()
+        },
+        "input_ids": torch.randint(3, 1000, (batch, TEXT), device=device),
+        "attention_mask": None,
+        "state": torch.randn(batch, STATE_FEATURES, device=device),
+        "noise": flow.sample_noise((batch, size.horizon), model.flow, device=device),
+    }
+    return model, given, [w // patch * (h // patch) for w, h in size.image_sizes.values()]
+
+
+def ours_alone(model: Spear1ForActionPrediction, given: dict[str, Any]) -> dict[str, Any]:
+    """Our network, plain and fast."""
+    return {"plain": lambda: plain(model, given), "ours": lambda: model.sample_actions(steps=STEPS, **given)}
+
+
+def contenders(
+    ours: Any, theirs: Any, mine: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """What is to be timed, and how far our actions are from π0's."""
+    runs = {**ours_alone(ours, mine), "π0": lambda: theirs.sample_actions(num_steps=STEPS, **given)}
+    return runs, relative(runs["ours"]().translation, runs["π0"]()[..., :3])
+
+
+COLUMNS = ("plain", "ours", "π0", "compiled", "openpi")
+
+
+def row(
+    name: str, kind: str, views: int, batch: int, found: dict[str, Times | str], least: float, gap: str
+) -> str:
+    """One line of the table."""
+
+    def over(a: Times | str | None, b: Times | str | float | None) -> str:
+        bottom = b.median if isinstance(b, Times) else b
+        return f"{a.median / bottom:.2f}" if isinstance(a, Times) and isinstance(bottom, float) else "–"
+
+    times = [str(found.get(column, "–")) for column in COLUMNS]
+    ratios = [over(found.get("π0"), found["ours"]), over(found["ours"], least)]
+    return (
+        "| " + " | ".join([name, kind, str(views), str(batch), *times, f"{least:.1f}", *ratios, gap]) + " |"
+    )
+
+
+def main(
+    presets: tuple[Literal["nano", "small", "mid", "spear1"], ...] = ("nano", "small"),
+    views: tuple[int, ...] = (1, 2, 3),
+    batches: tuple[int, ...] = (1, 8),
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+    device: Literal["cpu", "cuda"] = "cpu",
+    layers: int | None = None,
+    repeats: int = 7,
+    threads: int | None = None,
+    compiled: bool = False,
+    moge: bool = False,
+    processor_time: bool = False,
+) -> None:
+    """Measure, and print a table.
+
+    Args:
+        presets: geometries; mid is a billion parameters. layers: at most so many per network.
+        views: numbers of cameras. batches: observations at once.
+        device: where. repeats: of every contender. threads: of PyTorch on a CPU.
+        compiled: also π0 under torch.compile (minutes per row on a CPU).
+        moge: also SPEAR-1 whole, with MoGe, its own views and sizes.
+        processor_time: processor time instead of the clock's, for a busy machine (CPU).
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    limits = {}
+    for kind in dtypes:
+        limits[kind] = machine(device, getattr(torch, kind), processor_time)
+        print(
+            f"{kind}: {limits[kind].bandwidth / 1e9:.0f} GB/s, {limits[kind].peak / 1e12:.3f} T operations/s"
+        )
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds\n")
+    columns = ["plain", "ours", "π0", "compiled", "openpi"]
+    names = [
+        "preset",
+        "dtype",
+        "views",
+        "batch",
+        *columns,
+        "roofline",
+        "π0 / ours",
+        "ours / roofline",
+        "difference",
+    ]
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for name in presets:
+        label = name + (f" ({layers} layers)" if layers else "")
+        size = reduced(name, layers)
+        for kind in dtypes:
+            dtype = getattr(torch, kind)
+            models = pair(size, dtype, device)
+            for count in views:
+                for batch in batches:
+                    mine, given = observation(size, count, batch, TEXT, dtype, device)
+                    runs, gap = contenders(*models, mine, given)
+                    if compiled:
+                        runs["compiled"] = compile_pi0(pair(size, dtype, device)[1], given)
+                    if name == "spear1" and layers is None:
+                        try:
+                            runs["openpi"] = openpi(size, count, batch, dtype, device)
+                        except (ImportError, ValueError) as error:
+                            print(f"no openpi: {str(error).splitlines()[0]}")
+                    found = race(runs, device, repeats, processor_time)
+                    tokens = [(size.vision["image_size"] // size.vision["patch_size"]) ** 2] * count
+                    least = roofline(models[0], tokens, batch, size.horizon, limits[kind])
+                    print(row(label, kind, count, batch, found, least, f"{gap:.1e}"), flush=True)
+            del models
+            for batch in batches if moge else ():
+                model, given, tokens = whole(name, batch, dtype, device)
+                found = race(ours_alone(model, given), device, repeats, processor_time)
+                least = roofline(model, tokens, batch, model.config.horizon, limits[kind])
+                print(row(f"{name}, with MoGe", kind, len(tokens), batch, found, least, "–"), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
