@@ -87,6 +87,7 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
     batch = TrainingSamples(mixture, VIEWS, fit_by_crop).batch(0, 64)
     assert batch["images"]["external"].shape == (64, 12, 16, 3)
     assert batch["images"]["wrist"].shape == (64, 6, 6, 3)
+    assert batch["images"]["external"].transpose(0, 3, 1, 2).flags.c_contiguous  # as the network takes it
     assert batch["action"].shape == (64, 5, 8) and batch["action_mask"].shape == (64, 5)
     episode = np.floor(batch["position"][:, 0] + 1e-4).astype(int)
     step = np.rint((batch["position"][:, 0] - episode) * 100).astype(int)
@@ -102,6 +103,14 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
         targets = [t + h < 5 + e and 2 not in range(t, t + h + 1) for h in range(5)]
         np.testing.assert_array_equal(mask, targets)
     assert batch["action_mask"][:, 0].all()
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    half = png(7, (12, 16))[:60]
+    write_episodes([tiny(0, 3, images={"external": [half] * 3})], tmp_path)
+    samples = TrainingSamples(Mixture([("a", EpisodeStore(tmp_path), 1.0)]), VIEWS, fit_by_crop)
+    with pytest.raises(SpearError, match=r"broken image: made#0 step \d camera 'external'"):
+        samples.batch(0, 1)
 
 
 def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:

@@ -293,7 +293,10 @@ def test_the_command(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for words, message in (
         ([*base, "--size", "30"], "--size 30: write it as 280x210"),
         (base, "not empty"),
-        (["data", "prepare", str(other), str(other), "--out", "x"], "folders of the same name: other, other"),
+        (
+            ["data", "prepare", str(other), str(other), "--out", "x"],
+            "datasets of the same name: other, other",
+        ),
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err

@@ -63,7 +63,7 @@ def prepare(
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
 
     Args:
-        paths: Folders of robot data (see spear data inspect). Of several, each gets a folder of its name in OUT.
+        paths: Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT.
         out: Folder to write to.
         split: Which episodes: train, val, train[:90%], train[90%:] …
         size: Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
@@ -75,18 +75,20 @@ def prepare(
     """
     import os
 
+    from spear.data.formats import dataset_name
     from spear.data.prepare import prepare as run
     from spear.models.processing import fit_image
 
-    names = [path.resolve().name for path in paths]
+    if not paths:
+        raise SpearError("nothing to prepare: give one folder of robot data, or several")
+    names = [dataset_name(path) for path in paths]
     if len(set(names)) < len(names):
-        raise SpearError(f"folders of the same name: {', '.join(names)}: prepare them one by one")
+        raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
     if workers is None:
         workers = os.cpu_count() or 1
     sizes = image_sizes(size)
     for path, name in zip(paths, names, strict=True):
         target = out if len(paths) == 1 else out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         written, reasons = run(
             path,
             target,

@@ -120,3 +120,8 @@ def read_episodes(
 def episode_counts(path: str | Path) -> dict[str, int]:
     """Split name -> number of episodes."""
     return {name: sum(files) for name, files in FORMATS[need_format(path)].lengths(path).items()}
+
+
+def dataset_name(path: str | Path) -> str:
+    """What a dataset is called: RLDS says it itself (its folder is a version), of others it is the folder's name."""
+    return open_rlds(path).name if need_format(path) == "rlds" else Path(path).resolve().name

@@ -342,6 +342,5 @@ def open_store(path: str | Path, work_dir: str | Path) -> tuple[EpisodeStore, li
     target = Path(work_dir) / Path(path).resolve().name
     reasons: list[str] = []
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
         _, reasons = prepare(path, target)
     return EpisodeStore(target), reasons

@@ -19,9 +19,9 @@ from spear.errors import SpearError
 from spear.images import decode_image, encode_jpeg
 from spear.types import Episode
 
-BLOCK = 32
+BLOCK = 16
 """Episodes that are made ready at a time (our choice)."""
-AHEAD = 2
+AHEAD = 1
 """Blocks for each worker that wait to be written (our choice)."""
 
 
