@@ -106,7 +106,7 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
-    half = png(7, (12, 16))[:60]
+    half = png(7, (12, 16))[:40]
     write_episodes([tiny(0, 3, images={"external": [half] * 3})], tmp_path)
     samples = TrainingSamples(Mixture([("a", EpisodeStore(tmp_path), 1.0)]), VIEWS, fit_by_crop)
     with pytest.raises(SpearError, match=r"broken image: made#0 step \d camera 'external'"):

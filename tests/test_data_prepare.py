@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
@@ -21,8 +22,7 @@ from hypothesis import strategies as st
 
 from data_tiny import make
 from spear.cli import main
-from spear.data import prepare as preparation
-from spear.data import ready
+from spear.data import parts, ready
 from spear.data.actions import episode_actions, resample
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.formats import find_format, read_episodes
@@ -30,6 +30,7 @@ from spear.data.index import INDEX, index_batch
 from spear.data.lerobot import open_lerobot, read_lerobot
 from spear.data.lerobot_stats import look
 from spear.data.lerobot_write import LeRobotWriter
+from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.prepare import open_store, prepare
 from spear.errors import SpearError
@@ -48,8 +49,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
     episodes = []
     for i in range(COUNT):
-        parts: dict[str, Any] = {"rate_hz": 20.0} if i % 3 == 0 else {"action": action, "success": i % 2 == 0}
-        episode = make(i, 9, size=(60, 90), **parts)
+        changes: dict[str, Any] = (
+            {"rate_hz": 20.0} if i % 3 == 0 else {"action": action, "success": i % 2 == 0}
+        )
+        episode = make(i, 9, size=(60, 90), **changes)
         episodes.append(dataclasses.replace(episode, images={**episode.images, **wrist}))
     episodes[4] = dataclasses.replace(episodes[4], images=make(4, 9, size=(60, 90)).images)
     write_episodes(episodes, folder)
@@ -111,6 +114,23 @@ def test_every_reader_finds_the_same_episodes(recorded: Path, whole: Path) -> No
                 assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
                 target = fit_image(decode_image(expected.images[camera][step]), height, width)
                 assert np.abs(decode_image(encoded).astype(int) - target).mean() < 1.5
+
+
+def test_training_draws_the_same_from_both_kinds_of_folder(whole: Path, tmp_path: Path) -> None:
+    prepared = EpisodeStore(whole)
+    write_episodes(prepared, tmp_path / "recorded", shard_size=3)
+    batches = []
+    for store in (prepared, EpisodeStore(tmp_path / "recorded")):
+        mixture = Mixture([("arm", store, 1.0)], seed=3)
+        samples = TrainingSamples(mixture, {"external": (40, 48), "wrist": (16, 16)}, fit_image)
+        batches.append(samples.batch(2, 12))
+    a, b = batches
+    assert a["instruction"] == b["instruction"] and a["action_mask"].any()
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        np.testing.assert_array_equal(a[name], b[name])
+    for camera in ("external", "wrist"):
+        np.testing.assert_array_equal(a["images"][camera], b["images"][camera])
+        assert a["images"][camera].any(axis=(1, 2, 3)).all()
 
 
 def test_the_images_lie_open_in_parquet(whole: Path) -> None:
@@ -180,8 +200,8 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
             return wrapped
 
-        preparation._to_disk = deadly(preparation._to_disk)
-        preparation.save_sketches = deadly(preparation.save_sketches)
+        parts._to_disk = deadly(parts._to_disk)
+        parts.save_sketches = deadly(parts.save_sketches)
         Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
         run(recorded, out)
 
@@ -216,8 +236,8 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
         signal.signal(signal.SIGXFSZ, before)
     assert not out.exists()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.parquet"))
-    parts = len(list(tmp_path.glob(".arm.part/parts/*.arrow")))
-    assert len(left) == 2 * parts  # of each part its rows and its episodes, and nothing else
+    complete = len(list(tmp_path.glob(".arm.part/parts/*.arrow")))
+    assert len(left) == 2 * complete  # of each part its rows and its episodes, and nothing else
     assert run(recorded, out)[0] == COUNT - 1
     assert files(out) == files(whole)
 
@@ -226,7 +246,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
     out = tmp_path / "arm"
 
     def die() -> None:
-        preparation._Parts.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+        parts.Parts.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
         run(recorded, out)
 
     killed(die)
@@ -235,7 +255,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
     with pytest.raises(SpearError, match="with other episodes"):
         run(recorded, out, split="train[:4]")
     with open(tmp_path / ".arm.part/lock", "w") as lock:
-        preparation.fcntl.flock(lock, preparation.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SpearError, match="being prepared by another process"):
             run(recorded, out)
     assert run(recorded, out)[0] == COUNT - 1

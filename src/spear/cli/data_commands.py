@@ -142,8 +142,8 @@ def export(
             smaller and a little blurred.
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
+    from spear.data.aside import SetAside, good_episodes
     from spear.data.lerobot_write import write_lerobot
-    from spear.data.prepare import SetAside, good_episodes
 
     aside = SetAside(most=0.5)
     written = write_lerobot(good_episodes(path, split, layout, aside), out, images)

@@ -167,14 +167,13 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
 class EpisodeStore:
     """Random access to the episodes of a folder, and to single frames, by memory mapping.
 
-    Opening maps the files and reads their indices; nothing is loaded until asked for. Raises SpearError for
-    a folder without episodes, and for a corrupt or truncated file, naming it.
+    Opening maps the files and reads their indices; nothing is loaded until asked for. `whole` is False for a
+    `subset`. Raises SpearError for a folder without episodes, and for a corrupt or truncated file, naming it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.whole = True
-        """Whether this is all that the folder holds."""
         self._shards = _open(self.path)
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store

@@ -30,10 +30,10 @@ class Rows:
 
     def __init__(self) -> None:
         self._count = 0
-        self._low: Array = np.inf
-        self._high: Array = -np.inf
-        self._mean: Array = 0.0
-        self._squares: Array = 0.0
+        self._low: Array = np.array(np.inf)
+        self._high: Array = np.array(-np.inf)
+        self._mean: Array = np.array(0.0)
+        self._squares: Array = np.array(0.0)
         self._kept: list[Array] = []
         self._stride = 1
 

@@ -31,6 +31,8 @@ from spear.types import Episode
 
 EPISODES_PER_FILE = 10_000
 """Rows of one file of `meta/episodes` (our choice)."""
+_IMAGE = ("bytes", "path")
+"""The fields of an image, as the `datasets` library has them."""
 
 
 def write_lerobot(
@@ -307,7 +309,3 @@ class LeRobotWriter:
             "video_path": lerobot.VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
-
-
-_IMAGE = ("bytes", "path")
-"""The fields of an image, as the `datasets` library has them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def _fit(episode: Episode, camera: str, wanted: Wanted) -> Sequence[bytes]:
 
 def ready_blocks(
     wanted: Wanted, splits: Sequence[str], workers: int
-) -> Iterator[tuple[list[Ready], list[str]]]:
+) -> Generator[tuple[list[Ready], list[str]], None, None]:
     """`make_ready` of each split, in order, by so many processes (0: this one). Close it to stop them."""
     advice = "use fewer --workers, and run the same command again: it continues"
     with processes.pool(workers, __name__, advice) as pool:
