@@ -16,12 +16,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "images": {"errors", "types"},
+    "processes": {"errors"},
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
     "sim": {"errors", "types", "images", "geometry"},
-    "labels": {"errors", "types", "images", "geometry"},
-    "data": {"errors", "types", "images", "geometry"},
+    "labels": {"errors", "types", "images", "geometry", "processes"},
+    "data": {"errors", "types", "images", "geometry", "processes"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)

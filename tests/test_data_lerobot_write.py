@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tiny import make
-from spear.data import lerobot_write
+from spear.data import lerobot_schema, lerobot_write
 from spear.data.episode import EpisodeStore
 from spear.data.lerobot import open_lerobot, read_lerobot
 from spear.data.lerobot_stats import Rows
@@ -124,10 +124,10 @@ def test_what_is_written_is_read_back_without_a_layout(
 
 
 def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lerobot_write, "DATA_MB", 0)
-    monkeypatch.setattr(lerobot_write, "VIDEO_MB", -1)
+    monkeypatch.setattr(lerobot_schema, "DATA_MB", 0)
+    monkeypatch.setattr(lerobot_schema, "VIDEO_MB", -1)
     monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
-    monkeypatch.setattr(lerobot_write, "CHUNK_FILES", 2)
+    monkeypatch.setattr(lerobot_schema, "CHUNK_FILES", 2)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
     episodes = [
         make(0, success=True),

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from data_tiny import make as tiny
+from spear.data.actions import episode_actions
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.mixture import Mixture, TrainingSamples, split
 from spear.errors import SpearError
+from spear.train import loop, parallel
 from spear.types import Episode
 
 
@@ -82,6 +87,7 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
     batch = TrainingSamples(mixture, VIEWS, fit_by_crop).batch(0, 64)
     assert batch["images"]["external"].shape == (64, 12, 16, 3)
     assert batch["images"]["wrist"].shape == (64, 6, 6, 3)
+    assert batch["images"]["external"].transpose(0, 3, 1, 2).flags.c_contiguous  # as the network takes it
     assert batch["action"].shape == (64, 5, 8) and batch["action_mask"].shape == (64, 5)
     episode = np.floor(batch["position"][:, 0] + 1e-4).astype(int)
     step = np.rint((batch["position"][:, 0] - episode) * 100).astype(int)
@@ -97,6 +103,14 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
         targets = [t + h < 5 + e and 2 not in range(t, t + h + 1) for h in range(5)]
         np.testing.assert_array_equal(mask, targets)
     assert batch["action_mask"][:, 0].all()
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    half = png(7, (12, 16))[:40]
+    write_episodes([tiny(0, 3, images={"external": [half] * 3})], tmp_path)
+    samples = TrainingSamples(Mixture([("a", EpisodeStore(tmp_path), 1.0)]), VIEWS, fit_by_crop)
+    with pytest.raises(SpearError, match=r"broken image: made#0 step \d camera 'external'"):
+        samples.batch(0, 1)
 
 
 def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
@@ -137,3 +151,96 @@ def test_split_is_disjoint_complete_and_stable(tmp_path: Path) -> None:
         split(make(1), 0.5)
     with pytest.raises(SpearError, match="bad fraction"):
         split(train, 1.0)
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(
+        st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=3
+    ),  # datasets of episodes
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2**40),
+    batch=st.integers(1, 9),
+    data=st.data(),
+)
+def test_the_order_depends_on_seed_and_step_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[list[int]],
+    seed: int,
+    first: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    """Any worker, any process, any number of them, resumed anywhere: the same steps; all of them valid, by weight."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sources = []
+    for number, episodes in enumerate(lengths):
+        made = []
+        for e, steps in enumerate(episodes):
+            mask = np.array(data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps)))
+            logged = data.draw(st.booleans())
+            action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
+            made.append(tiny(e, steps, action=action, action_mask=mask))
+        made.append(tiny(len(episodes), 2))  # with a valid step
+        write_episodes(made, folder / str(number), shard_size=2)
+        weight = data.draw(st.floats(0.01, 100))
+        sources.append((f"set {number}", EpisodeStore(folder / str(number)), weight))
+
+    mixture = Mixture(sources, seed)
+    steps = list(range(first, first + 6))
+    order = [mixture.draw(step, batch) for step in steps]
+    for sample in (sample for drawn in order for sample in drawn):
+        episode = sources[sample.source][1].without_images(sample.episode)
+        assert episode_actions(episode)[1][sample.step]
+        assert sample.flat == sources[sample.source][1].lengths[: sample.episode].sum() + sample.step
+        state, action, mask = mixture.arrays(sample, 5)
+        np.testing.assert_array_equal(state[:3], episode.position[sample.step])
+        assert mask[0] and action.shape == (5, 8)
+    assert len(mixture) == sum(
+        int(episode_actions(store.without_images(e))[1].sum())
+        for _, store, _ in sources
+        for e in range(len(store))
+    )
+
+    workers = data.draw(st.integers(1, 4))
+    found = {}
+    for worker in data.draw(st.permutations(range(workers))):
+        own = Mixture(sources, seed)  # what each of them has
+        for step in steps[worker::workers]:
+            found[step] = own.draw(step, batch)
+    resumed = Mixture(sources, seed)
+    for step, drawn in zip(steps, order, strict=True):
+        for other in (found[step], resumed.draw(step, batch)):
+            assert [(s.source, s.episode, s.step) for s in other] == [
+                (s.source, s.episode, s.step) for s in drawn
+            ]
+            for a, b in zip(other, drawn, strict=True):
+                np.testing.assert_array_equal(a.draws, b.draws)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
+def test_processes_share_the_batches_of_a_step(step: int, world: int, pieces: int) -> None:
+    """Whatever the number of processes: a step's batches are these, each taken once, in the order of the ranks."""
+    whole = list(parallel.numbers(step, world * pieces))
+    taken = []
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "rank", lambda rank=rank: rank)
+            patch.setattr(parallel, "world", lambda: world)
+            taken += list(parallel.numbers(step, pieces))
+    assert taken == whole == list(range(step * world * pieces, (step + 1) * world * pieces))
+
+
+def test_loader_processes_change_nothing(mixture: Mixture) -> None:
+    """The batches of the training loop, made by none, one or two processes, and from the middle on."""
+    samples = TrainingSamples(mixture, VIEWS, fit_by_crop, augment=1.0)
+
+    class Drawn:
+        def batch(self, step: int) -> dict[str, Any]:
+            return samples.batch(step, 3)
+
+    runs = [list(loop.batches(Drawn(), 2, 7, workers)) for workers in (0, 1, 2)]
+    runs.append(list(loop.batches(Drawn(), 2, 4, 2)) + list(loop.batches(Drawn(), 4, 7, 1)))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert_equal(a, b)

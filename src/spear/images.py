@@ -11,12 +11,19 @@ from spear.errors import SpearError
 from spear.types import Array
 
 
-def decode_image(encoded: bytes, where: str = "an image") -> Array:
-    """JPEG or PNG bytes to [h, w, 3] uint8 RGB, writable. Raises SpearError naming `where` when broken."""
+def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
+    """JPEG or PNG bytes, decoded, RGB. Raises SpearError naming `where` when broken."""
     try:
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise SpearError(f"broken image: {where}: {error}; leave it out") from error
+
+
+def decode_image(encoded: bytes, where: str = "an image") -> Array:
+    """`open_image` as [h, w, 3] uint8, writable."""
+    return np.array(open_image(encoded, where))
 
 
 def encode_jpeg(image: Array, quality: int = 95) -> bytes:

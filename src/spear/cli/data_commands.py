@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.errors import SpearError
+
 Source = Annotated[Positional[Path], arg(metavar="FOLDER")]
+Sources = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
 File = Annotated[Path | None, arg(metavar="FILE")]
 
 
@@ -38,25 +41,81 @@ def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
         print(f"open {out.resolve()}")
 
 
-def prepare(path: Source, /, out: Path, split: str = "train", layout: File = None) -> None:
-    """Turn a robot dataset into episodes that training reads fast: 5 Hz, one meaning of actions.
+def prepare(
+    paths: Sources,
+    /,
+    out: Path,
+    split: str = "train",
+    size: tuple[str, ...] = (),
+    rate: float = 5.0,
+    quality: int = 95,
+    workers: int | None = None,
+    layout: File = None,
+) -> None:
+    """Make robot datasets ready for training: small images, 5 Hz, one meaning of actions.
 
-    Broken episodes are set aside and counted.
+    The result is a LeRobot v3.0 dataset with an index beside it, which `spear train` reads as fast as its
+    images can be decoded. Bad episodes are set aside, with the reasons in set_aside.json. If it is stopped, by
+    whatever, the same command continues.
 
-    Example:
-        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --split "train[:90%]"
+    Examples:
+        spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
+        spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
 
     Args:
-        path: A folder of robot data (see spear data inspect).
+        paths: Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT.
         out: Folder to write to.
         split: Which episodes: train, val, train[:90%], train[90%:] …
+        size: Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
+            cameras, or CAMERA=WIDTHxHEIGHT. Bars are added rather than stretching. Without it they stay as they are.
+        rate: Steps per second (training takes 5).
+        quality: JPEG quality of images that are changed.
+        workers: Processes that read and resize; one for each processor by default. The result is the same.
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
-    from spear.data.prepare import prepare as run
+    import os
 
-    written, reasons = run(path, out, split, layout)
-    _report(reasons)
-    print(f"{written} episodes in {out}, {len(reasons)} set aside")
+    from spear.data.formats import dataset_name
+    from spear.data.prepare import prepare as run
+    from spear.models.processing import fit_image
+
+    if not paths:
+        raise SpearError("nothing to prepare: give one folder of robot data, or several")
+    names = [dataset_name(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
+    if workers is None:
+        workers = os.cpu_count() or 1
+    sizes = image_sizes(size)
+    for path, name in zip(paths, names, strict=True):
+        target = out if len(paths) == 1 else out / name
+        written, reasons = run(
+            path,
+            target,
+            split,
+            layout,
+            sizes=sizes,
+            fit_image=fit_image,
+            rate_hz=rate,
+            quality=quality,
+            workers=workers,
+        )
+        _report(reasons)
+        print(f"{written} episodes in {target}, {len(reasons)} set aside")
+
+
+def image_sizes(words: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Words like 280x210 and wrist=112x112 as camera -> (width, height), "" for all others."""
+    sizes = {}
+    for word in words:
+        camera, _, text = word.rpartition("=")
+        width, _, height = text.partition("x")
+        if not (
+            width.isdecimal() and height.isdecimal() and 0 < int(width) <= 8192 and 0 < int(height) <= 8192
+        ):
+            raise SpearError(f"--size {word}: write it as 280x210, or for one camera as wrist=112x112")
+        sizes[camera] = (int(width), int(height))
+    return sizes
 
 
 def export(
@@ -83,8 +142,8 @@ def export(
             smaller and a little blurred.
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
+    from spear.data.aside import SetAside, good_episodes
     from spear.data.lerobot_write import write_lerobot
-    from spear.data.prepare import SetAside, good_episodes
 
     aside = SetAside(most=0.5)
     written = write_lerobot(good_episodes(path, split, layout, aside), out, images)

@@ -98,7 +98,7 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
     low = np.floor(when[:-1]).astype(int)
     high = np.minimum(low + 1, steps - 1)
     part = (when[:-1] - low)[:, None]
-    turn = torch.as_tensor(episode.rotation)
+    turn = torch.tensor(episode.rotation)
     rotation = quat_slerp(turn[low], turn[high], torch.as_tensor(part[:, 0], dtype=turn.dtype))
     position = (1 - part) * episode.position[low] + part * episode.position[high]
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()

@@ -1,15 +1,20 @@
-"""The store of episodes: a folder of Arrow IPC shards, read by memory mapping.
+"""The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
 
 Knows how an `Episode` is checked, written and found again, and nothing of where it came from or what is
-trained on it. One row of a shard is one episode; images are columns of encoded bytes, `image:<camera>`.
+trained on it. There are two kinds of folder, with one way to read them:
 
-Why Arrow IPC (uncompressed) and not Parquet: training draws random single frames. Parquet has to decode
-a column chunk to reach one row; an uncompressed Arrow file is its own index, so a frame is a slice of mapped
-memory, and the operating system caches what is used. The images are compressed already (JPEG or PNG).
+    recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes append
+                (`write_episodes`); episodes may differ in rate, cameras and image sizes.
+    prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.prepare`), for training.
+
+Why Arrow IPC (uncompressed): training draws random single frames. Parquet has to decode a column chunk to
+reach one row; an uncompressed Arrow file is its own index, so a frame is a slice of mapped memory, and the
+operating system caches what is used. The images are compressed already (JPEG or PNG).
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import os
@@ -21,12 +26,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from spear.data.index import INDEX, open_index
+from spear.data.shard import Shard, corrupt, image_columns, number_columns
 from spear.errors import SpearError
 from spear.types import ACTION_DIM, Array, Episode
 
 FORMAT = "spear.episodes.1"
 SHARD_GLOB = "episodes-*.arrow"
-IMAGE_PREFIX = "image:"
 QUATERNION_TOLERANCE = 1e-3
 """How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
 
@@ -133,7 +139,8 @@ def write_episodes(
 
 
 def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
-    table = _to_table(episodes)
+    table = pa.RecordBatch.from_pydict(number_columns(episodes) | image_columns(episodes))
+    table = table.replace_schema_metadata({"format": FORMAT})
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=".episodes-", suffix=".tmp", dir=folder)
@@ -159,157 +166,57 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
             os.unlink(temporary)
 
 
-def _to_table(episodes: Sequence[Episode]) -> pa.RecordBatch:
-    offsets = np.cumsum([0] + [len(e) for e in episodes])
-    columns: dict[str, pa.Array] = {
-        "instruction": pa.array([e.instruction for e in episodes], pa.large_string()),
-        "source": pa.array([e.source for e in episodes], pa.large_string()),
-        "rate_hz": pa.array([e.rate_hz for e in episodes], pa.float64()),
-        "success": pa.array([e.success for e in episodes], pa.bool_()),
-        "position": _lists(offsets, np.concatenate([e.position for e in episodes])),
-        "rotation": _lists(offsets, np.concatenate([e.rotation for e in episodes])),
-        "gripper": _lists(offsets, np.concatenate([e.gripper for e in episodes])[:, None]),
-    }
-    empty = np.zeros((0, ACTION_DIM), np.float32)
-    actions = [empty if e.action is None else e.action for e in episodes]
-    columns["action"] = _lists(np.cumsum([0] + [len(a) for a in actions]), np.concatenate(actions))
-    masks = [np.ones(len(e)) if e.action_mask is None else e.action_mask for e in episodes]
-    columns["action_mask"] = _lists(offsets, np.concatenate(masks).astype(np.uint8)[:, None])
-    for camera in sorted({camera for e in episodes for camera in e.images}):
-        images = [list(e.images.get(camera, ())) for e in episodes]
-        values = pa.array([image for each in images for image in each], pa.large_binary())
-        where = pa.array(np.cumsum([0] + [len(each) for each in images]), pa.int64())
-        columns[IMAGE_PREFIX + camera] = pa.LargeListArray.from_arrays(where, values)
-    batch = pa.RecordBatch.from_pydict(columns)
-    return batch.replace_schema_metadata({"format": FORMAT})
-
-
-def _lists(offsets: Array, rows: Array) -> pa.Array:
-    """[N, d] rows as one list per episode of N_e · d numbers."""
-    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-    return pa.LargeListArray.from_arrays(pa.array(offsets * rows.shape[1], pa.int64()), values)
-
-
-class _Shard:
-    """One mapped file: numpy views of its columns, no copies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-                if (reader.schema.metadata or {}).get(b"format") != FORMAT.encode():
-                    raise SpearError(f"not an episode shard: {path}: expected {FORMAT!r}; record it again")
-                batch = reader.get_batch(0)
-            batch.validate(full=True)
-            self._load(batch)
-        except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise SpearError(
-                f"corrupt or truncated shard: {path}: {reason}; delete it (the other shards stay usable) "
-                "or write it again"
-            ) from error
-
-    def _load(self, batch: pa.RecordBatch) -> None:
-        columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        self.instructions: list[str] = columns["instruction"].to_pylist()
-        self.sources: list[str] = columns["source"].to_pylist()
-        self.rates: list[float] = columns["rate_hz"].to_pylist()
-        self.successes: list[bool | None] = columns["success"].to_pylist()
-        self.offsets = columns["gripper"].offsets.to_numpy()  # [E + 1]
-        steps = int(self.offsets[-1])
-        self.position = _rows(columns["position"], 3, steps)
-        self.rotation = _rows(columns["rotation"], 4, steps)
-        self.gripper = _rows(columns["gripper"], 1, steps)[:, 0]
-        self.action_mask = _rows(columns["action_mask"], 1, steps)[:, 0]
-        self.action_offsets = columns["action"].offsets.to_numpy() // ACTION_DIM
-        self.action = _rows(columns["action"], ACTION_DIM, int(self.action_offsets[-1]))
-        self.images: dict[str, tuple[Array, Array, memoryview]] = {}
-        lengths = np.diff(self.offsets)
-        for name, column in columns.items():
-            if name.startswith(IMAGE_PREFIX):
-                where, values = column.offsets.to_numpy(), column.values
-                counts = np.diff(where)
-                if not ((counts == lengths) | (counts == 0)).all():
-                    raise ValueError(f"column {name!r} has another number of images than steps")
-                _, ends, data = values.buffers()
-                bounds = np.frombuffer(ends, np.int64)[: len(values) + 1]
-                self.images[name.removeprefix(IMAGE_PREFIX)] = (where, bounds, memoryview(data or b""))
-
-    def image(self, row: int, step: int, camera: str) -> bytes | None:
-        if camera not in self.images:
-            return None
-        where, bounds, data = self.images[camera]
-        first = int(where[row])
-        if int(where[row + 1]) == first:
-            return None
-        return bytes(data[int(bounds[first + step]) : int(bounds[first + step + 1])])
-
-    def episode(self, row: int, with_images: bool) -> Episode:
-        rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        acted = slice(int(self.action_offsets[row]), int(self.action_offsets[row + 1]))
-        images: dict[str, Sequence[bytes]] = {}
-        for camera in self.images if with_images else ():
-            found = [self.image(row, step, camera) for step in range(rows.stop - rows.start)]
-            if found[0] is not None:
-                images[camera] = [image for image in found if image is not None]
-        return Episode(
-            images=images,
-            position=self.position[rows],
-            rotation=self.rotation[rows],
-            gripper=self.gripper[rows],
-            instruction=self.instructions[row],
-            rate_hz=self.rates[row],
-            source=self.sources[row],
-            action=self.action[acted] if acted.stop > acted.start else None,
-            action_mask=self.action_mask[rows].astype(bool),
-            success=self.successes[row],
-        )
-
-
-def _rows(column: pa.Array, width: int, steps: int) -> Array:
-    values = column.values.to_numpy(zero_copy_only=True).reshape(-1, width)
-    if len(values) != steps:
-        raise ValueError("columns have different numbers of steps")
-    return values
-
-
 class EpisodeStore:
     """Random access to the episodes of a folder, and to single frames, by memory mapping.
 
-    Opening maps the shards and reads their indices; nothing is loaded until asked for. Raises SpearError for
-    a folder without episodes, and for a corrupt or truncated shard, naming it.
+    Opening maps the files and reads their indices; nothing is loaded until asked for. `whole` is False for a
+    `subset`. Raises SpearError for a folder without episodes, and for a corrupt or truncated file, naming it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        files = sorted(self.path.glob(SHARD_GLOB))
-        if not files:
-            raise SpearError(f"no episodes: {self.path}: no {SHARD_GLOB} in it; record or convert some")
-        self._shards = [_Shard(file) for file in files]
-        self._where = [(s, row) for s in self._shards for row in range(len(s.instructions))]
+        self.whole = True
+        self._shards = _open(self.path)
+        self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
+        self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
 
     def subset(self, indices: Sequence[int]) -> EpisodeStore:
         """A store of only these episodes, in this order, sharing the mapped files."""
         store = object.__new__(EpisodeStore)
-        store.path, store._shards = self.path, self._shards
-        store._where = [self._where[int(i)] for i in indices]
+        store.path, store._shards, store._bounds = self.path, self._shards, self._bounds
+        store.whole, store._ids = False, self._ids[np.asarray(indices, np.int64)]
         return store
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._ids)
 
     def __getitem__(self, index: int) -> Episode:
         """Episode `index`, its images as encoded bytes."""
-        shard, row = self._where[index]
+        shard, row = self._find(index)
         return shard.episode(row, with_images=True)
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(len(self)))
 
+    def _find(self, index: int) -> tuple[Shard, int]:
+        number = int(self._ids[index])
+        shard = bisect.bisect_right(self._bounds, number) - 1
+        return self._shards[shard], number - self._bounds[shard]
+
     @functools.cached_property
     def lengths(self) -> Array:
         """[E] number of steps of each episode."""
-        return np.array([shard.offsets[row + 1] - shard.offsets[row] for shard, row in self._where], np.int64)
+        return np.concatenate([np.diff(shard.offsets) for shard in self._shards])[self._ids]
+
+    @functools.cached_property
+    def known(self) -> Array:
+        """[E] how many steps of each episode have a known action (see `episode_actions`)."""
+        return np.concatenate([shard.known for shard in self._shards])[self._ids]
+
+    @functools.cached_property
+    def rates_hz(self) -> Array:
+        """[E] steps per second of each episode."""
+        return np.concatenate([shard.rates_hz for shard in self._shards])[self._ids]
 
     @property
     def cameras(self) -> list[str]:
@@ -318,25 +225,48 @@ class EpisodeStore:
 
     def image(self, index: int, step: int, camera: str) -> bytes | None:
         """The encoded image of one step, or None when this episode has no such camera."""
-        shard, row = self._where[index]
+        shard, row = self._find(index)
         return shard.image(row, step, camera)
 
     def instruction(self, index: int) -> str:
         """What the robot was asked to do in episode `index`."""
-        shard, row = self._where[index]
-        return shard.instructions[row]
+        shard, row = self._find(index)
+        return shard.instruction(row)
 
     def source(self, index: int) -> str:
         """Where episode `index` came from."""
-        shard, row = self._where[index]
-        return shard.sources[row]
+        shard, row = self._find(index)
+        return shard.source(row)
 
     def rate_hz(self, index: int) -> float:
         """Steps per second of episode `index`."""
-        shard, row = self._where[index]
-        return shard.rates[row]
+        return float(self.rates_hz[index])
 
     def without_images(self, index: int) -> Episode:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""
-        shard, row = self._where[index]
+        shard, row = self._find(index)
         return shard.episode(row, with_images=False)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether `path` is a folder that `EpisodeStore` opens."""
+    return (Path(path) / INDEX).is_file() or any(Path(path).glob(SHARD_GLOB))
+
+
+def _open(folder: Path) -> list[Shard]:
+    if (folder / INDEX).is_file():
+        return open_index(folder / INDEX, folder)
+    files = sorted(folder.glob(SHARD_GLOB))
+    if not files:
+        raise SpearError(f"no episodes: {folder}: no {SHARD_GLOB} in it; record or convert some")
+    return [_open_recording(file) for file in files]
+
+
+def _open_recording(path: Path) -> Shard:
+    try:
+        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+            if (reader.schema.metadata or {}).get(b"format") != FORMAT.encode():
+                raise SpearError(f"not an episode shard: {path}: expected {FORMAT!r}; record it again")
+            return Shard(path, reader.get_batch(0))
+    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
+        raise corrupt(path, error) from error

@@ -15,7 +15,7 @@ from spear.data.bridge_raw import (
     read_bridge_raw,
 )
 from spear.data.droid_raw import find_droid_raw, is_droid_raw, read_droid_raw
-from spear.data.episode import SHARD_GLOB, EpisodeStore
+from spear.data.episode import SHARD_GLOB, EpisodeStore, is_store
 from spear.data.lerobot import is_lerobot, open_lerobot, read_lerobot
 from spear.data.oxe import Layout
 from spear.data.rlds import is_rlds, open_rlds, read_rlds
@@ -45,10 +45,6 @@ class Format:
     read: Reader
 
 
-def _is_store(path: str | Path) -> bool:
-    return any(Path(path).glob(SHARD_GLOB))
-
-
 def _read_store(
     path: str | Path, split: str = "train", dataset: Layout = None, on_bad: OnBad | None = None
 ) -> Iterator[Episode]:
@@ -65,7 +61,7 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
 
 FORMATS: Mapping[str, Format] = {
     "store": Format(
-        "a store of episodes", SHARD_GLOB, _is_store, lambda p: {"train": [len(EpisodeStore(p))]}, _read_store
+        "a store of episodes", SHARD_GLOB, is_store, lambda p: {"train": [len(EpisodeStore(p))]}, _read_store
     ),
     "rlds": Format("an RLDS dataset", "features.json", is_rlds, lambda p: open_rlds(p).lengths, read_rlds),
     "lerobot": Format(
@@ -129,3 +125,8 @@ def read_episodes(
 def episode_counts(path: str | Path) -> dict[str, int]:
     """Split name -> number of episodes."""
     return {name: sum(files) for name, files in FORMATS[need_format(path)].lengths(path).items()}
+
+
+def dataset_name(path: str | Path) -> str:
+    """What a dataset is called: RLDS says it itself (its folder is a version), of others it is the folder's name."""
+    return open_rlds(path).name if need_format(path) == "rlds" else Path(path).resolve().name

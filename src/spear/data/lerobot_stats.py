@@ -7,11 +7,14 @@ episodes into those of the dataset; ours are the quantiles of the rows themselve
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spear.types import Array
+from spear.errors import SpearError
+from spear.images import decode_image
+from spear.types import Array, Episode
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 MOST_ROWS = 1 << 20
@@ -26,13 +29,18 @@ class Rows:
     """Statistics of a feature of numbers, over all rows added."""
 
     def __init__(self) -> None:
-        self._parts: list[Stats] = []
+        self._count = 0
+        self._low: Array = np.array(np.inf)
+        self._high: Array = np.array(-np.inf)
+        self._mean: Array = np.array(0.0)
+        self._squares: Array = np.array(0.0)
         self._kept: list[Array] = []
-        self._stride, self._seen = 1, 0
+        self._stride = 1
 
     def add(self, values: Array) -> Stats:
-        """Statistics of one episode's rows [T, d]."""
-        stats = {
+        """Take in one episode's rows [T, d]; returns their own statistics."""
+        self.take_in(values)
+        return {
             "min": values.min(0),
             "max": values.max(0),
             "mean": values.mean(0, dtype=np.float64),
@@ -40,38 +48,88 @@ class Rows:
             "count": np.array([len(values)]),
             **_quantiles(values),
         }
-        self._parts.append({name: stats[name] for name in ("min", "max", "mean", "std", "count")})
-        self._kept.append(values[-self._seen % self._stride :: self._stride])
-        self._seen += len(values)
+
+    def take_in(self, values: Array) -> None:
+        """Take in one episode's rows [T, d]."""
+        self._kept.append(values[-self._count % self._stride :: self._stride])
+        mean = values.mean(0, dtype=np.float64)
+        total = self._count + len(values)
+        apart = mean - self._mean  # of two parts, the moments of the whole (Chan, Golub and LeVeque, 1979)
+        self._mean = self._mean + apart * len(values) / total
+        self._squares = self._squares + ((values - mean) ** 2).sum(0)
+        self._squares = self._squares + apart**2 * self._count * len(values) / total
+        self._low, self._high = np.minimum(self._low, values.min(0)), np.maximum(self._high, values.max(0))
+        self._count = total
         if sum(map(len, self._kept)) > MOST_ROWS:
             self._kept = [np.concatenate(self._kept)[::2]]
             self._stride *= 2
-        return stats
 
     def total(self) -> Stats:
         """Statistics of everything added."""
-        return {**_merge(self._parts), **_quantiles(np.concatenate(self._kept))}
+        kind = self._kept[0].dtype
+        return {
+            "min": self._low.astype(kind),
+            "max": self._high.astype(kind),
+            "mean": self._mean,
+            "std": np.sqrt(self._squares / self._count),
+            "count": np.array([self._count]),
+            **_quantiles(np.concatenate(self._kept)),
+        }
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is seen of a camera's images in an episode.
+
+    size (height, width) in pixels; histogram [3, 256] of the values of each channel in so many frames.
+    """
+
+    size: tuple[int, int]
+    histogram: Array
+    frames: int
+
+
+def look(episode: Episode) -> dict[str, Look]:
+    """Look at some images of each camera of an episode, spread over it.
+
+    Raises SpearError, naming it, for an image that is broken or of another size than the others.
+    """
+    looks = {}
+    for camera, images in episode.images.items():
+        histogram = np.zeros((3, 256), np.int64)
+        size: tuple[int, int] | None = None
+        steps = frames_to_sample(len(images))
+        for step in steps.tolist():
+            where = f"{episode.source} step {step} camera {camera!r}"
+            image = decode_image(images[step], where)
+            size = size or (image.shape[0], image.shape[1])
+            if image.shape[:2] != size:
+                (h, w), (h0, w0) = image.shape[:2], size
+                raise SpearError(
+                    f"image sizes differ: {where} is {w} x {h} pixels, the first one {w0} x {h0}"
+                )
+            histogram += [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
+        assert size is not None  # an episode has steps
+        looks[camera] = Look(size, histogram, len(steps))
+    return looks
 
 
 class Images:
     """Statistics of a camera, by a histogram of its pixel values."""
 
     def __init__(self) -> None:
-        self._histogram = np.zeros((3, 256), np.int64)
-        self._frames = 0
+        self.histogram = np.zeros((3, 256), np.int64)
+        self.frames = 0
 
-    def add(self, images: list[Array]) -> Stats:
-        """Statistics of some frames [h, w, 3] uint8 of one episode."""
-        histogram = np.stack(
-            [sum(np.bincount(image[..., c].reshape(-1), minlength=256) for image in images) for c in range(3)]
-        )
-        self._histogram += histogram
-        self._frames += len(images)
-        return _of_histogram(histogram, len(images))
+    def add(self, seen: Look) -> Stats:
+        """Take in what was seen of one episode; returns its own statistics."""
+        self.histogram = self.histogram + seen.histogram
+        self.frames += seen.frames
+        return _of_histogram(seen.histogram, seen.frames)
 
     def total(self) -> Stats:
         """Statistics of everything added."""
-        return _of_histogram(self._histogram, self._frames)
+        return _of_histogram(self.histogram, self.frames)
 
 
 def frames_to_sample(length: int) -> Array:
@@ -82,20 +140,6 @@ def frames_to_sample(length: int) -> Array:
 def _quantiles(values: Array) -> Stats:
     found = np.quantile(values.astype(np.float64), list(QUANTILES.values()), axis=0)
     return dict(zip(QUANTILES, found, strict=True))
-
-
-def _merge(parts: list[Stats]) -> Stats:
-    """Statistics of several sets of rows together, from those of each."""
-    count = np.array([part["count"] for part in parts], np.float64)  # [E, 1]
-    mean = np.sum([p["mean"] * p["count"] for p in parts], axis=0) / count.sum()
-    square = np.sum([(p["std"] ** 2 + (p["mean"] - mean) ** 2) * p["count"] for p in parts], axis=0)
-    return {
-        "min": np.min([p["min"] for p in parts], axis=0),
-        "max": np.max([p["max"] for p in parts], axis=0),
-        "mean": mean,
-        "std": np.sqrt(square / count.sum()),
-        "count": np.array([int(count.sum())]),
-    }
 
 
 def _of_histogram(histogram: Array, frames: int) -> Stats:

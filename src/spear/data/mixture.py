@@ -2,24 +2,29 @@
 
 No state is kept, so a killed run continues with exactly the samples it would have had, and any worker can
 make any batch. Steps are drawn with replacement: first a dataset by weight, then one of its valid steps
-uniformly.
+uniformly. What is in memory grows with the number of episodes, not of steps: 16 bytes each.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from spear.data.actions import HORIZON, RATE_HZ, chunk, store_actions
+from spear.data.actions import HORIZON, RATE_HZ, chunk, episode_actions
 from spear.data.episode import EpisodeStore
-from spear.data.images import JITTER_DRAWS, FitImage, jitter
+from spear.data.images import JITTER_DRAWS, FitImage, jitter_table
 from spear.errors import SpearError
-from spear.images import decode_image
-from spear.types import Array
+from spear.images import open_image
+from spear.types import Array, Episode
+
+EPISODES_KEPT = 4096
+"""Episodes, without images, that are kept in memory: of some the actions have to be derived (our choice)."""
 
 
 def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore]:
@@ -61,15 +66,17 @@ class Mixture:
             _check_rate(name, store)
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
-        self._actions = [store_actions(store) for store in self.stores]
-        self._steps = [np.flatnonzero(actions.valid) for actions in self._actions]
-        for name, steps in zip(self.names, self._steps, strict=True):
-            if not len(steps):
+        # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
+        self._begin = [np.concatenate([[0], np.cumsum(store.known)]) for store in self.stores]
+        self._starts = [np.concatenate([[0], np.cumsum(store.lengths)]) for store in self.stores]
+        self._episode = functools.lru_cache(maxsize=EPISODES_KEPT)(self._read)
+        for name, begin in zip(self.names, self._begin, strict=True):
+            if not begin[-1]:
                 raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
 
     def __len__(self) -> int:
         """Number of distinct samples."""
-        return sum(len(steps) for steps in self._steps)
+        return sum(int(begin[-1]) for begin in self._begin)
 
     def draw(self, step: int, batch_size: int) -> list[Sample]:
         """The samples of training step `step`."""
@@ -78,21 +85,34 @@ class Mixture:
         draws = random.random((batch_size, 2 + JITTER_DRAWS))
         sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")
         return [
-            self._sample(int(source), int(row[1] * len(self._steps[source])), row[2:])
+            self._sample(int(source), int(row[1] * self._begin[source][-1]), row[2:])
             for source, row in zip(sources, draws, strict=True)
         ]
 
     def _sample(self, source: int, index: int, draws: Array) -> Sample:
-        flat = int(self._steps[source][index])
-        episode = int(np.searchsorted(self._actions[source].starts, flat, side="right")) - 1
-        return Sample(source, episode, flat - int(self._actions[source].starts[episode]), flat, draws)
+        """The sample of a dataset's valid step `index`."""
+        begin = self._begin[source]
+        episode = int(np.searchsorted(begin, index, side="right")) - 1
+        _, _, valid = self._episode(source, episode)
+        step = int(np.flatnonzero(valid)[index - int(begin[episode])])
+        return Sample(source, episode, step, int(self._starts[source][episode]) + step, draws)
+
+    def _read(self, source: int, episode: int) -> tuple[Episode, Array, Array]:
+        """An episode without images, its canonical actions [T, 8] and which of them are known [T]."""
+        bare = self.stores[source].without_images(episode)
+        return bare, *episode_actions(bare)
 
     def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
         """State [8], action chunk [H, 8] and its mask [H] of a sample."""
-        actions, valid, states, starts = self._actions[sample.source]
-        rows = slice(int(starts[sample.episode]), int(starts[sample.episode + 1]))
-        acted, mask = chunk(actions[rows], valid[rows], sample.step, horizon)
-        return states[sample.flat], acted, mask
+        episode, actions, valid = self._episode(sample.source, sample.episode)
+        acted, mask = chunk(actions, valid, sample.step, horizon)
+        t = sample.step
+        state = np.concatenate([episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]])
+        return state, acted, mask
+
+    def episode(self, sample: Sample) -> Episode:
+        """The episode that a sample is of, without images."""
+        return self._episode(sample.source, sample.episode)[0]
 
 
 @dataclass(frozen=True)
@@ -107,13 +127,13 @@ class Sample:
 
 
 def _check_rate(name: str, store: EpisodeStore) -> None:
-    for index in range(len(store)):
-        rate = store.rate_hz(index)
-        if not np.isclose(rate, RATE_HZ):
-            raise SpearError(
-                f"wrong rate: dataset {name!r} ({store.source(index)}): {rate:g} Hz, training is at "
-                f"{RATE_HZ:g}; write it through `spear.data.actions.resample`"
-            )
+    wrong = ~np.isclose(store.rates_hz, RATE_HZ)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise SpearError(
+            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rate_hz(index):g} Hz, training is at "
+            f"{RATE_HZ:g}; prepare it (see `spear data prepare`)"
+        )
 
 
 class TrainingSamples:
@@ -124,7 +144,7 @@ class TrainingSamples:
     augment    strength of photometric jitter, 0 for none (never geometric: depth depends on it).
 
     A batch of B samples
-        images       camera -> [B, h, w, 3] uint8; zeros where an episode lacks that camera
+        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks that camera
         views        camera -> [B] bool, whether it has it
         position     [B, 3] m, base frame       rotation  [B, 4]       gripper  [B] opening 0 … 1
         action       [B, H, 8] metres, as `Action.to_vector`
@@ -149,12 +169,12 @@ class TrainingSamples:
         arrays = [self.mixture.arrays(sample, self.horizon) for sample in samples]
         states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
         images, present = {}, {}
-        for camera, size in self.views.items():
-            found = [self._image(sample, camera, *size) for sample in samples]
-            present[camera] = np.array([image is not None for image in found])
-            blank = np.zeros((*size, 3), np.uint8)
-            images[camera] = np.stack([blank if image is None else image for image in found])
-        stores = self.mixture.stores
+        for camera, (height, width) in self.views.items():
+            # In memory the channels come first, as the network takes them: a turned copy costs half a decoding.
+            planes = np.zeros((batch_size, 3, height, width), np.uint8)
+            found = [self._decode(sample, camera, out) for sample, out in zip(samples, planes, strict=True)]
+            present[camera] = np.array(found)
+            images[camera] = planes.transpose(0, 2, 3, 1)
         return {
             "images": images,
             "views": present,
@@ -163,17 +183,22 @@ class TrainingSamples:
             "gripper": states[:, 7],
             "action": actions,
             "action_mask": masks,
-            "instruction": [stores[s.source].instruction(s.episode) for s in samples],
+            "instruction": [self.mixture.episode(s).instruction for s in samples],
             "dataset": np.array([s.source for s in samples]),
         }
 
-    def _image(self, sample: Sample, camera: str, height: int, width: int) -> Array | None:
-        store = self.mixture.stores[sample.source]
-        encoded = store.image(sample.episode, sample.step, camera)
+    def _decode(self, sample: Sample, camera: str, out: Array) -> bool:
+        """Put a sample's image [3, h, w] where it belongs; returns whether it has one."""
+        encoded = self.mixture.stores[sample.source].image(sample.episode, sample.step, camera)
         if encoded is None:
-            return None
-        where = f"{store.source(sample.episode)} step {sample.step} camera {camera!r}"
-        image = decode_image(encoded, where)
-        if image.shape[:2] != (height, width):
-            image = self.fit_image(image, height, width)
-        return jitter(image, sample.draws, self.augment) if self.augment else image
+            return False
+        source = self.mixture.episode(sample).source
+        image = open_image(encoded, f"{source} step {sample.step} camera {camera!r}")
+        height, width = out.shape[1:]
+        if image.size != (width, height):
+            image = Image.fromarray(self.fit_image(np.asarray(image), height, width))
+        if self.augment:
+            image = image.point(jitter_table(sample.draws, self.augment))
+        for plane, band in zip(out, image.split(), strict=True):
+            plane[...] = np.asarray(band)
+        return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ Triple = tuple[float, float, float]
 SMALLEST_SCALE = 1e-5
 """Metres. An axis that varies less is left in metres, so that its noise is not blown up (our choice)."""
 STATE_VECTOR_DIM = 10
+SKETCHES = "sketches.npz"
+"""Of a prepared dataset: the quantiles of its translations and positions, taken when it was prepared."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,32 @@ def _from_json(fields: dict[str, Any]) -> Normalizer:
     return Normalizer(**fields, datasets=datasets)
 
 
+def save_sketches(folder: Path) -> None:
+    """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
+    arrays = {
+        f"{axis} {name}": values
+        for axis, sketch in enumerate(_sketch(EpisodeStore(folder)))
+        for name, values in sketch.to_arrays().items()
+    }
+    with open(folder / SKETCHES, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _load_sketches(path: Path) -> list[QuantileSketch]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = [{n[2:]: arrays[n] for n in arrays.files if n.startswith(f"{i} ")} for i in range(6)]
+        return [QuantileSketch.from_arrays(part) for part in parts]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise SpearError(f"unreadable: {path}: {error}; remove it, and it is not needed") from error
+
+
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     """Six sketches of the known steps of a store, in one pass: translation x, y, z, position x, y, z."""
+    if store.whole and (store.path / SKETCHES).is_file():
+        return _load_sketches(store.path / SKETCHES)
     sketches = [QuantileSketch() for _ in range(6)]
     for index in range(len(store)):
         episode = store.without_images(index)

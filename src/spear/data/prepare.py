@@ -1,62 +1,40 @@
-"""From a robot dataset to a store that training reads: canonical, at 5 Hz, the bad episodes set aside."""
+"""From a robot dataset in any format to one that training reads at the speed of the decoder.
+
+What is written is a LeRobot v3.0 dataset (`spear.data.lerobot_write`): canonical actions, 5 Hz, JPEGs in the
+size that the model sees. Beside it lie `index.arrow`, by which `EpisodeStore` finds every image without
+decoding Parquet, `sketches.npz` (see `spear.data.normalize`), and `set_aside.json`: which episodes were left
+out, and why.
+
+The work is done in blocks of episodes, made ready by any number of processes, and written in order: the bytes
+do not depend on how many there are. Blocks are gathered in parts, one file of `data` each. A part counts when
+its index is complete, in the folder `.OUT.part`; a run that was killed, by whatever, continues behind the
+last one, and what was begun is written again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
-from spear.data.actions import RATE_HZ, resample
-from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.formats import need_format, open_split, read_episodes
-from spear.data.oxe import Layout
+from spear.data.actions import RATE_HZ
+from spear.data.aside import SetAside
+from spear.data.episode import EpisodeStore
+from spear.data.formats import need_format, open_split
+from spear.data.images import FitImage
+from spear.data.lerobot_write import check_free
+from spear.data.oxe import SPEC_FILE, Layout
+from spear.data.parts import Parts, working
+from spear.data.ready import Wanted, blocks, ready_blocks
 from spear.errors import SpearError
-from spear.types import Episode
 
-FEWEST_SEEN = 20
-"""Episodes to look at before a share of bad ones means anything."""
-
-
-@dataclass
-class SetAside:
-    """Counts what is left out and why, and stops when it is more than `most` of all.
-
-    Call it with the reason for each bad episode, and `check(good)` now and then.
-    """
-
-    most: float
-    reasons: list[str] = field(default_factory=list)
-
-    def __call__(self, reason: SpearError) -> None:
-        self.reasons.append(str(reason))
-
-    def check(self, good: int) -> None:
-        """Raises SpearError when, of enough episodes, too many were bad."""
-        bad = len(self.reasons)
-        if bad > self.most * (good + bad) and good + bad >= FEWEST_SEEN:
-            raise SpearError(
-                f"too many bad episodes: {bad} of the first {good + bad}, the last one: {self.reasons[-1]}; "
-                "mend the dataset or its description, or allow a larger share"
-            )
-
-
-def good_episodes(path: str | Path, split: str, dataset: Layout, aside: SetAside) -> Iterator[Episode]:
-    """The good episodes of a dataset in any format; the others go to `aside`.
-
-    Raises SpearError when too many are bad (see `SetAside`), or nothing good is left.
-    """
-    count = 0
-    for episode in read_episodes(path, split, dataset, aside):
-        count += 1
-        aside.check(count)
-        yield episode
-    aside.check(count)
-    if count == 0:
-        why = f": {aside.reasons[-1]}" if aside.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
+QUALITY = 95
+"""Of the JPEGs that are written; colour is kept at full resolution (our choice)."""
+PART_MB = 100
+"""Images in a part: the size that LeRobot gives its files."""
 
 
 def prepare(
@@ -65,29 +43,73 @@ def prepare(
     split: str = "train",
     dataset: Layout = None,
     most_bad: float = 0.5,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    fit_image: FitImage | None = None,
+    rate_hz: float = RATE_HZ,
+    quality: int = QUALITY,
+    workers: int = 0,
+    part_mb: float = PART_MB,
 ) -> tuple[int, list[str]]:
-    """Write a dataset as a store of canonical 5 Hz episodes; returns how many, and why not the rest.
+    """Make a dataset ready for training (see above); returns how many episodes it has, and why not the rest.
 
-    path is in any format that `spear.data.formats` knows; split says which of its episodes.
+    path       in any format that `spear.data.formats` knows; split says which of its episodes.
+    most_bad   the share of bad episodes at which it is given up.
+    sizes      camera -> (width, height) of its images, "" for all others; `fit_image` brings them there. None
+               keeps them as they are.
+    quality    JPEG quality of images that are changed.
+    workers    processes that read and resize (0: this one). The result is the same, byte for byte.
+    part_mb    images, in MB, after which a part ends.
 
-    A broken record, or an episode that `check_episode` refuses, is set aside (much of BridgeData has no
-    instruction). Raises SpearError when more than the share `most_bad` is bad, or nothing good is left.
-    `out_dir` appears when everything is in it; it must be empty or not exist yet.
+    A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
+    that differs from the first in its cameras or image sizes is set aside. Raises SpearError when more than
+    the share `most_bad` is bad, or nothing good is left; when `out_dir` is not empty; and when it cannot be
+    written (a full disk): then, as after any interruption, the same call continues. `out_dir` appears when
+    everything is in it.
     """
+    out = Path(out_dir)
+    check_free(out)
+    if sizes and fit_image is None:
+        raise SpearError("image sizes without a way to get there: give fit_image as well")
+    wanted = Wanted(Path(path), dataset, rate_hz, dict(sizes or {}), fit_image, quality)
+    todo = blocks(wanted.path, split)
     aside = SetAside(most_bad)
-    out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise SpearError(f"not empty: {out_dir}: choose another folder for the episodes, or remove it")
-
-    part = out_dir.with_name(f".{out_dir.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    request = {
+        "path": str(wanted.path.resolve()),
+        "episodes": hashlib.sha256("\n".join(todo).encode()).hexdigest(),
+        "layout": _layout_text(wanted),
+        "sizes": {name: list(size) for name, size in sorted(wanted.sizes.items())},
+        "rate_hz": rate_hz,
+        "quality": quality,
+        "part_mb": part_mb,
+    }
     try:
-        good = good_episodes(path, split, dataset, aside)
-        written = write_episodes((resample(episode, RATE_HZ) for episode in good), part)
-        part.replace(out_dir)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return written, aside.reasons
+        with working(out.with_name(f".{out.name}.part"), request) as work:
+            parts = Parts(work, rate_hz, part_mb, aside)
+            try:
+                parts.resume()
+                with contextlib.closing(ready_blocks(wanted, todo[parts.blocks :], workers)) as results:
+                    for ready, reasons in results:
+                        parts.add(ready, reasons)
+                aside.check_all(parts.episodes, path, split)
+                parts.finish()
+            except BaseException:
+                parts.abandon()
+                raise
+            (work / "dataset").replace(out)
+            shutil.rmtree(work, ignore_errors=True)
+            return parts.episodes, aside.reasons
+    except OSError as error:
+        raise SpearError(
+            f"cannot write: {out}: {error}; free some space and give the same command again (it continues), or "
+            "choose another folder"
+        ) from error
+
+
+def _layout_text(wanted: Wanted) -> str:
+    """What the columns are said to mean, to notice when that has changed."""
+    given = wanted.dataset
+    file = given if isinstance(given, Path) else wanted.path / SPEC_FILE
+    return repr(given) + (file.read_text() if file.is_file() else "")
 
 
 def open_store(
@@ -95,8 +117,8 @@ def open_store(
 ) -> tuple[EpisodeStore, list[str]]:
     """The episodes of a split of a folder in any format, as training reads them, and why some were set aside.
 
-    A store is opened as it is. Anything else is prepared first, once, into a folder of `work_dir` whose name depends on
-    path and split. With `wait`, another process does that, and this one waits until it has.
+    A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of `work_dir`
+    whose name depends on path and split. With `wait`, another process does that, and this one waits until it has.
     """
     if need_format(path) == "store":
         return open_split(path, split), []

@@ -7,6 +7,8 @@ kept alternates, so the result is the same in every run. Up to `CAPACITY` values
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from spear.types import Array
@@ -63,6 +65,23 @@ class QuantileSketch:
         """Values, and for how many each of them stands; together they stand for `count`."""
         weights = [np.full(len(values), 2.0**level) for level, values in enumerate(self._levels)]
         return np.concatenate(self._levels), np.concatenate(weights)
+
+    def to_arrays(self) -> dict[str, Array]:
+        """All of it, for `from_arrays`."""
+        moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity, self._lost]
+        levels = {f"level {i}": values for i, values in enumerate(self._levels)}
+        return {"moments": np.array(moments, np.float64), "keep_odd": np.array(self._keep_odd), **levels}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Array]) -> QuantileSketch:
+        """The sketch that `to_arrays` took apart. Raises KeyError or ValueError when it is none."""
+        count, low, high, mean, squares, capacity, lost = arrays["moments"].tolist()
+        sketch = QuantileSketch(int(capacity))
+        sketch.count, sketch.low, sketch.high = int(count), low, high
+        sketch.mean, sketch.squares, sketch._lost = mean, squares, int(lost)
+        sketch._keep_odd = arrays["keep_odd"].tolist()
+        sketch._levels = [arrays[f"level {i}"] for i in range(len(sketch._keep_odd))]
+        return sketch
 
     def _moments(self, count: int, mean: float, squares: float, low: float, high: float) -> None:
         """Of two parts, those of the whole (Chan, Golub and LeVeque, 1979)."""

@@ -6,24 +6,15 @@ way at any time.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import wait
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import SpearError
+from spear import processes
 from spear.labels.inputs import Item, read
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import Work, detect, lift, locate, segment
@@ -84,10 +75,11 @@ def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> 
     Raises:
         SpearError: a component cannot be made, or a worker was killed.
     """
-    with _pool(workers) as pool:
+    advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
+    with processes.pool(workers, __name__, advice) as pool:
         ahead = workers + 1
-        read_batches = _in_order(pool, partial(read, longest=graph.longest), batches, ahead)
-        yield from _in_order(
+        read_batches = processes.in_order(pool, partial(read, longest=graph.longest), batches, ahead)
+        yield from processes.in_order(
             pool, partial(finish, graph.boxes), _through_networks(graph, read_batches), ahead
         )
 
@@ -138,51 +130,3 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
         except Exception as error:
             rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
     return Done(to_table(labels), rejected)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
-) -> Iterator[R]:
-    """`map`, in the pool, with at most `ahead` results waiting."""
-    if pool is None:
-        yield from map(call, pieces)
-        return
-    waiting: deque[Any] = deque()
-    for piece in pieces:
-        waiting.append(pool.submit(call, piece))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    if workers <= 0:
-        yield None
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise SpearError(
-            "a worker process was killed (out of memory?): use fewer --workers or a smaller --batch-size, and run "
-            "the same command again"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin() -> None:
-    """A worker leaves interrupts to the process that it works for, and ends when that one does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,139 @@
+"""Start-up of training on a mixture of the paper's size: 24 datasets, 45 million frames (goal: under 10 s).
+
+    python benchmarks/loader_index.py
+
+Writes the indices of such prepared datasets, with made-up numbers: everything that `spear data prepare` writes
+but the images (their files are as long as they would be, and empty: sparse). Then a fresh process opens them as
+`spear train` does, takes the normalisation, and draws a batch's steps. About 5 GB of disk are needed for a
+while.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import tyro
+
+from spear.data import lerobot_schema as lerobot
+from spear.data.episode import EpisodeStore
+from spear.data.index import INDEX, PLACE_PREFIX, write_batches
+from spear.data.mixture import Mixture
+from spear.data.normalize import SKETCHES, Normalizer
+from spear.data.shard import lists, number_columns
+from spear.data.sketch import QuantileSketch
+from spear.types import Episode
+
+CAMERAS = ("external", "wrist")
+
+
+def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, step_bytes: int) -> None:
+    """The index of a prepared dataset, its statistics, and empty files of the length of its images."""
+    per_file = max(1, (lerobot.DATA_MB << 20) // (step_bytes * episode_steps))
+    count = max(1, round(frames / episode_steps))
+    columns = _columns(number, min(per_file, count), episode_steps, step_bytes)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file, first in enumerate(range(0, count, per_file)):
+            episodes = min(per_file, count - first)
+            size = episodes * episode_steps * step_bytes
+            path = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(file))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as data:
+                data.truncate(size)
+            place = {"data_file": file, "data_bytes": size}
+            numbers = {name: pa.array(np.full(episodes, value, np.int64)) for name, value in place.items()}
+            yield pa.RecordBatch.from_pydict({k: v[:episodes] for k, v in columns.items()} | numbers)
+
+    folder.mkdir(parents=True)
+    write_batches(folder / INDEX, batches(), {})
+    sketch = QuantileSketch()
+    sketch.add(np.random.default_rng(number).normal(size=100_000))
+    arrays = sketch.to_arrays().items()
+    np.savez(folder / SKETCHES, **{f"{axis} {name}": values for axis in range(6) for name, values in arrays})
+
+
+def _columns(number: int, count: int, steps: int, step_bytes: int) -> dict[str, pa.Array]:
+    """What the index says of the episodes of a file."""
+    zeros = np.zeros((steps, 3), np.float32)
+    turn = np.tile(np.array([1, 0, 0, 0], np.float32), (steps, 1))
+    acted = np.concatenate([zeros, turn, zeros[:, :1]], axis=1)
+    known = np.arange(steps) < steps - 1
+    episodes = []
+    for e in range(count):
+        words, name = f"put object {e} on the plate", f"dataset_{number}/train#{e}"
+        episodes.append(Episode({}, zeros, turn, zeros[:, 0], words, 5.0, name, acted, known))
+    columns = number_columns(episodes)
+    image_bytes = step_bytes // len(CAMERAS)
+    for c, camera in enumerate(CAMERAS):
+        begin = np.arange(count * steps) * step_bytes + c * image_bytes
+        places = np.stack([begin, np.full(count * steps, image_bytes)], axis=1)
+        columns[PLACE_PREFIX + camera] = lists(np.arange(count + 1) * steps, places)
+    return columns
+
+
+def start(root: Path) -> dict[str, float]:
+    """Open everything and draw a batch of 2048 steps; seconds of each part, and what it took in memory."""
+    marks = [(time.perf_counter(), time.process_time())]
+    sources = [(p.name, EpisodeStore(p), 1.0) for p in sorted(root.iterdir())]
+    marks.append((time.perf_counter(), time.process_time()))
+    mixture = Mixture(sources)
+    marks.append((time.perf_counter(), time.process_time()))
+    Normalizer.fit([(store, weight) for _, store, weight in sources])
+    marks.append((time.perf_counter(), time.process_time()))
+    for sample in mixture.draw(0, 2048):
+        mixture.arrays(sample, 5)
+    marks.append((time.perf_counter(), time.process_time()))
+    found: dict[str, float] = {"valid steps": len(mixture), "episodes": sum(len(s) for _, s, _ in sources)}
+    for name, before, after in zip(
+        ("open", "mixture", "normalisation", "first batch"), marks, marks[1:], strict=False
+    ):
+        found[f"{name}: s"], found[f"{name}: s of the processor"] = after[0] - before[0], after[1] - before[1]
+    found["all: s"] = marks[-1][0] - marks[0][0]
+    found["all: s of the processor"] = marks[-1][1] - marks[0][1]
+    found["memory with mapped files, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return found
+
+
+def main(
+    frames: int = 45_000_000,
+    datasets: int = 24,
+    episode_steps: int = 60,
+    step_bytes: int = 30_000,
+    root: Path | None = None,
+) -> None:
+    """Measure.
+
+    Args:
+        frames: of all datasets together. datasets: how many.
+        episode_steps: steps of an episode. step_bytes: of its images together, which says how many files there are.
+        root: open what is in this folder instead of making it (what the fresh process does).
+    """
+    if root is not None:
+        print(json.dumps(start(root)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        for number in range(datasets):
+            write_dataset(
+                Path(folder) / f"dataset_{number:02d}", number, frames // datasets, episode_steps, step_bytes
+            )
+        size = sum(path.stat().st_size for path in Path(folder).glob(f"*/{INDEX}"))
+        print(f"index of {frames} frames in {datasets} datasets: {size / 1e9:.2f} GB", flush=True)
+        print(f"made in {time.perf_counter() - begun:.0f} s", flush=True)
+        command = [sys.executable, __file__, "--root", folder]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        for name, value in json.loads(done.stdout).items():
+            print(f"{name:<40} {value:12,.2f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,68 @@
+"""Worker processes that are handed pieces of work, and give the results back in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from spear.errors import SpearError
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@contextmanager
+def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecutor | None]:
+    """So many worker processes, None for none; they end with this process, however it ends.
+
+    preload  the module that they need. advice is what to do when one of them is killed, for the `SpearError`.
+    """
+    if workers <= 0:
+        yield None
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    executor = ProcessPoolExecutor(workers, context, initializer=_begin)
+    try:
+        yield executor
+    except BrokenProcessPool as error:
+        raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """A worker leaves interrupts to the process that it works for, and ends when that one does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def in_order(
+    executor: ProcessPoolExecutor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """`map`, by the workers, with at most `ahead` results waiting."""
+    if executor is None:
+        yield from map(call, pieces)
+        return
+    waiting: deque[Any] = deque()
+    for piece in pieces:
+        waiting.append(executor.submit(call, piece))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
