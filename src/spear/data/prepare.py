@@ -117,8 +117,9 @@ def open_store(
 ) -> tuple[EpisodeStore, list[str]]:
     """The episodes of a split of a folder in any format, as training reads them, and why some were set aside.
 
-    A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of `work_dir`
-    whose name depends on path and split. With `wait`, another process does that, and this one waits until it has.
+    A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
+    `work_dir` whose name depends on path and split. With `wait`, another process does that, and this one waits until
+    it has.
     """
     if need_format(path) == "store":
         return open_split(path, split), []

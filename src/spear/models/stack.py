@@ -91,7 +91,8 @@ class Stack:
         attention: Any = model.layers[0].self_attn
         self.scale: float = attention.scaling
         self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
-        self.activation: Any = model.layers[0].mlp.act_fn
+        feed_forward: Any = model.layers[0].mlp
+        self.activation: Any = feed_forward.act_fn
         self.rotary = model.rotary_emb
         self.norm = _scale(model.norm)
         self.layers = [_layer(layer, packed) for layer in model.layers]

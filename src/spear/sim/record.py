@@ -1,8 +1,8 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
 At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes its
-gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses are real)
-but masked: they are never a training target. What follows shows how to recover.
+gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses
+are real) but masked: they are never a training target. What follows shows how to recover.
 """
 
 from __future__ import annotations
