@@ -161,7 +161,7 @@ class Table:
         if self._env is None:
             raise SpearError("a photo does not move: choose a scene of the simulator")
         if self._over():
-            raise SpearError("this episode is over: start it again, or another scene")
+            raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
         if self._executor.wants():
             actions, view["chunk"] = self._predict(tools.prompt({"prompt": instruction}))
