@@ -1,24 +1,25 @@
-"""Training on a GPU, as far as it can be checked without one: the choice of device, and where every tensor lives.
+"""Training on a GPU, as far as it can be checked without one: the choice of device, and where tensors are made.
 
-PyTorch's fake tensors have a device and no contents. An operation on tensors of two devices fails on them as it does on
-a GPU, so a training step on fake CUDA tensors finds every tensor that was made, or left, on the CPU.
+A tensor that is made without saying where lands on the CPU, and meets those on the GPU in the next operation. So every
+tensor that a training step makes must say where; a mode of PyTorch's sees them all.
 """
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
-from spear import flow
+from models_tiny import TINY
 from spear.cli import main
 from spear.errors import SpearError
-from spear.models.losses import token_loss
-from spear.train import optimize
+from spear.models.moge import MogeDepthConfig, MogeForDepth
+from spear.models.presets import vlm_config
 from spear.train.devices import choose_device
 from spear.train.optimize import Optimization, Stepper
 from train_tiny import Acting
@@ -66,55 +67,49 @@ def test_the_command_refuses_a_device_in_one_line(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
-class Faked(Acting):
-    """Without choosing the places that have a label, and with times that are given: both need contents."""
+class Placed(TorchFunctionMode):
+    """Notes every tensor that is made without a device, by function and place."""
 
-    def questions(self, asked: dict[str, Any]) -> torch.Tensor:
-        labels = asked.pop("labels")
-        logits = self.model.vlm(**asked).logits
-        assert logits.device == labels.device == CUDA
-        return token_loss(logits.flatten(0, 1), labels.flatten(), self.model.vlm.config)[0]
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+        self.adrift: set[str] = set()
 
-
-class Arrived(Exception):
-    """The backward pass is done."""
-
-
-def test_every_tensor_of_a_training_step_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the device, forward, backward, on fake tensors; but for the random numbers' generator."""
-
-    def stop(*_: Any) -> None:
-        raise Arrived
-
-    monkeypatch.setattr(optimize, "step_generator", lambda *_: None)
-    monkeypatch.setattr(flow, "sample_time", lambda count, *_, device: torch.rand(count, device=device))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    batch = Faked().batch(0)
-    with torch.device("meta"):
-        task = Faked()
-    mode = FakeTensorMode()
-    batch = tree_map_only(torch.Tensor, mode.from_tensor, batch)
-    with mode:
-        for module in task.model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, device=CUDA)))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA))
-        stepper = Stepper(task, Optimization(steps=2, lr=1e-3), seed=0)
-        with pytest.raises(Arrived):
-            stepper(0, batch)
-    learned = [p.grad for p in task.model.parameters() if p.grad is not None]
-    assert len(learned) > 50 and {grad.device for grad in learned} == {CUDA}
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors():
+            self.made += 1
+            if kwargs.get("device") is None:
+                place = traceback.extract_stack(limit=2)[0]
+                self.adrift.add(f"{place.filename}:{place.lineno} {func.__name__}")
+        return func(*args, **kwargs)
 
 
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, **kwargs: Any
-) -> torch.Tensor:
-    """Scaled dot-product attention; PyTorch picks a kernel for it by asking the GPU, which there is none of here."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * (kwargs.get("scale") or query.shape[-1] ** -0.5)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -1e9)
-    return scores.softmax(-1) @ value
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}])
+def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]) -> None:
+    """Robot steps and questions: to the device, forward, backward, clip, update, average."""
+    task = Acting()
+    stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
+    with Placed() as placed:
+        for step in range(2):
+            stepper(step, task.batch(step))
+    inside = {place for place in placed.adrift if "tests/" not in place}  # the batch is made on the CPU
+    assert placed.made > 20 and not inside
+
+
+def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
+    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config))
+    with Placed() as placed:
+        model(
+            torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu"), torch.ones(2, 32, 48, device="cpu")
+        ).loss.backward()
+    assert placed.made > 2 and not placed.adrift
+
+
+def test_nothing_of_the_model_would_stay_behind() -> None:
+    """What a module holds is a parameter or a buffer, which move with it."""
+    for module in Acting().model.modules():
+        kept = [
+            name for name, value in vars(module).items() if isinstance(value, torch.Tensor | list | tuple)
+        ]
+        assert not any(torch.is_tensor(x) for name in kept for x in (vars(module)[name], *vars(module)[name]))

@@ -258,10 +258,11 @@ class Stepper:
         """Of parameters of which some rows learn: 1 for these, 0 for the others, [rows, 1]."""
         rows: Mapping[str, tuple[int, int]] = getattr(self.task, "learning_rows", {})
         for name, (first, last) in rows.items():
-            parameter = self.learning[name]
-            mask = torch.zeros(len(parameter), 1)
-            mask[first:last] = 1
-            yield name, sharding.distribute(mask, parameter)
+            if name in self.learning:
+                parameter = self.learning[name]
+                mask = torch.zeros(len(parameter), 1)
+                mask[first:last] = 1
+                yield name, sharding.distribute(mask, parameter)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
