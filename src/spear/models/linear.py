@@ -87,7 +87,7 @@ class Fused:
         return (together,) if len(self.sizes) == 1 else together.split(self.sizes, dim=-1)
 
 
-def _share_storage(weights: Sequence[nn.Parameter]) -> torch.Tensor:
+def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """All weights [out, in] in one tensor, which they become parts of (unless they are already)."""
     first, place = weights[0], weights[0].data_ptr()
     apart = False
