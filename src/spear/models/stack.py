@@ -88,11 +88,10 @@ class Stack:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps
-        attention: Any = model.layers[0].self_attn
-        self.scale: float = attention.scaling
-        self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
-        feed_forward: Any = model.layers[0].mlp
-        self.activation: Any = feed_forward.act_fn
+        one: Any = model.layers[0]
+        self.scale: float = one.self_attn.scaling
+        self.softcap: float | None = getattr(one.self_attn, "attn_logit_softcapping", None)
+        self.activation: Any = one.mlp.act_fn
         self.rotary = model.rotary_emb
         self.norm = _scale(model.norm)
         self.layers = [_layer(layer, packed) for layer in model.layers]
