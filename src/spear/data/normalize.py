@@ -155,7 +155,7 @@ def _from_json(fields: dict[str, Any]) -> Normalizer:
 
 def save_sketches(folder: Path) -> None:
     """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{axis} {name}": values
         for axis, sketch in enumerate(_sketch(EpisodeStore(folder)))
         for name, values in sketch.to_arrays().items()
