@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from spear.errors import SpearError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager
