@@ -1,0 +1,79 @@
+"""Processor time of what is done with an image, in preparing and in loading: one core, no disk.
+
+python benchmarks/loader_parts.py photo.png
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image
+from tyro.conf import Positional
+
+from spear.data.lerobot_stats import look
+from spear.images import decode_image, encode_jpeg, open_image
+from spear.models.processing import fit_image
+from spear.types import Episode
+
+SIZES = {"external": (210, 280), "wrist": (112, 112)}
+
+
+def cost(call: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of processor time of a call."""
+    call()
+    begun = time.process_time()
+    for _ in range(repeats):
+        call()
+    return 1000 * (time.process_time() - begun) / repeats
+
+
+def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[], object]]:
+    """What is done with an image [480, 640, 3] on its way to a batch, by name."""
+    original = encode_jpeg(large)
+    small = fit_image(large, height, width)
+    encoded = encode_jpeg(small)
+    stacked = np.empty((1, height, width, 3), np.uint8)
+    planes = np.empty((3, height, width), np.uint8)
+    one = np.zeros((1, 3))
+    episode = Episode({"camera": [encoded]}, one, np.eye(4)[:1], one[:, 0], "look", 5.0, "photo")
+
+    def turned() -> object:
+        stacked[0] = decode_image(encoded)
+        return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+
+    def placed() -> None:
+        for plane, band in zip(planes, open_image(encoded).split(), strict=True):
+            plane[...] = np.asarray(band)
+
+    print(f"{width} x {height}: {len(encoded)} bytes; the original has {len(original)}")
+    return {
+        "decoded": lambda: decode_image(encoded),
+        "decoded, stacked, channels to the front": turned,
+        "decoded, channels copied to their place": placed,
+        "preparing: original decoded": lambda: decode_image(original),
+        "preparing: scaled": lambda: fit_image(large, height, width),
+        "preparing: encoded": lambda: encode_jpeg(small),
+        "preparing: looked at for statistics": lambda: look(episode),
+    }
+
+
+def main(photo: Annotated[Positional[Path], tyro.conf.arg(metavar="PHOTO")], repeats: int = 50) -> None:
+    """Measure.
+
+    Args:
+        photo: an image; it is taken at 640 x 480.
+        repeats: of each part.
+    """
+    large = np.asarray(Image.fromarray(decode_image(photo.read_bytes(), str(photo))).resize((640, 480)))
+    for height, width in SIZES.values():
+        for name, part in parts_of(large, height, width).items():
+            print(f"  {name:<42} {cost(part, repeats):6.2f} ms")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
