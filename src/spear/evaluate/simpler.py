@@ -90,7 +90,7 @@ class Simpler:
         with ThreadPoolExecutor(len(free)) as threads:
             while waiting or scenes:
                 new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
-                scenes += threads.map(lambda pair: self._start(family, *pair, image), new)
+                scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
                 observations = [self._robot.read(_complete(s.moment.observation)) for s in scenes]
                 chunks = actor.act(scenes, observations)
                 ask = [
@@ -139,7 +139,7 @@ class Simpler:
     ) -> bool:
         """Steps one scene until it is time to look again; True when its episode has ended."""
         scene.chunks.give(chunk)
-        actions = []
+        actions: list[Array] = []
         while not scene.chunks.wants() and scene.steps + len(actions) < TASKS[scene.task].steps:
             actions.append(scene.chunks.next())
         rows = self._robot.control(None)[1].convert(
