@@ -73,10 +73,9 @@ class SimplerWorld:
         """The scene of that number. image: whether the camera is looked through."""
         # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
         self._env._obs_mode = "none"
-        # Objects settle while the arm still stands where the last episode left it, which may be in their way: the first
-        # reset puts the arm back, the second places objects that nothing touches.
-        for _ in range(2):
-            self._env.reset(seed=0, options={"episode_id": torch.tensor([start])})
+        # The physics is built anew for each scene: otherwise objects settle while the arm still stands where the last
+        # episode left it, and contacts that the solver remembers change how they roll.
+        self._env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([start])})
         self._unreachable = self._steps = 0
         self._info: dict[str, Any] = {"success": False, "is_src_obj_grasped": False}
         self._reached = self._wrong = False
