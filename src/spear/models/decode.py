@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,13 @@ def greedy(
     image_index: torch.Tensor | None = None,
     max_new_tokens: int = 64,
     grammars: Sequence[Grammar | None] | None = None,
+    watch: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
     Arguments as in `SpearVLMForConditionalGeneration.forward`; prompts are padded on the right. grammars: one
-    per prompt, or None for free answers (a single None in the list frees that prompt).
+    per prompt, or None for free answers (a single None in the list frees that prompt). watch: is given the logits
+    [N, vocabulary] float32 of each step, before the grammar forbids any.
     Returns [N, T] ids: the answer, its end token, then padding.
     Raises SpearError when a grammar needs more than `max_new_tokens`.
     """
@@ -87,6 +89,8 @@ def greedy(
     answer: list[torch.Tensor] = []
     for step in range(max_new_tokens):
         logits = vlm.head(hidden).float()
+        if watch is not None:
+            watch(logits)
         if grammars is not None:
             said = torch.stack(answer, dim=1).tolist() if answer else [[]] * len(last)
             allowed = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -306,10 +306,11 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         image_index: torch.Tensor | None = None,
         max_new_tokens: int = 64,
         grammars: list[decode.Grammar] | None = None,
+        watch: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Greedy answers [N, ≤ max_new_tokens], padded after the end; see `spear.models.decode.greedy`."""
         return decode.greedy(
-            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars
+            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars, watch
         )
 
 
