@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from labels_boxes import labelled
 from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate import guesses, vqa
@@ -18,15 +19,12 @@ from spear.evaluate.drawing import PREDICTION, TRUTH
 from spear.evaluate.measures import closer_named, measure, nearest_box
 from spear.evaluate.vqa_page import draw, vqa_page
 from spear.evaluate.vqa_scores import Scores
-from spear.images import encode_jpeg
 from spear.labels.box3d import iou, make_box
-from spear.labels.camera import project
 from spear.labels.store import write_shards
 from spear.models.readout import Distribution
 from spear.tokens import CoordinateTokenizer
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
+from spear.types import Array, LabeledImage, Pixel, Question
 
-INTRINSICS = np.array([[140.0, 0, 70], [0, 140, 52.5], [0, 0, 1]])
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
 
 
@@ -68,20 +66,6 @@ class Oracle:
         score = (COORDINATES.representatives - values[:, None]) / self.sigma
         p = np.exp(-0.5 * score**2) * np.diff(COORDINATES.edges)
         return Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
-
-
-def labelled(seed: int, scale: float = 1.0, unit: Unit = "metre") -> LabeledImage:
-    rng = np.random.default_rng(seed)
-    objects = []
-    for index, name in enumerate(("mug", "spoon", "bowl")):
-        centre = np.array([0.2 * index - 0.2, 0.02, 0.8 + 0.1 * rng.random()])
-        box = make_box(scale * centre, np.full(3, scale * 0.06), np.eye(3))
-        corners = project(box.vertices, INTRINSICS)
-        box2d = np.concatenate([corners.min(0), corners.max(0)])
-        points = {k: box.center for k in ("closest", "furthest", "centre")}
-        objects.append(LabeledObject(name, box2d, [140 * 105], box, points, {"visible": 1.0}))
-    image = encode_jpeg(np.full((105, 140, 3), 90, np.uint8))
-    return LabeledImage(image, 140, 105, INTRINSICS, objects, unit, f"test/{seed}")
 
 
 def ask_oracle(
@@ -161,6 +145,8 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
         vqa.evaluate(Oracle(), mixed)
     with pytest.raises(SpearError, match="no questions: 0 images"):
         vqa.evaluate(Oracle(), [])
+    with pytest.raises(SpearError, match="did you mean 'keypoint'"):
+        vqa.evaluate(Oracle(), [labelled(0)], families=("keypiont",))
 
 
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, unknown_name
 from spear.evaluate.calibration import Certainty
 from spear.evaluate.measures import Segments, grammatical, measure, numbers, scales
 from spear.evaluate.vqa_scores import Scores, summarize
@@ -118,8 +118,11 @@ def evaluate(
         view: which of the model's cameras the images are from.
 
     Raises:
-        SpearError: labels of several units, or no image allows a question.
+        SpearError: an unknown family, labels of several units, or no image allows a question.
     """
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("family of 3D questions", family, FAMILIES)
     units = sorted({label.unit for label in labels})
     if len(units) > 1:
         raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")

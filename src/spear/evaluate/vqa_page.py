@@ -95,11 +95,11 @@ def _how_far(scores: Scores) -> str:
     return (
         table(*scores.rows())
         + paragraph(
-            "Of a box the error is that of its centre; of two distances the mean of both; of back-projected boxes that "
-            "of the eight image points, relative to the image's width and height. Constant guess: the best single answer for "
-            "all of these questions. Depth only: the same in units of each image's median depth, for one that knows "
-            "how far away the scene is, and nothing else. Grammar: answers with exactly as many numbers as they "
-            "need, held to it and free.",
+            "Of a box the error is that of its centre; of two distances the mean of both; of back-projected boxes "
+            "that of the eight image points, relative to the image's width and height. Constant guess: the best "
+            "single answer for all of these questions. Depth only: the same in units of each image's median "
+            "depth, for one that knows how far away the scene is, and nothing else. Grammar: answers with exactly "
+            "as many numbers as they need, held to it and free.",
             soft=True,
         )
         + "<h3>More about them</h3>"
@@ -130,7 +130,7 @@ def _extremes(rows: Sequence[Asked], shown: int = SHOWN, head: str = "h3") -> st
     middle = max(0, len(ranked) // 2 - shown // 2)
     parts, seen = [], set()
     for title, some in (("Worst", ranked[::-1]), ("Around the median", ranked[middle:]), ("Best", ranked)):
-        chosen = []
+        chosen: list[str] = []
         for a in some:
             if len(chosen) < shown and (a.image, a.question.objects) not in seen:
                 seen.add((a.image, a.question.objects))
