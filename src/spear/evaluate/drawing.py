@@ -14,6 +14,7 @@ from spear.types import Array
 
 TRUTH, PREDICTION = (74, 222, 128), (255, 176, 32)
 """Colours in drawings: green is the truth, orange the answer."""
+RIM = (16, 18, 22)
 Mark = tuple[Array, tuple[int, int, int]]
 """Image points [n, 2] in pixels and their colour: eight are the vertices of a box."""
 
@@ -32,19 +33,21 @@ def where(answer: Segments, width: int, height: int, intrinsics: Array | None) -
 
 
 def mark(image: Array, marks: Sequence[Mark], scale: int = 3) -> Array:
-    """The image [h, w, 3] uint8, `scale` times as large, with marks on it; a box's near face is drawn thicker."""
+    """The image [h, w, 3] uint8, `scale` times as large, with marks on it; a box's near face is drawn thicker.
+
+    Lines have a dark rim, so that they can be seen on any ground.
+    """
     height, width = image.shape[:2]
     canvas = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    thick = max(2, width * scale // 280)
+    thick = max(2, width * scale // 150)
     for points, colour in marks:
         places = [(float(x), float(y)) for x, y in np.asarray(points) * scale]
-        if len(places) == 8:
-            for a, b in EDGES:
+        for rim, ink in ((2, RIM), (0, colour)):
+            for a, b in EDGES if len(places) == 8 else ():
                 near = {a, b} <= {0, 1, 4, 5}
-                pen.line([places[a], places[b]], fill=colour, width=thick if near else max(1, thick // 2))
-        else:
-            reach = 3 * thick
-            for x, y in places:
-                pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=colour, width=thick)
+                pen.line([places[a], places[b]], fill=ink, width=(thick if near else (thick + 1) // 2) + rim)
+            for x, y in places if len(places) != 8 else ():
+                reach = 3 * thick + rim // 2
+                pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=ink, width=thick + rim)
     return np.asarray(canvas)

@@ -9,7 +9,7 @@ from math import floor, log10
 
 COLOURS = ("#3f86f5", "#e07b28", "#26a269", "#b05fd6", "#d8486b", "#8b8f98")
 WIDTH, HEIGHT = 460, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 10, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 24, 10, 44
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def plot(
         f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" style="width:100%;max-width:560px;display:block;font-size:12px" '
+        f'<div><svg viewBox="0 0 {WIDTH} {HEIGHT}" style="width:100%;max-width:560px;display:block;font-size:12px" '
         f'fill="var(--soft)" role="img" aria-label="{escape(y_title)} over {escape(x_title)}">{"".join(parts)}</svg>'
-        + legend([line.name for line in lines])
+        + f"{_legend([line.name for line in lines])}</div>"
     )
 
 
-def legend(names: Sequence[str]) -> str:
-    """The names of lines, each behind a patch of its colour."""
+def _legend(names: Sequence[str]) -> str:
+    """Each name behind a patch of its line's colour."""
     patch = "display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;background:"
     items = (
         f'<span style="white-space:nowrap"><span style="{patch}{COLOURS[i % len(COLOURS)]}"></span>{escape(n)}</span>'
