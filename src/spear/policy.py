@@ -107,15 +107,17 @@ class VlmBundle:
         first = self.processor.coordinate_start
         last = first + self.processor.coordinates.bins
         logits: list[torch.Tensor] = []
+
+        def keep(step: torch.Tensor) -> None:
+            logits.append(step[:, first:last].clone())  # not a view, which would keep the whole vocabulary
+
         ids = self.model.answer(
             {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
             text["input_ids"].to(device),
             text["attention_mask"].to(device),
             max_new_tokens=max_new_tokens,
             grammars=grammars if any(g is not None for g in grammars) else None,
-            watch=(lambda step: logits.append(step[:, first:last]))
-            if distributions or decode != "mode"
-            else None,
+            watch=keep if distributions or decode != "mode" else None,
         )
         unit = self.processor.coordinates.unit
         answers = [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]

@@ -163,7 +163,8 @@ def _calibration(scores: Scores) -> str:
             "central interval that holds so much of the probability. Below the diagonal it is surer than it may be. "
             "Right: numbers of similar predicted spread (half the central 68 %), and the error that 68 % of them "
             "stay below; on the diagonal both are equal. Where a line rises, the model knows which of its answers "
-            "to trust."
+            "to trust. Each number's probabilities are given the numbers said before it: the error of a box's first "
+            "vertex is not in the spread of the others, which follow from it."
         )
         + grid(
             [
