@@ -182,7 +182,8 @@ def _calibration(scores: Scores) -> str:
         )
         + table(*scores.certainty_rows())
         + paragraph(
-            "Off by: the mean distance of the left curve from the diagonal. Surer half: the median error of the half "
+            "Central 50 %: the truths in that interval. Off by: the mean distance of the left curve from the "
+            "diagonal. Surer half: the median error of the half "
             "of the answers with the smaller mean spread.",
             soft=True,
         )

@@ -149,13 +149,13 @@ class Scores:
     def certainty_rows(self) -> tuple[list[str], list[list[str]]]:
         """How often the truth lies in the central intervals, and what the spread tells of the error."""
         some = next(iter(self.calibration.values()), None)
-        inside = [f"in its central {level}" for level in (some.coverage if some else ())]
+        inside = [f"central {level}" for level in (some.coverage if some else ())]
         rows = []
         for family, c in self.calibration.items():
             covered = [f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]" for e in c.coverage.values()]
             halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
             rows.append([family.replace("_", " "), str(c.n), *covered, f"{100 * c.miss:.0f} points", *halves])
-        return ["question", "numbers", *inside, "off by", "error, surer half", "other half"], rows
+        return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
 
 
 def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage]) -> Scores:
