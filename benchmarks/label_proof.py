@@ -147,12 +147,12 @@ def make(
         one, two = out / f"{arm}-vlm-1", out / f"{arm}-vlm-2"
         print(f"spear train nano-vlm-1 --labels {out / arm} --out {one} --init {init} --moge {moge}")
         print(f"spear train nano-vlm-2 --labels {out / arm} --out {two} --init {one}")
-        print(f"spear evaluate vlm --model {two} --scenes 300 --out {out / f'{arm}-scores'}")
+        print(f"spear evaluate vqa {two} sim --images 300 --out {out / f'{arm}-scores'}")
 
 
 @app.command
 def table(out: Path = Path("runs/proof")) -> None:
-    """Compare what `spear evaluate vlm` found for the two models.
+    """Compare what `spear evaluate vqa` found for the two models.
 
     Args:
         out: folder of `make`, with the scores in OUT/true-scores and OUT/estimated-scores.
@@ -162,11 +162,11 @@ def table(out: Path = Path("runs/proof")) -> None:
         path = out / f"{arm}-scores" / "scores.json"
         if not path.is_file():
             raise SpearError(f"{path}: no scores: run the commands that `make` has printed")
-        scores.append(json.loads(path.read_text())["constrained"])
+        scores.append(json.loads(path.read_text())["families"])
     print(f"| question | n | {' | '.join(f'{arm} labels' for arm in ARMS)} | ratio |\n|---|---|---|---|---|")
     for family, true in scores[0].items():
-        medians = [some[family]["median"] for some in scores]
-        unit = "%" if family == "back_projection" else "mm"
+        unit, name = ("%", "relative") if family == "back_projection" else ("mm", "error")
+        medians = [some[family]["measures"][name] for some in scores]
         cells = [f"{m['value']:.1f} {unit} [{m['low']:.1f}, {m['high']:.1f}]" for m in medians]
         ratio = medians[1]["value"] / medians[0]["value"]
         print(f"| {family.replace('_', ' ')} | {true['n']} | {' | '.join(cells)} | {ratio:.2f} |")

@@ -1,7 +1,7 @@
 """Puts a trained nano policy into the package, as bfloat16: `python scripts/ship_nano.py runs/nano-vla/final`.
 
 The policy holds its whole SPEAR-VLM, so one folder serves `spear ask` and `spear evaluate`. Results are written
-into the model card by hand from the outputs of `spear evaluate vlm` and `spear evaluate`.
+into the model card by hand from the outputs of `spear evaluate vqa` and `spear evaluate`.
 """
 
 from __future__ import annotations

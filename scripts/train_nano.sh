@@ -19,5 +19,5 @@ $TRAIN nano-vlm-1 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-1" --init "$RUNS
 $TRAIN nano-vlm-2 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-2" --init "$RUNS/nano-vlm-1"
 $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" --out "$RUNS/nano-vla" \
     --init "$RUNS/nano-vlm-2"
-"$BIN/spear" evaluate vlm --model "$RUNS/nano-vlm-2" --scenes 300 --out "$RUNS/evaluate-vlm"
+"$BIN/spear" evaluate vqa "$RUNS/nano-vlm-2" sim --images 300 --out "$RUNS/evaluate-vqa"
 "$BIN/spear" evaluate --policy "$RUNS/nano-vla" --scenes 200 --out "$RUNS/evaluate"

@@ -65,7 +65,7 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
         (["evaluate", "--scenes"], "Missing value for argument '--scenes'"),
         (["evaluate", "--policy", "/nowhere"], "no model '/nowhere'"),
         (["evaluate", "--compare", "/nowhere.json", "--policy", "expert"], "no such file"),
-        (["evaluate", "vlm", "--model", "/nowhere"], "no model '/nowhere'"),
+        (["evaluate", "vqa", "/nowhere", "sim"], "no model '/nowhere'"),
         (["ask", "x.png", "how far?", "--model", "/nowhere"], "no model '/nowhere'"),
         (["data", "inspect", "/nowhere"], "no such folder: /nowhere"),
         (["data", "prepare", "/nowhere", "--out", "/tmp/never"], "no such folder: /nowhere"),

@@ -88,8 +88,8 @@ def test_evaluate_writes_results_films_and_a_comparison(
     capsys.readouterr()
     assert main(["evaluate", *scenes, str(tmp_path / "nano"), "--compare", str(expert)]) == 0
     assert "against expert" in capsys.readouterr().out
-    assert main(["evaluate", "vlm", "--scenes", "2", "--out", str(tmp_path / "vlm")]) == 0
-    assert json.loads((tmp_path / "vlm/scores.json").read_text())["constrained"]["distance"]["n"] > 0
+    assert main(["evaluate", "vqa", "nano", "sim", "--images", "2", "--out", str(tmp_path / "vqa")]) == 0
+    assert json.loads((tmp_path / "vqa/scores.json").read_text())["families"]["distance"]["n"] > 0
 
 
 def test_the_page_without_real_data_says_how_to_get_some(

@@ -14,7 +14,7 @@ from spear.data.episode import EpisodeStore
 from spear.data.formats import episode_counts
 from spear.data.prepare import prepare
 from spear.errors import SpearError
-from spear.evaluate import closed_loop, open_loop, page, vqa
+from spear.evaluate import closed_loop, open_loop, page, vqa, vqa_page
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.held_out import held_out_frames
 from spear.evaluate.page import Section
@@ -115,22 +115,9 @@ def answers(vlm: VlmBundle) -> Part:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
     labels = list(label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])))
     scores = vqa.evaluate(vlm, labels)
-    boxes = [a for a in scores.asked if a.question.family == "box_vertices" and a.error is not None]
+    boxes = [a for a in scores.asked if a.question.family == "box_vertices" and a.grammatical]
     shown = {a.image: a for a in reversed(boxes)}
-    pictures = []
-    for image in sorted(shown)[:6]:
-        a = shown[image]
-        caption = f"{a.question.prompt} — centre off by {1000 * (a.error or 0):.0f} mm"
-        pictures.append(page.picture(vqa.draw(a, labels[image]), caption))
-    headers = [
-        "question",
-        "n",
-        "median error [95 %]",
-        "mean",
-        "constant guess",
-        "right grammar",
-        "unconstrained",
-    ]
+    pictures = [page.picture(vqa_page.draw(a), vqa_page.caption(a)) for _, a in sorted(shown.items())[:6]]
     body = (
         page.paragraph(
             "SPEAR-VLM answers in 3D tokens: eight box vertices are 24 of them. Green is the truth, orange "
@@ -138,16 +125,17 @@ def answers(vlm: VlmBundle) -> Part:
         )
         + page.grid(pictures)
         + "<h3>All questions</h3>"
-        + page.table(headers, scores.rows())
+        + page.table(*scores.rows())
         + page.paragraph(
-            "Constant guess: the error of the best answer that does not look at the image. Grammar: answers "
-            "with exactly as many numbers as they need, with decoding constrained to them and without.",
+            "Constant guess: the error of the best answer that does not look at the image; depth only: of one that "
+            "knows how far away the scene is. Grammar: answers with exactly as many numbers as they need, with "
+            "decoding constrained to them and without.",
             soft=True,
         )
     )
     box = scores.families["box_vertices"]
-    assert box.median is not None
-    fact = (f"{box.median.value:.0f} mm", f"median 3D centre error; constant guess {box.constant:.0f} mm")
+    error, guess = box.measures["error"].value, box.constant["error"]
+    fact = (f"{error:.0f} mm", f"median 3D centre error; constant guess {guess:.0f} mm")
     return Section("Questions about 3D, answered", body), fact
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from spear.errors import SpearError
 from spear.geometry import unit_quat
 from spear.labels.questions import NUMBERS, PIXELS
 from spear.models import weights
+from spear.models.decode import Watched
 from spear.models.processing import Processor
+from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import STATE_DIM, Action, Array, Pixel, Unit
@@ -47,10 +49,14 @@ def locate(name: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: its words, numbers (in `unit`, camera frame) and image locations, in order."""
+    """An answer: its words, numbers (in `unit`, camera frame) and image locations, in order.
+
+    distribution  what the model held possible for each number, where that was asked for.
+    """
 
     segments: Sequence[str | float | Pixel]
     unit: Unit
+    distribution: Distribution | None = field(default=None, compare=False, repr=False)
 
     @property
     def values(self) -> list[float]:
@@ -84,25 +90,52 @@ class VlmBundle:
         family: str | Sequence[str | None] | None = None,
         view: str = "external",
         max_new_tokens: int = 64,
+        decode: Decode = "mode",
+        distributions: bool = False,
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
         family  of the questions (one, or one each): answers are then held to its form, with exactly as many numbers
                 or image locations as it has. None: the model answers freely.
+        decode  how numbers are read off the probabilities of the 3D tokens (`models.readout`); the tokens that the
+                model goes on from are the likeliest ones in any case.
+        distributions  also give those probabilities with each answer.
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         grammars = [self._grammar(f) for f in families]
         device = self.model.device
         text = self.processor.prompts(prompts)
+        first = self.processor.coordinate_start
+        last = first + self.processor.coordinates.bins
+        watched = Watched((first, last)) if distributions or decode != "mode" else None
         ids = self.model.answer(
             {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
             text["input_ids"].to(device),
             text["attention_mask"].to(device),
             max_new_tokens=max_new_tokens,
             grammars=grammars if any(g is not None for g in grammars) else None,
+            watched=watched,
         )
         unit = self.processor.coordinates.unit
-        return [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
+        answers = [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
+        if watched is None or not watched.logits:
+            return answers
+        probabilities = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
+        found = [
+            Distribution(probabilities[i, self._number_places(row)], self.processor.coordinates)
+            for i, row in enumerate(ids.tolist())
+        ]
+        return [
+            Answer(with_numbers(a.segments, d.read(decode)), unit, d if distributions else None)
+            for a, d in zip(answers, found, strict=True)
+        ]
+
+    def _number_places(self, ids: Sequence[int]) -> list[int]:
+        """Which tokens of an answer are 3D tokens, up to its end."""
+        end = self.processor.tokenizer.eos_token_id
+        said = ids[: ids.index(end)] if end in ids else ids
+        first = self.processor.coordinate_start
+        return [i for i, token in enumerate(said) if 0 <= token - first < self.processor.coordinates.bins]
 
     def _grammar(self, family: str | None) -> Any:
         if family is None:

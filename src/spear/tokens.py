@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from spear.errors import SpearError, unknown_name
 from spear.types import Array, Unit
 
 BINS = 1024
+Spacing = Literal["quantile", "uniform"]
+"""Where the edges of the bins lie: at quantiles of the fitted values (the paper), or at equal distances."""
 TOKEN_FORMAT = "<3d{:04d}>"
 
 _CHUNK = 8192
@@ -49,8 +51,13 @@ class CoordinateTokenizer:
         return len(self.representatives)
 
     @staticmethod
-    def fit(values: ArrayLike | Tensor, bins: int = BINS, unit: Unit = "metre") -> CoordinateTokenizer:
-        """Bins with equal shares of the values (any shape, pooled).
+    def fit(
+        values: ArrayLike | Tensor,
+        bins: int = BINS,
+        unit: Unit = "metre",
+        spacing: Spacing = "quantile",
+    ) -> CoordinateTokenizer:
+        """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
         Raises `SpearError` for values that are not finite or not at least two different ones.
@@ -64,7 +71,12 @@ class CoordinateTokenizer:
                 f"coordinates to fit 3D tokens on: {len(distinct)} different values: give at least 2"
             )
         share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
-        edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
+        if spacing == "uniform":
+            edges = np.linspace(distinct[0], distinct[-1], bins + 1)
+        elif spacing == "quantile":
+            edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
+        else:
+            raise unknown_name("spacing of the 3D tokens", spacing, get_args(Spacing))
         for i in range(bins):  # rounding may have closed the narrowest bins
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
         middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2

@@ -18,6 +18,7 @@ from spear.cli.commands import COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
 from spear.cli.harness_commands import HARNESS_COMMANDS
 from spear.cli.plan_commands import PLAN_COMMANDS
+from spear.cli.vqa_commands import VQA_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
 
@@ -25,6 +26,7 @@ COMMANDS.update(WEIGHT_COMMANDS)
 COMMANDS.update(EVALUATE_COMMANDS)
 COMMANDS.update(PLAN_COMMANDS)
 COMMANDS.update(HARNESS_COMMANDS)
+COMMANDS.update(VQA_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",

@@ -29,6 +29,7 @@ def ask(
     /,
     model: str = "nano",
     family: Name = None,
+    decode: Literal["mode", "mean", "median"] = "mode",
     draw: File = None,
 ) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
@@ -45,6 +46,8 @@ def ask(
         model: The model that comes with this package (nano), or a folder with a trained one.
         family: Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset,
             distance, back_projection or chain_of_thought. Without it the model answers freely.
+        decode: Which number is said of those that the model holds possible: the likeliest (mode), the expected
+            value (mean), or the one in the middle (median). `spear evaluate vqa` measures which is best.
         draw: Save the image with the answer's box drawn on it (for sim: images, whose camera is known).
     """
     from PIL import Image
@@ -54,7 +57,7 @@ def ask(
 
     bundle = load_vlm(model)
     picture = asking.read_picture(image, bundle.processor.image_sizes["external"])
-    answer = asking.ask(bundle, picture, question, family)
+    answer = asking.ask(bundle, picture, question, family, decode)
     print(asking.words(answer, picture))
     if draw:
         Image.fromarray(asking.draw(answer, picture)).save(draw)
@@ -292,34 +295,6 @@ def evaluate(
     print(f"results in {out}")
 
 
-def evaluate_vlm(
-    model: str = "nano", scenes: int = 300, first_seed: int = 0, out: Path = Path("runs/evaluate-vlm")
-) -> None:
-    """Score SPEAR-VLM's answers to 3D questions about simulated scenes it has never seen.
-
-    Prints the errors per kind of question beside the best constant guess; writes OUT/scores.json.
-
-    Example:
-        spear evaluate vlm --model runs/nano-vlm-2 --scenes 300
-
-    Args:
-        model: nano (comes with this package) or a folder with a trained model.
-        scenes: How many scenes to ask about.
-        first_seed: Scenes first-seed, first-seed + 1, … below 10000.
-        out: Folder for the results.
-    """
-    from rich import print as show
-
-    from spear.evaluate.held_out import held_out_labels
-    from spear.evaluate.vqa import evaluate as run
-    from spear.policy import load_vlm
-
-    bundle = load_vlm(model)
-    scores = run(bundle, held_out_labels(scenes, first_seed, bundle.processor.image_sizes["external"]))
-    scores.save(out / "scores.json")
-    show(scores.table())
-
-
 def evaluate_data(
     policy: Annotated[Positional[str], arg(metavar="POLICY")],
     data: Annotated[Positional[Path], arg(metavar="FOLDER")],
@@ -435,7 +410,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "record": record,
     "train": train,
     "evaluate": evaluate,
-    "evaluate vlm": evaluate_vlm,
     "evaluate data": evaluate_data,
     "serve": serve_commands.serve,
     **data_commands.COMMANDS,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from spear.errors import SpearError, unknown_name
+from spear.evaluate.drawing import PREDICTION, mark, where
 from spear.evaluate.held_out import held_out_frames
-from spear.evaluate.vqa import PREDICTION, Answerer, Segments
-from spear.labels.box3d import EDGES
-from spear.labels.camera import project
+from spear.evaluate.measures import Segments, numbers
 from spear.labels.images import load_image
 from spear.labels.questions import FAMILIES
+from spear.models.readout import Decode
+from spear.policy import VlmBundle
 from spear.sim.render import Size
 from spear.types import Array, Pixel
 
@@ -39,20 +37,25 @@ def read_picture(where: str, size: Size) -> Picture:
     return Picture(load_image(where), None)
 
 
-def ask(model: Answerer, picture: Picture, question: str, family: str | None = None) -> Segments:
-    """The model's answer. Raises SpearError for an unknown question family or an empty question."""
+def ask(
+    model: VlmBundle, picture: Picture, question: str, family: str | None = None, decode: Decode = "mode"
+) -> Segments:
+    """The model's answer, its numbers read as `decode` says (`models.readout`).
+
+    Raises SpearError for an unknown question family or an empty question.
+    """
     if family is not None and family not in FAMILIES:
         raise unknown_name("question family", family, FAMILIES)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    return model.answer([picture.image], [question], family)[0].segments
+    return model.answer([picture.image], [question], family, decode=decode)[0].segments
 
 
 def words(answer: Segments, picture: Picture) -> str:
     """An answer to read: 3D numbers in metres, image points in pixels, a box by its centre and vertices."""
-    numbers = [s for s in answer if isinstance(s, float)]
-    if len(numbers) == 24 and len(answer) == 24:
-        vertices = np.reshape(numbers, (8, 3))
+    values = numbers(answer)
+    if len(values) == 24 and len(answer) == 24:
+        vertices = values.reshape(8, 3)
         lines = [f"  {_point(v)}" for v in vertices]
         return "\n".join([f"centre {_point(vertices.mean(0))} m; vertices:", *lines])
     height, width = picture.image.shape[:2]
@@ -71,30 +74,17 @@ def draw(answer: Segments, picture: Picture, scale: int = 3) -> Array:
     Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
     """
     height, width = picture.image.shape[:2]
-    numbers = [s for s in answer if isinstance(s, float)]
-    points = np.array([(s.x * width, s.y * height) for s in answer if isinstance(s, Pixel)]).reshape(-1, 2)
-    if len(numbers) in (3, 24):
-        if picture.intrinsics is None:
-            raise SpearError(
-                "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
-                "object appear in the image (--family back_projection)"
-            )
-        corners = np.reshape(numbers, (-1, 3))
-        if (corners[:, 2] <= 0).any():
-            raise SpearError("cannot draw: the answer lies behind the camera")
-        points = project(corners, picture.intrinsics)
-    if not len(points):
-        raise SpearError("cannot draw: the answer has no box, point or image location")
-    canvas = Image.fromarray(picture.image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(canvas)
-    points = points * scale
-    for a, b in EDGES if len(points) == 8 else ():
-        pen.line([tuple(points[a].tolist()), tuple(points[b].tolist())], fill=PREDICTION, width=scale)
-    for x, y in points if len(points) != 8 else ():
-        pen.ellipse(
-            (x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), outline=PREDICTION, width=scale
+    in_3d = len(numbers(answer)) in (3, 24)
+    if in_3d and picture.intrinsics is None:
+        raise SpearError(
+            "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
+            "object appear in the image (--family back_projection)"
         )
-    return np.asarray(canvas)
+    points = where(answer, width, height, picture.intrinsics)
+    if points is None:
+        wrong = "lies behind the camera" if in_3d else "has no box, point or image location"
+        raise SpearError(f"cannot draw: the answer {wrong}")
+    return mark(picture.image, [(points, PREDICTION)], scale)
 
 
 def _point(v: Array) -> str:

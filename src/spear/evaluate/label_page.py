@@ -153,7 +153,7 @@ def _asked(questions: Asked, families: Counter[str], tokenizer: CoordinateTokeni
         tokenizer = CoordinateTokenizer.fit(fitted)
         values = values[1::2]
     use = token_use([v for image in values for v in image], tokenizer)
-    grouped = np.array(use.counts).reshape(SHOWN_BINS, -1).sum(axis=1).tolist()
+    grouped = [int(part.sum()) for part in np.array_split(np.array(use.counts), SHOWN_BINS)]
     return (
         f"{body}<h3>Use of the {tokenizer.bins:,} 3D tokens</h3>"
         + bars(grouped, "lowest", "highest")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,17 @@ Grammar = Sequence[Range] | Worded
 last range the answer ends. A forced token is a range of one."""
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Collects the logits [N, last - first] float32 of some ids, step by step, before a grammar forbids any.
+
+    Steps after the last choice have none: nothing is computed there.
+    """
+
+    ids: Range
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
 @torch.no_grad()
 def greedy(
     vlm: SpearVLMForConditionalGeneration,
@@ -51,11 +62,13 @@ def greedy(
     image_index: torch.Tensor | None = None,
     max_new_tokens: int = 64,
     grammars: Sequence[Grammar | None] | None = None,
+    watched: Watched | None = None,
 ) -> torch.Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
     Arguments as in `SpearVLMForConditionalGeneration.forward`; prompts are padded on the right. grammars: one
-    per prompt, or None for free answers (a single None in the list frees that prompt).
+    per prompt, or None for free answers (a single None in the list frees that prompt). watched: also
+    collects the logits of these ids.
     Returns [N, T] ids: the answer, its end token, then padding.
     Raises SpearError when a grammar needs more than `max_new_tokens`.
 
@@ -82,12 +95,13 @@ def greedy(
             inputs[name] = optional
     with torch.inference_mode():
         if any(g is None or isinstance(g, Worded) for g in rows):
-            answer = _decode(vlm, layers, inputs, spans, _Words(rows, max_new_tokens, config, device))
-        elif device.type == "cuda":
+            words = _Words(rows, max_new_tokens, config, device)
+            answer = _decode(vlm, layers, inputs, spans, words, watched)
+        elif device.type == "cuda" and watched is None:
             key = tuple(tuple(step) for step in spans)
             answer = layers.replay(lambda given: _decode(vlm, layers, given, spans, None), inputs, key)
         else:
-            answer = _decode(vlm, layers, inputs, spans, None)
+            answer = _decode(vlm, layers, inputs, spans, None, watched)
     return answer.clone()
 
 
@@ -97,6 +111,7 @@ def _decode(
     inputs: Inputs,
     spans: list[list[Range]],
     words: _Words | None,
+    watched: Watched | None = None,
 ) -> torch.Tensor:
     """Answers [N, T]. inputs: as `greedy` makes them. words: None where the spans say all."""
     pixels = {name.removeprefix("pixels/"): t for name, t in inputs.items() if name.startswith("pixels/")}
@@ -116,6 +131,8 @@ def _decode(
     choices = [step for step, row in enumerate(spans) if any(b - a > 1 for a, b in row)]
     answer: list[torch.Tensor] = []
     for step, row in enumerate(spans):
+        if watched is not None and choices and step <= choices[-1]:
+            watched.logits.append(vlm.head(hidden, *watched.ids).float())
         token = _choose(vlm, hidden, row, inputs["bounds"][step], words)
         if words is not None:
             token = words.say(token)

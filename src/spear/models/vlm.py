@@ -317,10 +317,11 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         image_index: torch.Tensor | None = None,
         max_new_tokens: int = 64,
         grammars: list[decode.Grammar] | None = None,
+        watched: decode.Watched | None = None,
     ) -> torch.Tensor:
         """Greedy answers [N, ≤ max_new_tokens], padded after the end; see `spear.models.decode.greedy`."""
         return decode.greedy(
-            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars
+            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars, watched
         )
 
 

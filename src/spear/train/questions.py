@@ -17,7 +17,7 @@ from spear.labels.questions import generate
 from spear.labels.store import read
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.tokens import CoordinateTokenizer
+from spear.tokens import CoordinateTokenizer, Spacing
 from spear.train.optimize import Batch
 from spear.train.recipes import QuestionMix
 from spear.train.sharding import is_sharded
@@ -106,9 +106,18 @@ class QuestionSamples:
 
 
 def fit_coordinates(
-    labels: Sequence[LabeledImage], bins: int, seed: int, most: int = 20_000
+    labels: Sequence[LabeledImage],
+    bins: int,
+    seed: int,
+    spacing: Spacing = "quantile",
+    most: int = 20_000,
 ) -> CoordinateTokenizer:
-    """3D tokens whose bins are the quantiles of the numbers that questions about `labels` have as answers."""
+    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers.
+
+    Raises SpearError for fewer than 2 bins, or labels of several units.
+    """
+    if bins < 2:
+        raise SpearError(f"bins {bins}: give at least 2 3D tokens")
     rng = np.random.default_rng(seed)
     values: list[float] = []
     for index in rng.permutation(len(labels))[:most]:
@@ -117,7 +126,7 @@ def fit_coordinates(
     units = {label.unit for label in labels}
     if len(units) != 1:
         raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
-    return CoordinateTokenizer.fit(np.array(values), bins, units.pop())
+    return CoordinateTokenizer.fit(np.array(values), bins, units.pop(), spacing)
 
 
 class VlmTask:

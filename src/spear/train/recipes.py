@@ -14,6 +14,7 @@ from typing import Any, Literal
 from spear.data.normalize import Mode
 from spear.errors import unknown_name
 from spear.labels.questions import FAMILIES
+from spear.tokens import Spacing
 from spear.train.optimize import Optimization
 
 Kind = Literal["depth", "naming", "vlm", "vla"]
@@ -48,6 +49,9 @@ class Recipe:
     coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
     smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
                   `spear.tokens.init_new_embeddings`).
+    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage that starts
+                  from another's result then gives up that one's 3D tokens and learns new ones. None: those of the
+                  result it starts from; without one, as many as the preset has, at quantiles (the paper).
     starts_from   the stage whose result `--init` takes; None starts from random weights.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our choice).
@@ -70,6 +74,8 @@ class Recipe:
     moge: bool = True
     coordinate_rows_only: bool = False
     smooth_tokens: bool = False
+    bins: int | None = None
+    spacing: Spacing | None = None
     starts_from: str | None = None
     questions: QuestionMix = QuestionMix()
     flow_samples: int = 1

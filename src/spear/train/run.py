@@ -31,7 +31,7 @@ from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
-from spear.tokens import init_new_embeddings
+from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import loop, parallel, sharding
 from spear.train.depth import DepthTask
 from spear.train.devices import choose_device
@@ -170,7 +170,7 @@ def _depth(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
 
 def _naming(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
     known = load_labels(labels, list(size.image_sizes), masks=True)
-    processor = _new_processor(size, labels, known, seed)
+    processor = _new_processor(stage, size, labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in known["external"] for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
@@ -187,13 +187,17 @@ def _naming(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
 def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Path | None, seed: int) -> Built:
     known = load_labels(labels, list(size.image_sizes))
     if init is None:
-        processor = _new_processor(size, labels, known, seed)
+        processor = _new_processor(stage, size, labels, known, seed)
         model = _new_vlm(stage, size, processor, seed)
     else:
         processor = Processor.load(init)
-        model = _grown(
-            weights.load(SpearVLMForConditionalGeneration, init), stage, size, processor, moge, seed
-        )
+        earlier = weights.load(SpearVLMForConditionalGeneration, init)
+        if stage.bins is not None or stage.spacing is not None:
+            processor = dataclasses.replace(
+                processor, coordinates=_fitted(stage, known, processor.coordinates.bins, seed)
+            )
+            _renew_coordinates(earlier, processor, stage, seed)
+        model = _grown(earlier, stage, size, processor, moge, seed)
     samples = QuestionSamples(known, processor, stage.questions, stage.batch_size, seed, stage.augment)
 
     def save(folder: Path) -> None:
@@ -215,11 +219,15 @@ def _vla(
         raise SpearError(f"recipe {stage.name} learns from demonstrations: give --episodes FOLDER")
     known = load_labels(labels, list(size.image_sizes)) if labels is not None else {}
     if init is None:
-        processor = _new_processor(size, _need(labels, stage, "labels"), known, seed)
+        processor = _new_processor(stage, size, _need(labels, stage, "labels"), known, seed)
         vlm = _new_vlm(stage, size, processor, seed)
         model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
         model.vlm.load_state_dict(vlm.state_dict())
     else:
+        if stage.bins is not None or stage.spacing is not None:
+            raise SpearError(
+                f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing when the VLM is trained"
+            )
         processor = Processor.load(init)
         kind = json.loads((init / "config.json").read_text())["model_type"]
         if kind == Spear1ForActionPrediction.config_class.model_type:
@@ -265,13 +273,42 @@ def _need(path: Path | None, stage: Recipe, what: str) -> Path:
     return path
 
 
-def _new_processor(size: Preset, folder: Path, labels: dict[str, list[LabeledImage]], seed: int) -> Processor:
+def _new_processor(
+    stage: Recipe, size: Preset, folder: Path, labels: dict[str, list[LabeledImage]], seed: int
+) -> Processor:
     """A tokenizer for the wording of our questions and for the texts in `folder/wording.txt`, and fitted 3D tokens."""
     first = next(iter(labels.values()))
     names = sorted({o.name for label in first for o in label.objects})
     wording = folder / "wording.txt"
     texts = [*all_texts(names), *(wording.read_text().splitlines() if wording.is_file() else [])]
-    return Processor.build(size, texts, fit_coordinates(first, size.bins, seed))
+    return Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
+
+
+def _fitted(
+    stage: Recipe, labels: dict[str, list[LabeledImage]], usual: int, seed: int
+) -> CoordinateTokenizer:
+    """The recipe's 3D tokens, fitted to the labels of the first view; `usual` many where it does not say."""
+    bins = usual if stage.bins is None else stage.bins
+    return fit_coordinates(next(iter(labels.values())), bins, seed, stage.spacing or "quantile")
+
+
+def _renew_coordinates(
+    vlm: SpearVLMForConditionalGeneration, processor: Processor, stage: Recipe, seed: int
+) -> None:
+    """Give a model the 3D tokens of `processor`: more rows of embeddings if it needs them, all of them new.
+
+    Of fewer tokens than before the others stay in the vocabulary, as words that no answer has.
+    """
+    first, bins = processor.coordinate_start, processor.coordinates.bins
+    words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
+    new = init_new_embeddings(
+        words[: processor.location_start], bins, torch.Generator().manual_seed(seed), stage.smooth_tokens
+    )
+    rows = torch.cat([words[:first], new, words[first + bins :]])
+    embeddings: Any = vlm.get_input_embeddings()  # kept, since Gemma's scales what it looks up
+    embeddings.weight, embeddings.num_embeddings = torch.nn.Parameter(rows), len(rows)
+    vlm.config.coordinate_bins = bins
+    vlm.config.text_config.vocab_size = len(rows)
 
 
 def _new_vlm(
@@ -293,6 +330,7 @@ def _new_vlm(
 
 def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMConfig:
     config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    config.coordinate_bins = processor.coordinates.bins
     if not stage.moge:
         config.moge_config = None
     config.coordinate_loss_weight = stage.questions.coordinate_weight

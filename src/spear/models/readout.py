@@ -1,0 +1,94 @@
+"""From the probabilities of 3D tokens to numbers: the likeliest one, the expected one, the middle one, how sure.
+
+Between the edges of a bin its probability is taken to be spread evenly. Its expected value is the bin's
+representative, which in the wide bins of the tails is a better guess than the middle (our choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from spear.errors import unknown_name
+from spear.tokens import CoordinateTokenizer
+from spear.types import Array, Pixel
+
+Decode = Literal["mode", "mean", "median"]
+"""How a number is read off the probabilities of its bins: the likeliest bin, the expected value, the value
+below which half of the probability lies."""
+DECODES: tuple[Decode, ...] = get_args(Decode)
+
+ONE_SIGMA = 0.6826894921370859
+"""The probability within one standard deviation of a normal's mean."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What a model held possible for each number of an answer.
+
+    probabilities  [numbers, bins] float32, each row sums to 1.
+    coordinates    what the bins mean, and in which unit.
+
+    A row is the probability of a number given the numbers before it as they were said, each its likeliest bin.
+    """
+
+    probabilities: Array
+    coordinates: CoordinateTokenizer
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def read(self, decode: Decode) -> Array:
+        """[numbers] float64. Raises SpearError for an unknown way to read."""
+        if decode == "mode":
+            return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
+        if decode == "mean":
+            return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.representatives)
+        if decode == "median":
+            return self.quantile(0.5)
+        raise unknown_name("decode", decode, DECODES)
+
+    def quantile(self, share: float) -> Array:
+        """[numbers] the values below which `share` of the probability lies, 0 to 1."""
+        cumulative = self._cumulative()
+        wanted = share * cumulative[:, -1]
+        at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.bins - 1)
+        rows = np.arange(len(self))
+        inside = cumulative[rows, at + 1] - cumulative[rows, at]
+        part = np.divide(wanted - cumulative[rows, at], inside, out=np.zeros(len(self)), where=inside > 0)
+        low, high = self.coordinates.edges[at], self.coordinates.edges[at + 1]
+        return np.asarray(low + np.clip(part, 0, 1) * (high - low))
+
+    def below(self, values: Array) -> Array:
+        """[numbers] the probability of less than `values` [numbers]: even between 0 and 1 where it is right.
+
+        Values outside the bins have 0 or 1.
+        """
+        edges = self.coordinates.edges
+        at = np.clip(np.searchsorted(edges[1:-1], values, side="right"), 0, self.coordinates.bins - 1)
+        part = np.clip((values - edges[at]) / (edges[at + 1] - edges[at]), 0, 1)
+        cumulative = self._cumulative()
+        rows = np.arange(len(self))
+        low, high = cumulative[rows, at], cumulative[rows, at + 1]
+        return np.asarray((low + part * (high - low)) / cumulative[:, -1])
+
+    def spread(self) -> Array:
+        """[numbers] half the width of the central 68 %: the standard deviation, were it a normal."""
+        low, high = self.quantile((1 - ONE_SIGMA) / 2), self.quantile((1 + ONE_SIGMA) / 2)
+        return np.asarray((high - low) / 2)
+
+    def _cumulative(self) -> Array:
+        """[numbers, bins + 1] the probability below each edge."""
+        total = np.cumsum(self.probabilities, axis=1, dtype=np.float64)
+        return np.concatenate([np.zeros((len(self), 1)), total], axis=1)
+
+
+def with_numbers(
+    segments: Sequence[str | float | Pixel], values: Array | Sequence[float]
+) -> list[str | float | Pixel]:
+    """An answer with its numbers replaced, in order."""
+    numbers: Iterator[float] = iter(np.asarray(values, np.float64).tolist())
+    return [next(numbers) if isinstance(s, float) else s for s in segments]
