@@ -35,6 +35,7 @@ MAY_IMPORT["embodiments"] = {"errors", "types", "geometry", "sim"}
 MAY_IMPORT["serve"] = {"errors", "types", "embodiments"}
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
+MAY_IMPORT["ablations"] = MAY_IMPORT["evaluate"] | {"evaluate", "train"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = set()

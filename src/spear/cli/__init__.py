@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 import spear
+from spear.cli.ablation_commands import ABLATION_COMMANDS
 from spear.cli.commands import COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
 from spear.cli.plan_commands import PLAN_COMMANDS
@@ -23,6 +24,7 @@ from spear.errors import SpearError, unknown_name
 COMMANDS.update(WEIGHT_COMMANDS)
 COMMANDS.update(EVALUATE_COMMANDS)
 COMMANDS.update(PLAN_COMMANDS)
+COMMANDS.update(ABLATION_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",
