@@ -33,12 +33,13 @@ def markdown(plan: Plan, tables: Sequence[Filled]) -> str:
     """All tables as Markdown, with the method below them."""
     parts = [f"# {TITLE}\n\n{_state(plan, tables)}\n"]
     for filled in tables:
-        headers = _headers(filled)
-        lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
+        names = headers(filled)
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         lines += [f"| {' | '.join(cells(line, filled))} |" for line in filled.lines]
-        note = f"\n{filled.table.note}\n" if filled.table.note else ""
-        source = f"\nPaper: {filled.source}.\n" if filled.source else ""
-        parts.append(f"## {filled.table.title}\n\n" + "\n".join(lines) + f"\n{note}{source}")
+        note = f" {filled.table.note}" if filled.table.note else ""
+        source = f" Paper: {filled.source}." if filled.source else ""
+        below = f"Differences are from “{_compared(filled)}”.{note}{source}"
+        parts.append(f"## {filled.table.title}\n\n" + "\n".join(lines) + f"\n\n{below}\n")
     parts.append(METHOD)
     return "\n".join(parts) + "\n"
 
@@ -77,27 +78,34 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
 
 
 def cells(line: Line, filled: Filled) -> list[str]:
-    """A line as text: row, success, each seed, difference, the paper's number and difference, verdict."""
+    """A line as text, under `headers`."""
     first = line.row.name == filled.table.against
-    own = "not run yet" if line.success is None else _rate(line.success)
-    seeds = " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–"
-    gap = "–" if first or line.against is None else _points(line.against)
-    row = [line.row.title, f"{line.steps:,}", own, seeds, gap]
+    row = [
+        line.row.title,
+        "not run yet" if line.success is None else _rate(line.success),
+        "–" if first or line.against is None else _points(line.against),
+    ]
+    if filled.source:
+        row.append("–" if line.published is None else f"{line.published:.1f}")
+        row.append("–" if line.published_against is None else f"{line.published_against:+.1f}")
+        row.append(line.verdict)
     if filled.table.name == CURVE:
         row.insert(1, f"{line.images:,}")
+    return [*row, " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–", f"{line.steps:,}"]
+
+
+def headers(filled: Filled) -> list[str]:
+    """Of the columns of `cells`."""
+    names = ["row", "success, % [95 %]", "difference, points [95 %]"]
     if filled.source:
-        theirs = "–" if line.published is None else f"{line.published:.1f}"
-        apart = "–" if line.published_against is None else f"{line.published_against:+.1f}"
-        row += [theirs, apart, line.verdict]
-    return row
-
-
-def _headers(filled: Filled) -> list[str]:
-    base = next(line.row.title for line in filled.lines if line.row.name == filled.table.against)
-    headers = ["row", "policy steps", "success, % [95 %]", "each seed, %", f"against “{base}”, points [95 %]"]
+        names += ["paper (theirs), %", "points (theirs)", "verdict"]
     if filled.table.name == CURVE:
-        headers.insert(1, "3D-labelled images")
-    return [*headers, "paper, % (theirs)", "paper, points (theirs)", "verdict"] if filled.source else headers
+        names.insert(1, "3D-labelled images")
+    return [*names, "each seed, %", "policy steps"]
+
+
+def _compared(filled: Filled) -> str:
+    return next(line.row.title for line in filled.lines if line.row.name == filled.table.against)
 
 
 def _state(plan: Plan, tables: Sequence[Filled]) -> str:
@@ -126,10 +134,11 @@ def _section(filled: Filled) -> str:
         parts.append(_bars(filled))
     apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
     if apart:
-        base = next(line.row.title for line in filled.lines if line.row.name == filled.table.against)
-        parts.append(f"<h3>Difference from “{escape(base)}”, points</h3>{page.difference_bars(apart)}")
+        parts.append(
+            f"<h3>Difference from “{escape(_compared(filled))}”, points</h3>{page.difference_bars(apart)}"
+        )
     parts.append("<h3>Numbers</h3>")
-    parts.append(page.table(_headers(filled), [cells(line, filled) for line in filled.lines]))
+    parts.append(page.table(headers(filled), [cells(line, filled) for line in filled.lines]))
     if filled.table.note:
         parts.append(page.paragraph(filled.table.note, soft=True))
     if filled.source:
