@@ -85,8 +85,7 @@ def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
         config = flow.FlowConfig(**own)
         costs.append(float(flow.loss(said, data, data, torch.full((1,), 0.5), config).total))
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
-    assert costs[0] == pytest.approx(50 * 0.02**2, rel=0.01)
-    assert ROTATION_WEIGHTS["s3", "mse"] == PRESETS["nano"].flow["rotation_weight"]
+    assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
 
 
 def test_what_rows_share_is_trained_once() -> None:
@@ -123,12 +122,9 @@ def test_what_rows_share_is_trained_once() -> None:
         seen |= {job.key} if isinstance(job, Training) else set()
     everything = planned()
     assert len({t.key for t in everything.trainings}) == len(everything.trainings)
-    same = [
-        everything.scoring(row, 0)
-        for row in ("full", "quantile", "siglip-trained", "all-images", "full-again")
-    ]
-    assert len({s.folder for s in same}) == 1
-    assert everything.scoring("s3-mse", 0) != same[0]  # says what the preset says, but says it itself
+    names = ("full", "quantile", "siglip-trained", "all-images", "full-again", "s3-mse")
+    assert len({everything.scoring(row, 0).folder for row in names}) == 1
+    assert everything.scoring("s3-cosine", 0).folder != everything.scoring("full", 0).folder
 
 
 def test_keys_follow_what_decides_the_result() -> None:

@@ -1,7 +1,7 @@
 """From rows to what has to be trained and scored: each training once, however many rows and seeds share it.
 
-A training is known by its contents: recipe, seed, data, and the trainings that it begins with. Its key is a hash of
-these, so that what was trained under a key stays valid whatever else is asked for later.
+A training is known by its contents: recipe, preset, seed, data, and the trainings that it begins with. Its key is a
+hash of these, so that what was trained under a key stays valid whatever else is asked for later.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from spear.ablations.data import Data
 from spear.ablations.rows import PRETRAINING, Row, Stage, Table
 from spear.errors import SpearError
+from spear.flow import FlowConfig
+from spear.models.presets import preset
 from spear.train.recipes import RECIPES, Recipe, recipe
 
 POLICY = "nano-vla"
@@ -162,5 +164,8 @@ def _training(
     if stage.again:
         seed += AGAIN
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
-    identity = json.dumps([fields, seed, init, moge, data.key], sort_keys=True)
+    size = dataclasses.asdict(preset(one.preset))
+    # A recipe that says what its preset or a default says is the same as one that says nothing.
+    size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
+    identity = json.dumps([fields, size, seed, init, moge, data.key], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)

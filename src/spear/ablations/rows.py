@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spear.errors import unknown_name
+from spear.models.presets import PRESETS
 from spear.train.recipes import ENCODERS, RECIPES
 
 
@@ -106,11 +107,12 @@ def _share(name: str, title: str, images: float) -> Row:
     return Row(name, title, _FULL, images=images)
 
 
+_WEIGHT = PRESETS["nano"].flow["rotation_weight"]
 ROTATION_WEIGHTS = {
-    ("s3", "mse"): 50.0,
-    ("s3", "cosine"): 200.0,
-    ("linear", "mse"): 800.0,
-    ("linear", "cosine"): 400.0,
+    ("s3", "mse"): _WEIGHT,
+    ("s3", "cosine"): 4 * _WEIGHT,
+    ("linear", "mse"): 16 * _WEIGHT,
+    ("linear", "cosine"): 8 * _WEIGHT,
 }
 """Factors on the four rotation losses under which a small error in angle costs the same in all of them, as much as in
 the preset (our choice: otherwise the table would compare weights)."""
