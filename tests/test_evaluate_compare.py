@@ -96,7 +96,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.Cap
     argv = ["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path / "theirs" / "results.json")]
     assert main([*argv, "--out", str(page)]) == 0
     said = capsys.readouterr().out
-    assert "mine <b> is better than theirs: 40.0 points" in said
+    assert "mine <b> is better than theirs: +40.0 points" in said
     assert "+80.0" in said
     assert "mine &lt;b&gt; is better" in page.read_text()
     assert "<b> is better" not in page.read_text()

@@ -33,7 +33,9 @@ def difference(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
     if [x.shape for x in a] != [y.shape for y in b]:
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
     crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
-    independent = paired_mean_difference([(x.ravel(), y.ravel()) for x, y in zip(a, b, strict=True)])
+    independent = paired_mean_difference(
+        [(x.ravel().tolist(), y.ravel().tolist()) for x, y in zip(a, b, strict=True)]
+    )
     return _wider(crossed, independent, -1.0)
 
 
