@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spear.errors import unknown_name
+from spear.labels.questions import FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.presets import PRESETS
 from spear.train.recipes import ENCODERS, RECIPES
 
@@ -67,17 +68,12 @@ class Table:
     note: str = ""
 
 
-_STEM = "vlm.vision_tower.embeddings"
-"""The nano policy keeps SigLIP's stem as it is (recipe nano-vla)."""
-_PLAIN = {"moge": False, "question_images": 0, "frozen": (_STEM,)}
+_ALSO_FROZEN = tuple(p for p in RECIPES["nano-vla"].optimization.frozen if p != "vlm.moge")
+"""What the nano policy keeps as it is beside MoGe."""
+_PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
 """A policy without 3D before it or beside it."""
 _UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": {}}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
-_POINTS = ("pixel_point",)
-_FLAT = ("centre_2d", "what_at")
-_MIX = tuple(_POINTS[0] if f not in _FLAT else f for f in RECIPES["nano-vlm-2"].questions.families)
-"""The question mix of SPEAR-VLM's stage 2 with every 3D question about objects replaced by one about a pixel."""
-_MIX_1 = tuple(_POINTS[0] if f not in _FLAT else f for f in RECIPES["nano-vlm-1"].questions.families)
 _NO_MOGE_1 = tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector")
 
 _PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0"))
@@ -87,6 +83,12 @@ _SPEAR_VLM = (*_PRETRAINED, _VLM_1, _VLM_2)
 _FULL = (*_SPEAR_VLM, _POLICY)
 PRETRAINING = ("nano-depth", *(stage.recipe for stage in _PRETRAINED))
 """Recipes that stand for published weights: one seed for all."""
+
+
+def _about_pixels(stage: str) -> dict[str, Any]:
+    """A stage's question mix with every 3D question about objects replaced by one about a pixel."""
+    families = RECIPES[stage].questions.families
+    return {"families": tuple(f if f in FAMILIES_2D else FAMILIES_PIXEL[0] for f in families)}
 
 
 def _policy(**changes: Any) -> tuple[Stage, ...]:
@@ -138,9 +140,9 @@ TABLES: tuple[Table, ...] = (
                 "points, no objects",
                 (
                     *_PRETRAINED,
-                    Stage("nano-vlm-1", {"families": _MIX_1}, moge=True),
-                    Stage("nano-vlm-2", {"families": _MIX}),
-                    Stage("nano-vla", {"families": _MIX}),
+                    Stage("nano-vlm-1", _about_pixels("nano-vlm-1"), moge=True),
+                    Stage("nano-vlm-2", _about_pixels("nano-vlm-2")),
+                    Stage("nano-vla", _about_pixels("nano-vla")),
                 ),
                 "points but no objects",
             ),
@@ -151,7 +153,7 @@ TABLES: tuple[Table, ...] = (
                     *_PRETRAINED,
                     Stage("nano-vlm-1", {"moge": False, "trained": _NO_MOGE_1}),
                     Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}),
-                    Stage("nano-vla", {"moge": False, "frozen": (_STEM,)}),
+                    Stage("nano-vla", {"moge": False, "frozen": _ALSO_FROZEN}),
                 ),
                 "no MoGe",
             ),
@@ -169,7 +171,7 @@ TABLES: tuple[Table, ...] = (
             Row(
                 "moge-trained",
                 "MoGe trained with actions",
-                _policy(frozen=(_STEM,), lr_scale={"vlm.vision_tower": 0.3, "vlm.moge": 0.3}),
+                _policy(frozen=_ALSO_FROZEN, lr_scale={"vlm.vision_tower": 0.3, "vlm.moge": 0.3}),
                 "MoGe trained with actions",
             ),
         ),
