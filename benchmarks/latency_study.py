@@ -3,15 +3,19 @@
 The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a latency counts
 in whole steps of 200 ms, rounded up.
 
-    python benchmarks/latency_study.py [CHECKPOINT] [SCENES] [OUT.json]
+    python benchmarks/latency_study.py [CHECKPOINT] [SCENES] [OUT.json] [--quick]
+
+--quick tries the script on one scene of one family; its numbers say nothing.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, get_args
+
+import tyro
+from tyro.conf import Positional
 
 from spear.chunks import Mode
 from spear.evaluate.closed_loop import evaluate
@@ -25,17 +29,24 @@ REPLAN = {"sync": 5, "async": 3, "ensemble": 1}
 has actions while the next is computed at the longest latency."""
 
 
-def main(checkpoint: str = "nano", scenes: int = 100, out: str = "runs/latency.json") -> None:
+def main(
+    checkpoint: Positional[str] = "nano",
+    scenes: Positional[int] = 100,
+    out: Positional[str] = "runs/latency.json",
+    quick: bool = False,
+) -> None:
     """Prints a row per cell as it is done; saves all of them."""
+    families, latencies = (FAMILIES[:1], LATENCIES_MS[::2]) if quick else (FAMILIES, LATENCIES_MS)
+    scenes = 1 if quick else scenes
     actor, sizes = load_actor(checkpoint)
     rows: list[dict[str, Any]] = []
     reference = None
     print(f"{'execution':10} {'latency':>8} {'success [95 %]':>20} {'against sync at 0 ms':>24}")
     for mode in get_args(Mode):
-        for latency in LATENCIES_MS:
+        for latency in latencies:
             results, _ = evaluate(
                 actor,
-                FAMILIES,
+                families,
                 scenes,
                 replan=REPLAN[mode],
                 execution=mode,
@@ -56,4 +67,4 @@ def main(checkpoint: str = "nano", scenes: int = 100, out: str = "runs/latency.j
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]), *sys.argv[3:4])
+    tyro.cli(main)

@@ -39,6 +39,7 @@ MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
 MAY_IMPORT["evaluate"] |= {"embodiments", "simpler"}
 MAY_IMPORT["ui"] = MAY_IMPORT["evaluate"] | {"embodiments", "evaluate"}
+MAY_IMPORT["ablations"] = MAY_IMPORT["evaluate"] | {"evaluate", "train"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = set()

@@ -93,6 +93,8 @@ def test_only_held_out_scenes_and_known_families() -> None:
         evaluate(ExpertActor(), scenes=10, first_seed=9_995)
     with pytest.raises(SpearError, match="did you mean 'stack_cube'"):
         evaluate(ExpertActor(), ("stack_cubes",))
+    with pytest.raises(SpearError, match="batch 0"):
+        evaluate(ExpertActor(), batch=0)
 
 
 def test_mean_action_ignores_quaternion_signs() -> None:

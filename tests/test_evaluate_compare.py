@@ -48,8 +48,8 @@ def test_the_mean_pools_the_test_and_weighs_families_equally() -> None:
     assert c.mean.difference.value == pytest.approx((0.5 + 0.2) / 2)
     assert c.mean.p == pytest.approx(2 / 2**9)
     assert all(row.p > c.mean.p for row in c.families)
-    assert c.verdict().startswith("x is better than y: 35.0 points")
-    assert compare(second, first).verdict().startswith("x is better than y")
+    assert c.verdict().startswith("x is better than y: +35.0 points [+")
+    assert compare(second, first).verdict() == c.verdict()
 
 
 def test_no_difference_is_not_called_one() -> None:
@@ -96,7 +96,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.Cap
     argv = ["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path / "theirs" / "results.json")]
     assert main([*argv, "--out", str(page)]) == 0
     said = capsys.readouterr().out
-    assert "mine <b> is better than theirs: 40.0 points" in said
+    assert "mine <b> is better than theirs: +40.0 points" in said
     assert "+80.0" in said
     assert "mine &lt;b&gt; is better" in page.read_text()
     assert "<b> is better" not in page.read_text()

@@ -113,3 +113,10 @@ def test_an_episode_without_the_external_camera_is_refused() -> None:
     e = episode(0)
     with pytest.raises(SpearError, match="no external camera"):
         observations(Episode(**{**vars(e), "images": {"side": e.images["external"]}}))
+
+
+def test_episodes_shorter_than_a_chunk_are_refused_in_words(tmp_path: Path) -> None:
+    write_episodes([episode(0, steps=3)], tmp_path)
+    store = EpisodeStore(tmp_path)
+    with pytest.raises(SpearError, match="whole chunk of known actions"):
+        score("replay", Replay(store), store).summary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
     *theirs, ours = SIMPLER.cells([("mine", one)])
     assert theirs == SIMPLER.cells()
     assert all("(published)" in line[0] for line in theirs)
+    mean_alone = replace(SIMPLER, rows={}).cells()  # a published mean without its tasks stays in its column
+    assert all(line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone)
     assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
     assert SIMPLER.cells([("mine", results(tuple(SIMPLER.families)))])[-1][-1] == "75.0 [51, 90]"
     buffer = io.StringIO()

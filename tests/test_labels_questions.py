@@ -9,7 +9,14 @@ from labels_scenes import random_frame
 from spear.errors import SpearError
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.questions import FAMILIES, FAMILIES_2D, all_texts, askable, generate
+from spear.labels.questions import (
+    FAMILIES,
+    FAMILIES_2D,
+    FAMILIES_PIXEL,
+    all_texts,
+    askable,
+    generate,
+)
 from spear.labels.templates import EVERYDAY, POINTS, PROMPTS
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
@@ -224,7 +231,7 @@ def test_families_are_balanced_where_all_apply(labels: list[LabeledImage]) -> No
 
 
 def test_wording() -> None:
-    assert set(PROMPTS) == set(FAMILIES + FAMILIES_2D)
+    assert set(PROMPTS) == set(FAMILIES + FAMILIES_2D + FAMILIES_PIXEL)
     assert all(len(set(templates)) >= 5 for templates in PROMPTS.values())
     texts = set(all_texts(["bowl", "mug", "spoon"]))
     assert "Provide the 3D bounding box coordinates of the bowl" in texts

@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 import spear
+from spear.cli.ablation_commands import ABLATION_COMMANDS
 from spear.cli.commands import COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
 from spear.cli.harness_commands import HARNESS_COMMANDS
@@ -27,6 +28,7 @@ COMMANDS.update(EVALUATE_COMMANDS)
 COMMANDS.update(PLAN_COMMANDS)
 COMMANDS.update(HARNESS_COMMANDS)
 COMMANDS.update(VQA_COMMANDS)
+COMMANDS.update(ABLATION_COMMANDS)
 
 EXTRAS = {
     "mujoco": "sim",

@@ -70,7 +70,7 @@ def evaluate(
     shard       run only this part of the scenes.
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family, for
-    seeds that are not held out and for a negative latency.
+    seeds that are not held out, for a batch of none and for a negative latency.
     """
     for family in families:
         if family not in FAMILIES:
@@ -80,6 +80,8 @@ def evaluate(
             f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "
             "choose --scenes and --first-seed within them"
         )
+    if batch < 1:
+        raise SpearError(f"batch {batch}: run 1 scene or more at once")
     if not 0 <= latency_ms < 1e6:
         raise SpearError(f"latency {latency_ms:g} ms: give 0 or more")
     delay = math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)

@@ -71,13 +71,17 @@ class Comparison:
 
     def verdict(self) -> str:
         """The answer in one sentence, from the test over all families."""
-        d, p = self.mean.difference, p_value(self.mean.p)
-        gap = f"{points(d.value, signed=False)} points [{points(d.low)}, {points(d.high)}], p {p}, n = {d.n}"
+        d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
         if self.mean.p >= ALPHA:
-            return f"No difference shown between {self.first} and {self.second}: {gap}."
-        first_won = self.mean.only_first > self.mean.only_second
-        better, worse = (self.first, self.second) if first_won else (self.second, self.first)
-        return f"{better} is better than {worse}: {gap}."
+            gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
+            return f"No difference shown between {self.first} and {self.second}: {gap}, {chance}."
+        if self.mean.only_first > self.mean.only_second:
+            better, worse = self.first, self.second
+        else:
+            better, worse = self.second, self.first
+            d = Estimate(-d.value, -d.high, -d.low, d.n)
+        gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
+        return f"{better} is better than {worse}: {gap}, {chance}."
 
     def table(self) -> Table:
         """The rows for a terminal."""
@@ -152,9 +156,9 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def points(difference: float, signed: bool = True) -> str:
+def points(difference: float) -> str:
     """A difference of rates in percentage points."""
-    return f"{100 * difference:+.1f}" if signed else f"{100 * abs(difference):.1f}"
+    return f"{100 * difference:+.1f}"
 
 
 def p_value(p: float) -> str:

@@ -55,13 +55,18 @@ class OpenLoop:
     truth: Sequence[Array]
 
     def summary(self) -> dict[str, Estimate]:
-        """Means with intervals that resample whole episodes (steps of one episode hang together)."""
+        """Means with intervals that resample whole episodes (steps of one episode hang together).
+
+        Raises SpearError where there is nothing to take a mean of.
+        """
         columns = {
             "translation_mm": [e.translation for e in self.episodes],
             "chunk_end_mm": [e.end for e in self.episodes],
             "rotation_deg": [e.rotation for e in self.episodes],
             "gripper_accuracy": [e.gripper for e in self.episodes],
         }
+        if not any(len(e.end) for e in self.episodes):
+            raise SpearError("no held-out episode has a whole chunk of known actions: give longer ones")
         return {name: bootstrap(groups, np.mean) for name, groups in columns.items()}
 
 

@@ -46,7 +46,11 @@ class Reference:
     def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
         """The table as text, marked as published; below it our results (by name), as measured here."""
         lines = [
-            [f"{name} (published)", *(f"{v:.1f}" for v in self.rows.get(name, ())), f"{mean:.1f}"]
+            [
+                f"{name} (published)",
+                *([f"{v:.1f}" for v in self.rows.get(name, ())] or ["–"] * len(self.columns)),
+                f"{mean:.1f}",
+            ]
             for name, mean in self.means.items()
         ]
         for name, results in ours:

@@ -44,8 +44,8 @@ def wilson_mean(counts: Sequence[tuple[int, int]]) -> Estimate:
     """The mean of several proportions, each counting the same, from (successes, n) of each.
 
     Wilson's interval at the number of samples that a single proportion would need for the same largest
-    variance, F² / Σ 1/n for F proportions: with equal n the interval of all samples together. Proportions that
-    differ vary less than that, so it is never too narrow (our choice).
+    variance, F² / Σ 1/n for F proportions: with equal n the interval of all samples together, and since proportions
+    that differ vary less than that, never too narrow (our choice). With very unequal n it can be a little.
     """
     rates = [wilson(k, n).value for k, n in counts]
     if not rates:

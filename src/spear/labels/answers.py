@@ -23,12 +23,17 @@ _NUMBER = re.compile(r"[\s_#-]*\d+$")
 
 @dataclass(frozen=True)
 class Scene:
-    """A label, its objects fit for 3D questions (`solid`) and for 2D ones (`flat`), and names it may lack."""
+    """A label, its objects fit for 3D questions (`solid`) and for 2D ones (`flat`), and names it may lack.
+
+    depth  of the image's pixels, where it is known, as `spear.labels.depth` keeps it: of the middle one of each square
+           of pixels, [h / s, w / s], in the label's unit, 0 or not finite where unknown.
+    """
 
     label: LabeledImage
     solid: Sequence[LabeledObject]
     flat: Sequence[LabeledObject]
     absent: Sequence[str]
+    depth: Array | None = None
 
 
 T = TypeVar("T")
@@ -148,6 +153,21 @@ def _chain_of_thought(scene: Scene, rng: np.random.Generator) -> Answer | None:
     return None
 
 
+def _pixel_point(scene: Scene, rng: np.random.Generator) -> Answer | None:
+    """Where a pixel drawn at random is in 3D, whatever it shows."""
+    if scene.depth is None:
+        return None
+    row, column = (int(rng.random() * size) for size in scene.depth.shape)
+    z = float(scene.depth[row, column])
+    if not (np.isfinite(z) and z > 0):
+        return None
+    label = scene.label
+    stride = label.height // scene.depth.shape[0]
+    x, y = column * stride + stride // 2 + 0.5, row * stride + stride // 2 + 0.5
+    point = z * np.linalg.solve(label.intrinsics, [x, y, 1.0])
+    return {"p": str(Pixel(x / label.width, y / label.height))}, point.tolist(), ()
+
+
 MAKERS: Mapping[str, Maker] = {
     "box_vertices": _box_vertices,
     "keypoint": _keypoint,
@@ -156,3 +176,5 @@ MAKERS: Mapping[str, Maker] = {
     "back_projection": _back_projection,
     "chain_of_thought": _chain_of_thought,
 }
+MAKERS_PIXEL: Mapping[str, Maker] = {"pixel_point": _pixel_point}
+"""3D questions that know of no object: the paper's ablation."""

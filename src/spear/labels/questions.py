@@ -1,5 +1,7 @@
 """Questions and answers about a labelled image: six 3D families, and 2D ones to pretrain a small VLM on.
 
+For an ablation there is a seventh, which is asked only where the depth of the image is given.
+
 3D answers (numbers in the label's unit, camera frame: x right, y down, z forward):
     box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
     keypoint          3: the closest, the furthest or the centre point of X.
@@ -7,6 +9,7 @@
     distance          1: from the camera to the centre of X, Euclidean.
     back_projection   8 pixels: where the vertices appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
+    pixel_point       3: the point that a pixel shows, drawn at random without regard to objects (the ablation).
 
 The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
 Which of two is closer is not asked when their distances differ by less than 5 % (`answers.NEAR_TIE`, our
@@ -21,17 +24,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
-from spear.labels.answers import MAKERS, Maker, Scene, Segments, is_a, pick, pixels
+from spear.labels.answers import MAKERS, MAKERS_PIXEL, Maker, Scene, Segments, is_a, pick, pixels
 from spear.labels.answers_2d import MAKERS_2D
 from spear.labels.quality import BAR, QualityBar, failings
 from spear.labels.templates import EVERYDAY, POINTS, PROMPTS, UNITS, with_article
-from spear.types import LabeledImage, LabeledObject, Pixel, Question, Unit
+from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
 
 FAMILIES = tuple(MAKERS)
 FAMILIES_2D = tuple(MAKERS_2D)
-_MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D}
+FAMILIES_PIXEL = tuple(MAKERS_PIXEL)
+_MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D, **MAKERS_PIXEL}
 
-NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1}
+NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
 """Families whose answers are numbers alone -> how many."""
 PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 """Families whose answers are image locations alone -> how many."""
@@ -88,6 +92,7 @@ def generate(
     bar: QualityBar = BAR,
     absent: Sequence[str] = EVERYDAY,
     coordinates: Rounding | None = None,
+    depth: Array | None = None,
 ) -> list[Question]:
     """Ask about an image.
 
@@ -95,11 +100,12 @@ def generate(
         label: the image and its objects.
         rng: decides everything random here; the same state gives the same questions.
         pairs: fewest and most questions.
-        families: of `FAMILIES` and `FAMILIES_2D`, drawn with equal chance.
+        families: of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
         bar: objects under it are not asked about in 3D.
         absent: names that "exists" may ask about when the image does not show them.
         coordinates: 3D tokens to whose numbers those of the answers are rounded; which of two is closer is not
             asked when they make it a tie. None leaves the numbers as they are.
+        depth: of the image, see `spear.labels.answers.Scene`; without it "pixel_point" is not asked.
 
     Returns:
         Up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not allow
@@ -120,7 +126,7 @@ def generate(
             "fitted on labels of the same unit"
         )
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
-    scene = Scene(label, askable(label, bar), flat, absent)
+    scene = Scene(label, askable(label, bar), flat, absent, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
     questions: list[Question] = []
     seen = set()

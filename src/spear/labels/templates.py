@@ -61,6 +61,13 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
         "Compare the distance to {x} with the distance to {y}: which is closer?",
         "Give the distance to {x}, the distance to {y} and the closer of the two",
     ),
+    "pixel_point": (
+        "Provide the 3D coordinates of the pixel {p}",
+        "Where is {p} in 3D?",
+        "Estimate the 3D position of what is at {p}",
+        "Give the x, y, z of {p}",
+        "Locate the pixel {p} in 3D",
+    ),
     "what_at": (
         "What is at {p}?",
         "Which object is at {p}?",

@@ -13,7 +13,8 @@ import torch
 from spear.data.images import JITTER_DRAWS, jitter
 from spear.errors import SpearError
 from spear.images import decode_image
-from spear.labels.questions import generate
+from spear.labels.depth import DepthImages
+from spear.labels.questions import FAMILIES_PIXEL, generate
 from spear.labels.store import read
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -53,11 +54,26 @@ def _compact(o: LabeledObject, masks: bool) -> LabeledObject:
     return dataclasses.replace(o, mask=array("i", o.mask) if masks else ())
 
 
+def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
+    """The depth of the images that `load_labels` gave, by view: row i belongs to label i.
+
+    Raises `SpearError` for a folder without, or with that of other images.
+    """
+    found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
+    for view, images in found.items():
+        if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
+            raise SpearError(
+                f"{folder}: depth/{view} is of other images than the labels: label again with `spear label --scenes`"
+            )
+    return found
+
+
 class QuestionSamples:
     """Batches of images with questions: a pure function of (seed, step).
 
     labels   view -> labelled images. A batch is of one view: "wrist" with probability `mix.wrist`.
     augment  strength of photometric jitter.
+    depth    view -> the depth of these images (`load_depth`), needed where the mix asks about pixels.
     """
 
     def __init__(
@@ -68,10 +84,14 @@ class QuestionSamples:
         images: int,
         seed: int,
         augment: float = 0.0,
+        depth: Mapping[str, DepthImages] | None = None,
     ) -> None:
         if not labels or not all(labels.values()):
             raise SpearError("no labelled images: make some with `spear label --source sim --out …`")
-        self.labels = labels
+        if depth is None and set(mix.families) & set(FAMILIES_PIXEL):
+            raise SpearError("questions about pixels need the depth of the images")
+        self.labels = {view: images[: mix.most_images or None] for view, images in labels.items()}
+        self.depth = depth
         self.processor = processor
         self.mix = mix
         self.images = images
@@ -88,8 +108,10 @@ class QuestionSamples:
         questions: list[Question] = []
         owners: list[int] = []
         while len(pixels) < self.images:
-            label = labels[int(rng.integers(len(labels)))]
-            asked = generate(label, rng, self.mix.pairs, self.mix.families)
+            row = int(rng.integers(len(labels)))
+            label = labels[row]
+            depth = None if self.depth is None else self.depth[view][row][1]
+            asked = generate(label, rng, self.mix.pairs, self.mix.families, depth=depth)
             if not asked:
                 continue
             image = decode_image(label.image, label.source)

@@ -8,7 +8,8 @@ are ours, sized for two CPU cores. docs/recipes.md has all of them as tables.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spear.data.normalize import Mode
@@ -30,6 +31,7 @@ class QuestionMix:
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
     coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
                          3D token; 0 is the paper's one-hot target.
+    most_images          ask about so many of the labelled images of each view, the first ones (0: about all).
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -37,6 +39,7 @@ class QuestionMix:
     wrist: float = 0.0
     coordinate_weight: float = 2.0
     coordinate_smoothing: float = 0.0
+    most_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Recipe:
     augment       strength of photometric augmentation, 0 to 1.
     normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
+    flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
     lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`); which of
                   its own weights learn beside them is the freeze schedule's matter, as ever.
     lora_alpha    they count alpha / rank.
@@ -84,6 +88,7 @@ class Recipe:
     augment: float = 0.0
     normalization: Mode = "quantile"
     normalize_each: bool = False
+    flow: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = 0
     lora_alpha: float = 16.0
 

@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import spear
 from spear.data.episode import EpisodeStore
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.errors import SpearError
-from spear.labels.questions import all_texts
+from spear.errors import SpearError, unknown_name
+from spear.flow import FlowConfig
+from spear.labels.questions import FAMILIES_PIXEL, all_texts
 from spear.models import weights
 from spear.models.moge import MogeDepthConfig, MogeForDepth
 from spear.models.naming import PatchNaming
@@ -38,7 +39,7 @@ from spear.train.devices import choose_device
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
 from spear.train.naming import NamingTask
 from spear.train.optimize import Task
-from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_labels
+from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_depth, load_labels
 from spear.train.recipes import Recipe, recipe
 from spear.train.vla import VlaTask
 from spear.types import LabeledImage
@@ -73,6 +74,39 @@ def train(
     Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run` does.
     """
     stage = recipe(name).changed(**overrides)
+    return train_recipe(
+        stage,
+        out,
+        labels,
+        episodes,
+        init,
+        moge,
+        seed,
+        workers,
+        save_every,
+        log_every,
+        quiet,
+        device,
+        sharded,
+    )
+
+
+def train_recipe(
+    stage: Recipe,
+    out: Path,
+    labels: Path | None = None,
+    episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
+    init: Path | None = None,
+    moge: Path | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    save_every: int = 500,
+    log_every: int = 20,
+    quiet: bool = False,
+    device: str = "auto",
+    sharded: bool = False,
+) -> Path:
+    """As `train`, for a recipe that is not in the list as it is."""
     started = time.time()
     place = choose_device(device)
     parallel.start(place)
@@ -133,7 +167,7 @@ def build(
 ) -> Built:
     """A recipe's model and task, before the first step; arguments as in `train`."""
     torch.manual_seed(seed)
-    size = preset(stage.preset)
+    size = _with_flow(preset(stage.preset), stage.flow)
     pieces = stage.optimization.accumulate
     stage = stage.changed(
         batch_size=parallel.share(stage.batch_size, "batch_size", pieces),
@@ -148,6 +182,14 @@ def build(
     else:
         built = _vla(stage, size, labels, episodes, init, seed)
     return _with_lora(stage, *built) if stage.lora_rank else built
+
+
+def _with_flow(size: Preset, changes: Mapping[str, Any]) -> Preset:
+    known = {field.name for field in dataclasses.fields(FlowConfig)}
+    for key in changes:
+        if key not in known:
+            raise unknown_name("flow setting", key, known)
+    return dataclasses.replace(size, flow={**size.flow, **changes})
 
 
 def _with_lora(stage: Recipe, model: torch.nn.Module, task: Task, save: Callable[[Path], Any]) -> Built:
@@ -198,7 +240,7 @@ def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Pat
             )
             _renew_coordinates(earlier, processor, stage, seed)
         model = _grown(earlier, stage, size, processor, moge, seed)
-    samples = QuestionSamples(known, processor, stage.questions, stage.batch_size, seed, stage.augment)
+    samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -231,6 +273,10 @@ def _vla(
         processor = Processor.load(init)
         kind = json.loads((init / "config.json").read_text())["model_type"]
         if kind == Spear1ForActionPrediction.config_class.model_type:
+            if stage.flow:
+                raise SpearError(
+                    f"recipe {stage.name} changes the flow, which that of {init} fixes: begin at a SPEAR-VLM"
+                )
             model = weights.load(Spear1ForActionPrediction, init)
         else:
             vlm = weights.load(SpearVLMForConditionalGeneration, init)
@@ -244,10 +290,8 @@ def _vla(
     samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
-        _need(labels, stage, "labels")
-        questions = QuestionSamples(
-            known, processor, stage.questions, stage.question_images, seed, stage.augment
-        )
+        folder = _need(labels, stage, "labels")
+        questions = _questions(stage, folder, known, processor, stage.question_images, seed)
     task = VlaTask(
         model,
         processor,
@@ -265,6 +309,19 @@ def _vla(
         normalizer.save(folder / "normalizer.json")
 
     return model, task, save
+
+
+def _questions(
+    stage: Recipe,
+    folder: Path,
+    labels: dict[str, list[LabeledImage]],
+    processor: Processor,
+    images: int,
+    seed: int,
+) -> QuestionSamples:
+    mix = stage.questions
+    depth = load_depth(folder, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
+    return QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
 def _need(path: Path | None, stage: Recipe, what: str) -> Path:

@@ -1,0 +1,88 @@
+"""What the ablations learn from: given folders, or folders that are made as those of the shipped weights are."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.labels.store import LabelStore
+from spear.models.presets import preset
+from spear.scenes import label_scenes
+from spear.sim.record import record
+from spear.sim.scene import FAMILIES, TRAIN_SEED
+
+SCENES = 13_056
+FIRST_SCENE = 200_000
+DEMONSTRATIONS = 2000
+"""Labelled scenes, and demonstrations per task family (from the first seed that is not kept for testing), as in
+scripts/train_nano.sh."""
+PRESET = "nano"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from. labels, episodes: folders. images: labelled images per view. key: a hash of their files."""
+
+    labels: Path
+    episodes: Path
+    images: int
+    key: str
+
+
+def look_at(labels: Path, episodes: Path) -> Data:
+    """What is in two folders, known by the names, sizes and ends of their files.
+
+    Raises `SpearError` for a folder without labelled images or episodes.
+    """
+    EpisodeStore(episodes)
+    view = labels / "external"
+    images = len(LabelStore(view if view.is_dir() else labels))
+    digest = hashlib.sha256()
+    for folder in (labels, episodes):
+        for path in sorted(p for kind in ("*.parquet", "*.arrow", "*.txt") for p in folder.rglob(kind)):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 65536))
+                digest.update(file.read())
+    return Data(labels, episodes, images, digest.hexdigest()[:12])
+
+
+def make_labels(
+    folder: Path, scenes: int = SCENES, workers: int = 2, say: Callable[[str], None] = print
+) -> Path:
+    """Labels that many clutter scenes of the simulator into `folder`; goes on where an earlier call was killed."""
+    complete = folder / "complete"
+    if not complete.is_file():
+        say(f"labelling {scenes:,} scenes into {folder}")
+        label_scenes(folder, scenes, dict(preset(PRESET).image_sizes), FIRST_SCENE, workers)
+        complete.touch()
+    return folder
+
+
+def make_episodes(
+    folder: Path, each: int = DEMONSTRATIONS, workers: int = 2, say: Callable[[str], None] = print
+) -> Path:
+    """Records that many demonstrations of each task family into `folder`, whole or not at all, without failures."""
+    if not folder.is_dir():
+        say(f"recording {each:,} demonstrations of each family into {folder}")
+        sizes = preset(PRESET).image_sizes
+        part = folder.with_name(f".part-{folder.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        tasks = [(family, TRAIN_SEED + index) for index in range(each) for family in FAMILIES]
+        made = record(tasks, sizes["external"], sizes["wrist"], workers=workers)
+        write_episodes((episode for episode in made if episode.success), part)
+        part.replace(folder)
+    return folder
+
+
+def stand_in(folder: Path, labels: Path | None, episodes: Path | None) -> Data:
+    """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on all data."""
+    small = look_at(
+        labels or make_labels(folder / "labels", 64, 1, lambda _: None),
+        episodes or make_episodes(folder / "episodes", 1, 1, lambda _: None),
+    )
+    return Data(small.labels, small.episodes, small.images if labels else SCENES, small.key)

@@ -1,0 +1,171 @@
+"""From rows to what has to be trained and scored: each training once, however many rows and seeds share it.
+
+A training is known by its contents: recipe, preset, seed, data, and the trainings that it begins with. Its key is a
+hash of these, so that what was trained under a key stays valid whatever else is asked for later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spear.ablations.data import Data
+from spear.ablations.rows import PRETRAINING, Row, Stage, Table
+from spear.errors import SpearError
+from spear.flow import FlowConfig
+from spear.models.presets import preset
+from spear.train.recipes import RECIPES, Recipe, recipe
+
+POLICY = "nano-vla"
+"""A budget is given as the steps of this recipe; all others are in proportion."""
+AGAIN = 1000
+"""Added to the seed of a stage that continues on the same data."""
+_WORDS = ("name", "description", "starts_from")
+"""Fields of a recipe that change nothing."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage to train: a recipe as it will run, its seed, and the keys of what it begins with (None: nothing)."""
+
+    key: str
+    recipe: Recipe
+    seed: int
+    init: str | None = None
+    moge: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return f"{self.recipe.name}-{self.key}"
+
+    @property
+    def steps(self) -> int:
+        """How long it is."""
+        return self.recipe.optimization.steps
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A trained policy to score, on so many scenes of each task family."""
+
+    policy: Training
+    scenes: int
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name. More scenes add to it."""
+        return self.policy.key
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do, in order.
+
+    tables   with their rows.
+    jobs     trainings and scorings, each after what it needs; all rows of the first seed come first.
+    chains   (row, seed) -> its trainings, the policy last.
+    """
+
+    tables: Sequence[tuple[Table, Sequence[Row]]]
+    jobs: Sequence[Training | Scoring]
+    chains: Mapping[tuple[str, int], Sequence[Training]]
+    seeds: int
+    scenes: int
+
+    @property
+    def trainings(self) -> list[Training]:
+        """All of them, once each."""
+        return [job for job in self.jobs if isinstance(job, Training)]
+
+    @property
+    def scorings(self) -> list[Scoring]:
+        """All of them, once each."""
+        return [job for job in self.jobs if isinstance(job, Scoring)]
+
+    def scoring(self, row: str, seed: int) -> Scoring:
+        """The one that gives a row's number for a seed."""
+        return Scoring(self.chains[row, seed][-1], self.scenes)
+
+
+def make_plan(
+    tables: Sequence[tuple[Table, Sequence[Row]]],
+    data: Data,
+    seeds: int = 3,
+    scenes: int = 200,
+    budget: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Plan:
+    """All trainings and scorings that some rows need.
+
+    scenes   held-out scenes per task family.
+    budget   steps of the full row's policy; every stage of every row is shorter or longer in the same proportion.
+             None: the recipes' own steps.
+    changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
+
+    Raises `SpearError` for fewer than one seed, scene or step.
+    """
+    for name, value in (("seeds", seeds), ("scenes", scenes), ("budget", 1 if budget is None else budget)):
+        if value < 1:
+            raise SpearError(f"--{name} {value}: give 1 or more")
+    own = RECIPES[POLICY].optimization.steps
+    pace = 1.0 if budget is None else budget / own
+    if "steps" in (changes or {}):
+        raise SpearError("--set steps: every stage has its own number: use --budget")
+    jobs: dict[str, Training | Scoring] = {}
+    chains: dict[tuple[str, int], Sequence[Training]] = {}
+    for seed in range(seeds):
+        for _, rows in tables:
+            for row in rows:
+                chain = _chain(row, seed, data, pace, dict(changes or {}))
+                chains[row.name, seed] = chain[-len(row.stages) :]
+                for training in chain:
+                    jobs.setdefault(training.key, training)
+                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes))
+    return Plan(tables, list(jobs.values()), chains, seeds, scenes)
+
+
+def _chain(row: Row, seed: int, data: Data, pace: float, changes: Mapping[str, Any]) -> list[Training]:
+    """A row's trainings for a seed, the depth encoder's first when it is needed."""
+    chain: list[Training] = []
+    moge = None
+    if any(stage.moge for stage in row.stages):
+        chain.append(_training(Stage("nano-depth"), row, seed, data, pace, changes))
+        moge = chain[0].key
+    before = None
+    for stage in row.stages:
+        chain.append(_training(stage, row, seed, data, pace, changes, before, moge if stage.moge else None))
+        before = chain[-1].key
+    return chain
+
+
+def _training(
+    stage: Stage,
+    row: Row,
+    seed: int,
+    data: Data,
+    pace: float,
+    changes: Mapping[str, Any],
+    init: str | None = None,
+    moge: str | None = None,
+) -> Training:
+    plain = recipe(stage.recipe)
+    steps = round(plain.optimization.steps * stage.length * pace)
+    one = plain.changed(**{**changes, **stage.changes})
+    one = one.changed(steps=max(1, steps) if stage.length else 0)
+    if stage.recipe in PRETRAINING:
+        seed = 0
+    elif 0 < row.images < 1:
+        one = one.changed(most_images=max(1, round(row.images * data.images)))
+    if stage.again:
+        seed += AGAIN
+    fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
+    size = dataclasses.asdict(preset(one.preset))
+    # A recipe that says what its preset or a default says is the same as one that says nothing.
+    size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
+    identity = json.dumps([fields, size, seed, init, moge, data.key], sort_keys=True)
+    return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)

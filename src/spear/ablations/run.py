@@ -1,0 +1,164 @@
+"""Does what a plan says. Killed at any moment, the same command goes on; started several times, they share the work.
+
+OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final` (checkpoints only while it runs)
+OUT/scores/KEY/          the journal of a policy's episodes
+OUT/locks/               who works on what
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from spear.ablations.data import Data
+from spear.ablations.plan import Plan, Scoring, Training
+from spear.data.episode import EpisodeStore
+from spear.errors import SpearError
+from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.journal import journals, read_journal
+from spear.evaluate.load import load_actor
+from spear.evaluate.results import Results, merge
+from spear.sim.scene import FAMILIES
+from spear.train.run import train_recipe
+
+WAIT = 5.0
+"""Seconds between looks at what other processes have finished."""
+Job = Training | Scoring
+
+
+def final(out: Path, training: Training) -> Path:
+    """Where a training's result lies."""
+    return out / "stages" / training.folder / "final"
+
+
+def scored(out: Path, scoring: Scoring) -> Results | None:
+    """The episodes of a scoring once all have ended, those of its scenes only; None before that."""
+    found = journals(out / "scores" / scoring.folder)
+    if not found:
+        return None
+    whole = merge([read_journal(path) for path in found])
+    outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes]
+    if len(outcomes) < scoring.scenes * len(FAMILIES):
+        return None
+    return Results(whole.policy, whole.settings, outcomes, whole.seconds)
+
+
+def done(out: Path, job: Job) -> bool:
+    """Whether nothing is left to do for it."""
+    if isinstance(job, Scoring):
+        return scored(out, job) is not None
+    return (final(out, job) / "recipe.json").is_file()
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    data: Data,
+    workers: int = 1,
+    quiet: bool = False,
+    say: Callable[[str], None] = print,
+    on_score: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Trains and scores until all is done, here or in other processes with the same `out`.
+
+    workers   processes that prepare batches, per training.
+    on_score  called after each scoring of this process.
+
+    Returns what was set aside, with the reasons: a training that failed, which stops no other row.
+    """
+    trainings = {t.key: t for t in plan.trainings}
+    waiting = list(plan.jobs)
+    failed: dict[str, str] = {}
+    while True:
+        for job in waiting:
+            lost = next((failed[key] for key in _needs(job) if key in failed), None)
+            if lost is not None:
+                failed[_name(job)] = lost
+        waiting = [job for job in waiting if _name(job) not in failed and not done(out, job)]
+        if not waiting:
+            return list(dict.fromkeys(failed.values()))
+        for job in waiting:
+            if not all(done(out, trainings[key]) for key in _needs(job)):
+                continue
+            with lock(out / "locks" / _name(job)) as ours:
+                if not ours or done(out, job):
+                    continue
+                try:
+                    if isinstance(job, Scoring):
+                        _score(job, out, quiet, say)
+                        on_score()
+                    else:
+                        _train(job, trainings, out, data, workers, quiet, say)
+                except SpearError as error:
+                    failed[_name(job)] = f"{_name(job)}: {error}"
+            break
+        else:
+            time.sleep(WAIT)
+
+
+def _name(job: Job) -> str:
+    return f"score-{job.folder}" if isinstance(job, Scoring) else job.key
+
+
+def _needs(job: Job) -> list[str]:
+    """The keys of the trainings that come before it."""
+    if isinstance(job, Scoring):
+        return [job.policy.key]
+    return [key for key in (job.init, job.moge) if key is not None]
+
+
+def _train(
+    job: Training,
+    trainings: Mapping[str, Training],
+    out: Path,
+    data: Data,
+    workers: int,
+    quiet: bool,
+    say: Callable[[str], None],
+) -> None:
+    say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
+    folder = out / "stages" / job.folder
+    before, moge = (None if key is None else final(out, trainings[key]) for key in (job.init, job.moge))
+    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
+    train_recipe(
+        job.recipe,
+        folder,
+        data.labels,
+        robots,
+        before,
+        moge,
+        job.seed,
+        workers if job.steps else 0,
+        quiet=quiet,
+    )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
+    say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
+    actor, cameras = load_actor(str(final(out, job.policy)))
+    actor.name = job.policy.folder  # the folder may be moved
+    evaluate(actor, scenes=job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may work on something (True when it waits until it may).
+
+    The lock goes when the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also where a process that prepares batches still has the file

@@ -1,0 +1,152 @@
+"""What the finished trainings say: numbers with intervals, the published ones beside them, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from spear.ablations.data import Data
+from spear.ablations.plan import Plan
+from spear.ablations.rows import Row, Table
+from spear.ablations.run import scored
+from spear.evaluate.reference import references
+from spear.evaluate.results import Results
+from spear.evaluate.seeds import difference, mean_success
+from spear.evaluate.stats import Estimate
+from spear.sim.scene import FAMILIES
+from spear.types import Array
+
+Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
+NOT_PUBLISHED: Verdict = "–"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table as far as it has run.
+
+    success     mean of the task families over seeds and scenes; None before the first seed is scored.
+    by_seed     the same for each training.
+    against     success minus that of the row it is compared with, over the seeds that both have.
+    published   the paper's number, %, and its distance, points, from the paper's counterpart of that row.
+    verdict     whether the sign of `against` is the paper's; "–" where the paper has no number to compare with.
+    steps       of the policy's training. images: 3D-labelled images that questions were asked about.
+    """
+
+    row: Row
+    success: Estimate | None
+    by_seed: Sequence[float]
+    against: Estimate | None
+    published: float | None
+    published_against: float | None
+    verdict: Verdict
+    steps: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A table with its lines, and where its published numbers come from ("" where there are none)."""
+
+    table: Table
+    lines: Sequence[Line]
+    source: str
+
+
+def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
+    """The tables of a plan with what has been scored so far."""
+    filled = []
+    for table, rows in plan.tables:
+        reference = references()[table.reference] if table.reference else None
+        means = dict(reference.means) if reference else {}
+        results = {row.name: _results(plan, out, row) for row in rows}
+        first = next(row for row in rows if row.name == table.against)
+        lines = [_line(plan, data, row, first, results, means) for row in rows]
+        source = f"{reference.title}. {reference.source}" if reference else ""
+        filled.append(Filled(table, lines, source))
+    return filled
+
+
+def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
+    """Everything that the pages show, as data."""
+    return [
+        {
+            "table": filled.table.name,
+            "against": filled.table.against,
+            "source": filled.source,
+            "lines": [
+                {**asdict(line), "row": line.row.name, "title": line.row.title} for line in filled.lines
+            ],
+        }
+        for filled in tables
+    ]
+
+
+def judge(against: Estimate | None, published: float | None, seeds: int) -> Verdict:
+    """Whether a difference has the sign of the published one, if its interval leaves that open or not.
+
+    against    ours; None where one of the two has not run. published: theirs, points.
+    seeds      trainings behind ours. One alone cannot tell a better recipe from a lucky draw.
+    """
+    if published is None:
+        return NOT_PUBLISHED
+    if against is None:
+        return "not run yet"
+    if seeds < 2:
+        return "cannot tell: one seed"
+    if against.low <= 0 <= against.high:
+        return "cannot tell"
+    return "agrees" if (against.value > 0) == (published > 0) else "disagrees"
+
+
+def _line(
+    plan: Plan,
+    data: Data,
+    row: Row,
+    first: Row,
+    results: dict[str, dict[int, Results]],
+    means: dict[str, float],
+) -> Line:
+    own, other = results[row.name], results[first.name]
+    shared = sorted(set(own) & set(other))
+    against = None
+    if row != first and shared:
+        against = difference(_success(own, shared), _success(other, shared))
+    published, base = means.get(row.published), means.get(first.published)
+    apart = None if row == first or published is None or base is None else published - base
+    return Line(
+        row,
+        mean_success(_success(own, sorted(own))) if own else None,
+        [own[seed].mean_success for seed in sorted(own)],
+        against,
+        published,
+        apart,
+        judge(against, apart, len(shared)),
+        sum(t.steps for t in plan.chains[row.name, 0] if t.recipe.kind == "vla"),
+        round(row.images * data.images) if _asks(plan, row) else 0,
+    )
+
+
+def _asks(plan: Plan, row: Row) -> bool:
+    """Whether any stage beyond the pretraining asks 3D questions."""
+    return any(t.recipe.name in ("nano-vlm-1", "nano-vlm-2") and t.steps for t in plan.chains[row.name, 0])
+
+
+def _results(plan: Plan, out: Path, row: Row) -> dict[int, Results]:
+    found = {seed: scored(out, plan.scoring(row.name, seed)) for seed in range(plan.seeds)}
+    return {seed: results for seed, results in found.items() if results is not None}
+
+
+def _success(results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
+    """Success [seeds, scenes] of each family, scenes in order."""
+    tables = []
+    for family in FAMILIES:
+        rows = []
+        for seed in seeds:
+            outcomes = sorted((o for o in results[seed].outcomes if o.family == family), key=lambda o: o.seed)
+            rows.append([o.success for o in outcomes])
+        tables.append(np.array(rows, bool))
+    return tables
