@@ -16,7 +16,7 @@ import pytest
 
 from data_tiny import make
 from spear.data import episode as episode_module
-from spear.data.episode import EpisodeStore
+from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.layout import episode_from
 from spear.data.lerobot import read_lerobot
 from spear.data.lerobot_write import write_lerobot
@@ -170,20 +170,19 @@ def test_an_rlds_episode_without_steps_is_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "mkstemp"])
-def test_a_full_disk_while_preparing_leaves_nothing(
-    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+def test_a_full_disk_while_recording_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     owner = os if function == "fsync" else episode_module.tempfile
     monkeypatch.setattr(owner, function, full)
-    before = sorted(tmp_path.iterdir())
     with pytest.raises(SpearError, match=r"cannot write: .*No space left on device; free some space"):
-        prepare(three, tmp_path / "store")
-    assert sorted(tmp_path.iterdir()) == before
+        write_episodes([make(0)], tmp_path / "store")
+    assert not list(tmp_path.glob("store/*"))
     monkeypatch.undo()
-    assert prepare(three, tmp_path / "store")[0] == len(EpisodeStore(tmp_path / "store")) == 3
+    assert write_episodes([make(0)], tmp_path / "store") == len(EpisodeStore(tmp_path / "store")) == 1
 
 
 def test_a_full_disk_while_exporting_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,8 @@ def test_what_is_written_is_read_back_without_a_layout(
                 assert np.abs(decode_image(x).astype(float) - decode_image(y)).mean() < 12
     store, reasons = open_store(ours / f"v3.0_{kind}", tmp_path)
     assert len(store) == 8 and not reasons and store.source(3) == before[3].source
-    assert len(EpisodeStore(tmp_path / f"v3.0_{kind}")) == 8
+    (prepared,) = tmp_path.glob(f"v3.0_{kind}-*")
+    assert len(EpisodeStore(prepared)) == 8
 
 
 def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

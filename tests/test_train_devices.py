@@ -103,7 +103,7 @@ def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
         model(
             torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu"), torch.ones(2, 32, 48, device="cpu")
         ).loss.backward()
-    assert placed.made > 2 and not placed.adrift
+    assert placed.made > 0 and not placed.adrift
 
 
 def test_nothing_of_the_model_would_stay_behind() -> None:

@@ -54,7 +54,7 @@ def ablations(
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
         budget: Steps of the full row's policy, for example 3000, to which all other stages are in proportion; or
-            minutes for everything by one process, for example 600min. Without it the recipes' own 10,500 steps.
+            minutes for everything by one process, for example 600min. Without it the recipes' own 12,000 steps.
         set: Changes to every recipe as KEY=VALUE, as in spear train.
         workers: Processes that prepare batches, for each training.
         plan: Only print what would be done, and how long it will take here.
