@@ -100,10 +100,13 @@ def _attempt(ray: Any, command: Sequence[str], nodes: int, gpus: int, folder: st
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={endpoint}",
             "--rdzv-id=spear",
-            "--no-python",
-            *command,
         ]
-        waiting = [each.run.remote(words, folder) for each in actors]
+        # torchrun would guess who holds the meeting place, from names and addresses that it does not always know.
+        holds = [f"--rdzv-conf=is_host={str(i == 0).lower()}" for i in range(nodes)]
+        waiting = [
+            each.run.remote([*words, hold, "--no-python", *command], folder)
+            for each, hold in zip(actors, holds, strict=True)
+        ]
         while waiting:
             done, waiting = ray.wait(waiting)
             code = ray.get(done[0])
