@@ -102,13 +102,13 @@ def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_takes_a_lerobot_folder(shared: Path, tmp_path: Path) -> None:
     """What `spear train --episodes` opens: prepared once, then taken as it is."""
-    from spear.cli.commands import _episodes
+    from spear.cli.arguments import open_episodes
 
     folder = tmp_path / "arm"
     shutil.copytree(shared / "data" / "lerobot" / "v2.1_video", folder)
     folder.chmod(0o755)
     layout = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
     (folder / "spear.json").write_text(json.dumps(layout))
-    assert len(_episodes(folder, tmp_path / "run")) == 8
+    assert len(open_episodes(folder, tmp_path / "run")) == 8
     shutil.rmtree(folder / "videos", ignore_errors=True)
-    assert len(_episodes(folder, tmp_path / "run")) == 8
+    assert len(open_episodes(folder, tmp_path / "run")) == 8

@@ -1,4 +1,5 @@
-"""The command line: `spear COMMAND …`. Commands are functions in `spear.cli.commands`."""
+"""The command line: `spear COMMAND …`. Commands are functions whose docstrings are their help; what is heavy is
+imported inside them."""
 
 from __future__ import annotations
 
@@ -15,20 +16,32 @@ import tyro
 
 import spear
 from spear.cli.ablation_commands import ABLATION_COMMANDS
-from spear.cli.commands import COMMANDS
+from spear.cli.commands import COMMANDS as BASIC_COMMANDS
+from spear.cli.data_commands import DATA_COMMANDS
 from spear.cli.evaluate_commands import EVALUATE_COMMANDS
 from spear.cli.harness_commands import HARNESS_COMMANDS
+from spear.cli.label_commands import LABEL_COMMANDS
 from spear.cli.plan_commands import PLAN_COMMANDS
+from spear.cli.serve_commands import SERVE_COMMANDS
+from spear.cli.train_commands import TRAIN_COMMANDS
 from spear.cli.vqa_commands import VQA_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import SpearError, unknown_name
 
-COMMANDS.update(WEIGHT_COMMANDS)
-COMMANDS.update(EVALUATE_COMMANDS)
-COMMANDS.update(PLAN_COMMANDS)
-COMMANDS.update(HARNESS_COMMANDS)
-COMMANDS.update(VQA_COMMANDS)
-COMMANDS.update(ABLATION_COMMANDS)
+COMMANDS: dict[str, Callable[..., None]] = {
+    **LABEL_COMMANDS,
+    **BASIC_COMMANDS,
+    **TRAIN_COMMANDS,
+    **EVALUATE_COMMANDS,
+    **VQA_COMMANDS,
+    **ABLATION_COMMANDS,
+    **SERVE_COMMANDS,
+    **HARNESS_COMMANDS,
+    **DATA_COMMANDS,
+    **WEIGHT_COMMANDS,
+    **PLAN_COMMANDS,
+}
+"""Every command by its words, in the order of the help."""
 
 EXTRAS = {
     "mujoco": "sim",
@@ -130,6 +143,7 @@ def _overview() -> str:
         "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it.",
         "",
     ]
+    width = max(map(len, COMMANDS)) + 1
     for name, command in COMMANDS.items():
-        lines.append(f"  spear {name:<17} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  spear {name:<{width}} {(command.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "`spear COMMAND --help` explains a command, with an example."])

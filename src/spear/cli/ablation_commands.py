@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from spear.cli.commands import recipe_changes
+from spear.cli.arguments import Folder, recipe_changes
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
     from spear.ablations.data import Data
     from spear.ablations.plan import Plan
 
-Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Budget = Annotated[str | None, arg(metavar="STEPS|MINUTES")]
 
 

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import File
 from spear.errors import SpearError
 
 Source = Annotated[Positional[Path], arg(metavar="FOLDER")]
 Sources = Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
-File = Annotated[Path | None, arg(metavar="FILE")]
 
 
 def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
@@ -203,7 +203,7 @@ def _report(reasons: Sequence[str]) -> None:
         print(f"set aside: {reason}", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+DATA_COMMANDS: dict[str, Callable[..., None]] = {
     "data inspect": inspect,
     "data prepare": prepare,
     "data export": export,

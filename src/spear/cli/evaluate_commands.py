@@ -1,17 +1,148 @@
-"""Commands about results: comparing two of them, putting parts together."""
+"""Evaluating policies, comparing the results of two, putting parts together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.simpler_commands import evaluate_simpler
 from spear.errors import SpearError, unknown_name
 
-File = Annotated[Path | None, arg(metavar="FILE")]
+
+def evaluate(
+    policy: str = "nano",
+    families: tuple[str, ...] = (),
+    scenes: int = 381,
+    first_seed: int = 0,
+    replan: int = 2,
+    batch: int = 32,
+    films: str = "1",
+    out: Path = Path("runs/evaluate"),
+    compare: File = None,
+    execution: Literal["sync", "async", "ensemble"] = "sync",
+    latency_ms: float = 0.0,
+    shard: str = "1/1",
+) -> None:
+    """Let a policy act in simulated scenes it has never seen, and count its successes.
+
+    Prints success per task family with 95 % intervals; writes OUT/results.json and films of successes and
+    failures. Outcomes are written as they come: the same command continues an evaluation that was stopped, and one
+    with more --scenes adds to it.
+
+    Examples:
+        spear evaluate --policy nano --scenes 200
+        spear evaluate --policy runs/my_policy --families stack_cube --compare runs/evaluate --out runs/mine
+        spear evaluate --policy nano --shard 2/5 --films failures
+
+    Args:
+        policy: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
+            server, or a reference: expert or nothing.
+        families: Task families; all of them when none is given.
+        scenes: Scenes per family. 381 are enough to know each family's success rate to ±5 points.
+        first_seed: Scenes first-seed, first-seed + 1, … below 10000.
+        replan: How many of the predicted actions are executed before the policy looks again.
+        batch: Scenes that run at once.
+        films: Films of so many successes and failures per family; or failures, for a film of every failure.
+        out: Folder for the results.
+        compare: An earlier folder or results.json: also print the difference on the scenes that both have seen.
+        execution: sync waits for each chunk of actions; async moves on while the next one is computed;
+            ensemble looks at every step and averages what all chunks say about it.
+        latency_ms: Simulated time that the policy takes to answer, in milliseconds.
+        shard: Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
+            there; parts from other machines with `spear evaluate merge`.
+    """
+    from rich import print as show
+
+    from spear.evaluate.closed_loop import evaluate as run
+    from spear.evaluate.compare import compare as difference
+    from spear.evaluate.journal import Shard, load
+    from spear.evaluate.load import load_actor
+    from spear.evaluate.reference import beside
+    from spear.sim.scene import FAMILIES
+
+    if films != "failures" and not films.isdecimal():
+        raise SpearError(f"--films {films}: give a number, or failures for a film of every failure")
+    part = Shard.parse(shard)
+    earlier = load(compare) if compare else None
+    actor, sizes = load_actor(policy)
+    run(
+        actor,
+        families or FAMILIES,
+        scenes,
+        first_seed,
+        replan,
+        batch,
+        films="failures" if films == "failures" else int(films),
+        execution=execution,
+        latency_ms=latency_ms,
+        out=out,
+        shard=part,
+        **sizes,
+    )
+    results = load(out)
+    results.save(out / "results.json")
+    show(results.table())
+    for published in beside(results):
+        show(published.table([(policy, results)]))
+    if earlier:
+        show(difference(results, earlier).table())
+    print(f"results in {out}")
+
+
+def evaluate_data(
+    policy: Annotated[Positional[str], arg(metavar="POLICY")],
+    data: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    /,
+    split: str = "train",
+    train: Folder = None,
+    train_split: Name = None,
+    plot: File = None,
+) -> None:
+    """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
+
+    Prints the errors, with 95 % intervals over episodes, beside those of two policies that see nothing: always the mean
+    action, and always the last action again.
+
+    Examples:
+        spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.png
+        spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
+
+    Args:
+        policy: nano (comes with this package) or a folder with a trained policy.
+        data: Folder of held-out episodes, in any format (see `spear data inspect`).
+        split: Which of its episodes are held out: train, val, train[90%:] …
+        train: Folder of the training episodes, whose mean action is a reference (default: the same folder
+            with --train-split, or else the held-out episodes).
+        train_split: Which of the training folder's episodes were trained on.
+        plot: Save a plot of predictions and truth as PNG.
+    """
+    from tempfile import TemporaryDirectory
+
+    from spear.evaluate import open_loop
+    from spear.policy import Spear1Policy
+
+    with TemporaryDirectory() as scratch:
+        held_out = open_episodes(data, Path(scratch) / "held-out", split)
+        ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
+        learned = held_out
+        if train or train_split:
+            learned = open_episodes(train or data, Path(scratch) / "train", train_split or "train")
+        reference = open_loop.score_mean_action(learned, held_out)
+        scores = (ours, reference, open_loop.score_last_action(held_out))
+    print(
+        f"{len(held_out)} held-out episodes".ljust(24)
+        + "".join(f"{s.name[-26:]:<28}" for s in scores).rstrip()
+    )
+    summaries = [score.summary() for score in scores]
+    for name in summaries[0]:
+        cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
+        print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+    if plot:
+        plot.write_bytes(open_loop.plot(ours, reference))
 
 
 def compare(
@@ -129,6 +260,8 @@ def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
 
 
 EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate,
+    "evaluate data": evaluate_data,
     "evaluate simpler": evaluate_simpler,
     "evaluate compare": compare,
     "evaluate merge": merge,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from spear.cli.arguments import File, Folder, Name
 
 if TYPE_CHECKING:
     from spear.labels.protocols import PointMapResult
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
 
 Sim = Literal["sim"]
 EngineName = Literal["local", "ray"]
-File = Annotated[Path | None, arg(metavar="FILE")]
-Folder = Annotated[Path | None, arg(metavar="FOLDER")]
-Name = Annotated[str | None, arg(metavar="NAME")]
 
 
 def label(
@@ -270,3 +269,10 @@ def _point_maps(folder: Path, labels: Sequence[LabeledImage]) -> list[PointMapRe
     locate(works, build("point map", run["pointmap"], Choice()))
     located = {work.source: work.geometry for work in works}
     return [located.get(label.source) for label in labels]
+
+
+LABEL_COMMANDS: dict[str, Callable[..., None]] = {
+    "label": label,
+    "label show": show,
+    "questions": ask_about,
+}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import arg
-
-from spear.cli.commands import recipe_changes
+from spear.cli.arguments import Name, Number, recipe_changes
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
@@ -15,8 +13,6 @@ if TYPE_CHECKING:
     from spear.train.memory import Memory
     from spear.train.recipes import Recipe
 
-Name = Annotated[str | None, arg(metavar="NAME")]
-Number = Annotated[int | None, arg(metavar="INT")]
 SIZES = ("8GB", "16GB", "24GB", "48GB", "80GB", "141GB")
 ROWS = (
     ("full fine-tuning", "post-train-bridge"),

@@ -117,3 +117,6 @@ def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32"
         return Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
         raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
+
+
+SERVE_COMMANDS = {"serve": serve}

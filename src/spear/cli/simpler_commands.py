@@ -7,9 +7,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from spear.cli.arguments import Folder
 from spear.errors import SpearError
-
-Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 
 
 def evaluate_simpler(

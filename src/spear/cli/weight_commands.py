@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import Name
 from spear.errors import SpearError, unknown_name
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from spear.models.processing import Processor
 
 Some = Annotated[Path | None, arg(metavar="PATH")]
-Name = Annotated[str | None, arg(metavar="NAME")]
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 

@@ -1,0 +1,53 @@
+"""Kinds of arguments that several commands take, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from spear.errors import SpearError
+
+if TYPE_CHECKING:
+    from spear.data.episode import EpisodeStore
+
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+Name = Annotated[str | None, arg(metavar="NAME")]
+Number = Annotated[int | None, arg(metavar="INT")]
+
+
+def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
+    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first process."""
+    from spear.data.prepare import open_store
+
+    store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
+    for reason in reasons[:5]:
+        print(f"set aside: {reason}", file=sys.stderr)
+    if reasons:
+        print(f"{path}: {len(store)} episodes, {len(reasons)} set aside", file=sys.stderr)
+    return store
+
+
+def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
+    changes = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SpearError(f"--set {item}: write it as KEY=VALUE")
+        changes[key] = _value(value)
+    return changes
+
+
+def _value(text: str) -> Any:
+    """A number, true/false/null or list as JSON has them; anything else is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
