@@ -18,7 +18,7 @@ def evaluate(
     families: tuple[str, ...] = (),
     scenes: int = 381,
     first_seed: int = 0,
-    replan: int = 2,
+    replan: int = 1,
     batch: int = 32,
     films: str = "1",
     out: Path = Path("runs/evaluate"),

@@ -39,7 +39,7 @@ def vla_eval(
         embodiment: The benchmark's robot: simplerenv_widowx, or a Python file that describes another one
             (see docs/robots.md; its observations are those of the benchmark).
         control: How the robot is commanded, where it has several ways. Without it, the robot's usual one.
-        replan: Of each predicted chunk, so many actions are executed before the next look; default: 2.
+        replan: Of each predicted chunk, so many actions are executed before the next look; default: 1.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         steps: Euler steps of the flow: fewer are faster and coarser.
         max_batch: At most so many observations are answered together.

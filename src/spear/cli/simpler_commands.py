@@ -16,7 +16,7 @@ def evaluate_simpler(
     tasks: tuple[str, ...] = (),
     scenes: int = 381,
     first_seed: int = 0,
-    replan: int = 2,
+    replan: int = 1,
     batch: Annotated[int | None, arg(metavar="N")] = None,
     films: str = "1",
     out: Path = Path("runs/simpler"),
