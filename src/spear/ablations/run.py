@@ -23,7 +23,7 @@ from spear.evaluate.journal import journals, read_journal
 from spear.evaluate.load import load_actor
 from spear.evaluate.results import Results, merge
 from spear.sim.scene import FAMILIES
-from spear.train.run import train_recipe
+from spear.train.run import train
 
 WAIT = 5.0
 """Seconds between looks at what other processes have finished."""
@@ -124,7 +124,7 @@ def _train(
     folder = out / "stages" / job.folder
     before, moge = (None if key is None else final(out, trainings[key]) for key in (job.init, job.moge))
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    train_recipe(
+    train(
         job.recipe,
         folder,
         data.labels,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.cli.arguments import File, Folder, Name, open_episodes
+from spear.cli.results import films_wanted, report
 from spear.cli.simpler_commands import evaluate_simpler
 from spear.errors import SpearError, unknown_name
 
@@ -55,17 +56,13 @@ def evaluate(
         shard: Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
             there; parts from other machines with `spear evaluate merge`.
     """
-    from rich import print as show
 
     from spear.evaluate.closed_loop import evaluate as run
-    from spear.evaluate.compare import compare as difference
     from spear.evaluate.journal import Shard, load
     from spear.evaluate.load import load_actor
-    from spear.evaluate.reference import beside
     from spear.sim.scene import FAMILIES
 
-    if films != "failures" and not films.isdecimal():
-        raise SpearError(f"--films {films}: give a number, or failures for a film of every failure")
+    filmed = films_wanted(films)
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
     actor, sizes = load_actor(policy)
@@ -76,21 +73,14 @@ def evaluate(
         first_seed,
         replan,
         batch,
-        films="failures" if films == "failures" else int(films),
+        films=filmed,
         execution=execution,
         latency_ms=latency_ms,
         out=out,
         shard=part,
         **sizes,
     )
-    results = load(out)
-    results.save(out / "results.json")
-    show(results.table())
-    for published in beside(results):
-        show(published.table([(policy, results)]))
-    if earlier:
-        show(difference(results, earlier).table())
-    print(f"results in {out}")
+    report(policy, out, earlier)
 
 
 def evaluate_data(

@@ -8,6 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from spear.cli.arguments import Folder
+from spear.cli.results import films_wanted, report
 from spear.errors import SpearError
 
 
@@ -50,17 +51,13 @@ def evaluate_simpler(
         shard: Run only a part of the scenes, 2/5 for the second of five (see `spear evaluate`).
         assets: ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR.
     """
-    from rich import print as show
 
-    from spear.evaluate.compare import compare as difference
     from spear.evaluate.journal import Shard, load
     from spear.evaluate.load import load_actor
-    from spear.evaluate.reference import beside
     from spear.evaluate.simpler import OracleActor, evaluate
     from spear.simpler.tasks import TASKS
 
-    if films != "failures" and not films.isdecimal():
-        raise SpearError(f"--films {films}: give a number, or failures for a film of every failure")
+    filmed = films_wanted(films)
     if batch is not None and batch < 1:
         raise SpearError(f"--batch {batch}: give at least 1")
     if checkpoint == "expert":
@@ -75,16 +72,9 @@ def evaluate_simpler(
         first_seed,
         replan,
         batch,
-        films="failures" if films == "failures" else int(films),
+        films=filmed,
         out=out,
         shard=part,
         assets=assets,
     )
-    results = load(out)
-    results.save(out / "results.json")
-    show(results.table())
-    for published in beside(results):
-        show(published.table([(checkpoint, results)]))
-    if earlier:
-        show(difference(results, earlier).table())
-    print(f"results in {out}")
+    report(checkpoint, out, earlier)

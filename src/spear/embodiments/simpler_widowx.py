@@ -33,15 +33,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     values = read.numbers(observation, POSE, 8)
     link = torch.from_numpy(read.quaternion(values[3:7], f"{POSE}[3:7]"))
     rotation = quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
-    return {
-        "observation/image": read.image(observation, "observation/image"),
-        "observation/state": read.state(
-            read.position(values[:3], f"{POSE}[0:3]"),
-            rotation,
-            read.opening(observation, f"{POSE}[7]", values[7]),
-        ),
-        "prompt": read.prompt(observation),
-    }
+    return read.arm(observation, POSE, values, rotation)
 
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:

@@ -92,6 +92,21 @@ def state(position: Array, rotation: Array, gripper: float) -> Array:
     return np.concatenate([position, rotation, [gripper]]).astype(np.float32)
 
 
+def arm(observation: Mapping[str, Any], key: str, values: Array, rotation: Array) -> dict[str, Any]:
+    """What our policy takes from a robot with one camera, whose numbers `values` (under `key`) begin with the position
+    (m) and end with the opening; rotation [4] is that of our end-effector frame."""
+    last = len(values) - 1
+    return {
+        "observation/image": image(observation, "observation/image"),
+        "observation/state": state(
+            position(values[:3], f"{key}[0:3]"),
+            rotation,
+            opening(observation, f"{key}[{last}]", values[last]),
+        ),
+        "prompt": prompt(observation),
+    }
+
+
 def targets(start: Array, actions: Array) -> tuple[Array, Array]:
     """Where a chunk leads: positions [H, 3] (m) and orientations [H, 4] after each action, base frame, float64.
 

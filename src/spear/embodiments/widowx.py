@@ -25,15 +25,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     """Roll, pitch and yaw as a quaternion; the rest is the same."""
     values = read.numbers(observation, STATE, 7)
     rotation = euler_to_quat(torch.from_numpy(values[3:6]), "xyz").numpy()
-    return {
-        "observation/image": read.image(observation, "observation/image"),
-        STATE: read.state(
-            read.position(values[:3], f"{STATE}[0:3]"),
-            rotation,
-            read.opening(observation, f"{STATE}[6]", values[6]),
-        ),
-        "prompt": read.prompt(observation),
-    }
+    return read.arm(observation, STATE, values, rotation)
 
 
 def step_actions(actions: Array, state: Array, observation: Observation) -> Array:

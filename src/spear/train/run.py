@@ -46,7 +46,7 @@ from spear.types import LabeledImage
 
 
 def train(
-    name: str,
+    wanted: str | Recipe,
     out: Path,
     labels: Path | None = None,
     episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
@@ -61,7 +61,7 @@ def train(
     sharded: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Run the recipe `name` and return `out/final`.
+    """Run the recipe `wanted` (or that of this name) and return `out/final`.
 
     labels    folder of labelled images ("depth" and "vlm" recipes; "vla": for the questions alongside).
     episodes  (name, store, weight) of robot demonstrations ("vla").
@@ -73,41 +73,8 @@ def train(
 
     Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run` does.
     """
-    stage = recipe(name).changed(**overrides)
-    return train_recipe(
-        stage,
-        out,
-        labels,
-        episodes,
-        init,
-        moge,
-        seed,
-        workers,
-        save_every,
-        log_every,
-        quiet,
-        device,
-        sharded,
-    )
-
-
-def train_recipe(
-    stage: Recipe,
-    out: Path,
-    labels: Path | None = None,
-    episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
-    init: Path | None = None,
-    moge: Path | None = None,
-    seed: int = 0,
-    workers: int = 1,
-    save_every: int = 500,
-    log_every: int = 20,
-    quiet: bool = False,
-    device: str = "auto",
-    sharded: bool = False,
-) -> Path:
-    """As `train`, for a recipe that is not in the list as it is."""
     started = time.time()
+    stage = (recipe(wanted) if isinstance(wanted, str) else wanted).changed(**overrides)
     place = choose_device(device)
     parallel.start(place)
     stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
