@@ -145,7 +145,7 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     assert steps["no-3d"] == [500, 150, 1200]
     assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
     assert steps["no-3d-as-long"] == [500, 150, 2800]
-    assert steps["scratch-x11"] == [11_200]
+    assert steps["scratch-x9"] == [11_200]
     assert steps["siglip-thawed"][-2:] == [600, 600]
     assert steps["no-images"] == [500, 150, 0, 1200]
     halves = plan.chains["siglip-thawed", 0][-2:]
