@@ -75,6 +75,8 @@ def test_ask_answers_in_metres_and_draws(
     assert main(["ask", str(photo), *question, "--draw", str(drawing)]) == 0
     assert capsys.readouterr().out.count("px") == 8
     assert Image.open(drawing).size == (240, 180)
+    assert main(["ask", str(photo), *question, "--draw", "/nowhere/d.png"]) == 2
+    assert capsys.readouterr().err == "error: /nowhere/d.png: No such file or directory: check the path\n"
 
 
 def test_evaluate_writes_results_films_and_a_comparison(

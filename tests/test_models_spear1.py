@@ -225,6 +225,17 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
 
 
+def test_what_is_saved_does_not_say_where_its_parts_lay(tmp_path: Path) -> None:
+    vlm().save_pretrained(tmp_path / "stage-2")
+    part = weights.load(SpearVLMForConditionalGeneration, tmp_path / "stage-2")
+    config = spear1().config
+    model = Spear1ForActionPrediction(Spear1Config(vlm_config=part.config, expert_config=config.expert_config))
+    assert model.config.vlm_config.name_or_path == str(tmp_path / "stage-2")
+    model.save_pretrained(tmp_path / "policy")
+    for folder in ("stage-2", "policy"):
+        assert "_name_or_path" not in (tmp_path / folder / "config.json").read_text()
+
+
 def test_bfloat16_weights_act_about_like_float32(tmp_path: Path) -> None:
     model = spear1()
     model.to(torch.bfloat16).save_pretrained(tmp_path)

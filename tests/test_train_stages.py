@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +89,11 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
 
 def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -> None:
     episodes = [("sim", walked.episodes, 1.0)]
-    folder = train("nano-vla-no-3d", tmp_path, episodes=episodes, init=walked.folders["nano-vlm-0"], **FEW)
+    start = shutil.copytree(walked.folders["nano-vlm-0"], tmp_path / "start")
+    (start / "recipe.json").unlink()  # as of a model that somebody else saved
+    folder = train("nano-vla-no-3d", tmp_path / "run", episodes=episodes, init=start, **FEW)
     assert Spear1Policy.load(folder).model.vlm.moge is None
+    assert json.loads((folder / "recipe.json").read_text())["init"] == {}
 
 
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:

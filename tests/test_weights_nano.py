@@ -15,6 +15,7 @@ def test_they_are_small_and_have_a_card() -> None:
     assert sum(f.stat().st_size for f in files) < 20e6
     card = (SHIPPED / "nano" / "README.md").read_text()
     assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
+    assert "_name_or_path" not in (SHIPPED / "nano" / "config.json").read_text()  # of whoever trained them
 
 
 def test_the_vlm_sees_where_things_are() -> None:

@@ -63,18 +63,6 @@ class Answer:
         """The numbers alone."""
         return [s for s in self.segments if isinstance(s, float)]
 
-    @property
-    def text(self) -> str:
-        """All of it as one line."""
-        unit = " m" if self.unit == "metre" else ""
-        words = []
-        for s in self.segments:
-            if isinstance(s, Pixel):
-                words.append(f"({s.x:.3f}, {s.y:.3f})")
-            else:
-                words.append(f"{s:.3f}{unit}" if isinstance(s, float) else s.strip())
-        return " ".join(words)
-
 
 @dataclass(frozen=True)
 class VlmBundle:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from spear.errors import SpearError
 from spear.labels.depth import write_depth
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
@@ -22,6 +25,8 @@ Size = tuple[int, int]
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → their labels, one for each, in order. A function of a module, for other processes."""
 SCENES_PER_JOB = 256
+Job = tuple[str, int, int, int, dict[str, Size], Labelled]
+"""Folder, number, first seed, how many scenes, sizes, how to label."""
 
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
@@ -42,13 +47,16 @@ def label_scenes(
 
     sizes  view ("external", "wrist") → (width, height). A job of `SCENES_PER_JOB` scenes that is finished is kept,
     so an interrupted run continues where it was. labelled  how; the depth images are true whatever it is.
+
+    Raises `SpearError`, before anything is written, for a folder that holds other scenes or other sizes.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
-    jobs = [
+    jobs: list[Job] = [
         (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
+    _refuse_others(out, jobs, sizes)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
     done = 0
     if workers <= 1:
         for count in map(_job, jobs):
@@ -62,6 +70,24 @@ def label_scenes(
     return done * len(sizes)
 
 
+def _refuse_others(out: Path, jobs: Sequence[Job], sizes: Mapping[str, Size]) -> None:
+    """Raises `SpearError` if `out` holds a shard that is not one of these jobs'."""
+    for view, size in sizes.items():
+        for path in sorted((out / view).glob("labels-*.parquet")):
+            index = int(path.stem.removeprefix("labels-"))
+            shard = pq.ParquetFile(path)
+            (first,) = shard.read_row_group(0, columns=["source", "width", "height"]).slice(0, 1).to_pylist()
+            rows, found = shard.metadata.num_rows, (first["width"], first["height"])
+            if index < len(jobs):
+                _, _, seed, count, *_ = jobs[index]
+                if (rows, found) == (count, size) and first["source"].endswith(f"sim/clutter/{seed}/{view}"):
+                    continue
+            raise SpearError(
+                f"{path}: holds {rows} images of {found[0]}×{found[1]} pixels from {first['source']} on, of a run with "
+                "other settings: label into another folder, or use its settings"
+            )
+
+
 def wording(draws: int = 2000) -> list[str]:
     """The instructions that the simulator gives, for the vocabulary of a small tokenizer."""
     import numpy as np
@@ -72,7 +98,7 @@ def wording(draws: int = 2000) -> list[str]:
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 
-def _job(job: tuple[str, int, int, int, dict[str, Size], Labelled]) -> int:
+def _job(job: Job) -> int:
     from spear.sim.frames import frame_of
     from spear.sim.render import Renderer
     from spear.sim.scene import clutter_scene

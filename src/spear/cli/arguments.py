@@ -34,6 +34,13 @@ def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
     return store
 
 
+def at_least(least: int, **given: float) -> None:
+    """Raises `SpearError` for an option, named as its parameter is, of less than `least`."""
+    for name, value in given.items():
+        if not value >= least:
+            raise SpearError(f"--{name.replace('_', '-')} {value:g}: give at least {least}")
+
+
 def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
     changes = {}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli.arguments import File, Folder, Name
+from spear.cli.arguments import File, Folder, Name, at_least
 from spear.errors import SpearError, unknown_name
 
 
@@ -24,7 +24,8 @@ def ask(
 ) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
 
-    Numbers in the answer are metres from the camera: x to the right, y down, z forward.
+    Numbers in the answer are metres from the camera (for a model of relative labels, their unit): x to the right, y
+    down, z forward.
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
@@ -45,6 +46,8 @@ def ask(
     from spear.evaluate import ask as asking
     from spear.policy import load_vlm
 
+    if draw and draw.suffix.lower() not in Image.registered_extensions():
+        raise SpearError(f"--draw {draw}: not a name for a picture: end it in .png or .jpg")
     bundle = load_vlm(model)
     picture = asking.read_picture(image, bundle.processor.image_sizes["external"])
     answer = asking.ask(bundle, picture, question, family, decode)
@@ -84,6 +87,8 @@ def record(
     from spear.sim.record import record as demonstrate
     from spear.sim.scene import FAMILIES, TRAIN_SEED
 
+    at_least(1, episodes=episodes)
+    at_least(0, workers=workers)
     if first_seed < TRAIN_SEED:
         raise SpearError(
             f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"

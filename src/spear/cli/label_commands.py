@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli.arguments import File, Folder, Name
+from spear.cli.arguments import File, Folder, Name, at_least
 
 if TYPE_CHECKING:
     from spear.labels.protocols import PointMapResult
@@ -75,7 +75,7 @@ def label(
         vocabulary: Names of objects to look for, separated by commas.
         questions: Also write questions and answers, as spear questions does.
         retry_rejected: Try again what was set aside for a reason that may pass, such as a service out of reach.
-        size: Larger photos are labelled and kept at so many pixels on their longer side.
+        size: Larger photos are labelled and kept at so many pixels on their longer side; 0 leaves them as they are.
         rate: Frames per second of video.
         per_episode: Frames of each robot episode.
         engine: local, or ray to use a Ray cluster.
@@ -93,8 +93,12 @@ def label(
         preset: Model size whose cameras are used for scenes.
         drawings: So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings.
     """
+    at_least(1, batch_size=batch_size, shard_size=shard_size, per_episode=per_episode, scenes=scenes)
+    at_least(0, size=size, workers=workers, first_seed=first_seed, drawings=drawings)
     if not photos:
         _label_scenes(out, scenes, first_seed, preset, drawings, workers)
+        if questions:
+            ask_about(out, seed=seed)
         return
     from spear.cli.report import Report
     from spear.components import Choice, graph
@@ -224,6 +228,7 @@ def show(
     from spear.evaluate.label_page import choose, label_page
     from spear.labels.store import LabelStore
 
+    at_least(1, images=images)
     folder = _shards(labels)
     shown = choose(LabelStore(folder), images)
     tokenizer = None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from spear.cli.arguments import Folder
+from spear.cli.arguments import Folder, at_least
 from spear.cli.results import films_wanted, report
 from spear.errors import SpearError
 
@@ -58,8 +58,8 @@ def evaluate_simpler(
     from spear.simpler.tasks import TASKS
 
     filmed = films_wanted(films)
-    if batch is not None and batch < 1:
-        raise SpearError(f"--batch {batch}: give at least 1")
+    if batch is not None:
+        at_least(1, batch=batch)
     if checkpoint == "expert":
         raise SpearError("--checkpoint expert: knows the embedded simulator only: give oracle")
     part = Shard.parse(shard)

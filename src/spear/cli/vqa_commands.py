@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import at_least
+
 
 def evaluate_vqa(
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
@@ -50,7 +52,6 @@ def evaluate_vqa(
     """
     from rich import print as show
 
-    from spear.errors import SpearError
     from spear.evaluate.vqa import evaluate as run
     from spear.evaluate.vqa_images import find_images
     from spear.evaluate.vqa_page import vqa_page
@@ -58,9 +59,7 @@ def evaluate_vqa(
     from spear.labels.questions import FAMILIES
     from spear.policy import load_vlm
 
-    for name, value in (("images", images), ("per-image", per_image), ("batch", batch)):
-        if value < 1:
-            raise SpearError(f"--{name} {value}: give at least 1")
+    at_least(1, images=images, per_image=per_image, batch=batch)
     bundle = load_vlm(checkpoint)
     labels = find_images(questions, images, view, bundle.processor)
     scores = run(bundle, labels, families or FAMILIES, per_image, seed, batch, decode=decode, view=view)

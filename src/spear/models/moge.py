@@ -13,6 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.models.attention import choose_attention
+from spear.models.saving import WithoutFolders
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_pixels, normalize_pixels
 
 LAST_LAYERS = 4
@@ -54,7 +55,7 @@ class MogeEncoder(nn.Module):
         return found
 
 
-class MogeDepthConfig(PreTrainedConfig):
+class MogeDepthConfig(WithoutFolders, PreTrainedConfig):
     """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
 
     model_type = "spear_moge_depth"

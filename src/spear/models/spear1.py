@@ -24,6 +24,7 @@ from spear.models.gemma import Gemma
 from spear.models.linear import quicken
 from spear.models.mask import positions, suffix_mask
 from spear.models.recompute import RecomputesLayers
+from spear.models.saving import WithoutFolders
 from spear.models.sinusoids import sinusoids
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.types import ACTION_DIM, Action
@@ -33,7 +34,7 @@ STATE_FEATURES = 10
 quaternion of a gripper that points down sits where its sign flips (our choice)."""
 
 
-class Spear1Config(PreTrainedConfig):
+class Spear1Config(WithoutFolders, PreTrainedConfig):
     """SPEAR-1's parts.
 
     vlm_config      SPEAR-VLM's. expert_config: the action expert's Gemma, with as many layers, key-value

@@ -29,10 +29,11 @@ from spear.models.linear import linear, quicken
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge import LAST_LAYERS, MogeEncoder
 from spear.models.recompute import RecomputesLayers
+from spear.models.saving import WithoutFolders
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
 
 
-class SpearVLMConfig(PreTrainedConfig):
+class SpearVLMConfig(WithoutFolders, PreTrainedConfig):
     """The parts of SPEAR-VLM and how it learns.
 
     vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says. moge_config:

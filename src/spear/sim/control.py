@@ -8,6 +8,7 @@ the arm really is, so that a blocked arm does not wind up.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import mujoco
@@ -68,18 +69,31 @@ class Kinematics:
         for _ in range(iterations):
             at, turn = self.pose(q)
             error = np.concatenate([position - at, rotation_vector(turn, rotation)])
-            if np.linalg.norm(error[:3]) < 1e-5 and np.linalg.norm(error[3:]) < 1e-4:
+            if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
                 break
-            mujoco.mj_comPos(self._model, self._data)
-            mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
-            j = self._jacobian[:, :7]
-            gram = np.linalg.inv(j @ j.T + _DAMPING**2 * np.eye(6) * min(1.0, float(error @ error) * 1e3))
-            inverse = j.T @ gram
             home = _POSTURE_GAIN * (arm.HOME - q)
-            step = inverse @ error + home - inverse @ (j @ home)
+            step = home + self._least_squares(error, home)
             step *= min(1.0, 0.4 / float(np.abs(step).max()))
             q = np.clip(q + step, lower, upper)
         return q
+
+    def _least_squares(self, error: Floats, home: Floats) -> Floats:
+        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home): what `home` leaves of the error [6], at the pose last asked for.
+
+        By MuJoCo's own routines: NumPy's differ in the last bit from one kind of processor to another, and contacts
+        make a different episode of a last bit.
+        """
+        mujoco.mj_comPos(self._model, self._data)
+        mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
+        j = np.ascontiguousarray(self._jacobian[:, :7])
+        gram, left, solved, step = np.empty((6, 6)), np.empty(6), np.empty(6), np.empty(7)
+        mujoco.mju_mulMatMatT(gram, j, j)
+        gram[np.diag_indices(6)] += _DAMPING**2 * min(1.0, 1e3 * length(error) ** 2)
+        mujoco.mju_cholFactor(gram, 1e-12)
+        mujoco.mju_mulMatVec(left, j, home)
+        mujoco.mju_cholSolve(solved, gram, error - left)
+        mujoco.mju_mulMatTVec(step, j, solved)
+        return step
 
 
 @functools.cache
@@ -145,8 +159,8 @@ class Servo:
         goal = kinematics().solve(self._command, position, quat)
         reached, reached_turn = kinematics().pose(goal)
         missed = (
-            float(np.linalg.norm(reached - position)) > TOLERANCE[0]
-            or float(np.linalg.norm(rotation_vector(reached_turn, quat))) > TOLERANCE[1]
+            length(reached - position) > TOLERANCE[0]
+            or length(rotation_vector(reached_turn, quat)) > TOLERANCE[1]
         )
         step = goal - self._command
         excess = float((np.abs(step) / (arm.SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
@@ -175,6 +189,11 @@ class Servo:
         self._command = goal
 
 
+def length(vector: Floats) -> float:
+    """The Euclidean norm, the same on every processor, which NumPy's is not."""
+    return math.hypot(*vector)
+
+
 def rotation_vector(start: Floats, end: Floats) -> Floats:
     """[3] rotation vector (rad, base frame) that turns orientation `start` into `end` (quaternions)."""
     conjugate, relative, vector = np.empty(4), np.empty(4), np.empty(3)
@@ -191,7 +210,7 @@ def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
         raise SpearError(f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper")
     if not np.isfinite(values).all():
         raise SpearError(f"action: {values.tolist()}: every number must be finite")
-    norm = float(np.linalg.norm(values[3:7]))
+    norm = length(values[3:7])
     if abs(norm - 1.0) > 1e-3:
         raise SpearError(f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)")
     return values[:3], values[3:7] / norm, float(values[7])
@@ -204,14 +223,14 @@ def _leash(position: Floats, rotation: Floats, measured: Floats, turn: Floats) -
     if not short:
         return measured + offset, rotation.copy()
     step, quat = np.empty(4), np.empty(4)
-    angle = float(np.linalg.norm(difference))
+    angle = length(difference)
     mujoco.mju_axisAngle2Quat(step, difference / angle, angle)
     mujoco.mju_mulQuat(quat, step, turn)
     return measured + offset, quat
 
 
 def _shorten(vector: Floats, longest: float) -> tuple[Floats, bool]:
-    length = float(np.linalg.norm(vector))
-    if length <= longest:
+    norm = length(vector)
+    if norm <= longest:
         return vector, False
-    return vector * (longest / length), True
+    return vector * (longest / norm), True

@@ -2,6 +2,8 @@
 
 It is reactive: its action depends on the present state only, so it recovers from whatever happens. Heights
 form a funnel: the gripper hovers while it is off to the side or turned wrongly and comes down as it aligns.
+
+Sums are written out, because NumPy's matrix products differ in the last bit from one kind of processor to another.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim import arm
+from spear.sim.control import length
 from spear.sim.tasks import placed, roles
 from spear.sim.world import World
 
@@ -57,7 +60,7 @@ def _approach(world: World) -> NDArray[np.float32]:
     yaw, tilt = _yaw_tilt(rotation)
     goal_yaw = _nearest_yaw(yaw, directions)
     turn = abs(_wrap(goal_yaw - yaw))
-    side = float(np.linalg.norm(point[:2] - position[:2]))
+    side = length(point[:2] - position[:2])
     error = side + _TURN_WEIGHT * (turn + tilt)
     goal = point + np.array([0, 0, np.clip(1.6 * (error - 0.012), 0, HOVER)])
     aligned = side < 0.008 and abs(point[2] - position[2]) < 0.008 and turn < 0.09 and tilt < 0.09
@@ -76,7 +79,7 @@ def _carry(world: World) -> NDArray[np.float32]:
     goal_yaw = _placing_yaw(world, yaw)
     turn = abs(_wrap(goal_yaw - yaw))
     offset = world.position(target)[:2] - world.position(source)[:2]
-    side = float(np.linalg.norm(offset))
+    side = length(offset)
     error = side + _TURN_WEIGHT * (turn + tilt)
     underside = _underside(world, source)
     release = _release_height(world)
@@ -119,7 +122,7 @@ def _underside(world: World, index: int) -> float:
     body = world.bodies[index]
     down = world.matrix(index)[2]
     center, half = (body.low + body.high) / 2, (body.high - body.low) / 2
-    return float(world.position(index)[2] + down @ center - np.abs(down) @ half)
+    return float(world.position(index)[2] + (down * center).sum() - (np.abs(down) * half).sum())
 
 
 def _placing_yaw(world: World, yaw: float) -> float:
@@ -147,8 +150,8 @@ def _grasp(world: World, index: int) -> tuple[Floats, list[float] | None, float]
     assert grasp is not None
     center, half = np.array(grasp[0]), np.array(grasp[1])
     frame = world.matrix(index)
-    point = world.position(index) + frame @ center
-    top = point[2] + float(np.abs(frame[2]) @ half)
+    point = world.position(index) + (frame * center).sum(1)
+    top = point[2] + float((np.abs(frame[2]) * half).sum())
     point[2] = max(point[2], top - REACH_DOWN, LOWEST)
     if world.bodies[index].kind.round:
         axis = frame[:, 2]
@@ -179,13 +182,13 @@ def _action(
     step = goal - position
     low = max(0.0, step[2] - 0.015)
     step[:2] *= max(0.0, 1.0 - low / 0.04)
-    step *= min(1.0, MAX_TRANSLATION / max(float(np.linalg.norm(step)), 1e-9))
+    step *= min(1.0, MAX_TRANSLATION / max(length(step), 1e-9))
     upright = np.array([math.cos(goal_yaw / 2), 0, 0, math.sin(goal_yaw / 2)])
     back, relative, vector, delta = np.empty(4), np.empty(4), np.empty(3), np.empty(4)
     mujoco.mju_negQuat(back, rotation)
     mujoco.mju_mulQuat(relative, back, upright)
     mujoco.mju_quat2Vel(vector, relative, 1.0)
-    angle = float(np.linalg.norm(vector))
+    angle = length(vector)
     mujoco.mju_axisAngle2Quat(delta, vector / max(angle, 1e-9), min(angle, MAX_ROTATION))
     if delta[0] < 0:
         delta = -delta

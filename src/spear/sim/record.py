@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from spear.images import encode_jpeg
 from spear.sim import expert
+from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.types import Episode
@@ -67,7 +68,7 @@ def record(
         yield from map(_job, jobs)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(_job, jobs, chunksize=4)
+        yield from pool.imap(_job, jobs)
 
 
 def record_episode(
@@ -141,7 +142,7 @@ def _push(
     step = rng.normal(0, disturbance.translation, 3)
     vector = rng.normal(0, disturbance.rotation, 3)
     vector[2] += rng.normal(0, disturbance.twist)
-    angle = float(np.linalg.norm(vector))
+    angle = length(vector)
     quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
     opening = 1.0 if holding and rng.random() < disturbance.drop else action[7]
     if missed:

@@ -172,7 +172,7 @@ def sample_look(rng: np.random.Generator) -> Look:
         floor_color=_pick(rng, FLOOR_COLORS, 0.08),
         wall=str(rng.choice(["plain", "cloth", "tiles"])),
         wall_color=_pick(rng, WALL_COLORS, 0.08),
-        light=_vec(light / np.linalg.norm(light)),
+        light=_vec(light / math.hypot(*light)),
         diffuse=_vec(diffuse),
         ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spear.sim.control import length
 from spear.sim.world import World
 
 SLOW = 0.02
@@ -43,7 +44,7 @@ def status(world: World) -> Status:
     displaced = np.array([world.position(i) for i in range(len(world.bodies))]) - world.start
     bystander = [i for i in range(len(world.bodies)) if i not in (source, target)]
     return Status(
-        reached=bool(np.linalg.norm(ee - position) < NEAR),
+        reached=length(ee - position) < NEAR,
         grasped=bool(touching == 2 and displaced[source, 2] > LIFTED),
         success=touching == 0 and world.speed(source) < SLOW and placed(world),
         wrong_object_moved=bool((np.linalg.norm(displaced[bystander], axis=1) > MOVED).any()),
@@ -58,7 +59,7 @@ def placed(world: World) -> bool:
     frame = world.matrix(target)
     if frame[2, 2] < 0.95 or not world.touching(source, target):
         return False
-    local = frame.T @ (world.position(source) - world.position(target))
+    local = (frame.T * (world.position(source) - world.position(target))).sum(1)
     half_x, half_y, floor = kind.inside
     x, y = local[0] / half_x, local[1] / half_y
     within = x * x + y * y < 1 if kind.inside_round else max(abs(x), abs(y)) < 1

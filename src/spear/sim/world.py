@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim import arm
-from spear.sim.control import Servo
+from spear.sim.control import Servo, length
 from spear.sim.objects import KINDS
 from spear.sim.parts import Kind, Part
 from spear.sim.scene import SceneSpec
@@ -100,7 +100,7 @@ class World:
             ee, turn = self.servo.pose()
             matrix = np.empty(9)
             mujoco.mju_quat2Mat(matrix, turn)
-            self.data.qpos[body.qpos : body.qpos + 3] = ee - matrix.reshape(3, 3) @ center
+            self.data.qpos[body.qpos : body.qpos + 3] = ee - (matrix.reshape(3, 3) * center).sum(1)
             self.data.qpos[body.qpos + 3 : body.qpos + 7] = turn
             mujoco.mj_forward(self.model, self.data)
 
@@ -129,7 +129,7 @@ class World:
         if body.qpos is None:
             return 0.0
         start = self.model.body_dofadr[body.index]
-        return float(np.linalg.norm(self.data.qvel[start : start + 3]))
+        return length(self.data.qvel[start : start + 3])
 
     def fingers_touching(self, index: int) -> int:
         """How many of the two fingers touch object `index`."""
@@ -305,9 +305,9 @@ def _apply_look(model: mujoco.MjModel, scene: SceneSpec) -> None:
     camera = model.camera("external").id
     position, target = np.array(look.camera), np.array(look.target)
     back = position - target
-    back /= np.linalg.norm(back)
+    back /= length(back)
     right = np.cross([0, 0, 1.0], back)
-    right /= np.linalg.norm(right)
+    right /= length(right)
     rotation = np.stack([right, np.cross(back, right), back], axis=1)
     quat = np.empty(4)
     mujoco.mju_mat2Quat(quat, rotation.ravel())

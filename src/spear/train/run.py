@@ -75,6 +75,7 @@ def train(
     """
     started = time.time()
     stage = (recipe(wanted) if isinstance(wanted, str) else wanted).changed(**overrides)
+    earlier = None if init is None else _made_by(init)
     place = choose_device(device)
     parallel.start(place)
     stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
@@ -101,7 +102,7 @@ def train(
             {
                 "recipe": dataclasses.asdict(stage),
                 "seed": seed,
-                "init": None if init is None else json.loads((init / "recipe.json").read_text()),
+                "init": earlier,
                 "minutes": round((time.time() - started) / 60, 2),
                 "processes": parallel.world(),
                 "sharded": sharded,
@@ -118,6 +119,15 @@ def train(
     part.replace(final)
     parallel.wait()
     return final
+
+
+def _made_by(folder: Path) -> Any:
+    """What a trained folder says about itself; nothing where somebody else saved it."""
+    path = folder / "recipe.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise SpearError(f"{path}: not JSON ({error}): copy the folder again, or remove this file") from error
 
 
 Built = tuple[torch.nn.Module, Task, Callable[[Path], Any]]
