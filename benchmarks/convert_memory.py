@@ -1,20 +1,25 @@
 """Memory that a conversion needs: the peak of the process, beside the size of the new weights.
 
     python benchmarks/convert_memory.py
+    python benchmarks/convert_memory.py --sizes large --dtypes bfloat16
 
-Writes a PaliGemma and a MoGe ViT-S with random weights, together some 145 M parameters, into a temporary folder,
-converts them in a process of their own, and prints how much more memory that process needed at its peak than before,
-divided by the bytes of the weights: reading, building and saving, mapped files included. Linux only.
+Writes a PaliGemma with random weights and a MoGe ViT-S into a temporary folder, converts them in a process of their
+own, and prints how much more memory that process needed at its peak than before, divided by the bytes of the weights:
+reading, building and saving, mapped files included. Linux only.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import tyro
+from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.models.backbones import plan_backbones
@@ -29,7 +34,6 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 128,
-    "vocab_size": 131072,
 }
 VISION = {
     "model_type": "siglip_vision_model",
@@ -41,12 +45,51 @@ VISION = {
     "image_size": 224,
     "vision_use_head": False,
 }
+Size = Literal["small", "medium", "large"]
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"vocab_size": 65536},
+    "medium": {"vocab_size": 131072},
+    "large": {
+        "vocab_size": 65536,
+        "hidden_size": 1024,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "head_dim": 256,
+    },
+}
+SHARD = 200 * 10**6
+"""Bytes in a file of the PaliGemma, about."""
 
 
-def write_paligemma(folder: Path) -> None:
-    """A random PaliGemma in float32, in shards of 200 MB."""
-    config = PaliGemmaConfig(vision_config=VISION, text_config=TEXT, projection_dim=512, hidden_size=512)
-    PaliGemmaForConditionalGeneration(config).save_pretrained(folder, max_shard_size="200MB")
+def write_paligemma(folder: Path, size: str) -> None:
+    """A PaliGemma in bfloat16 under its published names of 2025, in several files; its weights are random."""
+    text = {**TEXT, **SIZES[size]}
+    width = text["hidden_size"]
+    config = PaliGemmaConfig(vision_config=VISION, text_config=text, projection_dim=width, hidden_size=width)
+    with torch.device("meta"):
+        wanted = PaliGemmaForConditionalGeneration(config).state_dict()
+    noise = (0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))).bfloat16()
+    folder.mkdir()
+    config.save_pretrained(folder)
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    places: dict[str, str] = {}
+
+    def write() -> None:
+        name = f"model-{len(parts):05d}.safetensors"
+        save_file(parts[-1], folder / name)
+        places.update(dict.fromkeys(parts[-1], name))
+        parts.append({})
+
+    for key, weight in wanted.items():
+        if key.startswith("lm_head."):
+            continue  # the embeddings again
+        name = key.replace("model.vision_tower.", "model.vision_tower.vision_model.")
+        parts[-1][name] = noise.repeat(-(-weight.numel() // len(noise)))[: weight.numel()].view(weight.shape)
+        if sum(w.nbytes for w in parts[-1].values()) > SHARD:
+            write()
+    write()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def write_moge(path: Path) -> None:
@@ -76,24 +119,41 @@ def convert(folder: Path, dtype: str) -> None:
     print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
-def main() -> None:
-    """Print a table."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_paligemma(folder / "paligemma")
-        write_moge(folder / "model.pt")
-        print("dtype      weights   peak above start   ratio")
-        for dtype in sys.argv[1:] or ("float32", "bfloat16"):
-            argv = [sys.executable, __file__, str(folder), dtype]
-            done = subprocess.run(argv, capture_output=True, text=True, check=True)
-            over, size = map(int, done.stdout.split())
-            print(
-                f"{dtype:<9}  {size / 1e6:>4.0f} MB   {over / 1e6:>13.0f} MB   {over / size:.3f}", flush=True
-            )
+def main(
+    sizes: tuple[Size, ...] = ("small", "medium"),
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+) -> None:
+    """Print a table.
+
+    Args:
+        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder.
+        dtypes: of the new weights.
+    """
+    print("| precision | parameters | weights | peak above start | over the weights | ratio |")
+    print("|---" * 6 + "|")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_paligemma(folder / "paligemma", size)
+            write_moge(folder / "model.pt")
+            for dtype in dtypes:
+                argv = [sys.executable, __file__, str(folder), dtype]
+                done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
+                peaked, held = map(int, done.stdout.split())
+                count = held // torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+                cells = [
+                    dtype,
+                    f"{count / 1e6:,.0f} M",
+                    f"{held / 1e6:,.0f} MB",
+                    f"{peaked / 1e6:,.0f} MB",
+                    f"{(peaked - held) / 1e6:.0f} MB",
+                    f"{peaked / held:.3f}",
+                ]
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and Path(sys.argv[1]).is_dir():
         convert(Path(sys.argv[1]), sys.argv[2])
     else:
-        main()
+        tyro.cli(main)

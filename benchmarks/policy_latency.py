@@ -2,11 +2,13 @@
 
     python benchmarks/policy_latency.py --presets nano small --dtypes float32 bfloat16
     python benchmarks/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --compiled
+    python benchmarks/policy_latency.py --openpi openpi-venv/bin/python
 
 Everybody has the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens; no MoGe, which
 π0 has not (`--moge` adds SPEAR-1 as it is, with MoGe and its own image sizes). "plain" is our network without the fast
-path, "ours" `sample_actions` (on a GPU a CUDA graph), "π0" Transformers' eager one, "compiled" that by
-`torch.compile`, "openpi" its PyTorch π0 where it can be imported, for the whole spear1 alone.
+path, "ours" `sample_actions` (on a GPU a CUDA graph), "π0" Transformers' eager one, "openpi" its PyTorch π0, in a
+process and a Python of its own (`--openpi`, see `openpi_pi0.py`), and with `--compiled` both by `torch.compile`. The
+difference is that of our actions from π0's, and from openpi's where it runs, the larger one.
 
 The roofline is the sum over encoder, language model and each flow step of the larger of operations / peak and bytes of
 weights and keys and values / bandwidth, both measured here in the same dtype. Times are medians (least–most).
@@ -15,15 +17,17 @@ weights and keys and values / bandwidth, both measured here in the same dtype. T
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
+from openpi_pi0 import OpenPi
 from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
-from spear.models.presets import Preset, spear1_config
+from spear.models.presets import spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import Action
 from timing import Machine, Times, machine, race
@@ -48,24 +52,6 @@ def compile_pi0(theirs: Any, given: dict[str, Any]) -> Any:
     theirs.forward = torch.compile(theirs.forward)
     theirs.model.vlm.forward = torch.compile(theirs.model.vlm.forward)
     return lambda: theirs.sample_actions(num_steps=STEPS, **given)
-
-
-def openpi(size: Preset, views: int, batch: int, dtype: torch.dtype, device: str) -> Any:
-    """openpi's PyTorch π0 (compiled by itself) of π0's own geometry. Raises ImportError where it is not installed."""
-    from openpi.models.pi0_config import Pi0Config
-    from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
-
-    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    model = PI0Pytorch(Pi0Config(dtype=name, action_horizon=size.horizon, max_token_len=TEXT))
-    model = model.to(device).eval()
-    images = [torch.rand(batch, 3, 224, 224, device=device) * 2 - 1 for _ in range(views)]
-    there = torch.ones(batch, dtype=torch.bool, device=device)
-    ids = torch.randint(3, 1000, (batch, TEXT), device=device)
-    seen = images, [there] * views, ids, torch.ones_like(ids).bool(), torch.zeros(batch, 32, device=device)
-    model._preprocess_observation = lambda *_, **__: seen
-    noise = torch.randn(batch, size.horizon, 32, device=device)
-    given = SimpleNamespace(state=seen[-1])
-    return lambda: model.sample_actions(device, given, noise=noise, num_steps=STEPS)
 
 
 def roofline(
@@ -132,7 +118,18 @@ def contenders(
     return runs, relative(runs["ours"]().translation, runs["π0"]()[..., :3])
 
 
-COLUMNS = ("plain", "ours", "π0", "compiled", "openpi")
+def openpi_runs(python: Path, compiled: bool, until: ExitStack, *build: Any) -> dict[str, OpenPi]:
+    """openpi's π0, and that compiled if asked for, until `until` closes; what does not start is said and left out."""
+    found = {}
+    for name, by_compiler in (("openpi", False), ("openpi compiled", True))[: 1 + compiled]:
+        try:
+            found[name] = until.enter_context(OpenPi(python, *build, by_compiler))
+        except RuntimeError as error:
+            print(error)
+    return found
+
+
+COLUMNS = ("plain", "ours", "π0", "π0 compiled", "openpi", "openpi compiled")
 
 
 def row(
@@ -145,7 +142,8 @@ def row(
         return f"{a.median / bottom:.2f}" if isinstance(a, Times) and isinstance(bottom, float) else "–"
 
     times = [str(found.get(column, "–")) for column in COLUMNS]
-    ratios = [over(found.get("π0"), found["ours"]), over(found["ours"], least)]
+    ours = found["ours"]
+    ratios = [over(found.get("π0"), ours), over(found.get("openpi"), ours), over(ours, least)]
     return (
         "| " + " | ".join([name, kind, str(views), str(batch), *times, f"{least:.1f}", *ratios, gap]) + " |"
     )
@@ -161,6 +159,7 @@ def main(
     repeats: int = 7,
     threads: int | None = None,
     compiled: bool = False,
+    openpi: Path | None = None,
     moge: bool = False,
     processor_time: bool = False,
 ) -> None:
@@ -171,6 +170,7 @@ def main(
         views: numbers of cameras. batches: observations at once.
         device: where. repeats: of every contender. threads: of PyTorch on a CPU.
         compiled: also π0 under torch.compile (minutes per row on a CPU).
+        openpi: the Python of an environment with openpi, which then takes part (and compiled by itself, too).
         moge: also SPEAR-1 whole, with MoGe, its own views and sizes.
         processor_time: processor time instead of the clock's, for a busy machine (CPU).
     """
@@ -183,18 +183,8 @@ def main(
             f"{kind}: {limits[kind].bandwidth / 1e9:.0f} GB/s, {limits[kind].peak / 1e12:.3f} T operations/s"
         )
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds\n")
-    columns = ["plain", "ours", "π0", "compiled", "openpi"]
-    names = [
-        "preset",
-        "dtype",
-        "views",
-        "batch",
-        *columns,
-        "roofline",
-        "π0 / ours",
-        "ours / roofline",
-        "difference",
-    ]
+    ratios = ["π0 / ours", "openpi / ours", "ours / roofline", "difference"]
+    names = ["preset", "dtype", "views", "batch", *COLUMNS, "roofline", *ratios]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for name in presets:
         label = name + (f" ({layers} layers)" if layers else "")
@@ -207,13 +197,16 @@ def main(
                     mine, given = observation(size, count, batch, TEXT, dtype, device)
                     runs, gap = contenders(*models, mine, given)
                     if compiled:
-                        runs["compiled"] = compile_pi0(pair(size, dtype, device)[1], given)
-                    if name == "spear1" and layers is None:
-                        try:
-                            runs["openpi"] = openpi(size, count, batch, dtype, device)
-                        except (ImportError, ValueError) as error:
-                            print(f"no openpi: {str(error).splitlines()[0]}")
-                    found = race(runs, device, repeats, processor_time)
+                        runs["π0 compiled"] = compile_pi0(pair(size, dtype, device)[1], given)
+                    with ExitStack() as until:
+                        if openpi:
+                            build = (size, models[0], given, TEXT, STEPS)
+                            others = openpi_runs(openpi, compiled, until, *build)
+                            same = runs["ours"]().translation
+                            for other in others.values():
+                                gap = max(gap, relative(same, other.actions[..., :3]))
+                            runs.update(others)
+                        found = race(runs, device, repeats, processor_time)
                     tokens = [(size.vision["image_size"] // size.vision["patch_size"]) ** 2] * count
                     least = roofline(models[0], tokens, batch, size.horizon, limits[kind])
                     print(row(label, kind, count, batch, found, least, f"{gap:.1e}"), flush=True)

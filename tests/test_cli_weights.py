@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,6 +29,14 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer
 
 BACKBONES = ("convert", "backbones")
+
+
+class Room(NamedTuple):
+    """What `shutil.disk_usage` gives."""
+
+    total: int
+    used: int
+    free: int
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +98,9 @@ def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.Capt
         assert (path / "README.md").read_text().startswith("---\nlicense: gemma\n")
 
 
-def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
     folder = str(publish_paligemma(paligemma(), tmp_path / "paligemma"))
     few = coordinates(tmp_path / "few.json", 8)
@@ -102,6 +114,15 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "MoGe checkpoint not found" in fails(capsys, *BACKBONES, bare, str(tmp_path / "moge.pt"), *size)
     assert "says 'paligemma'" in fails(capsys, "convert", "vlm", bare, "--dry-run")
     assert "did you mean '--dry-run'?" in fails(capsys, *BACKBONES, bare, "none", "--dryrun")
+    assert "write it as 5GB or 500MB" in fails(capsys, *BACKBONES, bare, "none", "--shard", "5 gigs", *size)
+    into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
+    assert "cannot write" in fails(capsys, *BACKBONES, bare, "none", *into)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Room(10**6, 10**6 - 9, 9))
+    into = ("--out", str(tmp_path / "full"), "--preset", "tiny14")
+    assert "no room for" in fails(capsys, *BACKBONES, bare, "none", *into)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
+    monkeypatch.undo()
+    know_tiny(monkeypatch)
     assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
     assert "without a processor" in capsys.readouterr().out
     assert "is there already" in fails(

@@ -68,12 +68,18 @@ def test_ask_answers_in_metres_and_draws(
     shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["ask", "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
-    assert re.fullmatch(r"-?\d\.\d{3} m\n", capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.fullmatch(r"-?\d\.\d{3} m\n", said.out) and "note:" not in said.err
     photo, drawing = tmp_path / "p.jpg", tmp_path / "d.png"
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(photo)
     question = ["Where does the box around the mug appear?", "--family", "back_projection"]
     assert main(["ask", str(photo), *question, "--draw", str(drawing)]) == 0
-    assert capsys.readouterr().out.count("px") == 8
+    said = capsys.readouterr()
+    assert said.out.count("px") == 8
+    assert said.err == (
+        "note: images of view 'external': 80×60 shown in 192×128 with black bars left and right, 11% of it, nothing "
+        "stretched: give images of that aspect to use all of it\n"
+    )
     assert Image.open(drawing).size == (240, 180)
     assert main(["ask", str(photo), *question, "--draw", "/nowhere/d.png"]) == 2
     assert capsys.readouterr().err == "error: /nowhere/d.png: No such file or directory: check the path\n"

@@ -12,9 +12,9 @@ from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models_tiny import TINY
+from parity import logits, relative
 from published_checkpoints import (
     IMAGE_TOKEN,
     LAYOUTS,
@@ -46,31 +46,6 @@ SPEAR_VLM = SpearVLMForConditionalGeneration
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     know_tiny(monkeypatch)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).detach().abs().max() / b.detach().abs().max())
-
-
-def logits(ours: SPEAR_VLM, theirs: Any, width: int, height: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both say of the same images and padded questions with answers."""
-    torch.manual_seed(5)
-    tokens = width // 14 * (height // 14)
-    image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
-    ids = torch.randint(3, 1000, (B, 9))
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
-    kinds = (torch.arange(9) >= 5).long().expand(B, 9)
-    features = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
-    before = torch.ones(B, tokens, dtype=torch.long)
-    said = theirs(
-        input_ids=torch.cat([before * IMAGE_TOKEN, ids], dim=1),
-        attention_mask=torch.cat([before, mask], dim=1),
-        token_type_ids=torch.cat([before * 0, kinds], dim=1),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-    ).logits[:, tokens:]
-    mine = ours({"external": image}, ids, mask, kinds).logits
-    return mine[mask.bool()], said[mask.bool()]
 
 
 @pytest.mark.parametrize("text", ["gemma", "gemma2"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PI0Config
 from transformers import PI0ForConditionalGeneration as Pi0
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from models_tiny import TEXT, TINY
+from parity import logits, relative
 from spear.models.attention import grouped_attention
 from spear.models.gemma import FastRMSNorm
 from spear.models.presets import spear1_config, vlm_config
@@ -44,33 +44,14 @@ def copy_vlm(ours: SpearVLMForConditionalGeneration, reference: Any) -> None:
     assert missing == [] and set(surplus) <= {"lm_head.weight"}
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).detach().abs().max() / b.detach().abs().max())
-
-
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (280 // 14 * 16, 210 // 14 * 16)])
 def test_without_moge_the_logits_are_paligemmas(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     theirs = PaliGemmaForConditionalGeneration(paligemma_config()).eval()
     ours = SpearVLMForConditionalGeneration(vlm_config(PLAIN)).eval()
     copy_vlm(ours, theirs.model)
-    width, height = size
-    tokens = width // 16 * height // 16
-    image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
-    ids = torch.randint(3, 40, (B, 9))
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
-    kinds = (torch.arange(9) >= 5).long().expand(B, 9)
-    features = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
-    before = torch.ones(B, tokens, dtype=torch.long)
-    expected = theirs(
-        input_ids=torch.cat([before * IMAGE_TOKEN, ids], dim=1),
-        attention_mask=torch.cat([before, mask], dim=1),
-        token_type_ids=torch.cat([before * 0, kinds], dim=1),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-    ).logits[:, tokens:]
-    logits = ours({"external": image}, ids, mask, kinds).logits
-    assert relative(logits[mask.bool()], expected[mask.bool()]) < 1e-5
+    mine, expected = logits(ours, theirs, *size)
+    assert relative(mine, expected) < 1e-5
 
 
 def pi0_pair() -> tuple[Spear1ForActionPrediction, Pi0]:

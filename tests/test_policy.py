@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models_tiny import spear1
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError, unsaid
 from spear.models import weights
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -89,8 +89,11 @@ def test_who_has_which_camera_matters_to_nobody_else(policy: Spear1Policy) -> No
 
 def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -> None:
     tall = np.zeros((300, 200, 3), np.uint8)
+    with warnings.catch_warnings(), unsaid():
+        warnings.simplefilter("error")
+        policy.infer(observation(image=tall))  # an example of ours, of which users need not hear
     with pytest.warns(
-        UserWarning, match=r"'external': 200×300 shown in 192×128 with black bars left and right, 56%"
+        Notice, match=r"'external': 200×300 shown in 192×128 with black bars left and right, 56%"
     ):
         policy.infer(observation(image=tall))
     with warnings.catch_warnings():

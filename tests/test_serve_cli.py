@@ -22,7 +22,7 @@ from spear.serve.client import RemotePolicy
         (["serve", "nano", "--embodiment", "droid", "--control", "joints"], "did you mean 'joint_"),
         (["serve", "nano", "--queue", "0"], "give at least 1"),
         (["serve", "nano", "--wait-ms", "-1"], "give 0 to 10000"),
-        (["serve", "nano", "--device", "tpu9"], "--device tpu9"),
+        (["serve", "nano", "--device", "tpu9"], "unknown device 'tpu9'"),
         (["serve", "nano", "--port", "99999"], "choose another --port"),
         (["evaluate", "--policy", "ws://127.0.0.1:9"], "start one with `spear serve`"),
         (["evaluate", "--policy", "expert", "--execution", "later"], "sync"),

@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 from serve_here import Homing, homing, serving, stop
 from spear.embodiments import load
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError, notice
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer, Settings
@@ -210,6 +210,23 @@ def test_stopping_answers_what_is_under_way() -> None:
             policy.infer(seen())
     with pytest.raises(SpearError, match="start one with"):
         RemotePolicy(url(server))
+
+
+def test_warming_up_tells_nobody_of_the_examples_images() -> None:
+    class Noticing(Homing):
+        said: bool | None = None
+
+        def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
+            self.said = notice("images have another aspect")
+            return super().infer_batch(observations)
+
+    policy = Noticing()
+    service = Service(policy, GENERIC)
+    service.warm_up()
+    assert policy.said is False
+    with pytest.warns(Notice, match="another aspect"):
+        service.answer([seen()])
+    assert policy.said is True
 
 
 def test_a_port_that_is_taken_is_said() -> None:

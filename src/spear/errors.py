@@ -1,9 +1,12 @@
-"""What a user sees when something is wrong: one line that says what, where and what to do."""
+"""What a user sees when something is wrong, or was put right: one line that says what, where and what to do."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class SpearError(Exception):
@@ -24,3 +27,27 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return SpearError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(names)})")
+
+
+class Notice(UserWarning):
+    """What was done with an input that could be better, in one line. The CLI shows it as "note: …"."""
+
+
+_SAYING: ContextVar[bool] = ContextVar("saying notices", default=True)
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Inside, `notice` says nothing: for inputs that are ours and no user's."""
+    before = _SAYING.set(False)
+    try:
+        yield
+    finally:
+        _SAYING.reset(before)
+
+
+def notice(message: str) -> bool:
+    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said; see `unsaid`."""
+    if _SAYING.get():
+        warnings.warn(message, Notice, stacklevel=3)
+    return _SAYING.get()

@@ -137,16 +137,18 @@ class VlmBundle:
         return None
 
 
-def load_vlm(name: str | Path = "nano", device: str = "cpu") -> VlmBundle:
+def load_vlm(
+    name: str | Path = "nano", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
 
-    Raises `SpearError` when it is missing or broken.
+    dtype: of the weights. Raises `SpearError` when it is missing or broken.
     """
     folder = locate(name)
     if weights.architecture(folder) == Spear1ForActionPrediction.config_class.model_type:
-        model = weights.load(Spear1ForActionPrediction, folder, torch.float32).vlm
+        model = weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     else:
-        model = weights.load(SpearVLMForConditionalGeneration, folder, torch.float32)
+        model = weights.load(SpearVLMForConditionalGeneration, folder, dtype)
     torch.nn.Module.to(model, device)
     return VlmBundle(model, _processor(folder, model.config))
 
@@ -172,7 +174,7 @@ class Spear1Policy:
     @staticmethod
     def load(
         name: str | Path = "nano",
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         steps: int = 10,
         seed: int = 0,
         dataset: str | None = None,

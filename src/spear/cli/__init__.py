@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from spear.cli.serve_commands import SERVE_COMMANDS
 from spear.cli.train_commands import TRAIN_COMMANDS
 from spear.cli.vqa_commands import VQA_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
-from spear.errors import SpearError, unknown_name
+from spear.errors import Notice, SpearError, unknown_name
 
 COMMANDS: dict[str, Callable[..., None]] = {
     **LABEL_COMMANDS,
@@ -61,7 +62,25 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one line on
-    stderr), 130 when interrupted."""
+    stderr), 130 when interrupted.
+
+    A `Notice` is one line on stderr, too.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)  # each is given once already
+        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        return _run(argv)
+
+
+def _show(otherwise: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning: a `Notice` as a line, others as Python shows them."""
+    if isinstance(message, Notice):
+        print(f"note: {message}", file=sys.stderr, flush=True)
+    else:
+        otherwise(message, *where, **more)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if not args or args[0] in ("-h", "--help", "help"):

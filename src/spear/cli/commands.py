@@ -21,6 +21,8 @@ def ask(
     family: Name = None,
     decode: Literal["mode", "mean", "median"] = "mode",
     draw: File = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
 
@@ -40,15 +42,19 @@ def ask(
         decode: Which number is said of those that the model holds possible: the likeliest (mode), the expected
             value (mean), or the one in the middle (median). `spear evaluate vqa` measures which is best.
         draw: Save the image with the answer's box drawn on it (for sim: images, whose camera is known).
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
     """
+    import torch
     from PIL import Image
 
     from spear.evaluate import ask as asking
     from spear.policy import load_vlm
+    from spear.train.devices import choose_device
 
     if draw and draw.suffix.lower() not in Image.registered_extensions():
         raise SpearError(f"--draw {draw}: not a name for a picture: end it in .png or .jpg")
-    bundle = load_vlm(model)
+    bundle = load_vlm(model, choose_device(device), getattr(torch, dtype))
     picture = asking.read_picture(image, bundle.processor.image_sizes["external"])
     answer = asking.ask(bundle, picture, question, family, decode)
     print(asking.words(answer, picture))

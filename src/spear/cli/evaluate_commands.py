@@ -27,6 +27,8 @@ def evaluate(
     execution: Literal["sync", "async", "ensemble"] = "sync",
     latency_ms: float = 0.0,
     shard: str = "1/1",
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
@@ -55,17 +57,21 @@ def evaluate(
         latency_ms: Simulated time that the policy takes to answer, in milliseconds.
         shard: Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
             there; parts from other machines with `spear evaluate merge`.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
     """
+    import torch
 
     from spear.evaluate.closed_loop import evaluate as run
     from spear.evaluate.journal import Shard, load
     from spear.evaluate.load import load_actor
     from spear.sim.scene import FAMILIES
+    from spear.train.devices import choose_device
 
     filmed = films_wanted(films)
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
-    actor, sizes = load_actor(policy)
+    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype))
     run(
         actor,
         families or FAMILIES,
@@ -91,6 +97,8 @@ def evaluate_data(
     train: Folder = None,
     train_split: Name = None,
     plot: File = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
@@ -109,15 +117,22 @@ def evaluate_data(
             with --train-split, or else the held-out episodes).
         train_split: Which of the training folder's episodes were trained on.
         plot: Save a plot of predictions and truth as PNG.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
     """
     from tempfile import TemporaryDirectory
 
+    import torch
+
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
+    from spear.train.devices import choose_device
 
+    place = choose_device(device)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(data, Path(scratch) / "held-out", split)
-        ours = open_loop.score(policy, Spear1Policy.load(policy), held_out)
+        model = Spear1Policy.load(policy, place, dtype=getattr(torch, dtype))
+        ours = open_loop.score(policy, model, held_out)
         learned = held_out
         if train or train_split:
             learned = open_episodes(train or data, Path(scratch) / "train", train_split or "train")

@@ -110,13 +110,9 @@ def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32"
     import torch
 
     from spear.policy import Spear1Policy
+    from spear.train.devices import choose_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return Spear1Policy.load(checkpoint, device, steps, dtype=getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise SpearError(f"--device {device}: {str(error).splitlines()[0]}: choose another one") from error
+    return Spear1Policy.load(checkpoint, choose_device(device), steps, dtype=getattr(torch, dtype))
 
 
 SERVE_COMMANDS = {"serve": serve}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -24,6 +24,8 @@ def evaluate_simpler(
     compare: Folder = None,
     shard: str = "1/1",
     assets: Folder = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
 
@@ -50,12 +52,16 @@ def evaluate_simpler(
         compare: An earlier folder or results.json: also print the difference on the scenes that both have seen.
         shard: Run only a part of the scenes, 2/5 for the second of five (see `spear evaluate`).
         assets: ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
     """
+    import torch
 
     from spear.evaluate.journal import Shard, load
     from spear.evaluate.load import load_actor
     from spear.evaluate.simpler import OracleActor, evaluate
     from spear.simpler.tasks import TASKS
+    from spear.train.devices import choose_device
 
     filmed = films_wanted(films)
     if batch is not None:
@@ -64,7 +70,8 @@ def evaluate_simpler(
         raise SpearError("--checkpoint expert: knows the embedded simulator only: give oracle")
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
-    actor = OracleActor() if checkpoint == "oracle" else load_actor(checkpoint)[0]
+    place, precision = choose_device(device), getattr(torch, dtype)
+    actor = OracleActor() if checkpoint == "oracle" else load_actor(checkpoint, place, precision)[0]
     evaluate(
         actor,
         tasks or tuple(TASKS),

@@ -22,6 +22,8 @@ def evaluate_vqa(
     seed: int = 0,
     view: str = "external",
     batch: int = 32,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     out: Path = Path("runs/evaluate-vqa"),
 ) -> None:
     """Measure what SPEAR-VLM knows in 3D: ask it about labelled images that it has not seen.
@@ -48,8 +50,11 @@ def evaluate_vqa(
         seed: Of the questions: the same images and seed give the same ones.
         view: The camera that the images are from, external or wrist.
         batch: Questions that are answered at once.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
+        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
         out: Folder for the results.
     """
+    import torch
     from rich import print as show
 
     from spear.evaluate.vqa import evaluate as run
@@ -58,9 +63,10 @@ def evaluate_vqa(
     from spear.labels.parquet import write_text
     from spear.labels.questions import FAMILIES
     from spear.policy import load_vlm
+    from spear.train.devices import choose_device
 
     at_least(1, images=images, per_image=per_image, batch=batch)
-    bundle = load_vlm(checkpoint)
+    bundle = load_vlm(checkpoint, choose_device(device), getattr(torch, dtype))
     labels = find_images(questions, images, view, bundle.processor)
     scores = run(bundle, labels, families or FAMILIES, per_image, seed, batch, decode=decode, view=view)
     about: dict[str, str | int] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,6 +146,8 @@ def _finish(
 ) -> None:
     """Print what becomes of each weight and, unless it is a dry run, write the model."""
     precision = _precision(dtype)
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard):
+        raise SpearError(f"--shard {shard}: write it as 5GB or 500MB")
     print(plan.report)
     plan.check()
     if dry_run:

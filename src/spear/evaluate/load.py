@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
+
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy, locate
 
@@ -21,9 +23,14 @@ class Cameras(TypedDict, total=False):
     wrist_size: Size
 
 
-def load_actor(name: str) -> tuple[Actor, Cameras]:
+def load_actor(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Actor, Cameras]:
     """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the cameras
-    that it needs."""
+    that it needs.
+
+    device, dtype: where a policy that is loaded here computes, and the precision of its weights.
+    """
     if name == "expert":
         return ExpertActor(), {}
     if name == "nothing":
@@ -32,9 +39,11 @@ def load_actor(name: str) -> tuple[Actor, Cameras]:
         from spear.serve.client import RemotePolicy
 
         return PolicyActor(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name), {}
-    policy = Spear1Policy.load(name)
+    policy = Spear1Policy.load(name, device, dtype=dtype)
     sizes = policy.processor.image_sizes
-    return PolicyActor(policy, name, fingerprint(locate(name))), {
+    # Outcomes in another precision are those of another policy.
+    which = fingerprint(locate(name)) + ("" if dtype == torch.float32 else f" {dtype}")
+    return PolicyActor(policy, name, which), {
         "image_size": sizes["external"],
         "wrist_size": sizes["wrist"],
     }

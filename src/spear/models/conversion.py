@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError
@@ -79,13 +81,27 @@ class Conversion(Generic[Model]):
 
         The tokenizer is written where there is one; `recipe.json` says what the model was made of.
         shard  the most that one file holds. also: writes more files into the folder, such as `Processor.save`.
-        Raises `SpearError` as `run` does, and for a folder that holds something already.
+        Raises `SpearError` as `run` does, for a folder that holds something already, and when it cannot be written.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SpearError(f"{folder} is there already: give a new folder")
-        model = self.run(dtype, seed)
+        self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with _writing(folder):
+                _make_room(part, self.report.parameters() * (dtype or self.dtype).itemsize)
+            model = self.run(dtype, seed)
+            with _writing(folder):
+                self._write(model, part, folder.name, seed, shard, also)
+                shutil.rmtree(folder, ignore_errors=True)
+                part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return model
+
+    def _write(
+        self, model: Model, part: Path, name: str, seed: int, shard: str, also: Callable[[Path], Any] | None
+    ) -> None:
         with quiet():
             model.save_pretrained(part, max_shard_size=shard)
         if self.tokenizer is not None:
@@ -98,12 +114,29 @@ class Conversion(Generic[Model]):
             "seed": seed,
         }
         (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-        (part / "README.md").write_text(
-            card(folder.name, self.config, self.report, self.sources), encoding="utf-8"
+        (part / "README.md").write_text(card(name, self.config, self.report, self.sources), encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What cannot be written as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpearError(f"cannot write {folder}: {reason}: give another folder") from error
+
+
+def _make_room(part: Path, size: int) -> None:
+    """Make a folder before anything is computed for it. Raises `SpearError` where `size` bytes do not fit."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    free = shutil.disk_usage(part).free
+    if free < size:
+        raise SpearError(
+            f"no room for {part.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: make room, or "
+            "give a folder elsewhere"
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-        return model
 
 
 def match(

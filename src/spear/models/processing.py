@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, notice, unknown_name
 from spear.models.decode import Worded
 from spear.models.losses import IGNORE
 from spear.models.presets import Preset
@@ -120,7 +119,7 @@ class Processor:
     def image(self, image: Array, view: str) -> torch.Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Warns, once per view and size, when that takes black bars.
+        Gives a `Notice`, once per view and size, when that takes black bars.
         """
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
@@ -128,12 +127,10 @@ class Processor:
         fitted = torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told:
-            self._told.add((view, size))
-            if bars := fitting(size, (width, height)):
-                warnings.warn(
-                    f"images of view {view!r}: {bars}: give images of that aspect to use all of it",
-                    stacklevel=2,
-                )
+            bars = fitting(size, (width, height))
+            advice = "give images of that aspect to use all of it"
+            if bars is None or notice(f"images of view {view!r}: {bars}: {advice}"):
+                self._told.add((view, size))
         return fitted
 
     def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 
 import torch
+
+from spear.errors import notice
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -44,7 +45,7 @@ class Replay:
                 except RuntimeError as error:
                     self._works = False
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    warnings.warn(f"no CUDA graphs ({reason}): slower, same results", stacklevel=2)
+                    notice(f"no CUDA graphs ({reason}): slower, same results")
                     return function(inputs)
             self._graphs.move_to_end(key)
             while len(self._graphs) > MOST:

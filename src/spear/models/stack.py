@@ -26,6 +26,7 @@ class Memory:
         self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers = torch.empty(layers, 2, *shape, dtype=dtype, device=device).unbind(0)
+        self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
 
     def to(self, dtype: torch.dtype) -> Memory:
         """Itself, or a copy in another precision."""
@@ -44,10 +45,7 @@ class Memory:
         return Window(
             [held[:, :, :, start : start + sum(queries)] for held in self.layers],
             queries,
-            [
-                [(held[0, :, :, :end].flatten(0, 1), held[1, :, :, :end].flatten(0, 1)) for _, end in blocks]
-                for held in self.layers
-            ],
+            [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs],
         )
 
 
@@ -88,6 +86,7 @@ class Stack:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps
+        self._eps = torch.tensor(self.eps)
         one: Any = model.layers[0]
         self.scale: float = one.self_attn.scaling
         self.softcap: float | None = getattr(one.self_attn, "attn_logit_softcapping", None)
@@ -205,7 +204,7 @@ class Stack:
         if x.device.type != "cpu":
             return nn.functional.rms_norm(full, full.shape[-1:], scale, self.eps).to(x.dtype)
         norm = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(full.shape[-1]).add_(self.eps).rsqrt_()
+        inverse = torch.addcmul(self._eps, norm, norm, value=1 / full.shape[-1]).rsqrt_()
         return (full * scale).mul_(inverse).to(x.dtype)
 
 

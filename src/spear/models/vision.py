@@ -26,9 +26,9 @@ def normalize_pixels(
     scale = [1 / (255 * s) for s in std]
     shift = [m / s for m, s in zip(mean, std, strict=True)]
     if len(set(scale)) == len(set(shift)) == 1:
-        return pixels * scale[0] - shift[0]
+        return (pixels * scale[0]).sub_(shift[0])
     # No tensor of constants: to bring it to a GPU would be to wait.
-    return torch.stack([pixels[:, i] * scale[i] - shift[i] for i in range(3)], dim=1)
+    return torch.stack([(pixels[:, i] * scale[i]).sub_(shift[i]) for i in range(3)], dim=1)
 
 
 def standardize(

@@ -10,7 +10,7 @@ import numpy as np
 
 import spear
 from spear.embodiments import Embodiment
-from spear.errors import SpearError
+from spear.errors import SpearError, unsaid
 from spear.types import Policy
 
 
@@ -74,7 +74,8 @@ class Service:
 
     def warm_up(self) -> None:
         """Answers the embodiment's example once, so that the first client does not wait. Raises what it raises."""
-        result = self.answer([self.embodiment.example()])[0]
+        with unsaid():  # what the example's images lack is not the robot's
+            result = self.answer([self.embodiment.example()])[0]
         if isinstance(result, SpearError):
             raise result
 
