@@ -4,195 +4,86 @@
     python benchmarks/loader.py --tensorflow-python /path/to/venv/bin/python     # with tensorflow and pyarrow in it
     python benchmarks/loader.py --memory-samples 100000                   # memory, instead of speed
 
-Everybody loads the same steps of the same made-up episodes (two cameras, 640 x 480, 10 Hz), prepared once by
-`spear data prepare` for SPEAR-1 (280 x 210 and 112 x 112, 5 Hz), with two processes or threads, in rounds that
-alternate:
+Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 480, 10 Hz as recorded, and as
+`spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112, 5 Hz. Two processes or threads each.
 
-    ours    what a training step gets: drawn, decoded, normalised, tokenised, made by two loader processes.
-    bare    two processes decode the same JPEGs, which are in memory, bring them to size, and drop them.
-    whole   bare, on the original JPEGs: what training on unprepared data costs at least.
-    video   the same dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each step seeks in an
-            open file and decodes from the key frame before it. Its two loader processes hand over the pixels.
-    tf      the way of Octo and openpi: TFRecords of whole episodes with the prepared JPEGs, tf.data with a
-            shuffle buffer, decoding in parallel (`benchmarks/loader_tf.py`).
+    ours             what a training step gets from the prepared dataset: drawn, decoded, normalised, tokenised.
+    decode           the bare work: two processes decode the same prepared JPEGs, which are in memory.
+    decode recorded  the same with the recorded JPEGs, which have to be made smaller: what preparing saves.
+    video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each step
+                     seeks in an open file and decodes from the key frame before it.
+    video recorded   the recorded dataset as LeRobot writes it, frames made smaller after decoding.
+    tf               tf.data over TFRecords of whole episodes with the prepared JPEGs (`benchmarks/loader_tf.py`).
+    tf recorded      the way of Octo and openpi: the same with the recorded JPEGs, made smaller after decoding.
+
+Who uses LeRobot or RLDS has the recorded episodes: the goals of 3 are for these. The ways on the prepared ones show
+how much of that is the way and how much is the preparing.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
-import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 
+from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
+from loader_turns import Command, Forked, Way, in_turn, table
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.lerobot import open_lerobot
 from spear.data.lerobot_write import write_lerobot
-from spear.data.mixture import Mixture, Sample, TrainingSamples
-from spear.data.normalize import Normalizer
+from spear.data.mixture import Mixture
 from spear.data.prepare import prepare
-from spear.images import decode_image, encode_jpeg
-from spear.models.presets import preset
-from spear.models.processing import Processor, fit_image
-from spear.tokens import CoordinateTokenizer
+from spear.models.processing import fit_image
 from spear.train import loop
-from spear.train.vla import robot_inputs
-from spear.types import Array, Episode
 
-VIEWS = {"external": (210, 280), "wrist": (112, 112)}
-CORES = 2
-WORDS = [f"put the {thing} on the plate" for thing in ("carrot", "spoon", "mug", "sponge")]
+GOALS = {"decode": "0.8", "video recorded": "3", "tf recorded": "3"}
+AHEAD = 5 * CORES
+"""Batches that a loader's processes may have made ahead, and a little more."""
 
 
-def make(index: int, steps: int, size: tuple[int, int] = (480, 640)) -> Episode:
-    """An episode at 10 Hz whose images have detail at all scales and move, so that JPEG and AV1 have work to do."""
-    rng = np.random.default_rng(index)
-    images = {}
-    for camera in VIEWS:
-        canvas = np.zeros((size[0] + 200, size[1] + 200, 3))
-        for cells in (8, 30, 120):
-            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            canvas += np.asarray(noise.resize(canvas.shape[1::-1], Image.Resampling.BICUBIC)) / 3
-        still = np.clip(canvas + rng.normal(0, 3, canvas.shape), 0, 255).astype(np.uint8)
-        shift = (100 + 90 * np.sin(np.arange(steps) / 9)).astype(int)
-        images[camera] = [encode_jpeg(still[s : s + size[0], 200 - s : 200 - s + size[1]]) for s in shift]
-    t = np.arange(steps) / 10
-    position = np.stack([0.3 + 0.1 * np.sin(t + index), 0.1 * np.cos(t), 0.2 + 0 * t], axis=1)
-    rotation = np.stack([np.cos(t / 9), 0 * t, 0 * t, np.sin(t / 9)], axis=1)
-    gripper = (t % 2 > 1).astype(float)
-    words = WORDS[index % len(WORDS)]
-    return Episode(images, position, rotation, gripper, words, 10.0, f"made#{index}")
+def _record(root: Path, number: int, episodes: int, steps: int) -> None:
+    """A part of the recorded episodes."""
+    write_episodes((make(i, steps) for i in range(number, episodes, CORES)), root / f"part {number}")
 
 
-class Ours:
-    """What `spear.train.vla.VlaTask.batch` makes, without its network."""
-
-    def __init__(self, mixture: Mixture, batch_size: int) -> None:
-        self.samples = TrainingSamples(mixture, VIEWS, fit_image)
-        self.normalizer = Normalizer.fit([(store, 1.0) for store in mixture.stores])
-        values = np.random.default_rng(0).normal(size=4000)
-        self.processor = Processor.build(preset("nano"), WORDS, CoordinateTokenizer.fit(values))
-        self.batch_size = batch_size
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return robot_inputs(self.processor, self.normalizer, self.samples.batch(step, self.batch_size))
+def _export(root: Path, name: str, kind: str) -> None:
+    write_lerobot(
+        EpisodeStore(root / name), root / f"{name} {kind}", images="video" if kind == "video" else "image"
+    )
 
 
-class Video:
-    """The same steps out of AV1 videos, in open files."""
-
-    def __init__(self, folder: Path, mixture: Mixture, batch_size: int) -> None:
-        self.dataset, self.mixture, self.batch_size = open_lerobot(folder), mixture, batch_size
-        self.open = functools.lru_cache(maxsize=None)(self._open)
-
-    @staticmethod
-    def _open(path: Path) -> Any:
-        import av
-
-        container = av.open(str(path))
-        container.streams.video[0].thread_count = 1  # two processes have two cores
-        return container
-
-    def frame(self, sample: Sample, camera: str) -> Array:
-        path, first, _ = self.dataset.episodes[sample.episode].videos[f"observation.images.{camera}"]
-        wanted = first + sample.step / self.dataset.rate_hz
-        container = self.open(path)
-        stream = container.streams.video[0]
-        container.seek(int((wanted - 1e-3) / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            if frame.time > wanted - 1e-3:
-                return frame.to_ndarray(format="rgb24")
-        raise AssertionError(f"{path}: no frame at {wanted} s")
-
-    def batch(self, step: int) -> dict[str, Any]:
-        samples = self.mixture.draw(step, self.batch_size)
-        arrays = [self.mixture.arrays(sample, 5) for sample in samples]
-        batch = {
-            f"numbers {i}": torch.from_numpy(np.stack(a)) for i, a in enumerate(zip(*arrays, strict=True))
-        }
-        for camera in VIEWS:
-            batch[camera] = torch.from_numpy(np.stack([self.frame(sample, camera) for sample in samples]))
-        return batch
+def side_by_side(jobs: list[partial[None]]) -> None:
+    """Do some jobs in a process each, all at once."""
+    processes = [multiprocessing.get_context("fork").Process(target=job) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"making the episodes failed ({process.exitcode})")
 
 
-def bare(mixture: Mixture, stores: list[EpisodeStore], batch_size: int, batches: int) -> Callable[[], float]:
-    """Seconds that two processes take to decode and fit the images of some batches, which they have in memory.
-
-    stores  one for each dataset of the mixture, at its rate or at a multiple of it.
-    """
-    images = []
-    for step in range(batches):
-        for sample in mixture.draw(step, batch_size):
-            store = stores[sample.source]
-            often = round(store.rate_hz(sample.episode) / 5)
-            for camera, size in VIEWS.items():
-                images.append((store.image(sample.episode, often * sample.step, camera) or b"", size))
-    share = [images[i::CORES] for i in range(CORES)]
-    context = multiprocessing.get_context("fork")
-    ends = []
-    for mine in share:
-        here, there = context.Pipe()
-        context.Process(target=_decode, args=(there, mine), daemon=True).start()
-        ends.append(here)
-
-    def round_() -> float:
-        begun = time.perf_counter()
-        for end in ends:
-            end.send(True)
-        for end in ends:
-            end.recv()
-        return time.perf_counter() - begun
-
-    return round_
-
-
-def _decode(end: Any, images: list[tuple[bytes, tuple[int, int]]]) -> None:
-    while True:
-        end.recv()
-        for encoded, size in images:
-            fit_image(decode_image(encoded), *size)
-        end.send(True)
-
-
-def loaded(task: Any, batches: int) -> Callable[[], float]:
-    """Seconds that some batches take to come from two loader processes, once what they had made ahead is gone."""
-    source: Iterator[Any] = loop.batches(task, 0, 10**9, workers=CORES)
-
-    def round_() -> float:
-        for _ in range(5 * CORES):
-            next(source)
-        begun = time.perf_counter()
-        for _ in range(batches):
-            next(source)
-        return time.perf_counter() - begun
-
-    return round_
-
-
-def tensorflow(python: Path, folder: Path, batch_size: int, batches: int) -> Callable[[], float]:
-    """The same for tf.data, in a Python of its own."""
-    script = Path(__file__).with_name("loader_tf.py")
-    arguments = [str(python), str(script), str(folder), str(batch_size), str(batches), str(CORES)]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    stdin, stdout = process.stdin, process.stdout
-
-    def round_() -> float:
-        stdin.write("go\n")
-        stdin.flush()
-        return float(stdout.readline())
-
-    return round_
+def make_data(root: Path, episodes: int, steps: int) -> None:
+    """The episodes as recorded, and prepared, as stores; says what preparing them takes."""
+    side_by_side([partial(_record, root, number, episodes, steps) for number in range(CORES)])
+    parts = [EpisodeStore(root / f"part {number}") for number in range(CORES)]
+    ordered = (parts[i % CORES][i // CORES] for i in range(episodes))
+    write_episodes(ordered, root / "recorded", shard_size=8)
+    sizes = {camera: (width, height) for camera, (height, width) in VIEWS.items()}
+    begun = time.perf_counter()
+    prepare(root / "recorded", root / "prepared", sizes=sizes, fit_image=fit_image, workers=CORES)
+    took = time.perf_counter() - begun
+    frames = int(EpisodeStore(root / "prepared").lengths.sum())
+    size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())
+    print(
+        f"prepared {frames} steps of {episodes} episodes, two cameras each, {size / frames / 1024:.1f} KiB a step,"
+    )
+    print(f"in {took:.1f} s: {frames / took:.0f} steps/s", flush=True)
 
 
 def memory_mb(pids: list[int]) -> float:
@@ -211,15 +102,15 @@ def watch_memory(task: Ours, samples: int) -> None:
         if (count + 1) % every == 0:
             workers = [process.pid for process in multiprocessing.active_children()]
             seen.append(memory_mb([os.getpid(), *(pid for pid in workers if pid)]))
-            print(f"{(count + 1) * task.batch_size:8d} samples  {seen[-1]:8.0f} MB")
+            print(f"{(count + 1) * task.batch_size:8d} samples  {seen[-1]:8.0f} MB", flush=True)
     print(f"growth after the first tenth: {seen[-1] - seen[0]:.0f} MB")
 
 
 def main(
-    episodes: int = 30,
+    episodes: int = 12,
     steps: int = 80,
-    batch_size: int = 64,
-    batches: int = 12,
+    batch_size: int = 32,
+    seconds: float = 2.0,
     rounds: int = 5,
     tensorflow_python: Path | None = None,
     memory_samples: int = 0,
@@ -228,50 +119,51 @@ def main(
 
     Args:
         episodes: made-up episodes. steps: of each, at 10 Hz.
-        batch_size: samples of a batch. batches: of a round.
-        rounds: rounds of each way, taken in turn.
-        tensorflow_python: Python with tensorflow and pyarrow; without it that way is left out.
+        batch_size: samples of a batch.
+        seconds: that each way works in a round. rounds: of all ways, taken in turn.
+        tensorflow_python: Python with tensorflow and pyarrow; without it that way is left out, which is said.
         memory_samples: so many samples are loaded and the memory is watched, instead of the speed.
     """
+    begun = time.perf_counter()
     torch.set_num_threads(1)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_episodes((make(i, steps) for i in range(episodes)), root / "original", shard_size=8)
-        begun = time.perf_counter()
-        sizes = {camera: (width, height) for camera, (height, width) in VIEWS.items()}
-        prepare(root / "original", root / "prepared", sizes=sizes, fit_image=fit_image, workers=CORES)
-        took = time.perf_counter() - begun
-        original, store = EpisodeStore(root / "original"), EpisodeStore(root / "prepared")
-        frames = int(store.lengths.sum())
-        size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())
-        print(
-            f"prepare  {frames / took:7.0f} steps/s ({len(VIEWS)} cameras), {size / frames / 1024:.1f} KiB each"
-        )
-        mixture = Mixture([("made", store, 1.0)])
+        make_data(root, episodes, steps)
+        recorded, prepared = EpisodeStore(root / "recorded"), EpisodeStore(root / "prepared")
+        mixture = Mixture([("made", prepared, 1.0)])
         ours = Ours(mixture, batch_size)
         if memory_samples:
             watch_memory(ours, memory_samples)
             return
-        write_lerobot(store, root / "video", images="video")
-        ways = {
-            "bare": bare(mixture, [store], batch_size, batches),
-            "whole": bare(mixture, [original], batch_size, batches),
-            "ours": loaded(ours, batches),
-            "video": loaded(Video(root / "video", mixture, batch_size), batches),
+        kinds = ["video"] if tensorflow_python is None else ["video", "image"]
+        side_by_side([partial(_export, root, n, k) for k in kinds for n in ("recorded", "prepared")])
+        videos = {
+            name: Video(root / f"{name} video", mixture, batch_size) for name in ("prepared", "recorded")
         }
-        if tensorflow_python is not None:
-            ways["tf"] = tensorflow(tensorflow_python, root / "prepared", batch_size, batches)
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, way in ways.items():
-                taken[name].append(way())
-    for name, seconds in taken.items():
-        ratios = [other / mine for other, mine in zip(seconds, taken["ours"], strict=True)]
-        print(
-            f"{name:<8} {batch_size * batches / statistics.median(seconds):7.0f} samples/s   ours ÷ it "
-            f"{statistics.median(ratios):5.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {rounds} rounds)"
-        )
+        ways: dict[str, Way] = {}
+        try:
+            ways["ours"] = Forked(partial(loaded, ours), AHEAD)
+            ways["decode"] = Forked(partial(bare, mixture, prepared, batch_size), 1)
+            ways["decode recorded"] = Forked(partial(bare, mixture, recorded, batch_size), 1)
+            ways["video"] = Forked(partial(loaded, videos["prepared"]), AHEAD)
+            ways["video recorded"] = Forked(partial(loaded, videos["recorded"]), AHEAD)
+            if tensorflow_python is not None:
+                script = [str(tensorflow_python), str(Path(__file__).with_name("loader_tf.py"))]
+                for name, source in (("tf", "prepared"), ("tf recorded", "recorded")):
+                    options = [str(root / f"{source} image"), str(batch_size), str(CORES)]
+                    sizes = [f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items()]
+                    ways[name] = Command([*script, *options, *sizes])
+            taken = in_turn(ways, rounds, seconds)
+        finally:
+            for way in ways.values():
+                way.end()
+    print(table(taken, "ours", GOALS))
+    missing = "" if tensorflow_python else "; tf.data was left out (--tensorflow-python)"
+    print(
+        f"medians (and ranges) of {rounds} rounds in turn, {seconds:g} s each; batches of {batch_size}{missing}"
+    )
+    print(f"all of it took {time.perf_counter() - begun:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The rival of `benchmarks/loader.py`: robot episodes through tf.data, as Octo and openpi read RLDS.
 
-    python loader_tf.py PREPARED_FOLDER BATCH_SIZE BATCHES THREADS
+    python loader_tf.py FOLDER BATCH_SIZE THREADS CAMERA=WIDTHxHEIGHT …
 
-Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a prepared dataset (a
-LeRobot v3.0 folder with images in Parquet) as TFRecords, one example for an episode. Then for each line on
-standard input it prints how many seconds BATCHES batches took.
+Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a LeRobot v3.0 folder
+with images in Parquet as TFRecords, one example for an episode, and says "ready". Then for each line with
+seconds on standard input it loads batches for so long, and prints: samples, seconds, processor seconds.
 
 The pipeline: examples parsed in parallel, chunks of five actions gathered, episodes flattened to steps, which
-are shuffled while still encoded, decoded in parallel, batched, prefetched.
+are shuffled while still encoded, decoded in parallel and, where they have another size, brought to theirs with
+bars, antialiased (Lanczos, as dlimp does for Octo and OpenVLA), batched, prefetched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-HORIZON, SHUFFLE, SHARDS = 5, 1000, 8
+HORIZON, SHUFFLE, SHARDS, PREFETCH = 5, 1000, 8, 4
 CAMERAS = ("external", "wrist")
 
 
@@ -70,12 +71,24 @@ def steps_of(record: tf.Tensor) -> dict[str, tf.Tensor]:
     return steps
 
 
-def decode(step: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Encoded images to pixels; they have their size already, the best case for a pipeline that would resize."""
-    return {k: tf.io.decode_jpeg(v, channels=3) if k in CAMERAS else v for k, v in step.items()}
+def decode(step: dict[str, tf.Tensor], sizes: dict[str, tuple[int, int]]) -> dict[str, tf.Tensor]:
+    """Encoded images to pixels of their camera's (height, width)."""
+    return {
+        k: fit(tf.io.decode_jpeg(v, channels=3), *sizes[k]) if k in CAMERAS else v for k, v in step.items()
+    }
 
 
-def main(folder: str, batch_size: int, batches: int, threads: int) -> None:
+def fit(image: tf.Tensor, height: int, width: int) -> tf.Tensor:
+    """An image [h, w, 3] in the size wanted, aspect kept; one that has it stays as it is."""
+
+    def smaller() -> tf.Tensor:
+        padded = tf.image.resize_with_pad(image, height, width, method="lanczos3", antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(padded), 0, 255), tf.uint8)
+
+    return tf.cond(tf.reduce_all(tf.shape(image)[:2] == [height, width]), lambda: image, smaller)
+
+
+def main(folder: str, batch_size: int, threads: int, sizes: dict[str, tuple[int, int]]) -> None:
     """Write the records, then measure on request."""
     tf.config.set_visible_devices([], "GPU")
     with tempfile.TemporaryDirectory() as out:
@@ -83,19 +96,28 @@ def main(folder: str, batch_size: int, batches: int, threads: int) -> None:
         data = data.interleave(tf.data.TFRecordDataset, cycle_length=SHARDS, num_parallel_calls=threads)
         data = data.map(steps_of, num_parallel_calls=threads)
         data = data.flat_map(tf.data.Dataset.from_tensor_slices).shuffle(SHUFFLE)
-        data = data.map(decode, num_parallel_calls=threads).batch(batch_size).prefetch(4)
+        data = data.map(lambda step: decode(step, sizes), num_parallel_calls=threads)
+        data = data.batch(batch_size).prefetch(PREFETCH)
         options = tf.data.Options()
         options.threading.private_threadpool_size = threads
         options.deterministic = False
         source = iter(data.with_options(options))
-        for _ in sys.stdin:
-            for _ in range(8):  # what was made ahead
+        next(source)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            for _ in range(2 * PREFETCH):  # what was made ahead
                 next(source)
-            begun = time.perf_counter()
-            for _ in range(batches):
+            count, worked, begun = 0, time.process_time(), time.perf_counter()
+            while time.perf_counter() - begun < float(line):
                 next(source)
-            print(time.perf_counter() - begun, flush=True)
+                count += batch_size
+            print(count, time.perf_counter() - begun, time.process_time() - worked, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(number) for number in sys.argv[2:5]))
+    wanted = {}
+    for word in sys.argv[4:]:
+        camera, _, text = word.partition("=")
+        wide, high = (int(number) for number in text.split("x"))
+        wanted[camera] = (high, wide)
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), wanted)

@@ -4,11 +4,15 @@
 
 Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step, averaging. The
 bare side repeats one batch that is in memory; the loop decodes, augments and tokenises new ones in a loader process,
-logs, and would write checkpoints. Rounds alternate, so that a change of the machine's speed meets both.
+and logs. Checkpoints are not in it. Rounds alternate, so that a change of the machine's speed meets both. The loader
+stands still while the bare side is measured; what it had made ahead is used up before a round of the loop counts.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -23,6 +27,9 @@ from spear.train.log import Logger
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
 from spear.train.run import build
+
+AHEAD = 6
+"""Steps of the loop that are not counted: as many as the loader may have made batches for, and a little more."""
 
 
 def main(
@@ -50,29 +57,44 @@ def main(
     fixed = task.batch(0)
     for _ in range(3):
         step(0, fixed)
-    bare, whole = [], []
+    bare, whole, waited = [], [], []
     first = 0
     with tempfile.TemporaryDirectory() as folder:
-        source = loop.batches(task, 0, (rounds + 1) * steps, workers=1)
-        logger = Logger(Path(folder), first_step=0, total=steps * rounds, quiet=True)
-        for _ in range(steps):  # the loader fills its queue
-            step(0, next(source))
-        for _ in range(rounds):
-            begun = time.perf_counter()
-            for _ in range(steps):
-                step(0, fixed)
-            bare.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                logger.log(first, step(first, next(source)))
-                first += 1
-            whole.append(time.perf_counter() - begun)
+        source = loop.batches(task, 0, 10**9, workers=1)
+        with Logger(Path(folder), first_step=0, total=(AHEAD + steps) * rounds, quiet=True) as logger:
+            next(source)
+            (loader,) = (process.pid for process in multiprocessing.active_children())
+            assert loader is not None
+            try:
+                for _ in range(rounds):
+                    os.kill(loader, signal.SIGSTOP)
+                    begun = time.perf_counter()
+                    for _ in range(steps):
+                        step(0, fixed)
+                    bare.append(time.perf_counter() - begun)
+                    os.kill(loader, signal.SIGCONT)
+                    waits = 0.0
+                    for number in range(AHEAD + steps):
+                        if number == AHEAD:
+                            begun, waits = time.perf_counter(), 0.0
+                        asked = time.perf_counter()
+                        batch = next(source)
+                        waits += time.perf_counter() - asked
+                        logger.log(first, step(first, batch))
+                        first += 1
+                    whole.append(time.perf_counter() - begun)
+                    waited.append(waits / whole[-1])
+            finally:
+                os.kill(loader, signal.SIGCONT)
     ratios = [b / w for b, w in zip(bare, whole, strict=True)]
     rate = batch_size * steps
-    print(f"bare network  {rate / statistics.median(bare):7.1f} samples/s")
-    print(f"training loop {rate / statistics.median(whole):7.1f} samples/s")
+    print("| | samples/s | |\n|---|---|---|")
+    print(f"| bare network | {rate / statistics.median(bare):.1f} | |")
     print(
-        f"ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}, {rounds} rounds)"
+        f"| training loop | {rate / statistics.median(whole):.1f} | waits for data {statistics.median(waited):.1%} |"
+    )
+    print(
+        f"| loop ÷ bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} … {max(ratios):.3f}, {rounds} rounds |"
     )
 
 

@@ -71,6 +71,28 @@ def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.C
     assert "nan" not in page.read_text().partition("</pre>")[2].lower()
 
 
+@pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
+def test_a_dataset_without_a_layout_is_shown_as_it_is(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    """Before anybody has written a spear.json: what is needed to write it."""
+    page = tmp_path / "look.html"
+    assert main(["data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    low, high = (
+        next(line for line in said.splitlines() if line.split()[:2] == words)
+        for words in (["from", "0.2059"], ["to", "0.3301"])
+    )
+    assert low.split()[-1] == "0.5433" and high.split()[-1] == "1.005"  # the gripper's range
+    tags = Tags()
+    tags.feed(page.read_text())
+    assert tags.counts["h2"] == 3 and tags.counts["img"] == 3 * 8 and "script" not in tags.counts
+    body = page.read_text().partition("</pre>")[2]
+    for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
+        assert words in body, words
+    assert "nan" not in body.partition("</p>")[2].lower()
+
+
 def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
@@ -80,7 +102,10 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.Capt
         (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
         (["data", "prepare", str(data), "--out", str(tmp_path / "out")], "unknown dataset 'v3.0_image'"),
-        (["data", "inspect", str(data), "--out", str(tmp_path / "p.html")], "unknown dataset 'v3.0_image'"),
+        (
+            ["data", "inspect", str(data), "--out", str(tmp_path / "p.html"), "--layout", str(layout)],
+            "no column 'observation/image_9'",
+        ),
         (
             ["data", "export", str(data), "--out", str(tmp_path / "out"), "--layout", str(layout)],
             "no column 'observation/image_9'",

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.spatial.transform import Rotation
 
@@ -253,6 +255,45 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
     assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
     assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
+
+
+def test_bad_episodes_are_set_aside_by_name(canonical: Path, tmp_path: Path) -> None:
+    """One of three is broken in a way that only the audit sees, as it reads no images; all are: then it says why."""
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    (file,) = (exported / "data").rglob("*.parquet")
+    whole = pq.read_table(file)
+    for broken, words in (
+        ({30: [np.nan] * 8}, "not a number: exported/train#1: its position"),
+        ({30: [0.3] * 8}, "not a rotation: exported/train#1 step 6: rotation quaternion has norm 0.6"),
+        ({30: None}, "broken rows: exported#1"),
+    ):
+        pq.write_table(with_states(whole, broken), file)
+        report = audit(exported)
+        assert report.agrees and report.episodes == 2 and len(report.aside) == 1
+        assert words in report.aside[0] and f"set aside: {report.aside[0]}" in text(report)
+    pq.write_table(with_states(whole, {row: [0.3] * 8 for row in range(72)}), file)
+    with pytest.raises(SpearError, match=r"no good episode: .*: not a rotation: exported/train#2 step 0"):
+        audit(exported)
+
+
+def test_episodes_without_actions_of_their_own_are_set_aside(canonical: Path, tmp_path: Path) -> None:
+    episodes = list(EpisodeStore(canonical))
+    mixed = [dataclasses.replace(episodes[0], action=None, action_mask=None), *episodes[1:]]
+    write_episodes(mixed, tmp_path / "mixed")
+    report = audit(tmp_path / "mixed")
+    assert report.episodes == 2 and "no actions of its own: made#0" in report.aside[0]
+    with pytest.raises(SpearError, match=r"no good episode: .*no actions of its own: made#0"):
+        audit(tmp_path / "mixed", "train[:1]")
+
+
+def with_states(table: pa.Table, changes: dict[int, Any]) -> pa.Table:
+    """The rows of a LeRobot dataset with other states in some of them."""
+    at = table.column_names.index("observation.state")
+    cells = table["observation.state"].to_pylist()
+    for row, value in changes.items():
+        cells[row] = value
+    return table.set_column(at, table.schema.field(at), pa.array(cells, table.schema.field(at).type))
 
 
 def test_short_episodes_are_refused() -> None:

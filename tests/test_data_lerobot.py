@@ -15,6 +15,7 @@ import pytest
 
 from spear.data.formats import episode_counts, find_format, read_episodes
 from spear.data.lerobot import open_lerobot, read_lerobot, read_raw
+from spear.data.lerobot_stats import read_stats
 from spear.data.prepare import prepare
 from spear.data.rlds import read_raw as read_raw_rlds
 from spear.data.rlds import read_rlds
@@ -86,6 +87,22 @@ def test_the_same_episodes_as_from_rlds(lerobot: Path, shared: Path, tmp_path: P
     assert chosen == ["set/train#7", "set/train#0"]
     with pytest.raises(SpearError, match=r"no episode 8: .* has 8"):
         next(read_lerobot(folder, episodes=[8]))
+
+
+def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) -> None:
+    """v2.1 has them for each episode, v3.0 for all: the library says the same of the same rows."""
+    whole, parts = (read_stats(lerobot / version) for version in ("v3.0_image", "v2.1_video"))
+    assert set(whole) == set(parts)
+    for name in ("observation.state", "action", "timestamp"):
+        for which, values in parts[name].items():
+            np.testing.assert_allclose(values, whole[name][which], atol=1e-6, err_msg=f"{name} {which}")
+    folder = copied(lerobot / "v2.1_video", tmp_path / "set", LAYOUT)
+    stats = folder / "meta/episodes_stats.jsonl"
+    stats.write_text(stats.read_text()[:-100])
+    with pytest.raises(SpearError, match=r"unreadable: .*episodes_stats\.jsonl: "):
+        read_stats(folder)
+    stats.unlink()
+    assert read_stats(folder) == {}
 
 
 def test_a_folder_without_a_layout_says_how_to_give_one(lerobot: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
     out = tmp_path / "arm"
 
     def die() -> None:
-        parts.Parts.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+        parts.Parts.finish = lambda self, note: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
         run(recorded, out)
 
     killed(die)
@@ -320,11 +320,39 @@ def test_the_command(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err
-    assert (
-        main(["data", "prepare", str(other), str(recorded), "--out", str(tmp_path / "all"), "--workers", "0"])
-        == 0
-    )
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["arm", "other"]
+
+
+def test_several_datasets_continue_behind_those_that_are_done(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in the second of two, the same command leaves the first as it is."""
+    other, out = tmp_path / "other", tmp_path / "all"
+    write_episodes([make(0, size=(60, 90))], other)
+    command = ["data", "prepare", str(other), str(recorded), "--out", str(out), "--workers", "0"]
+
+    def die() -> None:
+        parts.Parts.finish = finish_or_die  # type: ignore[method-assign]
+        main(command)
+
+    killed(die)
+    assert [p.name for p in out.glob("[!.]*")] == ["other"]
+    before = {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")}
+    assert main(command) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["arm", "other"]
+    assert f"1 episodes in {out / 'other'}, 0 set aside" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")} == before
+    assert main([*command, "--size", "30x20"]) == 2  # what is there was made for something else
+    assert "not empty" in capsys.readouterr().err
+
+
+_finish = parts.Parts.finish
+
+
+def finish_or_die(self: parts.Parts, note: dict[str, str]) -> None:
+    """Die at the end of the recorded episodes."""
+    if self.episodes > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _finish(self, note)
 
 
 @settings(max_examples=15)

@@ -170,11 +170,15 @@ def test_broken_records_are_named_or_set_aside(copy: Path, tmp_path: Path) -> No
     (copy / SHARD).write_bytes(data)
     with pytest.raises(SpearError, match=rf"broken record: .*{re.escape(SHARD)} record \d+: its checksum"):
         list(read_rlds(copy))
+    assert re.search(r"looked at +24 episodes.*\nset aside +broken record: ", inspect(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
     assert len(EpisodeStore(tmp_path / "store")) == 24
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
     with pytest.raises(SpearError, match="not empty"):
-        prepare(copy, tmp_path / "store")
+        prepare(copy, tmp_path / "store", "train[:20]")
 
 
 def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
     """Show what a folder of robot data holds: format, cameras, rates, instructions.
 
     With --out it also writes a page that opens in any browser: frames of some episodes, their actions as
-    plots, and the paths of the gripper.
+    plots, and the paths of the gripper. Of a dataset whose layout is not known it shows the columns as they are.
 
     Examples:
         spear data inspect bridge_dataset/1.0.0
@@ -35,9 +35,14 @@ def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
 
     print(describe(path))
     if out is not None:
+        from spear.data.columns_page import write_columns_page
+        from spear.data.inspect import layout_known
         from spear.data.page import write_page
 
-        write_page(path, out, layout)
+        if layout is None and not layout_known(path):
+            write_columns_page(path, out)
+        else:
+            write_page(path, out, layout)
         print(f"open {out.resolve()}")
 
 

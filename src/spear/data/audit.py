@@ -8,7 +8,6 @@ does than the best lies above, or the others' lie above, `MARGIN`; else the data
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from spear.data import bridge_raw, droid_raw
-from spear.data.episode import EpisodeStore
+from spear.data.episode import EpisodeStore, check_norm
 from spear.data.formats import episode_counts, need_format, open_split
 from spear.data.hypotheses import (
     LENGTH_UNITS,
@@ -33,10 +32,10 @@ from spear.data.hypotheses import (
 )
 from spear.data.layout import FASTEST, to_quaternion
 from spear.data.lerobot import TASK, open_lerobot
-from spear.data.lerobot import read_raw as read_lerobot_raw
+from spear.data.lerobot import read_steps as read_lerobot_steps
 from spear.data.oxe import DatasetSpec, Layout, column, find_spec
 from spear.data.rlds import open_rlds, read_raw
-from spear.data.splits import split_ranges
+from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
 from spear.geometry import apply_step
 from spear.types import Array
@@ -105,7 +104,8 @@ class Part:
 @dataclass(frozen=True)
 class Report:
     """All that the audit found. `states` are remarks on the recorded states; `closure` is how far the converted
-    actions, integrated over whole episodes, end from the recorded states (largest, m and rad)."""
+    actions, integrated over whole episodes, end from the recorded states (largest, m and rad); `aside` says which
+    episodes were left out, and why."""
 
     path: str
     episodes: int
@@ -114,6 +114,7 @@ class Report:
     states: Sequence[str]
     closure: tuple[float, float]
     recordings: Sequence[Recording]
+    aside: Sequence[str] = ()
 
     @property
     def agrees(self) -> bool:
@@ -124,18 +125,30 @@ class Report:
 def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
     """Audit some episodes of a folder in any format that keeps its logged actions.
 
-    split is the first one where None; layout is the dataset's own where None. Raises SpearError for a layout
-    that names no logged actions, and when no episode is long enough (five steps).
+    split is the first one where None; layout is the dataset's own where None. Bad episodes are set aside. Raises
+    SpearError for a layout that names no logged actions, when all episodes are bad, and when none is long enough
+    (five steps).
     """
-    spec, found = _steps(path, split or next(iter(episode_counts(path))), layout)
+    aside: list[str] = []
+    spec, found = _steps(
+        path, split or next(iter(episode_counts(path))), layout, lambda e: aside.append(str(e))
+    )
     recordings: list[Recording] = []
     closure = np.zeros(2)
-    for source, steps in itertools.islice(found, EPISODES):
-        recordings.append(_recording(steps, spec, source))
-        closure = np.maximum(closure, _closure(recordings[-1], spec))
-        if sum(len(r.position) for r in recordings) > STEPS:
+    for source, steps in found:
+        try:
+            recording = _recording(steps, spec, source)
+            closure = np.maximum(closure, _closure(recording, spec))
+        except SpearError as error:
+            aside.append(str(error))
+            continue
+        recordings.append(recording)
+        if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
-    return judge(recordings, claims(spec), str(path), (float(closure[0]), float(closure[1])))
+    if not recordings:
+        raise SpearError(f"no good episode: {path}: {aside[-1] if aside else 'the split is empty'}")
+    report = judge(recordings, claims(spec), str(path), (float(closure[0]), float(closure[1])))
+    return replace(report, aside=aside)
 
 
 def judge(
@@ -182,43 +195,48 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     }
 
 
-def _steps(path: str | Path, split: str, layout: Layout) -> tuple[DatasetSpec, Iterator[tuple[str, Any]]]:
+def _steps(
+    path: str | Path, split: str, layout: Layout, on_bad: OnBad
+) -> tuple[DatasetSpec, Iterator[tuple[str, Any]]]:
     """The layout of a dataset and (source, step arrays) of its episodes, without images where possible."""
     name = need_format(path)
     if name == "store":
         store = open_split(path, split)
-        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store)
+        return replace(STORE, rate_hz=store.rate_hz(0)), _store_steps(store, on_bad)
     if name == "rlds":
         rlds = open_rlds(path)
-        spec = find_spec(rlds.name, rlds.path, given=layout)
-        return spec, ((source, example["steps"]) for source, example in read_raw(rlds, split))
+        spec = _logged(find_spec(rlds.name, rlds.path, given=layout))
+        return spec, ((source, example["steps"]) for source, example in read_raw(rlds, split, on_bad))
     if name == "lerobot":
         lerobot = open_lerobot(path)
-        spec = find_spec(
-            lerobot.name, lerobot.path, {"instruction": TASK, "rate_hz": lerobot.rate_hz}, given=layout
-        )
-        chosen = [
-            lerobot.splits[part][0] + i
-            for part, first, end in split_ranges(lerobot.lengths, split, lerobot.path)
-            for i in range(first, end)
-        ]
-        bare = [replace(lerobot.episodes[i], videos={}) for i in chosen]
-        return spec, ((f"{lerobot.name}#{e.index}", read_lerobot_raw(lerobot, e, ())) for e in bare)
+        said = {"instruction": TASK, "rate_hz": lerobot.rate_hz}
+        spec = _logged(find_spec(lerobot.name, lerobot.path, said, given=layout))
+        return spec, read_lerobot_steps(lerobot, split, (), on_bad)
     if name == "droid_raw":
-        spec = find_spec(droid_raw.NAME, Path(path), given=layout)
-        return replace(spec, action_mask="enabled"), droid_raw.steps_without_images(path, split)
+        spec = _logged(find_spec(droid_raw.NAME, Path(path), given=layout))
+        return replace(spec, action_mask="enabled"), droid_raw.steps_without_images(path, split, on_bad)
     raw = name == "bridge_raw"
-    spec = find_spec(bridge_raw.RAW if raw else bridge_raw.NUMPY, Path(path), given=layout)
-    return spec, (bridge_raw.raw_steps if raw else bridge_raw.numpy_steps)(path, split, images=False)
+    spec = _logged(find_spec(bridge_raw.RAW if raw else bridge_raw.NUMPY, Path(path), given=layout))
+    read = bridge_raw.raw_steps if raw else bridge_raw.numpy_steps
+    return spec, read(path, split, images=False, on_bad=on_bad)
 
 
-def _store_steps(store: EpisodeStore) -> Iterator[tuple[str, dict[str, Any]]]:
+def _logged(spec: DatasetSpec) -> DatasetSpec:
+    """The same layout. Raises SpearError when it names no logged actions."""
+    if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
+        raise SpearError(
+            f"nothing to audit: {spec.name}: its layout names no logged actions; add logged_translation and "
+            'logged_rotation to its spear.json, for example "logged_translation": "action[0:3]"'
+        )
+    return spec
+
+
+def _store_steps(store: EpisodeStore, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
     for index in range(len(store)):
         episode = store.without_images(index)
         if episode.action is None:
-            raise SpearError(
-                f"nothing to audit: {episode.source}: it has no actions of its own: audit the dataset it came from"
-            )
+            on_bad(SpearError(f"no actions of its own: {episode.source}: audit the dataset it came from"))
+            continue
         yield (
             episode.source,
             {
@@ -235,11 +253,6 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
         names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
-    if names == (None, None):
-        raise SpearError(
-            f"nothing to audit: {source}: its layout names no logged actions; add logged_translation and "
-            'logged_rotation to its spear.json, for example "logged_translation": "action[0:3]"'
-        )
     logged = [None if n is None else np.asarray(column(steps, n, source), np.float64) for n in names]
     position = np.asarray(column(steps, spec.position, source), np.float64)
     valid = np.ones(len(position), bool)
@@ -247,9 +260,23 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
     if mask is not None:
         valid = np.asarray(column(steps, mask, source), bool).reshape(-1)
     rotation = np.asarray(column(steps, spec.rotation, source), np.float64)
-    for what, values in (("position", position), ("rotation", rotation), ("logged action", logged[0])):
+    numbers = {
+        "position": position,
+        "rotation": rotation,
+        "logged translation": logged[0],
+        "logged turn": logged[1],
+    }
+    for what, values in numbers.items():
+        if values is not None and len(values) != len(valid):
+            raise SpearError(
+                f"lengths differ: {source}: {what} has {len(values)} rows, position {len(valid)}"
+            )
         if values is not None and not np.isfinite(values).all():
-            raise SpearError(f"not a number: {source}: its {what}; leave the episode out (--split)")
+            raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
+    if not len(valid):
+        raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
+    if str(spec.rotation_format).startswith("quat"):
+        check_norm(rotation, source, "rotation")
     return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
 
 

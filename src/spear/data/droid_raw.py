@@ -70,13 +70,21 @@ def read_droid_raw(
             on_bad(error)
 
 
-def steps_without_images(path: str | Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def steps_without_images(
+    path: str | Path, split: str, on_bad: OnBad | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(source, step arrays) of episodes, where "enabled" [T] says at which steps the robot could move."""
     for folder in _chosen(path, split):
-        metadata = _metadata(folder)
-        steps = read_steps(folder, metadata, ())
-        steps["enabled"] = _enabled(steps, len(steps["language_instruction"]))
-        yield f"{NAME}/{metadata.get('uuid') or folder.name}", steps
+        try:
+            metadata = _metadata(folder)
+            steps = read_steps(folder, metadata, ())
+            steps["enabled"] = _enabled(steps, len(steps["language_instruction"]))
+        except SpearError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield f"{NAME}/{metadata.get('uuid') or folder.name}", steps
 
 
 def _chosen(path: str | Path, split: str) -> Iterator[Path]:

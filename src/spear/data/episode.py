@@ -92,8 +92,9 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
     return array
 
 
-def _unit(name: str, what: str, quaternion: Array) -> Array:
-    norm = np.linalg.norm(quaternion.astype(np.float64), axis=1)
+def check_norm(quaternion: Array, name: str, what: str) -> Array:
+    """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
+    norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
     bad = np.abs(norm - 1) > QUATERNION_TOLERANCE
     if bad.any():
         step = int(bad.argmax())
@@ -101,7 +102,11 @@ def _unit(name: str, what: str, quaternion: Array) -> Array:
             f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1; "
             "check the layout (w x y z) or leave the episode out"
         )
-    unit = quaternion / norm[:, None]
+    return norm
+
+
+def _unit(name: str, what: str, quaternion: Array) -> Array:
+    unit = quaternion / check_norm(quaternion, name, what)[:, None]
     return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
 
 

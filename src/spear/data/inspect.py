@@ -14,6 +14,7 @@ from spear.data.actions import store_actions
 from spear.data.episode import EpisodeStore
 from spear.data.formats import FORMATS, episode_counts, need_format, read_episodes
 from spear.data.lerobot import open_lerobot
+from spear.data.lerobot_stats import read_stats
 from spear.data.oxe import REGISTRY, SPEC_FILE, find_spec, missing
 from spear.data.rlds import open_rlds, read_raw
 from spear.errors import SpearError
@@ -21,6 +22,8 @@ from spear.images import decode_image
 
 SHOWN = 5
 """How many instructions to show; the most frequent first."""
+MOST_AXES = 16
+"""Numbers of a feature that are shown one by one."""
 LOOKED_AT = 50
 """How many episodes of a dataset to read: all of a real one would take hours."""
 
@@ -41,16 +44,21 @@ def inspect(path: str | Path) -> str:
 
 
 def _describe_store(store: EpisodeStore) -> str:
-    actions, valid, states, _ = store_actions(store)
-    count = len(store)
-    rates = Counter(f"{store.rate_hz(i):g} Hz" for i in range(count))
-    success = Counter(store.without_images(i).success for i in range(count))
+    lengths = store.lengths
     lines = [
         f"{store.path}: a store of episodes",
-        f"episodes      {count}, {len(valid)} steps ({_spread(store.lengths)} each)",
-        f"rate          {_counted(rates)}",
+        f"episodes      {len(store)}, {lengths.sum()} steps ({_spread(lengths)} each)",
+        f"rate          {_counted(Counter(f'{rate:g} Hz' for rate in store.rates_hz))}",
+        f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
+    ]
+    if len(store) > LOOKED_AT:
+        store = store.subset(np.linspace(0, len(store) - 1, LOOKED_AT).round().astype(int).tolist())
+        lines.append(f"looked at     {LOOKED_AT} episodes, spread over all")
+    actions, valid, states, _ = store_actions(store)
+    count = len(store)
+    success = Counter(store.without_images(i).success for i in range(count))
+    lines += [
         *(f"camera        {camera}: {_store_camera(store, camera)}" for camera in store.cameras),
-        f"targets       {100 * valid.mean():.1f} % of the steps have a known action",
         f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown",
         f"position, m   {_ranges(states[:, :3])}",
     ]
@@ -61,6 +69,8 @@ def _describe_store(store: EpisodeStore) -> str:
 
 def _store_camera(store: EpisodeStore, camera: str) -> str:
     have = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
+    if not have:
+        return f"in none of {len(store)} episodes"
     encoded = store.image(have[0], 0, camera) or b""
     height, width = decode_image(encoded, f"{store.source(have[0])} step 0 camera {camera!r}").shape[:2]
     return f"{width} x {height} pixels, in {len(have)} of {len(store)} episodes"
@@ -72,19 +82,23 @@ def _describe_rlds(path: Path) -> str:
     if not splits:
         raise SpearError(f"no episodes: {folder.path}: its dataset_info.json names no split")
     first = next(iter(splits))
-    examples = [example for _, example in itertools.islice(read_raw(folder, first), LOOKED_AT)]
+    reasons: list[str] = []
+    read = read_raw(folder, first, lambda error: reasons.append(str(error)))
+    examples = [example for _, example in itertools.islice(read, LOOKED_AT)]
     steps = [example["steps"] for example in examples if "steps" in example]
     if not steps:
-        raise SpearError(f"no episodes: {folder.path}: split {first!r} has no examples with steps")
+        why = reasons[-1] if reasons else f"split {first!r} has no examples with steps"
+        raise SpearError(f"no episodes: {folder.path}: {why}")
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {_rate_of(folder.name, folder.path)}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in splits.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
+        *(f"set aside     {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
-    words = [dict(_leaves(s)).get("language_instruction") for s in steps]
+    words = [dict(leaves(s)).get("language_instruction") for s in steps]
     return "\n".join([*lines, *_instructions(bytes(w[0]).decode("utf-8", "replace") for w in words if w)])
 
 
@@ -101,6 +115,7 @@ def _describe_lerobot(path: Path) -> str:
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
         f"rate          {folder.rate_hz:g} Hz",
     ]
+    stats = read_stats(folder.path)
     for name, feature in folder.info["features"].items():
         shape = feature["shape"]
         if name in folder.cameras:
@@ -109,7 +124,18 @@ def _describe_lerobot(path: Path) -> str:
         else:
             axes = _axes(feature.get("names"))
             lines.append(f"  {name.replace('.', '/'):<34} {feature['dtype']} {list(shape)}{axes}")
+            lines += _ends(stats.get(name, {}))
     return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
+
+
+def _ends(stats: Mapping[str, Any]) -> list[str]:
+    """The smallest and largest value of each number of a feature: what a layout's ranges are read from."""
+    ends = [(word, np.ravel(stats[key])) for word, key in (("from", "min"), ("to", "max")) if key in stats]
+    return [
+        f"  {'':<34}   {word:<5}" + "".join(f"{value:>9.4g}" for value in values)
+        for word, values in ends
+        if 1 < len(values) <= MOST_AXES
+    ]
 
 
 def _axes(names: Any) -> str:
@@ -152,6 +178,16 @@ def _rate_of(name: str, folder: Path) -> str:
         return "not known"
 
 
+def layout_known(path: str | Path) -> bool:
+    """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
+    name = need_format(path)
+    if name not in ("rlds", "lerobot"):
+        return True
+    folder: Any = open_rlds(path) if name == "rlds" else open_lerobot(path)
+    spec = REGISTRY.get(folder.name)
+    return (folder.path / SPEC_FILE).is_file() or (spec is not None and not missing(spec))
+
+
 def _layout_of(name: str, folder: Path) -> str:
     if (folder / SPEC_FILE).is_file():
         return f"described by {folder / SPEC_FILE}"
@@ -162,16 +198,17 @@ def _layout_of(name: str, folder: Path) -> str:
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 
 
-def _leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(column, values) of nested step arrays."""
     for key, value in sorted(steps.items()):
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
+            yield from leaves(value, f"{prefix}{key}/")
         else:
             yield prefix + key, value
 
 
 def _columns(steps: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, values in _leaves(steps):
+    for name, values in leaves(steps):
         if isinstance(values, np.ndarray):
             low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
             shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
@@ -185,7 +222,7 @@ def _columns(steps: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _length(steps: Mapping[str, Any]) -> int:
-    return len(next(values for _, values in _leaves(steps)))
+    return len(next(values for _, values in leaves(steps)))
 
 
 def _spread(lengths: np.ndarray) -> str:

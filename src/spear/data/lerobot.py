@@ -331,14 +331,35 @@ def read_lerobot(
     defaults = {"instruction": TASK, "rate_hz": folder.rate_hz}
     spec = find_spec(folder.name, folder.path, defaults, dataset)
     wanted = {column.partition("[")[0].replace("/", ".") for column in spec.images.values()}
-    for name, index in _chosen(folder, split, episodes):
-        source = f"{folder.name}/{name}#{index}"
+    for source, steps in read_steps(folder, split, wanted, on_bad, episodes):
         try:
-            yield episode_from(read_raw(folder, folder.episodes[index], wanted), spec, source)
+            yield episode_from(steps, spec, source)
         except SpearError as error:
             if on_bad is None:
                 raise
             on_bad(error)
+
+
+def read_steps(
+    folder: LeRobotFolder,
+    split: str = "train",
+    cameras: Collection[str] | None = None,
+    on_bad: OnBad | None = None,
+    episodes: Sequence[int] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(source, step arrays) of the episodes of a split, or of those wanted, as they are; see `read_raw`.
+
+    An episode that cannot be read raises SpearError, or, with `on_bad`, is reported there and left out.
+    """
+    for name, index in _chosen(folder, split, episodes):
+        try:
+            steps = read_raw(folder, folder.episodes[index], cameras)
+        except SpearError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield f"{folder.name}/{name}#{index}", steps
 
 
 def _chosen(folder: LeRobotFolder, split: str, episodes: Sequence[int] | None) -> Iterator[tuple[str, int]]:

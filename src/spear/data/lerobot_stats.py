@@ -7,7 +7,10 @@ episodes into those of the dataset; ours are the quantiles of the rows themselve
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,3 +170,45 @@ def _of_histogram(histogram: Array, frames: int) -> Stats:
 def to_json(stats: Stats) -> dict[str, Any]:
     """The statistics as lists."""
     return {name: values.tolist() for name, values in stats.items()}
+
+
+def read_stats(folder: Path) -> dict[str, Stats]:
+    """feature -> statistics of a LeRobot dataset: min, max, mean, std and count; v3.0 has quantiles as well.
+
+    Version 2.1 keeps them for each episode: they are put together here. Empty where the dataset has none. Raises
+    SpearError, naming the file, for one that is not in order.
+    """
+    whole, each = folder / "meta/stats.json", folder / "meta/episodes_stats.jsonl"
+    file = whole if whole.is_file() else each
+    try:
+        if file == whole:
+            return {name: _arrays(stats) for name, stats in json.loads(file.read_text()).items()}
+        if not file.is_file():
+            return {}
+        parts: dict[str, list[Stats]] = {}
+        for line in file.read_text().splitlines():
+            for name, stats in json.loads(line)["stats"].items() if line.strip() else ():
+                parts.setdefault(name, []).append(_arrays(stats))
+        return {name: _together(stats) for name, stats in parts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise SpearError(f"unreadable: {file}: {reason}; copy the dataset again") from error
+
+
+def _arrays(stats: Mapping[str, Any]) -> Stats:
+    return {name: np.asarray(values, np.float64) for name, values in stats.items()}
+
+
+def _together(parts: Sequence[Stats]) -> Stats:
+    """Statistics of all rows from those of the episodes."""
+    count = np.array([float(p["count"].reshape(-1)[0]) for p in parts])
+    means, deviations = (np.stack([p[name] for p in parts]) for name in ("mean", "std"))
+    mean = np.average(means, axis=0, weights=count)
+    square = np.average(deviations**2 + (means - mean) ** 2, axis=0, weights=count)
+    return {
+        "min": np.min([p["min"] for p in parts], axis=0),
+        "max": np.max([p["max"] for p in parts], axis=0),
+        "mean": mean,
+        "std": np.sqrt(square),
+        "count": np.array([count.sum()]),
+    }

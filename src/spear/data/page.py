@@ -86,7 +86,7 @@ def _episode(episode: Episode) -> str:
     gripper = np.stack([episode.gripper, known[:, 7]], axis=1)
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
     strips = "".join(
-        f'<div class="label">{escape(camera)}</div>{_strip(images, f"{episode.source} camera {camera!r}")}'
+        f'<div class="label">{escape(camera)}</div>{strip(images, f"{episode.source} camera {camera!r}")}'
         for camera, images in episode.images.items()
     )
     plots = [
@@ -115,7 +115,8 @@ def _episode(episode: Episode) -> str:
     )
 
 
-def _strip(images: Sequence[bytes], where: str) -> str:
+def strip(images: Sequence[bytes], where: str) -> str:
+    """Some of the images of a camera, beside one another."""
     steps = np.unique(np.linspace(0, len(images) - 1, min(FRAMES, len(images))).round().astype(int))
     shown = []
     for step in steps:
@@ -141,8 +142,9 @@ def plot(
     values: Array,
     names: Sequence[str],
     room: tuple[float, float] = (np.nan, np.nan),
+    unit: str = " s",
 ) -> str:
-    """Lines over time: values [T, n], gaps where they are not known."""
+    """Lines over time (or what else `unit` says): values [T, n], gaps where they are not known."""
     low, high = _scale(values, room)
     end = max(float(seconds[-1]), 1e-6)
     x = _LEFT + (seconds / end) * (_WIDTH - _LEFT - 8)
@@ -160,7 +162,7 @@ def plot(
         right = _WIDTH - 8 - sum(7 * len(n) + 12 for n in names[column + 1 :])
         out.write(f'<text x="{right}" y="30" text-anchor="end" ')
         out.write(f'style="fill:{colour}">{escape(name)}</text>')
-    return _frame(title, out.getvalue(), (low, high), (0.0, end), " s", _HEIGHT)
+    return _frame(title, out.getvalue(), (low, high), (0.0, end), unit, _HEIGHT)
 
 
 def _path(title: str, episode: Episode, across: int, up: int) -> str:

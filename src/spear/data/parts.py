@@ -176,14 +176,14 @@ class Parts:
         histogram, frames = self.seen_before.get(camera, (0, 0))
         return (pictures.histogram - histogram).tolist(), pictures.frames - frames
 
-    def finish(self) -> None:
-        """End the last part, and write what sums up the dataset."""
+    def finish(self, note: Mapping[str, str]) -> None:
+        """End the last part, and write what sums up the dataset; `note` goes into the index."""
         self.end()
         assert self.writer is not None  # something good is there
         self.writer.finish()
         lerobot.write_json(self.folder / SET_ASIDE, self.aside.reasons)
         batches = (batch for file in self._indices for batch in read_batches(file)[0])
-        write_batches(self.folder / INDEX, batches, {})
+        write_batches(self.folder / INDEX, batches, note)
         save_sketches(self.folder)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,9 +26,10 @@ from spear.data.aside import SetAside
 from spear.data.episode import EpisodeStore
 from spear.data.formats import need_format, open_split
 from spear.data.images import FitImage
+from spear.data.index import INDEX, read_batches
 from spear.data.lerobot_write import check_free
 from spear.data.oxe import SPEC_FILE, Layout
-from spear.data.parts import Parts, working
+from spear.data.parts import SET_ASIDE, Parts, working
 from spear.data.ready import Wanted, blocks, ready_blocks
 from spear.errors import SpearError
 
@@ -35,6 +37,8 @@ QUALITY = 95
 """Of the JPEGs that are written; colour is kept at full resolution (our choice)."""
 PART_MB = 100
 """Images in a part: the size that LeRobot gives its files."""
+MARK = "request"
+"""The note in the index that tells for which request a dataset was prepared."""
 
 
 def prepare(
@@ -62,12 +66,11 @@ def prepare(
 
     A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
     that differs from the first in its cameras or image sizes is set aside. Raises SpearError when more than
-    the share `most_bad` is bad, or nothing good is left; when `out_dir` is not empty; and when it cannot be
-    written (a full disk): then, as after any interruption, the same call continues. `out_dir` appears when
-    everything is in it.
+    the share `most_bad` is bad, or nothing good is left; when `out_dir` holds something else; and when it cannot
+    be written (a full disk): then, as after any interruption, the same call continues. `out_dir` appears when
+    everything is in it; the same call then finds it there, and does nothing.
     """
     out = Path(out_dir)
-    check_free(out)
     if sizes and fit_image is None:
         raise SpearError("image sizes without a way to get there: give fit_image as well")
     wanted = Wanted(Path(path), dataset, rate_hz, dict(sizes or {}), fit_image, quality)
@@ -82,6 +85,11 @@ def prepare(
         "quality": quality,
         "part_mb": part_mb,
     }
+    mark = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    done = (out / INDEX).is_file() and (out / SET_ASIDE).is_file()
+    if done and read_batches(out / INDEX)[1].get(MARK) == mark:
+        return len(EpisodeStore(out)), json.loads((out / SET_ASIDE).read_text())
+    check_free(out)
     try:
         with working(out.with_name(f".{out.name}.part"), request) as work:
             parts = Parts(work, rate_hz, part_mb, aside)
@@ -91,7 +99,7 @@ def prepare(
                     for ready, reasons in results:
                         parts.add(ready, reasons)
                 aside.check_all(parts.episodes, path, split)
-                parts.finish()
+                parts.finish({MARK: mark})
             except BaseException:
                 parts.abandon()
                 raise
