@@ -21,11 +21,10 @@ from spear.serve import wire
 
 async def client(url: str, until: float, round_trips: list[float], overheads: list[float]) -> None:
     """One client, which asks for its next chunk as soon as it has one."""
-    robot = embodiments.load("generic")
+    message = wire.encode(embodiments.load("generic").example())
     async with connect(url, compression=None, max_size=None, proxy=None) as connection:
         await connection.recv()
         while time.perf_counter() < until:
-            message = wire.encode(robot.example())
             started = time.perf_counter()
             await connection.send(message)
             reply = await connection.recv()

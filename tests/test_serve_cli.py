@@ -21,6 +21,9 @@ from spear.serve.client import RemotePolicy
         (["serve", "nano", "--embodiment", "/nowhere.py"], "no such file"),
         (["serve", "nano", "--embodiment", "droid", "--control", "joints"], "did you mean 'joint_"),
         (["serve", "nano", "--queue", "0"], "give at least 1"),
+        (["serve", "nano", "--token", ""], "--token (or SPEAR_TOKEN): empty"),
+        (["serve", "nano", "--token", "geheim "], "spaces at its ends"),
+        (["serve", "nano", "--token", "schlüssel"], "beyond ASCII"),
         (["serve", "nano", "--wait-ms", "-1"], "give 0 to 10000"),
         (["serve", "nano", "--device", "tpu9"], "unknown device 'tpu9'"),
         (["serve", "nano", "--port", "99999"], "choose another --port"),
@@ -34,6 +37,14 @@ def test_mistakes_are_one_clear_line(argv: list[str], hint: str, capsys: pytest.
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert hint in said
+
+
+def test_a_token_that_is_set_but_empty_leaves_no_server_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPEAR_TOKEN", "")
+    assert main(["serve", "nano"]) == 2
+    assert "SPEAR_TOKEN): empty" in capsys.readouterr().err
 
 
 def test_a_served_policy_does_as_it_does_here() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosedOK
 from websockets.sync.client import connect
 
 from serve_here import Homing, homing, serving, stop
@@ -117,6 +122,8 @@ def test_the_token_is_asked_for() -> None:
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(server, "/metrics")
         assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/metrics", Authorization="Api-Key s\xe9cret")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(server, "/nowhere", Authorization="Api-Key secret")
         RemotePolicy(url(server), token="secret").infer(seen())
@@ -227,6 +234,48 @@ def test_warming_up_tells_nobody_of_the_examples_images() -> None:
     with pytest.warns(Notice, match="another aspect"):
         service.answer([seen()])
     assert policy.said is True
+
+
+SLOW = """
+import asyncio
+from serve_here import Homing
+from spear.embodiments import load
+from spear.serve.server import PolicyServer, Settings
+from spear.serve.service import Service
+
+class Slow(Homing):
+    def infer_batch(self, observations):
+        print("asked", flush=True)
+        return super().infer_batch(observations)
+
+server = PolicyServer(Service(Slow(seconds=1.0), load("generic")), Settings(port=0))
+asyncio.run(server.run(lambda server: print(server.port, flush=True)))
+"""
+
+
+def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
+    here = Path(__file__).parent
+    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=here, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        url = f"ws://127.0.0.1:{port}"
+        with connect(url, compression=None) as raw, connect(url, compression=None) as other:
+            raw.recv()
+            other.recv()
+            raw.send(wire.encode(seen()))
+            assert process.stdout.readline() == "asked\n"
+            process.send_signal(signal.SIGTERM)
+            answer = raw.recv()
+            assert isinstance(answer, bytes)
+            np.testing.assert_array_equal(wire.decode(answer)["actions"], homing(seen()["observation/state"]))
+            for left in (raw, other):
+                with pytest.raises(ConnectionClosedOK, match="1001"):
+                    left.recv()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_port_that_is_taken_is_said() -> None:

@@ -52,6 +52,9 @@ def packed(**changes: object) -> bytes:
         (msgpack.packb({b"a": 1}), "keys must be texts"),
         (msgpack.packb({1: 1}), "not msgpack"),
         (msgpack.packb({"t": msgpack.Timestamp(0)}), "^t: a msgpack extension"),
+        (msgpack.packb({"a\nb": {b"__ndarray__": 1, b"dtype": "|O"}}), r"^'a\\nb': an array of type"),
+        (msgpack.packb({"a": {"b\n": msgpack.Timestamp(0)}}), r"^a/'b\\n': a msgpack extension"),
+        (packed(shape="2\n2"), r"^image: an array of shape '2\\n2'"),
         (packed(data="text"), "^image: an array without bytes"),
         (packed(data=b"\0" * 11), "^image: 11 bytes for an array uint8"),
         (packed(shape=[2, -2, -3]), "^image: an array of shape"),
@@ -71,8 +74,9 @@ def packed(**changes: object) -> bytes:
     ],
 )
 def test_what_is_no_message_is_refused_by_name(data: bytes, said: str) -> None:
-    with pytest.raises(SpearError, match=said):
+    with pytest.raises(SpearError, match=said) as caught:
         decode(data)
+    assert "\n" not in str(caught.value)
 
 
 @given(st.binary(max_size=64), st.integers(0, 10_000), st.integers(0, 255))

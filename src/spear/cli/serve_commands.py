@@ -68,7 +68,8 @@ def serve(
     from spear.serve.service import Service
 
     check_numbers(wait_ms, max_batch=max_batch, queue=queue, steps=steps)
-    token = token or os.environ.get("SPEAR_TOKEN")
+    token = os.environ.get("SPEAR_TOKEN") if token is None else token
+    check_token(token)
     robot = embodiments.load(embodiment)
     robot.control(control)
     policy = load_policy(checkpoint, device, steps, dtype)
@@ -103,6 +104,16 @@ def check_numbers(wait_ms: float, **counts: int) -> None:
             raise SpearError(f"--{name.replace('_', '-')} {value}: give at least 1")
     if not 0 <= wait_ms <= 10_000:
         raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+
+
+def check_token(token: str | None) -> None:
+    """Raises `SpearError` for a token that no client could send in an HTTP header, an empty one above all: it would
+    leave a server open that was meant to be closed. None: no token."""
+    if token is not None and not (token.strip() == token != "" and token.isascii() and token.isprintable()):
+        raise SpearError(
+            "--token (or SPEAR_TOKEN): empty, or with spaces at its ends or characters beyond ASCII: give another one, "
+            "or leave it out"
+        )
 
 
 def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32") -> Spear1Policy:

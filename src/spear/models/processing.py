@@ -23,6 +23,8 @@ from spear.types import Array, Pixel, Question
 
 Segments = Sequence[str | float | Pixel]
 How = Literal["pad", "crop"]
+SIZES_TOLD = 32
+"""Image sizes that a processor remembers to have warned about: ever new ones take no memory."""
 
 
 def window(
@@ -119,14 +121,14 @@ class Processor:
     def image(self, image: Array, view: str) -> torch.Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Gives a `Notice`, once per view and size, when that takes black bars.
+        Gives a `Notice`, once per view and size, when that takes black bars; for so many sizes at most (`SIZES_TOLD`).
         """
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
         width, height = self.image_sizes[view]
         fitted = torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
         size = (image.shape[1], image.shape[0])
-        if (view, size) not in self._told:
+        if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
             bars = fitting(size, (width, height))
             advice = "give images of that aspect to use all of it"
             if bars is None or notice(f"images of view {view!r}: {bars}: {advice}"):

@@ -236,7 +236,7 @@ class PolicyServer:
             return True
         sent = request.headers.get_all("Authorization")
         right = f"Api-Key {self.settings.token}".encode()
-        return len(sent) == 1 and hmac.compare_digest(sent[0].encode(), right)
+        return len(sent) == 1 and hmac.compare_digest(sent[0].encode(errors="surrogateescape"), right)
 
     def _metrics(self) -> str:
         return self.metrics.text(

@@ -39,13 +39,19 @@ def decode(data: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(message, dict):
         raise SpearError(f"message: a {type(message).__name__}: send a map of keys to values")
-    return {_key(key, "message"): _value(value, str(key)[:80]) for key, value in message.items()}
+    return {_key(key, "message"): _value(value, _shown(key)) for key, value in message.items()}
 
 
 def _key(key: Any, where: str) -> str:
     if not isinstance(key, str):
-        raise SpearError(f"{where}: key {str(key)[:80]}: keys must be texts")
+        raise SpearError(f"{where}: key {_shown(key)}: keys must be texts")
     return key
+
+
+def _shown(what: Any) -> str:
+    """A part of a message for an error, which is one line however odd it is."""
+    text = str(what)[:80]
+    return text if text.isprintable() else repr(text)
 
 
 def _value(value: Any, where: str, depth: int = 0) -> Any:
@@ -58,7 +64,7 @@ def _value(value: Any, where: str, depth: int = 0) -> Any:
             return _array(value, where)
         if b"__npgeneric__" in value:
             return _scalar(value, where)
-        return {_key(k, where): _value(v, f"{where}/{str(k)[:80]}", depth + 1) for k, v in value.items()}
+        return {_key(k, where): _value(v, f"{where}/{_shown(k)}", depth + 1) for k, v in value.items()}
     if isinstance(value, list):
         return [_value(v, where, depth + 1) for v in value]
     if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
@@ -73,7 +79,7 @@ def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
     sizes = shape if isinstance(shape, list) else [None]
     if len(sizes) > _DIMENSIONS or any(type(n) is not int or n < 0 for n in sizes):
         raise SpearError(
-            f"{where}: an array of shape {str(shape)[:80]}: give up to {_DIMENSIONS} whole numbers"
+            f"{where}: an array of shape {_shown(shape)}: give up to {_DIMENSIONS} whole numbers"
         )
     if math.prod(sizes) * dtype.itemsize != len(data):
         raise SpearError(

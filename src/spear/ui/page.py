@@ -106,7 +106,10 @@ class Page:
             return True
         cookies = "; ".join(request.headers.get_all("Cookie")).split("; ")
         name, value = self._cookie(request, self._token)
-        return any(hmac.compare_digest(c.encode(), f"{name}={value}".encode()) for c in cookies)
+        return any(
+            hmac.compare_digest(c.encode(errors="surrogateescape"), f"{name}={value}".encode())
+            for c in cookies
+        )
 
     def _enter(self, request: Request, sent: str) -> Response:
         if self._token is None or hmac.compare_digest(sent.encode(), self._token.encode()):
