@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 def films_wanted(films: str) -> Films:
     """What --films says. Raises `SpearError` for anything but a number, "failures" or "all"."""
-    if films == "failures" or films == "all":
-        return films
+    if films == "failures":
+        return "failures"
+    if films == "all":
+        return "all"
     if not films.isdecimal():
         raise SpearError(f"--films {films}: give a number, failures for a film of every failure, or all")
     return int(films)
