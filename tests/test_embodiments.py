@@ -46,7 +46,7 @@ def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
 
 
 def test_these_robots_come_along() -> None:
-    assert embodiments.names() == ["droid", "generic", "sim", "simpler_widowx", "simplerenv_widowx", "widowx"]
+    assert embodiments.names() == ["droid", "generic", "maniskill2_widowx", "sim", "simpler_widowx", "widowx"]
 
 
 @pytest.mark.parametrize("name", ROBOTS)
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_named(name: str) -> None:
     with pytest.raises(SpearError, match="unknown observation key 'promt': did you mean 'prompt'"):
         robot.read({**good, "promt": "x"})
     for key, value in good.items():
-        if key in ("observation/state", "observation/eef_pos"):
+        if key in ("observation/state", "maniskill3/eef_pos"):
             with pytest.raises(SpearError, match=f"{key}.*send metres"):
                 robot.read({**good, key: value * np.where(np.arange(len(value)) < 3, 1000, 1)})
     with pytest.raises(SpearError, match="a list: send a map"):
@@ -117,13 +117,33 @@ def test_simpler_turns_the_link_as_its_controller_does() -> None:
     robot = embodiments.load("simpler_widowx")
     seen = robot.example()
     state = robot.read(seen)["observation/state"]
-    link = turn(seen["observation/eef_pos"][3:7])
+    link = turn(seen["maniskill3/eef_pos"][3:7])
     np.testing.assert_allclose(turn(state[3:7]).as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-6)
     rows = robot.control(None)[1].convert(chunk(angle=0.5), state, seen)
     for row, facing in zip(rows, walked(state, chunk(angle=0.5))[1], strict=True):
         link = Rotation.from_euler("XYZ", row[3:6]) * link
         np.testing.assert_allclose(facing.as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-5)
     assert rows[:, 6].tolist() == [1, 1, -1, -1, -1]
+
+
+def test_neither_simpler_takes_the_others_observations() -> None:
+    """Their controllers have one name and read the rotation differently: which is meant must be said."""
+    three, two = embodiments.load("simpler_widowx"), embodiments.load("maniskill2_widowx")
+    turned = chunk(angle=0.5)
+    rows = []
+    for robot, other in ((three, two), (two, three)):
+        with pytest.raises(SpearError, match="unknown observation key"):
+            robot.read(other.example())
+        rows.append(
+            robot.control(None)[1].convert(turned, robot.read(robot.example())["observation/state"], {})
+        )
+    np.testing.assert_array_equal(rows[0][:, :3], rows[1][:, :3])
+    for a, b in zip(*rows, strict=True):
+        assert (Rotation.from_euler("XYZ", a[3:6]).inv() * Rotation.from_rotvec(b[3:6])).magnitude() < 1e-5
+    assert np.abs(rows[0][:, 3:6] - rows[1][:, 3:6]).max() > 0.02
+    pose = three.example().pop("maniskill3/eef_pos")  # under ManiSkill 2's name for it
+    with pytest.raises(SpearError, match=r"key 'observation/eef_pos'.*known: maniskill3/eef_pos"):
+        three.read({**three.example(), "observation/eef_pos": pose})
 
 
 def test_droid_joints_lead_where_the_actions_do() -> None:

@@ -58,6 +58,15 @@ def test_no_difference_is_not_called_one() -> None:
     assert c.mean.difference.low < 0 < c.mean.difference.high
 
 
+def test_families_of_unequal_size_that_speak_against_each_other_give_no_verdict() -> None:
+    first = results("x", {"a": "x" * 5 + "." * 5, "b": "." * 100})
+    second = results("y", {"a": "." * 10, "b": "x" * 20 + "." * 80})
+    c = compare(first, second)
+    assert c.mean.difference.value == pytest.approx(0.15) and c.mean.p < 0.05
+    assert c.verdict().startswith("No verdict between x and y") and "5 : 20" in c.verdict()
+    assert compare(second, first).verdict().startswith("No verdict between y and x")
+
+
 def test_other_settings_are_named_and_other_scenes_refused() -> None:
     first, second = results("x", {"a": "x."}), results("y", {"a": "xx"})
     settings = {"replan": 2, "scenes": 9, "new": 1}
@@ -82,10 +91,11 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
     for name in ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0"):
         film(b, f"{name}.webm")
     shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
-    assert shown == [("a", 1), ("b", 0), ("a", 2), ("a", 0)]
+    assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
     assert len(filmed_pairs(c, (a, b), 2)) == 2
     html = comparison_page(c, (a, b))
-    assert html.count("<video") == 8
+    assert html.count("<video") == 9
+    assert html.count("y: failure, not filmed") == 1
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 

@@ -137,5 +137,8 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "75%" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == ["a-success-0.mp4", "a-success-1.mp4", "results.json"]
     assert len(load(out).outcomes) == 4
+    assert main(["evaluate", "merge", str(out), str(tmp_path / "two"), "--out", str(tmp_path / "one")]) == 2
+    assert "holds an evaluation of its own" in capsys.readouterr().err
+    assert len(load(tmp_path / "one").outcomes) == 2
     assert main(["evaluate", "--policy", "expert", "--films", "some"]) == 2
     assert "--films some" in capsys.readouterr().err

@@ -78,5 +78,10 @@ def test_the_mean_has_an_interval_and_the_table_says_how_wide() -> None:
 
 def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
     from spear.cli import COMMANDS
+    from spear.evaluate.simpler import EPISODES
+    from spear.simpler.tasks import TASKS
 
     assert inspect.signature(COMMANDS["evaluate"]).parameters["scenes"].default == SCENES
+    simpler = inspect.signature(COMMANDS["evaluate simpler"]).parameters["scenes"].default
+    assert simpler >= SCENES and all(simpler % task.starts == 0 for task in TASKS.values())
+    assert simpler == EPISODES

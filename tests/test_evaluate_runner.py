@@ -1,8 +1,10 @@
-"""The runner that all simulators share: films of what was not filmed in the first run."""
+"""The runner that all simulators share: films as episodes end, and of what was not filmed in the first run."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ class Parity:
         (0, [(0, False), (1, False), (2, False), (3, False)]),
         (1, [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)]),
         ("failures", [(0, True), (1, True), (2, True), (3, True)]),
+        ("all", [(0, True), (1, True), (2, True), (3, True)]),
     ],
 )
 def test_films_that_cost_are_made_of_few_episodes(
@@ -49,7 +52,58 @@ def test_films_that_cost_are_made_of_few_episodes(
     assert simulator.ran == ran
     assert results.mean_success == 0.5
     assert {f.data.decode() for f in made} == {f"a {o.seed}" for o in (f.outcome for f in made)}
-    assert len(list(tmp_path.glob("*.mp4"))) == {0: 0, 1: 2, "failures": 2}[films]
+    assert len(list(tmp_path.glob("*.mp4"))) == {0: 0, 1: 2, "failures": 2, "all": 4}[films]
+
+
+@pytest.mark.parametrize(("free", "films"), [(False, "failures"), (False, "all"), (True, 1)])
+def test_few_episodes_are_held_in_memory_at_a_time(free: bool, films: Films, tmp_path: Path) -> None:
+    class Track(str):
+        """What a film is made of: pictures, in SIMPLER some 100 MB per episode."""
+
+    class Heavy(Parity):
+        """Notes how many tracks are alive when an episode begins."""
+
+        films_are_free = free
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tracks: weakref.WeakSet[Track] = weakref.WeakSet()
+            self.most = 0
+
+        def run(
+            self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        ) -> Iterator[tuple[Outcome, str]]:
+            for seed in seeds:
+                self.most = max(self.most, len(self.tracks))
+                for ended, text in super().run(actor, family, [seed], filming):
+                    track = Track(text)
+                    self.tracks.add(track)
+                    yield ended, track
+                    del track
+
+    simulator = Heavy()
+    _, made = conduct(
+        simulator, ConstantActor("x", NOTHING), {"a": range(40)}, {}, films, quiet=True, out=tmp_path
+    )
+    assert len(made) == {"failures": 20, "all": 40, 1: 2}[films]
+    assert simulator.most <= 3
+
+
+def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fickle(Parity):
+        """Every episode fails at first, and succeeds when run again."""
+
+        def run(
+            self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        ) -> Iterator[tuple[Outcome, str]]:
+            for ended, track in super().run(actor, family, seeds, filming):
+                yield replace(ended, success=filming), track
+
+    results, made = conduct(Fickle(), ConstantActor("x", NOTHING), {"a": range(3)}, {}, 1, out=tmp_path)
+    assert results.mean_success == 0 and made == []
+    assert "no film of a 0: it ended differently" in capsys.readouterr().err
 
 
 def test_each_family_has_its_own_scenes_and_shards_share_them_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from spear.embodiments.simpler_widowx import POSE
 from spear.errors import SpearError
 from spear.simpler import oracle
 from spear.simpler.tasks import TASKS, Truth
-from spear.simpler.world import _ours, check_assets, check_installed, in_base, opening
+from spear.simpler.world import _ours, assets_hash, check_assets, check_installed, in_base, opening
 from spear.types import Array
 
 DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
@@ -144,13 +144,28 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check_installed()
 
 
+def test_other_assets_are_told_apart(tmp_path: Path) -> None:
+    def put(root: str, name: str, text: str) -> Path:
+        path = tmp_path / root / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return tmp_path / root
+
+    cube = "tasks/bridge_v2_real2sim_dataset/models/cube.glb"
+    found = [assets_hash(put(root, cube, text)) for root, text in (("a", "1"), ("b", "1"), ("c", "2"))]
+    assert found[0] == found[1] != found[2]
+    assert assets_hash(put("a", "robots/widowx/.cache/when", "now")) == found[0]
+    assert assets_hash(put("a", "robots/panda/panda.urdf", "x")) == found[0]  # not of these tasks
+    assert assets_hash(put("a", "robots/widowx/wx250s.urdf", "x")) != found[0]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--tasks", "PutCarrotOnPlate-v1"], "did you mean 'PutCarrotOnPlateInScene-v1'"),
         (["--scenes", "0"], "give at least one"),
         (["--batch", "0"], "give at least 1"),
-        (["--films", "all"], "give a number, or failures"),
+        (["--films", "some"], "give a number, failures"),
         (["--checkpoint", "expert"], "give oracle"),
     ],
 )

@@ -49,7 +49,7 @@ def evaluate(
         first_seed: Scenes first-seed, first-seed + 1, … below 10000.
         replan: How many of the predicted actions are executed before the policy looks again.
         batch: Scenes that run at once.
-        films: Films of so many successes and failures per family; or failures, for a film of every failure.
+        films: Films of so many successes and failures per family; failures, for a film of every failure; or all.
         out: Folder for the results.
         compare: An earlier folder or results.json: also print the difference on the scenes that both have seen.
         execution: sync waits for each chunk of actions; async moves on while the next one is computed;
@@ -170,7 +170,8 @@ def compare(
         first: Folder that spear evaluate wrote (or its results.json).
         second: The folder (or results.json) to compare with.
         out: Also write an HTML page with plots, and films of the same scenes side by side.
-        films: At most so many pairs of films on the page; scenes that only one of the two solved come first.
+        films: At most so many pairs of films on the page; scenes that only one of the two solved come first. Both
+            films are there where both were evaluated with --films all.
     """
     from rich import print as show
 
@@ -214,19 +215,21 @@ def merge(
 
     Args:
         parts: Folders that spear evaluate wrote.
-        out: Folder for the whole.
+        out: Folder for the whole, a new one.
     """
     import shutil
 
     from rich import print as show
 
-    from spear.evaluate.journal import load
+    from spear.evaluate.journal import journals, load
     from spear.evaluate.reference import beside
     from spear.evaluate.results import merge as put_together
     from spear.evaluate.video import film_file
 
     if not parts:
         raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
+    if journals(out):
+        raise SpearError(f"--out {out}: holds an evaluation of its own: give a new folder for the whole")
     found = [load(path) for path in parts]
     results = put_together(found)
     results.save(out / "results.json")

@@ -16,7 +16,7 @@ def vla_eval(
     /,
     port: int = 8000,
     host: str = "127.0.0.1",
-    embodiment: str = "simplerenv_widowx",
+    embodiment: str = "maniskill2_widowx",
     control: Annotated[str | None, arg(metavar="NAME")] = None,
     replan: Annotated[int | None, arg(metavar="INT")] = None,
     device: str = "auto",
@@ -36,7 +36,7 @@ def vla_eval(
         checkpoint: nano (comes with this package) or a folder with a trained policy.
         port: Where to listen.
         host: Address to listen on. The default lets only this machine in; benchmarks in Docker need 0.0.0.0.
-        embodiment: The benchmark's robot: simplerenv_widowx, or a Python file that describes another one
+        embodiment: The benchmark's robot: maniskill2_widowx, or a Python file that describes another one
             (see docs/robots.md; its observations are those of the benchmark).
         control: How the robot is commanded, where it has several ways. Without it, the robot's usual one.
         replan: Of each predicted chunk, so many actions are executed before the next look; default: 1.

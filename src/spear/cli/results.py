@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
     from spear.evaluate.results import Results
+    from spear.evaluate.runner import Films
 
 
-def films_wanted(films: str) -> int | Literal["failures"]:
-    """What --films says. Raises `SpearError` for anything but a number or "failures"."""
+def films_wanted(films: str) -> Films:
+    """What --films says. Raises `SpearError` for anything but a number, "failures" or "all"."""
     if films == "failures":
         return "failures"
+    if films == "all":
+        return "all"
     if not films.isdecimal():
-        raise SpearError(f"--films {films}: give a number, or failures for a film of every failure")
+        raise SpearError(f"--films {films}: give a number, failures for a film of every failure, or all")
     return int(films)
 
 

@@ -15,7 +15,7 @@ from spear.errors import SpearError
 def evaluate_simpler(
     checkpoint: str = "nano",
     tasks: tuple[str, ...] = (),
-    scenes: int = 381,
+    scenes: int = 384,
     first_seed: int = 0,
     replan: int = 1,
     batch: Annotated[int | None, arg(metavar="N")] = None,
@@ -41,13 +41,13 @@ def evaluate_simpler(
         checkpoint: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
             server, or a reference: oracle (a script that knows the true state) or nothing.
         tasks: ManiSkill's names; all four when none is given.
-        scenes: Episodes per task. 381 are enough to know each task's success rate to ±5 points. A task has 24 or 64
-            different starts, so most come up several times, with other noise for the policy; references, which
+        scenes: Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has 24 or 64
+            different starts: each comes up 16 or 6 times, with other noise for the policy; references, which
             have no noise, see each once.
         first_seed: Episodes first-seed, first-seed + 1, …
         replan: How many of the predicted actions are executed before the policy looks again.
         batch: Scenes that run at once, each in a process of its own; without it, as many as there are cores.
-        films: Films of so many successes and failures per task; or failures, for a film of every failure.
+        films: Films of so many successes and failures per task; failures, for a film of every failure; or all.
         out: Folder for the results.
         compare: An earlier folder or results.json: also print the difference on the scenes that both have seen.
         shard: Run only a part of the scenes, 2/5 for the second of five (see `spear evaluate`).

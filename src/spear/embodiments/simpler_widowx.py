@@ -4,8 +4,10 @@ Facts, read in mani_skill 3.0.1 and checked in it (docs/simpler.md): the control
 `ee_gripper_link` in the robot's base frame, whose x axis points out of the gripper (BridgeData's frame after its
 reference rotation). A command moves that pose, not the measured one, by x, y, z along base axes and turns it about base
 axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The gripper takes 1 (open) to -1
-(closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose, as ManiSkill 2's `eef_pos` had it, comes
-from `spear.simpler.world`. ManiSkill 2 read (a, b, c) as a rotation vector.
+(closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose comes from `spear.simpler.world`.
+
+ManiSkill 2 has a controller of the same name that reads (a, b, c) as a rotation vector: that robot is
+`maniskill2_widowx`. The key of the pose names the simulator, so that neither takes the other's observations.
 
 Ours: an action's rotation is taken about the axes of the measured pose, as it is when demonstrations are converted; the
 gripper is commanded open from 0.5 on.
@@ -23,24 +25,33 @@ from spear.embodiments import tools as read
 from spear.geometry import matrix_to_quat, quat_canonical, quat_conjugate, quat_multiply, quat_to_euler
 from spear.types import Array
 
-POSE = "observation/eef_pos"
+POSE = "maniskill3/eef_pos"
 LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
 """Orientation of the link where our end-effector frame is parallel to the base frame."""
+
+
+def orientation(values: Array, what: str) -> Array:
+    """[4]: the link's orientation [4] as that of our end-effector frame. Raises `SpearError` naming `what`."""
+    link = torch.from_numpy(read.quaternion(values, what))
+    return quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
+
+
+def command(actions: Array, turns: torch.Tensor, closed: float) -> Array:
+    """[H, 7] float32 from actions [H, 8] whose rotations the controller is told as `turns` [H, 3]; gripper 1 or
+    `closed`."""
+    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, closed)
+    return np.concatenate([actions[:, :3], turns.numpy(), gripper], axis=1).astype(np.float32)
 
 
 def observe(observation: Observation) -> dict[str, Any]:
     """The link's orientation as that of our end-effector frame."""
     values = read.numbers(observation, POSE, 8)
-    link = torch.from_numpy(read.quaternion(values[3:7], f"{POSE}[3:7]"))
-    rotation = quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
-    return read.arm(observation, POSE, values, rotation)
+    return read.arm(observation, POSE, values, orientation(values[3:7], f"{POSE}[3:7]"))
 
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
     """[H, 7] float32 for the controller."""
-    turns = quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ").numpy()
-    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, -1.0)
-    return np.concatenate([actions[:, :3], turns, gripper], axis=1).astype(np.float32)
+    return command(actions, quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ"), -1.0)
 
 
 def example() -> dict[str, Any]:
@@ -64,8 +75,9 @@ EMBODIMENT = Embodiment(
     optional={},
     observe=observe,
     controls={
-        "arm_pd_ee_target_delta_pose_align2": Control(
-            "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed)",
+        "maniskill3_euler_angles": Control(
+            "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed), for ManiSkill 3's "
+            "arm_pd_ee_target_delta_pose_align2",
             5.0,
             controller_actions,
         )

@@ -59,8 +59,8 @@ def evaluate(
     batch       scenes that run at once: their observations go through the policy together, and all share one
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
-    films       films to make per family: of so many successes and as many failures, lowest seeds first; or of all
-                failures.
+    films       films to make per family: of so many successes and as many failures, lowest seeds first; of all
+                failures; or of all episodes.
     execution   what happens to chunks, see `spear.chunks`.
     latency_ms  simulated time from an observation to its chunk. The control loop takes a chunk up at its next
                 step, so it counts in whole steps of 200 ms, rounded up; steps spent standing still count too.

@@ -72,9 +72,15 @@ class Comparison:
     def verdict(self) -> str:
         """The answer in one sentence, from the test over all families."""
         d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
+        gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
         if self.mean.p >= ALPHA:
-            gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
             return f"No difference shown between {self.first} and {self.second}: {gap}, {chance}."
+        if (self.mean.only_first - self.mean.only_second) * d.value <= 0:
+            return (
+                f"No verdict between {self.first} and {self.second}: the mean of the families ({gap}) and the scenes "
+                f"that only one solved ({self.mean.only_first} : {self.mean.only_second}) speak for different ones. "
+                "The families have different numbers of scenes: judge each by its own row."
+            )
         if self.mean.only_first > self.mean.only_second:
             better, worse = self.first, self.second
         else:

@@ -20,7 +20,7 @@ def comparison_page(
     """A self-contained document.
 
     folders  where the films of the first and the second policy lie.
-    films    at most so many pairs of films: scenes that only one of the two solved come first.
+    films    at most so many pairs of films, chosen by `filmed_pairs`.
     extra    more sections, below ours.
     """
     c, mean = comparison, comparison.mean
@@ -73,19 +73,18 @@ def reference_section(reference: Reference, ours: Sequence[tuple[str, Results]])
 
 
 def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int) -> list[Pair]:
-    """The shared scenes of which both folders have a film: disagreements first, families taking turns."""
-    both = [
-        (a, b)
-        for a, b in comparison.pairs
-        if film_file(folders[0], a.film_name) and film_file(folders[1], b.film_name)
-    ]
-    seen: dict[tuple[bool, str], int] = {}
+    """The shared scenes to show: first those that only one of the two solved, of which both folders have a film, then
+    those of which one has, then others of which both have one. Families take turns."""
+    seen: dict[tuple[bool, bool, str], int] = {}
     ranked = []
-    for a, b in both:
-        key = (a.success == b.success, a.family)
-        seen[key] = seen.get(key, 0) + 1
-        ranked.append((key[0], seen[key], (a, b)))
-    return [pair for _, _, pair in sorted(ranked, key=lambda r: r[:2])][:limit]
+    for a, b in comparison.pairs:
+        count = sum(film_file(f, o.film_name) is not None for f, o in zip(folders, (a, b), strict=True))
+        agree = a.success == b.success
+        if count == 2 or (count and not agree):
+            key = (agree, count == 1, a.family)
+            seen[key] = seen.get(key, 0) + 1
+            ranked.append((*key[:2], seen[key], (a, b)))
+    return [pair for *_, pair in sorted(ranked, key=lambda r: r[:3])][:limit]
 
 
 def _films(c: Comparison, pairs: Sequence[Pair], folders: tuple[Path, Path]) -> str:
@@ -96,9 +95,13 @@ def _films(c: Comparison, pairs: Sequence[Pair], folders: tuple[Path, Path]) -> 
         figures = []
         for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
             path = film_file(folder, outcome.film_name)
-            assert path is not None
             word = f"success after {outcome.steps} steps" if outcome.success else "failure"
-            figures.append(page.film(path.read_bytes(), MIME[path.suffix], f"{name}: {word}"))
+            if path:
+                figures.append(page.film(path.read_bytes(), MIME[path.suffix], f"{name}: {word}"))
+            else:
+                figures.append(
+                    page.paragraph(f"{name}: {word}, not filmed (evaluate with --films all)", soft=True)
+                )
         parts.append(page.grid(figures, wide=True))
     return "".join(parts)
 

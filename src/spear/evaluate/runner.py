@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,8 +18,9 @@ from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
 
 Track = TypeVar("Track")
-Films = int | Literal["failures"]
-"""Films to make per family: of so many successes and as many failures, lowest seeds first; or of all failures."""
+Films = int | Literal["failures", "all"]
+"""Films to make per family: of so many successes and as many failures, lowest seeds first; of all failures; or of all
+episodes."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,19 @@ def conduct(
     Raises SpearError for a folder with results of another policy or of other settings.
     """
     journal = Journal(out, actor.name, settings, shard) if out else None
+    studio = _Studio(simulator, films, out)
     started = last = time.perf_counter()
-    filming = films == "failures" or (bool(films) and simulator.films_are_free)
     outcomes: list[Outcome] = []
-    kept: list[Film] = []
     with _progress(quiet) as bar:
         for family, everything in scenes.items():
             seeds = everything[shard.index - 1 :: shard.of]
             row = bar.add_task(family, total=len(seeds), info="")
             begun = time.perf_counter()
             done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
-            tracks: dict[int, Track] = {}
             todo = [s for s in seeds if s not in done]
-            for count, (outcome, track) in enumerate(simulator.run(actor, family, todo, filming), 1):
+            for count, (outcome, track) in enumerate(simulator.run(actor, family, todo, studio.filming), 1):
                 done[outcome.seed] = outcome
-                if filming:
-                    tracks[outcome.seed] = track
+                studio.add(outcome, track, [done[s] for s in seeds if s in done])
                 if journal:
                     now = time.perf_counter()
                     journal.add(outcome, now - last)
@@ -105,21 +103,69 @@ def conduct(
                 bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
             ended = [done[s] for s in seeds]
             outcomes += ended
-            wanted = [o for o in _to_film(ended, films) if not (out and video.film_file(out, o.film_name))]
-            again = [o.seed for o in wanted if o.seed not in tracks]
+            again = studio.finish(ended)
             for outcome, track in simulator.run(actor, family, again, True):
                 if outcome == done[outcome.seed]:
-                    tracks[outcome.seed] = track
-            for outcome in wanted:
-                if outcome.seed in tracks:
-                    kept.append(simulator.film(outcome, tracks[outcome.seed]))
-                    if out:
-                        kept[-1].save(out)
-    return Results(actor.name, settings, outcomes, time.perf_counter() - started), kept
+                    studio.make(outcome, track)
+                else:
+                    bar.console.print(
+                        f"no film of {family} {outcome.seed}: it ended differently when run again"
+                    )
+    return Results(actor.name, settings, outcomes, time.perf_counter() - started), studio.made
 
 
-def _to_film(ended: Sequence[Outcome], films: Films) -> list[Outcome]:
+class _Studio(Generic[Track]):
+    """Makes the films that are wanted. Tracks can be large (every picture of an episode), so that each is filmed as its
+    episode ends, or kept only as long as it may be wanted.
+
+    filming  whether the first run of an episode is to give its track. made: the films so far.
+    """
+
+    def __init__(self, simulator: Simulator[Track], films: Films, out: Path | None) -> None:
+        if films:
+            video.check()
+        self._simulator, self._films, self._out = simulator, films, out
+        self.filming = isinstance(films, str) or (films > 0 and simulator.films_are_free)
+        self.made: list[Film] = []
+        self._tracks: dict[int, Track] = {}
+
+    def add(self, outcome: Outcome, track: Track, ended: Sequence[Outcome]) -> None:
+        """An episode that has just ended; ended: those of its family so far, by seed."""
+        if not self.filming:
+            return
+        if isinstance(self._films, str):
+            if self._missing([outcome]):
+                self.make(outcome, track)
+            return
+        self._tracks[outcome.seed] = track
+        wanted = {o.seed for o in _wanted(ended, self._films)}
+        self._tracks = {seed: kept for seed, kept in self._tracks.items() if seed in wanted}
+
+    def finish(self, ended: Sequence[Outcome]) -> list[int]:
+        """All episodes of a family have ended: the seeds of those that have to be run again for their film."""
+        tracks, self._tracks = self._tracks, {}
+        made = {(f.outcome.family, f.outcome.seed) for f in self.made}
+        missing = [o for o in self._missing(ended) if (o.family, o.seed) not in made]
+        for outcome in missing:
+            if outcome.seed in tracks:
+                self.make(outcome, tracks[outcome.seed])
+        return [o.seed for o in missing if o.seed not in tracks]
+
+    def make(self, outcome: Outcome, track: Track) -> None:
+        """One film, on disk when this returns."""
+        self.made.append(self._simulator.film(outcome, track))
+        if self._out:
+            self.made[-1].save(self._out)
+
+    def _missing(self, ended: Sequence[Outcome]) -> list[Outcome]:
+        wanted = _wanted(ended, self._films)
+        return [o for o in wanted if not (self._out and video.film_file(self._out, o.film_name))]
+
+
+def _wanted(ended: Sequence[Outcome], films: Films) -> list[Outcome]:
     """The episodes of a family that are to be filmed."""
+    if films == "all":
+        return list(ended)
     failures = [o for o in ended if not o.success]
     if films == "failures":
         return failures

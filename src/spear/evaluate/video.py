@@ -48,15 +48,22 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     return np.asarray(frame)
 
 
+def check() -> None:
+    """Raises `SpearError` where films cannot be written."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise SpearError("films need PyAV: it is not installed: run pip install 'spear[report]'") from None
+
+
 def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 1.0) -> tuple[bytes, str]:
     """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
 
     hold_seconds  how long the last frame stays, so that a looping film shows its outcome.
     """
-    try:
-        import av
-    except ImportError:
-        raise SpearError("films need PyAV: it is not installed: run pip install 'spear[report]'") from None
+    check()
+    import av
+
     name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}
     if name not in av.codecs_available:
         name, container, mime, options = "libvpx-vp9", "webm", "video/webm", {"crf": "34", "b": "0"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ TASKS: dict[str, Task] = {
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60),
 }
 """ManiSkill's names, in the order of the paper's table."""
+STARTS = math.lcm(*(task.starts for task in TASKS.values()))
+"""With so many episodes per task, or a multiple, each start of every task comes up equally often."""
 
 
 @dataclass(frozen=True)

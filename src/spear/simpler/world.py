@@ -8,6 +8,7 @@ the scene is kept on ManiSkill's class, so that a process can hold one task only
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import warnings
@@ -50,6 +51,19 @@ def check_assets(folder: Path | None) -> Path:
                 "or give the folder that has it (--assets or MS_ASSET_DIR)"
             )
     return root
+
+
+def assets_hash(root: Path) -> str:
+    """A short hash of the files that the tasks need: results with other models or photographs never mix."""
+    digest = hashlib.sha256()
+    for where in ASSETS.values():
+        folder = root / "data" / where
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in names:
+            if not any(part.startswith(".") for part in name.split("/")):  # what downloading left behind
+                with (folder / name).open("rb") as file:
+                    digest.update(f"{where}/{name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def check_installed() -> None:

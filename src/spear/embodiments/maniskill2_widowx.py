@@ -1,9 +1,10 @@
-"""SIMPLER's WidowX as AllenAI's vla-eval harness runs it: the harness's observations, actions for SimplerEnv.
+"""SIMPLER's WidowX in ManiSkill 2 (SimplerEnv), as AllenAI's vla-eval harness runs it: the harness's observations.
 
 Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states" is the
 pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's opening; the
 controller moves its previous target along base axes and turns it about base axes by a rotation vector; a gripper
-value above 0.5 opens. 5 Hz. In ManiSkill 3 the three angles are Euler's: that robot is `simpler_widowx`.
+value above 0.5 opens. 5 Hz. ManiSkill 3's controller of the same name reads the three numbers as Euler angles: that
+robot is `simpler_widowx`, which this one shares all else with.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import simpler_widowx as maniskill3
 from spear.embodiments import tools as read
 from spear.errors import SpearError
-from spear.geometry import quat_canonical, quat_conjugate, quat_log, quat_multiply
+from spear.geometry import quat_log
 from spear.types import Array
 
 
@@ -28,8 +28,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     if not isinstance(images, Mapping) or "primary" not in images:
         raise SpearError("images: no 'primary' in it: send a map of camera names to images")
     values = read.numbers(observation, "states", 8)
-    link = torch.from_numpy(read.quaternion(values[3:7], "states[3:7]"))
-    rotation = quat_canonical(quat_multiply(link, quat_conjugate(maniskill3.LINK))).numpy()
+    rotation = maniskill3.orientation(values[3:7], "states[3:7]")
     opening = read.opening(observation, "states[7]", values[7])
     ours = {
         "observation/image": read.image({"images/primary": images["primary"]}, "images/primary"),
@@ -43,9 +42,7 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
     """[H, 7] float32 for the controller."""
-    turns = quat_log(torch.from_numpy(read.base_rotations(state, actions))).numpy()
-    gripper = np.where(actions[:, 7:] >= 0.5, 1.0, 0.0)
-    return np.concatenate([actions[:, :3], turns, gripper], axis=1).astype(np.float32)
+    return maniskill3.command(actions, quat_log(torch.from_numpy(read.base_rotations(state, actions))), 0.0)
 
 
 def example() -> dict[str, Any]:
@@ -60,7 +57,7 @@ def example() -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="WidowX of SIMPLER in the vla-eval harness (SimplerEnv, ManiSkill 2)",
+    about="WidowX of SIMPLER in ManiSkill 2 (SimplerEnv), in the vla-eval harness",
     required={
         "images": "a map whose 'primary' is the third-view camera's image, uint8 [height, width, 3]",
         "states": "position (m) and quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers "
@@ -75,8 +72,9 @@ EMBODIMENT = Embodiment(
     },
     observe=observe,
     controls={
-        "rotation_vector": Control(
-            "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed)",
+        "maniskill2_rotation_vector": Control(
+            "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed), for the harness, "
+            "which hands them to ManiSkill 2's arm_pd_ee_target_delta_pose_align2",
             5.0,
             controller_actions,
         )
