@@ -229,7 +229,9 @@ def test_what_is_saved_does_not_say_where_its_parts_lay(tmp_path: Path) -> None:
     vlm().save_pretrained(tmp_path / "stage-2")
     part = weights.load(SpearVLMForConditionalGeneration, tmp_path / "stage-2")
     config = spear1().config
-    model = Spear1ForActionPrediction(Spear1Config(vlm_config=part.config, expert_config=config.expert_config))
+    model = Spear1ForActionPrediction(
+        Spear1Config(vlm_config=part.config, expert_config=config.expert_config)
+    )
     assert model.config.vlm_config.name_or_path == str(tmp_path / "stage-2")
     model.save_pretrained(tmp_path / "policy")
     for folder in ("stage-2", "policy"):

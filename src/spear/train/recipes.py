@@ -121,7 +121,16 @@ def _fields(part: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(part)]
 
 
-_LEAST = {"steps": 0, "batch_size": 1, "flow_samples": 1, "accumulate": 1, "bins": 2, "lr": 0, "warmup": 0, "ema": 0}
+_LEAST = {
+    "steps": 0,
+    "batch_size": 1,
+    "flow_samples": 1,
+    "accumulate": 1,
+    "bins": 2,
+    "lr": 0,
+    "warmup": 0,
+    "ema": 0,
+}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
