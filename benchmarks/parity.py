@@ -20,7 +20,7 @@ from pi0_pair import IMAGE_TOKEN, pair, reduced, relative
 from spear.models.presets import preset
 from spear.types import Action
 
-LAYERS = {"nano": 99, "small": 99, "spear1": 1}
+LAYERS = {"nano": 99, "small": 2, "spear1": 1}
 B, TEXT = 1, 9
 
 

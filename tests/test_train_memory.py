@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from models_tiny import TINY
 from spear.cli import main
 from spear.errors import SpearError
 from spear.models import presets
-from spear.models.presets import spear1_config
+from spear.models.presets import Preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train import memory
 from spear.train.optimize import Optimization, Stepper
@@ -46,6 +47,21 @@ class Acting:
         return self.model(**batch, actions=actions, flow_samples=2, generator=generator).loss, {}
 
 
+def traced(run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that the allocator held at most while something ran, of what it gave out in it, and those left after."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert len(events) > 100
+    return peak, live
+
+
 def allocated(stage: Recipe) -> int:
     """Most bytes that the allocator held in a step, of what it gave out in it, and the weights and states before."""
     task = Acting()
@@ -56,17 +72,7 @@ def allocated(stage: Recipe) -> int:
     before = sum(t.untyped_storage().nbytes() for t in task.model.state_dict().values())
     before += sum(t.nbytes for state in stepper.optimizer.state.values() for t in state.values())
     before += sum(t.nbytes for t in (stepper.ema or {}).values())
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        stepper(1, batch)
-    live = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert len(events) > 1000
-    return before + peak
+    return before + traced(lambda: stepper(1, batch))[0]
 
 
 @pytest.mark.parametrize(
@@ -139,13 +145,61 @@ def test_acting_in_half_precision_takes_half() -> None:
     assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
 
 
+NANO = presets.PRESETS["nano"]
+LESS = {"num_hidden_layers": 2}
+SMALL = dataclasses.replace(
+    presets.PRESETS["small"],
+    name="small, 2 layers",
+    vocabulary=2048,
+    vision={**presets.PRESETS["small"].vision, **LESS},
+    moge={**(presets.PRESETS["small"].moge or {}), "num_hidden_layers": 4},
+    text={**presets.PRESETS["small"].text, **LESS},
+    expert={**presets.PRESETS["small"].expert, **LESS},
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(NANO, torch.float32), (NANO, torch.bfloat16), (SMALL, torch.float32)],
+    ids=["nano", "nano in bfloat16", "small"],
+)
+def test_what_inference_on_a_cpu_takes_is_what_the_allocator_gives_out(
+    size: Preset, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
+    weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
+    acting = memory.inference(size, dtype, 2, as_on_gpu=False)
+    both = memory.inference(size, dtype, 2, as_on_gpu=False, answers=True)
+    act_peak, act_kept = traced(lambda: memory._act(model, size, 2))
+    answer_peak, answer_kept = traced(lambda: memory._answer(model, size, 2))
+    assert acting.weights == both.weights == weights
+    # What is kept: weights of the expert, then of the language model, once more.
+    assert acting.prepared == pytest.approx(act_kept, rel=0.02)
+    assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.02)
+    # On Intel's processors layers of one small float32 matrix need no copy.
+    expert = sum(p.nbytes for p in model.expert.layers.parameters())
+    both_parts = expert + sum(p.nbytes for p in model.vlm.language_model.layers.parameters())
+    assert 0.5 * expert < acting.prepared < 1.2 * expert
+    assert 0.5 * both_parts < both.prepared < 1.2 * both_parts
+    assert acting.total == pytest.approx(weights + act_peak, rel=0.05)
+    assert both.total == pytest.approx(weights + max(act_peak, act_kept + answer_peak), rel=0.05)
+
+
+def test_on_a_gpu_fused_weights_are_moved_not_copied() -> None:
+    planned = memory.inference(NANO, torch.float32)
+    on_cpu = memory.inference(NANO, torch.float32, as_on_gpu=False)
+    assert planned.prepared < 0.2 * on_cpu.prepared and planned.weights == on_cpu.weights
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("plan", "--preset", "tiny", "--gpu", "16GB", "--batch-size", "64")
     assert main([*arguments, "--recipe", "post-train-bridge"]) == 0
     said = capsys.readouterr().out
     assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
     assert main(["plan", "--preset", "tiny", "--gpu", "8GB", "--recipe", "inference"]) == 0
-    assert "bfloat16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bfloat16" in said and said.count("acting and answering") == 2
     for wrong, words in (
         (("--gpu", "big"), "no size of a GPU: 'big': write it like 24GB"),
         (("--recipe", "finetune-lorra"), "did you mean 'finetune-lora'"),

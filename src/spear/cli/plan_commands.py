@@ -110,14 +110,26 @@ def _plan_inference(size: Preset, batch: int, gpu: str, capacity: float) -> None
 
     from spear.train import memory
 
-    for dtype in (torch.float32, torch.bfloat16):
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    for dtype, name in names.items():
         needed = memory.inference(size, dtype, batch)
         word = "fits" if needed.total <= capacity else "does not fit"
-        print(
-            f"{str(dtype).removeprefix('torch.'):<9} weights {needed.weights / memory.GIB:6.2f} + activations "
-            f"{needed.activations / memory.GIB:5.2f} = {needed.total / memory.GIB:6.2f} GiB: {word} in {gpu} "
-            f"(usable {capacity / memory.GIB:.1f})"
-        )
+        print(f"{name:<9} {_inference_parts(needed)}: {word} in {gpu} (usable {capacity / memory.GIB:.1f})")
+    print("\non a CPU, which keeps weights that it reads often a second time, packed:")
+    for answers, what in ((False, "acting"), (True, "acting and answering")):
+        for dtype, name in names.items():
+            needed = memory.inference(size, dtype, batch, as_on_gpu=False, answers=answers)
+            print(f"{name:<9} {_inference_parts(needed)}: {what}")
+
+
+def _inference_parts(needed: Memory) -> str:
+    from spear.train.memory import GIB
+
+    packed = f"packed {needed.prepared / GIB:5.2f} + " if needed.prepared > 0.005 * GIB else ""
+    return (
+        f"weights {needed.weights / GIB:6.2f} + {packed}activations {needed.activations / GIB:5.2f} = "
+        f"{needed.total / GIB:6.2f} GiB"
+    )
 
 
 def _table(size: str) -> str:

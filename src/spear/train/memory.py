@@ -8,8 +8,10 @@ kernels use inside themselves, and memory lost between blocks; `usable` leaves r
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +23,13 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
+from spear.models.acting import SAMPLER
 from spear.models.gemma import FastRMSNorm
 from spear.models.losses import token_loss
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.recompute import recompute_layers
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.stack import STACK
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.train.adamw import BLOCK
 from spear.train.lora import add_adapters
@@ -50,6 +54,7 @@ class Memory:
     gradients, moments, averaged  of what learns: its gradients, AdamW's two averages, the EMA weights.
     activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16 copies.
     parameters, learning  numbers, not bytes: all parameters, and those that learn.
+    prepared     what inference works out of the weights once and keeps: on a CPU packed copies of some of them.
     """
 
     weights: int
@@ -59,11 +64,13 @@ class Memory:
     activations: int
     parameters: int
     learning: int
+    prepared: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.moments + self.averaged + self.activations
+        kept = self.weights + self.prepared
+        return kept + self.gradients + self.moments + self.averaged + self.activations
 
 
 class Meter(TorchDispatchMode):
@@ -166,16 +173,66 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     )
 
 
-def inference(size: Preset, dtype: torch.dtype, batch: int = 1, as_on_gpu: bool = True) -> Memory:
-    """What SPEAR-1 needs to act, with all weights in `dtype`, for so many observations at once."""
+def inference(
+    size: Preset, dtype: torch.dtype, batch: int = 1, as_on_gpu: bool = True, answers: bool = False
+) -> Memory:
+    """What SPEAR-1 needs to act, with all weights in `dtype`, for so many observations at once.
+
+    as_on_gpu: False: what a CPU needs, where some weights are kept a second time (`spear.models.linear.Fused`).
+    answers: it also answers questions, so many at once.
+    """
     stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
-    model = _empty_model(stage, size, as_on_gpu).to(dtype)
-    with FakeTensorMode(), Meter() as meter, torch.no_grad():
-        _give_storage(model.eval())
+    model: Any = _empty_model(stage, size, as_on_gpu).to(dtype).eval()
+    uses: list[tuple[Callable[[], object], Callable[[Any, Preset, int], None]]] = [
+        (lambda: SAMPLER(model, True), _act)
+    ]
+    if answers:
+        uses.append((lambda: STACK(model.vlm.language_model, True, False), _answer))
+    prepared = most = 0
+    with _onednn(not as_on_gpu), FakeTensorMode(), Meter() as meter, torch.no_grad():
+        _give_storage(model)
         weights = meter.live
-        model.sample_actions(**_observation(size, batch), steps=2)  # type: ignore[operator]
-    count = sum(p.numel() for p in model.parameters())
-    return Memory(weights, 0, 0, 0, meter.peak - weights, count, 0)
+        for prepare, use in uses:
+            # What real weights are made into is kept; of fake ones it is made at every use, and counted here alone.
+            made = prepare()
+            kept = meter.live - weights
+            del made
+            gc.collect()  # layers and their methods refer to each other
+            meter.peak = meter.live
+            use(model, size, batch)
+            gc.collect()
+            prepared += kept
+            most = max(most, meter.peak - weights - kept)
+    return Memory(weights, 0, 0, 0, most, sum(p.numel() for p in model.parameters()), 0, prepared)
+
+
+@contextmanager
+def _onednn(there: bool) -> Iterator[None]:
+    """With or without oneDNN, which a GPU has not."""
+    before = torch.backends.mkldnn.set_flags(_enabled=there)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before)
+
+
+def _act(model: Any, size: Preset, batch: int) -> None:
+    model.sample_actions(**_observation(size, batch), steps=2)
+
+
+def _answer(model: Any, size: Preset, batch: int) -> None:
+    """A 3D box about an image of the first view."""
+    view = next(iter(size.image_sizes))
+    ids = torch.zeros(batch, size.prompt_tokens, dtype=torch.long)
+    first = model.config.vlm_config.coordinate_start
+    grammar = [(first, first + size.bins)] * ANSWER
+    model.vlm.answer(
+        {view: _pixels(size, batch)[view]},
+        ids,
+        torch.ones_like(ids),
+        max_new_tokens=ANSWER + 1,
+        grammars=[grammar] * batch,
+    )
 
 
 def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Module:
