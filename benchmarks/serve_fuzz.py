@@ -178,15 +178,19 @@ async def client(url: str, fuzz: Fuzz, seed: int, index: int, frames: int) -> No
                 if sent % GOOD_EVERY == 0:
                     fuzz.check_good(await ask(connection, fuzz.good))
                 if sent % HUGE_EVERY == 0:
-                    try:
-                        raise SystemExit(
-                            f"a huge message: {await ask(connection, b' ' * (Settings.max_bytes + 1))!r}"
-                        )
-                    except ConnectionClosed as closed:
-                        if closed.rcvd is None or closed.rcvd.code != 1009:
-                            raise SystemExit(f"a huge message: {closed}") from closed
+                    await huge(connection)
                     fuzz.counts["huge"] += 1
                     break
+
+
+async def huge(connection: ClientConnection) -> None:
+    """The head of a frame that says it is larger than the limit: it must end the connection."""
+    connection.transport.write(b"\x82\xff" + (Settings.max_bytes + 1).to_bytes(8, "big") + b"mask")
+    try:
+        raise SystemExit(f"a huge message is answered with {await connection.recv()!r}")
+    except ConnectionClosed as closed:
+        if closed.rcvd is None or closed.rcvd.code != 1009:
+            raise SystemExit(f"a huge message ends with {closed}, not with code 1009") from closed
 
 
 async def watch(served: Server, fuzz: Fuzz, frames: int, sizes: list[float]) -> None:
