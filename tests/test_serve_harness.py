@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,6 +142,57 @@ def test_what_is_wrong_is_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(SpearError) as error:
         ROBOT.read({**ROBOT.example(), **change})
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_config_in_the_docs_is_one_of_the_harness(tmp_path: Path) -> None:
+    from vla_eval.cli.config_loader import load_config
+    from vla_eval.config import DockerConfig, EvalConfig, ServerConfig
+
+    from spear.serve.harness import NEEDED
+
+    page = (Path(__file__).parents[1] / "docs" / "vla-eval.md").read_text()
+    path = tmp_path / "simpler_widowx.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_config(str(path))
+    assert set(config) == {"server", "docker", "benchmarks"}
+    assert ServerConfig.from_dict(config["server"]).url == "ws://localhost:8000"
+    assert DockerConfig.from_dict(config["docker"]).image
+    (benchmark,) = (EvalConfig.from_dict(b) for b in config["benchmarks"])
+    module, name = benchmark.benchmark.split(":")
+    made = getattr(importlib.import_module(module), name)(**benchmark.params, **NEEDED)
+    assert made.get_tasks()[0]["name"] == "widowx_carrot_on_plate" and made.send_state
+
+
+def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
+    """`spear vla-eval` and `vla-eval run`, each in a process of its own; the simulator is ours."""
+    pytest.importorskip("mujoco")
+    here = Path(__file__).parent
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here)])}
+    run_here: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    path = tmp_path / "tabletop.yaml"
+    path.write_text(
+        f"server: {{url: 'ws://localhost:{port}'}}\n"
+        "benchmarks: [{benchmark: 'tabletop_benchmark:Tabletop', episodes_per_task: 2, params: {family: put_on}}]\n"
+    )
+    code = "import sys; from spear.cli import main; sys.exit(main())"
+    serve = [sys.executable, "-c", code, "vla-eval", "nano", "--port", str(port), "--device", "cpu"]
+    serve += ["--embodiment", f"{here}/tabletop_benchmark.py"]
+    with subprocess.Popen(serve, text=True, **run_here) as server:
+        assert server.stdout
+        try:
+            while "serving nano" not in (line := server.stdout.readline()):
+                assert line, "the server ended"
+            evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(path)]
+            done = subprocess.run([*evaluate, "--output-dir", str(tmp_path / "out")], text=True, **run_here)
+        finally:
+            server.terminate()
+    assert done.returncode == 0, done.stdout
+    (found,) = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*_aggregate.json")]
+    (task,) = found["tasks"]
+    assert [e["steps"] for e in task["episodes"]] == [5, 5]
+    assert not any(e.get("failure_reason") for e in task["episodes"])
 
 
 def test_without_states_it_says_what_to_switch_on() -> None:
