@@ -61,9 +61,20 @@ def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def example() -> dict[str, Any]:
+    ours = generic.example()
+    return {
+        "images": {"primary": ours["observation/image"]},
+        "states": ours["observation/state"],
+        "task_description": ours["prompt"],
+        "seed": 0,
+    }
+
+
 EMBODIMENT = dataclasses.replace(
     generic.EMBODIMENT,
     required={"images": "images", "states": "the state", "task_description": "the instruction"},
     optional={"seed": "a whole number"},
     observe=observe,
+    example=example,
 )

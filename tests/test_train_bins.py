@@ -60,7 +60,7 @@ def test_a_stage_starts_with_new_tokens(
 
 def test_what_cannot_be_is_refused(folders: tuple[Path, Path]) -> None:
     labels, init = folders
-    with pytest.raises(SpearError, match="bins 1: give at least 2"):
+    with pytest.raises(SpearError, match="bins is 1: give at least 2"):
         build(recipe("nano-vlm-2").changed(bins=1), labels, init=init)
     with pytest.raises(SpearError, match="did you mean 'uniform'"):
         build(recipe("nano-vlm-2").changed(spacing="unifrom"), labels, init=init)
