@@ -62,7 +62,7 @@ def test_slurm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # Run by bash, with what a node of Slurm's would have.
     environment = programs(
         tmp_path / "bin",
-        scontrol='[ "$1" = show ] && echo node7 && echo node8',
+        scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',  # more than a pipe holds: all of it must be read
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )

@@ -136,7 +136,7 @@ def _slurm(job: Job, chosen: Mapping[str, str]) -> str:
 set -euo pipefail
 {chosen["setup"] or "# nothing to set up"}
 export OMP_NUM_THREADS={chosen["cpus"]}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 trap 'echo "out of time: queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 --cpus-per-task={options["cpus-per-task"]} \\
     torchrun --nnodes={job.nodes} --nproc-per-node={job.processes} --rdzv-backend=c10d \\
