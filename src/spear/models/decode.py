@@ -120,10 +120,8 @@ def _decode(
         features = features[inputs["image_index"]]
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     reading = read(vlm, layers, features, None, ids, mask, room=len(spans) - 1)
-    hidden = reading.hidden[:, -1]
-    if mask is not None:
-        last = mask.long().sum(-1) - 1
-        hidden = reading.hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+    hidden = reading.hidden
+    assert hidden is not None
     start, dtype = reading.valid.shape[1], hidden.dtype
     bias = reading.bias(len(spans), layers.groups, dtype)
     places = reading.places[:, None] + torch.arange(len(spans), device=ids.device)

@@ -95,7 +95,9 @@ class Fused:
                 return
             whole = torch.cat([m.weight for m in plain]) if len(plain) > 1 else first.contiguous()
             self.weight = (
-                torch.ops.mkldnn._reorder_linear_weight(whole, None) if _own_layout(whole) else whole
+                torch.ops.mkldnn._reorder_linear_weight(whole, None)
+                if _own_layout(whole)
+                else whole.T.contiguous().T  # for few rows MKL reads [in, out] the faster: 5 to 8 rows, 0.8 of the time
             )
         else:
             self.weight = _share_storage([m.weight for m in plain])
@@ -109,6 +111,12 @@ class Fused:
             return [layer(x) for layer in self.layers]
         together = linear(x, self.weight, self.bias)
         return (together,) if len(self.sizes) == 1 else together.split(self.sizes, dim=-1)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> what all layers say, one after the other, [..., sum of out]."""
+        if self.weight is None:
+            return torch.cat([layer(x) for layer in self.layers], dim=-1)
+        return linear(x, self.weight, self.bias)
 
 
 def _own_layout(weight: torch.Tensor) -> bool:

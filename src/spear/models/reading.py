@@ -21,14 +21,14 @@ class Reading:
 
     memory  keys and values of every layer, with room behind them. valid [B, S] bool; padded: some are not.
     places [B]  the position after the last valid token.
-    hidden [B, L, D]  the last layer's output at the text; of no use where only keys and values were wanted.
+    hidden [B, D]  the last layer's output at the last valid token; None where only keys and values were wanted.
     """
 
     memory: Memory
     valid: torch.Tensor
     padded: bool
     places: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
 
     def bias(self, room: int, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores of tokens that see the prefix and `room` places after it; None for nothing."""
@@ -71,5 +71,11 @@ def read(
     where = positions(valid)
     bias = hidden_places(valid, layers.groups, x.dtype) if padded else None
     window = memory.window(0, [(length, length)])
-    hidden = layers(x, layers.rotations(where, x.dtype), window, bias, keys_only)
-    return Reading(memory, valid, padded, where[:, -1] + 1, hidden[:, features.shape[1] :])
+    rotations = layers.rotations(where, x.dtype)
+    if keys_only:
+        layers(x, rotations, window, bias, keys_only)
+        return Reading(memory, valid, padded, where[:, -1] + 1, None)
+    said = parts[1].sum(-1) if attention_mask is not None else input_ids.shape[1]
+    last = torch.full_like(where[:, -1], features.shape[1] - 1) + said
+    hidden = layers(x, rotations, window, bias, wanted=last)[:, 0]
+    return Reading(memory, valid, padded, where[:, -1] + 1, hidden)

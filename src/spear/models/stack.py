@@ -6,7 +6,7 @@ The same numbers as the model's own layers give, up to rounding; `tests/test_mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,18 +121,25 @@ class Stack:
         window: Window,
         bias: torch.Tensor | None = None,
         keys_only: bool = False,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings [B, S, D] of the window's tokens -> the last layer's output, normed; their keys and values are
         left in the memory.
 
         bias  [B · kv heads, 1, places] to be added to all scores, or None: `hidden_places` of what is not valid.
         keys_only  nothing but keys and values is wanted: the last layer stops at them, and the result is its input.
+        wanted [B]  of each row this token's output alone is wanted, of a window of one block: the last layer does
+            for it alone what comes after keys and values, and the result is [B, 1, D].
         """
         for index, layer in enumerate(self.layers):
             query, held = self._before(layer, x, *rotations)
             window.places[index].copy_(held)
-            if keys_only and index + 1 == len(self.layers):
-                return x
+            if index + 1 == len(self.layers):
+                if keys_only:
+                    return x
+                if wanted is not None:
+                    query, x = self._only(wanted, query, x)
+                    window = replace(window, queries=[1])
             found = self._attend(query, window.seen[index], window.queries, bias)
             x = self._after(layer, x, found)
         return self._norm(x, self.norm)
@@ -141,13 +148,22 @@ class Stack:
         self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
-        query, key, value = layer.qkv(self._norm(x, layer.before_attention))
         batch, length, _ = x.shape
-        key = _rotate(key.view(batch, length, self.groups, self.width), cos, sin)
-        held = torch.stack([key, value.view(key.shape).to(key.dtype)]).transpose(2, 3)
-        query = _rotate(query.view(batch, length, self.heads, self.width), cos, sin)
-        query = query.view(batch, length, self.groups, -1, self.width).transpose(1, 2)
+        found = layer.qkv.whole(self._norm(x, layer.before_attention)).view(batch, length, -1, self.width)
+        both, value = found.tensor_split((self.heads + self.groups,), dim=2)
+        query, key = _rotate(both, cos, sin).tensor_split((self.heads,), dim=2)
+        held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
+        query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
+
+    def _only(
+        self, wanted: torch.Tensor, query: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of queries as `_project` gives them and of embeddings those of one token [B] per row."""
+        batch, length, _ = x.shape
+        rows = torch.arange(batch, device=x.device)
+        each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
+        return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
     def _finish(self, layer: Layer, x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         """What attention found, [B · kv heads, S · query heads per kv head, d], and the rest of the layer."""
@@ -167,8 +183,9 @@ class Stack:
     ) -> torch.Tensor:
         """The query heads of a key-value head are rows of one product."""
         each = self.heads // self.groups
+        parts = [query] if len(queries) == 1 else query.split([q * each for q in queries], dim=1)
         out = []
-        for part, (keys, values) in zip(query.split([q * each for q in queries], dim=1), seen, strict=True):
+        for part, (keys, values) in zip(parts, seen, strict=True):
             hidden = None if bias is None else bias[:, :, : keys.shape[1]]
             if part.device.type != "cpu" and self.softcap is None:
                 out.append(self._sdpa(part, keys, values, hidden))
@@ -200,7 +217,7 @@ class Stack:
 
     def _norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Gemma's RMSNorm: x / rms(x) · scale, in float32."""
-        full = x.float()
+        full = x if x.dtype == torch.float32 else x.float()
         if x.device.type != "cpu":
             return nn.functional.rms_norm(full, full.shape[-1:], scale, self.eps).to(x.dtype)
         norm = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
