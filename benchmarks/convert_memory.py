@@ -1,11 +1,11 @@
 """Memory that a conversion needs: the peak of the process, beside the size of the new weights.
 
     python benchmarks/convert_memory.py
-    python benchmarks/convert_memory.py --sizes large --dtypes bfloat16
+    python benchmarks/convert_memory.py --sizes large full --dtypes bfloat16
 
-Writes a PaliGemma with random weights and a MoGe ViT-S into a temporary folder, converts them in a process of their
-own, and prints how much more memory that process needed at its peak than before, divided by the bytes of the weights:
-reading, building and saving, mapped files included. Linux only.
+Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary folder, converts them in
+a process of their own, and prints how much more memory that process needed at its peak than before, divided by the
+bytes of the weights: reading, building and saving, mapped files included. Linux only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VISION = {
     "image_size": 224,
     "vision_use_head": False,
 }
-Size = Literal["small", "medium", "large"]
+Size = Literal["small", "medium", "large", "full"]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"vocab_size": 65536},
     "medium": {"vocab_size": 131072},
@@ -56,6 +56,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 18,
         "head_dim": 256,
     },
+    "full": {
+        "vocab_size": 257152,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "head_dim": 256,
+    },
+}
+FULL_VISION = {
+    **VISION,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
 }
 SHARD = 200 * 10**6
 """Bytes in a file of the PaliGemma, about."""
@@ -65,7 +80,8 @@ def write_paligemma(folder: Path, size: str) -> None:
     """A PaliGemma in bfloat16 under its published names of 2025, in several files; its weights are random."""
     text = {**TEXT, **SIZES[size]}
     width = text["hidden_size"]
-    config = PaliGemmaConfig(vision_config=VISION, text_config=text, projection_dim=width, hidden_size=width)
+    vision = FULL_VISION if size == "full" else VISION
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=width, hidden_size=width)
     with torch.device("meta"):
         wanted = PaliGemmaForConditionalGeneration(config).state_dict()
     noise = (0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))).bfloat16()
@@ -92,10 +108,11 @@ def write_paligemma(folder: Path, size: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_moge(path: Path) -> None:
-    """A random MoGe v1 with a ViT-S encoder, under its published names."""
+def write_moge(path: Path, size: str) -> None:
+    """A random MoGe v1 with a ViT-S or, at full size, ViT-L encoder, under its published names."""
+    encoder = "dinov2_vitl14" if size == "full" else "dinov2_vits14"
     weights: dict[str, torch.Tensor] = {}
-    for ours, weight in MogeV1(MogeV1Config(encoder="dinov2_vits14")).state_dict().items():
+    for ours, weight in MogeV1(MogeV1Config(encoder=encoder)).state_dict().items():
         name = _published(ours, _PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
     for name, values in _CONSTANTS.items():
@@ -126,7 +143,8 @@ def main(
     """Print a table.
 
     Args:
-        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder.
+        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder, full (PaliGemma 3B) 14 GB in
+            bfloat16.
         dtypes: of the new weights.
     """
     print("| precision | parameters | weights | peak above start | over the weights | ratio |")
@@ -135,7 +153,7 @@ def main(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_paligemma(folder / "paligemma", size)
-            write_moge(folder / "model.pt")
+            write_moge(folder / "model.pt", size)
             for dtype in dtypes:
                 argv = [sys.executable, __file__, str(folder), dtype]
                 done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,6 +1,7 @@
 """The same numbers as Transformers' PaliGemma and π0 at the widths of each preset, and what bfloat16 changes.
 
-    python benchmarks/parity.py [nano small spear1]
+    python benchmarks/parity.py
+    python benchmarks/parity.py --presets small mid --layers 99      # whole; 12 GB
 
 Random weights in float32, without MoGe, encoders with patch convolutions, a vocabulary of 2,048, and so many layers
 that it fits a laptop (printed). Differences are the largest over the largest value: "logits" of questions with
@@ -10,25 +11,24 @@ images) against π0's with the same noise. "bf16": our weights rounded to bfloat
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pi0_pair import IMAGE_TOKEN, pair, reduced, relative
-from spear.models.presets import preset
+from pi0_pair import IMAGE_TOKEN, SIZES, pair, reduced, relative
 from spear.types import Action
 
-LAYERS = {"nano": 99, "small": 2, "spear1": 1}
+LAYERS = {"nano": 99, "small": 2, "mid": 2, "spear1": 1}
 B, TEXT = 1, 9
 
 
-def compare(name: str) -> str:
+def compare(name: str, layers: int) -> str:
     """One line of the table."""
-    size = reduced(name, LAYERS[name], side=8)  # few tokens where images must be square
+    size = reduced(name, layers, side=8)  # few tokens where images must be square
     ours, theirs = pair(size)
-    width, height = preset(name).image_sizes["external"]
+    width, height = SIZES[name].image_sizes["external"]
     patch, side = size.vision["patch_size"], size.vision["image_size"]
     ids = torch.randint(3, 1000, (B, TEXT))
     mask = torch.ones_like(ids)
@@ -84,15 +84,22 @@ def compare(name: str) -> str:
 
 
 @torch.no_grad()
-def main() -> None:
-    """Print a table."""
+def main(
+    presets: tuple[Literal["nano", "small", "mid", "spear1"], ...] = ("nano", "small", "spear1"),
+    layers: int | None = None,
+) -> None:
+    """Print a table.
+
+    Args:
+        presets: widths. layers: at most so many per network; else as many as fit a laptop.
+    """
     print(
         "| widths of | layers SigLIP/Gemma | parameters | logits | velocity | actions | bf16 logits | bf16 velocity |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name in sys.argv[1:] or LAYERS:
-        print(compare(name), flush=True)
+    for name in presets:
+        print(compare(name, layers or LAYERS[name]), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -61,7 +61,8 @@ def reduced(name: str, layers: int | None = None, side: int | None = None) -> Pr
 def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
     torch.manual_seed(0)
-    ours = Spear1ForActionPrediction(spear1_config(size)).eval()
+    # In the wanted precision before π0 is made: at full size there is no room for both in float32.
+    ours = Spear1ForActionPrediction(spear1_config(size)).eval().to(device, dtype)
     text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
     vlm = PaliGemmaConfig(
         vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
@@ -84,7 +85,7 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
         getattr(theirs.embed_action_time, name).load_state_dict(getattr(ours, name).state_dict())
     theirs.action_out_proj.load_state_dict({k: -v for k, v in ours.action_out_proj.state_dict().items()})
-    return ours.to(device, dtype), theirs.to(device, dtype)
+    return ours, theirs.to(device, dtype)
 
 
 def observation(

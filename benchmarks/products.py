@@ -1,15 +1,17 @@
-"""Products of few rows on a CPU: PyTorch's own, oneDNN's, and oneDNN's with weights in its own layout.
+"""Products of few rows on a CPU: PyTorch's own, with weights as [in, out] too, oneDNN's, and with its own layout.
 
     python benchmarks/products.py
 
 `spear.models.linear` chooses between them. Prints microseconds per product, the best of some rounds, one thread, as
-PyTorch's own / oneDNN's / packed.
+PyTorch's own / [in, out] / oneDNN's / packed. Like the layers of a network, the weights take turns: 50 MB of them in
+float32, more than a core's own caches hold.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,16 +21,26 @@ WIDTHS = ((192, 320), (192, 1152), (512, 512), (512, 1280), (1024, 4096))
 """(in, out): of nano's layers, small's, and spear1's expert."""
 
 
-def best(run: Callable[[], object], repeats: int, rounds: int = 6) -> float:
-    """Microseconds of processor time."""
-    run()
+ELEMENTS = 12_500_000
+"""Of the weights that take turns."""
+
+
+def best(
+    run: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], repeats: int, rounds: int = 6
+) -> float:
+    """Microseconds of processor time per weight."""
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         begun = time.process_time()
         for _ in range(repeats):
-            run()
-        times.append((time.process_time() - begun) / repeats)
-    return 1e6 * min(times)
+            for weight in weights:
+                run(weight)
+        times.append((time.process_time() - begun) / (repeats * len(weights)))
+    return 1e6 * min(times[1:])
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @torch.inference_mode()
@@ -47,18 +59,18 @@ def main(
     )
     for kind in dtypes:
         for width, out in WIDTHS:
-            weight = torch.randn(out, width).to(getattr(torch, kind))
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            count = -(-ELEMENTS // (width * out))
+            weights = [torch.randn(out, width).to(getattr(torch, kind)) for _ in range(count)]
+            turned = [weight.T.contiguous().T for weight in weights]
+            packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in weights]
             cells = []
-            for count in rows:
-                x = torch.randn(count, width).to(weight.dtype)
-                repeats = max(2, int(1e7 / (count * width * out + 2e5)))
-                ways = (
-                    lambda: torch.nn.functional.linear(x, weight),  # noqa: B023
-                    lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),  # noqa: B023
-                    lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),  # noqa: B023
-                )
-                cells.append(" / ".join(f"{best(way, repeats):.0f}" for way in ways))
+            for many in rows:
+                x = torch.randn(many, width).to(weights[0].dtype)
+                repeats = 3 if many < 100 else 1
+                own = partial(torch.nn.functional.linear, x)
+                onednn = partial(_onednn, x)
+                ways = ((own, weights), (own, turned), (onednn, weights), (onednn, packed))
+                cells.append(" / ".join(f"{best(*way, repeats):.0f}" for way in ways))
             print(f"| {kind} | {width} × {out} | " + " | ".join(cells) + " |", flush=True)
 
 
