@@ -1,11 +1,12 @@
-"""Training speed: the loop with its data pipeline ÷ the bare network on one fixed batch (goal: at least 0.95).
+"""Training speed: the loop with its data pipeline ÷ the bare network (goal: at least 0.95).
 
     python benchmarks/train_loop.py --episodes runs/episodes --labels runs/labels
 
-Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step, averaging. The
-bare side repeats one batch that is in memory; the loop decodes, augments and tokenises new ones in a loader process,
-and logs. Checkpoints are not in it. Rounds alternate, so that a change of the machine's speed meets both. The loader
-stands still while the bare side is measured; what it had made ahead is used up before a round of the loop counts.
+Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step, averaging, on the
+same batches, whose prompts differ in length. The loop decodes, augments and tokenises them in a loader process, and
+logs; the bare side gets them from memory. Checkpoints are not in it. Rounds alternate, so that a change of the
+machine's speed meets both. The loader stands still while the bare side is measured; what it had made ahead is used up
+before a round of the loop counts.
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ def main(
     _, task, _ = build(stage.changed(**changes), labels, [("sim", EpisodeStore(episodes), 1.0)])
     opt = stage.optimization
     step = Stepper(task, opt, seed=0)
-    fixed = task.batch(0)
     for _ in range(3):
-        step(0, fixed)
+        step(0, task.batch(0))
     bare, whole, waited = [], [], []
     first = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -67,23 +67,24 @@ def main(
             assert loader is not None
             try:
                 for _ in range(rounds):
-                    os.kill(loader, signal.SIGSTOP)
-                    begun = time.perf_counter()
-                    for _ in range(steps):
-                        step(0, fixed)
-                    bare.append(time.perf_counter() - begun)
                     os.kill(loader, signal.SIGCONT)
-                    waits = 0.0
+                    waits, kept = 0.0, []
                     for number in range(AHEAD + steps):
                         if number == AHEAD:
-                            begun, waits = time.perf_counter(), 0.0
+                            begun, waits, kept = time.perf_counter(), 0.0, []
                         asked = time.perf_counter()
                         batch = next(source)
                         waits += time.perf_counter() - asked
                         logger.log(first, step(first, batch))
+                        kept.append(batch)
                         first += 1
                     whole.append(time.perf_counter() - begun)
                     waited.append(waits / whole[-1])
+                    os.kill(loader, signal.SIGSTOP)
+                    begun = time.perf_counter()
+                    for batch in kept:
+                        step(0, batch)
+                    bare.append(time.perf_counter() - begun)
             finally:
                 os.kill(loader, signal.SIGCONT)
     ratios = [b / w for b, w in zip(bare, whole, strict=True)]

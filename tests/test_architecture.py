@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "images": {"errors", "types"},
     "processes": {"errors"},
+    "threads": set(),
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
@@ -31,10 +32,10 @@ MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
 MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "pointmap"}
 MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
-MAY_IMPORT["chunks"] = {"errors", "types", "geometry"}
+MAY_IMPORT["chunks"] = {"errors", "types", "geometry", "threads"}
 MAY_IMPORT["embodiments"] = {"errors", "types", "geometry", "sim"}
 MAY_IMPORT["simpler"] = {"errors", "types", "geometry", "embodiments"}
-MAY_IMPORT["serve"] = {"errors", "types", "embodiments"}
+MAY_IMPORT["serve"] = {"errors", "types", "embodiments", "threads"}
 MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
 MAY_IMPORT["evaluate"] |= {"embodiments", "simpler"}

@@ -24,6 +24,7 @@ import torch
 
 from spear.errors import SpearError, unknown_name
 from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
+from spear.threads import release_workers
 from spear.types import Array, Policy
 
 Mode = Literal["sync", "async", "ensemble"]
@@ -145,6 +146,7 @@ class Pilot:
         self._policy = policy
         self._executor = ChunkExecutor(mode, replan, decay)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
+        release_workers()
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:

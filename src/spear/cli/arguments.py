@@ -41,15 +41,20 @@ def at_least(least: int, **given: float) -> None:
             raise SpearError(f"--{name.replace('_', '-')} {value:g}: give at least {least}")
 
 
-def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
-    changes = {}
+def key_values(items: Sequence[str], option: str) -> dict[str, str]:
+    """KEY=VALUE words. Raises `SpearError`, naming the option, for a word without =."""
+    found = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals:
-            raise SpearError(f"--set {item}: write it as KEY=VALUE")
-        changes[key] = _value(value)
-    return changes
+            raise SpearError(f"{option} {item}: write it as KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
+    return {key: _value(value) for key, value in key_values(items, "--set").items()}
 
 
 def _value(text: str) -> Any:

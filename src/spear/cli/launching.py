@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spear.cli.arguments import key_values
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def write(
     from spear.train import launch
 
     launch.check(stage, nodes, gpus)
-    wanted = launch.Job(f"spear-{stage.name}", words, nodes, gpus, launch.settings(job))
+    wanted = launch.Job(f"spear-{stage.name}", words, nodes, gpus, key_values(job, "--job"))
     text = launch.script(cluster, wanted)
     if dry_run:
         print(text, end="")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from spear.data import bridge_raw, droid_raw
+from spear.data.bad import OnBad
 from spear.data.episode import EpisodeStore, check_norm
 from spear.data.formats import episode_counts, need_format, open_split
 from spear.data.hypotheses import (
@@ -35,7 +36,6 @@ from spear.data.lerobot import TASK, open_lerobot
 from spear.data.lerobot import read_steps as read_lerobot_steps
 from spear.data.oxe import DatasetSpec, Layout, column, find_spec
 from spear.data.rlds import open_rlds, read_raw
-from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
 from spear.geometry import apply_step
 from spear.types import Array

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from spear.data.bad import OnBad, each
 from spear.data.layout import episode_from
 from spear.data.look import has_below
 from spear.data.oxe import DatasetSpec, Layout, find_spec
 from spear.data.splits import split_ranges
-from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
 from spear.images import encode_jpeg
 from spear.types import Array, Episode
@@ -139,13 +139,7 @@ def numpy_steps(path: str | Path, split: str, images: bool, on_bad: OnBad | None
 
 
 def _episodes(found: Steps, spec: DatasetSpec, on_bad: OnBad | None) -> Iterator[Episode]:
-    for source, steps in found:
-        try:
-            yield episode_from(steps, spec, source)
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
+    yield from each(lambda one: episode_from(one[1], spec, one[0]), found, on_bad)
 
 
 def _steps(

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from spear.data.bad import OnBad
 from spear.data.formats import episode_counts, need_format
 from spear.data.inspect import inspect, leaves
 from spear.data.lerobot import open_lerobot, read_steps
 from spear.data.oxe import SPEC_FILE
 from spear.data.page import plot, strip, write_html
 from spear.data.rlds import open_rlds, read_raw
-from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
 
 EPISODES = 3

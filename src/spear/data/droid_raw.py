@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from spear.data.bad import OnBad, each
 from spear.data.layout import episode_from
 from spear.data.look import has_below
 from spear.data.oxe import DatasetSpec, Layout, find_spec
 from spear.data.splits import split_ranges
-from spear.data.tfrecord import OnBad
 from spear.data.video import read_frames
 from spear.errors import SpearError
 from spear.images import encode_jpeg
@@ -61,30 +61,21 @@ def read_droid_raw(
     Steps at which the operator had not enabled movement are no demonstration: they are masked.
     """
     spec = find_spec(NAME, Path(path), given=dataset)
-    for folder in _chosen(path, split):
-        try:
-            yield _read(folder, spec)
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
+    yield from each(lambda folder: _read(folder, spec), _chosen(path, split), on_bad)
 
 
 def steps_without_images(
     path: str | Path, split: str, on_bad: OnBad | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(source, step arrays) of episodes, where "enabled" [T] says at which steps the robot could move."""
-    for folder in _chosen(path, split):
-        try:
-            metadata = _metadata(folder)
-            steps = read_steps(folder, metadata, ())
-            steps["enabled"] = _enabled(steps, len(steps["language_instruction"]))
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
-        else:
-            yield f"{NAME}/{metadata.get('uuid') or folder.name}", steps
+
+    def read(folder: Path) -> tuple[str, dict[str, Any]]:
+        metadata = _metadata(folder)
+        steps = read_steps(folder, metadata, ())
+        steps["enabled"] = _enabled(steps, len(steps["language_instruction"]))
+        return f"{NAME}/{metadata.get('uuid') or folder.name}", steps
+
+    yield from each(read, _chosen(path, split), on_bad)
 
 
 def _chosen(path: str | Path, split: str) -> Iterator[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spear.data.bad import OnBad
 from spear.data.bridge_raw import (
     find_numpy,
     find_raw,
@@ -20,7 +21,6 @@ from spear.data.lerobot import is_lerobot, open_lerobot, read_lerobot
 from spear.data.oxe import Layout
 from spear.data.rlds import is_rlds, open_rlds, read_rlds
 from spear.data.splits import split_ranges
-from spear.data.tfrecord import OnBad
 from spear.errors import SpearError
 from spear.types import Episode
 

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spear.data.bad import OnBad, each
 from spear.data.layout import episode_from
 from spear.data.oxe import Layout, find_spec
 from spear.data.splits import split_ranges
-from spear.data.tfrecord import OnBad
 from spear.data.video import read_frames
 from spear.errors import SpearError
 from spear.images import encode_jpeg
@@ -331,13 +331,8 @@ def read_lerobot(
     defaults = {"instruction": TASK, "rate_hz": folder.rate_hz}
     spec = find_spec(folder.name, folder.path, defaults, dataset)
     wanted = {column.partition("[")[0].replace("/", ".") for column in spec.images.values()}
-    for source, steps in read_steps(folder, split, wanted, on_bad, episodes):
-        try:
-            yield episode_from(steps, spec, source)
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
+    steps = read_steps(folder, split, wanted, on_bad, episodes)
+    yield from each(lambda found: episode_from(found[1], spec, found[0]), steps, on_bad)
 
 
 def read_steps(
@@ -351,15 +346,12 @@ def read_steps(
 
     An episode that cannot be read raises SpearError, or, with `on_bad`, is reported there and left out.
     """
-    for name, index in _chosen(folder, split, episodes):
-        try:
-            steps = read_raw(folder, folder.episodes[index], cameras)
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
-        else:
-            yield f"{folder.name}/{name}#{index}", steps
+
+    def read(place: tuple[str, int]) -> tuple[str, dict[str, Any]]:
+        name, index = place
+        return f"{folder.name}/{name}#{index}", read_raw(folder, folder.episodes[index], cameras)
+
+    yield from each(read, _chosen(folder, split, episodes), on_bad)
 
 
 def _chosen(folder: LeRobotFolder, split: str, episodes: Sequence[int] | None) -> Iterator[tuple[str, int]]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spear.data.bad import OnBad, each
 from spear.data.layout import episode_from
 from spear.data.oxe import Layout, find_spec
 from spear.data.splits import split_ranges
 from spear.data.tfds_features import unflatten
-from spear.data.tfrecord import OnBad, parse_example, read_records
+from spear.data.tfrecord import parse_example, read_records
 from spear.errors import SpearError
 from spear.types import Episode
 
@@ -149,10 +150,6 @@ def read_rlds(
     """
     folder = open_rlds(path)
     spec = find_spec(folder.name, folder.path, given=dataset)
-    for source, example in read_raw(folder, split, on_bad):
-        try:
-            yield episode_from(example["steps"], spec, source)
-        except SpearError as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
+    yield from each(
+        lambda found: episode_from(found[1]["steps"], spec, found[0]), read_raw(folder, split, on_bad), on_bad
+    )

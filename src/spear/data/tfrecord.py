@@ -8,18 +8,17 @@ its wire format need no protobuf runtime, and packed floats become numpy arrays 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from spear.data.bad import OnBad
 from spear.errors import SpearError
 from spear.types import Array
 
 Feature = list[bytes] | Array
 """Values of one feature, flat: bytes, float32 [n], or int64 [n]."""
-OnBad = Callable[[SpearError], None]
-"""Takes the reason why something was passed over; may raise to stop."""
 
 
 def read_records(

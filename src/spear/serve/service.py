@@ -11,6 +11,7 @@ import numpy as np
 import spear
 from spear.embodiments import Embodiment
 from spear.errors import SpearError, unsaid
+from spear.threads import release_workers
 from spear.types import Policy
 
 
@@ -73,9 +74,13 @@ class Service:
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
     def warm_up(self) -> None:
-        """Answers the embodiment's example once, so that the first client does not wait. Raises what it raises."""
+        """Answers the embodiment's example once, so that the first client does not wait. Raises what it raises.
+
+        The calling thread then gives its worker threads back: a server computes in another one.
+        """
         with unsaid():  # what the example's images lack is not the robot's
             result = self.answer([self.embodiment.example()])[0]
+        release_workers()
         if isinstance(result, SpearError):
             raise result
 

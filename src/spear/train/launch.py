@@ -101,17 +101,6 @@ def check(stage: Recipe, nodes: int, gpus: int) -> None:
         )
 
 
-def settings(items: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE words as settings. Raises SpearError for a word without =."""
-    found = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SpearError(f"--job {item}: write it as KEY=VALUE")
-        found[key] = value
-    return found
-
-
 def _slurm(job: Job, chosen: Mapping[str, str]) -> str:
     """A script for sbatch. Slurm sends USR1 five minutes before the time is over."""
     options = {
