@@ -34,6 +34,7 @@ from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import loop, parallel, sharding
+from spear.train.allocator import keep_freed_memory
 from spear.train.depth import DepthTask
 from spear.train.devices import choose_device
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
@@ -77,6 +78,8 @@ def train(
     stage = (recipe(wanted) if isinstance(wanted, str) else wanted).changed(**overrides)
     earlier = None if init is None else _made_by(init)
     place = choose_device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     parallel.start(place)
     stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
     model, task, save = build(stage, labels, episodes, init, moge, seed)

@@ -1,0 +1,89 @@
+"""A training step on a CPU with and without `keep_freed_memory`: time, and pages that the system had to hand out.
+
+    python benchmarks/allocator.py --episodes runs/episodes --labels runs/labels
+
+Each way in processes of its own, in turn; processor time (the system's for the process included) of nano-vla's step on
+batches that are in memory, one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from spear.data.episode import EpisodeStore
+from spear.train.allocator import keep_freed_memory
+from spear.train.optimize import Stepper
+from spear.train.recipes import recipe
+from spear.train.run import build
+
+
+def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[list[float], float, float]:
+    """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
+    torch.set_num_threads(1)
+    stage = recipe("nano-vla").changed(batch_size=batch_size)
+    _, task, _ = build(stage, labels, [("sim", EpisodeStore(episodes), 1.0)])
+    step = Stepper(task, stage.optimization, seed=0)
+    batches = [task.batch(i) for i in range(3)]
+    for _ in range(2):
+        for batch in batches:
+            step(0, batch)
+    before, times = resource.getrusage(resource.RUSAGE_SELF), []
+    for number in range(steps):
+        begun = time.process_time()
+        step(0, batches[number % len(batches)])
+        times.append(1000 * (time.process_time() - begun))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return times, (after.ru_minflt - before.ru_minflt) / steps, after.ru_maxrss / 1024
+
+
+def main(
+    episodes: Path = Path("runs/episodes"),
+    labels: Path = Path("runs/labels"),
+    batch_size: int = 32,
+    steps: int = 12,
+    rounds: int = 3,
+    way: str = "",
+) -> None:
+    """Measure, and print a table.
+
+    Args:
+        episodes: folder of demonstrations. labels: folder of labelled images.
+        batch_size: robot steps per training step. steps: per process. rounds: processes of each way.
+        way: used by the processes that are started.
+    """
+    if way:
+        if way == "kept" and not keep_freed_memory():
+            raise SystemExit("no glibc here: there is nothing to compare")
+        print(json.dumps(measure(episodes, labels, batch_size, steps)))
+        return
+    found: dict[str, list[tuple[list[float], float, float]]] = {"given back": [], "kept": []}
+    for _ in range(rounds):
+        for name, results in found.items():
+            options = [f"--episodes={episodes}", f"--labels={labels}", f"--batch-size={batch_size}"]
+            command = [sys.executable, __file__, *options, f"--steps={steps}", f"--way={name}"]
+            results.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+    print(
+        "| freed memory is | ms per step (least–most of the medians) | page faults per step | most memory |"
+    )
+    print("|---" * 4 + "|")
+    medians = {name: [statistics.median(times) for times, _, _ in some] for name, some in found.items()}
+    for name, some in found.items():
+        each, faults = medians[name], statistics.median(f for _, f, _ in some)
+        most = statistics.median(m for _, _, m in some)
+        span = f"{statistics.median(each):.0f} ({min(each):.0f}–{max(each):.0f})"
+        print(f"| {name} | {span} | {faults:,.0f} | {most:,.0f} MB |")
+    ratios = [a / b for a, b in zip(medians["given back"], medians["kept"], strict=True)]
+    print(f"given back ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
