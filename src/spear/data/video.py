@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +70,11 @@ class VideoWriter:
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
         frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        self._mux(self._stream.encode(frame))
+        if self.frames:
+            self._mux(self._stream.encode(frame))
+        else:
+            with _as_urgent_as_before():  # the first frame starts the encoder
+                self._mux(self._stream.encode(frame))
         self.frames += 1
 
     def _mux(self, packets: Any) -> None:
@@ -89,6 +94,26 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _as_urgent_as_before() -> Iterator[None]:
+    """All threads of this process keep the scheduling that the calling one has at the start, new ones too (Linux).
+
+    Started by root, as in most containers, SVT-AV1 makes the thread that calls it a real-time one, for good, and its
+    own with it: nothing else would get a processor while they work.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, urgency = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(OSError):  # it has ended
+                if os.sched_getscheduler(thread) != policy:
+                    os.sched_setscheduler(thread, policy, urgency)
 
 
 def _av() -> Any:
