@@ -177,11 +177,10 @@ def test_what_inference_on_a_cpu_takes_is_what_the_allocator_gives_out(
     # What is kept: weights of the expert, then of the language model, once more.
     assert acting.prepared == pytest.approx(act_kept, rel=0.02)
     assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.02)
-    # On Intel's processors layers of one small float32 matrix need no copy.
     expert = sum(p.nbytes for p in model.expert.layers.parameters())
     both_parts = expert + sum(p.nbytes for p in model.vlm.language_model.layers.parameters())
-    assert 0.5 * expert < acting.prepared < 1.2 * expert
-    assert 0.5 * both_parts < both.prepared < 1.2 * both_parts
+    assert 0.9 * expert < acting.prepared < 1.2 * expert
+    assert 0.9 * both_parts < both.prepared < 1.2 * both_parts
     assert acting.total == pytest.approx(weights + act_peak, rel=0.05)
     assert both.total == pytest.approx(weights + max(act_peak, act_kept + answer_peak), rel=0.05)
 

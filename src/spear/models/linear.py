@@ -134,7 +134,7 @@ def _plan(weights: Sequence[torch.Tensor], packed: bool) -> torch.Tensor | None:
         if not packed or not _ONEDNN or weights[0].dtype not in _DTYPES:
             return None
         whole = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
-        return torch.empty_like(whole) if _own_layout(whole) else whole
+        return torch.empty_like(whole)
     if len(weights) > 1:
         torch.cat(list(weights))
     return None
