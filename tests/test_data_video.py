@@ -19,9 +19,9 @@ def _schedulers() -> set[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")
 def test_no_thread_becomes_a_real_time_one(tmp_path: Path) -> None:
     # As root, SVT-AV1 makes the calling thread one, which would starve whatever else is on the machine.
-    before = _schedulers()
+    before = _schedulers() | {os.sched_getscheduler(0)}
     with VideoWriter(tmp_path / "video.mp4", 64, 64, 10) as video:
         for _ in range(3):
             video.write(np.zeros((64, 64, 3), np.uint8))
-            assert _schedulers() == before
-    assert _schedulers() == before
+            assert _schedulers() <= before
+    assert _schedulers() <= before

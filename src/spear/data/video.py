@@ -98,7 +98,7 @@ class VideoWriter:
 
 @contextmanager
 def _as_urgent_as_before() -> Iterator[None]:
-    """All threads of this process keep the scheduling that the calling one has at the start, new ones too (Linux).
+    """All threads of this process keep their scheduling, and new ones get the calling one's (Linux).
 
     Started by root, as in most containers, SVT-AV1 makes the thread that calls it a real-time one, for good, and its
     own with it: nothing else would get a processor while they work.
@@ -107,13 +107,23 @@ def _as_urgent_as_before() -> Iterator[None]:
         yield
         return
     policy, urgency = os.sched_getscheduler(0), os.sched_getparam(0)
+    others = _schedulers()
     try:
         yield
     finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(OSError):  # it has ended
-                if os.sched_getscheduler(thread) != policy:
+        for thread, now in _schedulers().items():
+            if now != others.get(thread, policy) and others.get(thread, policy) == policy:
+                with suppress(OSError):  # it has ended
                     os.sched_setscheduler(thread, policy, urgency)
+
+
+def _schedulers() -> dict[int, int]:
+    """How each thread of this process is scheduled (Linux)."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(OSError):  # it has ended
+            found[thread] = os.sched_getscheduler(thread)
+    return found
 
 
 def _av() -> Any:
