@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.bad import OnBad, each
-from spear.data.layout import episode_from
+from spear.data.bad import OnBad
+from spear.data.layout import episodes_from
 from spear.data.look import has_below
-from spear.data.oxe import DatasetSpec, Layout, find_spec
+from spear.data.oxe import Layout, find_spec
 from spear.data.splits import split_ranges
 from spear.errors import SpearError
 from spear.images import encode_jpeg
@@ -113,7 +113,7 @@ def read_bridge_raw(
 ) -> Iterator[Episode]:
     """Episodes of raw recordings, in our conventions; arguments and errors as for `read_rlds`."""
     spec = find_spec(RAW, Path(path), given=dataset)
-    yield from _episodes(raw_steps(path, split, True, on_bad), spec, on_bad)
+    yield from episodes_from(raw_steps(path, split, True, on_bad), spec, on_bad)
 
 
 def read_bridge_numpy(
@@ -121,7 +121,7 @@ def read_bridge_numpy(
 ) -> Iterator[Episode]:
     """Episodes of out.npy files, in our conventions; arguments and errors as for `read_rlds`."""
     spec = find_spec(NUMPY, Path(path), given=dataset)
-    yield from _episodes(numpy_steps(path, split, True, on_bad), spec, on_bad)
+    yield from episodes_from(numpy_steps(path, split, True, on_bad), spec, on_bad)
 
 
 Steps = Iterator[tuple[str, dict[str, Any]]]
@@ -136,10 +136,6 @@ def raw_steps(path: str | Path, split: str, images: bool, on_bad: OnBad | None =
 def numpy_steps(path: str | Path, split: str, images: bool, on_bad: OnBad | None = None) -> Steps:
     """The step arrays of out.npy files as they are, with or without images; errors as for `read_rlds`."""
     return _steps(path, find_numpy(path), split, NUMPY, partial(_numpy_steps, images=images), on_bad)
-
-
-def _episodes(found: Steps, spec: DatasetSpec, on_bad: OnBad | None) -> Iterator[Episode]:
-    yield from each(lambda one: episode_from(one[1], spec, one[0]), found, on_bad)
 
 
 def _steps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from spear.data.actions import binarize_gripper, derive_actions
+from spear.data.bad import OnBad, each
 from spear.data.episode import check_episode
 from spear.data.oxe import DatasetSpec, RotationFormat, column, require
 from spear.errors import SpearError
@@ -62,6 +63,13 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
     mask = np.arange(len(episode)) < len(episode) - 1
     action = derive_actions(episode.position, rotation, command)
     return check_episode(dataclasses.replace(episode, action=action, action_mask=mask))
+
+
+def episodes_from(
+    found: Iterable[tuple[str, Mapping[str, Any]]], spec: DatasetSpec, on_bad: OnBad | None
+) -> Iterator[Episode]:
+    """`episode_from` of every (source, step arrays); bad episodes as `spear.data.bad.each` has it."""
+    return each(lambda one: episode_from(one[1], spec, one[0]), found, on_bad)
 
 
 def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec) -> Episode:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.data.bad import OnBad, each
-from spear.data.layout import episode_from
+from spear.data.layout import episodes_from
 from spear.data.oxe import Layout, find_spec
 from spear.data.splits import split_ranges
 from spear.data.video import read_frames
@@ -332,7 +332,7 @@ def read_lerobot(
     spec = find_spec(folder.name, folder.path, defaults, dataset)
     wanted = {column.partition("[")[0].replace("/", ".") for column in spec.images.values()}
     steps = read_steps(folder, split, wanted, on_bad, episodes)
-    yield from each(lambda found: episode_from(found[1], spec, found[0]), steps, on_bad)
+    yield from episodes_from(steps, spec, on_bad)
 
 
 def read_steps(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear.data.bad import OnBad, each
-from spear.data.layout import episode_from
+from spear.data.bad import OnBad
+from spear.data.layout import episodes_from
 from spear.data.oxe import Layout, find_spec
 from spear.data.splits import split_ranges
 from spear.data.tfds_features import unflatten
@@ -150,6 +150,5 @@ def read_rlds(
     """
     folder = open_rlds(path)
     spec = find_spec(folder.name, folder.path, given=dataset)
-    yield from each(
-        lambda found: episode_from(found[1]["steps"], spec, found[0]), read_raw(folder, split, on_bad), on_bad
-    )
+    found = ((source, example["steps"]) for source, example in read_raw(folder, split, on_bad))
+    yield from episodes_from(found, spec, on_bad)

@@ -112,7 +112,7 @@ def _as_urgent_as_before() -> Iterator[None]:
         yield
     finally:
         for thread, now in _schedulers().items():
-            if now != others.get(thread, policy) and others.get(thread, policy) == policy:
+            if now != others.get(thread, policy) == policy:
                 with suppress(OSError):  # it has ended
                     os.sched_setscheduler(thread, policy, urgency)
 
