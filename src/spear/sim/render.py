@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,25 @@ def _gl_context(width: int, height: int) -> Any:
     return mujoco.GLContext(width, height)
 
 
+_LOST: list[tuple[Any, mujoco.MjrContext]] = []
+"""Contexts whose renderer is gone and that another thread still has current: only that thread could free them."""
+
+
+def _free(gl: Any, context: mujoco.MjrContext) -> None:
+    """Give a context back. Buffers and textures have the same small numbers in every context, and MuJoCo deletes them
+    in whichever is current: were it another renderer's, that one would draw nothing but its background from then on."""
+    try:
+        gl.make_current()
+    except Exception:  # each driver has its own: it is current in another thread
+        _LOST.append((gl, context))
+        return
+    context.free()
+    gl.free()
+
+
 class Renderer:
-    """A rendering context that any number of worlds share. It belongs to the thread that made it."""
+    """A rendering context that any number of worlds share. It belongs to the thread that made it, and is given back by
+    `close` or with the last reference."""
 
     def __init__(self, width: int = 560, height: int = 420) -> None:
         self._size = (width, height)
@@ -64,6 +82,8 @@ class Renderer:
         spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
         model = spec.compile()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._free = weakref.finalize(self, _free, self._gl, self._context)
+        self._free.atexit = False  # by then the display is gone, and the process gives everything back
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
@@ -115,9 +135,8 @@ class Renderer:
         )
 
     def close(self) -> None:
-        """Give the context back."""
-        self._context.free()
-        self._gl.free()
+        """Give the context back; nothing can be rendered after it."""
+        self._free()
 
     def _layout(self, sizes: Sequence[Size]) -> list[mujoco.MjrRect]:
         width, height = sum(w for w, _ in sizes), max(h for _, h in sizes)
