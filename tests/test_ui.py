@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -34,6 +35,7 @@ pytest.importorskip("mujoco")
 from spear.sim import TabletopEnv
 from spear.sim.frames import camera_pose, object_boxes
 from spear.ui import page as pages
+from spear.ui import session
 from spear.ui.page import Page
 
 LIMIT = 2**20
@@ -250,6 +252,14 @@ def test_a_photo_can_be_asked_about_but_does_not_move(tab: Tab) -> None:
             tab.until(lambda part: part.get("problem"))
             problem = tab.view["problem"]
         assert problem == "a photo does not move: choose a scene of the simulator"
+
+
+def test_its_thread_keeps_no_workers_from_the_robots(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(session, "release_workers", lambda: released.append(threading.current_thread().name))
+    assert tab.ask("predict") is None
+    assert tab.ask("boxes", objects=[]) is not None
+    assert len(released) == 2 and all(name.startswith("page") for name in released)
 
 
 def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> None:

@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from spear.errors import SpearError, unknown_name
 from spear.sim.env import RATE_HZ
+from spear.threads import release_workers
 from spear.ui.table import Studio, Table, View
 
 LOG = logging.getLogger("spear.ui")
@@ -135,11 +136,19 @@ class Session:
         self._follow = request.get("on") is True
 
     async def _work(self, job: Callable[..., View], *args: Any) -> View:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, job, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _alone, job, *args)
 
     async def _send(self, view: View) -> None:
         with contextlib.suppress(ConnectionClosed):  # `talk` notices
             await self._connection.send(json.dumps(view))
+
+
+def _alone(job: Callable[..., View], *args: Any) -> View:
+    """A job that leaves no threads behind that would slow the robots' inference."""
+    try:
+        return job(*args)
+    finally:
+        release_workers()
 
 
 DO: Mapping[str, Callable[[Session, Mapping[str, Any]], Any]] = {
