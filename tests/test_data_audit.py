@@ -19,6 +19,7 @@ from spear.data.actions import derive_actions
 from spear.data.audit import Report, audit, judge
 from spear.data.audit_page import conclusion, text
 from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.franka import franka_pose
 from spear.data.hypotheses import Recording
 from spear.errors import SpearError
 
@@ -287,10 +288,51 @@ def test_episodes_without_actions_of_their_own_are_set_aside(canonical: Path, tm
         audit(tmp_path / "mixed", "train[:1]")
 
 
-def with_states(table: pa.Table, changes: dict[int, Any]) -> pa.Table:
-    """The rows of a LeRobot dataset with other states in some of them."""
-    at = table.column_names.index("observation.state")
-    cells = table["observation.state"].to_pylist()
+def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    (file,) = (exported / "data").rglob("*.parquet")
+    whole = pq.read_table(file)
+    claim = json.loads((exported / "spear.json").read_text())
+    claim = {k: v for k, v in claim.items() if not k.startswith("action")} | {
+        "logged_translation": "action[0:3]",
+        "logged_rotation": "action[3:7]",
+        "logged_rotation_format": "quat_wxyz",
+    }
+
+    time = np.arange(72)[:, None] / RATE
+    rates = np.array([1.0, 1.5, 2.0, 1.2, 1.7, 2.2, 0.8])
+    joints = [0, -0.5, 0, -2.0, 0, 1.8, 0.7] + 0.3 * np.sin(rates * time + np.arange(7))
+    there, facing = franka_pose(np.roll(joints, -1, axis=0))
+    rows = np.concatenate([joints, np.ones((72, 1))], axis=1)
+    table = with_states(whole, dict(enumerate(rows.tolist())))
+    targets = np.concatenate([there, facing, np.ones((72, 1))], axis=1)
+    pq.write_table(with_states(table, dict(enumerate(targets.tolist())), "action"), file)
+    column = "observation/state[0:7]"
+    joint = {"position": column, "rotation": column, "rotation_format": "franka_joints"}
+    for frame, code in (("base", 0), ("ee", 2)):
+        said = (
+            claim | joint | {"logged_kind": "absolute" if frame == "base" else "delta", "logged_frame": frame}
+        )
+        (exported / "spear.json").write_text(json.dumps(said))
+        assert main(["data", "audit", str(exported)]) == code
+
+    states = np.array(whole["observation.state"].to_pylist())
+    angles = Rotation.from_quat(states[:, 3:7], scalar_first=True).as_euler("zxy")
+    states[:, 3:6] = angles
+    pq.write_table(with_states(whole, dict(enumerate(states.tolist()))), file)
+    zxy = {"rotation": "observation/state[3:6]", "rotation_format": "euler_zxy", "logged_kind": "delta"}
+    for part, frame in (("logged_rotation", "ee"), ("logged_translation", "base")):
+        said = {k: v for k, v in claim.items() if not k.startswith("logged_t") and k != "logged_rotation"}
+        said |= {part: claim[part], "logged_rotation_format": "quat_wxyz", "logged_frame": frame}
+        (exported / "spear.json").write_text(json.dumps(said | zxy))
+        assert main(["data", "audit", str(exported)]) == 0
+
+
+def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observation.state") -> pa.Table:
+    """The rows of a LeRobot dataset with other states (or another column) in some of them."""
+    at = table.column_names.index(name)
+    cells = table[name].to_pylist()
     for row, value in changes.items():
         cells[row] = value
     return table.set_column(at, table.schema.field(at), pa.array(cells, table.schema.field(at).type))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from spear.data.franka import franka_pose
 from spear.data.layout import episode_from, to_quaternion
 from spear.data.oxe import REGISTRY, column, find_spec, missing, require
 from spear.errors import SpearError
@@ -66,8 +67,8 @@ def test_every_answer_has_its_source_and_no_answer_its_reason(name: str, questio
 def test_what_is_not_known_is_refused_before_anything_is_read(tmp_path: object) -> None:
     from pathlib import Path
 
-    with pytest.raises(SpearError, match=r"'toto': position \(there is none .*spear\.json"):
-        find_spec("toto", Path(str(tmp_path)))
+    with pytest.raises(SpearError, match=r"'roboturk': position \(there is no .*spear\.json"):
+        find_spec("roboturk", Path(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", sorted(n for n, s in REGISTRY.items() if not missing(s)))
@@ -79,8 +80,14 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     where = np.stack([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
     pose = np.tile(np.eye(4), (4, 1, 1))
     pose[:, :3, :3], pose[:, :3, 3] = turn.as_matrix(), where
+    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
+    if layout == "franka_joints":
+        where, quaternions = franka_pose(joints)
+        turn = Rotation.from_quat(quaternions, scalar_first=True)
     written = {
         "euler_xyz": turn.as_euler("xyz"),
+        "euler_zxy": turn.as_euler("zxy"),
+        "franka_joints": joints,
         "quat_wxyz": turn.as_quat(scalar_first=True),
         "quat_xyzw": turn.as_quat(),
         "rotation_vector": turn.as_rotvec(),
@@ -99,7 +106,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
             steps[name_of] = values
 
     put(rotation, written)
-    put(position, where)
+    put(position, joints if layout == "franka_joints" else where)
     put(gripper, np.full((4, 1), closed + 0.75 * (opened - closed)))
     if spec.command is not None and spec.command != gripper:
         put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
@@ -130,6 +137,28 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     vector = torch.tensor([[0.0, 0.0, 0.5]])
     got = Rotation.from_quat(to_quaternion(vector.numpy(), "rotation_vector"), scalar_first=True)
     np.testing.assert_allclose(got.as_rotvec(), vector, atol=1e-9)
+
+
+def test_the_pose_of_a_franka_is_the_simulated_arms() -> None:
+    pytest.importorskip("mujoco")
+    from spear.sim import arm
+    from spear.sim.control import kinematics
+
+    joints = np.random.default_rng(0).uniform(arm.JOINT_LOWER, arm.JOINT_UPPER, (50, 7))
+    position, rotation = franka_pose(joints)
+    expected = [kinematics().pose(row) for row in joints]
+    np.testing.assert_allclose(position, [p for p, _ in expected], atol=1e-9)
+    apart = Rotation.from_quat(rotation, scalar_first=True).inv() * Rotation.from_quat(
+        [q for _, q in expected], scalar_first=True
+    )
+    assert apart.magnitude().max() < 1e-7
+
+
+def test_what_are_no_joint_angles_is_refused() -> None:
+    with pytest.raises(SpearError, match=r"wrong shape: mine: joint angles are \(2, 6\), but a Franka has 7"):
+        franka_pose(np.zeros((2, 6)), "mine")
+    with pytest.raises(SpearError, match="45 is no joint angle: mine: radians are expected"):
+        franka_pose(np.full((2, 7), 45.0), "mine")
 
 
 def test_names_with_slashes_in_them_are_found() -> None:

@@ -222,6 +222,15 @@ def euler_to_quat(angles: Tensor, convention: Euler) -> Tensor:
     return quat_canonical(quat_multiply(quat_multiply(first, y), last))
 
 
+def euler_zxy_to_quat(angles: Tensor) -> Tensor:
+    """Angles [..., 3] about the fixed axes z, x, y in that order, rad, to quaternions [..., 4]: R = Ry Rx Rz."""
+    z, x, y = (
+        quat_exp(angles[..., i, None] * axis)
+        for i, axis in enumerate(torch.eye(3, dtype=angles.dtype, device=angles.device)[[2, 0, 1]])
+    )
+    return quat_canonical(quat_multiply(quat_multiply(y, x), z))
+
+
 def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
     """Unit quaternion [..., 4] to angles about x, y, z [..., 3], rad; y in [-π/2, π/2]; see `Euler`.
 

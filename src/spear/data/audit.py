@@ -31,7 +31,7 @@ from spear.data.hypotheses import (
     state_quaternions,
     translation_fits,
 )
-from spear.data.layout import FASTEST, to_quaternion
+from spear.data.layout import FASTEST, recorded_pose, to_quaternion
 from spear.data.lerobot import TASK, open_lerobot
 from spear.data.lerobot import read_steps as read_lerobot_steps
 from spear.data.oxe import DatasetSpec, Layout, column, find_spec
@@ -52,6 +52,9 @@ LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
+PLAIN = ("franka_joints", "euler_zxy")
+"""Layouts of recorded orientations that are believed: joint angles are nothing else, and about z, x, y is the mirror
+image of roll, pitch, yaw about other axes, which rotations alone cannot tell. They are made quaternions first."""
 
 STORE = DatasetSpec(
     "store", position="position", rotation="rotation", rotation_format="quat_wxyz", action="action"
@@ -135,9 +138,12 @@ def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> 
     )
     recordings: list[Recording] = []
     closure = np.zeros(2)
+    columns = spec
+    if spec.rotation_format in PLAIN:
+        spec = replace(spec, rotation_format="quat_wxyz")
     for source, steps in found:
         try:
-            recording = _recording(steps, spec, source)
+            recording = _recording(steps, columns, source)
             closure = np.maximum(closure, _closure(recording, spec))
         except SpearError as error:
             aside.append(str(error))
@@ -254,12 +260,11 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
     if spec.action is not None:
         names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
     logged = [None if n is None else np.asarray(column(steps, n, source), np.float64) for n in names]
-    position = np.asarray(column(steps, spec.position, source), np.float64)
+    position, rotation, form = recorded_pose(steps, spec, source)
     valid = np.ones(len(position), bool)
     mask = spec.action_mask or ("action_mask" if spec.action and "action_mask" in steps else None)
     if mask is not None:
         valid = np.asarray(column(steps, mask, source), bool).reshape(-1)
-    rotation = np.asarray(column(steps, spec.rotation, source), np.float64)
     numbers = {
         "position": position,
         "rotation": rotation,
@@ -275,7 +280,9 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
             raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
-    if str(spec.rotation_format).startswith("quat"):
+    if form in PLAIN:
+        rotation = to_quaternion(rotation, form, source)
+    elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
     return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
 

@@ -13,9 +13,17 @@ from PIL import Image
 from spear.data.actions import binarize_gripper, derive_actions
 from spear.data.bad import OnBad, each
 from spear.data.episode import check_episode
+from spear.data.franka import franka_pose
 from spear.data.oxe import DatasetSpec, RotationFormat, column, require
 from spear.errors import SpearError
-from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
+from spear.geometry import (
+    euler_to_quat,
+    euler_zxy_to_quat,
+    matrix_to_quat,
+    quat_canonical,
+    quat_exp,
+    quat_multiply,
+)
 from spear.images import decode_image, encode_jpeg
 from spear.types import Array, Episode
 
@@ -35,15 +43,16 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
     nowhere known and is masked. Raises SpearError for a missing column or a bad episode, among them one whose
     pose jumps (more than 3 m/s or 10 rad/s between two steps), or one of whose images is cut off.
     """
-    position_column, rotation_column, layout, gripper_column, span, rate_hz = require(spec)
+    *_, gripper_column, span, rate_hz = require(spec)
+    position, rotation, layout = recorded_pose(steps, spec, source)
     episode = check_episode(
         Episode(
             images={
                 camera: unsquash(_pictures(steps, key, source), spec.image_aspect.get(camera))
                 for camera, key in spec.images.items()
             },
-            position=_numbers(steps, position_column, source),
-            rotation=to_quaternion(_numbers(steps, rotation_column, source), layout, source),
+            position=position,
+            rotation=to_quaternion(rotation, layout, source),
             gripper=to_opening(_numbers(steps, gripper_column, source), *span),
             instruction=_instruction(column(steps, spec.instruction, source)),
             rate_hz=rate_hz,
@@ -70,6 +79,17 @@ def episodes_from(
 ) -> Iterator[Episode]:
     """`episode_from` of every (source, step arrays); bad episodes as `spear.data.bad.each` has it."""
     return each(lambda one: episode_from(one[1], spec, one[0]), found, on_bad)
+
+
+def recorded_pose(
+    steps: Mapping[str, Any], spec: DatasetSpec, source: str
+) -> tuple[Array, Array, RotationFormat]:
+    """Recorded positions [T, 3], m, orientations [T, d], how these are written; the layout says where."""
+    assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
+    position = _numbers(steps, spec.position, source)
+    if spec.rotation_format == "franka_joints":
+        return (*franka_pose(position, source), "quat_wxyz")
+    return position, _numbers(steps, spec.rotation, source), spec.rotation_format
 
 
 def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec) -> Episode:
@@ -140,12 +160,14 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     Raises SpearError when d is not what the layout has (see `RotationFormat`).
     """
     tensor = torch.as_tensor(np.asarray(values, np.float64))
-    width = {"euler_xyz": 3, "rotation_vector": 3, "matrix4_columns": 16}.get(layout, 4)
+    width = {"euler_xyz": 3, "euler_zxy": 3, "rotation_vector": 3, "matrix4_columns": 16}.get(layout, 4)
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
     if layout == "euler_xyz":
         return euler_to_quat(tensor, "xyz").numpy()
+    if layout == "euler_zxy":
+        return euler_zxy_to_quat(tensor).numpy()
     if layout == "rotation_vector":
         return quat_canonical(quat_exp(tensor)).numpy()
     if layout == "matrix4_columns":

@@ -26,13 +26,18 @@ from typing import Any, Literal, get_args
 
 from spear.errors import SpearError, unknown_name
 
-RotationFormat = Literal["euler_xyz", "quat_wxyz", "quat_xyzw", "rotation_vector", "matrix4_columns"]
+RotationFormat = Literal[
+    "euler_xyz", "euler_zxy", "quat_wxyz", "quat_xyzw", "rotation_vector", "matrix4_columns", "franka_joints"
+]
 """How an orientation is written down.
 
 euler_xyz        roll, pitch, yaw about fixed axes, rad (R = Rz Ry Rx).
+euler_zxy        angles about the fixed axes z, x, y in that order, rad (R = Ry Rx Rz).
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 rotation_vector  axis times angle, rad.
 matrix4_columns  the 16 numbers of a homogeneous pose, column after column.
+franka_joints    none: the pose follows from a Franka's seven joint angles, rad, which are the column of positions
+                 and of rotations (`spear.data.franka`).
 """
 ActionKind = Literal["delta", "absolute", "velocity"]
 ActionFrame = Literal["base", "ee"]
