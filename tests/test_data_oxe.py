@@ -139,21 +139,6 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     np.testing.assert_allclose(got.as_rotvec(), vector, atol=1e-9)
 
 
-def test_the_pose_of_a_franka_is_the_simulated_arms() -> None:
-    pytest.importorskip("mujoco")
-    from spear.sim import arm
-    from spear.sim.control import kinematics
-
-    joints = np.random.default_rng(0).uniform(arm.JOINT_LOWER, arm.JOINT_UPPER, (50, 7))
-    position, rotation = franka_pose(joints)
-    expected = [kinematics().pose(row) for row in joints]
-    np.testing.assert_allclose(position, [p for p, _ in expected], atol=1e-9)
-    apart = Rotation.from_quat(rotation, scalar_first=True).inv() * Rotation.from_quat(
-        [q for _, q in expected], scalar_first=True
-    )
-    assert apart.magnitude().max() < 1e-7
-
-
 def test_what_are_no_joint_angles_is_refused() -> None:
     with pytest.raises(SpearError, match=r"wrong shape: mine: joint angles are \(2, 6\), but a Franka has 7"):
         franka_pose(np.zeros((2, 6)), "mine")

@@ -12,32 +12,12 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from spear.data.franka import franka_pose
 from spear.errors import SpearError
 from spear.sim import arm
 from spear.sim.control import FLOOR, check_action, kinematics
 from spear.sim.scene import sample_scene
 from spear.sim.world import SUBSTEPS, World
-
-DH = [  # Craig's convention: a, d, alpha of each joint, as the manufacturer publishes them
-    (0.0, 0.333, 0.0),
-    (0.0, 0.0, -math.pi / 2),
-    (0.0, 0.316, math.pi / 2),
-    (0.0825, 0.0, math.pi / 2),
-    (-0.0825, 0.384, -math.pi / 2),
-    (0.0, 0.0, math.pi / 2),
-    (0.088, 0.0, math.pi / 2),
-]
-
-
-def flange_pose(joints: np.ndarray) -> np.ndarray:
-    pose = np.eye(4)
-    for (a, d, alpha), q in zip(DH, joints, strict=True):
-        ca, sa, cq, sq = math.cos(alpha), math.sin(alpha), math.cos(q), math.sin(q)
-        pose = pose @ np.array(
-            [[cq, -sq, 0, a], [sq * ca, cq * ca, -sa, -d * sa], [sq * sa, cq * sa, ca, d * ca], [0, 0, 0, 1]]
-        )
-    pose[:3, 3] += pose[:3, 2] * 0.107
-    return pose
 
 
 def as_rotation(quat: np.ndarray) -> Rotation:
@@ -50,17 +30,11 @@ def random_joints(rng: np.random.Generator) -> np.ndarray:
 
 def test_forward_kinematics_equal_the_published_parameters() -> None:
     rng = np.random.default_rng(0)
-    hand = np.eye(4)
-    hand[:3, :3] = (
-        Rotation.from_euler("z", -45, degrees=True) * Rotation.from_euler("x", 180, degrees=True)
-    ).as_matrix()
-    hand[2, 3] = 0.1034
-    for _ in range(50):
-        joints = random_joints(rng)
-        position, rotation = kinematics().pose(joints)
-        expected = flange_pose(joints) @ hand
-        np.testing.assert_allclose(position, expected[:3, 3], atol=1e-9)
-        np.testing.assert_allclose(as_rotation(rotation).as_matrix(), expected[:3, :3], atol=1e-9)
+    joints = np.array([random_joints(rng) for _ in range(50)])
+    for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
+        at, turned = kinematics().pose(row)
+        np.testing.assert_allclose(at, position, atol=1e-9)
+        assert (as_rotation(turned).inv() * as_rotation(rotation)).magnitude() < 1e-7
 
 
 def test_the_model_has_the_published_limits() -> None:
