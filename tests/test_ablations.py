@@ -141,13 +141,16 @@ def test_keys_follow_what_decides_the_result() -> None:
 def test_a_budget_is_the_same_for_every_row() -> None:
     plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
     steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
-    assert steps["full"] == [500, 150, 20, 650, 1200]
-    assert steps["no-3d"] == [500, 150, 1200]
+    assert steps["full"] == [5000, 1500, 20, 650, 1200]  # what stands for published weights has no part in it
+    assert steps["no-3d"] == [5000, 1500, 1200]
     assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
-    assert steps["no-3d-as-long"] == [500, 150, 2800]
+    assert steps["no-3d-as-long"] == [5000, 1500, 2800]
     assert steps["scratch-x9"] == [11_200]
     assert steps["siglip-thawed"][-2:] == [600, 600]
-    assert steps["no-images"] == [500, 150, 0, 1200]
+    assert steps["no-images"] == [5000, 1500, 0, 1200]
+    short = make_plan(choose(["full"]), DATA, 1, 2, 1200, pretraining=0.1)
+    assert [t.steps for t in short.chains["full", 0]] == [500, 150, 20, 650, 1200]
+    assert {t.steps for t in short.trainings if t.recipe.name == "nano-depth"} == {1000}
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
@@ -158,8 +161,8 @@ def test_a_budget_is_the_same_for_every_row() -> None:
 def test_bad_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SpearError, match="unknown ablation 'no3d': did you mean 'no-3d'"):
         choose(["no3d"])
-    for arguments in ({"seeds": 0}, {"scenes": 0}, {"budget": 0}, {"changes": {"steps": 3}}):
-        with pytest.raises(SpearError, match=r"^--(seeds|scenes|budget|set)"):
+    for arguments in ({"seeds": 0}, {"scenes": 0}, {"budget": 0}, {"changes": {"steps": 3}}, {"pretraining": 0.0}):
+        with pytest.raises(SpearError, match=r"^--(seeds|scenes|budget|set|pretraining)"):
             make_plan(choose([]), DATA, **arguments)
     for argv, hint in (
         (["--budget", "long"], "600min"),
@@ -245,7 +248,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
-    plan = make_plan(choose(["full", "points"]), data, 1, 1, 1, TINY)
+    plan = make_plan(choose(["full", "points"]), data, 1, 1, 1, TINY, 1e-9)
     plan = replace(plan, jobs=plan.jobs[:-1])  # one scoring is enough
     said: list[str] = []
 
@@ -287,13 +290,13 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
     more = make_plan(choose(["full"]), data, 1, 1, None, TINY)
     minutes = sum(seconds(job, rates) for job in more.jobs) / 60
     assert steps_for(minutes, more, rates) == pytest.approx(12_000, rel=0.01)
-    with pytest.raises(SpearError, match="scoring alone takes"):
+    with pytest.raises(SpearError, match="pretraining and scoring alone take"):
         steps_for(0.0, more, rates)
 
 
 def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
-    good = make_plan(choose(["full"]), data, 1, 1, 1, TINY)
-    bad = make_plan(choose(["scratch"]), data, 1, 1, 1, {**TINY, "lr": float("nan"), "max_skipped": 0})
+    good = make_plan(choose(["full"]), data, 1, 1, 1, TINY, 1e-9)
+    bad = make_plan(choose(["scratch"]), data, 1, 1, 1, {**TINY, "lr": float("nan"), "max_skipped": 0}, 1e-9)
     scratch = bad.scoring("scratch", 0)
     jobs = [scratch.policy, scratch, good.trainings[0]]
     failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spear.ablations.data import Data
 from spear.ablations.plan import POLICY, Plan, Scoring, Training
+from spear.ablations.rows import PRETRAINING
 from spear.ablations.run import Job, done
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
@@ -76,15 +77,17 @@ def seconds(job: Job, rates: Rates) -> float:
 def steps_for(minutes: float, plan: Plan, rates: Rates) -> int:
     """The budget (steps of the full row's policy) with which one process does a plan in so many minutes.
 
-    plan  with the recipes' own steps. Raises `SpearError` where scoring alone takes longer.
+    plan  with the recipes' own steps. Raises `SpearError` where what has no budget, the stages that stand for
+          published weights and the scoring, takes longer.
     """
-    scoring = sum(seconds(job, rates) for job in plan.scorings)
-    training = sum(seconds(job, rates) for job in plan.trainings)
-    if 60 * minutes <= scoring:
+    fixed = sum(seconds(job, rates) for job in plan.scorings)
+    fixed += sum(seconds(job, rates) for job in plan.trainings if job.recipe.name in PRETRAINING)
+    training = sum(seconds(job, rates) for job in plan.trainings if job.recipe.name not in PRETRAINING)
+    if 60 * minutes <= fixed:
         raise SpearError(
-            f"--budget {minutes:g}min: scoring alone takes {scoring / 60:.0f} minutes: give more"
+            f"--budget {minutes:g}min: pretraining and scoring alone take {fixed / 60:.0f} minutes: give more"
         )
-    return max(1, int((60 * minutes - scoring) / training * RECIPES[POLICY].optimization.steps))
+    return max(1, int((60 * minutes - fixed) / training * RECIPES[POLICY].optimization.steps))
 
 
 def _logged(log: Path) -> float | None:

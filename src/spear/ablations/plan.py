@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from spear.models.presets import preset
 from spear.train.recipes import RECIPES, Recipe, recipe
 
 POLICY = "nano-vla"
-"""A budget is given as the steps of this recipe; all others are in proportion."""
+"""A budget is given as the steps of this recipe; the others after pretraining are in proportion."""
 AGAIN = 1000
 """Added to the seed of a stage that continues on the same data."""
 _WORDS = ("name", "description", "starts_from")
@@ -99,21 +100,27 @@ def make_plan(
     scenes: int = 200,
     budget: int | None = None,
     changes: Mapping[str, Any] | None = None,
+    pretraining: float = 1.0,
 ) -> Plan:
     """All trainings and scorings that some rows need.
 
     scenes   held-out scenes per task family.
-    budget   steps of the full row's policy; every stage of every row is shorter or longer in the same proportion.
-             None: the recipes' own steps.
+    budget   steps of the full row's policy; every stage of every row is shorter or longer in the same proportion,
+             but for those that stand for published weights (`PRETRAINING`). None: the recipes' own steps.
     changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
+    pretraining  factor on the steps of the stages that stand for published weights.
 
-    Raises `SpearError` for fewer than one seed, scene or step.
+    Raises `SpearError` for fewer than one seed, scene or step, and for a factor that is not positive.
     """
+    if not 0 < pretraining < math.inf:
+        raise SpearError(
+            f"--pretraining {pretraining:g}: give a positive number, 1 for the recipes' own steps"
+        )
     for name, value in (("seeds", seeds), ("scenes", scenes), ("budget", 1 if budget is None else budget)):
         if value < 1:
             raise SpearError(f"--{name} {value}: give 1 or more")
     own = RECIPES[POLICY].optimization.steps
-    pace = 1.0 if budget is None else budget / own
+    paces = 1.0 if budget is None else budget / own, pretraining
     if "steps" in (changes or {}):
         raise SpearError("--set steps: every stage has its own number: use --budget")
     jobs: dict[str, Training | Scoring] = {}
@@ -121,7 +128,7 @@ def make_plan(
     for seed in range(seeds):
         for _, rows in tables:
             for row in rows:
-                chain = _chain(row, seed, data, pace, dict(changes or {}))
+                chain = _chain(row, seed, data, paces, dict(changes or {}))
                 chains[row.name, seed] = chain[-len(row.stages) :]
                 for training in chain:
                     jobs.setdefault(training.key, training)
@@ -129,16 +136,18 @@ def make_plan(
     return Plan(tables, list(jobs.values()), chains, seeds, scenes)
 
 
-def _chain(row: Row, seed: int, data: Data, pace: float, changes: Mapping[str, Any]) -> list[Training]:
+def _chain(
+    row: Row, seed: int, data: Data, paces: tuple[float, float], changes: Mapping[str, Any]
+) -> list[Training]:
     """A row's trainings for a seed, the depth encoder's first when it is needed."""
     chain: list[Training] = []
     moge = None
     if any(stage.moge for stage in row.stages):
-        chain.append(_training(Stage("nano-depth"), row, seed, data, pace, changes))
+        chain.append(_training(Stage("nano-depth"), row, seed, data, paces, changes))
         moge = chain[0].key
     before = None
     for stage in row.stages:
-        chain.append(_training(stage, row, seed, data, pace, changes, before, moge if stage.moge else None))
+        chain.append(_training(stage, row, seed, data, paces, changes, before, moge if stage.moge else None))
         before = chain[-1].key
     return chain
 
@@ -148,13 +157,13 @@ def _training(
     row: Row,
     seed: int,
     data: Data,
-    pace: float,
+    paces: tuple[float, float],
     changes: Mapping[str, Any],
     init: str | None = None,
     moge: str | None = None,
 ) -> Training:
     plain = recipe(stage.recipe)
-    steps = round(plain.optimization.steps * stage.length * pace)
+    steps = round(plain.optimization.steps * stage.length * paces[stage.recipe in PRETRAINING])
     one = plain.changed(**{**changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if stage.recipe in PRETRAINING:

@@ -28,6 +28,7 @@ def ablations(
     labels: Folder = None,
     episodes: Folder = None,
     budget: Budget = None,
+    pretraining: float = 1.0,
     set: tuple[str, ...] = (),
     workers: int = 1,
     plan: bool = False,
@@ -52,8 +53,10 @@ def ablations(
         labels: Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels.
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
-        budget: Steps of the full row's policy, for example 3000, to which all other stages are in proportion; or
-            minutes for everything by one process, for example 600min. Without it the recipes' own 12,000 steps.
+        budget: Steps of the full row's policy, for example 3000, to which the other stages are in proportion, but for
+            those that stand for published weights; or minutes for everything by one process, for example 600min.
+            Without it the recipes' own 12,000 steps.
+        pretraining: Factor on the steps of the stages that stand for published weights (SigLIP, MoGe, PaliGemma).
         set: Changes to every recipe as KEY=VALUE, as in spear train.
         workers: Processes that prepare batches, for each training.
         plan: Only print what would be done, and how long it will take here.
@@ -75,7 +78,7 @@ def ablations(
     disable_progress_bar()
 
     def planned(data: Data, steps: int | None) -> Plan:
-        return make_plan(chosen, data, seeds, scenes, steps, changes)
+        return make_plan(chosen, data, seeds, scenes, steps, changes, pretraining)
 
     has_labels, has_episodes = (out / "labels" / "complete").is_file(), (out / "episodes").is_dir()
     if plan:
