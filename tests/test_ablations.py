@@ -38,7 +38,7 @@ from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
 from spear.types import Action
 
-DATA = Data(Path("labels"), Path("episodes"), 13_056, "data")
+DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
 TINY = {"batch_size": 2, "question_images": 1, "flow_samples": 1}
 
 

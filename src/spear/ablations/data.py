@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spear.data.episode import EpisodeStore, write_episodes
+from spear.errors import SpearError, unknown_name
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
@@ -25,30 +27,55 @@ PRESET = "nano"
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from. labels, episodes: folders. images: labelled images per view. key: a hash of their files."""
+    """What is learned from. labels, episodes: folders. images: labelled images per view.
+
+    key       a hash of the files of both, and of the families; labels_key: of the labels alone.
+    families  whose demonstrations are learned, and which are scored.
+    """
 
     labels: Path
     episodes: Path
     images: int
     key: str
+    labels_key: str
+    families: Sequence[str] = FAMILIES
+
+    def demonstrations(self) -> EpisodeStore:
+        """The episodes of the families. Raises `SpearError` where there are none of one of them."""
+        store = EpisodeStore(self.episodes)
+        if len(self.families) == len(FAMILIES):
+            return store
+        of = [store.source(i).split("/")[1:2] for i in range(len(store))]
+        for family in self.families:
+            if [family] not in of:
+                raise SpearError(f"no demonstrations of {family}: {self.episodes}: record some")
+        return store.subset([i for i, found in enumerate(of) if found and found[0] in self.families])
 
 
-def look_at(labels: Path, episodes: Path) -> Data:
-    """What is in two folders, known by the names, sizes and ends of their files.
+def look_at(labels: Path, episodes: Path, families: Sequence[str] = ()) -> Data:
+    """What is in two folders, known by the names, sizes and ends of their files; of some task families (all if none).
 
-    Raises `SpearError` for a folder without labelled images or episodes.
+    Raises `SpearError` for a folder without labelled images or episodes, and for an unknown family.
     """
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("task family", family, FAMILIES)
     EpisodeStore(episodes)
     view = labels / "external"
     images = len(LabelStore(view if view.is_dir() else labels))
     digest = hashlib.sha256()
+    keys = []
     for folder in (labels, episodes):
         for path in sorted(p for kind in ("*.parquet", "*.arrow", "*.txt") for p in folder.rglob(kind)):
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 65536))
                 digest.update(file.read())
-    return Data(labels, episodes, images, digest.hexdigest()[:12])
+        keys.append(digest.hexdigest()[:12])
+    chosen = tuple(f for f in FAMILIES if f in families or not families)
+    if len(chosen) < len(FAMILIES):
+        digest.update(" ".join(chosen).encode())
+    return Data(labels, episodes, images, digest.hexdigest()[:12], keys[0], chosen)
 
 
 def make_labels(
@@ -79,10 +106,11 @@ def make_episodes(
     return folder
 
 
-def stand_in(folder: Path, labels: Path | None, episodes: Path | None) -> Data:
+def stand_in(folder: Path, labels: Path | None, episodes: Path | None, families: Sequence[str] = ()) -> Data:
     """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on all data."""
     small = look_at(
         labels or make_labels(folder / "labels", 64, 1, lambda _: None),
         episodes or make_episodes(folder / "episodes", 1, 1, lambda _: None),
+        families,
     )
-    return Data(small.labels, small.episodes, small.images if labels else SCENES, small.key)
+    return dataclasses.replace(small, images=small.images if labels else SCENES)

@@ -13,14 +13,12 @@ from spear.ablations.data import Data
 from spear.ablations.plan import POLICY, Plan, Scoring, Training
 from spear.ablations.rows import PRETRAINING
 from spear.ablations.run import Job, done
-from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.actors import PolicyActor
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
-from spear.sim.scene import FAMILIES
 from spear.train.optimize import Stepper
 from spear.train.recipes import RECIPES, Recipe
 from spear.train.run import build
@@ -70,7 +68,7 @@ def measure(plan: Plan, out: Path, data: Data, say: Callable[[str], None] = prin
 def seconds(job: Job, rates: Rates) -> float:
     """How long one process takes for a training or a scoring, from its beginning."""
     if isinstance(job, Scoring):
-        return job.scenes * len(FAMILIES) * rates.scene
+        return job.episodes * rates.scene
     return job.steps * rates.steps[kind_of(job.recipe)] if job.steps else 0.0
 
 
@@ -100,7 +98,7 @@ def _logged(log: Path) -> float | None:
 
 def _timed(job: Training, data: Data) -> tuple[float, Spear1Policy | None]:
     """Seconds per step of a training from random weights; of a policy's, also the untrained policy."""
-    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
+    robots = [("sim", data.demonstrations(), 1.0)] if job.recipe.kind == "vla" else []
     model, task, _ = build(job.recipe, data.labels, robots)
     stepper = Stepper(task, job.recipe.optimization, 0)
     stepper(0, task.batch(0))
@@ -129,7 +127,7 @@ def _scene(
     sizes = policy.processor.image_sizes
     results, _ = evaluate(
         PolicyActor(policy, "untrained"),
-        FAMILIES[:1],
+        plan.families[:1],
         TRIAL,
         image_size=sizes["external"],
         wrist_size=sizes["wrist"],
@@ -147,7 +145,7 @@ def describe(plan: Plan, out: Path, rates: Rates) -> str:
     groups["scoring"] = [*plan.scorings]
     lines = [f"{'':<14} {'number':>7} {'done':>5} {'steps or episodes each':>24} {'minutes each':>16}"]
     for name, jobs in groups.items():
-        sizes = [j.scenes * len(FAMILIES) if isinstance(j, Scoring) else j.steps for j in jobs]
+        sizes = [j.episodes if isinstance(j, Scoring) else j.steps for j in jobs]
         times = [seconds(j, rates) / 60 for j in jobs]
         lines.append(
             f"{name:<14} {len(jobs):7} {sum(id(j) in finished for j in jobs):5} {_span(sizes, ','):>24} "

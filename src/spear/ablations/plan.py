@@ -19,6 +19,7 @@ from spear.ablations.rows import PRETRAINING, Row, Stage, Table
 from spear.errors import SpearError
 from spear.flow import FlowConfig
 from spear.models.presets import preset
+from spear.sim.scene import FAMILIES
 from spear.train.recipes import RECIPES, Recipe, recipe
 
 POLICY = "nano-vla"
@@ -56,6 +57,12 @@ class Scoring:
 
     policy: Training
     scenes: int
+    families: Sequence[str] = FAMILIES
+
+    @property
+    def episodes(self) -> int:
+        """Of all families together."""
+        return self.scenes * len(self.families)
 
     @property
     def folder(self) -> str:
@@ -77,6 +84,7 @@ class Plan:
     chains: Mapping[tuple[str, int], Sequence[Training]]
     seeds: int
     scenes: int
+    families: Sequence[str] = FAMILIES
 
     @property
     def trainings(self) -> list[Training]:
@@ -90,7 +98,7 @@ class Plan:
 
     def scoring(self, row: str, seed: int) -> Scoring:
         """The one that gives a row's number for a seed."""
-        return Scoring(self.chains[row, seed][-1], self.scenes)
+        return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
 
 
 def make_plan(
@@ -132,8 +140,8 @@ def make_plan(
                 chains[row.name, seed] = chain[-len(row.stages) :]
                 for training in chain:
                     jobs.setdefault(training.key, training)
-                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes))
-    return Plan(tables, list(jobs.values()), chains, seeds, scenes)
+                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes, data.families))
+    return Plan(tables, list(jobs.values()), chains, seeds, scenes, data.families)
 
 
 def _chain(
@@ -176,5 +184,6 @@ def _training(
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    identity = json.dumps([fields, size, seed, init, moge, data.key], sort_keys=True)
+    learned_from = data.key if one.kind == "vla" else data.labels_key
+    identity = json.dumps([fields, size, seed, init, moge, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)

@@ -16,13 +16,11 @@ from pathlib import Path
 
 from spear.ablations.data import Data
 from spear.ablations.plan import Plan, Scoring, Training
-from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.evaluate.load import load_actor
 from spear.evaluate.results import Results, merge
-from spear.sim.scene import FAMILIES
 from spear.train.run import train
 
 WAIT = 5.0
@@ -42,7 +40,7 @@ def scored(out: Path, scoring: Scoring) -> Results | None:
         return None
     whole = merge([read_journal(path) for path in found])
     outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes]
-    if len(outcomes) < scoring.scenes * len(FAMILIES):
+    if len(outcomes) < scoring.episodes:
         return None
     return Results(whole.policy, whole.settings, outcomes, whole.seconds)
 
@@ -123,7 +121,7 @@ def _train(
     say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
     folder = out / "stages" / job.folder
     before, moge = (None if key is None else final(out, trainings[key]) for key in (job.init, job.moge))
-    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
+    robots = [("sim", data.demonstrations(), 1.0)] if job.recipe.kind == "vla" else []
     train(
         job.recipe,
         folder,
@@ -142,7 +140,7 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
     say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
     actor, cameras = load_actor(str(final(out, job.policy)))
     actor.name = job.policy.folder  # the folder may be moved
-    evaluate(actor, scenes=job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+    evaluate(actor, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
 
 
 @contextlib.contextmanager

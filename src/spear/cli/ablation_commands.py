@@ -27,6 +27,7 @@ def ablations(
     out: Path = Path("runs/ablations"),
     labels: Folder = None,
     episodes: Folder = None,
+    families: tuple[str, ...] = (),
     budget: Budget = None,
     pretraining: float = 1.0,
     set: tuple[str, ...] = (),
@@ -48,11 +49,12 @@ def ablations(
     Args:
         rows: Rows, or whole tables (3d, rotation, normalisation, siglip, converged, images); all when none is given.
         seeds: Trainings of each row.
-        scenes: Held-out scenes of each of the four task families, for every training.
+        scenes: Held-out scenes of each task family, for every training.
         out: Folder for everything.
         labels: Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels.
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
+        families: Task families that are learned and scored; all of them when none is given.
         budget: Steps of the full row's policy, for example 3000, to which the other stages are in proportion, but for
             those that stand for published weights; or minutes for everything by one process, for example 600min.
             Without it the recipes' own 12,000 steps.
@@ -87,6 +89,7 @@ def ablations(
                 Path(scratch),
                 labels or (out / "labels" if has_labels else None),
                 episodes or (out / "episodes" if has_episodes else None),
+                families,
             )
             steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
             todo = planned(data, steps)
@@ -96,6 +99,7 @@ def ablations(
         data = learned.look_at(
             labels or learned.make_labels(out / "labels", say=_say),
             episodes or learned.make_episodes(out / "episodes", say=_say),
+            families,
         )
         steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
     todo = planned(data, steps)
