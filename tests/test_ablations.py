@@ -25,6 +25,7 @@ from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, choose
 from spear.ablations.run import done, final, lock, run
 from spear.ablations.table import fill, judge
 from spear.cli import main
+from spear.data.episode import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.evaluate.journal import WHOLE, Journal
 from spear.evaluate.reference import references
@@ -138,6 +139,23 @@ def test_keys_follow_what_decides_the_result() -> None:
     assert len({key, *(plan.scoring("full", 0).folder for plan in others)}) == 4
 
 
+def test_families_choose_what_is_learned_and_scored(data: Data) -> None:
+    two = look_at(data.labels, data.episodes, ("put_on", "stack_cube"))
+    assert two.families == tuple(f for f in FAMILIES if f in ("put_on", "stack_cube"))
+    assert {e.source.split("/")[1] for e in two.demonstrations()} == set(two.families)
+    assert len(data.demonstrations()) == 4 and data.families == FAMILIES
+    mine, all_of_them = (make_plan(choose(["full"]), d, 1, 3) for d in (two, data))
+    assert mine.scorings[0].episodes == 6 and all_of_them.scorings[0].episodes == 12
+    ours, theirs = ([t.key for t in p.chains["full", 0]] for p in (mine, all_of_them))
+    assert (
+        ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
+    )  # SPEAR-VLM has nothing to do with demonstrations
+    with pytest.raises(SpearError, match="unknown task family 'put_in': did you mean 'put_on'"):
+        look_at(data.labels, data.episodes, ("put_in",))
+    with pytest.raises(SpearError, match="no demonstrations of put_on: "):
+        replace(data, families=("put_on",), episodes=data.episodes.parent / "stacks").demonstrations()
+
+
 def test_a_budget_is_the_same_for_every_row() -> None:
     plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
     steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
@@ -161,7 +179,13 @@ def test_a_budget_is_the_same_for_every_row() -> None:
 def test_bad_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SpearError, match="unknown ablation 'no3d': did you mean 'no-3d'"):
         choose(["no3d"])
-    for arguments in ({"seeds": 0}, {"scenes": 0}, {"budget": 0}, {"changes": {"steps": 3}}, {"pretraining": 0.0}):
+    for arguments in (
+        {"seeds": 0},
+        {"scenes": 0},
+        {"budget": 0},
+        {"changes": {"steps": 3}},
+        {"pretraining": 0.0},
+    ):
         with pytest.raises(SpearError, match=r"^--(seeds|scenes|budget|set|pretraining)"):
             make_plan(choose([]), DATA, **arguments)
     for argv, hint in (
@@ -244,6 +268,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 6, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
     make_episodes(folder / "episodes", 1, 1, lambda _: None)
+    stacks = (e for e in EpisodeStore(folder / "episodes") if "/stack_cube/" in e.source)
+    write_episodes(stacks, folder / "stacks")
     return look_at(folder / "labels", folder / "episodes")
 
 
