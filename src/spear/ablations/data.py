@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.errors import SpearError, unknown_name
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
@@ -29,8 +28,7 @@ PRESET = "nano"
 class Data:
     """What is learned from. labels, episodes: folders. images: labelled images per view.
 
-    key       a hash of the files of both, and of the families; labels_key: of the labels alone.
-    families  whose demonstrations are learned, and which are scored.
+    key  a hash of the files of both; labels_key: of the labels alone.
     """
 
     labels: Path
@@ -38,28 +36,13 @@ class Data:
     images: int
     key: str
     labels_key: str
-    families: Sequence[str] = FAMILIES
-
-    def demonstrations(self) -> EpisodeStore:
-        """The episodes of the families. Raises `SpearError` where there are none of one of them."""
-        store = EpisodeStore(self.episodes)
-        if len(self.families) == len(FAMILIES):
-            return store
-        of = [store.source(i).split("/")[1:2] for i in range(len(store))]
-        for family in self.families:
-            if [family] not in of:
-                raise SpearError(f"no demonstrations of {family}: {self.episodes}: record some")
-        return store.subset([i for i, found in enumerate(of) if found and found[0] in self.families])
 
 
-def look_at(labels: Path, episodes: Path, families: Sequence[str] = ()) -> Data:
-    """What is in two folders, known by the names, sizes and ends of their files; of some task families (all if none).
+def look_at(labels: Path, episodes: Path) -> Data:
+    """What is in two folders, known by the names, sizes and ends of their files.
 
-    Raises `SpearError` for a folder without labelled images or episodes, and for an unknown family.
+    Raises `SpearError` for a folder without labelled images or episodes.
     """
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("task family", family, FAMILIES)
     EpisodeStore(episodes)
     view = labels / "external"
     images = len(LabelStore(view if view.is_dir() else labels))
@@ -72,10 +55,7 @@ def look_at(labels: Path, episodes: Path, families: Sequence[str] = ()) -> Data:
                 file.seek(max(0, path.stat().st_size - 65536))
                 digest.update(file.read())
         keys.append(digest.hexdigest()[:12])
-    chosen = tuple(f for f in FAMILIES if f in families or not families)
-    if len(chosen) < len(FAMILIES):
-        digest.update(" ".join(chosen).encode())
-    return Data(labels, episodes, images, digest.hexdigest()[:12], keys[0], chosen)
+    return Data(labels, episodes, images, keys[1], keys[0])
 
 
 def make_labels(
@@ -106,11 +86,10 @@ def make_episodes(
     return folder
 
 
-def stand_in(folder: Path, labels: Path | None, episodes: Path | None, families: Sequence[str] = ()) -> Data:
+def stand_in(folder: Path, labels: Path | None, episodes: Path | None) -> Data:
     """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on all data."""
     small = look_at(
         labels or make_labels(folder / "labels", 64, 1, lambda _: None),
         episodes or make_episodes(folder / "episodes", 1, 1, lambda _: None),
-        families,
     )
     return dataclasses.replace(small, images=small.images if labels else SCENES)

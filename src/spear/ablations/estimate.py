@@ -11,14 +11,15 @@ from pathlib import Path
 
 from spear.ablations.data import Data
 from spear.ablations.plan import POLICY, Plan, Scoring, Training
-from spear.ablations.rows import PRETRAINING
 from spear.ablations.run import Job, done
+from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.actors import PolicyActor
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
+from spear.sim.scene import FAMILIES
 from spear.train.optimize import Stepper
 from spear.train.recipes import RECIPES, Recipe
 from spear.train.run import build
@@ -75,12 +76,12 @@ def seconds(job: Job, rates: Rates) -> float:
 def steps_for(minutes: float, plan: Plan, rates: Rates) -> int:
     """The budget (steps of the full row's policy) with which one process does a plan in so many minutes.
 
-    plan  with the recipes' own steps. Raises `SpearError` where what has no budget, the stages that stand for
-          published weights and the scoring, takes longer.
+    plan  with the recipes' own steps. Raises `SpearError` where what has no budget, all that comes before the policies
+          and the scoring, takes longer.
     """
     fixed = sum(seconds(job, rates) for job in plan.scorings)
-    fixed += sum(seconds(job, rates) for job in plan.trainings if job.recipe.name in PRETRAINING)
-    training = sum(seconds(job, rates) for job in plan.trainings if job.recipe.name not in PRETRAINING)
+    fixed += sum(seconds(job, rates) for job in plan.trainings if job.recipe.kind != "vla")
+    training = sum(seconds(job, rates) for job in plan.trainings if job.recipe.kind == "vla")
     if 60 * minutes <= fixed:
         raise SpearError(
             f"--budget {minutes:g}min: pretraining and scoring alone take {fixed / 60:.0f} minutes: give more"
@@ -98,7 +99,7 @@ def _logged(log: Path) -> float | None:
 
 def _timed(job: Training, data: Data) -> tuple[float, Spear1Policy | None]:
     """Seconds per step of a training from random weights; of a policy's, also the untrained policy."""
-    robots = [("sim", data.demonstrations(), 1.0)] if job.recipe.kind == "vla" else []
+    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     model, task, _ = build(job.recipe, data.labels, robots)
     stepper = Stepper(task, job.recipe.optimization, 0)
     stepper(0, task.batch(0))
@@ -127,7 +128,7 @@ def _scene(
     sizes = policy.processor.image_sizes
     results, _ = evaluate(
         PolicyActor(policy, "untrained"),
-        plan.families[:1],
+        FAMILIES[:1],
         TRIAL,
         image_size=sizes["external"],
         wrist_size=sizes["wrist"],

@@ -23,7 +23,7 @@ from spear.sim.scene import FAMILIES
 from spear.train.recipes import RECIPES, Recipe, recipe
 
 POLICY = "nano-vla"
-"""A budget is given as the steps of this recipe; the others after pretraining are in proportion."""
+"""A budget is given as the steps of this recipe."""
 AGAIN = 1000
 """Added to the seed of a stage that continues on the same data."""
 _WORDS = ("name", "description", "starts_from")
@@ -57,12 +57,11 @@ class Scoring:
 
     policy: Training
     scenes: int
-    families: Sequence[str] = FAMILIES
 
     @property
     def episodes(self) -> int:
         """Of all families together."""
-        return self.scenes * len(self.families)
+        return self.scenes * len(FAMILIES)
 
     @property
     def folder(self) -> str:
@@ -84,7 +83,6 @@ class Plan:
     chains: Mapping[tuple[str, int], Sequence[Training]]
     seeds: int
     scenes: int
-    families: Sequence[str] = FAMILIES
 
     @property
     def trainings(self) -> list[Training]:
@@ -98,7 +96,7 @@ class Plan:
 
     def scoring(self, row: str, seed: int) -> Scoring:
         """The one that gives a row's number for a seed."""
-        return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
+        return Scoring(self.chains[row, seed][-1], self.scenes)
 
 
 def make_plan(
@@ -113,10 +111,9 @@ def make_plan(
     """All trainings and scorings that some rows need.
 
     scenes   held-out scenes per task family.
-    budget   steps of the full row's policy; every stage of every row is shorter or longer in the same proportion,
-             but for those that stand for published weights (`PRETRAINING`). None: the recipes' own steps.
+    budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own steps.
     changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
-    pretraining  factor on the steps of the stages that stand for published weights.
+    pretraining  factor on the steps of all stages before the policy.
 
     Raises `SpearError` for fewer than one seed, scene or step, and for a factor that is not positive.
     """
@@ -140,8 +137,8 @@ def make_plan(
                 chains[row.name, seed] = chain[-len(row.stages) :]
                 for training in chain:
                     jobs.setdefault(training.key, training)
-                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes, data.families))
-    return Plan(tables, list(jobs.values()), chains, seeds, scenes, data.families)
+                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes))
+    return Plan(tables, list(jobs.values()), chains, seeds, scenes)
 
 
 def _chain(
@@ -171,7 +168,7 @@ def _training(
     moge: str | None = None,
 ) -> Training:
     plain = recipe(stage.recipe)
-    steps = round(plain.optimization.steps * stage.length * paces[stage.recipe in PRETRAINING])
+    steps = round(plain.optimization.steps * stage.length * paces[plain.kind != "vla"])
     one = plain.changed(**{**changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if stage.recipe in PRETRAINING:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spear.ablations.data import Data
 from spear.ablations.plan import Plan, Scoring, Training
+from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
@@ -121,7 +122,7 @@ def _train(
     say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
     folder = out / "stages" / job.folder
     before, moge = (None if key is None else final(out, trainings[key]) for key in (job.init, job.moge))
-    robots = [("sim", data.demonstrations(), 1.0)] if job.recipe.kind == "vla" else []
+    robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     train(
         job.recipe,
         folder,
@@ -140,7 +141,7 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
     say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
     actor, cameras = load_actor(str(final(out, job.policy)))
     actor.name = job.policy.folder  # the folder may be moved
-    evaluate(actor, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+    evaluate(actor, scenes=job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from spear.evaluate.reference import references
 from spear.evaluate.results import Results
 from spear.evaluate.seeds import difference, mean_success
 from spear.evaluate.stats import Estimate
+from spear.sim.scene import FAMILIES
 from spear.types import Array
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
@@ -142,7 +143,7 @@ def _results(plan: Plan, out: Path, row: Row) -> dict[int, Results]:
 def _success(results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
     """Success [seeds, scenes] of each family, scenes in order."""
     tables = []
-    for family in sorted({o.family for o in results[seeds[0]].outcomes}):
+    for family in FAMILIES:
         rows = []
         for seed in seeds:
             outcomes = sorted((o for o in results[seed].outcomes if o.family == family), key=lambda o: o.seed)

@@ -27,7 +27,6 @@ def ablations(
     out: Path = Path("runs/ablations"),
     labels: Folder = None,
     episodes: Folder = None,
-    families: tuple[str, ...] = (),
     budget: Budget = None,
     pretraining: float = 1.0,
     set: tuple[str, ...] = (),
@@ -54,11 +53,9 @@ def ablations(
         labels: Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels.
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
-        families: Task families that are learned and scored; all of them when none is given.
-        budget: Steps of the full row's policy, for example 3000, to which the other stages are in proportion, but for
-            those that stand for published weights; or minutes for everything by one process, for example 600min.
-            Without it the recipes' own 12,000 steps.
-        pretraining: Factor on the steps of the stages that stand for published weights (SigLIP, MoGe, PaliGemma).
+        budget: Steps of the full row's policy, for example 3000, to which all policies are in proportion; or minutes
+            for everything by one process, for example 600min. Without it the recipes' own 12,000 steps.
+        pretraining: Factor on the steps of all stages before the policy.
         set: Changes to every recipe as KEY=VALUE, as in spear train.
         workers: Processes that prepare batches, for each training.
         plan: Only print what would be done, and how long it will take here.
@@ -89,7 +86,6 @@ def ablations(
                 Path(scratch),
                 labels or (out / "labels" if has_labels else None),
                 episodes or (out / "episodes" if has_episodes else None),
-                families,
             )
             steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
             todo = planned(data, steps)
@@ -99,7 +95,6 @@ def ablations(
         data = learned.look_at(
             labels or learned.make_labels(out / "labels", say=_say),
             episodes or learned.make_episodes(out / "episodes", say=_say),
-            families,
         )
         steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
     todo = planned(data, steps)
