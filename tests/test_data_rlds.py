@@ -239,6 +239,10 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"gripper_range": [1]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
+        (
+            {"logged_rotation_format": "euler_zxy"},
+            "unknown logged_rotation_format .*did you mean 'euler_xyz'",
+        ),
         ({"like": "bridge_datset"}, "did you mean 'bridge_dataset'"),
         ({"gripper": "observation/state[7]"}, r"no column 'observation/state\[7\]'.*\(10, 7\)"),
         ({"position": "observation/pose"}, "no 'pose' \\(there is: image_0"),

@@ -34,7 +34,7 @@ from spear.data.hypotheses import (
 from spear.data.layout import FASTEST, recorded_pose, to_quaternion
 from spear.data.lerobot import TASK, open_lerobot
 from spear.data.lerobot import read_steps as read_lerobot_steps
-from spear.data.oxe import DatasetSpec, Layout, column, find_spec
+from spear.data.oxe import RECORDED_ONLY, DatasetSpec, Layout, column, find_spec
 from spear.data.rlds import open_rlds, read_raw
 from spear.errors import SpearError
 from spear.geometry import apply_step
@@ -52,9 +52,6 @@ LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
-PLAIN = ("franka_joints", "euler_zxy")
-"""Layouts of recorded orientations that are believed: joint angles are nothing else, and about z, x, y is the mirror
-image of roll, pitch, yaw about other axes, which rotations alone cannot tell. They are made quaternions first."""
 
 STORE = DatasetSpec(
     "store", position="position", rotation="rotation", rotation_format="quat_wxyz", action="action"
@@ -139,7 +136,7 @@ def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> 
     recordings: list[Recording] = []
     closure = np.zeros(2)
     columns = spec
-    if spec.rotation_format in PLAIN:
+    if spec.rotation_format in RECORDED_ONLY:
         spec = replace(spec, rotation_format="quat_wxyz")
     for source, steps in found:
         try:
@@ -280,7 +277,7 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
             raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
-    if form in PLAIN:
+    if form in RECORDED_ONLY:
         rotation = to_quaternion(rotation, form, source)
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")

@@ -166,7 +166,7 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "matrix4_columns": (16, lambda v: _from_pose(v, True)),
     "matrix4_rows": (16, lambda v: _from_pose(v, False)),
 }
-"""Ways to write an orientation -> (numbers, to quaternions). Three more than `RotationFormat` has:
+"""Ways to write an orientation -> (numbers, to quaternions). Three are not in `RotationFormat`:
 
 euler_XYZ     angles about moving axes: R = Rx(a) Ry(b) Rz(c).
 euler_zyx     yaw, pitch, roll: euler_xyz with its columns the other way round.

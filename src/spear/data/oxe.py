@@ -39,6 +39,10 @@ matrix4_columns  the 16 numbers of a homogeneous pose, column after column.
 franka_joints    none: the pose follows from a Franka's seven joint angles, rad, which are the column of positions
                  and of rotations (`spear.data.franka`).
 """
+RECORDED_ONLY = ("franka_joints", "euler_zxy")
+"""Formats of recorded orientations alone, which the audit believes and makes quaternions first: joint angles are
+nothing else, and angles about z, x, y are the mirror image of roll, pitch, yaw about other axes, which rotations alone
+cannot tell."""
 ActionKind = Literal["delta", "absolute", "velocity"]
 ActionFrame = Literal["base", "ee"]
 SPEC_FILE = "spear.json"
@@ -113,7 +117,7 @@ _EXAMPLES: Mapping[str, Any] = {
 _NEEDED = ("position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "rotation_format": get_args(RotationFormat),
-    "logged_rotation_format": get_args(RotationFormat),
+    "logged_rotation_format": tuple(f for f in get_args(RotationFormat) if f not in RECORDED_ONLY),
     "logged_kind": get_args(ActionKind),
     "logged_frame": get_args(ActionFrame),
 }
