@@ -34,7 +34,9 @@ def test_forward_kinematics_equal_the_published_parameters() -> None:
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = kinematics().pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
-        assert (as_rotation(turned).inv() * as_rotation(rotation)).magnitude() < 1e-7
+        np.testing.assert_allclose(
+            as_rotation(turned).as_matrix(), as_rotation(rotation).as_matrix(), atol=1e-9
+        )
 
 
 def test_the_model_has_the_published_limits() -> None:

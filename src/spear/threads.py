@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 SOFT = 1
@@ -17,9 +19,15 @@ def release_workers() -> None:
     than a small network's products: nano's inference took 81 ms then, 29 ms without (two cores). Nothing happens where
     PyTorch comes with another OpenMP.
     """
+    for pause in _pauses():
+        pause(SOFT)
+
+
+@functools.cache
+def _pauses() -> list[Callable[[int], int]]:
+    """OpenMP's `omp_pause_resource_all`, as PyTorch's copy of GNU's library has it."""
     import torch
 
-    for library in Path(torch.__file__).with_name("lib").glob("libgomp*"):
-        pause = getattr(ctypes.CDLL(str(library)), "omp_pause_resource_all", None)
-        if pause is not None:
-            pause(SOFT)
+    libraries = map(str, Path(torch.__file__).with_name("lib").glob("libgomp*"))
+    found = (getattr(ctypes.CDLL(library), "omp_pause_resource_all", None) for library in libraries)
+    return [pause for pause in found if pause is not None]

@@ -168,7 +168,8 @@ def _training(
     moge: str | None = None,
 ) -> Training:
     plain = recipe(stage.recipe)
-    steps = round(plain.optimization.steps * stage.length * paces[plain.kind != "vla"])
+    acts, (policy_pace, earlier_pace) = plain.kind == "vla", paces
+    steps = round(plain.optimization.steps * stage.length * (policy_pace if acts else earlier_pace))
     one = plain.changed(**{**changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if stage.recipe in PRETRAINING:
@@ -181,6 +182,6 @@ def _training(
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    learned_from = data.key if one.kind == "vla" else data.labels_key
+    learned_from = data.key if acts else data.labels_key
     identity = json.dumps([fields, size, seed, init, moge, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
