@@ -21,9 +21,9 @@ import tyro
 
 from spear.data.episode import EpisodeStore
 from spear.train.allocator import keep_freed_memory
+from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
-from spear.train.run import build
 
 
 def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[list[float], float, float]:

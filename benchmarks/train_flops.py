@@ -18,9 +18,9 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from spear.data.episode import EpisodeStore
+from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
-from spear.train.run import build
 
 SHARED = ("nano-siglip", "nano-vlm-0")
 WITH_3D = ("nano-depth", "nano-vlm-1", "nano-vlm-2", "nano-vla")

@@ -24,10 +24,10 @@ import tyro
 
 from spear.data.episode import EpisodeStore
 from spear.train import loop
+from spear.train.build import build
 from spear.train.log import Logger
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
-from spear.train.run import build
 
 AHEAD = 6
 """Steps of the loop that are not counted: as many as the loader may have made batches for, and a little more."""

@@ -13,8 +13,8 @@ from spear.errors import SpearError
 from spear.labels.store import write_shards
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm
+from spear.train.build import build
 from spear.train.recipes import recipe
-from spear.train.run import build
 
 
 @pytest.fixture(scope="module")

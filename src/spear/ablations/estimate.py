@@ -20,9 +20,9 @@ from spear.evaluate.journal import journals, read_journal
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
+from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.recipes import RECIPES, Recipe
-from spear.train.run import build
 from spear.train.vla import VlaTask
 
 STEPS = 4
