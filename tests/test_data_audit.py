@@ -16,11 +16,12 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make
 from spear.cli import main
 from spear.data.actions import derive_actions
-from spear.data.audit import Report, audit, judge
+from spear.data.audit import Report, audit, claims, judge
 from spear.data.audit_page import conclusion, text
 from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.franka import franka_pose
 from spear.data.hypotheses import Recording
+from spear.data.oxe import DatasetSpec
 from spear.errors import SpearError
 
 RATE = 10.0
@@ -317,16 +318,33 @@ def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Pa
         (exported / "spear.json").write_text(json.dumps(said))
         assert main(["data", "audit", str(exported)]) == code
 
-    states = np.array(whole["observation.state"].to_pylist())
-    angles = Rotation.from_quat(states[:, 3:7], scalar_first=True).as_euler("zxy")
-    states[:, 3:6] = angles
-    pq.write_table(with_states(whole, dict(enumerate(states.tolist()))), file)
-    zxy = {"rotation": "observation/state[3:6]", "rotation_format": "euler_zxy", "logged_kind": "delta"}
-    for part, frame in (("logged_rotation", "ee"), ("logged_translation", "base")):
-        said = {k: v for k, v in claim.items() if not k.startswith("logged_t") and k != "logged_rotation"}
-        said |= {part: claim[part], "logged_rotation_format": "quat_wxyz", "logged_frame": frame}
-        (exported / "spear.json").write_text(json.dumps(said | zxy))
-        assert main(["data", "audit", str(exported)]) == 0
+    for form, order, degrees in (("euler_zxy", "zxy", False), ("euler_zyx", "ZYX", True)):
+        states = np.array(whole["observation.state"].to_pylist())
+        turns = Rotation.from_quat(states[:, 3:7], scalar_first=True)
+        states[:, 3:6] = turns.as_euler(order, degrees)
+        pq.write_table(with_states(whole, dict(enumerate(states.tolist()))), file)
+        euler = {"rotation": "observation/state[3:6]", "rotation_format": form, "logged_kind": "delta"}
+        euler["angle_unit"] = "deg" if degrees else "rad"
+        for part, frame in (("logged_rotation", "ee"), ("logged_translation", "base")):
+            said = {k: v for k, v in claim.items() if not k.startswith("logged_t") and k != "logged_rotation"}
+            said |= {part: claim[part], "logged_rotation_format": "quat_wxyz", "logged_frame": frame}
+            (exported / "spear.json").write_text(json.dumps(said | euler))
+            assert main(["data", "audit", str(exported)]) == 0
+
+
+def test_units_that_the_layout_says_are_claimed() -> None:
+    """Logged in centimetres and degrees, and said so; the same said to be metres and radians is wrong."""
+    made = recordings(step_scale=100, turn_scale=180 / np.pi)
+    spec = DatasetSpec(
+        "mine", rotation_format="euler_xyz", logged_rotation_format="euler_xyz", logged_kind="delta"
+    )
+    for given, verdict in (
+        (dataclasses.replace(spec, length_unit="cm", angle_unit="deg"), "agrees"),
+        (spec, "wrong"),
+    ):
+        report = judge(made, claims(given))
+        assert verdicts(report, "translation")["unit"] == ("cm", verdict)
+        assert verdicts(report, "rotation")["unit"] == ("deg", verdict)
 
 
 def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observation.state") -> pa.Table:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from spear.data.franka import franka_pose
-from spear.data.layout import episode_from, to_quaternion
-from spear.data.oxe import REGISTRY, column, find_spec, missing, require
+from spear.data.hypotheses import FORMS
+from spear.data.layout import episode_from, recorded_pose, to_quaternion
+from spear.data.oxe import (
+    ANGLES,
+    RECORDED_ONLY,
+    REGISTRY,
+    DatasetSpec,
+    RotationFormat,
+    column,
+    find_spec,
+    missing,
+    require,
+)
 from spear.errors import SpearError
 from spear.images import encode_jpeg
 
 MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
+
+WRITTEN = {
+    "euler_xyz": lambda r: r.as_euler("xyz"),
+    "euler_zyx": lambda r: r.as_euler("ZYX"),
+    "euler_XYZ": lambda r: r.as_euler("XYZ"),
+    "euler_zxy": lambda r: r.as_euler("zxy"),
+    "rotation_vector": lambda r: r.as_rotvec(),
+    "quat_wxyz": lambda r: r.as_quat(scalar_first=True),
+    "quat_xyzw": lambda r: r.as_quat(),
+    "matrix4_columns": lambda r: _poses(r).transpose(0, 2, 1).reshape(-1, 16),
+    "matrix4_rows": lambda r: _poses(r).reshape(-1, 16),
+}
+"""Every format but joint angles, as SciPy writes it (capitals: moving axes)."""
+
+
+def _poses(turn: Rotation) -> np.ndarray:
+    poses = np.tile(np.eye(4), (len(turn), 1, 1))
+    poses[:, :3, :3], poses[:, :3, 3] = turn.as_matrix(), [0.3, 0.1, 0.2]
+    return poses
 
 
 def test_the_mixture_is_the_papers_where_that_is_known() -> None:
@@ -78,21 +111,11 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     position, rotation, layout, gripper, (closed, opened), _ = require(spec)
     turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
     where = np.stack([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
-    pose = np.tile(np.eye(4), (4, 1, 1))
-    pose[:, :3, :3], pose[:, :3, 3] = turn.as_matrix(), where
     joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
     if layout == "franka_joints":
         where, quaternions = franka_pose(joints)
         turn = Rotation.from_quat(quaternions, scalar_first=True)
-    written = {
-        "euler_xyz": turn.as_euler("xyz"),
-        "euler_zxy": turn.as_euler("zxy"),
-        "franka_joints": joints,
-        "quat_wxyz": turn.as_quat(scalar_first=True),
-        "quat_xyzw": turn.as_quat(),
-        "rotation_vector": turn.as_rotvec(),
-        "matrix4_columns": pose.transpose(0, 2, 1).reshape(4, 16),
-    }[layout]
+    written = joints if layout == "franka_joints" else WRITTEN[layout](turn)
     steps: dict[str, object] = {}
 
     def put(path: str, values: np.ndarray) -> None:
@@ -132,11 +155,48 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     )
     with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written column after"):
         to_quaternion(pose.reshape(1, 16), "matrix4_columns", "mine")
+    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written row after"):
+        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_rows", "mine")
     with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
         to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")
     vector = torch.tensor([[0.0, 0.0, 0.5]])
     got = Rotation.from_quat(to_quaternion(vector.numpy(), "rotation_vector"), scalar_first=True)
     np.testing.assert_allclose(got.as_rotvec(), vector, atol=1e-9)
+
+
+def test_what_the_audit_may_find_a_layout_can_say() -> None:
+    assert set(WRITTEN) | {"franka_joints"} == set(get_args(RotationFormat))
+    assert set(FORMS) == set(WRITTEN) - {"euler_zxy"}
+    assert {form for form, (width, _) in FORMS.items() if width == 3} == set(ANGLES) - set(RECORDED_ONLY)
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat) -> None:
+    turn = Rotation.random(50, random_state=0)
+    numbers = WRITTEN[layout](turn)
+    got = Rotation.from_quat(to_quaternion(numbers, layout), scalar_first=True)
+    assert (turn.inv() * got).magnitude().max() < 1e-6
+    if layout in FORMS:
+        same = Rotation.from_quat(FORMS[layout][1](torch.as_tensor(numbers)).numpy(), scalar_first=True)
+        assert (turn.inv() * same).magnitude().max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", [*WRITTEN, "franka_joints"])
+def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat) -> None:
+    """The same poses in other units, where a format has any; joint angles have no length."""
+    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
+    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
+    where = np.array([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
+    numbers = joints if layout == "franka_joints" else WRITTEN[layout](turn)
+    spec = DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
+    first = recorded_pose(
+        {"at": joints if layout == "franka_joints" else where, "turn": numbers}, spec, "mine"
+    )
+    other = dataclasses.replace(spec, length_unit="mm", angle_unit="deg")
+    degrees = np.degrees(numbers) if layout in ANGLES else numbers
+    steps = {"at": degrees if layout == "franka_joints" else 1000 * where, "turn": degrees}
+    for one, same in zip(first[:2], recorded_pose(steps, other, "mine")[:2], strict=True):
+        np.testing.assert_allclose(same, one, atol=1e-12)
 
 
 def test_what_are_no_joint_angles_is_refused() -> None:

@@ -239,9 +239,11 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"gripper_range": [1]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
+        ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),
+        ({"angle_unit": 5}, "angle_unit must look like"),
         (
             {"logged_rotation_format": "euler_zxy"},
-            "unknown logged_rotation_format .*did you mean 'euler_xyz'",
+            "only recorded orientations are ever in euler_zxy",
         ),
         ({"like": "bridge_datset"}, "did you mean 'bridge_dataset'"),
         ({"gripper": "observation/state[7]"}, r"no column 'observation/state\[7\]'.*\(10, 7\)"),

@@ -34,7 +34,7 @@ from spear.data.hypotheses import (
 from spear.data.layout import FASTEST, recorded_pose, to_quaternion
 from spear.data.lerobot import TASK, open_lerobot
 from spear.data.lerobot import read_steps as read_lerobot_steps
-from spear.data.oxe import RECORDED_ONLY, DatasetSpec, Layout, column, find_spec
+from spear.data.oxe import ANGLES, RECORDED_ONLY, DatasetSpec, Layout, column, find_spec
 from spear.data.rlds import open_rlds, read_raw
 from spear.errors import SpearError
 from spear.geometry import apply_step
@@ -51,6 +51,8 @@ FARTHEST = 3.0
 LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000
+BELIEVED = (*RECORDED_ONLY, "euler_zyx")
+"""Formats of recorded orientations that are not judged, but made quaternions first (see `hypotheses.state_forms`)."""
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
 
 STORE = DatasetSpec(
@@ -136,7 +138,7 @@ def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> 
     recordings: list[Recording] = []
     closure = np.zeros(2)
     columns = spec
-    if spec.rotation_format in RECORDED_ONLY:
+    if spec.rotation_format in BELIEVED:
         spec = replace(spec, rotation_format="quat_wxyz")
     for source, steps in found:
         try:
@@ -179,7 +181,6 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
     own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
     # Of what the layout does not say at all (signs, shift), the plain answer is taken to be meant.
-    scaled = form in ("euler_xyz", "rotation_vector")
     shared: dict[str, str | None] = {
         "kind": kind,
         "signs": "+++",
@@ -188,11 +189,16 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     }
     rate = "/s" if kind == "velocity" else ""
     return {
-        "translation": {**shared, "frame": own.get("translation", frame), "unit": "m" + rate, "form": "-"},
+        "translation": {
+            **shared,
+            "frame": own.get("translation", frame),
+            "unit": spec.length_unit + rate,
+            "form": "-",
+        },
         "rotation": {
             **shared,
             "frame": own.get("rotation", frame),
-            "unit": "rad" + rate if scaled else UNSCALED,
+            "unit": spec.angle_unit + rate if form in ANGLES else UNSCALED,
             "form": form,
         },
     }
@@ -277,7 +283,7 @@ def _recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Reco
             raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
-    if form in RECORDED_ONLY:
+    if form in BELIEVED:
         rotation = to_quaternion(rotation, form, source)
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
@@ -312,7 +318,7 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     )
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
-        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit}")
+        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
     elif len(steps) and np.quantile(steps, 0.99) > FASTEST:
         remarks.append(
             f"positions change by {np.quantile(steps, 0.99):.3g} per second: faster than an arm in metres"
@@ -321,7 +327,7 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     _, unit = state_quaternions(rotation)
     if unit == "deg":
         remarks.append(
-            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians"
+            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians (angle_unit)"
         )
     return remarks
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from spear.data.oxe import ANGLE_UNITS, LENGTH_UNITS
 from spear.geometry import (
     euler_to_quat,
     matrix_to_quat,
@@ -32,8 +33,6 @@ SHIFTS = (-1, 0, 1, 2)
 """Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
 STRETCH = 20
 """Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
-LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
-ANGLE_UNITS = {"rad": 1.0, "deg": np.pi / 180}
 SIGNS = ["".join(s) for s in itertools.product("+-", repeat=3)]
 """Of the x, y and z components."""
 FLIPS = np.array([[1.0 if s == "+" else -1.0 for s in signs] for signs in SIGNS])
@@ -166,12 +165,7 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "matrix4_columns": (16, lambda v: _from_pose(v, True)),
     "matrix4_rows": (16, lambda v: _from_pose(v, False)),
 }
-"""Ways to write an orientation -> (numbers, to quaternions). Three are not in `RotationFormat`:
-
-euler_XYZ     angles about moving axes: R = Rx(a) Ry(b) Rz(c).
-euler_zyx     yaw, pitch, roll: euler_xyz with its columns the other way round.
-matrix4_rows  a homogeneous pose, row after row.
-"""
+"""Ways to write an orientation (`spear.data.oxe.RotationFormat`) -> (numbers, to quaternions)."""
 
 
 def _from_pose(values: torch.Tensor, columns: bool) -> torch.Tensor:

@@ -14,7 +14,7 @@ from spear.data.actions import binarize_gripper, derive_actions
 from spear.data.bad import OnBad, each
 from spear.data.episode import check_episode
 from spear.data.franka import franka_pose
-from spear.data.oxe import DatasetSpec, RotationFormat, column, require
+from spear.data.oxe import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat, column, require
 from spear.errors import SpearError
 from spear.geometry import (
     euler_to_quat,
@@ -84,12 +84,16 @@ def episodes_from(
 def recorded_pose(
     steps: Mapping[str, Any], spec: DatasetSpec, source: str
 ) -> tuple[Array, Array, RotationFormat]:
-    """Recorded positions [T, 3], m, orientations [T, d], how these are written; the layout says where."""
+    """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written, by the layout."""
     assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
     position = _numbers(steps, spec.position, source)
+    turn = ANGLE_UNITS[spec.angle_unit]
     if spec.rotation_format == "franka_joints":
-        return (*franka_pose(position, source), "quat_wxyz")
-    return position, _numbers(steps, spec.rotation, source), spec.rotation_format
+        return (*franka_pose(position * turn, source), "quat_wxyz")
+    rotation = _numbers(steps, spec.rotation, source)
+    if spec.rotation_format in ANGLES:
+        rotation = rotation * turn
+    return position * LENGTH_UNITS[spec.length_unit], rotation, spec.rotation_format
 
 
 def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec) -> Episode:
@@ -142,7 +146,7 @@ def _check_jumps(episode: Episode) -> None:
         step = int(moved.argmax())
         raise SpearError(
             f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where it was "
-            "a step before; leave the episode out, or check the column and that its unit is metres"
+            "a step before; leave the episode out, or check the column and its unit (length_unit)"
         )
     cosine = np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1)
     turned = 2 * np.arccos(cosine)
@@ -155,31 +159,35 @@ def _check_jumps(episode: Episode) -> None:
 
 
 def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Array:
-    """Orientations [T, d] in a dataset's layout to quaternions [T, 4] (w, x, y, z).
+    """Orientations [T, d] in a dataset's layout, angles in rad, to quaternions [T, 4] (w, x, y, z).
 
     Raises SpearError when d is not what the layout has (see `RotationFormat`).
     """
     tensor = torch.as_tensor(np.asarray(values, np.float64))
-    width = {"euler_xyz": 3, "euler_zxy": 3, "rotation_vector": 3, "matrix4_columns": 16}.get(layout, 4)
+    width = 3 if layout in ANGLES else 16 if layout.startswith("matrix4") else 4
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
-    if layout == "euler_xyz":
-        return euler_to_quat(tensor, "xyz").numpy()
+    if layout in ("euler_xyz", "euler_zyx"):
+        return euler_to_quat(tensor if layout == "euler_xyz" else tensor.flip(1), "xyz").numpy()
+    if layout == "euler_XYZ":
+        return euler_to_quat(tensor, "XYZ").numpy()
     if layout == "euler_zxy":
         return euler_zxy_to_quat(tensor).numpy()
     if layout == "rotation_vector":
         return quat_canonical(quat_exp(tensor)).numpy()
-    if layout == "matrix4_columns":
-        pose = tensor.reshape(-1, 4, 4).transpose(1, 2)
+    if layout.startswith("matrix4"):
+        pose = tensor.reshape(-1, 4, 4)
+        if layout == "matrix4_columns":
+            pose = pose.transpose(1, 2)
         matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
         error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
         row = (pose[:, 3] - last).abs().amax(1)
         bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
         if bad.any():
-            step = int(bad.int().argmax())
+            step, line = int(bad.int().argmax()), "column" if layout == "matrix4_columns" else "row"
             raise SpearError(
-                f"not a rotation: {source} step {step}: the 16 numbers are no pose written column after column; "
+                f"not a rotation: {source} step {step}: the 16 numbers are no pose written {line} after {line}; "
                 "leave it out, or check the layout"
             )
         return matrix_to_quat(matrix).numpy()

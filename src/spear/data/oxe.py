@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -27,18 +28,35 @@ from typing import Any, Literal, get_args
 from spear.errors import SpearError, unknown_name
 
 RotationFormat = Literal[
-    "euler_xyz", "euler_zxy", "quat_wxyz", "quat_xyzw", "rotation_vector", "matrix4_columns", "franka_joints"
+    "euler_xyz",
+    "euler_XYZ",
+    "euler_zxy",
+    "euler_zyx",
+    "rotation_vector",
+    "quat_wxyz",
+    "quat_xyzw",
+    "matrix4_columns",
+    "matrix4_rows",
+    "franka_joints",
 ]
 """How an orientation is written down.
 
-euler_xyz        roll, pitch, yaw about fixed axes, rad (R = Rz Ry Rx).
-euler_zxy        angles about the fixed axes z, x, y in that order, rad (R = Ry Rx Rz).
+euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
+euler_zyx        yaw, pitch, roll: euler_xyz with its columns the other way round.
+euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
+euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
+rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
-rotation_vector  axis times angle, rad.
-matrix4_columns  the 16 numbers of a homogeneous pose, column after column.
-franka_joints    none: the pose follows from a Franka's seven joint angles, rad, which are the column of positions
-                 and of rotations (`spear.data.franka`).
+matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column after column or row after row.
+franka_joints    none: the pose follows from a Franka's seven joint angles, which are the column of positions and of
+                 rotations (`spear.data.franka`).
 """
+ANGLES = ("euler_xyz", "euler_zyx", "euler_XYZ", "euler_zxy", "rotation_vector", "franka_joints")
+"""Formats that have a unit."""
+LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
+"""Unit -> metres."""
+ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
+"""Unit -> radians."""
 RECORDED_ONLY = ("franka_joints", "euler_zxy")
 """Formats of recorded orientations alone, which the audit believes and makes quaternions first: joint angles are
 nothing else, and angles about z, x, y are the mirror image of roll, pitch, yaw about other axes, which rotations alone
@@ -56,8 +74,10 @@ class DatasetSpec:
     images           our camera name -> column of encoded images.
     image_aspect     our camera name -> true width / height, where the stored images were squeezed.
     instruction      column of the instruction (its first row counts).
-    position         column of the end-effector position, metres, base frame (x forward, y left, z up).
+    position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
+    length_unit      of positions and of logged translations; see `LENGTH_UNITS`.
+    angle_unit       of the numbers in `rotation` and `logged_rotation` where these are angles; see `ANGLE_UNITS`.
     tool_rotation    quaternion (w, x, y, z) that turns the dataset's end-effector frame into ours, multiplied
                      from the right. Ours is parallel to the base frame when the gripper points straight down
                      and its fingers close along y.
@@ -82,6 +102,8 @@ class DatasetSpec:
     position: str | None = None
     rotation: str | None = None
     rotation_format: RotationFormat | None = None
+    length_unit: str = "m"
+    angle_unit: str = "rad"
     tool_rotation: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
     gripper: str | None = None
     gripper_range: tuple[float, float] | None = None
@@ -118,6 +140,8 @@ _NEEDED = ("position", "rotation", "rotation_format", "gripper", "gripper_range"
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "rotation_format": get_args(RotationFormat),
     "logged_rotation_format": tuple(f for f in get_args(RotationFormat) if f not in RECORDED_ONLY),
+    "length_unit": tuple(LENGTH_UNITS),
+    "angle_unit": tuple(ANGLE_UNITS),
     "logged_kind": get_args(ActionKind),
     "logged_frame": get_args(ActionFrame),
 }
@@ -199,6 +223,11 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         example = _EXAMPLES.get(key, "text")
         if not _alike(value, example):
             raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example)}")
+        if key == "logged_rotation_format" and value in RECORDED_ONLY:
+            raise SpearError(
+                f"wrong value: {path}: only recorded orientations are ever in {value}: give {key} how the logged "
+                f"rotations are written ({', '.join(_CHOICES[key])}), or leave it out"
+            )
         if key in _CHOICES and value not in _CHOICES[key]:
             raise unknown_name(f"{key} (in {path})", value, _CHOICES[key])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
