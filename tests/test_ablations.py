@@ -149,15 +149,15 @@ def test_what_sees_no_demonstrations_is_shared_whatever_they_are() -> None:
 def test_a_budget_is_the_same_for_every_row() -> None:
     plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
     steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
-    assert steps["full"] == [5000, 1500, 200, 6500, 1200]
-    assert steps["no-3d"] == [5000, 1500, 1200]
+    assert steps["full"] == [5000, 6000, 200, 2600, 1200]
+    assert steps["no-3d"] == [5000, 6000, 1200]
     assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
-    assert steps["no-3d-as-long"] == [5000, 1500, 2800]
+    assert steps["no-3d-as-long"] == [5000, 6000, 2800]
     assert steps["scratch-x9"] == [11_200]
     assert steps["siglip-thawed"][-2:] == [600, 600]
-    assert steps["no-images"] == [5000, 1500, 0, 1200]
+    assert steps["no-images"] == [5000, 6000, 0, 1200]
     short = make_plan(choose(["full"]), DATA, 1, 2, 1200, pretraining=0.1)
-    assert [t.steps for t in short.chains["full", 0]] == [500, 150, 20, 650, 1200]
+    assert [t.steps for t in short.chains["full", 0]] == [500, 600, 20, 260, 1200]
     assert {t.steps for t in short.trainings if t.recipe.name == "nano-depth"} == {1000}
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
