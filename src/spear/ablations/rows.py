@@ -74,6 +74,7 @@ _PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
 """A policy without 3D before it or beside it."""
 _UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": {}}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
+_TOKENS_NO_MOGE = {"multi_modal_projector": 0.02}
 _NO_MOGE_1 = tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector")
 
 _PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0", length=4.0))
@@ -83,13 +84,14 @@ It takes four times the recipe's steps, so that it finds in an image what it is 
 the recipe's own it does not yet, and the SPEAR-VLM stages that begin there spend most of their steps on that, by luck
 more or fewer.
 """
+_ONLY_TOKENS = {"lr_scale": {"multi_modal_projector": 0.02, "moge_projector": 0.02}}
+"""Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that cannot
+answer yet, lead to visual tokens that it no longer reads."""
+_GENTLY = {"lr": 2.5e-4}
 _LENGTH_2 = 0.4
-"""Of stage 2: what begins with a VLM that finds things needs no more."""
-_VLM_1, _VLM_2, _POLICY = (
-    Stage("nano-vlm-1", moge=True),
-    Stage("nano-vlm-2", length=_LENGTH_2),
-    Stage("nano-vla"),
-)
+"""Stage 2 begins with a VLM that finds things: it needs fewer steps, and a rate at which that is not forgotten."""
+_VLM_1 = Stage("nano-vlm-1", _ONLY_TOKENS, moge=True)
+_VLM_2, _POLICY = Stage("nano-vlm-2", _GENTLY, _LENGTH_2), Stage("nano-vla")
 _SPEAR_VLM = (*_PRETRAINED, _VLM_1, _VLM_2)
 _FULL = (*_SPEAR_VLM, _POLICY)
 PRETRAINING = ("nano-depth", *(stage.recipe for stage in _PRETRAINED))
@@ -158,8 +160,8 @@ TABLES: tuple[Table, ...] = (
                 "points, no objects",
                 (
                     *_PRETRAINED,
-                    Stage("nano-vlm-1", _about_pixels("nano-vlm-1"), moge=True),
-                    Stage("nano-vlm-2", _about_pixels("nano-vlm-2"), _LENGTH_2),
+                    Stage("nano-vlm-1", {**_ONLY_TOKENS, **_about_pixels("nano-vlm-1")}, moge=True),
+                    Stage("nano-vlm-2", {**_GENTLY, **_about_pixels("nano-vlm-2")}, _LENGTH_2),
                     Stage("nano-vla", _about_pixels("nano-vla")),
                 ),
                 "points but no objects",
@@ -169,8 +171,10 @@ TABLES: tuple[Table, ...] = (
                 "no MoGe",
                 (
                     *_PRETRAINED,
-                    Stage("nano-vlm-1", {"moge": False, "trained": _NO_MOGE_1}),
-                    Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}, _LENGTH_2),
+                    Stage("nano-vlm-1", {"moge": False, "trained": _NO_MOGE_1, "lr_scale": _TOKENS_NO_MOGE}),
+                    Stage(
+                        "nano-vlm-2", {**_GENTLY, "moge": False, "lr_scale": {"vision_tower": 0.3}}, _LENGTH_2
+                    ),
                     Stage("nano-vla", {"moge": False, "frozen": _ALSO_FROZEN}),
                 ),
                 "no MoGe",
@@ -181,7 +185,7 @@ TABLES: tuple[Table, ...] = (
                 (
                     *_PRETRAINED,
                     _VLM_1,
-                    Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}, _LENGTH_2),
+                    Stage("nano-vlm-2", {**_GENTLY, "frozen": ENCODERS, "lr_scale": {}}, _LENGTH_2),
                     _POLICY,
                 ),
                 "encoders frozen in the VLM stage",

@@ -306,8 +306,12 @@ def _grown(
     embeddings = model.get_parameter("language_model.embed_tokens.weight")
     assert model.moge_projector is not None
     with torch.no_grad():
-        # The new half of each visual token starts small beside what the language model can read already.
-        model.moge_projector.linear.weight.mul_(0.2)
+        # A visual token becomes the average of two projections. At the start it is what it was, so that the language
+        # model still reads it (our choice for nano): twice SigLIP's, and nothing of MoGe's.
+        for parameter in model.multi_modal_projector.parameters():
+            parameter.mul_(2)
+        for parameter in model.moge_projector.parameters():
+            parameter.zero_()
         generator = torch.Generator().manual_seed(seed)
         embeddings[first : first + bins] = init_new_embeddings(
             embeddings[: processor.location_start], bins, generator, stage.smooth_tokens
