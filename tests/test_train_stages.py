@@ -96,12 +96,35 @@ def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -
     assert json.loads((folder / "recipe.json").read_text())["init"] == {}
 
 
-def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
-    before, after = (parameters(walked.folders[name]) for name in ("nano-vlm-0", "nano-vlm-1"))
+@pytest.fixture(scope="module")
+def grown(walked: Walk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SPEAR-VLM before its first step."""
+    out, from_ = tmp_path_factory.mktemp("grown"), walked.folders
+    return train(
+        "nano-vlm-1", out, walked.labels, init=from_["nano-vlm-0"], moge=from_["nano-depth"], steps=0
+    )
+
+
+def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk, grown: Path) -> None:
+    """The average of both projections is at first what the language model knows, and no longer after a step."""
+    pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)).byte()
+    tokens = []
+    for folder in (walked.folders["nano-vlm-0"], grown, walked.folders["nano-vlm-1"]):
+        vlm = weights.load(SpearVLMForConditionalGeneration, folder).eval()
+        assert (vlm.moge is None) == (folder == walked.folders["nano-vlm-0"])
+        with torch.no_grad():
+            tokens.append(vlm.image_features("external", pixels))
+    before, start, after = tokens
+    torch.testing.assert_close(start, before, rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk, grown: Path) -> None:
+    before, after = parameters(grown), parameters(walked.folders["nano-vlm-1"])
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start
     embeddings = "language_model.embed_tokens.weight"
     changed = {n for n in before if n != embeddings and not torch.equal(before[n], after[n])}
-    assert changed == {n for n in before if n.startswith("multi_modal_projector.")}
+    assert changed == {n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))}
     assert torch.equal(before[embeddings][:first], after[embeddings][:first])
     assert not torch.equal(before[embeddings][first:], after[embeddings][first:])
     encoder = {n for n in after if n.startswith("moge.")}
