@@ -74,7 +74,6 @@ _PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
 """A policy without 3D before it or beside it."""
 _UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": {}}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
-_TOKENS_NO_MOGE = {"multi_modal_projector": 0.02}
 _NO_MOGE_1 = tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector")
 
 _PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0", length=4.0))
@@ -84,14 +83,22 @@ It takes four times the recipe's steps, so that it finds in an image what it is 
 the recipe's own it does not yet, and the SPEAR-VLM stages that begin there spend most of their steps on that, by luck
 more or fewer.
 """
-_ONLY_TOKENS = {"lr_scale": {"multi_modal_projector": 0.02, "moge_projector": 0.02}}
-"""Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that cannot
-answer yet, lead to visual tokens that it no longer reads."""
-_GENTLY = {"lr": 2.5e-4}
-_LENGTH_2 = 0.4
-"""Stage 2 begins with a VLM that finds things: it needs fewer steps, and a rate at which that is not forgotten."""
-_VLM_1 = Stage("nano-vlm-1", _ONLY_TOKENS, moge=True)
-_VLM_2, _POLICY = Stage("nano-vlm-2", _GENTLY, _LENGTH_2), Stage("nano-vla")
+
+
+def _vlm_1(moge: bool = True, **changes: Any) -> Stage:
+    """SPEAR-VLM's stage 1, which as good as learns the 3D tokens alone: projections that learn as fast, before a
+    language model that cannot answer yet, lead to visual tokens that it no longer reads."""
+    slow = ("multi_modal_projector", "moge_projector") if moge else ("multi_modal_projector",)
+    return Stage("nano-vlm-1", {"moge": moge, "lr_scale": dict.fromkeys(slow, 0.02), **changes}, moge=moge)
+
+
+def _vlm_2(**changes: Any) -> Stage:
+    """Its stage 2, which begins with a VLM that finds things: it needs fewer steps, and a rate at which that is not
+    forgotten."""
+    return Stage("nano-vlm-2", {"lr": 2.5e-4, **changes}, 0.4)
+
+
+_VLM_1, _VLM_2, _POLICY = _vlm_1(), _vlm_2(), Stage("nano-vla")
 _SPEAR_VLM = (*_PRETRAINED, _VLM_1, _VLM_2)
 _FULL = (*_SPEAR_VLM, _POLICY)
 PRETRAINING = ("nano-depth", *(stage.recipe for stage in _PRETRAINED))
@@ -160,8 +167,8 @@ TABLES: tuple[Table, ...] = (
                 "points, no objects",
                 (
                     *_PRETRAINED,
-                    Stage("nano-vlm-1", {**_ONLY_TOKENS, **_about_pixels("nano-vlm-1")}, moge=True),
-                    Stage("nano-vlm-2", {**_GENTLY, **_about_pixels("nano-vlm-2")}, _LENGTH_2),
+                    _vlm_1(**_about_pixels("nano-vlm-1")),
+                    _vlm_2(**_about_pixels("nano-vlm-2")),
                     Stage("nano-vla", _about_pixels("nano-vla")),
                 ),
                 "points but no objects",
@@ -171,10 +178,8 @@ TABLES: tuple[Table, ...] = (
                 "no MoGe",
                 (
                     *_PRETRAINED,
-                    Stage("nano-vlm-1", {"moge": False, "trained": _NO_MOGE_1, "lr_scale": _TOKENS_NO_MOGE}),
-                    Stage(
-                        "nano-vlm-2", {**_GENTLY, "moge": False, "lr_scale": {"vision_tower": 0.3}}, _LENGTH_2
-                    ),
+                    _vlm_1(moge=False, trained=_NO_MOGE_1),
+                    _vlm_2(moge=False, lr_scale={"vision_tower": 0.3}),
                     Stage("nano-vla", {"moge": False, "frozen": _ALSO_FROZEN}),
                 ),
                 "no MoGe",
@@ -185,7 +190,7 @@ TABLES: tuple[Table, ...] = (
                 (
                     *_PRETRAINED,
                     _VLM_1,
-                    Stage("nano-vlm-2", {**_GENTLY, "frozen": ENCODERS, "lr_scale": {}}, _LENGTH_2),
+                    _vlm_2(frozen=ENCODERS, lr_scale={}),
                     _POLICY,
                 ),
                 "encoders frozen in the VLM stage",
