@@ -11,7 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from spear.data.franka import franka_pose
-from spear.data.hypotheses import FORMS
+from spear.data.hypotheses import JUDGED
 from spear.data.layout import episode_from, recorded_pose, to_quaternion
 from spear.data.oxe import (
     ANGLES,
@@ -24,6 +24,7 @@ from spear.data.oxe import (
     missing,
     require,
 )
+from spear.data.rotations import FORMS
 from spear.errors import SpearError
 from spear.images import encode_jpeg
 
@@ -166,8 +167,8 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
 
 def test_what_the_audit_may_find_a_layout_can_say() -> None:
     assert set(WRITTEN) | {"franka_joints"} == set(get_args(RotationFormat))
-    assert set(FORMS) == set(WRITTEN) - {"euler_zxy"}
-    assert {form for form, (width, _) in FORMS.items() if width == 3} == set(ANGLES) - set(RECORDED_ONLY)
+    assert set(FORMS) == set(WRITTEN) and set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
+    assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(RECORDED_ONLY)
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
@@ -176,9 +177,8 @@ def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat)
     numbers = WRITTEN[layout](turn)
     got = Rotation.from_quat(to_quaternion(numbers, layout), scalar_first=True)
     assert (turn.inv() * got).magnitude().max() < 1e-6
-    if layout in FORMS:
-        same = Rotation.from_quat(FORMS[layout][1](torch.as_tensor(numbers)).numpy(), scalar_first=True)
-        assert (turn.inv() * same).magnitude().max() < 1e-6
+    same = Rotation.from_quat(FORMS[layout][1](torch.as_tensor(numbers)).numpy(), scalar_first=True)
+    assert (turn.inv() * same).magnitude().max() < 1e-6
 
 
 @pytest.mark.parametrize("layout", [*WRITTEN, "franka_joints"])

@@ -10,19 +10,17 @@ moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from spear.data.oxe import ANGLE_UNITS, LENGTH_UNITS
+from spear.data.oxe import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
+from spear.data.rotations import FORMS
 from spear.geometry import (
-    euler_to_quat,
-    matrix_to_quat,
     quat_conjugate,
-    quat_exp,
     quat_multiply,
     quat_normalize,
     quat_rotate,
@@ -155,27 +153,17 @@ def _vector(values: Array) -> torch.Tensor:
     return torch.as_tensor(np.asarray(values, np.float64))
 
 
-FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
-    "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
-    "euler_zyx": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
-    "rotation_vector": (3, quat_exp),
-    "quat_wxyz": (4, quat_normalize),
-    "quat_xyzw": (4, lambda v: quat_normalize(v[..., [3, 0, 1, 2]])),
-    "matrix4_columns": (16, lambda v: _from_pose(v, True)),
-    "matrix4_rows": (16, lambda v: _from_pose(v, False)),
-}
-"""Ways to write an orientation (`spear.data.oxe.RotationFormat`) -> (numbers, to quaternions)."""
+JUDGED = tuple(form for form in FORMS if form not in RECORDED_ONLY)
+"""Ways to write an orientation that are tried."""
 
 
-def _from_pose(values: torch.Tensor, columns: bool) -> torch.Tensor:
-    pose = values.unflatten(-1, (4, 4))
-    return matrix_to_quat((pose.transpose(-1, -2) if columns else pose)[..., :3, :3].contiguous())
+def _quaternions(form: str, values: torch.Tensor) -> torch.Tensor:
+    return quat_normalize(FORMS[form][1](values))
 
 
 def forms_of(values: Array) -> list[str]:
     """The ways in which numbers [N, d] may be meant as rotations."""
-    return [name for name, (width, _) in FORMS.items() if width == values.shape[1]]
+    return [name for name in JUDGED if FORMS[name][0] == values.shape[1]]
 
 
 def state_forms(values: Array) -> list[str]:
@@ -197,7 +185,7 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     unit = "deg" if scaled and np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
     values = _vector(rotation * ANGLE_UNITS[unit] if scaled else rotation)
     return {
-        name: FORMS[name][1](values).numpy() for name in state_forms(rotation)
+        name: _quaternions(name, values).numpy() for name in state_forms(rotation)
     }, unit if scaled else UNSCALED
 
 
@@ -334,9 +322,9 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
     for (kind, unit, factor), form in itertools.product(scales, forms_of(logged)):
         for signs, flip in zip(SIGNS, FLIPS, strict=True):
             if logged.shape[1] == 3:
-                turn = FORMS[form][1](_vector(logged * flip * factor))
+                turn = _quaternions(form, _vector(logged * flip * factor))
             else:
-                turn = FORMS[form][1](_vector(logged)) * _vector(np.concatenate([[1], flip]))
+                turn = _quaternions(form, _vector(logged)) * _vector(np.concatenate([[1], flip]))
             readings.append(Reading(kind, "base", unit, signs, 0, "-", form))
             quaternions.append(turn)
     return readings, torch.stack(quaternions)
@@ -353,5 +341,5 @@ def _added(
             continue
         reached = _vector(start + total * (flip * factor))
         for quaternions, state in zip(at, state_forms(angles), strict=True):
-            cosine = (FORMS[state][1](reached) * quaternions[:, 1:]).sum(-1).numpy()
+            cosine = (_quaternions(state, reached) * quaternions[:, 1:]).sum(-1).numpy()
             yield Reading(kind, "angles", unit, signs, shift, state, state), stretches.sums(_angle(cosine))

@@ -15,13 +15,10 @@ from spear.data.bad import OnBad, each
 from spear.data.episode import check_episode
 from spear.data.franka import franka_pose
 from spear.data.oxe import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat, column, require
+from spear.data.rotations import FORMS, pose_matrix
 from spear.errors import SpearError
 from spear.geometry import (
-    euler_to_quat,
-    euler_zxy_to_quat,
-    matrix_to_quat,
     quat_canonical,
-    quat_exp,
     quat_multiply,
 )
 from spear.images import decode_image, encode_jpeg
@@ -164,36 +161,28 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     Raises SpearError when d is not what the layout has (see `RotationFormat`).
     """
     tensor = torch.as_tensor(np.asarray(values, np.float64))
-    width = 3 if layout in ANGLES else 16 if layout.startswith("matrix4") else 4
+    width, convert = FORMS[layout]
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
-    if layout in ("euler_xyz", "euler_zyx"):
-        return euler_to_quat(tensor if layout == "euler_xyz" else tensor.flip(1), "xyz").numpy()
-    if layout == "euler_XYZ":
-        return euler_to_quat(tensor, "XYZ").numpy()
-    if layout == "euler_zxy":
-        return euler_zxy_to_quat(tensor).numpy()
-    if layout == "rotation_vector":
-        return quat_canonical(quat_exp(tensor)).numpy()
     if layout.startswith("matrix4"):
-        pose = tensor.reshape(-1, 4, 4)
-        if layout == "matrix4_columns":
-            pose = pose.transpose(1, 2)
-        matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
-        error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
-        row = (pose[:, 3] - last).abs().amax(1)
-        bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
-        if bad.any():
-            step, line = int(bad.int().argmax()), "column" if layout == "matrix4_columns" else "row"
-            raise SpearError(
-                f"not a rotation: {source} step {step}: the 16 numbers are no pose written {line} after {line}; "
-                "leave it out, or check the layout"
-            )
-        return matrix_to_quat(matrix).numpy()
-    if layout == "quat_xyzw":
-        tensor = tensor[:, [3, 0, 1, 2]]
-    return tensor.numpy()
+        _check_pose(tensor, layout, source)
+    return convert(tensor).numpy()
+
+
+def _check_pose(values: torch.Tensor, layout: RotationFormat, source: str) -> None:
+    columns = layout == "matrix4_columns"
+    pose = pose_matrix(values, columns)
+    matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
+    error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
+    row = (pose[:, 3] - last).abs().amax(1)
+    bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
+    if bad.any():
+        step, line = int(bad.int().argmax()), "column" if columns else "row"
+        raise SpearError(
+            f"not a rotation: {source} step {step}: the 16 numbers are no pose written {line} after {line}; "
+            "leave it out, or check the layout"
+        )
 
 
 def to_opening(values: Array, closed: float, opened: float) -> Array:
