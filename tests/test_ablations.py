@@ -310,9 +310,8 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
 
 def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
     good = make_plan(choose(["full"]), data, 1, 1, 1, TINY, 1e-9)
-    bad = make_plan(choose(["scratch"]), data, 1, 1, 1, {**TINY, "max_skipped": 0}, 1e-9)
-    policy = bad.scoring("scratch", 0).policy
-    scratch = Scoring(replace(policy, recipe=policy.recipe.changed(lr=float("nan"))), 1)
+    bad = make_plan(choose(["scratch"]), data, 1, 1, 1, {**TINY, "lr": float("nan"), "max_skipped": 0}, 1e-9)
+    scratch = bad.scoring("scratch", 0)
     jobs = [scratch.policy, scratch, good.trainings[0]]
     failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)
     assert len(failed) == 1 and "not finite" in failed[0] and scratch.policy.key in failed[0]

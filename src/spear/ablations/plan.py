@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spear.ablations.data import Data
-from spear.ablations.rows import PRETRAINING, Row, Stage, Table
+from spear.ablations.rows import LENGTHS, PRETRAINING, SETTINGS, Row, Stage, Table
 from spear.errors import SpearError
 from spear.flow import FlowConfig
 from spear.models.presets import preset
@@ -169,8 +169,9 @@ def _training(
 ) -> Training:
     plain = recipe(stage.recipe)
     acts, (policy_pace, earlier_pace) = plain.kind == "vla", paces
-    steps = round(plain.optimization.steps * stage.length * (policy_pace if acts else earlier_pace))
-    one = plain.changed(**{**changes, **stage.changes})
+    length = stage.length * LENGTHS.get(stage.recipe, 1.0)
+    steps = round(plain.optimization.steps * length * (policy_pace if acts else earlier_pace))
+    one = plain.changed(**{**SETTINGS.get(stage.recipe, {}), **changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if stage.recipe in PRETRAINING:
         seed = 0

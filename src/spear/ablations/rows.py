@@ -70,47 +70,40 @@ class Table:
 
 _ALSO_FROZEN = tuple(p for p in RECIPES["nano-vla"].optimization.frozen if p != "vlm.moge")
 """What the nano policy keeps as it is beside MoGe."""
-_RATE, _VLM_RATE = 6e-4, 2.5e-4 / 6e-4
-"""The policies' learning rate, and the VLM's as a factor on it: the VLM learns as in the recipe, the action expert
-faster, which takes a third off the steps (docs/ablations.md)."""
+_VLM_RATE = 2.5e-4 / 6e-4
 _SIGLIP_RATE = 0.3 * _VLM_RATE
 _VLM_ALONE = {"vlm": _VLM_RATE}
-"""Factors where SigLIP is frozen, or learns as fast as the rest of the VLM."""
+"""Factors on a policy's learning rate where SigLIP is frozen, or learns as fast as the rest of the VLM."""
 _BOTH = {**_VLM_ALONE, "vlm.vision_tower": _SIGLIP_RATE}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "nano-vlm-1": {"lr_scale": {"multi_modal_projector": 0.02, "moge_projector": 0.02}},
+    "nano-vlm-2": {"lr": 2.5e-4},
+    "nano-vla": {"lr": 6e-4, "lr_scale": _BOTH},
+}
+"""How a recipe is trained here, in all rows alike, unless `--set` or a row says otherwise (docs/ablations.md says what
+was tried).
+
+Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that cannot
+answer yet, lead to visual tokens that it no longer reads. Stage 2 begins with a VLM that finds things, and has a rate
+at which that is not forgotten. In the policy the action expert learns faster than the VLM, whose rate is the recipe's.
+"""
+LENGTHS = {"nano-vlm-0": 4.0, "nano-vlm-2": 0.4}
+"""Factors on recipes' steps, in all rows alike. With four times the recipe's, "nano-vlm-0" finds in an image what it is
+asked about, as PaliGemma does; after the recipe's own it does not yet, and the SPEAR-VLM stages that begin there spend
+most of their steps on that, by luck more or fewer. Otherwise they need fewer."""
 _PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
 """A policy without 3D before it or beside it."""
 _UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": _VLM_ALONE}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
-_NO_MOGE_1 = tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector")
+_NO_MOGE_1 = {
+    "moge": False,
+    "trained": tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector"),
+    "lr_scale": {"multi_modal_projector": 0.02},
+}
 
-_PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0", length=4.0))
-"""Stands for PaliGemma; with "nano-depth", which stands for MoGe, it is trained once for all rows and seeds.
-
-It takes four times the recipe's steps, so that it finds in an image what it is asked about, as PaliGemma does. After
-the recipe's own it does not yet, and the SPEAR-VLM stages that begin there spend most of their steps on that, by luck
-more or fewer.
-"""
-
-
-def _vlm_1(moge: bool = True, **changes: Any) -> Stage:
-    """SPEAR-VLM's stage 1, which as good as learns the 3D tokens alone: projections that learn as fast, before a
-    language model that cannot answer yet, lead to visual tokens that it no longer reads."""
-    slow = ("multi_modal_projector", "moge_projector") if moge else ("multi_modal_projector",)
-    return Stage("nano-vlm-1", {"moge": moge, "lr_scale": dict.fromkeys(slow, 0.02), **changes}, moge=moge)
-
-
-def _vlm_2(**changes: Any) -> Stage:
-    """Its stage 2, which begins with a VLM that finds things: it needs fewer steps, and a rate at which that is not
-    forgotten."""
-    return Stage("nano-vlm-2", {"lr": 2.5e-4, **changes}, 0.4)
-
-
-def _acting(changes: Mapping[str, Any] | None = None, length: float = 1.0, again: bool = False) -> Stage:
-    """The policy."""
-    return Stage("nano-vla", {"lr": _RATE, "lr_scale": _BOTH, **(changes or {})}, length, again=again)
-
-
-_VLM_1, _VLM_2, _POLICY = _vlm_1(), _vlm_2(), _acting()
+_PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0"))
+"""Stands for PaliGemma; with "nano-depth", which stands for MoGe, it is trained once for all rows and seeds."""
+_VLM_1, _VLM_2, _POLICY = Stage("nano-vlm-1", moge=True), Stage("nano-vlm-2"), Stage("nano-vla")
 _SPEAR_VLM = (*_PRETRAINED, _VLM_1, _VLM_2)
 _FULL = (*_SPEAR_VLM, _POLICY)
 PRETRAINING = ("nano-depth", *(stage.recipe for stage in _PRETRAINED))
@@ -125,7 +118,7 @@ def _about_pixels(stage: str) -> dict[str, Any]:
 
 def _policy(**changes: Any) -> tuple[Stage, ...]:
     """The full method, with a policy trained differently."""
-    return (*_SPEAR_VLM, _acting(changes))
+    return (*_SPEAR_VLM, Stage("nano-vla", changes))
 
 
 def _rotation(kind: str, loss: str) -> tuple[Stage, ...]:
@@ -134,7 +127,7 @@ def _rotation(kind: str, loss: str) -> tuple[Stage, ...]:
 
 
 def _longer(factor: float) -> tuple[Stage, ...]:
-    return (*_PRETRAINED, _acting(_PLAIN, factor))
+    return (*_PRETRAINED, Stage("nano-vla", _PLAIN, factor))
 
 
 def _share(name: str, title: str, images: float) -> Row:
@@ -179,9 +172,9 @@ TABLES: tuple[Table, ...] = (
                 "points, no objects",
                 (
                     *_PRETRAINED,
-                    _vlm_1(**_about_pixels("nano-vlm-1")),
-                    _vlm_2(**_about_pixels("nano-vlm-2")),
-                    _acting(_about_pixels("nano-vla")),
+                    Stage("nano-vlm-1", _about_pixels("nano-vlm-1"), moge=True),
+                    Stage("nano-vlm-2", _about_pixels("nano-vlm-2")),
+                    Stage("nano-vla", _about_pixels("nano-vla")),
                 ),
                 "points but no objects",
             ),
@@ -190,9 +183,9 @@ TABLES: tuple[Table, ...] = (
                 "no MoGe",
                 (
                     *_PRETRAINED,
-                    _vlm_1(moge=False, trained=_NO_MOGE_1),
-                    _vlm_2(moge=False, lr_scale={"vision_tower": 0.3}),
-                    _acting({"moge": False, "frozen": _ALSO_FROZEN}),
+                    Stage("nano-vlm-1", _NO_MOGE_1),
+                    Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}),
+                    Stage("nano-vla", {"moge": False, "frozen": _ALSO_FROZEN}),
                 ),
                 "no MoGe",
             ),
@@ -202,7 +195,7 @@ TABLES: tuple[Table, ...] = (
                 (
                     *_PRETRAINED,
                     _VLM_1,
-                    _vlm_2(frozen=ENCODERS, lr_scale={}),
+                    Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}),
                     _POLICY,
                 ),
                 "encoders frozen in the VLM stage",
@@ -259,7 +252,8 @@ TABLES: tuple[Table, ...] = (
                 "frozen, then trained",
                 (
                     *_SPEAR_VLM,
-                    _acting(
+                    Stage(
+                        "nano-vla",
                         {
                             "frozen": ("vlm.moge", "vlm.vision_tower"),
                             "lr_scale": _VLM_ALONE,
@@ -267,7 +261,7 @@ TABLES: tuple[Table, ...] = (
                         },
                         0.5,
                     ),
-                    _acting({"warmup": 0}, 0.5, again=True),
+                    Stage("nano-vla", {"warmup": 0}, 0.5, again=True),
                 ),
                 "frozen, then trained",
             ),
@@ -286,12 +280,12 @@ TABLES: tuple[Table, ...] = (
             Row(
                 "scratch",
                 f"from random weights, {AS_LONG:.1f} × the steps",
-                (_acting(_UNTRAINED, AS_LONG),),
+                (Stage("nano-vla", _UNTRAINED, AS_LONG),),
             ),
             Row(
                 "scratch-x9",
                 f"from random weights, {4 * AS_LONG:.1f} × the steps",
-                (_acting(_UNTRAINED, 4 * AS_LONG),),
+                (Stage("nano-vla", _UNTRAINED, 4 * AS_LONG),),
             ),
         ),
         note="Whether longer training would still help is read from neighbouring rows, each twice as long as the last.",
@@ -307,7 +301,7 @@ TABLES: tuple[Table, ...] = (
                 (
                     *_PRETRAINED,
                     Stage("nano-vlm-1", length=0.0, moge=True),
-                    _acting({"question_images": 0}),
+                    Stage("nano-vla", {"question_images": 0}),
                 ),
                 images=0.0,
             ),
