@@ -206,6 +206,7 @@ TABLES: tuple[Table, ...] = (
                 _policy(frozen=_ALSO_FROZEN, lr_scale={**_BOTH, "vlm.moge": _SIGLIP_RATE}),
                 "MoGe trained with actions",
             ),
+            Row("questions-before", "3D questions before the actions only", _policy(question_images=0)),
         ),
         "ablations",
     ),
