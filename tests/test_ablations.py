@@ -97,9 +97,9 @@ def test_what_rows_share_is_trained_once() -> None:
         "nano-vlm-0": 1,
         "nano-vlm-1": 9,  # as in the paper, about points, without MoGe
         "nano-vlm-2": 12,  # and with frozen encoders
-        "nano-vla": 18,
+        "nano-vla": 21,
     }
-    assert len(plan.scorings) == 18
+    assert len(plan.scorings) == 21
     full = plan.chains["full", 1]
     assert [t.recipe.name for t in full] == [
         "nano-siglip",
