@@ -18,6 +18,7 @@ from spear.models.presets import PRESETS
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import Spear1Policy, load_vlm
 from spear.scenes import label_scenes
+from spear.train.questions import length_groups
 from spear.train.recipes import ENCODERS, RECIPES, recipe
 from spear.train.run import train
 
@@ -66,6 +67,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(weights.load(SpearVLMForConditionalGeneration, folder).named_parameters())
+
+
+@pytest.mark.parametrize(("texts", "groups"), [(1, 1), (8, 1), (63, 1), (64, 2), (512, 4)])
+def test_few_texts_run_together(texts: int, groups: int) -> None:
+    assert length_groups(torch.nn.Linear(1, 1), {"input_ids": torch.zeros(texts, 5)}) == groups
 
 
 def test_the_result_answers_and_acts(walked: Walk) -> None:

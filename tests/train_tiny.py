@@ -61,7 +61,7 @@ class Acting:
         return acted.loss + 0.5 * asked, {**acted.parts, "questions": asked}
 
     def questions(self, asked: dict[str, Any]) -> torch.Tensor:
-        return self.model.vlm(**asked, length_groups=length_groups(self.model)).loss
+        return self.model.vlm(**asked, length_groups=length_groups(self.model, asked)).loss
 
 
 def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:

@@ -69,7 +69,8 @@ class VlaTask:
         )
         total, parts = output.loss, dict(output.parts)
         if self.questions is not None:
-            asked = self.model.vlm(**batch["questions"], length_groups=length_groups(self.model))
+            questions = batch["questions"]
+            asked = self.model.vlm(**questions, length_groups=length_groups(self.model, questions))
             total = total + self.question_weight * asked.loss
             parts |= {f"question_{k}": v for k, v in asked.parts.items()}
         return total, parts
