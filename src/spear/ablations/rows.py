@@ -68,17 +68,20 @@ class Table:
     note: str = ""
 
 
-_ALSO_FROZEN = tuple(p for p in RECIPES["nano-vla"].optimization.frozen if p != "vlm.moge")
+_ACTING = RECIPES["nano-vla"].optimization
+_ALSO_FROZEN = tuple(p for p in _ACTING.frozen if p != "vlm.moge")
 """What the nano policy keeps as it is beside MoGe."""
-_VLM_RATE = 2.5e-4 / 6e-4
-_SIGLIP_RATE = 0.3 * _VLM_RATE
-_VLM_ALONE = {"vlm": _VLM_RATE}
-"""Factors on a policy's learning rate where SigLIP is frozen, or learns as fast as the rest of the VLM."""
-_BOTH = {**_VLM_ALONE, "vlm.vision_tower": _SIGLIP_RATE}
+_SIGLIP_FROZEN = ("vlm.moge", "vlm.vision_tower")
+_RATE = 6e-4
+_VLM_RATE = _ACTING.lr / _RATE
+_SIGLIP_RATE = _ACTING.lr_scale["vlm.vision_tower"] * _VLM_RATE
+_RATES = {"vlm": _VLM_RATE, "vlm.vision_tower": _SIGLIP_RATE}
+"""Factors on the policies' learning rate, with which the VLM's rates are the recipe's."""
+_SLOWLY = {"multi_modal_projector": 0.02}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "nano-vlm-1": {"lr_scale": {"multi_modal_projector": 0.02, "moge_projector": 0.02}},
+    "nano-vlm-1": {"lr_scale": {**_SLOWLY, "moge_projector": 0.02}},
     "nano-vlm-2": {"lr": 2.5e-4},
-    "nano-vla": {"lr": 6e-4, "lr_scale": _BOTH},
+    "nano-vla": {"lr": _RATE, "lr_scale": _RATES},
 }
 """How a recipe is trained here, in all rows alike, unless `--set` or a row says otherwise (docs/ablations.md says what
 was tried).
@@ -93,12 +96,12 @@ asked about, as PaliGemma does; after the recipe's own it does not yet, and the 
 most of their steps on that, by luck more or fewer. Otherwise they need fewer."""
 _PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
 """A policy without 3D before it or beside it."""
-_UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": _VLM_ALONE}
+_UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": {"vlm": _VLM_RATE}}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
 _NO_MOGE_1 = {
     "moge": False,
     "trained": tuple(p for p in RECIPES["nano-vlm-1"].optimization.trained if p != "moge_projector"),
-    "lr_scale": {"multi_modal_projector": 0.02},
+    "lr_scale": _SLOWLY,
 }
 
 _PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0"))
@@ -203,7 +206,7 @@ TABLES: tuple[Table, ...] = (
             Row(
                 "moge-trained",
                 "MoGe trained with actions",
-                _policy(frozen=_ALSO_FROZEN, lr_scale={**_BOTH, "vlm.moge": _SIGLIP_RATE}),
+                _policy(frozen=_ALSO_FROZEN, lr_scale={**_RATES, "vlm.moge": _SIGLIP_RATE}),
                 "MoGe trained with actions",
             ),
             Row("questions-before", "3D questions before the actions only", _policy(question_images=0)),
@@ -245,7 +248,7 @@ TABLES: tuple[Table, ...] = (
             Row(
                 "siglip-frozen",
                 "frozen",
-                _policy(frozen=("vlm.moge", "vlm.vision_tower"), lr_scale=_VLM_ALONE),
+                _policy(frozen=_SIGLIP_FROZEN),
                 "frozen",
             ),
             Row(
@@ -255,11 +258,7 @@ TABLES: tuple[Table, ...] = (
                     *_SPEAR_VLM,
                     Stage(
                         "nano-vla",
-                        {
-                            "frozen": ("vlm.moge", "vlm.vision_tower"),
-                            "lr_scale": _VLM_ALONE,
-                            "schedule": "constant",
-                        },
+                        {"frozen": _SIGLIP_FROZEN, "schedule": "constant"},
                         0.5,
                     ),
                     Stage("nano-vla", {"warmup": 0}, 0.5, again=True),

@@ -17,10 +17,7 @@ from spear.data.franka import franka_pose
 from spear.data.oxe import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat, column, require
 from spear.data.rotations import FORMS, pose_matrix
 from spear.errors import SpearError
-from spear.geometry import (
-    quat_canonical,
-    quat_multiply,
-)
+from spear.geometry import quat_canonical, quat_multiply
 from spear.images import decode_image, encode_jpeg
 from spear.types import Array, Episode
 
