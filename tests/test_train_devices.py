@@ -20,11 +20,23 @@ from spear.cli import main
 from spear.errors import SpearError
 from spear.models.moge import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
-from spear.train.devices import choose_device
+from spear.train.devices import choose_device, for_device, has_bfloat16
 from spear.train.optimize import Optimization, Stepper
 from train_tiny import Acting
 
-CUDA = torch.device("cuda", 0)
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Optimization(steps=1, lr=1e-3, frozen_precision="bf16", moments="bf16")
+    plain = Optimization(steps=1, lr=1e-3, precision="fp32")
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert has_bfloat16(CPU) == has and has_bfloat16(CUDA)
+        assert for_device(asked, CUDA) == asked and for_device(plain, CPU) == plain
+        settled = for_device(asked, CPU)
+        kept = "bf16" if has else "fp32"
+        assert (settled.precision, settled.frozen_precision, settled.moments) == (kept, kept, "bf16")
 
 
 def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,28 @@
-"""Which device a process trains on."""
+"""Which device a process trains on, and in which precision."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
 
 from spear.errors import SpearError, unknown_name
+from spear.train.optimize import Optimization
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16. A CPU with AVX2 alone does not: it is many times slower so."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def for_device(opt: Optimization, device: torch.device) -> Optimization:
+    """What is asked for, in float32 on a device without bfloat16."""
+    if opt.precision == "fp32" or has_bfloat16(device):
+        return opt
+    return dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
 
 
 def choose_device(name: str = "auto") -> torch.device:

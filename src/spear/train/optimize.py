@@ -53,7 +53,8 @@ class Optimization:
     trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; the weights that learn stay float32.
+    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that does not
+                      compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
     frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory. They
                       are used in bfloat16 under autocast anyway.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.adamw`).

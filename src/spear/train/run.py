@@ -10,6 +10,7 @@ import dataclasses
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from spear.errors import SpearError
 from spear.train import loop, parallel, sharding
 from spear.train.allocator import keep_freed_memory
 from spear.train.build import build
-from spear.train.devices import choose_device
+from spear.train.devices import choose_device, for_device
 from spear.train.recipes import Recipe, recipe
 
 
@@ -62,6 +63,10 @@ def train(
     if place.type == "cpu":
         keep_freed_memory()
     parallel.start(place)
+    settled = for_device(stage.optimization, place)
+    if settled != stage.optimization and not quiet and parallel.rank() == 0:
+        print("this CPU does not compute in bfloat16: training in float32", file=sys.stderr)
+    stage = dataclasses.replace(stage, optimization=settled)
     stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
     model, task, save = build(stage, labels, episodes, init, moge, seed)
     averaged = loop.run(
