@@ -113,8 +113,8 @@ def make(
     scale: float = 1.1,
     workers: int = 2,
     check: int = 100,
-    init: Path = Path("runs/nano-vlm-0"),
-    moge: Path = Path("runs/nano-depth"),
+    init: str = "nano-vlm-0",
+    moge: str = "nano-depth",
 ) -> None:
     """Label scenes both ways, say how true the labels are, and print the commands that train on them.
 

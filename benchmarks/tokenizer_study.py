@@ -101,8 +101,8 @@ def _points(values: Array) -> Array:
 def commands(
     labels: Labels = Path("runs/labels"),
     out: Path = Path("runs/tokenizer"),
-    init: Path = Path("runs/nano-vlm-0"),
-    moge: Path = Path("runs/nano-depth"),
+    init: str = "nano-vlm-0",
+    moge: str = "nano-depth",
     steps: int = 2000,
     images: int = 300,
 ) -> None:

@@ -1,42 +1,46 @@
-"""Puts a trained nano policy into the package, as bfloat16: `python scripts/ship_nano.py runs/nano-vla/final`.
+"""Puts a trained folder into the package, as bfloat16: `python scripts/ship_nano.py runs/nano-vla nano`.
 
-The policy holds its whole SPEAR-VLM, so one folder serves `spear ask` and `spear evaluate`. Results are written
-into the model card by hand from the outputs of `spear evaluate vqa` and `spear evaluate`.
+The name is what commands take: "nano", the policy, which holds its whole SPEAR-VLM, so that one folder serves
+`spear ask` and `spear evaluate`; "nano-vlm-0" and "nano-depth", from which SPEAR-VLM is trained. Results are written
+into the model card by hand, from the outputs of `spear evaluate vqa` and `spear evaluate`.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-SHIPPED = Path(__file__).parents[1] / "src" / "spear" / "weights" / "nano"
+from spear.policy import SHIPPED, locate
+
 LIMIT_MB = 20
 
 
-def main(final: Path) -> None:
-    """Copy the folder, weights rounded to bfloat16."""
-    part = SHIPPED.with_name(".part-nano")
+def main(trained: str, name: str) -> None:
+    """Copy the folder, weights rounded to bfloat16; a card that is there stays."""
+    final, shipped = locate(trained), SHIPPED / name
+    part = SHIPPED / f".part-{name}"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(final, part)
     weights = load_file(final / "model.safetensors")
     save_file(
         {k: v.to(torch.bfloat16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
     )
-    card = SHIPPED / "README.md"
+    card = shipped / "README.md"
     if card.is_file():
         shutil.copy(card, part)
     size = sum(f.stat().st_size for f in part.rglob("*") if f.is_file()) / 1e6
     if size > LIMIT_MB:
         shutil.rmtree(part)
         sys.exit(f"{final}: {size:.1f} MB is more than the {LIMIT_MB} MB that may ship")
-    shutil.rmtree(SHIPPED, ignore_errors=True)
-    part.replace(SHIPPED)
-    print(f"{SHIPPED}: {size:.1f} MB")
+    shutil.rmtree(shipped, ignore_errors=True)
+    part.replace(shipped)
+    print(f"{shipped}: {size:.1f} MB")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) != 3:
+        sys.exit("usage: python scripts/ship_nano.py TRAINED_FOLDER NAME")
+    main(*sys.argv[1:])

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +21,7 @@ from spear.ablations.curve import drawing
 from spear.ablations.data import Data, look_at, make_episodes
 from spear.ablations.estimate import describe, measure, seconds, steps_for
 from spear.ablations.pages import write
-from spear.ablations.plan import Plan, Scoring, Training, make_plan
+from spear.ablations.plan import Plan, Pretrained, Scoring, Training, Weights, make_plan, pretrained
 from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, choose
 from spear.ablations.run import done, final, lock, run
 from spear.ablations.table import fill, judge
@@ -39,11 +40,12 @@ from spear.train.recipes import RECIPES
 from spear.types import Action
 
 DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
+START = Pretrained(Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
 TINY = {"batch_size": 2, "question_images": 1, "flow_samples": 1}
 
 
 def planned(*names: str, seeds: int = 3, scenes: int = 2, budget: int | None = None) -> Plan:
-    return make_plan(choose(names), DATA, seeds, scenes, budget)
+    return make_plan(choose(names), DATA, START, seeds, scenes, budget)
 
 
 def test_every_row_has_its_published_number_and_something_to_compare_with() -> None:
@@ -92,32 +94,25 @@ def test_what_rows_share_is_trained_once() -> None:
     plan = planned("3d")
     count = {name: sum(t.recipe.name == name for t in plan.trainings) for name in RECIPES}
     assert {n: c for n, c in count.items() if c} == {
-        "nano-depth": 1,
-        "nano-siglip": 1,
-        "nano-vlm-0": 1,
         "nano-vlm-1": 9,  # as in the paper, about points, without MoGe
         "nano-vlm-2": 12,  # and with frozen encoders
         "nano-vla": 21,
     }
     assert len(plan.scorings) == 21
     full = plan.chains["full", 1]
-    assert [t.recipe.name for t in full] == [
-        "nano-siglip",
-        "nano-vlm-0",
-        "nano-vlm-1",
-        "nano-vlm-2",
-        "nano-vla",
-    ]
-    assert [t.seed for t in full] == [0, 0, 1, 1, 1]
-    assert full[2].moge is not None and [t.moge for t in full if t is not full[2]] == [None] * 4
+    assert [t.recipe.name for t in full] == ["nano-vlm-1", "nano-vlm-2", "nano-vla"]
+    assert [t.seed for t in full] == [1, 1, 1]
+    assert full[0].init == START.vlm and [t.moge for t in full] == [START.depth, None, None]
     assert all(t.init == before.key for before, t in pairwise(full))
-    assert plan.chains["no-moge", 0][2].recipe.optimization.trained == (
+    assert planned("scratch").chains["scratch", 0][0].init is None
+    assert plan.chains["no-moge", 0][0].moge is None
+    assert plan.chains["no-moge", 0][0].recipe.optimization.trained == (
         "multi_modal_projector",
         "language_model.embed_tokens",
     )
     seen: set[str] = set()
     for job in plan.jobs:  # what is needed comes first
-        needs = [job.policy.key] if isinstance(job, Scoring) else [k for k in (job.init, job.moge) if k]
+        needs = [job.policy.key] if isinstance(job, Scoring) else [job.init] * isinstance(job.init, str)
         assert seen.issuperset(needs)
         seen |= {job.key} if isinstance(job, Training) else set()
     everything = planned()
@@ -131,16 +126,21 @@ def test_keys_follow_what_decides_the_result() -> None:
     key = planned("full", seeds=1).scoring("full", 0).folder
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).folder == key
     others = [
-        make_plan(choose(["full"]), replace(DATA, key="other"), 1),
-        make_plan(choose(["full"]), DATA, 1, budget=7),
-        make_plan(choose(["full"]), DATA, 1, changes={"lr": 1e-5}),
+        make_plan(choose(["full"]), replace(DATA, key="other"), START, 1),
+        make_plan(choose(["full"]), DATA, replace(START, vlm=START.depth), 1),
+        make_plan(choose(["full"]), DATA, replace(START, depth=START.vlm), 1),
+        make_plan(choose(["full"]), DATA, START, 1, budget=7),
+        make_plan(choose(["full"]), DATA, START, 1, changes={"lr": 1e-5}),
     ]
-    assert len({key, *(plan.scoring("full", 0).folder for plan in others)}) == 4
+    assert len({key, *(plan.scoring("full", 0).folder for plan in others)}) == 6
+    moved = replace(START, vlm=replace(START.vlm, folder=Path("elsewhere")))
+    assert make_plan(choose(["full"]), DATA, moved, 1).scoring("full", 0).folder == key
 
 
 def test_what_sees_no_demonstrations_is_shared_whatever_they_are() -> None:
     mine, others = (
-        make_plan(choose(["full"]), data, 1) for data in (DATA, replace(DATA, key="more demonstrations"))
+        make_plan(choose(["full"]), data, START, 1)
+        for data in (DATA, replace(DATA, key="more demonstrations"))
     )
     ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (mine, others))
     assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
@@ -149,21 +149,20 @@ def test_what_sees_no_demonstrations_is_shared_whatever_they_are() -> None:
 def test_a_budget_is_the_same_for_every_row() -> None:
     plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
     steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
-    assert steps["full"] == [5000, 6000, 200, 2600, 1200]
-    assert steps["no-3d"] == [5000, 6000, 1200]
+    assert steps["full"] == [200, 2600, 1200]
+    assert steps["no-3d"] == [1200]
     assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
-    assert steps["no-3d-as-long"] == [5000, 6000, 2800]
+    assert steps["no-3d-as-long"] == [2800]
     assert steps["scratch-x9"] == [11_200]
     assert steps["siglip-thawed"][-2:] == [600, 600]
-    assert steps["no-images"] == [5000, 6000, 0, 1200]
-    short = make_plan(choose(["full"]), DATA, 1, 2, 1200, pretraining=0.1)
-    assert [t.steps for t in short.chains["full", 0]] == [500, 600, 20, 260, 1200]
-    assert {t.steps for t in short.trainings if t.recipe.name == "nano-depth"} == {1000}
+    assert steps["no-images"] == [0, 1200]
+    short = make_plan(choose(["full"]), DATA, START, 1, 2, 1200, pretraining=0.1)
+    assert [t.steps for t in short.chains["full", 0]] == [20, 260, 1200]
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
     asked = [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]]
-    assert asked == [0, 0, 204, 204, 204]
+    assert asked == [204, 204, 204]
 
 
 def test_bad_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,9 +176,10 @@ def test_bad_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         {"pretraining": 0.0},
     ):
         with pytest.raises(SpearError, match=r"^--(seeds|scenes|budget|set|pretraining)"):
-            make_plan(choose([]), DATA, **arguments)
+            make_plan(choose([]), DATA, START, **arguments)
     for argv, hint in (
         (["--budget", "long"], "600min"),
+        (["--init", "nano-vlm-9"], "nano-vlm-0"),
         (["--labels", str(tmp_path / "a"), "--episodes", str(tmp_path / "b")], "no episodes"),
     ):
         assert main(["evaluate", "ablations", "--out", str(tmp_path / "out"), *argv]) == 2
@@ -262,8 +262,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
-    plan = make_plan(choose(["full", "points"]), data, 1, 1, 1, TINY, 1e-9)
-    plan = replace(plan, jobs=plan.jobs[:-1])  # one scoring is enough
+    plan = make_plan(choose(["full", "points"]), data, pretrained(), 1, 1, 1, TINY, 1e-9)
     said: list[str] = []
 
     def die(words: str) -> None:
@@ -275,12 +274,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
     child.join()
     assert child.exitcode == -signal.SIGKILL
     made = {job.key: done(tmp_path, job) for job in plan.trainings}
-    assert [job.recipe.name for job in plan.trainings if made[job.key]] == [
-        "nano-depth",
-        "nano-siglip",
-        "nano-vlm-0",
-        "nano-vlm-1",
-    ]
+    assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
     assert run(plan, tmp_path, data, 0, True, said.append) == []
     assert {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]} == kept
@@ -289,33 +283,33 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("stages/*/checkpoints"))
     again: list[str] = []
     assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []
-    points = final(tmp_path, plan.chains["points", 0][-1])
+    points = final(tmp_path, plan.chains["points", 0][-2])
     asked = json.loads((points / "recipe.json").read_text())["recipe"]["questions"]["families"]
     assert "pixel_point" in asked and "box_vertices" not in asked
     table = fill(plan, tmp_path, data)[0]
-    assert {line.row.name: line.success is not None for line in table.lines} == {
-        "full": True,
-        "points": False,
-    }
+    assert all(line.success is not None for line in table.lines)
     rates = measure(plan, tmp_path, data, said.append)
     assert len(said) == len(plan.jobs) - len(kept)  # all rates come from logs
     assert rates.scene > 0 and seconds(plan.trainings[0], rates) > 0
     assert "Left: 0.0 hours" in describe(plan, tmp_path, rates)
-    more = make_plan(choose(["full"]), data, 1, 1, None, TINY)
+    more = make_plan(choose(["full"]), data, pretrained(), 1, 1, None, TINY)
     minutes = sum(seconds(job, rates) for job in more.jobs) / 60
     assert steps_for(minutes, more, rates) == pytest.approx(12_000, rel=0.01)
     with pytest.raises(SpearError, match="pretraining and scoring alone take"):
         steps_for(0.0, more, rates)
+    shutil.rmtree(tmp_path / "stages")
+    assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []  # all policies are scored
 
 
 def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
-    good = make_plan(choose(["full"]), data, 1, 1, 1, TINY, 1e-9)
-    bad = make_plan(choose(["scratch"]), data, 1, 1, 1, {**TINY, "lr": float("nan"), "max_skipped": 0}, 1e-9)
+    good = make_plan(choose(["no-3d"]), data, pretrained(), 1, 1, 1, TINY, 1e-9).scoring("no-3d", 0)
+    broken = {**TINY, "lr": float("nan"), "max_skipped": 0}
+    bad = make_plan(choose(["scratch"]), data, pretrained(), 1, 1, 1, broken, 1e-9)
     scratch = bad.scoring("scratch", 0)
-    jobs = [scratch.policy, scratch, good.trainings[0]]
+    jobs = [scratch.policy, scratch, good.policy, good]
     failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)
     assert len(failed) == 1 and "not finite" in failed[0] and scratch.policy.key in failed[0]
-    assert [done(tmp_path, job) for job in jobs] == [False, False, True]
+    assert [done(tmp_path, job) for job in jobs] == [False, False, True, True]
 
 
 def test_a_lock_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:

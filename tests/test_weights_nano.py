@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
+import pytest
 
 from spear.evaluate import vqa
 from spear.evaluate.held_out import held_out_labels
 from spear.policy import SHIPPED, Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
+from spear.train.recipes import RECIPES
 
 
-def test_they_are_small_and_have_a_card() -> None:
-    files = [f for f in (SHIPPED / "nano").rglob("*") if f.is_file()]
+@pytest.mark.parametrize("name", ["nano", "nano-vlm-0", "nano-depth"])
+def test_they_are_small_and_have_a_card(name: str) -> None:
+    files = [f for f in (SHIPPED / name).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 20e6
-    card = (SHIPPED / "nano" / "README.md").read_text()
+    card = (SHIPPED / name / "README.md").read_text()
     assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
-    assert "_name_or_path" not in (SHIPPED / "nano" / "config.json").read_text()  # of whoever trained them
+    assert "_name_or_path" not in (SHIPPED / name / "config.json").read_text()  # of whoever trained them
+
+
+@pytest.mark.parametrize("name", ["nano-vlm-0", "nano-depth"])
+def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) -> None:
+    made = json.loads((SHIPPED / name / "recipe.json").read_text())["recipe"]
+    today = json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))
+    for one in (made, today):
+        del one["optimization"]["precision"]  # float32 where the CPU has no bfloat16
+    assert made == today
 
 
 def test_the_vlm_sees_where_things_are() -> None:

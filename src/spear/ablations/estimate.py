@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from spear.ablations.data import Data
 from spear.ablations.plan import POLICY, Plan, Scoring, Training
-from spear.ablations.run import Job, done
+from spear.ablations.run import Job, done, left
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.actors import PolicyActor
@@ -21,6 +23,7 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 from spear.train.build import build
+from spear.train.devices import for_device
 from spear.train.optimize import Stepper
 from spear.train.recipes import RECIPES, Recipe
 from spear.train.vla import VlaTask
@@ -101,7 +104,7 @@ def _timed(job: Training, data: Data) -> tuple[float, Spear1Policy | None]:
     """Seconds per step of a training from random weights; of a policy's, also the untrained policy."""
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     model, task, _ = build(job.recipe, data.labels, robots)
-    stepper = Stepper(task, job.recipe.optimization, 0)
+    stepper = Stepper(task, for_device(job.recipe.optimization, torch.device("cpu")), 0)
     stepper(0, task.batch(0))
     started = time.perf_counter()
     for step in range(1, STEPS + 1):
@@ -152,9 +155,9 @@ def describe(plan: Plan, out: Path, rates: Rates) -> str:
             f"{name:<14} {len(jobs):7} {sum(id(j) in finished for j in jobs):5} {_span(sizes, ','):>24} "
             f"{_span(times, '.1f'):>16}"
         )
-    left = [job for job in plan.jobs if id(job) not in finished]
-    train = sum(seconds(job, rates) for job in left if isinstance(job, Training)) / 3600
-    score = sum(seconds(job, rates) for job in left if isinstance(job, Scoring)) / 3600
+    todo = left(plan, out)
+    train = sum(seconds(job, rates) for job in todo if isinstance(job, Training)) / 3600
+    score = sum(seconds(job, rates) for job in todo if isinstance(job, Scoring)) / 3600
     rows = sum(len(members) for _, members in plan.tables)
     lines.append(
         f"{rows} rows, {plan.seeds} seeds. Left: {train + score:.1f} hours by one process ({train:.1f} training, "

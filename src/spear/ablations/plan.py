@@ -1,7 +1,7 @@
 """From rows to what has to be trained and scored: each training once, however many rows and seeds share it.
 
-A training is known by its contents: recipe, preset, seed, data, and the trainings that it begins with. Its key is a
-hash of these, so that what was trained under a key stays valid whatever else is asked for later.
+A training is known by its contents: recipe, preset, seed, data, and what it begins with. Its key is a hash of these,
+so that what was trained under a key stays valid whatever else is asked for later.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spear.ablations.data import Data
-from spear.ablations.rows import LENGTHS, PRETRAINING, SETTINGS, Row, Stage, Table
+from spear.ablations.rows import LENGTHS, SETTINGS, Row, Stage, Table
 from spear.errors import SpearError
+from spear.evaluate.load import fingerprint
 from spear.flow import FlowConfig
 from spear.models.presets import preset
+from spear.policy import locate
 from spear.sim.scene import FAMILIES
 from spear.train.recipes import RECIPES, Recipe, recipe
 
@@ -31,14 +34,33 @@ _WORDS = ("name", "description", "starts_from")
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Trained weights that a plan begins with: their folder, and a hash of them."""
+
+    folder: Path
+    key: str
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What stands for published weights in all rows and seeds: `vlm` for PaliGemma's, `depth` for MoGe's."""
+
+    vlm: Weights
+    depth: Weights
+
+
+@dataclass(frozen=True)
 class Training:
-    """One stage to train: a recipe as it will run, its seed, and the keys of what it begins with (None: nothing)."""
+    """One stage to train: a recipe as it will run, its seed, and what it begins with.
+
+    init  the key of another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
+    """
 
     key: str
     recipe: Recipe
     seed: int
-    init: str | None = None
-    moge: str | None = None
+    init: str | Weights | None = None
+    moge: Weights | None = None
 
     @property
     def folder(self) -> str:
@@ -99,9 +121,16 @@ class Plan:
         return Scoring(self.chains[row, seed][-1], self.scenes)
 
 
+def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> Pretrained:
+    """By names or folders; those that come with this package. Raises `SpearError` where there are none."""
+    folders = locate(vlm), locate(depth)
+    return Pretrained(*(Weights(folder, fingerprint(folder)) for folder in folders))
+
+
 def make_plan(
     tables: Sequence[tuple[Table, Sequence[Row]]],
     data: Data,
+    start: Pretrained,
     seeds: int = 3,
     scenes: int = 200,
     budget: int | None = None,
@@ -113,7 +142,7 @@ def make_plan(
     scenes   held-out scenes per task family.
     budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own steps.
     changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
-    pretraining  factor on the steps of all stages before the policy.
+    pretraining  factor on the steps of SPEAR-VLM's stages.
 
     Raises `SpearError` for fewer than one seed, scene or step, and for a factor that is not positive.
     """
@@ -133,8 +162,7 @@ def make_plan(
     for seed in range(seeds):
         for _, rows in tables:
             for row in rows:
-                chain = _chain(row, seed, data, paces, dict(changes or {}))
-                chains[row.name, seed] = chain[-len(row.stages) :]
+                chain = chains[row.name, seed] = _chain(row, seed, data, start, paces, dict(changes or {}))
                 for training in chain:
                     jobs.setdefault(training.key, training)
                 jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes))
@@ -142,17 +170,19 @@ def make_plan(
 
 
 def _chain(
-    row: Row, seed: int, data: Data, paces: tuple[float, float], changes: Mapping[str, Any]
+    row: Row,
+    seed: int,
+    data: Data,
+    start: Pretrained,
+    paces: tuple[float, float],
+    changes: Mapping[str, Any],
 ) -> list[Training]:
-    """A row's trainings for a seed, the depth encoder's first when it is needed."""
+    """A row's trainings for a seed, in order."""
     chain: list[Training] = []
-    moge = None
-    if any(stage.moge for stage in row.stages):
-        chain.append(_training(Stage("nano-depth"), row, seed, data, paces, changes))
-        moge = chain[0].key
-    before = None
+    before: str | Weights | None = start.vlm if row.pretrained else None
     for stage in row.stages:
-        chain.append(_training(stage, row, seed, data, paces, changes, before, moge if stage.moge else None))
+        moge = start.depth if stage.moge else None
+        chain.append(_training(stage, row, seed, data, paces, changes, before, moge))
         before = chain[-1].key
     return chain
 
@@ -164,8 +194,8 @@ def _training(
     data: Data,
     paces: tuple[float, float],
     changes: Mapping[str, Any],
-    init: str | None = None,
-    moge: str | None = None,
+    init: str | Weights | None,
+    moge: Weights | None,
 ) -> Training:
     plain = recipe(stage.recipe)
     acts, (policy_pace, earlier_pace) = plain.kind == "vla", paces
@@ -173,9 +203,7 @@ def _training(
     steps = round(plain.optimization.steps * length * (policy_pace if acts else earlier_pace))
     one = plain.changed(**{**SETTINGS.get(stage.recipe, {}), **changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
-    if stage.recipe in PRETRAINING:
-        seed = 0
-    elif 0 < row.images < 1:
+    if 0 < row.images < 1:
         one = one.changed(most_images=max(1, round(row.images * data.images)))
     if stage.again:
         seed += AGAIN
@@ -184,5 +212,6 @@ def _training(
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     learned_from = data.key if acts else data.labels_key
-    identity = json.dumps([fields, size, seed, init, moge, learned_from], sort_keys=True)
+    begins = [part.key if isinstance(part, Weights) else part for part in (init, moge)]
+    identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)

@@ -22,7 +22,7 @@ class Stage:
 
     recipe   of `spear.train.recipes`; changes: as in `Recipe.changed`.
     length   factor on the recipe's steps; 0 only puts the network together.
-    moge     begins with the encoder that "nano-depth" trained.
+    moge     the pretrained depth encoder joins.
     again    continues the stage before it on the same data: in another order.
     """
 
@@ -42,6 +42,7 @@ class Row:
     stages     what is trained, in order; the last one is the policy.
     published  the counterpart's name in the table's published numbers; "" where the paper has none.
     images     share of the 3D-labelled images that questions are asked about.
+    pretrained  begins with the pretrained VLM; False: with random weights.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     stages: Sequence[Stage]
     published: str = ""
     images: float = 1.0
+    pretrained: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,20 @@ _SLOWLY = {"multi_modal_projector": 0.02}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nano-vlm-1": {"lr_scale": {**_SLOWLY, "moge_projector": 0.02}},
     "nano-vlm-2": {"lr": 2.5e-4},
-    "nano-vla": {"lr": _RATE, "lr_scale": _RATES},
+    "nano-vla": {"lr": _RATE, "lr_scale": _RATES, "question_images": 0},
 }
 """How a recipe is trained here, in all rows alike, unless `--set` or a row says otherwise (docs/ablations.md says what
 was tried).
 
 Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that cannot
 answer yet, lead to visual tokens that it no longer reads. Stage 2 begins with a VLM that finds things, and has a rate
-at which that is not forgotten. In the policy the action expert learns faster than the VLM, whose rate is the recipe's.
+at which that is not forgotten. In the policy the action expert learns faster than the VLM, whose rate is the recipe's,
+and no questions are asked beside the actions, as in the paper: the recipe's are our choice and have their own row.
 """
-LENGTHS = {"nano-vlm-0": 4.0, "nano-vlm-2": 0.4}
-"""Factors on recipes' steps, in all rows alike. With four times the recipe's, "nano-vlm-0" finds in an image what it is
-asked about, as PaliGemma does; after the recipe's own it does not yet, and the SPEAR-VLM stages that begin there spend
-most of their steps on that, by luck more or fewer. Otherwise they need fewer."""
-_PLAIN = {"moge": False, "question_images": 0, "frozen": _ALSO_FROZEN}
-"""A policy without 3D before it or beside it."""
+LENGTHS = {"nano-vlm-2": 0.4}
+"""Factors on recipes' steps, in all rows alike."""
+_PLAIN = {"moge": False, "frozen": _ALSO_FROZEN}
+"""A policy whose VLM has no MoGe."""
 _UNTRAINED = {**_PLAIN, "frozen": (), "lr_scale": {"vlm": _VLM_RATE}}
 """The same when nothing was pretrained, so that nothing is worth keeping."""
 _NO_MOGE_1 = {
@@ -104,13 +105,9 @@ _NO_MOGE_1 = {
     "lr_scale": _SLOWLY,
 }
 
-_PRETRAINED = (Stage("nano-siglip"), Stage("nano-vlm-0"))
-"""Stands for PaliGemma; with "nano-depth", which stands for MoGe, it is trained once for all rows and seeds."""
 _VLM_1, _VLM_2, _POLICY = Stage("nano-vlm-1", moge=True), Stage("nano-vlm-2"), Stage("nano-vla")
-_SPEAR_VLM = (*_PRETRAINED, _VLM_1, _VLM_2)
+_SPEAR_VLM = (_VLM_1, _VLM_2)
 _FULL = (*_SPEAR_VLM, _POLICY)
-PRETRAINING = ("nano-depth", *(stage.recipe for stage in _PRETRAINED))
-"""Recipes that stand for published weights: one seed for all."""
 
 
 def _about_pixels(stage: str) -> dict[str, Any]:
@@ -130,7 +127,7 @@ def _rotation(kind: str, loss: str) -> tuple[Stage, ...]:
 
 
 def _longer(factor: float) -> tuple[Stage, ...]:
-    return (*_PRETRAINED, Stage("nano-vla", _PLAIN, factor))
+    return (Stage("nano-vla", _PLAIN, factor),)
 
 
 def _share(name: str, title: str, images: float) -> Row:
@@ -174,10 +171,9 @@ TABLES: tuple[Table, ...] = (
                 "points",
                 "points, no objects",
                 (
-                    *_PRETRAINED,
                     Stage("nano-vlm-1", _about_pixels("nano-vlm-1"), moge=True),
                     Stage("nano-vlm-2", _about_pixels("nano-vlm-2")),
-                    Stage("nano-vla", _about_pixels("nano-vla")),
+                    _POLICY,
                 ),
                 "points but no objects",
             ),
@@ -185,22 +181,16 @@ TABLES: tuple[Table, ...] = (
                 "no-moge",
                 "no MoGe",
                 (
-                    *_PRETRAINED,
                     Stage("nano-vlm-1", _NO_MOGE_1),
                     Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}),
-                    Stage("nano-vla", {"moge": False, "frozen": _ALSO_FROZEN}),
+                    Stage("nano-vla", _PLAIN),
                 ),
                 "no MoGe",
             ),
             Row(
                 "encoders-frozen",
                 "encoders frozen in the VLM stage",
-                (
-                    *_PRETRAINED,
-                    _VLM_1,
-                    Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}),
-                    _POLICY,
-                ),
+                (_VLM_1, Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}), _POLICY),
                 "encoders frozen in the VLM stage",
             ),
             Row(
@@ -209,7 +199,11 @@ TABLES: tuple[Table, ...] = (
                 _policy(frozen=_ALSO_FROZEN, lr_scale={**_RATES, "vlm.moge": _SIGLIP_RATE}),
                 "MoGe trained with actions",
             ),
-            Row("questions-before", "3D questions before the actions only", _policy(question_images=0)),
+            Row(
+                "questions-beside",
+                "3D questions beside the actions too",
+                _policy(question_images=RECIPES["nano-vla"].question_images),
+            ),
         ),
         "ablations",
     ),
@@ -281,11 +275,13 @@ TABLES: tuple[Table, ...] = (
                 "scratch",
                 f"from random weights, {AS_LONG:.1f} × the steps",
                 (Stage("nano-vla", _UNTRAINED, AS_LONG),),
+                pretrained=False,
             ),
             Row(
                 "scratch-x9",
                 f"from random weights, {4 * AS_LONG:.1f} × the steps",
                 (Stage("nano-vla", _UNTRAINED, 4 * AS_LONG),),
+                pretrained=False,
             ),
         ),
         note="Whether longer training would still help is read from neighbouring rows, each twice as long as the last.",
@@ -298,11 +294,7 @@ TABLES: tuple[Table, ...] = (
             Row(
                 "no-images",
                 "none",
-                (
-                    *_PRETRAINED,
-                    Stage("nano-vlm-1", length=0.0, moge=True),
-                    Stage("nano-vla", {"question_images": 0}),
-                ),
+                (Stage("nano-vlm-1", length=0.0, moge=True), _POLICY),
                 images=0.0,
             ),
             _share("images-256th", "1/256 of the images", 1 / 256),
@@ -312,7 +304,7 @@ TABLES: tuple[Table, ...] = (
             _share("all-images", "all", 1.0),
         ),
         note="The paper left this open. Every row but the first trains for as many steps: fewer images are seen more "
-        "often. The encoders' own pretraining, which stands for published weights, is the same in all rows.",
+        "often. The pretrained weights are the same in all rows.",
     ),
 )
 

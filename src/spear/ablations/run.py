@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from spear.ablations.data import Data
-from spear.ablations.plan import Plan, Scoring, Training
+from spear.ablations.plan import Plan, Scoring, Training, Weights
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.closed_loop import evaluate
@@ -53,6 +53,19 @@ def done(out: Path, job: Job) -> bool:
     return (final(out, job) / "recipe.json").is_file()
 
 
+def left(plan: Plan, out: Path) -> list[Job]:
+    """What there is still to do, in order. Nothing is trained for policies that are scored."""
+    trainings = {t.key: t for t in plan.trainings}
+    scorings = [job for job in plan.scorings if not done(out, job)]
+    wanted: set[str] = set()
+    for scoring in scorings:
+        key: str | None = scoring.policy.key
+        while key is not None and key not in wanted and not done(out, trainings[key]):
+            wanted.add(key)
+            key = next(iter(_needs(trainings[key])), None)
+    return [job for job in plan.jobs if (job in scorings if isinstance(job, Scoring) else job.key in wanted)]
+
+
 def run(
     plan: Plan,
     out: Path,
@@ -70,14 +83,14 @@ def run(
     Returns what was set aside, with the reasons: a training that failed, which stops no other row.
     """
     trainings = {t.key: t for t in plan.trainings}
-    waiting = list(plan.jobs)
     failed: dict[str, str] = {}
     while True:
+        waiting = left(plan, out)
         for job in waiting:
             lost = next((failed[key] for key in _needs(job) if key in failed), None)
             if lost is not None:
                 failed[_name(job)] = lost
-        waiting = [job for job in waiting if _name(job) not in failed and not done(out, job)]
+        waiting = [job for job in waiting if _name(job) not in failed]
         if not waiting:
             return list(dict.fromkeys(failed.values()))
         for job in waiting:
@@ -107,7 +120,7 @@ def _needs(job: Job) -> list[str]:
     """The keys of the trainings that come before it."""
     if isinstance(job, Scoring):
         return [job.policy.key]
-    return [key for key in (job.init, job.moge) if key is not None]
+    return [job.init] if isinstance(job.init, str) else []
 
 
 def _train(
@@ -121,7 +134,9 @@ def _train(
 ) -> None:
     say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
     folder = out / "stages" / job.folder
-    before, moge = (None if key is None else final(out, trainings[key]) for key in (job.init, job.moge))
+    before = None
+    if job.init is not None:
+        before = job.init.folder if isinstance(job.init, Weights) else final(out, trainings[job.init])
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     train(
         job.recipe,
@@ -129,7 +144,7 @@ def _train(
         data.labels,
         robots,
         before,
-        moge,
+        job.moge.folder if job.moge else None,
         job.seed,
         workers if job.steps else 0,
         quiet=quiet,

@@ -131,7 +131,7 @@ def _line(
 
 
 def _asks(plan: Plan, row: Row) -> bool:
-    """Whether any stage beyond the pretraining asks 3D questions."""
+    """Whether any stage before the policy asks 3D questions."""
     return any(t.recipe.name in ("nano-vlm-1", "nano-vlm-2") and t.steps for t in plan.chains[row.name, 0])
 
 

@@ -27,6 +27,8 @@ def ablations(
     out: Path = Path("runs/ablations"),
     labels: Folder = None,
     episodes: Folder = None,
+    init: str = "nano-vlm-0",
+    moge: str = "nano-depth",
     budget: Budget = None,
     pretraining: float = 1.0,
     set: tuple[str, ...] = (),
@@ -53,9 +55,12 @@ def ablations(
         labels: Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels.
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
+        init: What stands for PaliGemma's weights in all rows: a trained folder of nano-vlm-0, or that name for the one
+            that comes with this package.
+        moge: What stands for MoGe's: the same of nano-depth.
         budget: Steps of the full row's policy, for example 3000, to which all policies are in proportion; or minutes
             for everything by one process, for example 600min. Without it the recipes' own 12,000 steps.
-        pretraining: Factor on the steps of all stages before the policy.
+        pretraining: Factor on the steps of SPEAR-VLM's stages.
         set: Changes to every recipe as KEY=VALUE, as in spear train.
         workers: Processes that prepare batches, for each training.
         plan: Only print what would be done, and how long it will take here.
@@ -67,17 +72,17 @@ def ablations(
     from spear.ablations import data as learned
     from spear.ablations.estimate import describe, measure
     from spear.ablations.pages import write
-    from spear.ablations.plan import make_plan
+    from spear.ablations.plan import make_plan, pretrained
     from spear.ablations.rows import choose
     from spear.ablations.run import lock, run
     from spear.ablations.table import fill
 
-    chosen, changes = choose(rows), recipe_changes(set)
+    chosen, changes, start = choose(rows), recipe_changes(set), pretrained(init, moge)
     asked, in_minutes = _budget(budget)
     disable_progress_bar()
 
     def planned(data: Data, steps: int | None) -> Plan:
-        return make_plan(chosen, data, seeds, scenes, steps, changes, pretraining)
+        return make_plan(chosen, data, start, seeds, scenes, steps, changes, pretraining)
 
     has_labels, has_episodes = (out / "labels" / "complete").is_file(), (out / "episodes").is_dir()
     if plan:

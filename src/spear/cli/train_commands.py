@@ -21,7 +21,7 @@ def train(
     split: str = "train",
     weights: tuple[float, ...] = (),
     init: Name = None,
-    moge: Folder = None,
+    moge: Name = None,
     preset: Name = None,
     steps: Number = None,
     seed: int = 0,
@@ -40,6 +40,7 @@ def train(
     or kubernetes.yaml) by which a cluster runs this command on many GPUs, again after each preemption.
 
     Examples:
+        spear train nano-vlm-1 --labels runs/labels --init nano-vlm-0 --moge nano-depth
         spear train nano-vlm-2 --labels runs/labels --init runs/nano-vlm-1/final
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
         spear train post-train-droid --episodes droid/1.0.1 --init runs/vla --launch slurm --nodes 2 --gpus 8 --dry-run
@@ -53,9 +54,10 @@ def train(
         split: Which episodes of each folder: train, train[:90%], train+val …
         weights: Shares of the folders in each batch, one for each. Without them: those in the list of known datasets
             (spear data datasets) where all are in it, otherwise equal ones.
-        init: Where to start from: a trained folder, or nano for the weights that come with this package.
-            Without it, training starts from random weights.
-        moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with.
+        init: Where to start from: a trained folder, or the name of weights that come with this package (nano, the
+            policy; nano-vlm-0, before it learns 3D). Without it, training starts from random weights.
+        moge: Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with, or nano-depth, which comes with
+            this package.
         preset: Model size, when it shall not be the recipe's: nano, small or spear1.
         steps: Number of steps, when it shall not be the recipe's.
         seed: Two runs with the same seed give the same weights.

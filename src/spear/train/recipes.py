@@ -231,8 +231,9 @@ RECIPES: dict[str, Recipe] = {
             kind="vlm",
             preset="nano",
             description="Stage 0, VLM: 2D questions, standing in for PaliGemma's pretraining (no MoGe yet).",
+            # It finds what it is asked about from some 1,500 steps on (docs/ablations.md).
             optimization=Optimization(
-                steps=1500,
+                steps=6000,
                 lr=4e-4,
                 warmup=50,
                 frozen=("vision_tower", "multi_modal_projector"),
