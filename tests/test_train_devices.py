@@ -20,6 +20,7 @@ from spear.cli import main
 from spear.errors import SpearError
 from spear.models.moge import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
+from spear.train import devices
 from spear.train.devices import choose_device, for_device, has_bfloat16
 from spear.train.optimize import Optimization, Stepper
 from train_tiny import Acting
@@ -31,7 +32,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPa
     asked = Optimization(steps=1, lr=1e-3, frozen_precision="bf16", moments="bf16")
     plain = Optimization(steps=1, lr=1e-3, precision="fp32")
     for has in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
         assert has_bfloat16(CPU) == has and has_bfloat16(CUDA)
         assert for_device(asked, CUDA) == asked and for_device(plain, CPU) == plain
         settled = for_device(asked, CPU)

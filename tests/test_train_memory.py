@@ -14,6 +14,7 @@ from models_tiny import TINY
 from spear.cli import main
 from spear.errors import SpearError
 from spear.models import presets
+from spear.models.linear import HAS_BFLOAT16
 from spear.models.presets import Preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train import memory
@@ -185,13 +186,16 @@ def test_what_inference_on_a_cpu_takes_is_what_the_allocator_gives_out(
     act_peak, act_kept = traced(lambda: memory._act(model, size, 2))
     answer_peak, answer_kept = traced(lambda: memory._answer(model, size, 2))
     assert acting.weights == both.weights == weights
-    # What is kept: weights of the expert, then of the language model, once more.
-    assert acting.prepared == pytest.approx(act_kept, rel=0.02)
-    assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.02)
+    # What is kept: weights of the expert, then of the language model, once more; AVX2's layout pads small ones.
+    assert acting.prepared == pytest.approx(act_kept, rel=0.1)
+    assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.1)
     expert = sum(p.nbytes for p in model.expert.layers.parameters())
     both_parts = expert + sum(p.nbytes for p in model.vlm.language_model.layers.parameters())
-    assert 0.9 * expert < acting.prepared < 1.2 * expert
-    assert 0.9 * both_parts < both.prepared < 1.2 * both_parts
+    if dtype == torch.float32 or HAS_BFLOAT16:
+        assert 0.9 * expert < acting.prepared < 1.2 * expert
+        assert 0.9 * both_parts < both.prepared < 1.2 * both_parts
+    else:  # oneDNN cannot use them here: none are packed
+        assert both.prepared < 0.1 * both_parts
     assert acting.total == pytest.approx(weights + act_peak, rel=0.05)
     assert both.total == pytest.approx(weights + max(act_peak, act_kept + answer_peak), rel=0.05)
 

@@ -8,14 +8,13 @@ import os
 import torch
 
 from spear.errors import SpearError, unknown_name
+from spear.models.linear import HAS_BFLOAT16
 from spear.train.optimize import Optimization
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16. A CPU with AVX2 alone does not: it is many times slower so."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a device computes in bfloat16."""
+    return device.type != "cpu" or HAS_BFLOAT16
 
 
 def for_device(opt: Optimization, device: torch.device) -> Optimization:
