@@ -191,13 +191,15 @@ def test_what_inference_on_a_cpu_takes_is_what_the_allocator_gives_out(
     assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.1)
     expert = sum(p.nbytes for p in model.expert.layers.parameters())
     both_parts = expert + sum(p.nbytes for p in model.vlm.language_model.layers.parameters())
+    near = 0.05
     if dtype == torch.float32 or HAS_BFLOAT16:
         assert 0.9 * expert < acting.prepared < 1.2 * expert
         assert 0.9 * both_parts < both.prepared < 1.2 * both_parts
-    else:  # oneDNN cannot use them here: none are packed
+    else:  # oneDNN cannot use them here: none are packed, and PyTorch's own products take memory of their own
         assert both.prepared < 0.1 * both_parts
-    assert acting.total == pytest.approx(weights + act_peak, rel=0.05)
-    assert both.total == pytest.approx(weights + max(act_peak, act_kept + answer_peak), rel=0.05)
+        near = 0.15
+    assert acting.total == pytest.approx(weights + act_peak, rel=near)
+    assert both.total == pytest.approx(weights + max(act_peak, act_kept + answer_peak), rel=near)
 
 
 def test_on_a_gpu_fused_weights_are_moved_not_copied() -> None:
