@@ -187,8 +187,9 @@ def test_what_inference_on_a_cpu_takes_is_what_the_allocator_gives_out(
     answer_peak, answer_kept = traced(lambda: memory._answer(model, size, 2))
     assert acting.weights == both.weights == weights
     # What is kept: weights of the expert, then of the language model, once more; AVX2's layout pads small ones.
-    assert acting.prepared == pytest.approx(act_kept, rel=0.1)
-    assert both.prepared == pytest.approx(act_kept + answer_kept, rel=0.1)
+    padded = 0.02 if HAS_BFLOAT16 else 0.1
+    assert acting.prepared == pytest.approx(act_kept, rel=padded)
+    assert both.prepared == pytest.approx(act_kept + answer_kept, rel=padded)
     expert = sum(p.nbytes for p in model.expert.layers.parameters())
     both_parts = expert + sum(p.nbytes for p in model.vlm.language_model.layers.parameters())
     near = 0.05

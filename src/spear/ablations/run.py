@@ -83,14 +83,14 @@ def run(
     Returns what was set aside, with the reasons: a training that failed, which stops no other row.
     """
     trainings = {t.key: t for t in plan.trainings}
+    waiting = left(plan, out)
     failed: dict[str, str] = {}
     while True:
-        waiting = left(plan, out)
         for job in waiting:
             lost = next((failed[key] for key in _needs(job) if key in failed), None)
             if lost is not None:
                 failed[_name(job)] = lost
-        waiting = [job for job in waiting if _name(job) not in failed]
+        waiting = [job for job in waiting if _name(job) not in failed and not done(out, job)]
         if not waiting:
             return list(dict.fromkeys(failed.values()))
         for job in waiting:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether this CPU computes in bfloat16. One with AVX2 alone does not: oneDNN refuses, PyTorch is many times slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 _CACHED = 2**19
