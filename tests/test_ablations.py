@@ -18,12 +18,12 @@ import torch
 
 from spear import flow
 from spear.ablations.curve import drawing
-from spear.ablations.data import Data, look_at, make_episodes
+from spear.ablations.data import Data, episodes_folder, look_at, make_episodes
 from spear.ablations.estimate import describe, measure, seconds, steps_for
 from spear.ablations.pages import write
 from spear.ablations.plan import Plan, Pretrained, Scoring, Training, Weights, make_plan, pretrained
 from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, choose
-from spear.ablations.run import done, final, lock, run
+from spear.ablations.run import done, final, lock, run, scored
 from spear.ablations.table import fill, judge
 from spear.cli import main
 from spear.errors import SpearError
@@ -236,6 +236,24 @@ def test_tables_say_what_is_so(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_other_families_are_left_out(tmp_path: Path) -> None:
+    plan = planned("full", "no-3d", scenes=12)
+    scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
+    some = make_plan(choose(["full", "no-3d"]), DATA, START, 3, 12, families=["stack_cube", "put_on"])
+    assert [job.key for job in some.trainings] == [job.key for job in plan.trainings]
+    assert some.families == ("put_on", "stack_cube") and some.scorings[0].episodes == 24
+    tables = fill(some, tmp_path, DATA)
+    assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
+    assert "of each task family (put on, stack cube) per" in write(some, tables, tmp_path)[0].read_text()
+    whole, part = (scored(tmp_path, one.scoring("full", 0)) for one in (plan, some))
+    assert whole is not None and part is not None and len(whole.outcomes) == 48 and len(part.outcomes) == 24
+    assert {o.family for o in part.outcomes} == {"put_on", "stack_cube"}
+    assert episodes_folder(tmp_path, FAMILIES[::-1]) == episodes_folder(tmp_path, ()) == tmp_path / "episodes"
+    assert episodes_folder(tmp_path, ["put_on"]) == tmp_path / "episodes-put_on"
+    with pytest.raises(SpearError, match=r"task family 'fold'"):
+        make_plan(choose(["full"]), DATA, START, families=["fold"])
+
+
 def test_the_curve_is_drawn_to_scale() -> None:
     points = [
         (n, Estimate(v, v - 0.1, v + 0.1, 9), [v])
@@ -257,7 +275,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 6, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
-    make_episodes(folder / "episodes", 1, 1, lambda _: None)
+    make_episodes(folder / "episodes", FAMILIES, 1, 1, lambda _: None)
     return look_at(folder / "labels", folder / "episodes")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spear.data.episode import EpisodeStore, write_episodes
+from spear.errors import unknown_name
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
@@ -70,16 +71,34 @@ def make_labels(
     return folder
 
 
+def settle(families: Sequence[str]) -> tuple[str, ...]:
+    """Task families as asked for, in the simulator's order; all where none is. Raises `SpearError` for one unknown."""
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("task family", family, FAMILIES)
+    return tuple(family for family in FAMILIES if family in families) or FAMILIES
+
+
+def episodes_folder(out: Path, families: Sequence[str]) -> Path:
+    """Where demonstrations of these families are made."""
+    names = () if settle(families) == FAMILIES else settle(families)
+    return out / "-".join(("episodes", *names))
+
+
 def make_episodes(
-    folder: Path, each: int = DEMONSTRATIONS, workers: int = 2, say: Callable[[str], None] = print
+    folder: Path,
+    families: Sequence[str] = FAMILIES,
+    each: int = DEMONSTRATIONS,
+    workers: int = 2,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Records that many demonstrations of each task family into `folder`, whole or not at all, without failures."""
+    """Records that many demonstrations of each family into `folder`, whole or not at all, without failures."""
     if not folder.is_dir():
         say(f"recording {each:,} demonstrations of each family into {folder}")
         sizes = preset(PRESET).image_sizes
         part = folder.with_name(f".part-{folder.name}")
         shutil.rmtree(part, ignore_errors=True)
-        tasks = [(family, TRAIN_SEED + index) for index in range(each) for family in FAMILIES]
+        tasks = [(family, TRAIN_SEED + index) for index in range(each) for family in families]
         made = record(tasks, sizes["external"], sizes["wrist"], workers=workers)
         write_episodes((episode for episode in made if episode.success), part)
         part.replace(folder)
@@ -90,6 +109,6 @@ def stand_in(folder: Path, labels: Path | None, episodes: Path | None) -> Data:
     """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on all data."""
     small = look_at(
         labels or make_labels(folder / "labels", 64, 1, lambda _: None),
-        episodes or make_episodes(folder / "episodes", 1, 1, lambda _: None),
+        episodes or make_episodes(folder / "episodes", FAMILIES, 1, 1, lambda _: None),
     )
     return dataclasses.replace(small, images=small.images if labels else SCENES)

@@ -21,7 +21,6 @@ from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
-from spear.sim.scene import FAMILIES
 from spear.train.build import build
 from spear.train.devices import for_device
 from spear.train.optimize import Stepper
@@ -131,7 +130,7 @@ def _scene(
     sizes = policy.processor.image_sizes
     results, _ = evaluate(
         PolicyActor(policy, "untrained"),
-        FAMILIES[:1],
+        plan.families[:1],
         TRIAL,
         image_size=sizes["external"],
         wrist_size=sizes["wrist"],

@@ -111,7 +111,8 @@ def _compared(filled: Filled) -> str:
 def _state(plan: Plan, tables: Sequence[Filled]) -> str:
     lines = [line for filled in tables for line in filled.lines]
     ran = sum(len(line.by_seed) for line in lines)
-    text = f"{plan.scenes} held-out scenes of each task family per training; "
+    families = ", ".join(family.replace("_", " ") for family in plan.families)
+    text = f"{plan.scenes} held-out scenes of each task family ({families}) per training; "
     text += f"{ran} of {plan.seeds * len(lines)} numbers are in."
     if any(line.success is None for line in lines):
         text += " Rows without a number have not run yet."

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear.ablations.data import Data
+from spear.ablations.data import Data, settle
 from spear.ablations.rows import LENGTHS, SETTINGS, Row, Stage, Table
 from spear.errors import SpearError
 from spear.evaluate.load import fingerprint
@@ -75,19 +75,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Scoring:
-    """A trained policy to score, on so many scenes of each task family."""
+    """A trained policy to score, on so many scenes of each of some task families."""
 
     policy: Training
     scenes: int
+    families: Sequence[str] = FAMILIES
 
     @property
     def episodes(self) -> int:
         """Of all families together."""
-        return self.scenes * len(FAMILIES)
+        return self.scenes * len(self.families)
 
     @property
     def folder(self) -> str:
-        """Its folder's name. More scenes add to it."""
+        """Its folder's name. More scenes and families add to it."""
         return self.policy.key
 
 
@@ -105,6 +106,7 @@ class Plan:
     chains: Mapping[tuple[str, int], Sequence[Training]]
     seeds: int
     scenes: int
+    families: Sequence[str] = FAMILIES
 
     @property
     def trainings(self) -> list[Training]:
@@ -118,7 +120,7 @@ class Plan:
 
     def scoring(self, row: str, seed: int) -> Scoring:
         """The one that gives a row's number for a seed."""
-        return Scoring(self.chains[row, seed][-1], self.scenes)
+        return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
 
 
 def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> Pretrained:
@@ -136,6 +138,7 @@ def make_plan(
     budget: int | None = None,
     changes: Mapping[str, Any] | None = None,
     pretraining: float = 1.0,
+    families: Sequence[str] = FAMILIES,
 ) -> Plan:
     """All trainings and scorings that some rows need.
 
@@ -143,8 +146,9 @@ def make_plan(
     budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own steps.
     changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
     pretraining  factor on the steps of SPEAR-VLM's stages.
+    families  the task families that policies are scored on.
 
-    Raises `SpearError` for fewer than one seed, scene or step, and for a factor that is not positive.
+    Raises `SpearError` for an unknown family, fewer than one seed, scene or step, and a factor that is not positive.
     """
     if not 0 < pretraining < math.inf:
         raise SpearError(
@@ -153,6 +157,7 @@ def make_plan(
     for name, value in (("seeds", seeds), ("scenes", scenes), ("budget", 1 if budget is None else budget)):
         if value < 1:
             raise SpearError(f"--{name} {value}: give 1 or more")
+    families = settle(families)
     own = RECIPES[POLICY].optimization.steps
     paces = 1.0 if budget is None else budget / own, pretraining
     if "steps" in (changes or {}):
@@ -165,8 +170,8 @@ def make_plan(
                 chain = chains[row.name, seed] = _chain(row, seed, data, start, paces, dict(changes or {}))
                 for training in chain:
                     jobs.setdefault(training.key, training)
-                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes))
-    return Plan(tables, list(jobs.values()), chains, seeds, scenes)
+                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes, families))
+    return Plan(tables, list(jobs.values()), chains, seeds, scenes, families)
 
 
 def _chain(

@@ -35,12 +35,12 @@ def final(out: Path, training: Training) -> Path:
 
 
 def scored(out: Path, scoring: Scoring) -> Results | None:
-    """The episodes of a scoring once all have ended, those of its scenes only; None before that."""
+    """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
     found = journals(out / "scores" / scoring.folder)
     if not found:
         return None
     whole = merge([read_journal(path) for path in found])
-    outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes]
+    outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families]
     if len(outcomes) < scoring.episodes:
         return None
     return Results(whole.policy, whole.settings, outcomes, whole.seconds)
@@ -156,7 +156,7 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
     say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
     actor, cameras = load_actor(str(final(out, job.policy)))
     actor.name = job.policy.folder  # the folder may be moved
-    evaluate(actor, scenes=job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+    evaluate(actor, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from spear.evaluate.reference import references
 from spear.evaluate.results import Results
 from spear.evaluate.seeds import difference, mean_success
 from spear.evaluate.stats import Estimate
-from spear.sim.scene import FAMILIES
 from spear.types import Array
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
@@ -114,12 +113,12 @@ def _line(
     shared = sorted(set(own) & set(other))
     against = None
     if row != first and shared:
-        against = difference(_success(own, shared), _success(other, shared))
+        against = difference(_success(plan, own, shared), _success(plan, other, shared))
     published, base = means.get(row.published), means.get(first.published)
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,
-        mean_success(_success(own, sorted(own))) if own else None,
+        mean_success(_success(plan, own, sorted(own))) if own else None,
         [own[seed].mean_success for seed in sorted(own)],
         against,
         published,
@@ -140,10 +139,10 @@ def _results(plan: Plan, out: Path, row: Row) -> dict[int, Results]:
     return {seed: results for seed, results in found.items() if results is not None}
 
 
-def _success(results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
+def _success(plan: Plan, results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
     """Success [seeds, scenes] of each family, scenes in order."""
     tables = []
-    for family in FAMILIES:
+    for family in plan.families:
         rows = []
         for seed in seeds:
             outcomes = sorted((o for o in results[seed].outcomes if o.family == family), key=lambda o: o.seed)

@@ -31,6 +31,7 @@ def ablations(
     moge: str = "nano-depth",
     budget: Budget = None,
     pretraining: float = 1.0,
+    families: tuple[str, ...] = (),
     set: tuple[str, ...] = (),
     workers: int = 1,
     plan: bool = False,
@@ -45,6 +46,7 @@ def ablations(
     Examples:
         spear evaluate ablations --plan
         spear evaluate ablations --rows 3d --budget 3000
+        spear evaluate ablations --rows siglip --families put_on put_in_basket --scenes 100
         spear evaluate ablations --rows no-3d moge-trained images --labels runs/labels --episodes runs/episodes
 
     Args:
@@ -55,6 +57,8 @@ def ablations(
         labels: Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels.
         episodes: Folder of demonstrations, from spear record. Without it, 2,000 of each family are made in
             OUT/episodes.
+        families: Task families that policies learn (where demonstrations are made) and are scored on; all of them when
+            none is given.
         init: What stands for PaliGemma's weights in all rows: a trained folder of nano-vlm-0, or that name for the one
             that comes with this package.
         moge: What stands for MoGe's: the same of nano-depth.
@@ -82,15 +86,16 @@ def ablations(
     disable_progress_bar()
 
     def planned(data: Data, steps: int | None) -> Plan:
-        return make_plan(chosen, data, start, seeds, scenes, steps, changes, pretraining)
+        return make_plan(chosen, data, start, seeds, scenes, steps, changes, pretraining, families)
 
-    has_labels, has_episodes = (out / "labels" / "complete").is_file(), (out / "episodes").is_dir()
+    made = learned.episodes_folder(out, families)
+    has_labels, has_episodes = (out / "labels" / "complete").is_file(), made.is_dir()
     if plan:
         with TemporaryDirectory() as scratch:
             data = learned.stand_in(
                 Path(scratch),
                 labels or (out / "labels" if has_labels else None),
-                episodes or (out / "episodes" if has_episodes else None),
+                episodes or (made if has_episodes else None),
             )
             steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
             todo = planned(data, steps)
@@ -99,7 +104,7 @@ def ablations(
     with lock(out / "locks" / "data", wait=True):
         data = learned.look_at(
             labels or learned.make_labels(out / "labels", say=_say),
-            episodes or learned.make_episodes(out / "episodes", say=_say),
+            episodes or learned.make_episodes(made, learned.settle(families), say=_say),
         )
         steps = _steps(asked, planned(data, None), out, data) if in_minutes and asked else asked
     todo = planned(data, steps)
