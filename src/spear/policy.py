@@ -43,7 +43,7 @@ def locate(name: str | Path) -> Path:
     names = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
     raise SpearError(
         f"no model {str(name)!r}: give a folder with a trained one"
-        + (f", or {' or '.join(names)}, which comes with this package" if names else "")
+        + (f", or the name of one that comes with this package: {', '.join(names)}" if names else "")
     )
 
 
