@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spear.ablations import pages
 from spear.evaluate.journal import load
 from spear.evaluate.seeds import difference, mean_success
-from spear.evaluate.stats import Estimate
 from spear.types import Array
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,29 +20,29 @@ LINES = [line for line in PAGE.splitlines() if line.startswith("|") and re.searc
 FIRST = next(line for line in LINES if line.startswith("| full method |"))
 
 
-def strata(line: str) -> list[Array]:
-    """Success [1, scenes] of each task family behind a line of a table."""
+def key_of(line: str) -> str:
+    """The folder of the episodes behind a line of a table."""
     key = re.search(KEY, line)
     assert key is not None
-    outcomes = load(DOCS / "ablations" / "scores" / key[1]).outcomes
+    return key[1]
+
+
+def strata(line: str) -> list[Array]:
+    """Success [1, scenes] of each task family behind a line of a table."""
+    outcomes = load(DOCS / "ablations" / "scores" / key_of(line)).outcomes
     return [
         np.array([[o.success for o in sorted(outcomes, key=lambda o: o.seed) if o.family == family]])
         for family in sorted({o.family for o in outcomes})
     ]
 
 
-def shown(e: Estimate, form: str) -> str:
-    value, low, high = (format(100 * number, form) for number in (e.value, e.low, e.high))
-    return f"{value} [{low}, {high}]"
-
-
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("|")[1].strip())
 def test_a_published_line_is_what_was_kept(line: str) -> None:
     families = strata(line)
     assert sum(family.size for family in families) >= 200
-    assert f"| {shown(mean_success(families), '.1f')} |" in line
-    if strata(FIRST)[0].tolist() != families[0].tolist():
-        assert f"| {shown(difference(families, strata(FIRST)), '+.1f')} |" in line
+    assert f"| {pages._rate(mean_success(families))} |" in line
+    if key_of(line) != key_of(FIRST):
+        assert f"| {pages._points(difference(families, strata(FIRST)))} |" in line
 
 
 def test_all_that_is_kept_is_published() -> None:

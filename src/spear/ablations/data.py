@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.errors import unknown_name
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
 from spear.sim.record import record
-from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
 
 SCENES = 13_056
 FIRST_SCENE = 200_000
@@ -73,16 +72,14 @@ def make_labels(
 
 def settle(families: Sequence[str]) -> tuple[str, ...]:
     """Task families as asked for, in the simulator's order; all where none is. Raises `SpearError` for one unknown."""
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("task family", family, FAMILIES)
+    check_families(families)
     return tuple(family for family in FAMILIES if family in families) or FAMILIES
 
 
 def episodes_folder(out: Path, families: Sequence[str]) -> Path:
     """Where demonstrations of these families are made."""
-    names = () if settle(families) == FAMILIES else settle(families)
-    return out / "-".join(("episodes", *names))
+    chosen = settle(families)
+    return out / "-".join(("episodes", *(() if chosen == FAMILIES else chosen)))
 
 
 def make_episodes(

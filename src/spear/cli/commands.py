@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spear.cli.arguments import File, Folder, Name, at_least
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
 
 
 def ask(
@@ -91,7 +91,7 @@ def record(
     from spear.data.episode import write_episodes
     from spear.models.presets import preset as find_preset
     from spear.sim.record import record as demonstrate
-    from spear.sim.scene import FAMILIES, TRAIN_SEED
+    from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
 
     at_least(1, episodes=episodes)
     at_least(0, workers=workers)
@@ -99,9 +99,7 @@ def record(
         raise SpearError(
             f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
         )
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("task family", family, FAMILIES)
+    check_families(families)
     sizes = find_preset(preset).image_sizes
     tasks = [(f, first_seed + i) for i in range(episodes) for f in families or FAMILIES]
     made = demonstrate(tasks, sizes["external"], sizes["wrist"], workers=workers)

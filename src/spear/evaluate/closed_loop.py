@@ -11,7 +11,7 @@ from typing import Any
 import mujoco
 
 from spear.chunks import REPLAN, ChunkExecutor, Mode
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
 from spear.evaluate.journal import WHOLE, Shard
@@ -19,7 +19,7 @@ from spear.evaluate.results import SCENES, Outcome, Results
 from spear.evaluate.runner import Film, Films, conduct
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
-from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
+from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families, sample_scene
 from spear.sim.world import World
 from spear.types import Array
 
@@ -72,9 +72,7 @@ def evaluate(
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family, for
     seeds that are not held out, for a batch of none and for a negative latency.
     """
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("task family", family, FAMILIES)
+    check_families(families)
     if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:
         raise SpearError(
             f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "

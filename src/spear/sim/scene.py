@@ -7,7 +7,7 @@ seeds from `TRAIN_SEED` on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,10 +92,16 @@ class SceneSpec:
     look: Look
 
 
+def check_families(families: Iterable[str]) -> None:
+    """Raises `SpearError` for one that is not in `FAMILIES`."""
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("task family", family, FAMILIES)
+
+
 def sample_scene(family: str, seed: int) -> SceneSpec:
     """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
-    if family not in FAMILIES:
-        raise unknown_name("task family", family, FAMILIES)
+    check_families([family])
     _check_seed(seed)
     rng = np.random.default_rng([FAMILIES.index(family), seed])
     source, target, pool = _cast(family, rng)
