@@ -18,18 +18,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"errors", "types"},
     "processes": {"errors"},
     "threads": set(),
+    "progress": set(),
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
     "sim": {"errors", "types", "images", "geometry"},
-    "labels": {"errors", "types", "images", "geometry", "processes"},
-    "data": {"errors", "types", "images", "geometry", "processes"},
+    "labels": {"errors", "types", "images", "geometry", "processes", "progress"},
+    "data": {"errors", "types", "images", "geometry", "processes", "progress"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)
 MAY_IMPORT["policy"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
+MAY_IMPORT["demonstrations"] = {"errors", "images", "progress", "sim", "data"}
 MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "pointmap"}
 MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
 MAY_IMPORT["chunks"] = {"errors", "types", "geometry", "threads"}
@@ -40,7 +42,7 @@ MAY_IMPORT["train"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["evaluate"] = MATHEMATICS_AND_BELOW | {"policy", "scenes", "chunks", "serve"}
 MAY_IMPORT["evaluate"] |= {"embodiments", "simpler"}
 MAY_IMPORT["ui"] = MAY_IMPORT["evaluate"] | {"embodiments", "evaluate"}
-MAY_IMPORT["ablations"] = MAY_IMPORT["evaluate"] | {"evaluate", "train"}
+MAY_IMPORT["ablations"] = MAY_IMPORT["evaluate"] | {"evaluate", "train", "demonstrations"}
 MAY_IMPORT["demo"] = set(MAY_IMPORT) - {"cli"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = set()

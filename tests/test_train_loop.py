@@ -192,8 +192,8 @@ def test_waiting_for_data_is_told(tmp_path: Path) -> None:
     assert 0.3 < row["data_wait"] <= 1
     log = Logger(tmp_path, 0, 20, quiet=True)
     log.spikes.count, log.spikes.last = 2, 17
-    assert log._line(2.0, 0.34, {"loss": 1.5, "grad_norm": 2.0}) == (
-        "2.0 steps/s  waits for data 34%  loss 1.500  2 loss spikes, last at 17"
+    assert log._line(0.34, {"loss": 1.5, "grad_norm": 2.0}) == (
+        "waits for data 34%, loss 1.500, 2 loss spikes, last at 17"
     )
 
 

@@ -6,6 +6,7 @@ with metric depth, for pretraining the encoder).
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from spear.labels.depth import write_depth
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.store import write_shards
+from spear.progress import ProgressBar
 from spear.types import Array, Frame, LabeledImage
 
 Size = tuple[int, int]
@@ -40,8 +42,8 @@ def label_scenes(
     sizes: dict[str, Size],
     first_seed: int,
     workers: int = 2,
-    on_progress: Callable[[int], None] = lambda done: None,
     labelled: Labelled = label_frames,
+    quiet: bool = False,
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view of `sizes`; returns the images.
 
@@ -57,17 +59,17 @@ def label_scenes(
     _refuse_others(out, jobs, sizes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
-    done = 0
-    if workers <= 1:
-        for count in map(_job, jobs):
-            done += count
-            on_progress(done)
-        return done * len(sizes)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for count in pool.imap_unordered(_job, jobs):
-            done += count
-            on_progress(done)
-    return done * len(sizes)
+    todo = [job for job in jobs if not _finished(job)]
+    before = scenes - sum(_count(job) for job in todo)
+    with contextlib.ExitStack() as stack:
+        made: Iterator[int] = map(_job, todo)
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            made = pool.imap_unordered(_job, todo)
+        bar = stack.enter_context(ProgressBar("labelling", scenes, "scenes", before, quiet))
+        for count in made:
+            bar.update(bar.done + count)
+    return scenes * len(sizes)
 
 
 def _refuse_others(out: Path, jobs: Sequence[Job], sizes: Mapping[str, Size]) -> None:
@@ -98,6 +100,15 @@ def wording(draws: int = 2000) -> list[str]:
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 
+def _finished(job: Job) -> bool:
+    out, index, _, _, sizes, _ = job
+    return all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes)
+
+
+def _count(job: Job) -> int:
+    return job[3]
+
+
 def _job(job: Job) -> int:
     from spear.sim.frames import frame_of
     from spear.sim.render import Renderer
@@ -105,8 +116,6 @@ def _job(job: Job) -> int:
     from spear.sim.world import World
 
     out, index, first, count, sizes, labelled = job
-    if all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes):
-        return count
     renderer = Renderer()
     worlds: dict[int, Any] = {}
     for view, size in sizes.items():

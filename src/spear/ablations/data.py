@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.episode import EpisodeStore
+from spear.demonstrations import demonstrate
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
-from spear.sim.record import record
 from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
 
 SCENES = 13_056
@@ -89,15 +88,15 @@ def make_episodes(
     workers: int = 2,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Records that many demonstrations of each family into `folder`, whole or not at all, without failures."""
+    """Records that many demonstrations of each family into `folder`, whole or not at all, without failures.
+
+    It goes on where an earlier call was killed.
+    """
     if not folder.is_dir():
         say(f"recording {each:,} demonstrations of each family into {folder}")
         sizes = preset(PRESET).image_sizes
         part = folder.with_name(f".part-{folder.name}")
-        shutil.rmtree(part, ignore_errors=True)
-        tasks = [(family, TRAIN_SEED + index) for index in range(each) for family in families]
-        made = record(tasks, sizes["external"], sizes["wrist"], workers=workers)
-        write_episodes((episode for episode in made if episode.success), part)
+        demonstrate(part, families, each, TRAIN_SEED, sizes, workers)
         part.replace(folder)
     return folder
 

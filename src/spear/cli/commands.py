@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -73,7 +72,8 @@ def record(
     """Record demonstrations of the scripted expert in the simulator, to train a policy on.
 
     Now and then the arm is pushed off course; the expert recovers, and the push itself is never a training
-    target. Demonstrations that fail are left out.
+    target. Demonstrations that fail are left out. If it is stopped, the same command continues behind what is
+    written, every 256 episodes; with more episodes it adds them.
 
     Example:
         spear record --episodes 3000 --out runs/episodes
@@ -86,26 +86,15 @@ def record(
         preset: Model size whose cameras are used.
         workers: Processes.
     """
-    from rich.progress import track
-
-    from spear.data.episode import write_episodes
+    from spear.demonstrations import demonstrate
     from spear.models.presets import preset as find_preset
-    from spear.sim.record import record as demonstrate
-    from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
+    from spear.sim.scene import FAMILIES
 
     at_least(1, episodes=episodes)
     at_least(0, workers=workers)
-    if first_seed < TRAIN_SEED:
-        raise SpearError(
-            f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
-        )
-    check_families(families)
     sizes = find_preset(preset).image_sizes
-    tasks = [(f, first_seed + i) for i in range(episodes) for f in families or FAMILIES]
-    made = demonstrate(tasks, sizes["external"], sizes["wrist"], workers=workers)
-    shown = track(made, "recording", total=len(tasks), console=_stderr())
-    written = write_episodes((e for e in shown if e.success), out)
-    print(f"{written} of {len(tasks)} demonstrations succeeded and are in {out}")
+    written, tried = demonstrate(out, families or FAMILIES, episodes, first_seed, sizes, workers)
+    print(f"{written} of {tried} demonstrations succeeded and are in {out}")
 
 
 def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
@@ -124,12 +113,6 @@ def demo(out: Path = Path("runs/demo"), data: Folder = None) -> None:
     from spear.demo import make
 
     print(f"open {make(out, data).resolve()}")
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(file=sys.stderr)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"ask": ask, "record": record, "demo": demo}

@@ -148,10 +148,14 @@ def export(
         layout: What the dataset's columns mean, as JSON, when its folder has no spear.json.
     """
     from spear.data.aside import SetAside, good_episodes
+    from spear.data.formats import episode_ranges
     from spear.data.lerobot_write import write_lerobot
+    from spear.progress import ProgressBar, tracked
 
     aside = SetAside(most=0.5)
-    written = write_lerobot(good_episodes(path, split, layout, aside), out, images)
+    total = sum(end - first for _, first, end in episode_ranges(path, split))
+    bar = ProgressBar("writing", total, "episodes")
+    written = write_lerobot(tracked(good_episodes(path, split, layout, aside), bar), out, images)
     _report(aside.reasons)
     print(f"{written} episodes in {out}, {len(aside.reasons)} set aside")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,11 +99,11 @@ def label(
         if questions:
             ask_about(out, seed=seed)
         return
-    from spear.cli.report import Report
     from spear.components import Choice, graph
     from spear.labels.engine import run_local
     from spear.labels.ray_engine import Resources, run_ray
-    from spear.labels.run import label_folder
+    from spear.labels.run import Progress, label_folder
+    from spear.progress import ProgressBar
     from spear.sources import items
 
     names = tuple(name.strip() for name in vocabulary.split(",") if name.strip())
@@ -128,7 +127,13 @@ def label(
         run: Any = partial(run_ray, chosen, (parts[0], parts[1], parts[2]))
     else:
         run = partial(run_local, dataclasses.replace(chosen, detector=watched), workers)
-    with Report() as report:
+    with ProgressBar("labelling", unit="images") as bar:
+
+        def report(now: Progress) -> None:
+            if bar.total is None:
+                bar.begin(now.total, now.before)
+            bar.update(now.done, f"{now.rejected:,} set aside")
+
         done = label_folder(
             partial(items, inputs, rate, per_episode),
             out,
@@ -139,9 +144,12 @@ def label(
             retry_rejected=retry_rejected,
             on_progress=report,
         )
-    print(
-        f"{done.done - done.rejected:,} labelled images in {out}, {done.rejected:,} set aside{report.speed()}"
+    said = (
+        f"{done.done - done.rejected:,} labelled images in {out}",
+        f"{done.rejected:,} set aside",
+        bar.rate(),
     )
+    print(", ".join(part for part in said if part))
     if done.temporary:
         print(f"{done.temporary:,} of them for a reason that may pass: --retry-rejected tries these again")
     for component in made:
@@ -153,8 +161,6 @@ def label(
 
 def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings: int, workers: int) -> None:
     from PIL import Image
-    from rich.console import Console
-    from rich.progress import Progress
 
     from spear.labels.draw import draw_label
     from spear.labels.store import LabelStore
@@ -162,11 +168,7 @@ def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings
     from spear.scenes import label_scenes
 
     sizes = dict(find_preset(preset).image_sizes)
-    with Progress(console=Console(file=sys.stderr)) as bar:
-        row = bar.add_task("labelling", total=scenes)
-        images = label_scenes(
-            out, scenes, sizes, first_seed, workers, lambda done: bar.update(row, completed=done)
-        )
+    images = label_scenes(out, scenes, sizes, first_seed, workers)
     (out / "drawings").mkdir(exist_ok=True)
     store = LabelStore(out / "external")
     for index in range(min(drawings, len(store))):

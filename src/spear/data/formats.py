@@ -127,6 +127,11 @@ def episode_counts(path: str | Path) -> dict[str, int]:
     return {name: sum(files) for name, files in FORMATS[need_format(path)].lengths(path).items()}
 
 
+def episode_ranges(path: str | Path, split: str) -> list[tuple[str, int, int]]:
+    """A split as (split name, first episode, end) ranges; see `split_ranges`."""
+    return split_ranges(FORMATS[need_format(path)].lengths(path), split, path)
+
+
 def dataset_name(path: str | Path) -> str:
     """What a dataset is called: RLDS says it itself (its folder is a version), of others it is the folder's name."""
     return open_rlds(path).name if need_format(path) == "rlds" else Path(path).resolve().name

@@ -30,8 +30,9 @@ from spear.data.index import INDEX, read_batches
 from spear.data.lerobot_write import check_free
 from spear.data.oxe import SPEC_FILE, Layout
 from spear.data.parts import SET_ASIDE, Parts, working
-from spear.data.ready import Wanted, blocks, ready_blocks
+from spear.data.ready import Wanted, blocks, length, ready_blocks
 from spear.errors import SpearError
+from spear.progress import ProgressBar
 
 QUALITY = 95
 """Of the JPEGs that are written; colour is kept at full resolution (our choice)."""
@@ -53,6 +54,7 @@ def prepare(
     quality: int = QUALITY,
     workers: int = 0,
     part_mb: float = PART_MB,
+    quiet: bool = False,
 ) -> tuple[int, list[str]]:
     """Make a dataset ready for training (see above); returns how many episodes it has, and why not the rest.
 
@@ -63,6 +65,7 @@ def prepare(
     quality    JPEG quality of images that are changed.
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
     part_mb    images, in MB, after which a part ends.
+    quiet      show no progress.
 
     A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
     that differs from the first in its cameras or image sizes is set aside. Raises SpearError when more than
@@ -95,9 +98,13 @@ def prepare(
             parts = Parts(work, rate_hz, part_mb, aside)
             try:
                 parts.resume()
-                with contextlib.closing(ready_blocks(wanted, todo[parts.blocks :], workers)) as results:
-                    for ready, reasons in results:
+                before, total = (sum(map(length, some)) for some in (todo[: parts.blocks], todo))
+                bar = ProgressBar(f"preparing {wanted.path.name}", total, "episodes", before, quiet)
+                left = todo[parts.blocks :]
+                with bar, contextlib.closing(ready_blocks(wanted, left, workers)) as results:
+                    for block, (ready, reasons) in zip(left, results, strict=True):
                         parts.add(ready, reasons)
+                        bar.update(bar.done + length(block), f"{len(aside.reasons)} set aside")
                 aside.check_all(parts.episodes, path, split)
                 parts.finish({MARK: mark})
             except BaseException:

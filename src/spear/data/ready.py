@@ -10,11 +10,10 @@ from pathlib import Path
 
 from spear import processes
 from spear.data.actions import episode_actions, resample
-from spear.data.formats import episode_counts, read_episodes
+from spear.data.formats import episode_ranges, read_episodes
 from spear.data.images import FitImage
 from spear.data.lerobot_stats import Look, look
 from spear.data.oxe import Layout
-from spear.data.splits import split_ranges
 from spear.errors import SpearError
 from spear.images import decode_image, encode_jpeg
 from spear.types import Episode
@@ -54,12 +53,17 @@ class Ready:
 
 def blocks(path: Path, split: str) -> list[str]:
     """A split in pieces of at most `BLOCK` episodes, as texts that the readers take."""
-    counts = {name: [count] for name, count in episode_counts(path).items()}
     return [
         f"{name}[{first}:{min(first + BLOCK, end)}]"
-        for name, start, end in split_ranges(counts, split, path)
+        for name, start, end in episode_ranges(path, split)
         for first in range(start, end, BLOCK)
     ]
+
+
+def length(block: str) -> int:
+    """How many episodes are in one of these pieces."""
+    first, end = block[:-1].rpartition("[")[2].split(":")
+    return int(end) - int(first)
 
 
 def make_ready(wanted: Wanted, split: str) -> tuple[list[Ready], list[str]]:

@@ -22,6 +22,7 @@ from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
 from spear.images import decode_image
+from spear.progress import ProgressBar, tracked
 from spear.types import Array, Episode, Policy
 
 
@@ -93,7 +94,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
     episodes = [resample(e) for e in store]
     errors, predicted = [], []
-    for episode in episodes:
+    for episode in tracked(episodes, ProgressBar(f"asking {name}", len(episodes), "episodes")):
         seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
         chunks: list[Array] = []
         for start in range(0, len(seen), batch):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
 from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
+from spear.progress import ProgressBar
 
 Track = TypeVar("Track")
 Films = int | Literal["failures", "all"]
@@ -84,23 +81,19 @@ def conduct(
     studio = _Studio(simulator, films, out)
     started = last = time.perf_counter()
     outcomes: list[Outcome] = []
-    with _progress(quiet) as bar:
-        for family, everything in scenes.items():
-            seeds = everything[shard.index - 1 :: shard.of]
-            row = bar.add_task(family, total=len(seeds), info="")
-            begun = time.perf_counter()
-            done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
-            todo = [s for s in seeds if s not in done]
-            for count, (outcome, track) in enumerate(simulator.run(actor, family, todo, studio.filming), 1):
+    for family, everything in scenes.items():
+        seeds = everything[shard.index - 1 :: shard.of]
+        done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
+        todo = [s for s in seeds if s not in done]
+        with ProgressBar(family, len(seeds), "scenes", len(done), quiet) as bar:
+            for outcome, track in simulator.run(actor, family, todo, studio.filming):
                 done[outcome.seed] = outcome
                 studio.add(outcome, track, [done[s] for s in seeds if s in done])
                 if journal:
                     now = time.perf_counter()
                     journal.add(outcome, now - last)
                     last = now
-                rate = count / (time.perf_counter() - begun)
-                wins = sum(o.success for o in done.values())
-                bar.update(row, completed=len(done), info=f"{wins} succeeded, {rate:.1f} scenes/s")
+                bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
             ended = [done[s] for s in seeds]
             outcomes += ended
             again = studio.finish(ended)
@@ -108,9 +101,7 @@ def conduct(
                 if outcome == done[outcome.seed]:
                     studio.make(outcome, track)
                 else:
-                    bar.console.print(
-                        f"no film of {family} {outcome.seed}: it ended differently when run again"
-                    )
+                    bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
     return Results(actor.name, settings, outcomes, time.perf_counter() - started), studio.made
 
 
@@ -170,15 +161,3 @@ def _wanted(ended: Sequence[Outcome], films: Films) -> list[Outcome]:
     if films == "failures":
         return failures
     return [o for o in ended if o.success][:films] + failures[:films]
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        disable=quiet,
-    )

@@ -21,6 +21,7 @@ from spear.evaluate.vqa_scores import Scores, summarize
 from spear.images import decode_image
 from spear.labels.questions import FAMILIES, generate
 from spear.models.readout import DECODES, Decode, Distribution, with_numbers
+from spear.progress import ProgressBar
 from spear.types import Array, LabeledImage, Question
 
 
@@ -103,6 +104,7 @@ def evaluate(
     free: bool = True,
     decode: Decode = "mode",
     view: str = "external",
+    quiet: bool = False,
 ) -> Scores:
     """Ask up to `per_image` questions of each family about each image, and score the answers.
 
@@ -116,6 +118,7 @@ def evaluate(
         free: also ask without constraining the grammar.
         decode: which reading of the numbers is scored; a model that gives no distributions has "mode" alone.
         view: which of the model's cameras the images are from.
+        quiet: show no progress.
 
     Raises:
         SpearError: an unknown family, labels of several units, or no image allows a question.
@@ -134,12 +137,14 @@ def evaluate(
     pictures = [decode_image(label.image, label.source) for label in labels]
     constrained: list[Asked] = []
     open_ended: list[Asked] = []
-    for family, some in questions.items():
-        for start in range(0, len(some), batch):
-            part = some[start : start + batch]
-            constrained += _ask(model, labels, pictures, part, family, decode, view)
-            if free:
-                open_ended += _ask(model, labels, pictures, part, None, "mode", view)
+    with ProgressBar("asking", sum(map(len, questions.values())), "questions", quiet=quiet) as bar:
+        for family, some in questions.items():
+            for start in range(0, len(some), batch):
+                part = some[start : start + batch]
+                constrained += _ask(model, labels, pictures, part, family, decode, view)
+                if free:
+                    open_ended += _ask(model, labels, pictures, part, None, "mode", view)
+                bar.update(bar.done + len(part), family)
     return summarize(constrained, open_ended, labels)
 
 

@@ -22,7 +22,8 @@ from spear.errors import SpearError
 from spear.labels.card import write_card
 from spear.labels.parquet import ParquetWriter
 from spear.labels.questions import FAMILIES, generate, spoken
-from spear.labels.store import QUESTIONS, read
+from spear.labels.store import QUESTIONS, LabelStore, read
+from spear.progress import ProgressBar
 from spear.types import LabeledImage, Pixel, Question
 
 _SCHEMA = pa.schema(
@@ -60,10 +61,12 @@ def write_questions(
     """
     counts: Counter[str] = Counter()
     images = 0
-    with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer:
+    bar = ProgressBar("asking", len(LabelStore(folder)), "images")
+    with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
         labels = read(folder, pixels=False)
         while some := list(islice(labels, 256)):
             images += len(some)
+            bar.update(images)
             asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
             counts.update(question.family for _, question in asked)
             writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from spear.progress import ProgressBar
 
 SPIKE = 6.0
 """A loss is a spike when it lies so many standard deviations above its running mean (our choice)."""
@@ -57,23 +56,14 @@ class Logger:
         _keep_lines_until(out / "log.jsonl", first_step)
         self.file = (out / "log.jsonl").open("a")
         self.board = _tensorboard(out)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
-            disable=quiet,
-            refresh_per_second=2,  # drawing takes time from the training
-        )
-        self.row = self.bar.add_task(out.name, total=total, completed=first_step, info="")
+        self.bar, self.info = ProgressBar(out.name, total, "steps", first_step, quiet), ""
 
     def __enter__(self) -> Logger:
-        self.bar.start()
+        self.bar.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    def __exit__(self, *error: object) -> None:
+        self.bar.__exit__(*error)
         self.file.close()
         if self.board is not None:
             self.board.close()
@@ -98,20 +88,16 @@ class Logger:
             if self.board is not None:
                 for key, value in {**values, "data_wait": stalled}.items():
                     self.board.add_scalar(key, value, done)
-            self.bar.update(self.row, info=self._line(rate, stalled, values))
-        self.bar.update(self.row, completed=done)
+            self.info = self._line(stalled, values)
+        self.bar.update(done, self.info)
 
-    def say(self, line: str) -> None:
-        """A line of its own, on stderr, beside the progress line."""
-        print(line, file=sys.stderr, flush=True)
-
-    def _line(self, rate: float, stalled: float, values: Mapping[str, float]) -> str:
+    def _line(self, stalled: float, values: Mapping[str, float]) -> str:
         short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
         count = self.spikes.count
         spikes = (
-            f"  {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}" if count else ""
+            f", {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}" if count else ""
         )
-        return f"{rate:.1f} steps/s  waits for data {stalled:.0%}  {short}{spikes}"
+        return f"waits for data {stalled:.0%}, {short}{spikes}"
 
 
 def _keep_lines_until(log: Path, step: int) -> None:

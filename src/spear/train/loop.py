@@ -158,7 +158,7 @@ def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, l
     where = f"step {step + 1}: the {problem.what} is not finite"
     if skipped <= most:
         if log is not None:
-            log.say(f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}")
+            log.bar.say(f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}")
         return
     if log is None:
         raise SystemExit(2)  # process 0 says why
