@@ -45,6 +45,7 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         self._begun = self._said = time.monotonic()
+        self._draw()
         self._bar.start()
         return self
 
@@ -57,13 +58,13 @@ class ProgressBar:
         """The work itself begins only now, and there is so much of it."""
         self.total, self.before, self.done = total, before, before
         self._begun = time.monotonic()
+        self._draw()
 
     def update(self, done: int, info: str = "") -> None:
         """So many are done. info: what else there is to say."""
         self.done, self._info = done, info
-        if self._terminal:
-            self._bar.update(self._row, completed=done, total=self.total, description=self.text())
-        elif not self._quiet and time.monotonic() - self._said > EVERY:
+        self._draw()
+        if not self._terminal and not self._quiet and time.monotonic() - self._said > EVERY:
             self._line()
 
     def say(self, line: str) -> None:
@@ -91,6 +92,10 @@ class ProgressBar:
             return ""
         minutes, seconds = divmod(round((self.total - self.done) / self._per_second()), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+
+    def _draw(self) -> None:
+        if self._terminal:
+            self._bar.update(self._row, completed=self.done, total=self.total, description=self.text())
 
     def _line(self) -> None:
         self.say(self.text())
