@@ -85,7 +85,7 @@ def conduct(
         seeds = everything[shard.index - 1 :: shard.of]
         done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
         todo = [s for s in seeds if s not in done]
-        with ProgressBar(family, len(seeds), "scenes", len(done), quiet) as bar:
+        with ProgressBar(f"{actor.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
             for outcome, track in simulator.run(actor, family, todo, studio.filming):
                 done[outcome.seed] = outcome
                 studio.add(outcome, track, [done[s] for s in seeds if s in done])
