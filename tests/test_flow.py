@@ -240,6 +240,33 @@ def test_cosine_ignores_the_speed_and_the_geodesic_term_does_not() -> None:
     assert float(parts["geodesic"]) > 0.1
 
 
+def test_velocity_losses_are_the_papers_formulas() -> None:
+    """Written out in NumPy: the paper's slerp and its difference quotient u, 1 - cos(v, u), ‖v - u‖² / 4."""
+    noise, data, time = pair(S3)
+    g = generator(7)
+    said = Action(*(torch.randn(64, 5, size, generator=g, dtype=torch.float64) for size in (3, 4, 1)))
+    q0, q1, t = noise.rotation.numpy(), data.rotation.numpy(), time.numpy()[:, None, None]
+    angle = np.arccos(np.clip((q0 * q1).sum(-1, keepdims=True), -1, 1))
+
+    def slerp(s: np.ndarray) -> np.ndarray:
+        return (np.sin((1 - s) * angle) * q0 + np.sin(s * angle) * q1) / np.sin(angle)
+
+    q, u = slerp(t), (slerp(t + 1e-6) - slerp(t - 1e-6)) / 2e-6
+    v = said.rotation.numpy()
+    v = v - (v * q).sum(-1, keepdims=True) * q  # what points along the sphere
+    cosine = 1 - (v * u).sum(-1) / (np.linalg.norm(v, axis=-1) * np.linalg.norm(u, axis=-1))
+    straight = {
+        name: np.mean((getattr(said, name) - (getattr(data, name) - getattr(noise, name))).numpy() ** 2)
+        for name in ("translation", "gripper")
+    }
+    assert np.linalg.norm(u, axis=-1).min() > 0.01
+    for kind, rotation in (("cosine", cosine), ("mse", ((v - u) ** 2).sum(-1) / 4)):
+        parts = flow.loss(said, noise, data, time, FlowConfig(rotation_loss=kind)).parts  # type: ignore[arg-type]
+        assert parts["rotation"].item() == pytest.approx(rotation.mean(), rel=1e-6)
+        for part, value in straight.items():
+            assert parts[part].item() == pytest.approx(value, rel=1e-12)
+
+
 def test_geodesic_step_is_the_distance_after_that_step() -> None:
     noise, data, time = pair(S3)
     right = truth(noise, data, time, S3)

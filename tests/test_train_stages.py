@@ -125,6 +125,39 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk, grown:
     assert (after - before).abs().max() > 1e-4
 
 
+def test_new_tokens_do_not_depend_on_moge(walked: Walk, grown: Path, tmp_path: Path) -> None:
+    """Without it, stage 1 begins with the same new 3D tokens as with it; stage 2 keeps what stage 1 learned."""
+    start = walked.folders["nano-vlm-0"]
+    still = {"steps": 0, "quiet": True}
+    stages = [recipe(name).changed(moge=False) for name in ("nano-vlm-1", "nano-vlm-2")]
+    one = train(
+        stages[0], tmp_path / "1", walked.labels, init=start, trained=("multi_modal_projector",), **still
+    )
+    rows = "language_model.embed_tokens.weight"
+    before, without, with_moge = (parameters(folder)[rows] for folder in (start, one, grown))
+    first = load_vlm(one).processor.coordinate_start
+    assert torch.equal(without, with_moge) and not torch.equal(without[first:], before[first:])
+    assert torch.equal(without[:first], before[:first])
+    two = train(stages[1], tmp_path / "2", walked.labels, init=one, lr_scale={"vision_tower": 0.3}, **still)
+    assert torch.equal(parameters(two)[rows], without)
+
+
+def test_what_a_number_weighs_is_the_recipes(walked: Walk, tmp_path: Path) -> None:
+    """Also where questions are asked beside the actions."""
+    weights_of = {"coordinate_weight": 5.0, "coordinate_smoothing": 0.5, "question_images": 2}
+    episodes = [("sim", walked.episodes, 1.0)]
+    folder = train(
+        "nano-vla",
+        tmp_path,
+        walked.labels,
+        episodes,
+        init=walked.folders["nano-vlm-2"],
+        **{**FEW, **weights_of},
+    )
+    config = Spear1Policy.load(folder).model.vlm.config
+    assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
+
+
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk, grown: Path) -> None:
     before, after = parameters(grown), parameters(walked.folders["nano-vlm-1"])
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start

@@ -157,7 +157,7 @@ def load_vlm(
 class Spear1Policy:
     """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
 
-    steps  Euler steps of the flow.
+    steps  Euler steps of the flow (10: our choice, π0's; the paper does not say).
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how many
            observations came before it; never on what else is in the batch.
     """

@@ -220,7 +220,7 @@ TABLES: tuple[Table, ...] = (
         ),
         "rotation",
         "The nano policy predicts the clean action, and its losses compare actions; the last row is the paper's own "
-        "loss, on predicted velocities.",
+        "loss, on predicted velocities, in our form (`FlowConfig`).",
     ),
     Table(
         "normalisation",
@@ -232,6 +232,7 @@ TABLES: tuple[Table, ...] = (
             Row("mean-std", "mean-std", _policy(normalization="meanstd"), "mean-std"),
         ),
         "normalisation",
+        "The positions that the policy is told of (proprioception) are normalised in the same way (our choice).",
     ),
     Table(
         "siglip",
@@ -261,6 +262,8 @@ TABLES: tuple[Table, ...] = (
             ),
         ),
         "siglip",
+        "Trained is all of SigLIP but its stem and its positions, at 0.3 × the rate of the rest of the VLM, as in the "
+        "recipe (our choice for nano).",
     ),
     Table(
         "converged",

@@ -20,7 +20,8 @@ class Preset:
                  vocabulary comes from the tokenizer.
     stem         "patch": one convolution per patch, as published; "conv": `spear.models.vision.ConvStem`.
     vocabulary   text tokens of the base tokenizer, without 3D tokens.
-    bins         3D tokens. horizon: actions per chunk, at `rate_hz` steps per second.
+    bins         3D tokens. horizon: actions per chunk, at `rate_hz` steps per second, in all of
+                 them that of the data (`data.actions.RATE_HZ`).
     coordinate_smoothing  see `SpearVLMConfig`. flow: fields of `spear.flow.FlowConfig`.
     prompt_tokens  the longest text prompt accepted.
     """

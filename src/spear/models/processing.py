@@ -204,7 +204,8 @@ class Processor:
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
         """Token ids of an answer -> text, numbers and pixels, up to its end; the inverse of `answer_ids`.
 
-        Numbers are the middles of their bins. A location token without a partner stays text.
+        Numbers are what stands for their bins: the median of the values that a bin was fitted to. A location
+        token without a partner stays text.
         """
         segments: list[str | float | Pixel] = []
         text: list[int] = []

@@ -252,6 +252,7 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         graphs: bool = True,
     ) -> Action:
         """Actions [B, H, ·], normalised units, rotations unit and canonical: `steps` Euler steps from noise.
+        The paper does not give their number; 10 is our choice (π0's).
 
         The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing. Without padding and
         missing images, attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.acting`.

@@ -174,6 +174,7 @@ def _vla(
     if stage.question_images:
         folder = _need(labels, stage, "labels")
         questions = _questions(stage, folder, known, processor, stage.question_images, seed)
+        _weigh_numbers(model.vlm.config, stage)
     task = VlaTask(
         model,
         processor,
@@ -240,9 +241,7 @@ def _renew_coordinates(
     """
     first, bins = processor.coordinate_start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
-    new = init_new_embeddings(
-        words[: processor.location_start], bins, torch.Generator().manual_seed(seed), stage.smooth_tokens
-    )
+    new = _new_tokens(words, processor, stage, seed)
     rows = torch.cat([words[:first], new, words[first + bins :]])
     embeddings: Any = vlm.get_input_embeddings()  # kept, since Gemma's scales what it looks up
     embeddings.weight, embeddings.num_embeddings = torch.nn.Parameter(rows), len(rows)
@@ -272,8 +271,7 @@ def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMCo
     config.coordinate_bins = processor.coordinates.bins
     if not stage.moge:
         config.moge_config = None
-    config.coordinate_loss_weight = stage.questions.coordinate_weight
-    config.coordinate_smoothing = stage.questions.coordinate_smoothing
+    _weigh_numbers(config, stage)
     return config
 
 
@@ -285,11 +283,47 @@ def _grown(
     moge: Path | None,
     seed: int,
 ) -> SpearVLMForConditionalGeneration:
-    """The earlier stage's VLM, with what this stage adds: MoGe's encoder, a new projection, new 3D tokens."""
-    if (vlm.moge is None) != stage.moge:
-        vlm.config.coordinate_loss_weight = stage.questions.coordinate_weight
-        vlm.config.coordinate_smoothing = stage.questions.coordinate_smoothing
+    """The earlier stage's VLM, with what this stage adds: MoGe's encoder, a new projection, new 3D tokens.
+
+    The 3D tokens are new where MoGe joins, and, without MoGe, in the stage that learns their rows alone.
+    """
+    if (vlm.moge is None) == stage.moge:
+        vlm = _with_moge(vlm, stage, size, processor, moge)
+    elif stage.moge or not stage.coordinate_rows_only:
+        _weigh_numbers(vlm.config, stage)
         return vlm
+    _weigh_numbers(vlm.config, stage)
+    first, bins = processor.coordinate_start, processor.coordinates.bins
+    embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
+    with torch.no_grad():
+        embeddings[first : first + bins] = _new_tokens(embeddings, processor, stage, seed)
+    return vlm
+
+
+def _new_tokens(embeddings: torch.Tensor, processor: Processor, stage: Recipe, seed: int) -> torch.Tensor:
+    """Rows for the 3D tokens, drawn with the mean and covariance of the words' rows (the paper, section 3).
+
+    The location tokens' are left out, since they were drawn the same way (our choice; `models.backbones` has all).
+    """
+    words = embeddings[: processor.location_start]
+    generator = torch.Generator().manual_seed(seed)
+    return init_new_embeddings(words, processor.coordinates.bins, generator, stage.smooth_tokens)
+
+
+def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:
+    """What the loss of 3D tokens is, from the recipe into the model that computes it."""
+    config.coordinate_loss_weight = stage.questions.coordinate_weight
+    config.coordinate_smoothing = stage.questions.coordinate_smoothing
+
+
+def _with_moge(
+    vlm: SpearVLMForConditionalGeneration,
+    stage: Recipe,
+    size: Preset,
+    processor: Processor,
+    moge: Path | None,
+) -> SpearVLMForConditionalGeneration:
+    """The VLM with MoGe's encoder and a projection for it, by which no visual token changes yet."""
     model = SpearVLMForConditionalGeneration(_vlm_config(stage, size, processor))
     missing, unexpected = model.load_state_dict(vlm.state_dict(), strict=False)
     wrong = [k for k in missing if not k.startswith(("moge.", "moge_projector."))] + list(unexpected)
@@ -302,8 +336,6 @@ def _grown(
     encoder = weights.load(MogeForDepth, moge)
     assert model.moge is not None
     model.moge.load_state_dict(encoder.moge.state_dict())
-    first, bins = processor.coordinate_start, processor.coordinates.bins
-    embeddings = model.get_parameter("language_model.embed_tokens.weight")
     assert model.moge_projector is not None
     with torch.no_grad():
         # A visual token becomes the average of two projections. At the start it is what it was, so that the language
@@ -312,8 +344,4 @@ def _grown(
             parameter.mul_(2)
         for parameter in model.moge_projector.parameters():
             parameter.zero_()
-        generator = torch.Generator().manual_seed(seed)
-        embeddings[first : first + bins] = init_new_embeddings(
-            embeddings[: processor.location_start], bins, generator, stage.smooth_tokens
-        )
     return model

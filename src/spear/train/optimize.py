@@ -52,6 +52,7 @@ class Optimization:
     frozen            module prefixes that do not learn.
     trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
+    weight_decay, betas  AdamW's, which is our choice, too. grad_clip: the norm beyond which gradients are scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
     precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that does not
                       compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).

@@ -1,8 +1,9 @@
 """Every training stage as data: what learns, on what, for how long. `spear train NAME` runs one.
 
-The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where it states
-them; learning rates and schedules are not stated there and are our choice, as are `finetune-*`. The `nano-*` recipes
-are ours, sized for two CPU cores. docs/recipes.md has all of them as tables.
+The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where it
+states them; learning rates, schedules, AdamW's settings, the averages' decay and the batch of post-training are not
+stated there and are our choice, as are `finetune-*`. The `nano-*` recipes are ours, sized for two CPU cores.
+docs/recipes.md has all of them as tables.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Recipe:
     question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
     question_weight  weight of their loss.
     augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation).
+    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation); positions in
+                  the state follow it (our choice).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
     lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`); which of
