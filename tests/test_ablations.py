@@ -280,7 +280,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
-    plan = make_plan(choose(["full", "points"]), data, pretrained(), 1, 1, 1, TINY, 1e-9)
+    plan = make_plan(choose(["full", "points"]), data, pretrained(), 1, 1, 1, TINY, 1e-9, ["put_on"])
     said: list[str] = []
 
     def die(words: str) -> None:
@@ -320,7 +320,9 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
 
 
 def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
-    good = make_plan(choose(["no-3d"]), data, pretrained(), 1, 1, 1, TINY, 1e-9).scoring("no-3d", 0)
+    good = make_plan(choose(["no-3d"]), data, pretrained(), 1, 1, 1, TINY, 1e-9, ["put_on"]).scoring(
+        "no-3d", 0
+    )
     broken = {**TINY, "lr": float("nan"), "max_skipped": 0}
     bad = make_plan(choose(["scratch"]), data, pretrained(), 1, 1, 1, broken, 1e-9)
     scratch = bad.scoring("scratch", 0)
