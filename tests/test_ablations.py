@@ -323,7 +323,7 @@ def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
     good = make_plan(choose(["no-3d"]), data, pretrained(), 1, 1, 1, TINY, 1e-9, ["put_on"]).scoring(
         "no-3d", 0
     )
-    broken = {**TINY, "lr": float("nan"), "max_skipped": 0}
+    broken = {**TINY, "lr": 1e30, "warmup": 0, "max_skipped": 0}
     bad = make_plan(choose(["scratch"]), data, pretrained(), 1, 1, 1, broken, 1e-9)
     scratch = bad.scoring("scratch", 0)
     jobs = [scratch.policy, scratch, good.policy, good]

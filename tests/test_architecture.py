@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": {"errors"},
     "threads": set(),
     "progress": set(),
+    "fingerprint": set(),
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},

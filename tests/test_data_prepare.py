@@ -312,7 +312,7 @@ def test_the_command(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "48 x 32 pixels, in 1 of 1 episodes" in capsys.readouterr().out
     for words, message in (
         ([*base, "--size", "30"], "--size 30: write it as 280x210"),
-        (base, "not empty"),
+        (base, "prepared from other episodes"),
         (
             ["data", "prepare", str(other), str(other), "--out", "x"],
             "datasets of the same name: other, other",
@@ -342,7 +342,7 @@ def test_several_datasets_continue_behind_those_that_are_done(
     assert f"1 episodes in {out / 'other'}, 0 set aside" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")} == before
     assert main([*command, "--size", "30x20"]) == 2  # what is there was made for something else
-    assert "not empty" in capsys.readouterr().err
+    assert "prepared from other episodes" in capsys.readouterr().err
 
 
 _finish = parts.Parts.finish

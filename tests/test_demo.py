@@ -153,7 +153,7 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
         (["ask", __file__, "how far?"], "not a readable image"),
         (["ask", "sim:7", "how far?", "--family", "distanse"], "did you mean 'distance'?"),
         (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "no such folder: /nowhere"),
-        (["train", "nano-vla", "--init", "nanno"], "no model 'nanno'"),
+        (["train", "nano-post", "--episodes", "x", "--init", "nanno"], "no model 'nanno'"),
         (["train", "nano-post", "--init", "nano", "--set", "batch_sise=2"], "did you mean 'batch_size'?"),
     ],
 )

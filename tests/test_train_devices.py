@@ -74,7 +74,9 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
 
 
 def test_the_command_refuses_a_device_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "nano-vla", "--device", "gpu", "--out", str(tmp_path / "run")]) == 2
+    assert (
+        main(["train", "nano-depth", "--labels", "x", "--device", "gpu", "--out", str(tmp_path / "run")]) == 2
+    )
     said = capsys.readouterr().err
     assert said.startswith("error: unknown device 'gpu'") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -141,11 +141,17 @@ def test_ray(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_without_a_dry_run_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(["train", "finetune-lora", "--out", str(out), "--launch", "slurm", "--gpus", "0"]) == 0
+    given = ["--episodes", "mine", "--init", "vla"]
+    assert (
+        main(["train", "finetune-lora", "--out", str(out), *given, "--launch", "slurm", "--gpus", "0"]) == 0
+    )
     file = out / "slurm.sh"
     assert f"sbatch {file}" in capsys.readouterr().out
     assert "gpus" not in file.read_text() and "--nproc-per-node=1" in file.read_text()
-    assert f"spear train finetune-lora --out {out}" in file.read_text()
+    assert f"spear train finetune-lora --out {out} --episodes mine --init vla" in file.read_text()
+    capsys.readouterr()
+    assert main(["train", "finetune-lora", "--out", str(out), "--launch", "slurm"]) == 2
+    assert "give --episodes FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,8 @@ def test_without_a_dry_run_it_is_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_mistakes_are_found_before_anything_waits_in_a_queue(
     words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *words]) == 2
+    given = ["--episodes", "bridge", "--init", "vla"]
+    assert main(["train", *words, *given]) == 2
     said = capsys.readouterr().err
     assert hint in said and said.count("\n") == 1
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,7 @@ from spear.errors import SpearError
 from spear.train import checkpoint, loop, nonfinite, optimize
 from spear.train.log import Logger, Spikes
 from spear.train.optimize import Optimization
-
-
-class Regression:
-    """A small task whose batches depend on the step alone."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-        self.scale = scale
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
-
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        x = batch["x"]
-        noise = 0.1 * torch.randn(8, 1, generator=generator)
-        error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
-        return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
-
+from train_tiny import Regression
 
 SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
 

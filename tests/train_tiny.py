@@ -21,6 +21,26 @@ from spear.types import Action
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 
 
+class Regression:
+    """A small task whose batches depend on the step alone."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.scale = scale
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
+
+    def loss(
+        self, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        x = batch["x"]
+        noise = 0.1 * torch.randn(8, 1, generator=generator)
+        error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
+        return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
+
+
 class Acting:
     """Robot steps, questions beside them, and embeddings of which some rows learn; as `VlaTask` and `VlmTask`."""
 

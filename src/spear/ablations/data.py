@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spear.data.episode import EpisodeStore
 from spear.demonstrations import demonstrate
+from spear.fingerprint import add_files
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.scenes import label_scenes
@@ -48,11 +49,7 @@ def look_at(labels: Path, episodes: Path) -> Data:
     digest = hashlib.sha256()
     keys = []
     for folder in (labels, episodes):
-        for path in sorted(p for kind in ("*.parquet", "*.arrow", "*.txt") for p in folder.rglob(kind)):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - 65536))
-                digest.update(file.read())
+        add_files(digest, folder, ("*.parquet", "*.arrow", "*.txt"))
         keys.append(digest.hexdigest()[:12])
     return Data(labels, episodes, images, keys[1], keys[0])
 

@@ -39,6 +39,9 @@ def shares(stores: Sequence[EpisodeStore], weights: Sequence[float]) -> list[flo
         raise SpearError(
             f"--weights: {len(weights)} for {len(stores)} folders of --episodes: give one for each"
         )
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise SpearError(f"--weights {weight:g}: give positive numbers")
     names = [store.source(0).partition("/")[0] for store in stores]
     known = [REGISTRY[name].weight if name in REGISTRY else None for name in names]
     chosen = list(weights) or [w for w in known if w is not None]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.cli import launching
-from spear.cli.arguments import Folder, Name, Number, open_episodes, recipe_changes
+from spear.cli.arguments import Folder, Name, Number, at_least, open_episodes, recipe_changes
 from spear.errors import SpearError
 
 
@@ -76,6 +76,7 @@ def train(
 
     from spear.models.presets import preset as find_preset
     from spear.policy import locate
+    from spear.train.inputs import check_inputs
     from spear.train.recipes import RECIPES
     from spear.train.recipes import recipe as find
 
@@ -87,15 +88,18 @@ def train(
     changes = recipe_changes(set) | {key: value for key, value in named.items() if value is not None}
     stage = find(recipe).changed(**changes)
     find_preset(stage.preset)
+    at_least(0, seed=seed)
+    check_inputs(stage, labels is not None, bool(episodes), init is not None, moge is not None)
     target = out or Path("runs") / recipe
     if launch:
         launching.write(
             launch, stage, target, launching.command("train", train, given), nodes, gpus, job, dry_run
         )
         return
-    if dry_run or job:
+    if dry_run or job or (nodes, gpus) != (1, 1):
         raise SpearError(
-            "--dry-run and --job are for scripts: say for what with --launch slurm, ray or kubernetes"
+            "--nodes, --gpus, --job and --dry-run are for scripts: say for what with --launch slurm, ray or kubernetes "
+            "(here, several processes train together with torchrun)"
         )
     start = locate(init) if init else None
     encoder = locate(moge) if moge else None

@@ -56,7 +56,10 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     """The episodes of a store that a split names; all of them are "train"."""
     store = EpisodeStore(path)
     ranges = split_ranges({"train": [len(store)]}, split, path)
-    return store.subset([i for _, first, end in ranges for i in range(first, end)])
+    chosen = [i for _, first, end in ranges for i in range(first, end)]
+    if not chosen:
+        raise SpearError(f"no episodes: {path} split {split!r} is empty")
+    return store.subset(chosen)
 
 
 FORMATS: Mapping[str, Format] = {

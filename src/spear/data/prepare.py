@@ -67,10 +67,10 @@ def prepare(
     part_mb    images, in MB, after which a part ends.
     quiet      show no progress.
 
-    A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
-    that differs from the first in its cameras or image sizes is set aside. Raises SpearError when more than
-    the share `most_bad` is bad, or nothing good is left; when `out_dir` holds something else; and when it cannot
-    be written (a full disk): then, as after any interruption, the same call continues. `out_dir` appears when
+    A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one that
+    differs from the first in its cameras or image sizes is set aside. Raises SpearError when more than the share
+    `most_bad` is bad, or nothing good is left; when `out_dir` holds something else (also other episodes); and when it
+    cannot be written (a full disk): then, as after any interruption, the same call continues. `out_dir` appears when
     everything is in it; the same call then finds it there, and does nothing.
     """
     out = Path(out_dir)
@@ -92,6 +92,11 @@ def prepare(
     done = (out / INDEX).is_file() and (out / SET_ASIDE).is_file()
     if done and read_batches(out / INDEX)[1].get(MARK) == mark:
         return len(EpisodeStore(out)), json.loads((out / SET_ASIDE).read_text())
+    if done:
+        raise SpearError(
+            f"{out} was prepared from other episodes, or in another way: {path} or its layout may have changed since: "
+            "remove that folder, or choose another --out"
+        )
     check_free(out)
     try:
         with working(out.with_name(f".{out.name}.part"), request) as work:
@@ -144,7 +149,7 @@ def open_store(
     while wait and not target.is_dir():
         time.sleep(0.5)
     reasons: list[str] = []
-    if not target.is_dir():
+    if not wait:
         target.parent.mkdir(parents=True, exist_ok=True)
         _, reasons = prepare(path, target, split)
     return EpisodeStore(target), reasons

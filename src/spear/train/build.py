@@ -27,6 +27,7 @@ from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import parallel
 from spear.train.depth import DepthTask
+from spear.train.inputs import check_inputs
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
 from spear.train.naming import NamingTask
 from spear.train.optimize import Task
@@ -48,6 +49,7 @@ def build(
     seed: int = 0,
 ) -> Built:
     """A recipe's model and task, before the first step; arguments as in `train`."""
+    check_inputs(stage, labels is not None, bool(episodes), init is not None, moge is not None)
     torch.manual_seed(seed)
     size = _with_flow(preset(stage.preset), stage.flow)
     pieces = stage.optimization.accumulate
@@ -116,6 +118,7 @@ def _vlm(stage: Recipe, size: Preset, labels: Path, init: Path | None, moge: Pat
     else:
         processor = Processor.load(init)
         earlier = weights.load(SpearVLMForConditionalGeneration, init)
+        _check_size(earlier.config, size, init)
         if stage.bins is not None or stage.spacing is not None:
             processor = dataclasses.replace(
                 processor, coordinates=_fitted(stage, known, processor.coordinates.bins, seed)
@@ -139,8 +142,6 @@ def _vla(
     init: Path | None,
     seed: int,
 ) -> Built:
-    if not episodes:
-        raise SpearError(f"recipe {stage.name} learns from demonstrations: give --episodes FOLDER")
     known = load_labels(labels, list(size.image_sizes)) if labels is not None else {}
     if init is None:
         processor = _new_processor(stage, size, _need(labels, stage, "labels"), known, seed)
@@ -164,11 +165,18 @@ def _vla(
             vlm = weights.load(SpearVLMForConditionalGeneration, init)
             model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
             model.vlm.load_state_dict(vlm.state_dict())
+        _check_size(model.vlm.config, size, init)
     if stage.normalize_each:
         normalizer = Normalizer.fit_each(episodes, stage.normalization)
     else:
         normalizer = Normalizer.fit([(store, weight) for _, store, weight in episodes], stage.normalization)
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
+    for name, store, _ in episodes:
+        if not set(store.cameras) & set(views):
+            raise SpearError(
+                f"dataset {name!r}: no camera {' or '.join(views)}: it has {', '.join(store.cameras)}: name them so in "
+                "its spear.json"
+            )
     samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
@@ -192,6 +200,15 @@ def _vla(
         normalizer.save(folder / "normalizer.json")
 
     return model, task, save
+
+
+def _check_size(config: SpearVLMConfig, size: Preset, init: Path) -> None:
+    """Raises `SpearError` if a trained model is not of a preset's size."""
+    widths = config.text_config.hidden_size, config.vision_config.hidden_size
+    if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
+        raise SpearError(
+            f"--init {init} is not of preset {size.name}: give the --preset that it was made with"
+        )
 
 
 def _questions(
@@ -289,6 +306,8 @@ def _grown(
     """
     if (vlm.moge is None) == stage.moge:
         vlm = _with_moge(vlm, stage, size, processor, moge)
+    elif moge is not None:
+        raise SpearError(f"--moge {moge}: --init has an encoder already: leave --moge out")
     elif stage.moge or not stage.coordinate_rows_only:
         _weigh_numbers(vlm.config, stage)
         return vlm

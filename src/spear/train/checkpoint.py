@@ -47,7 +47,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state.json`: what `Checkpoints.save` was given, and "step"."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        if missing := {"step", "settings"} - set(state):
+            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
         raise _unreadable(path, error) from error
     return state
 

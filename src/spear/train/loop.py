@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,12 +25,17 @@ from spear.train.nonfinite import FOLDER, NotFinite, save_batch
 from spear.train.optimize import Batch, Optimization, Stepper, Task, learning_rate
 
 
-class _Steps(torch.utils.data.Dataset[Batch]):
+class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
+    """What is wrong with a batch is returned: raised in another process, it would bring that one's traceback."""
+
     def __init__(self, task: Task) -> None:
         self.task = task
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.task.batch(step)
+    def __getitem__(self, step: int) -> Batch | SpearError:
+        try:
+            return self.task.batch(step)
+        except SpearError as error:
+            return error
 
     def __len__(self) -> int:
         raise TypeError("a run has no last batch of its own")
@@ -53,7 +59,10 @@ def batches(
         worker_init_fn=_one_thread if workers else None,
         pin_memory=device.type == "cuda",
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, SpearError):
+            raise batch
+        yield batch
 
 
 def _one_thread(_: int) -> None:
@@ -93,13 +102,16 @@ def run(
     quiet: bool = False,
     device: torch.device | None = None,
     sharded: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
-    device, sharded: see `spear.train.optimize.Stepper`.
+    device, sharded: see `spear.train.optimize.Stepper`. about: what the run is of, by name; a run continues only where
+    all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
-    Raises `SpearError` for a checkpoint of another seed or model, when more than `opt.max_skipped` steps had a loss or
-    gradient that is not finite, or when another process of the run is gone.
+    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`, when more
+    than `opt.max_skipped` steps had a loss or gradient that is not finite, or when another process of the run is
+    gone.
     """
     opt = divided(opt, out)
     stepper = Stepper(task, opt, seed, device, sharded)
@@ -107,14 +119,14 @@ def run(
         "seed": seed,
         "pieces": parallel.world() * opt.accumulate,
         "optimization": dataclasses.asdict(opt),
+        "about": dict(about or {}),
     }
     with Checkpoints(out / "checkpoints") as checkpoints:
         latest = checkpoint.find_latest(checkpoints.folder)
         first = skipped = 0
         if latest is not None:
             state = checkpoint.read_state(latest)
-            if state["settings"]["seed"] != seed:
-                raise SpearError(f"{out} holds a run with another seed: use the same, or a new --out")
+            _check_same(out, state, settings, opt.steps)
             checkpoints.load(latest, stepper.model, stepper.ema, stepper.optimizer)
             first, skipped = state["step"], state["skipped"]
         main = parallel.rank() == 0
@@ -134,8 +146,8 @@ def run(
                     if log is not None:
                         log.log(step, values, opt.lr * learning_rate(step, opt), waited)
                     if (step + 1) % save_every == 0 or step + 1 == opt.steps:
-                        about = {"settings": settings, "skipped": skipped}
-                        checkpoints.save(step + 1, stepper.model, stepper.ema, stepper.optimizer, about)
+                        now = {"settings": settings, "skipped": skipped}
+                        checkpoints.save(step + 1, stepper.model, stepper.ema, stepper.optimizer, now)
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise
@@ -145,6 +157,21 @@ def run(
             ) from error
     parallel.wait()
     return stepper.result()
+
+
+def _check_same(out: Path, state: Mapping[str, Any], settings: Mapping[str, Any], steps: int) -> None:
+    """Raises `SpearError` unless a checkpoint's run is this one, at no later a step."""
+    there = {"seed": state["settings"]["seed"], **state["settings"].get("about", {})}
+    here = {"seed": settings["seed"], **settings["about"]}
+    for name in there:
+        if name in here and there[name] != here[name]:
+            raise SpearError(
+                f"{out} holds a run with another {name} ({there[name]}, not {here[name]}): use the same, or a new --out"
+            )
+    if state["step"] > steps:
+        raise SpearError(
+            f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out for a shorter one"
+        )
 
 
 def _set_aside(problem: NotFinite, pieces: list[Batch], step: int, seed: int, out: Path) -> None:

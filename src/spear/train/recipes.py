@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from spear.data.normalize import Mode
-from spear.errors import SpearError, unknown_name
+from spear.errors import unknown_name
 from spear.labels.questions import FAMILIES
 from spear.tokens import Spacing
 from spear.train.optimize import Optimization
+from spear.train.values import check_value
 
 Kind = Literal["depth", "naming", "vlm", "vla"]
 
@@ -108,10 +108,10 @@ class Recipe:
             if value is None:
                 continue
             if key in _fields(self) and key not in parts:
-                _check(self, key, value)
+                check_value(self, key, value)
                 own[key] = value
             elif holder is not None:
-                _check(parts[holder], key, value)
+                check_value(parts[holder], key, value)
                 parts[holder] = dataclasses.replace(parts[holder], **{key: value})
             else:
                 known = {*_fields(self), *(f for part in parts.values() for f in _fields(part))} - set(parts)
@@ -121,48 +121,6 @@ class Recipe:
 
 def _fields(part: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(part)]
-
-
-_LEAST = {
-    "steps": 0,
-    "batch_size": 1,
-    "flow_samples": 1,
-    "accumulate": 1,
-    "bins": 2,
-    "lr": 0,
-    "warmup": 0,
-    "ema": 0,
-}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-
-
-def _check(part: Any, key: str, value: Any) -> None:
-    """Raises `SpearError` for a value that is not of the kind, or not in the range, of a field."""
-    hint = get_type_hints(type(part))[key]
-    if not _fits(value, hint):
-        choices = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
-        if choices:
-            raise unknown_name(key, str(value), choices)
-        kind = _WORDS.get(hint, "a list" if get_origin(hint) is tuple else "another value")
-        raise SpearError(f"recipe key {key} is {value!r}: give {kind}")
-    if key in _LEAST and value < _LEAST[key]:
-        raise SpearError(f"recipe key {key} is {value}: give at least {_LEAST[key]}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return value in inner
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    if kind is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return len(value) == len(each) and all(map(_fits, value, each))
-    return isinstance(value, kind or hint)
 
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")

@@ -7,6 +7,7 @@ for policies `normalizer.json`, and `recipe.json` (what was trained, how, for ho
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 import shutil
@@ -21,6 +22,7 @@ import torch
 import spear
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
+from spear.fingerprint import add_files
 from spear.train import loop, parallel, sharding
 from spear.train.allocator import keep_freed_memory
 from spear.train.build import build
@@ -64,13 +66,15 @@ def train(
         keep_freed_memory()
     parallel.start(place)
     settled = for_device(stage.optimization, place)
-    if settled != stage.optimization and not quiet and parallel.rank() == 0:
-        print("this CPU does not compute in bfloat16: training in float32", file=sys.stderr)
+    in_float32 = settled != stage.optimization
     stage = dataclasses.replace(stage, optimization=settled)
     stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
     model, task, save = build(stage, labels, episodes, init, moge, seed)
+    if in_float32 and not quiet and parallel.rank() == 0:
+        print("note: this CPU does not compute in bfloat16: training in float32", file=sys.stderr)
+    about = _about(stage, labels, episodes, init, moge)
     averaged = loop.run(
-        task, stage.optimization, out, seed, workers, save_every, log_every, quiet, place, sharded
+        task, stage.optimization, out, seed, workers, save_every, log_every, quiet, place, sharded, about
     )
     with torch.no_grad():
         parameters = dict(model.named_parameters())
@@ -108,6 +112,32 @@ def train(
     part.replace(final)
     parallel.wait()
     return final
+
+
+_MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")
+"""Fields of a recipe with other values of which a run may be continued."""
+
+
+def _about(
+    stage: Recipe,
+    labels: Path | None,
+    episodes: Sequence[tuple[str, EpisodeStore, float]],
+    init: Path | None,
+    moge: Path | None,
+) -> dict[str, Any]:
+    """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
+    recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
+    stores = [(name, f"{len(store)} episodes, share {weight:g}") for name, store, weight in episodes]
+    given = {"--labels": labels, "--init": init, "--moge": moge}
+    marks = {name: _mark(folder) for name, folder in given.items() if folder is not None}
+    about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
+    return about
+
+
+def _mark(folder: Path) -> str:
+    digest = hashlib.sha256()
+    add_files(digest, folder, ("*.parquet", "*.safetensors"))
+    return digest.hexdigest()[:12]
 
 
 def _made_by(folder: Path) -> Any:
