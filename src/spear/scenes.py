@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
+from spear.files import write_text
 from spear.labels.depth import write_depth
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
@@ -57,8 +58,7 @@ def label_scenes(
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
     _refuse_others(out, jobs, sizes)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
+    write_text(out / "wording.txt", "".join(f"{line}\n" for line in wording()))
     todo = [job for job in jobs if not _finished(job)]
     before = scenes - sum(_count(job) for job in todo)
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.results import films_wanted, report
 from spear.cli.simpler_commands import evaluate_simpler
 from spear.errors import SpearError, unknown_name
+from spear.files import write_bytes, write_text
 
 
 def evaluate(
@@ -147,7 +148,7 @@ def evaluate_data(
         cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if plot:
-        plot.write_bytes(open_loop.plot(ours, reference))
+        write_bytes(plot, open_loop.plot(ours, reference))
 
 
 def compare(
@@ -195,9 +196,8 @@ def compare(
         show(table.table(ours))
     if out:
         folders = tuple(p if p.is_dir() else p.parent for p in (first, second))
-        out.parent.mkdir(parents=True, exist_ok=True)
         extra = [reference_section(table, ours) for table in published]
-        out.write_text(comparison_page(comparison, (folders[0], folders[1]), films, extra))
+        write_text(out, comparison_page(comparison, (folders[0], folders[1]), films, extra))
         print(f"page: {out}")
 
 
@@ -217,8 +217,6 @@ def merge(
         parts: Folders that spear evaluate wrote.
         out: Folder for the whole, a new one.
     """
-    import shutil
-
     from rich import print as show
 
     from spear.evaluate.journal import journals, load
@@ -237,7 +235,7 @@ def merge(
         folder = path if path.is_dir() else path.parent
         for film in filter(None, (film_file(folder, o.film_name) for o in part.outcomes)):
             if film.parent.resolve() != out.resolve():
-                shutil.copy2(film, out / film.name)
+                write_bytes(out / film.name, film.read_bytes())
     show(results.table())
     for published in beside(results):
         show(published.table([(results.policy, results)]))

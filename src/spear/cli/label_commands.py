@@ -160,8 +160,8 @@ def label(
 
 
 def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings: int, workers: int) -> None:
-    from PIL import Image
-
+    from spear.files import write_bytes
+    from spear.images import encode_picture
     from spear.labels.draw import draw_label
     from spear.labels.store import LabelStore
     from spear.models.presets import preset as find_preset
@@ -169,10 +169,10 @@ def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings
 
     sizes = dict(find_preset(preset).image_sizes)
     images = label_scenes(out, scenes, sizes, first_seed, workers)
-    (out / "drawings").mkdir(exist_ok=True)
     store = LabelStore(out / "external")
     for index in range(min(drawings, len(store))):
-        Image.fromarray(draw_label(store[index])).save(out / "drawings" / f"{index:04d}.png")
+        path = out / "drawings" / f"{index:04d}.png"
+        write_bytes(path, encode_picture(draw_label(store[index]), path.name))
     print(f"{images} labelled images in {out}" + (f", drawings in {out / 'drawings'}" if drawings else ""))
 
 

@@ -60,7 +60,7 @@ def evaluate_vqa(
     from spear.evaluate.vqa import evaluate as run
     from spear.evaluate.vqa_images import find_images
     from spear.evaluate.vqa_page import vqa_page
-    from spear.labels.parquet import write_text
+    from spear.files import write_text
     from spear.labels.questions import FAMILIES
     from spear.policy import load_vlm
     from spear.train.devices import choose_device

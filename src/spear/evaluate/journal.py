@@ -15,6 +15,7 @@ from typing import Any
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, merge
+from spear.files import writing
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Journal:
         self.done[outcome.family, outcome.seed] = outcome
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from spear.evaluate import video
 from spear.evaluate.actors import Actor
 from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
+from spear.files import write_bytes
 from spear.progress import ProgressBar
 
 Track = TypeVar("Track")
@@ -30,10 +31,7 @@ class Film:
 
     def save(self, folder: Path) -> None:
         """Writes the film under its episode's name, whole or not at all."""
-        path = folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self.data)
-        temporary.replace(path)
+        write_bytes(folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}", self.data)
 
 
 class Simulator(Protocol[Track]):
