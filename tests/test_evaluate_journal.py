@@ -140,5 +140,10 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["evaluate", "merge", str(out), str(tmp_path / "two"), "--out", str(tmp_path / "one")]) == 2
     assert "holds an evaluation of its own" in capsys.readouterr().err
     assert len(load(tmp_path / "one").outcomes) == 2
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    assert main(["evaluate", "merge", str(out), "--out", str(tmp_path / "data")]) == 2
+    assert "holds other files: merge into a folder of its own" in capsys.readouterr().err
+    assert main(["evaluate", "merge", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == 0
+    capsys.readouterr()
     assert main(["evaluate", "--policy", "expert", "--films", "some"]) == 2
     assert "--films some" in capsys.readouterr().err

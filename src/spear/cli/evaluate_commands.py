@@ -12,7 +12,7 @@ from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.results import films_wanted, report
 from spear.cli.simpler_commands import evaluate_simpler
 from spear.errors import SpearError, unknown_name
-from spear.files import write_bytes, write_text
+from spear.files import check_own, write_bytes, write_text
 
 
 def evaluate(
@@ -228,6 +228,7 @@ def merge(
         raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
     if journals(out):
         raise SpearError(f"--out {out}: holds an evaluation of its own: give a new folder for the whole")
+    check_own(out, "results.json", "merge")
     found = [load(path) for path in parts]
     results = put_together(found)
     results.save(out / "results.json")
