@@ -93,7 +93,7 @@ def label(
         drawings: So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings.
     """
     at_least(1, batch_size=batch_size, shard_size=shard_size, per_episode=per_episode, scenes=scenes)
-    at_least(0, size=size, workers=workers, first_seed=first_seed, drawings=drawings)
+    at_least(0, size=size, workers=workers, first_seed=first_seed, drawings=drawings, seed=seed)
     if not photos:
         _label_scenes(out, scenes, first_seed, preset, drawings, workers)
         if questions:
@@ -201,6 +201,7 @@ def ask_about(
     from spear.labels.question_store import write_questions
     from spear.labels.questions import FAMILIES
 
+    at_least(0, seed=seed)
     images, counts = write_questions(_shards(labels), seed, pairs, families or FAMILIES)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
     print(f"{counts.total():,} questions about {images:,} images: {kinds or 'none could be asked'}")

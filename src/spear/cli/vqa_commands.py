@@ -66,6 +66,7 @@ def evaluate_vqa(
     from spear.train.devices import choose_device
 
     at_least(1, images=images, per_image=per_image, batch=batch)
+    at_least(0, seed=seed)
     bundle = load_vlm(checkpoint, choose_device(device), getattr(torch, dtype))
     labels = find_images(questions, images, view, bundle.processor)
     scores = run(bundle, labels, families or FAMILIES, per_image, seed, batch, decode=decode, view=view)
