@@ -75,8 +75,8 @@ def conduct(
 
     Raises SpearError for a folder with results of another policy or of other settings.
     """
-    journal = Journal(out, actor.name, settings, shard) if out else None
     studio = _Studio(simulator, films, out)
+    journal = Journal(out, actor.name, settings, shard) if out else None
     started = last = time.perf_counter()
     outcomes: list[Outcome] = []
     for family, everything in scenes.items():

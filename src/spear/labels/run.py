@@ -214,10 +214,13 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs."""
+    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs.
+
+    A run that has labelled nothing yet, because it was refused, is none.
+    """
     path = out / SETTINGS
     settings = json.loads(json.dumps(settings))
-    if not path.is_file():
+    if not path.is_file() or not any(out.glob("labels-*.parquet")):
         check_own(out, SETTINGS, "label")
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
