@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.results import films_wanted, report
 from spear.cli.simpler_commands import evaluate_simpler
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, notice, unknown_name
 from spear.files import check_own, write_bytes, write_text
 
 
@@ -219,7 +219,7 @@ def merge(
     """
     from rich import print as show
 
-    from spear.evaluate.journal import journals, load
+    from spear.evaluate.journal import journals, load, missing_parts
     from spear.evaluate.reference import beside
     from spear.evaluate.results import merge as put_together
     from spear.evaluate.video import film_file
@@ -230,6 +230,8 @@ def merge(
         raise SpearError(f"--out {out}: holds an evaluation of its own: give a new folder for the whole")
     check_own(out, "results.json", "merge")
     found = [load(path) for path in parts]
+    if missing := missing_parts(parts):
+        notice(f"not all of the evaluation: part {', '.join(missing)} is in none of these folders")
     results = put_together(found)
     results.save(out / "results.json")
     for path, part in zip(parts, found, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from spear.errors import SpearError
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
 from spear.evaluate.journal import WHOLE, Journal, Shard
@@ -73,8 +74,14 @@ def conduct(
               run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
     shard     run only this part of the scenes.
 
-    Raises SpearError for a folder with results of another policy or of other settings.
+    Raises SpearError for a folder with results of another policy or of other settings, and for a part without scenes.
     """
+    most = max(map(len, scenes.values()), default=0)
+    if most < shard.index:
+        raise SpearError(
+            f"--shard {shard.index}/{shard.of}: holds no scene, as there are only {most}: give more --scenes, or make "
+            f"at most {most} parts"
+        )
     studio = _Studio(simulator, films, out)
     journal = Journal(out, actor.name, settings, shard) if out else None
     started = last = time.perf_counter()
