@@ -30,6 +30,7 @@ def evaluate(
     shard: str = "1/1",
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
 ) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
@@ -60,6 +61,7 @@ def evaluate(
             there; parts from other machines with `spear evaluate merge`.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     import torch
 
@@ -72,7 +74,7 @@ def evaluate(
     filmed = films_wanted(films)
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
-    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype))
+    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype), dataset)
     run(
         actor,
         families or FAMILIES,
@@ -100,6 +102,7 @@ def evaluate_data(
     plot: File = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
 ) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
@@ -120,6 +123,7 @@ def evaluate_data(
         plot: Save a plot of predictions and truth as PNG.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     from tempfile import TemporaryDirectory
 
@@ -132,7 +136,7 @@ def evaluate_data(
     place = choose_device(device)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(data, Path(scratch) / "held-out", split)
-        model = Spear1Policy.load(policy, place, dtype=getattr(torch, dtype))
+        model = Spear1Policy.load(policy, place, dataset=dataset, dtype=getattr(torch, dtype))
         ours = open_loop.score(policy, model, held_out)
         learned = held_out
         if train or train_split:
