@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "images": {"errors", "types"},
+    "files": {"errors"},
     "processes": {"errors"},
     "threads": set(),
     "progress": set(),
@@ -24,15 +25,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types"},
     "sim": {"errors", "types", "images", "geometry"},
-    "labels": {"errors", "types", "images", "geometry", "processes", "progress"},
-    "data": {"errors", "types", "images", "geometry", "processes", "progress"},
+    "labels": {"errors", "types", "images", "files", "geometry", "processes", "progress"},
+    "data": {"errors", "types", "images", "files", "geometry", "processes", "progress"},
     "models": {"errors", "types", "geometry", "flow", "tokens"},
 }
 MATHEMATICS_AND_BELOW = set(MAY_IMPORT)
 MAY_IMPORT["policy"] = MATHEMATICS_AND_BELOW - {"sim"}
 MAY_IMPORT["pointmap"] = {"errors", "types", "labels", "models"}
 MAY_IMPORT["scenes"] = MATHEMATICS_AND_BELOW
-MAY_IMPORT["demonstrations"] = {"errors", "images", "progress", "sim", "data"}
+MAY_IMPORT["demonstrations"] = {"errors", "images", "files", "progress", "sim", "data"}
 MAY_IMPORT["components"] = {"errors", "types", "geometry", "labels", "models", "pointmap"}
 MAY_IMPORT["sources"] = {"errors", "types", "images", "geometry", "labels", "data", "sim"}
 MAY_IMPORT["chunks"] = {"errors", "types", "geometry", "threads"}

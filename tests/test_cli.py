@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import shutil
 import subprocess
@@ -55,6 +56,9 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
         (["train", "nano-vla", "--stesp", "3"], "did you mean '--steps'?"),
         (["train", "nano-vla", "--set", "lr"], "KEY=VALUE"),
         (["label", "--preset", "nanno"], "did you mean 'nano'?"),
+        (["questions", "x", "--seed", "-1"], "--seed -1: give at least 0"),
+        (["label", "--questions", "--seed", "-1"], "--seed -1: give at least 0"),
+        (["evaluate", "vqa", "nano", "sim", "--seed", "-1"], "--seed -1: give at least 0"),
         (["record", "--preset", "nanno"], "did you mean 'nano'?"),
         (["record", "--families", "stack_cubes"], "did you mean 'stack_cube'?"),
         (["record", "--first-seed", "5"], "kept for testing"),
@@ -70,6 +74,7 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
         (["train", "nano-vla", "--set", "pairs=[1]"], "recipe key pairs is [1]: give a list"),
         (["train", "nano-vla", "--set", "moge=1"], "recipe key moge is 1: give true or false"),
         (["ask", "sim:7", "how far?", "--draw", "box.txt"], "end it in .png or .jpg"),
+        (["ask", "sim:7", "how far?", "--draw", "box.psd"], "end it in .png or .jpg"),
         (["evaluate", "--families", "put_in", "--policy", "expert"], "did you mean 'put_"),
         (["evaluate", "--policy", "expert", "--first-seed", "9999"], "held-out seeds"),
         (["evaluate", "--scenes", "x"], "see `spear evaluate --help`"),
@@ -126,3 +131,18 @@ def test_interrupting_leaves_with_130(
     monkeypatch.setattr("spear.data.inspect.inspect", interrupted)
     assert main(["data", "inspect", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the error does not name the file, and where it is not Python's own."""
+    weights = type("SafetensorError", (Exception,), {})
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        weights("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+
+        def full(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setitem(COMMANDS, "data datasets", full)
+        assert "the disk is full: free some space" in fails(capsys, "data", "datasets")

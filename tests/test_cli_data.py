@@ -137,3 +137,40 @@ def test_training_takes_a_lerobot_folder(shared: Path, tmp_path: Path) -> None:
     assert len(open_episodes(folder, tmp_path / "run")) == 8
     shutil.rmtree(folder / "videos", ignore_errors=True)
     assert len(open_episodes(folder, tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        *(("--rate", rate, "give more than 0 and at most 1000") for rate in ("0", "-5", "nan", "inf")),
+        *(("--quality", quality, "give 1 to 100") for quality in ("500", "-3", "0")),
+        ("--workers", "-1", "give at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    assert main(["data", "prepare", str(store), "--out", str(tmp_path / "out"), option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option} {value}: {words}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported, layout = tmp_path / "set", tmp_path / "layout.json"
+    assert main(["data", "export", str(store), "--out", str(exported)]) == 0
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "out")]
+    commands = (["audit"], ["export", *out], ["inspect"], ["prepare", *out])
+    for folder in (exported, store):
+        for name, *rest in commands:
+            assert main(["data", name, str(folder), *rest, "--layout", str(layout)]) == 2
+            assert f"--layout {layout}: no such file" in capsys.readouterr().err
+    shutil.copy(exported / "spear.json", layout)
+    for name, *rest in commands:
+        assert main(["data", name, str(store), *rest, "--layout", str(layout)]) == 2
+        assert "is a store of episodes and needs no layout: leave it out" in capsys.readouterr().err
+    assert main(["data", "inspect", str(exported), "--layout", str(layout)]) == 2
+    assert "is for the page: give --out as well" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["data", "inspect", str(exported), "--layout", str(layout), *out]) == 0

@@ -216,3 +216,10 @@ def test_a_video_with_other_frames_than_rows_is_named(lerobot: Path, tmp_path: P
     reasons: list[str] = []
     good = list(read_lerobot(folder, on_bad=lambda error: reasons.append(str(error))))
     assert len(good) == 7 and "frames and rows differ: set#7" in reasons[0] and "5 frames" in reasons[0]
+
+
+def test_a_file_without_episode_numbers_is_named(lerobot: Path, tmp_path: Path) -> None:
+    folder = copied(lerobot / "v3.0_image", tmp_path / "set")
+    change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
+    with pytest.raises(SpearError, match=r"cannot read: .*file-000\.parquet: no column 'episode_index'"):
+        next(read_lerobot(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -237,6 +238,14 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rate_hz": "5"}, r"rate_hz must look like 5\.0"),
         ({"images": "observation/image_0"}, r"images must look like {\"external"),
         ({"gripper_range": [1]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
+        ({"gripper_range": [0.0, "1"]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
+        ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
+        ({"gripper_range": [0.0, math.nan]}, r"gripper_range is \[0\.0, nan\]: give finite numbers"),
+        ({"command_range": [1, 1]}, r"command_range is \[1, 1\]: give two readings"),
+        ({"rate_hz": math.inf}, "rate_hz is inf: give finite numbers"),
+        ({"rate_hz": -5}, "rate_hz is -5: give more than 0"),
+        ({"image_aspect": {"external": 0}}, "image_aspect is .*: give more than 0"),
+        ({"tool_rotation": [0, 0, 0, 0]}, "tool_rotation is .*: give a unit quaternion"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
         ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),

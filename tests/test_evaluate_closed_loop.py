@@ -131,3 +131,9 @@ def test_latency_costs_steps_and_each_way_of_executing_works() -> None:
     assert mean.outcomes == plain.outcomes  # one action per chunk: nothing to average
     with pytest.raises(SpearError, match="latency -1"):
         evaluate(ExpertActor(), scenes=1, latency_ms=-1.0)
+
+
+def test_a_refused_evaluation_leaves_no_journal(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="replan 0"):
+        evaluate(ExpertActor(), ("put_on",), 1, replan=0, quiet=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

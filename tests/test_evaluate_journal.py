@@ -11,7 +11,7 @@ import pytest
 
 from spear.cli import main
 from spear.errors import SpearError
-from spear.evaluate.journal import Journal, Shard, load
+from spear.evaluate.journal import Journal, Shard, load, missing_parts
 from spear.evaluate.load import fingerprint
 from spear.evaluate.results import Outcome, Results, merge
 from spear.types import Array
@@ -126,6 +126,27 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
     assert load(tmp_path).outcomes == whole.outcomes
 
 
+def test_parts_that_are_missing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in (1, 3):
+        journal = Journal(tmp_path / f"part-{index}", "me", {}, Shard(index, 3))
+        journal.add(outcome(index - 1), 1.0)
+    parts = [str(tmp_path / f"part-{index}") for index in (1, 3)]
+    assert main(["evaluate", "merge", *parts, "--out", str(tmp_path / "all")]) == 0
+    said = capsys.readouterr().err
+    assert said == "note: not all of the evaluation: part 2/3 is in none of these folders\n"
+    assert missing_parts([tmp_path / "part-1"]) == ["2/3", "3/3"]
+    Journal(tmp_path / "part-1", "me", {}, Shard(2, 3)).add(outcome(1), 1.0)
+    assert missing_parts([tmp_path / "part-1", tmp_path / "part-3", tmp_path / "all"]) == []
+
+
+def test_a_part_without_scenes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mujoco")
+    argv = ["evaluate", "--policy", "expert", "--scenes", "1", "--shard", "2/2", "--films", "0"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "--shard 2/2: holds no scene, as there are only 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seeds in (("one", (0, 2)), ("two", (1, 3))):
         journal = Journal(tmp_path / name, "me", {"replan": 5}, Shard())
@@ -140,5 +161,10 @@ def test_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["evaluate", "merge", str(out), str(tmp_path / "two"), "--out", str(tmp_path / "one")]) == 2
     assert "holds an evaluation of its own" in capsys.readouterr().err
     assert len(load(tmp_path / "one").outcomes) == 2
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    assert main(["evaluate", "merge", str(out), "--out", str(tmp_path / "data")]) == 2
+    assert "holds other files: merge into a folder of its own" in capsys.readouterr().err
+    assert main(["evaluate", "merge", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == 0
+    capsys.readouterr()
     assert main(["evaluate", "--policy", "expert", "--films", "some"]) == 2
     assert "--films some" in capsys.readouterr().err

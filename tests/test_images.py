@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.images import decode_image, encode_jpeg
+from spear.images import decode_image, encode_jpeg, encode_picture
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -36,3 +36,14 @@ def test_a_jpeg_keeps_small_colours() -> None:
     again = decode_image(encode_jpeg(image))
     assert np.abs(again.astype(int) - image).mean() < 3
     assert abs(int(again[7, 7, 0]) - 200) < 25
+
+
+def test_a_picture_is_written_as_its_name_says() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(decode_image(encode_picture(pixels, "box.PNG")), pixels)
+    assert encode_picture(pixels, "box.jpg")[:3] == b"\xff\xd8\xff"
+    for name in ("box.txt", "box.psd", "box"):  # Pillow reads .psd and does not write it
+        with pytest.raises(SpearError, match=r"end it in \.png or \.jpg"):
+            encode_picture(pixels, name)
+    with pytest.raises(SpearError, match=r"box\.xbm: cannot be drawn"):
+        encode_picture(pixels, "box.xbm")

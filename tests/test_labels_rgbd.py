@@ -150,6 +150,10 @@ def normalised(folder: Path) -> None:
         (lambda folder: (folder / "intrinsics.txt").write_text("fx fy"), "not a matrix"),
         (lambda folder: (folder / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
         (lambda folder: (folder / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
+        (
+            lambda folder: (folder / "intrinsics.json").write_text('{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'),
+            r"intrinsics\.json: not intrinsics in pixels",
+        ),
         (lambda folder: (folder / "color" / "0.png").unlink(), "no image in color/ has a depth PNG"),
         (lambda folder: (folder / "color").rename(folder / "pictures"), "no color/ or no depth/"),
     ],

@@ -306,6 +306,23 @@ def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> 
     assert run(folder, tmp_path / "labels", most_bad=0.7).rejected == 5
 
 
+def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> None:
+    """Such as one whose detector has no key: the next may have another."""
+
+    def no_key(batches: Any) -> Any:
+        raise SpearError("no API key: set ONE")
+        yield
+
+    source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
+    with pytest.raises(SpearError, match="no API key"):
+        label_folder(listing(source), out, no_key, {"detector": "bright"})
+    settings = {"detector": "other"}
+    label_folder(listing(source), out, engine(), settings)
+    assert json.loads((out / "run.json").read_text())["detector"] == "other"
+    with pytest.raises(SpearError, match='detector is "other" there, "bright" here'):
+        label_folder(listing(source), out, no_key, {"detector": "bright"})
+
+
 def test_no_input_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(SpearError, match="no image to label"):
         label_folder(lambda: iter(()), tmp_path / "labels", engine(), SETTINGS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from models_tiny import spear1
+from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, unsaid
+from spear.evaluate.load import load_actor
 from spear.models import weights
 from spear.models.processing import SIZES_TOLD
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -63,6 +67,33 @@ def test_what_cannot_be_acted_on_is_refused(
 ) -> None:
     with pytest.raises(SpearError, match=message):
         policy.infer(observation(**changes))
+
+
+def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tmp_path: Path) -> None:
+    folder = tmp_path / "each"
+    shutil.copytree(locate("nano"), folder)
+    whole = Normalizer.load(folder / "normalizer.json")
+    twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
+    dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(folder / "normalizer.json")
+    with pytest.raises(SpearError, match=r"say which one the robot is like \(--dataset\): slow, fast"):
+        load_actor(str(folder))
+    with pytest.raises(SpearError, match="did you mean 'fast'"):
+        load_actor(str(folder), dataset="fst")
+    slow, fast = (load_actor(str(folder), dataset=name)[0] for name in ("slow", "fast"))
+    assert slow.weights != fast.weights
+    assert Spear1Policy.load(folder, dataset="fast").normalizer == twice
+    with pytest.raises(SpearError, match="same units for all datasets: leave out --dataset fast"):
+        Spear1Policy.load("nano", dataset="fast")
+    with pytest.raises(SpearError, match="leave it out for expert"):
+        load_actor("expert", dataset="fast")
+
+
+def test_a_vlm_is_no_policy(tmp_path: Path) -> None:
+    load_vlm("nano").model.save_pretrained(tmp_path)
+    with pytest.raises(
+        SpearError, match="is a SPEAR-VLM; a policy is needed: train one from it with `spear tr"
+    ):
+        Spear1Policy.load(tmp_path)
 
 
 def test_a_quaternion_that_is_nearly_unit_is_normalised(policy: Spear1Policy) -> None:

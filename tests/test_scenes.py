@@ -43,3 +43,10 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
         wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, **changed}
         with pytest.raises(SpearError, match=r"holds 2 images .*/10000/.* other settings"):
             label_scenes(tmp_path, **wanted, workers=1, labelled=never)  # type: ignore[arg-type]
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "episodes-00000.arrow").touch()
+    with pytest.raises(SpearError, match="holds other files: label into a folder of its own"):
+        label_scenes(tmp_path, 1, {"external": (96, 64)}, 10_000, workers=1, labelled=never)
+    assert [path.name for path in tmp_path.iterdir()] == ["episodes-00000.arrow"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -27,7 +29,7 @@ def a_label() -> LabeledImage:
 
 
 def test_targets_say_what_is_where() -> None:
-    _, shown, cells, centre, largest = _targets(a_label(), ["cup", "fork", "spoon"], 32)
+    _, shown, cells, centre, largest = _targets(a_label(), ["cup", "fork", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown[:, 0], [True, True, False, False])
     assert not shown[:, 1].any()
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
@@ -41,6 +43,28 @@ def test_targets_say_what_is_where() -> None:
     np.testing.assert_allclose(centre[0], [14 / 32, -2 / 32])
     np.testing.assert_allclose(centre[1], [-18 / 32, -2 / 32])
     np.testing.assert_allclose(centre[3], [6 / 32, 4 / 32])
+
+
+def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
+    """Three times as large, and with what becomes bars above and below cut off: the same targets."""
+    small = a_label()
+    bar = 16
+    wide = small.height - 2 * bar
+    objects = []
+    for o in small.objects:
+        mask = np.kron(rle.decode(o.mask, 64, 64)[bar : 64 - bar], np.ones((3, 3), bool))
+        box = (np.asarray(o.box2d) - [0, bar, 0, bar]) * 3
+        objects.append(dataclasses.replace(o, mask=rle.encode(mask), box2d=box.astype(np.float32)))
+    large = dataclasses.replace(small, width=192, height=3 * wide, objects=objects)
+    cut = np.zeros((64, 64), bool)
+    cut[bar : 64 - bar] = True
+    kept = [dataclasses.replace(o, mask=rle.encode(rle.decode(o.mask, 64, 64) & cut)) for o in small.objects]
+    expected = _targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
+    _, shown, cells, centre, largest = _targets(large, ["cup", "spoon"], 32, (64, 64))
+    np.testing.assert_array_equal(shown, expected[1])
+    np.testing.assert_allclose(cells, expected[2].astype(int), atol=40)  # edges are antialiased
+    np.testing.assert_allclose(centre, expected[3], atol=1e-6)
+    np.testing.assert_array_equal(largest, expected[4])
 
 
 def test_the_loss_teaches_the_encoder_and_falls() -> None:

@@ -20,6 +20,7 @@ from spear.evaluate.held_out import held_out_frames
 from spear.evaluate.page import Section
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
+from spear.files import write_text
 from spear.labels.accuracy import compare
 from spear.labels.draw import draw_label
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
@@ -83,9 +84,7 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
         [section for section, _ in parts],
     )
     path = out / "index.html"
-    temporary = path.with_name(".index.html.tmp")
-    temporary.write_text(html)
-    temporary.replace(path)
+    write_text(path, html)
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spear.data.episode import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
+from spear.files import check_own
 from spear.images import decode_image
 from spear.progress import ProgressBar, tracked
 from spear.sim.record import record
@@ -33,7 +34,7 @@ def demonstrate(
 
     Every shard that is written is kept, and the same call, or one with more episodes, continues behind the last
     one. Raises `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is
-    written, for a folder that holds other demonstrations or images of another size.
+    written, for a folder that holds other files, other demonstrations or images of another size.
     """
     check_families(families)
     if first_seed < TRAIN_SEED:
@@ -41,6 +42,7 @@ def demonstrate(
             f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
         )
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
+    check_own(out, SHARD_GLOB, "record")
     kept, first = _look(out, tasks, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
     made = record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers)
     bar = ProgressBar("recording", len(tasks), "demonstrations", first, quiet)

@@ -182,13 +182,16 @@ class Spear1Policy:
     ) -> Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
-        dataset  whose units to use, where the datasets of the mixture were normalised each by itself.
+        dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and only there.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
         folder = locate(name)
         model = weights.load(Spear1ForActionPrediction, folder, dtype)
         torch.nn.Module.to(model, device)
-        normalizer = Normalizer.load(folder / "normalizer.json").of(dataset)
+        normalizer = Normalizer.load(folder / "normalizer.json")
+        if dataset is not None and not normalizer.datasets:
+            raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
+        normalizer = normalizer.of(dataset)
         processor = _processor(folder, model.config.vlm_config)
         return Spear1Policy(model, processor, normalizer, steps, seed)
 

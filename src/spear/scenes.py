@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
+from spear.files import check_own, write_text
 from spear.labels.depth import write_depth
 from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
@@ -27,6 +28,8 @@ Size = tuple[int, int]
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → their labels, one for each, in order. A function of a module, for other processes."""
 SCENES_PER_JOB = 256
+WORDING = "wording.txt"
+"""The instructions that the simulator gives: the first file that is written, by which such a folder is known."""
 Job = tuple[str, int, int, int, dict[str, Size], Labelled]
 """Folder, number, first seed, how many scenes, sizes, how to label."""
 
@@ -50,15 +53,15 @@ def label_scenes(
     sizes  view ("external", "wrist") → (width, height). A job of `SCENES_PER_JOB` scenes that is finished is kept,
     so an interrupted run continues where it was. labelled  how; the depth images are true whatever it is.
 
-    Raises `SpearError`, before anything is written, for a folder that holds other scenes or other sizes.
+    Raises `SpearError`, before anything is written, for a folder that holds other files, other scenes or sizes.
     """
     jobs: list[Job] = [
         (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
+    check_own(out, WORDING, "label")
     _refuse_others(out, jobs, sizes)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "wording.txt").write_text("".join(f"{line}\n" for line in wording()))
+    write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
     todo = [job for job in jobs if not _finished(job)]
     before = scenes - sum(_count(job) for job in todo)
     with contextlib.ExitStack() as stack:

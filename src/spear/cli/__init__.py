@@ -28,6 +28,7 @@ from spear.cli.train_commands import TRAIN_COMMANDS
 from spear.cli.vqa_commands import VQA_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import Notice, SpearError, unknown_name
+from spear.files import FULL
 
 COMMANDS: dict[str, Callable[..., None]] = {
     **LABEL_COMMANDS,
@@ -58,6 +59,9 @@ EXTRAS = {
     "vla_eval": "vla-eval",
 }
 """Module that may be absent -> the extra of this package that brings it."""
+
+
+_FULL = "the disk is full: free some space and run the same command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,14 +113,27 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}: check the path", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = _disk_error(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def _disk_error(error: Exception) -> str | None:
+    """The line for an error of reading or writing files; None for another one."""
+    if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
+        full = "No space left" in str(error) or "Disk quota" in str(error)
+        return _FULL if full else f"weights: {error}: check the file and the disk"
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in FULL:
+        return _FULL if error.filename is None else f"{error.filename}: {_FULL}"
+    return None if error.filename is None else f"{error.filename}: {error.strerror}: check the path"
 
 
 def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> inspect.BoundArguments:

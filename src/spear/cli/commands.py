@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.cli.arguments import File, Folder, Name, at_least
-from spear.errors import SpearError
+from spear.files import write_bytes
 
 
 def ask(
@@ -45,20 +45,20 @@ def ask(
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
     """
     import torch
-    from PIL import Image
 
     from spear.evaluate import ask as asking
+    from spear.images import encode_picture, picture_format
     from spear.policy import load_vlm
     from spear.train.devices import choose_device
 
-    if draw and draw.suffix.lower() not in Image.registered_extensions():
-        raise SpearError(f"--draw {draw}: not a name for a picture: end it in .png or .jpg")
+    if draw:
+        picture_format(str(draw))
     bundle = load_vlm(model, choose_device(device), getattr(torch, dtype))
     picture = asking.read_picture(image, bundle.processor.image_sizes["external"])
     answer = asking.ask(bundle, picture, question, family, decode)
     print(asking.words(answer, picture))
     if draw:
-        Image.fromarray(asking.draw(answer, picture)).save(draw)
+        write_bytes(draw, encode_picture(asking.draw(answer, picture), str(draw)))
 
 
 def record(

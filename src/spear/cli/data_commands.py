@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.cli.arguments import File
+from spear.cli.arguments import File, at_least
 from spear.errors import SpearError
 
 Source = Annotated[Positional[Path], arg(metavar="FOLDER")]
@@ -33,6 +33,9 @@ def inspect(path: Source, /, out: File = None, layout: File = None) -> None:
     """
     from spear.data.inspect import inspect as describe
 
+    check_layout(path, layout)
+    if layout is not None and out is None:
+        raise SpearError(f"--layout {layout}: is for the page: give --out as well")
     print(describe(path))
     if out is not None:
         from spear.data.columns_page import write_columns_page
@@ -86,6 +89,14 @@ def prepare(
 
     if not paths:
         raise SpearError("nothing to prepare: give one folder of robot data, or several")
+    if not 0 < rate <= 1000:
+        raise SpearError(f"--rate {rate:g}: give more than 0 and at most 1000 steps per second")
+    if not 1 <= quality <= 100:
+        raise SpearError(f"--quality {quality}: give 1 to 100")
+    if workers is not None:
+        at_least(0, workers=workers)
+    for path in paths:
+        check_layout(path, layout)
     names = [dataset_name(path) for path in paths]
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
@@ -123,6 +134,20 @@ def image_sizes(words: Sequence[str]) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def check_layout(path: Path, layout: Path | None) -> None:
+    """Raises `SpearError` for a --layout that is no file, or is given with data that need none."""
+    from spear.data.formats import FORMATS, need_format
+
+    if layout is None:
+        return
+    if not layout.is_file():
+        raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
+    if (name := need_format(path)) == "store":
+        raise SpearError(
+            f"--layout {layout}: {path} is {FORMATS[name].title} and needs no layout: leave it out"
+        )
+
+
 def export(
     path: Source,
     /,
@@ -152,6 +177,7 @@ def export(
     from spear.data.lerobot_write import write_lerobot
     from spear.progress import ProgressBar, tracked
 
+    check_layout(path, layout)
     aside = SetAside(most=0.5)
     total = sum(end - first for _, first, end in episode_ranges(path, split))
     bar = ProgressBar("writing", total, "episodes")
@@ -180,8 +206,8 @@ def audit(path: Source, /, out: File = None, split: str | None = None, layout: F
     """
     from spear.data.audit import audit as run
     from spear.data.audit_page import conclusion, text, write_audit_page
-    from spear.errors import SpearError
 
+    check_layout(path, layout)
     report = run(path, split, layout)
     print(text(report))
     if out is not None:

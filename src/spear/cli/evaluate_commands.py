@@ -11,7 +11,8 @@ from tyro.conf import Positional, arg
 from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.results import films_wanted, report
 from spear.cli.simpler_commands import evaluate_simpler
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, notice, unknown_name
+from spear.files import check_own, write_bytes, write_text
 
 
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
     shard: str = "1/1",
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
 ) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
@@ -59,6 +61,7 @@ def evaluate(
             there; parts from other machines with `spear evaluate merge`.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     import torch
 
@@ -71,7 +74,7 @@ def evaluate(
     filmed = films_wanted(films)
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
-    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype))
+    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype), dataset)
     run(
         actor,
         families or FAMILIES,
@@ -99,6 +102,7 @@ def evaluate_data(
     plot: File = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
 ) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
@@ -119,6 +123,7 @@ def evaluate_data(
         plot: Save a plot of predictions and truth as PNG.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     from tempfile import TemporaryDirectory
 
@@ -131,7 +136,7 @@ def evaluate_data(
     place = choose_device(device)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(data, Path(scratch) / "held-out", split)
-        model = Spear1Policy.load(policy, place, dtype=getattr(torch, dtype))
+        model = Spear1Policy.load(policy, place, dataset=dataset, dtype=getattr(torch, dtype))
         ours = open_loop.score(policy, model, held_out)
         learned = held_out
         if train or train_split:
@@ -147,7 +152,7 @@ def evaluate_data(
         cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if plot:
-        plot.write_bytes(open_loop.plot(ours, reference))
+        write_bytes(plot, open_loop.plot(ours, reference))
 
 
 def compare(
@@ -195,9 +200,8 @@ def compare(
         show(table.table(ours))
     if out:
         folders = tuple(p if p.is_dir() else p.parent for p in (first, second))
-        out.parent.mkdir(parents=True, exist_ok=True)
         extra = [reference_section(table, ours) for table in published]
-        out.write_text(comparison_page(comparison, (folders[0], folders[1]), films, extra))
+        write_text(out, comparison_page(comparison, (folders[0], folders[1]), films, extra))
         print(f"page: {out}")
 
 
@@ -217,11 +221,9 @@ def merge(
         parts: Folders that spear evaluate wrote.
         out: Folder for the whole, a new one.
     """
-    import shutil
-
     from rich import print as show
 
-    from spear.evaluate.journal import journals, load
+    from spear.evaluate.journal import journals, load, missing_parts
     from spear.evaluate.reference import beside
     from spear.evaluate.results import merge as put_together
     from spear.evaluate.video import film_file
@@ -230,14 +232,17 @@ def merge(
         raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
     if journals(out):
         raise SpearError(f"--out {out}: holds an evaluation of its own: give a new folder for the whole")
+    check_own(out, "results.json", "merge")
     found = [load(path) for path in parts]
+    if missing := missing_parts(parts):
+        notice(f"not all of the evaluation: part {', '.join(missing)} is in none of these folders")
     results = put_together(found)
     results.save(out / "results.json")
     for path, part in zip(parts, found, strict=True):
         folder = path if path.is_dir() else path.parent
         for film in filter(None, (film_file(folder, o.film_name) for o in part.outcomes)):
             if film.parent.resolve() != out.resolve():
-                shutil.copy2(film, out / film.name)
+                write_bytes(out / film.name, film.read_bytes())
     show(results.table())
     for published in beside(results):
         show(published.table([(results.policy, results)]))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import Name
 from spear.cli.serve_commands import LOOPBACK, check_numbers, load_policy
 from spear.errors import SpearError
 
@@ -23,6 +24,7 @@ def vla_eval(
     steps: int = 10,
     max_batch: int = 16,
     wait_ms: float = 5.0,
+    dataset: Name = None,
 ) -> None:
     """Serve a policy to AllenAI's vla-eval harness, which evaluates it in its benchmarks.
 
@@ -44,6 +46,7 @@ def vla_eval(
         steps: Euler steps of the flow: fewer are faster and coarser.
         max_batch: At most so many observations are answered together.
         wait_ms: For so long, at most, a batch waits for more observations.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     from vla_eval.model_servers.serve import serve
 
@@ -56,7 +59,8 @@ def vla_eval(
     check_numbers(wait_ms, max_batch=max_batch, replan=replan, steps=steps)
     robot = embodiments.load(embodiment)
     robot.control(control)
-    service = Service(load_policy(checkpoint, device, steps), robot, checkpoint, embodiment, control)
+    policy = load_policy(checkpoint, device, steps, dataset=dataset)
+    service = Service(policy, robot, checkpoint, embodiment, control)
     service.warm_up()
     print(f"serving {checkpoint} for {embodiment} to vla-eval at ws://{host}:{port}", flush=True)
     if host not in LOOPBACK:

@@ -93,7 +93,7 @@ def label(
         drawings: So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings.
     """
     at_least(1, batch_size=batch_size, shard_size=shard_size, per_episode=per_episode, scenes=scenes)
-    at_least(0, size=size, workers=workers, first_seed=first_seed, drawings=drawings)
+    at_least(0, size=size, workers=workers, first_seed=first_seed, drawings=drawings, seed=seed)
     if not photos:
         _label_scenes(out, scenes, first_seed, preset, drawings, workers)
         if questions:
@@ -160,8 +160,8 @@ def label(
 
 
 def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings: int, workers: int) -> None:
-    from PIL import Image
-
+    from spear.files import write_bytes
+    from spear.images import encode_picture
     from spear.labels.draw import draw_label
     from spear.labels.store import LabelStore
     from spear.models.presets import preset as find_preset
@@ -169,10 +169,10 @@ def _label_scenes(out: Path, scenes: int, first_seed: int, preset: str, drawings
 
     sizes = dict(find_preset(preset).image_sizes)
     images = label_scenes(out, scenes, sizes, first_seed, workers)
-    (out / "drawings").mkdir(exist_ok=True)
     store = LabelStore(out / "external")
     for index in range(min(drawings, len(store))):
-        Image.fromarray(draw_label(store[index])).save(out / "drawings" / f"{index:04d}.png")
+        path = out / "drawings" / f"{index:04d}.png"
+        write_bytes(path, encode_picture(draw_label(store[index]), path.name))
     print(f"{images} labelled images in {out}" + (f", drawings in {out / 'drawings'}" if drawings else ""))
 
 
@@ -201,6 +201,7 @@ def ask_about(
     from spear.labels.question_store import write_questions
     from spear.labels.questions import FAMILIES
 
+    at_least(0, seed=seed)
     images, counts = write_questions(_shards(labels), seed, pairs, families or FAMILIES)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
     print(f"{counts.total():,} questions about {images:,} images: {kinds or 'none could be asked'}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from spear.cli.arguments import Name
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def serve(
     wait_ms: float = 5.0,
     queue: int = 64,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
     ui: bool = False,
 ) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
@@ -58,6 +60,7 @@ def serve(
         wait_ms: For so long, at most, a batch waits for more observations.
         queue: So many observations may wait; further ones are told that the server is busy.
         dtype: Precision of the weights: bfloat16 takes half the memory (see docs/memory.md).
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
         ui: Also serve a page for people, at the address that is printed: watch and steer the policy in the built-in
             simulator, ask SPEAR-VLM about a scene or a photo (see docs/ui.md).
     """
@@ -72,7 +75,7 @@ def serve(
     check_token(token)
     robot = embodiments.load(embodiment)
     robot.control(control)
-    policy = load_policy(checkpoint, device, steps, dtype)
+    policy = load_policy(checkpoint, device, steps, dtype, dataset)
     service = Service(policy, robot, checkpoint, embodiment, control)
     service.warm_up()
     policy.reset()
@@ -116,14 +119,21 @@ def check_token(token: str | None) -> None:
         )
 
 
-def load_policy(checkpoint: str, device: str, steps: int, dtype: str = "float32") -> Spear1Policy:
-    """A policy on a device; "auto" takes a GPU when there is one. Raises `SpearError` when either is not there."""
+def load_policy(
+    checkpoint: str, device: str, steps: int, dtype: str = "float32", dataset: str | None = None
+) -> Spear1Policy:
+    """A policy on a device; "auto" takes a GPU when there is one. Raises `SpearError` when either is not there.
+
+    dataset: whose units it uses, see `Spear1Policy.load`.
+    """
     import torch
 
     from spear.policy import Spear1Policy
     from spear.train.devices import choose_device
 
-    return Spear1Policy.load(checkpoint, choose_device(device), steps, dtype=getattr(torch, dtype))
+    return Spear1Policy.load(
+        checkpoint, choose_device(device), steps, dataset=dataset, dtype=getattr(torch, dtype)
+    )
 
 
 SERVE_COMMANDS = {"serve": serve}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from spear.cli.arguments import Folder, at_least
+from spear.cli.arguments import Folder, Name, at_least
 from spear.cli.results import films_wanted, report
 from spear.errors import SpearError
 
@@ -26,6 +26,7 @@ def evaluate_simpler(
     assets: Folder = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    dataset: Name = None,
 ) -> None:
     """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
 
@@ -54,6 +55,7 @@ def evaluate_simpler(
         assets: ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR.
         device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
         dtype: Precision of the weights: bfloat16 takes half the memory of float32.
+        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to use.
     """
     import torch
 
@@ -71,7 +73,8 @@ def evaluate_simpler(
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
     place, precision = choose_device(device), getattr(torch, dtype)
-    actor = OracleActor() if checkpoint == "oracle" else load_actor(checkpoint, place, precision)[0]
+    oracle = checkpoint == "oracle" and dataset is None
+    actor = OracleActor() if oracle else load_actor(checkpoint, place, precision, dataset)[0]
     evaluate(
         actor,
         tasks or tuple(TASKS),

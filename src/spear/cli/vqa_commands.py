@@ -60,12 +60,13 @@ def evaluate_vqa(
     from spear.evaluate.vqa import evaluate as run
     from spear.evaluate.vqa_images import find_images
     from spear.evaluate.vqa_page import vqa_page
-    from spear.labels.parquet import write_text
+    from spear.files import write_text
     from spear.labels.questions import FAMILIES
     from spear.policy import load_vlm
     from spear.train.devices import choose_device
 
     at_least(1, images=images, per_image=per_image, batch=batch)
+    at_least(0, seed=seed)
     bundle = load_vlm(checkpoint, choose_device(device), getattr(torch, dtype))
     labels = find_images(questions, images, view, bundle.processor)
     scores = run(bundle, labels, families or FAMILIES, per_image, seed, batch, decode=decode, view=view)

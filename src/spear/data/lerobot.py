@@ -262,6 +262,8 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
 @functools.lru_cache(maxsize=4)
 def _open_data(path: Path, changed: int) -> tuple[pq.ParquetFile, np.ndarray]:
     file = pq.ParquetFile(path)
+    if "episode_index" not in file.schema_arrow.names:
+        raise SpearError(f"cannot read: {path}: no column 'episode_index'; copy the dataset again")
     return file, file.read(columns=["episode_index"]).column(0).to_numpy()
 
 

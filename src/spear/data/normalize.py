@@ -70,7 +70,7 @@ class Normalizer:
             return next(iter(self.datasets.values()), self)
         if dataset is None:
             known = ", ".join(self.datasets)
-            raise SpearError(f"normalised per dataset: say which one the robot is like (dataset=…): {known}")
+            raise SpearError(f"normalised per dataset: say which one the robot is like (--dataset): {known}")
         if dataset not in self.datasets:
             raise unknown_name("dataset", dataset, self.datasets)
         return self.datasets[dataset]

@@ -57,6 +57,8 @@ LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 """Unit -> metres."""
 ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
 """Unit -> radians."""
+UNIT_TOLERANCE = 1e-3
+"""How far the norm of `tool_rotation` may be from 1 (our choice)."""
 RECORDED_ONLY = ("franka_joints", "euler_zxy")
 """Formats of recorded orientations alone, which the audit believes and makes quaternions first: joint angles are
 nothing else, and angles about z, x, y are the mirror image of roll, pitch, yaw about other axes, which rotations alone
@@ -223,6 +225,7 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         example = _EXAMPLES.get(key, "text")
         if not _alike(value, example):
             raise SpearError(f"wrong value: {path}: {key} must look like {json.dumps(example)}")
+        _check_numbers(key, value, path)
         if key == "logged_rotation_format" and value in RECORDED_ONLY:
             raise SpearError(
                 f"wrong value: {path}: only recorded orientations are ever in {value}: give {key} how the logged "
@@ -234,6 +237,28 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
     return DatasetSpec(**values)
 
 
+def _check_numbers(key: str, value: Any, path: Path) -> None:
+    """Raises SpearError for numbers of the right kind that mean nothing: NaN, an empty range, no rate."""
+    rows = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, list | tuple)
+        else [value]
+    )
+    numbers = [n for n in rows if isinstance(n, int | float)]
+    if not all(map(math.isfinite, numbers)):
+        raise SpearError(f"wrong value: {path}: {key} is {value}: give finite numbers")
+    if key in ("gripper_range", "command_range") and numbers[0] == numbers[1]:
+        raise SpearError(
+            f"wrong value: {path}: {key} is {list(value)}: give two readings, of closed and of open"
+        )
+    if key in ("rate_hz", "image_aspect") and min(numbers, default=1) <= 0:
+        raise SpearError(f"wrong value: {path}: {key} is {value}: give more than 0")
+    if key == "tool_rotation" and abs(math.hypot(*numbers) - 1) > UNIT_TOLERANCE:
+        raise SpearError(f"wrong value: {path}: {key} is {list(value)}: give a unit quaternion (w, x, y, z)")
+
+
 def _alike(value: Any, example: Any) -> bool:
     """Whether two JSON values are of the same kind; an example's list gives the length."""
     if isinstance(example, dict):
@@ -241,7 +266,11 @@ def _alike(value: Any, example: Any) -> bool:
             _alike(v, next(iter(example.values()))) for v in value.values()
         )
     if isinstance(example, list):
-        return isinstance(value, list | tuple) and len(value) == len(example) and _alike(value[0], example[0])
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(example)
+            and all(_alike(v, e) for v, e in zip(value, example, strict=True))
+        )
     if isinstance(example, str):
         return isinstance(value, str)
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -21,6 +21,7 @@ from spear.data.formats import episode_counts, read_episodes
 from spear.data.inspect import inspect
 from spear.data.oxe import Layout
 from spear.errors import SpearError
+from spear.files import write_text
 from spear.geometry import quat_log, quat_to_matrix
 from spear.images import decode_image, encode_jpeg
 from spear.types import Array, Episode
@@ -71,11 +72,7 @@ def write_html(out: Path, title: str, body: str, style: str = "") -> None:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style><h1>{escape(title)}</h1>{body}</html>\n"
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(html, "utf-8")
-    except OSError as error:
-        raise SpearError(f"cannot write: {out}: {error.strerror}; choose another file") from error
+    write_text(out, html)
 
 
 def _episode(episode: Episode) -> str:

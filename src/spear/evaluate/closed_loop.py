@@ -70,7 +70,7 @@ def evaluate(
     shard       run only this part of the scenes.
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family, for
-    seeds that are not held out, for a batch of none and for a negative latency.
+    seeds that are not held out, for a batch or a replan of none and for a negative latency.
     """
     check_families(families)
     if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:
@@ -82,6 +82,7 @@ def evaluate(
         raise SpearError(f"batch {batch}: run 1 scene or more at once")
     if not 0 <= latency_ms < 1e6:
         raise SpearError(f"latency {latency_ms:g} ms: give 0 or more")
+    ChunkExecutor(execution, replan)  # raises for what it cannot do, before anything is written
     delay = math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
     settings = {
         "replan": replan,

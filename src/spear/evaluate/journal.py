@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, merge
+from spear.files import writing
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Journal:
         self.done[outcome.family, outcome.seed] = outcome
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -78,6 +79,19 @@ class Journal:
 def journals(folder: Path) -> list[Path]:
     """The journals of a folder that say at least who acted."""
     return sorted(p for p in folder.glob("episodes-*-of-*.jsonl") if b"\n" in p.read_bytes())
+
+
+def missing_parts(folders: Sequence[Path]) -> list[str]:
+    """The parts, like "2/5", of an evaluation in shards of which none of these folders holds a journal.
+
+    None where the parts of some number of shards are all there, or where there is no journal.
+    """
+    found: dict[int, set[int]] = {}
+    for path in (path for folder in folders if folder.is_dir() for path in journals(folder)):
+        index, _, of = path.stem.removeprefix("episodes-").partition("-of-")
+        found.setdefault(int(of), set()).add(int(index))
+    missing = [[f"{i}/{of}" for i in range(1, of + 1) if i not in found[of]] for of in sorted(found)]
+    return min(missing, key=len, default=[])
 
 
 def read_journal(path: Path) -> Results:

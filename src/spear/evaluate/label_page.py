@@ -13,9 +13,9 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.evaluate.page import Section, data_uri, page, paragraph, table
+from spear.files import write_text
 from spear.labels.card import rejects
 from spear.labels.draw import draw_label
-from spear.labels.parquet import write_text
 from spear.labels.question_store import ask, read_questions
 from spear.labels.questions import spoken, why_not_asked
 from spear.labels.statistics import Histogram, Statistics, statistics, token_use

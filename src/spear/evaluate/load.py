@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
+from spear.errors import SpearError
 from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy, locate
 
@@ -24,13 +25,21 @@ class Cameras(TypedDict, total=False):
 
 
 def load_actor(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    dataset: str | None = None,
 ) -> tuple[Actor, Cameras]:
     """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the cameras
     that it needs.
 
     device, dtype: where a policy that is loaded here computes, and the precision of its weights.
+    dataset: whose units it uses, see `Spear1Policy.load`. Raises SpearError where no policy is loaded here.
     """
+    if dataset is not None and (
+        name in ("expert", "oracle", "nothing") or name.startswith(("ws://", "wss://"))
+    ):
+        raise SpearError(f"--dataset {dataset}: is for a policy that is loaded here: leave it out for {name}")
     if name == "expert":
         return ExpertActor(), {}
     if name == "nothing":
@@ -39,10 +48,11 @@ def load_actor(
         from spear.serve.client import RemotePolicy
 
         return PolicyActor(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name), {}
-    policy = Spear1Policy.load(name, device, dtype=dtype)
+    policy = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
     sizes = policy.processor.image_sizes
-    # Outcomes in another precision are those of another policy.
+    # Outcomes in another precision or in other units are those of another policy.
     which = fingerprint(locate(name)) + ("" if dtype == torch.float32 else f" {dtype}")
+    which += "" if dataset is None else f" {dataset}"
     return PolicyActor(policy, name, which), {
         "image_size": sizes["external"],
         "wrist_size": sizes["wrist"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
+from spear.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,10 +121,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        temporary.replace(path)
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     @staticmethod
     def load(path: Path) -> Results:

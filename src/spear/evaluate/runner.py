@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from spear.errors import SpearError
 from spear.evaluate import video
 from spear.evaluate.actors import Actor
 from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
+from spear.files import write_bytes
 from spear.progress import ProgressBar
 
 Track = TypeVar("Track")
@@ -30,10 +32,7 @@ class Film:
 
     def save(self, folder: Path) -> None:
         """Writes the film under its episode's name, whole or not at all."""
-        path = folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self.data)
-        temporary.replace(path)
+        write_bytes(folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}", self.data)
 
 
 class Simulator(Protocol[Track]):
@@ -75,10 +74,16 @@ def conduct(
               run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
     shard     run only this part of the scenes.
 
-    Raises SpearError for a folder with results of another policy or of other settings.
+    Raises SpearError for a folder with results of another policy or of other settings, and for a part without scenes.
     """
-    journal = Journal(out, actor.name, settings, shard) if out else None
+    most = max(map(len, scenes.values()), default=0)
+    if most < shard.index:
+        raise SpearError(
+            f"--shard {shard.index}/{shard.of}: holds no scene, as there are only {most}: give more --scenes, or make "
+            f"at most {most} parts"
+        )
     studio = _Studio(simulator, films, out)
+    journal = Journal(out, actor.name, settings, shard) if out else None
     started = last = time.perf_counter()
     outcomes: list[Outcome] = []
     for family, everything in scenes.items():

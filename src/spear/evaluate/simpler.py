@@ -187,6 +187,7 @@ def evaluate(
             raise unknown_name("task", task, TASKS)
     if scenes < 1 or first_seed < 0:
         raise SpearError(f"scenes {first_seed} … {first_seed + scenes - 1}: give at least one, from 0 on")
+    ChunkExecutor("sync", replan)  # raises for what it cannot do, before anything is written
     check_installed()
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",

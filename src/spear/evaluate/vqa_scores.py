@@ -14,7 +14,7 @@ from spear.evaluate import guesses
 from spear.evaluate.calibration import Calibration, by_image, calibrate
 from spear.evaluate.measures import MEASURES, Segments, measure
 from spear.evaluate.stats import Estimate, bootstrap, wilson
-from spear.labels.parquet import write_text
+from spear.files import write_text
 from spear.models.readout import DECODES, Decode
 from spear.types import LabeledImage, Unit
 
@@ -76,7 +76,6 @@ class Scores:
 
     def save(self, path: Path, **about: str | int) -> None:
         """Writes the scores (not the single answers) as JSON, whole or not at all; `about` comes first."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             **about,
             "unit": self.unit,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from spear.labels.parquet import write_text
+from spear.files import write_text
 from spear.labels.statistics import Statistics, statistics
 from spear.labels.store import QUESTIONS, REJECTED, read
 

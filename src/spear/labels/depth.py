@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
+from spear.files import writing
 from spear.types import Array
 
 STRIDE = 4
@@ -17,7 +18,10 @@ STRIDE = 4
 
 
 def write_depth(rows: Iterable[tuple[bytes, Array]], path: Path) -> int:
-    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, atomically."""
+    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, atomically.
+
+    Raises `SpearError` when it cannot be written.
+    """
     images, depths, heights, widths = [], [], [], []
     for image, depth in rows:
         small = np.ascontiguousarray(depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16)
@@ -26,10 +30,14 @@ def write_depth(rows: Iterable[tuple[bytes, Array]], path: Path) -> int:
         heights.append(small.shape[0])
         widths.append(small.shape[1])
     table = pa.table({"image": images, "depth": depths, "height": heights, "width": widths})
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
-    pq.write_table(table, part, compression="zstd")
-    part.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, part, compression="zstd")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return len(images)
 
 

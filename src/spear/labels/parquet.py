@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError
+from spear.files import writing
 
 ROWS_PER_GROUP = 16
 """Rows that are read together: what a random access costs."""
@@ -78,29 +77,3 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files that killed writers have left in a folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the errors of writing `path` into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpearError(
-                f"{path}: the disk is full: free some space and run the same command again"
-            ) from error
-        raise SpearError(
-            f"{path}: cannot be written ({error.strerror or error}): check the folder"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            temporary.write_text(text)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

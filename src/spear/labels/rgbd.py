@@ -122,7 +122,7 @@ class RgbdFolder(_Pairs):
         except (KeyError, TypeError, ValueError) as error:
             raise SpearError(f"{path}: not intrinsics ({error}): give fx, fy, cx, cy in pixels") from error
         shift = 0.5 - self.pixel_centre
-        return np.array([[fx, 0, cx + shift], [0, fy, cy + shift], [0, 0, 1]])
+        return _in_pixels(np.array([[fx, 0, cx + shift], [0, fy, cy + shift], [0, 0, 1]]), path)
 
 
 class ScanNetScene(_Pairs):
@@ -235,6 +235,11 @@ def read_intrinsics(path: Path, pixel_centre: float = 0.0) -> Array:
     """
     k = read_matrix(path)[:3, :3].copy()
     k[:2, 2] += 0.5 - pixel_centre
+    return _in_pixels(k, path)
+
+
+def _in_pixels(k: Array, path: Path) -> Array:
+    """Intrinsics [3, 3] as they are. Raises SpearError, naming their file, when they are not in pixels."""
     if not (np.isfinite(k).all() and min(k[0, 0], k[1, 1]) > 2 and np.allclose(k[2], [0, 0, 1])):
         raise SpearError(f"{path}: not intrinsics in pixels: give [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     return k

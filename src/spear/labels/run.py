@@ -29,10 +29,11 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError
+from spear.files import check_own, write_text, writing
 from spear.labels.card import write_card
 from spear.labels.engine import Done, Engine, Rejected
 from spear.labels.inputs import Item
-from spear.labels.parquet import ParquetWriter, sweep, write_text, writing
+from spear.labels.parquet import ParquetWriter, sweep
 from spear.labels.pipeline import Failures
 from spear.labels.retry import merged, set_aside, to_retry
 from spear.labels.store import REJECTED, SCHEMA, footer
@@ -213,12 +214,14 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs."""
+    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs.
+
+    A run that has labelled nothing yet, because it was refused, is none.
+    """
     path = out / SETTINGS
     settings = json.loads(json.dumps(settings))
-    if not path.is_file():
-        if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
-            raise SpearError(f"{out}: holds other files: label into a folder of its own")
+    if not path.is_file() or not any(out.glob("labels-*.parquet")):
+        check_own(out, SETTINGS, "label")
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:

@@ -17,6 +17,12 @@ from spear.errors import SpearError, unknown_name
 from spear.models.shards import Shards
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+_KINDS = {"spear_vlm": "a SPEAR-VLM", "spear1": "a policy"}
+_INSTEAD = {
+    "spear_vlm": "give the one that it was trained from",
+    "spear1": "train one from it with `spear train … --init`",
+}
+"""What is needed -> what to do with a checkpoint of the other kind."""
 
 
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
@@ -86,6 +92,8 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     kind = architecture(folder)
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
+    if kind != wanted and kind in _KINDS and wanted in _KINDS:
+        raise SpearError(f"{folder}: is {_KINDS[kind]}; {_KINDS[wanted]} is needed: {_INSTEAD[wanted]}")
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
     shards = Shards.open(folder, wanted)

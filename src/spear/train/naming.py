@@ -11,7 +11,7 @@ from spear.data.images import JITTER_DRAWS, jitter
 from spear.images import decode_image
 from spear.labels import rle
 from spear.models.naming import CELLS, PatchNaming
-from spear.models.processing import Processor
+from spear.models.processing import Processor, fit_image, window
 from spear.train.optimize import Batch
 from spear.types import Array, LabeledImage
 
@@ -22,7 +22,8 @@ LEAST = 0.01
 class NamingTask:
     """Batches of labelled images with what each patch shows, and the loss of `PatchNaming`.
 
-    labels  view -> labelled images with their masks; every fourth batch is of the wrist camera when there is one.
+    labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every fourth
+            batch is of the wrist camera when there is one.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class NamingTask:
     ) -> None:
         self.model, self.processor, self.images, self.seed = model, processor, images, seed
         self.views = {
-            view: [_targets(label, names, patch) for label in found] for view, found in labels.items()
+            view: [_targets(label, names, patch, processor.image_sizes[view]) for label in found]
+            for view, found in labels.items()
         }
 
     def batch(self, step: int) -> Batch:
@@ -70,11 +72,12 @@ class NamingTask:
 
 
 def _targets(
-    label: LabeledImage, names: Sequence[str], patch: int
+    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
 ) -> tuple[bytes, Array, Array, Array, Array]:
     """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
-    largest [P] bool of `PatchNaming.forward`."""
-    rows, columns = label.height // patch, label.width // patch
+    largest [P] bool of `PatchNaming.forward`, for the image fitted to `size` (width, height)."""
+    rows, columns = size[1] // patch, size[0] // patch
+    left, top, across, _ = window((label.width, label.height), size)
     side = patch // CELLS
     shown = np.zeros((rows, columns, len(names)), bool)
     cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
@@ -82,7 +85,7 @@ def _targets(
     most = np.full((rows, columns), LEAST, np.float32)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
     for o in label.objects:
-        mask = rle.decode(o.mask, label.height, label.width)[: rows * patch, : columns * patch]
+        mask = _fitted(rle.decode(o.mask, label.height, label.width), size)[: rows * patch, : columns * patch]
         fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
         share = fine.mean((2, 3))
         if o.name in names:
@@ -90,7 +93,7 @@ def _targets(
             shown[..., name] |= share > LEAST
             cells[..., name] = np.maximum(cells[..., name], np.rint(255 * fine).astype(np.uint8))
         x0, y0, x1, y1 = o.box2d
-        place = np.array([(x0 + x1) / 2, (y0 + y1) / 2]) / patch
+        place = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top]) * (size[0] / across) / patch
         larger = share > most
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
@@ -102,3 +105,12 @@ def _targets(
         centre.reshape(flat, 2),
         (most > LEAST).reshape(flat),
     )
+
+
+def _fitted(mask: Array, size: tuple[int, int]) -> Array:
+    """A mask [h, w] bool -> what share of each pixel it covers [height, width] when its image is fitted to `size`."""
+    width, height = size
+    if mask.shape == (height, width):
+        return mask
+    grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+    return fit_image(grey, height, width)[..., 0] / np.float32(255)

@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all; folders that hold one thing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spear.errors import SpearError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The numbers of the errors that mean a full disk."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the errors of writing `path` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise SpearError(
+                f"{path}: the disk is full: free some space and run the same command again"
+            ) from error
+        raise SpearError(
+            f"{path}: cannot be written ({error.strerror or error}): check the folder"
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file, whole or not at all; its folder is made. Raises `SpearError` when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def check_own(folder: Path, mark: str, action: str) -> None:
+    """Raises `SpearError` for a folder that holds something, but nothing whose name fits the pattern `mark`.
+
+    action  what is about to be done, for the message: "label". Hidden files do not count.
+    """
+    if not folder.is_dir() or any(folder.glob(mark)):
+        return
+    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise SpearError(f"{folder}: holds other files: {action} into a folder of its own")
