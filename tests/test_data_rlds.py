@@ -178,7 +178,7 @@ def test_broken_records_are_named_or_set_aside(copy: Path, tmp_path: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
-    with pytest.raises(SpearError, match="not empty"):
+    with pytest.raises(SpearError, match="prepared from other episodes"):
         prepare(copy, tmp_path / "store", "train[:20]")
 
 
