@@ -12,6 +12,7 @@ from spear.errors import SpearError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The numbers of the errors that mean a full disk."""
+FULL_DISK = "the disk is full: free some space and run the same command again"
 
 
 @contextmanager
@@ -21,9 +22,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise SpearError(
-                f"{path}: the disk is full: free some space and run the same command again"
-            ) from error
+            raise SpearError(f"{path}: {FULL_DISK}") from error
         raise SpearError(
             f"{path}: cannot be written ({error.strerror or error}): check the folder"
         ) from error

@@ -15,8 +15,6 @@ class Digest(Protocol):
 
     def update(self, data: bytes, /) -> None: ...
 
-    def hexdigest(self) -> str: ...
-
 
 def add_files(digest: Digest, folder: Path, kinds: Sequence[str]) -> None:
     """Names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below."""

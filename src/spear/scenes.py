@@ -63,7 +63,7 @@ def label_scenes(
     _refuse_others(out, jobs, sizes)
     write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
     todo = [job for job in jobs if not _finished(job)]
-    before = scenes - sum(_count(job) for job in todo)
+    before = scenes - sum(count for _, _, _, count, _, _ in todo)
     with contextlib.ExitStack() as stack:
         made: Iterator[int] = map(_job, todo)
         if workers > 1:
@@ -106,10 +106,6 @@ def wording(draws: int = 2000) -> list[str]:
 def _finished(job: Job) -> bool:
     out, index, _, _, sizes, _ = job
     return all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes)
-
-
-def _count(job: Job) -> int:
-    return job[3]
 
 
 def _job(job: Job) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from spear.ablations.table import Filled, Line, to_json
 from spear.evaluate import page
 from spear.evaluate.page import Section
 from spear.evaluate.stats import Estimate
+from spear.files import write_text
 
 TITLE = "Ablations at nano size"
 CURVE = "images"
@@ -71,9 +71,7 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
     paths = []
     for ending, text in texts.items():
         paths.append(out / f"ablations.{ending}")
-        temporary = out / f"ablations.{ending}.{os.getpid()}.tmp"
-        temporary.write_text(text)
-        temporary.replace(paths[-1])
+        write_text(paths[-1], text)
     return paths
 
 

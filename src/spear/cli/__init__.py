@@ -28,7 +28,7 @@ from spear.cli.train_commands import TRAIN_COMMANDS
 from spear.cli.vqa_commands import VQA_COMMANDS
 from spear.cli.weight_commands import WEIGHT_COMMANDS
 from spear.errors import Notice, SpearError, unknown_name
-from spear.files import FULL
+from spear.files import FULL, FULL_DISK
 
 COMMANDS: dict[str, Callable[..., None]] = {
     **LABEL_COMMANDS,
@@ -59,9 +59,6 @@ EXTRAS = {
     "vla_eval": "vla-eval",
 }
 """Module that may be absent -> the extra of this package that brings it."""
-
-
-_FULL = "the disk is full: free some space and run the same command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,11 +125,11 @@ def _disk_error(error: Exception) -> str | None:
     """The line for an error of reading or writing files; None for another one."""
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
-        return _FULL if full else f"weights: {error}: check the file and the disk"
+        return FULL_DISK if full else f"weights: {error}: check the file and the disk"
     if not isinstance(error, OSError):
         return None
     if error.errno in FULL:
-        return _FULL if error.filename is None else f"{error.filename}: {_FULL}"
+        return FULL_DISK if error.filename is None else f"{error.filename}: {FULL_DISK}"
     return None if error.filename is None else f"{error.filename}: {error.strerror}: check the path"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from spear.data.actions import episode_actions
 from spear.data.episode import EpisodeStore
 from spear.data.sketch import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, unknown_name
+from spear.files import write_text
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
 
@@ -126,13 +126,7 @@ class Normalizer:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(self), file, indent=2)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_text(Path(path), json.dumps(asdict(self), indent=2))
 
     @staticmethod
     def load(path: str | Path) -> Normalizer:

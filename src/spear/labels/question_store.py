@@ -66,10 +66,10 @@ def write_questions(
         labels = read(folder, pixels=False)
         while some := list(islice(labels, 256)):
             images += len(some)
-            bar.update(images)
             asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
             counts.update(question.family for _, question in asked)
             writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))
+            bar.update(images)
         writer.commit()
     write_card(folder)
     return images, counts

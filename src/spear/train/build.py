@@ -58,11 +58,11 @@ def build(
         question_images=parallel.share(stage.question_images, "question_images", pieces),
     )
     if stage.kind == "depth":
-        return _depth(stage, size, _need(labels, stage, "labels"), seed)
+        return _depth(stage, size, _given(labels), seed)
     if stage.kind == "naming":
-        return _naming(stage, size, _need(labels, stage, "labels"), seed)
+        return _naming(stage, size, _given(labels), seed)
     if stage.kind == "vlm":
-        built = _vlm(stage, size, _need(labels, stage, "labels"), init, moge, seed)
+        built = _vlm(stage, size, _given(labels), init, moge, seed)
     else:
         built = _vla(stage, size, labels, episodes, init, seed)
     return _with_lora(stage, *built) if stage.lora_rank else built
@@ -144,7 +144,7 @@ def _vla(
 ) -> Built:
     known = load_labels(labels, list(size.image_sizes)) if labels is not None else {}
     if init is None:
-        processor = _new_processor(stage, size, _need(labels, stage, "labels"), known, seed)
+        processor = _new_processor(stage, size, _given(labels), known, seed)
         vlm = _new_vlm(stage, size, processor, seed)
         model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
         model.vlm.load_state_dict(vlm.state_dict())
@@ -180,8 +180,7 @@ def _vla(
     samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
-        folder = _need(labels, stage, "labels")
-        questions = _questions(stage, folder, known, processor, stage.question_images, seed)
+        questions = _questions(stage, _given(labels), known, processor, stage.question_images, seed)
         _weigh_numbers(model.vlm.config, stage)
     task = VlaTask(
         model,
@@ -224,10 +223,10 @@ def _questions(
     return QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
-def _need(path: Path | None, stage: Recipe, what: str) -> Path:
-    if path is None:
-        raise SpearError(f"recipe {stage.name} needs --{what} FOLDER (see `spear label --help`)")
-    return path
+def _given(labels: Path | None) -> Path:
+    """Labels that `check_inputs` has seen to be there."""
+    assert labels is not None
+    return labels
 
 
 def _new_processor(
@@ -304,18 +303,17 @@ def _grown(
 
     The 3D tokens are new where MoGe joins, and, without MoGe, in the stage that learns their rows alone.
     """
-    if (vlm.moge is None) == stage.moge:
+    joins = (vlm.moge is None) == stage.moge
+    if joins:
         vlm = _with_moge(vlm, stage, size, processor, moge)
     elif moge is not None:
         raise SpearError(f"--moge {moge}: --init has an encoder already: leave --moge out")
-    elif stage.moge or not stage.coordinate_rows_only:
-        _weigh_numbers(vlm.config, stage)
-        return vlm
     _weigh_numbers(vlm.config, stage)
-    first, bins = processor.coordinate_start, processor.coordinates.bins
-    embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
-    with torch.no_grad():
-        embeddings[first : first + bins] = _new_tokens(embeddings, processor, stage, seed)
+    if joins or (stage.coordinate_rows_only and not stage.moge):
+        first, bins = processor.coordinate_start, processor.coordinates.bins
+        embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
+        with torch.no_grad():
+            embeddings[first : first + bins] = _new_tokens(embeddings, processor, stage, seed)
     return vlm
 
 
