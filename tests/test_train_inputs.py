@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
     small = Optimization(steps=4, lr=1e-2, warmup=0)
     about = {"--init": "one", "preset": "nano"}
     loop.run(Regression(), small, tmp_path, seed=0, workers=0, quiet=True, about=about)
-    for changed in ({"--init": "two"}, {"preset": "small"}):
+    for changed in ({"--init": "two"}, {"--init": None}, {"preset": "small"}):
         with pytest.raises(
             SpearError, match=f"another {next(iter(changed))} .*: use the same, or a new --out"
         ):
@@ -105,6 +106,9 @@ def test_a_finished_folder_is_not_given_to_others(store: EpisodeStore, tmp_path:
     """Other episodes, weights to begin with or settings in the same --out: refused, and nothing in it changes."""
     out, nano = tmp_path / "run", locate("nano")
     final = train("nano-post", out, None, [("one", store, 1.0)], nano, **FEW)
+    (state,) = out.glob("checkpoints/*/state.json")
+    about = json.loads(state.read_text())["settings"]["about"]
+    assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     half = store.subset([0])
     for changes, words in (

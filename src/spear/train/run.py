@@ -129,7 +129,7 @@ def _about(
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
     stores = [(name, f"{len(store)} episodes, share {weight:g}") for name, store, weight in episodes]
     given = {"--labels": labels, "--init": init, "--moge": moge}
-    marks = {name: _mark(folder) for name, folder in given.items() if folder is not None}
+    marks = {name: None if folder is None else _mark(folder) for name, folder in given.items()}
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
 
