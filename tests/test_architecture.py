@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fingerprint": set(),
     "geometry": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
-    "tokens": {"errors", "types"},
+    "tokens": {"errors", "types", "files"},
     "sim": {"errors", "types", "images", "geometry"},
     "labels": {"errors", "types", "images", "files", "geometry", "processes", "progress"},
     "data": {"errors", "types", "images", "files", "geometry", "processes", "progress"},

@@ -282,7 +282,7 @@ def test_a_cache_that_cannot_be_written_stops_asking(server: Server, tmp_path: P
     (tmp_path / "file").write_text("")
     gemini = detector(server, cache=tmp_path / "file" / "cache")
     for seed in range(2):
-        with pytest.raises(SpearError, match=r"cannot keep an answer .*another cache folder"):
+        with pytest.raises(SpearError, match=r"cannot keep an answer: .*another cache folder"):
             gemini.detect([frame(seed)])
     assert len(server.requests) == 1
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from spear.errors import SpearError, unknown_name
+from spear.files import write_text
 from spear.types import Array, Unit
 
 BINS = 1024
@@ -159,10 +160,7 @@ class CoordinateTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> CoordinateTokenizer:

@@ -92,16 +92,16 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
 
 def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoop:
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
-    episodes = [resample(e) for e in store]
-    errors, predicted = [], []
-    for episode in tracked(episodes, ProgressBar(f"asking {name}", len(episodes), "episodes")):
+    errors, predicted, truth = [], [], []
+    for episode in tracked(map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")):
         seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
         chunks: list[Array] = []
         for start in range(0, len(seen), batch):
             chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
         errors.append(_errors(np.stack(chunks), episode))
         predicted.append(np.stack([c[0] for c in chunks]))
-    return OpenLoop(name, errors, predicted, [_truth(e) for e in episodes])
+        truth.append(_truth(episode))
+    return OpenLoop(name, errors, predicted, truth)
 
 
 def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError
+from spear.files import write_text
 
 PRICES_READ = date(2026, 10, 7)
 """When `PRICES` were noted, from a transcript of https://ai.google.dev/gemini-api/docs/pricing: check there."""
@@ -149,18 +149,10 @@ class AnswerCache:
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
             return
-        path = self._path(key)
-        temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(answer))
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise SpearError(
-                f"{self.folder}: cannot keep an answer ({error.strerror}): make room, or choose another cache folder"
-            ) from error
+            write_text(self._path(key), json.dumps(answer))
+        except SpearError as error:
+            raise SpearError(f"cannot keep an answer: {error}, or choose another cache folder") from error
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
