@@ -46,6 +46,23 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
         assert "(required)" in said or "default" in said
 
 
+@pytest.mark.parametrize("argv", [["data"], ["data", "--help"], ["convert", "-h"]])
+def test_a_word_that_many_commands_begin_with_names_them(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    for name in COMMANDS:
+        assert (f"spear {name} " in said) == name.startswith(f"{argv[0]} ")
+
+
+def test_the_help_of_evaluate_names_what_else_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"  spear {name} " in said for name in COMMANDS if name.startswith("evaluate "))
+
+
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [

@@ -45,6 +45,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Every command by its words, in the order of the help."""
 
+ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it."
+
 EXTRAS = {
     "mujoco": "sim",
     "gymnasium": "sim",
@@ -85,10 +87,13 @@ def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if not args or args[0] in ("-h", "--help", "help"):
-            print(_overview())
+            print(_overview(ABOUT, list(COMMANDS)))
             return 0
         if args[0] == "--version":
             print(spear.__version__)
+            return 0
+        if args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
+            print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
             return 0
         name = _command(args)
         rest = args[len(name.split()) :]
@@ -143,7 +148,7 @@ def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> insp
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(collect, prog=f"spear {name}", args=args, description=_description(command))
+            return tyro.cli(collect, prog=f"spear {name}", args=args, description=_description(name))
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -172,17 +177,24 @@ def _check_options(command: Callable[..., None], args: Sequence[str]) -> None:
                 raise unknown_name("option", f"--{name}", [f"--{k}" for k in known])
 
 
-def _description(command: Callable[..., None]) -> str:
-    """The docstring up to its arguments, which tyro explains one by one."""
-    return inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
+def _description(name: str) -> str:
+    """The docstring up to its arguments, which tyro explains one by one, and the commands that begin with the name."""
+    own = inspect.cleandoc(COMMANDS[name].__doc__ or "").partition("\nArgs:")[0].strip()
+    group = _group(name)
+    return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
 
 
-def _overview() -> str:
-    lines = [
-        "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it.",
-        "",
-    ]
-    width = max(map(len, COMMANDS)) + 1
-    for name, command in COMMANDS.items():
-        lines.append(f"  spear {name:<{width}} {(command.__doc__ or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "`spear COMMAND --help` explains a command, with an example."])
+def _group(word: str) -> list[str]:
+    """The commands that begin with a word and have another one."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
+
+
+def _overview(title: str, names: Sequence[str]) -> str:
+    more = "`spear COMMAND --help` explains a command, with an example."
+    return "\n".join([title, "", *_lines(names), "", more])
+
+
+def _lines(names: Sequence[str]) -> list[str]:
+    """Commands, each with the first line of its help."""
+    width = max(map(len, names)) + 1
+    return [f"  spear {name:<{width}} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
