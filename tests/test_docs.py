@@ -39,6 +39,23 @@ def test_commands_are_found() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 150
 
 
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        where, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / where if where else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
 def test_the_python_of_the_readme_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
     names: dict[str, Any] = {}
