@@ -349,6 +349,26 @@ def test_integrating_the_true_prediction_lands_on_the_data(config: FlowConfig, s
     assert distance(flow.integrate(predict, noise, steps, config), data) < 1e-12
 
 
+@pytest.mark.parametrize("config", [c for c in ALL if c.prediction == "clean"], ids=name)
+def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(config: FlowConfig) -> None:
+    """Else the network would meet states that it has not seen in training."""
+    noise, data, time = pair(config)
+    longer = Action(data.translation, 15 * data.rotation, data.gripper)
+    taught = float(flow.loss(longer, noise, data, time, config).total) > 1e-6
+    assert taught == (config.rotation == "linear" and config.rotation_loss == "mse")
+    states: list[Action] = []
+
+    def predict(state: Action, time: Tensor) -> Action:
+        states.append(state)
+        return longer
+
+    flow.integrate(predict, noise, 4, config)
+    for k, state in enumerate(states):
+        expected = flow.interpolate(noise, data, torch.full((64,), k / 4, dtype=torch.float64), config)[0]
+        same = torch.allclose(state.rotation, expected.rotation, atol=1e-9)
+        assert same == (k == 0 or not taught)
+
+
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_integrating_the_interpolants_velocity_lands_on_the_data(config: FlowConfig) -> None:
     noise, data, _ = pair(config)

@@ -150,13 +150,15 @@ def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: Flow
     """The velocity that leads from the state at time [...] to the predicted clean action at τ = 1.
 
     On the sphere the prediction is normalised and made canonical first, as data is: with the true action this
-    is exactly the velocity of `interpolate`.
+    is exactly the velocity of `interpolate`. In R⁴ it is normalised where the loss is the cosine, which teaches no
+    length.
     """
     remaining = (1 - time)[..., None, None].clamp_min(_MIN_REMAINING)
+    rotation = _meant(clean.rotation, config)
     if config.rotation == "s3":
-        rotation = sphere_log(state.rotation, quat_canonical(quat_normalize(clean.rotation)))
+        rotation = sphere_log(state.rotation, quat_canonical(rotation))
     else:
-        rotation = clean.rotation - state.rotation
+        rotation = rotation - state.rotation
     return Action(
         (clean.translation - state.translation) / remaining,
         rotation / remaining,
@@ -196,7 +198,7 @@ def loss(
     choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q + q̂‖),
     half the angle, whose gradient does not fade for small rotations, as that of the others does; but what it says of
     several possible truths is their median, and in data where most steps do not turn that is not to turn.
-    "linear" has the velocities' formulas in R⁴ for both.
+    "linear" has the velocities' formulas in R⁴ for both, on predictions as `velocity_from_clean` takes them.
 
     The paper sums over the chunk; we average over its valid steps: mask [..., H] bool, None is all.
     """
@@ -260,11 +262,16 @@ def _advance(rotation: Tensor, velocity: Tensor, step: Tensor | float, config: F
     return rotation + velocity * step
 
 
+def _meant(clean: Tensor, config: FlowConfig) -> Tensor:
+    """The quaternion that a clean prediction means: of unit length, unless the loss teaches it that by itself."""
+    free = config.rotation == "linear" and config.rotation_loss == "mse"
+    return clean if free else quat_normalize(clean)
+
+
 def _clean_rotation_errors(predicted: Tensor, data: Tensor, config: FlowConfig) -> tuple[Tensor, Tensor]:
-    target = quat_canonical(data)
+    target, predicted = quat_canonical(data), _meant(predicted, config)
     if config.rotation == "linear":
         return _rotation_error(predicted, target, config), _chord(predicted, target)
-    predicted = quat_normalize(predicted)
     between = quat_multiply(quat_conjugate(predicted), target)
     if config.rotation_loss == "mse":
         error = quat_log(between).square().sum(-1)
