@@ -34,8 +34,8 @@ Frame = Literal["base", "ee"]
 _SERIES = 1e-4
 """Squared angle below which Taylor series replace quotients; their error there is below float64 rounding."""
 
-_UNIT_TOLERANCE = 1e-3
-"""How far from 1 the norm of a quaternion from outside may be (our choice)."""
+UNIT_TOLERANCE = 1e-3
+"""How far from 1 the norm of a quaternion from outside may be: then it is normalised, else refused (our choice)."""
 
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def unit_quat(q: Tensor, what: str) -> Tensor:
     `what`.
     """
     error = (torch.linalg.vector_norm(q, dim=-1) - 1).abs()
-    if not bool((error <= _UNIT_TOLERANCE).all()):  # also refuses NaN
+    if not bool((error <= UNIT_TOLERANCE).all()):  # also refuses NaN
         raise SpearError(
             f"not a unit quaternion: {what} (norm off by {float(error.max()):.3g}): "
             "give (w, x, y, z) with norm 1"

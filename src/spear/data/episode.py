@@ -29,12 +29,11 @@ import pyarrow as pa
 from spear.data.index import INDEX, open_index
 from spear.data.shard import Shard, corrupt, image_columns, number_columns
 from spear.errors import SpearError
+from spear.geometry import UNIT_TOLERANCE
 from spear.types import ACTION_DIM, Array, Episode
 
 FORMAT = "spear.episodes.1"
 SHARD_GLOB = "episodes-*.arrow"
-QUATERNION_TOLERANCE = 1e-3
-"""How far a quaternion's norm may be from 1 and still be normalised instead of refused (our choice)."""
 
 
 def check_episode(episode: Episode) -> Episode:
@@ -95,7 +94,7 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
 def check_norm(quaternion: Array, name: str, what: str) -> Array:
     """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
-    bad = np.abs(norm - 1) > QUATERNION_TOLERANCE
+    bad = np.abs(norm - 1) > UNIT_TOLERANCE
     if bad.any():
         step = int(bad.argmax())
         raise SpearError(
