@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply
+from spear.geometry import UNIT_TOLERANCE, apply_step, quat_canonical, quat_conjugate, quat_multiply
 from spear.types import Array
 
 LONGEST_SIDE = 4096
@@ -64,7 +64,7 @@ def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
 def quaternion(values: Array, what: str) -> Array:
     """[4] unit quaternion (w, x, y, z) with w ≥ 0 of one that is nearly so; `SpearError` naming `what`."""
     norm = float(np.linalg.norm(values))
-    if abs(norm - 1) > 1e-3:
+    if abs(norm - 1) > UNIT_TOLERANCE:
         raise SpearError(f"{what}: norm {norm:.4g}: send a unit quaternion (w, x, y, z)")
     return quat_canonical(torch.from_numpy(values / norm)).numpy()
 

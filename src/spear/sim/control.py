@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.errors import SpearError
+from spear.geometry import UNIT_TOLERANCE
 from spear.sim import arm
 
 Floats = NDArray[np.float64]
@@ -211,7 +212,7 @@ def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     if not np.isfinite(values).all():
         raise SpearError(f"action: {values.tolist()}: every number must be finite")
     norm = length(values[3:7])
-    if abs(norm - 1.0) > 1e-3:
+    if abs(norm - 1.0) > UNIT_TOLERANCE:
         raise SpearError(f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)")
     return values[:3], values[3:7] / norm, float(values[7])
 
