@@ -3,9 +3,9 @@
     python benchmarks/convert_memory.py
     python benchmarks/convert_memory.py --sizes large full --dtypes bfloat16
 
-Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary folder, converts them in
-a process of their own, and prints how much more memory that process needed at its peak than before, divided by the
-bytes of the weights: reading, building and saving, mapped files included. Linux only.
+Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary folder,
+converts them in a process of their own, and prints how much more memory that process needed at its peak than
+before, divided by the bytes of the weights: reading, building and saving, mapped files included. Linux only.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import tyro
 from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from spear.models.backbones import plan_backbones
-from spear.models.moge_checkpoint import _CONSTANTS, _PREFIXES, _published
-from spear.models.moge_v1 import MogeV1, MogeV1Config
+from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, _published
+from spear.models.moge.v1 import MogeV1, MogeV1Config
+from spear.models.weights.backbones import plan_backbones
 
 TEXT = {
     "model_type": "gemma",
@@ -143,7 +143,8 @@ def main(
     """Print a table.
 
     Args:
-        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder, full (PaliGemma 3B) 14 GB in
+        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder, full (PaliGemma 3B) 14 GB
+            in
             bfloat16.
         dtypes: of the new weights.
     """

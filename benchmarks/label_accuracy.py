@@ -3,11 +3,11 @@
     pip install "spear[dev]"    # Open3D, which also needs the system's libusb-1.0
     python benchmarks/label_accuracy.py
 
-The first table has exact masks and depth, and the direction of gravity. The second has neither gravity nor, row
-by row, exact masks and depth, and compares the labeller with Open3D's two oriented boxes, given the same points
-after Open3D's statistical outlier removal. The robot's gripper is left out. Errors are medians over all objects
-that each of the three gave a box, with 95 % intervals that resample whole scenes; "vertex" is the mean distance of
-the eight vertices, up to the box's symmetries.
+The first table has exact masks and depth, and the direction of gravity. The second has neither gravity nor,
+row by row, exact masks and depth, and compares the labeller with Open3D's two oriented boxes, given the same
+points after Open3D's statistical outlier removal. The robot's gripper is left out. Errors are medians over
+all objects that each of the three gave a box, with 95 % intervals that resample whole scenes; "vertex" is the
+mean distance of the eight vertices, up to the box's symmetries.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 import tyro
 from scipy import ndimage
 
-from spear.labels import rle
-from spear.labels.accuracy import box_errors, compare, instance_of
-from spear.labels.box3d import box_from_vertices, make_box
-from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.fit import rle
+from spear.labels.fit.accuracy import box_errors, compare, instance_of
+from spear.labels.fit.box3d import box_from_vertices, make_box
+from spear.labels.fit.quality import failings
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.protocols import Detection
 from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
-from spear.labels.protocols import Detection
-from spear.labels.quality import failings
-from spear.scenes import label_frames
+from spear.labels.scenes import label_frames
 from spear.sim.frames import frame_of
 from spear.sim.render import Renderer
 from spear.sim.scene import clutter_scene
@@ -40,8 +40,8 @@ OCCLUDED = 0.95
 """An object less of whose outline is visible counts as occluded."""
 FLYING, NOISE, BEND, BEND_WIDTH, SCALE = 0.7, 0.003, 0.01, 12.0, 2.0
 """Wrong depth: blurred over this many pixels (flying pixels at every outline), with noise of this standard
-deviation at every pixel, and smooth errors of this one (both fractions of the depth; the latter's Gaussian filter
-in pixels), and an unknown scale of up to this factor either way."""
+deviation at every pixel, and smooth errors of this one (both fractions of the depth; the latter's Gaussian
+filter in pixels), and an unknown scale of up to this factor either way."""
 
 
 class WrongMasks:
@@ -53,7 +53,7 @@ class WrongMasks:
         self.pixels = pixels
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
-        """As `spear.labels.protocols.Segmenter`."""
+        """As `spear.labels.models.protocols.Segmenter`."""
         return [
             np.array([self._change(m) for m in masks], bool).reshape(masks.shape)
             for masks in GroundTruthSegmenter().segment(frames, detections)
@@ -77,7 +77,8 @@ def wrong_depth(frame: Frame, seed: int, most_scale: float = SCALE) -> Frame:
 
 
 def open3d_boxes(points: Array) -> list[Box3D] | None:
-    """Open3D's oriented and minimal oriented boxes around points [n, 3] without outliers; None if it fails."""
+    """Open3D's oriented and minimal oriented boxes around points [n, 3] without outliers; None if it
+    fails."""
     import open3d
 
     open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)  # it calls its own boxes invalid
@@ -148,7 +149,8 @@ def table(name: str, comparison: Comparison) -> Iterator[str]:
 
 
 def _medians(errors: Sequence[Array], resamples: int = 500) -> tuple[Array, Array]:
-    """Medians [3 methods, 3], and of images drawn with replacement [resamples, 3, 3]; images without any are left
+    """Medians [3 methods, 3], and of images drawn with replacement [resamples, 3, 3]; images without any are
+    left
     out."""
     groups = [group for group in errors if len(group)]
 

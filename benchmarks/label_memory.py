@@ -2,8 +2,8 @@
 
     python benchmarks/label_memory.py
 
-Labels folders of JPEG files with networks that cost nothing, in a process of its own, and adds up the peak resident
-memory of that process and of its workers.
+Labels folders of JPEG files with networks that cost nothing, in a process of its own, and adds up the peak
+resident memory of that process and of its workers.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python benchmarks/label_overhead.py
 
-Detector, segmenter and point map are stand-ins that keep a core busy for a fixed time per image and give back 5
-objects in images of 840×630. The one side only calls them, in batches of 8. The other labels a folder of JPEG files:
-reading, fitting boxes, encoding, writing Parquet. Both have the same two cores. Rounds alternate, so that a change of
-the machine's speed meets both. Starting the workers is not counted: it is done once, not per image.
+Detector, segmenter and point map are stand-ins that keep a core busy for a fixed time per image and give back
+5 objects in images of 840×630. The one side only calls them, in batches of 8. The other labels a folder of
+JPEG files: reading, fitting boxes, encoding, writing Parquet. Both have the same two cores. Rounds alternate,
+so that a change of the machine's speed meets both. Starting the workers is not counted: it is done once, not
+per image.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def networks_alone(source: Path, images: int, seconds: float, batch_size: int) -
 
 
 def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers: int) -> float:
-    """Seconds per image of labelling the folder, from the first call of a network until all is on the disk."""
+    """Seconds per image of labelling the folder, from the first call of a network until all is on the
+    disk."""
     model = StandIn(seconds)
     graph = Graph(lambda: model, lambda: model, lambda: model)
     engine = partial(run_local, graph, workers)

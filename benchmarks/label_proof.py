@@ -3,16 +3,17 @@
     python benchmarks/label_proof.py make --scenes 13056 --out runs/proof    # prints what to run next
     python benchmarks/label_proof.py table --out runs/proof
 
-`make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path is the pipeline
-that labels photographs, fed with stand-ins for its models, whose errors depend on the image alone:
+`make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path is the
+pipeline that labels photographs, fed with stand-ins for its models, whose errors depend on the image alone:
 
     boxes   some objects are not found, the edges of the others are off by about a pixel
     masks   grown or shrunk by a pixel, the same all over an image
     depth   blurred over outlines, noisy, bent, and of a scale that is off: see `label_accuracy.wrong_depth`
     gravity unknown, as in a photograph
 
-Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2 gives them, so
-that models trained on either can be asked the same questions in metres. Depth images under OUT/…/depth are true in
+Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2 gives
+them, so that models trained on either can be asked the same questions in metres. Depth images under
+OUT/…/depth are true in
 both: they belong to stage 0, which the two trainings share, as they share the bins of the 3D tokens.
 """
 
@@ -31,21 +32,22 @@ from tyro.extras import SubcommandApp
 
 from label_accuracy import WrongMasks, wrong_depth
 from spear.errors import SpearError
-from spear.labels.accuracy import compare
-from spear.labels.boxes2d import clip
-from spear.labels.ground_truth import GroundTruthDetector, GroundTruthPointMap
+from spear.labels.fit.accuracy import compare
+from spear.labels.fit.boxes2d import clip
+from spear.labels.fit.quality import BAR
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap
+from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label
-from spear.labels.protocols import Detection, PointMapResult
-from spear.labels.quality import BAR
+from spear.labels.scenes import label_frames, label_scenes
 from spear.labels.store import read
 from spear.models.presets import preset
-from spear.scenes import label_frames, label_scenes
 from spear.sim.frames import clutter_frame
 from spear.sim.render import Renderer
 from spear.types import Array, Frame, LabeledImage
 
 MISSED, OFF = 0.05, 1.0
-"""Fraction of objects that are not found; standard deviation of the others' box edges, pixels (our choice)."""
+"""Fraction of objects that are not found; standard deviation of the others' box edges, pixels (our
+choice)."""
 ARMS = ("true", "estimated")
 app = SubcommandApp()
 
@@ -56,7 +58,7 @@ class WrongBoxes:
     name = "wrong-boxes"
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """As `spear.labels.protocols.Detector`."""
+        """As `spear.labels.models.protocols.Detector`."""
         found = GroundTruthDetector().detect(frames)
         return [self._change(*pair) for pair in zip(frames, found, strict=True)]
 
@@ -76,7 +78,7 @@ class EitherMasks:
     name = "either-masks"
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
-        """As `spear.labels.protocols.Segmenter`."""
+        """As `spear.labels.models.protocols.Segmenter`."""
         return [
             WrongMasks(-1 if _seed(frame) % 2 else 1).segment([frame], [found])[0]
             for frame, found in zip(frames, detections, strict=True)
@@ -91,7 +93,7 @@ class WrongDepth:
     name: str = "wrong-depth"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """As `spear.labels.protocols.PointMap`."""
+        """As `spear.labels.models.protocols.PointMap`."""
         return GroundTruthPointMap().predict([wrong_depth(f, _seed(f), self.most_scale) for f in frames])
 
 

@@ -1,4 +1,5 @@
-"""Photos made up, and networks that answer at once or after a fixed time: what the labelling benchmarks run on."""
+"""Photos made up, and networks that answer at once or after a fixed time: what the labelling benchmarks run
+on."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from spear.labels.camera import unproject
-from spear.labels.protocols import Detection, PointMapResult
+from spear.labels.fit.camera import unproject
+from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
 OBJECTS = 5

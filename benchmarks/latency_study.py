@@ -1,13 +1,15 @@
 """Success against inference latency, for each way of executing chunks, in the embedded simulator.
 
-The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a latency counts
-in whole steps of 200 ms, rounded up. Every cell is a folder of `spear evaluate` under OUT: stopped at any moment, the
-same command goes on, more SCENES add to those that are there, and `spear evaluate compare` compares any two.
+The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a
+latency counts in whole steps of 200 ms, rounded up. Every cell is a folder of `spear evaluate` under OUT:
+stopped at any moment, the same command goes on, more SCENES add to those that are there, and `spear evaluate
+compare` compares any two.
 
     python benchmarks/latency_study.py [CHECKPOINT] [SCENES] [OUT] [--rows ROW …] [--quick]
 
---rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side; without it whatever
-is missing is run, and the table printed. --quick tries the script on one scene of one family; its numbers say nothing.
+--rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side; without it
+whatever is missing is run, and the table printed. --quick tries the script on one scene of one family; its
+numbers say nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tyro
 from tyro.conf import Positional
 
 from spear.chunks import Mode
-from spear.evaluate.actors import Actor
+from spear.evaluate.agents import Actor
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.compare import cells, compare
 from spear.evaluate.load import Cameras, load_actor
@@ -33,9 +35,9 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "async/3": ("async", 3),
     "ensemble": ("ensemble", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due. The first is `spear evaluate`'s
-default, the second the whole chunk; with async a look never waits longer than that, and comes as early as the last
-inference allows."""
+"""The way of executing chunks, and after how many actions the next look is due. The first is `spear
+evaluate`'s default, the second the whole chunk; with async a look never waits longer than that, and comes as
+early as the last inference allows."""
 
 
 def cell(

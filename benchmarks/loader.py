@@ -1,23 +1,28 @@
 """The loader's speed on two cores: ours ÷ bare JPEG decoding (goal 0.8), and ours ÷ other ways (goal 3 each).
 
     python benchmarks/loader.py
-    python benchmarks/loader.py --tensorflow-python /path/to/venv/bin/python     # with tensorflow and pyarrow in it
+    python benchmarks/loader.py --tensorflow-python /path/to/venv/bin/python     # with tensorflow and pyarrow
+                                                                                 in it
     python benchmarks/loader.py --memory-samples 100000                   # memory, instead of speed
 
 Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 480, 10 Hz as recorded, and as
 `spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112, 5 Hz. Two processes or threads each.
 
-    ours             what a training step gets from the prepared dataset: drawn, decoded, normalised, tokenised.
+    ours             what a training step gets from the prepared dataset: drawn, decoded, normalised,
+                     tokenised.
     decode           the bare work: two processes decode the same prepared JPEGs, which are in memory.
     decode recorded  the same with the recorded JPEGs, which have to be made smaller: what preparing saves.
-    video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each step
+    video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each
+                     step
                      seeks in an open file and decodes from the key frame before it.
     video recorded   the recorded dataset as LeRobot writes it, frames made smaller after decoding.
-    tf               tf.data over TFRecords of whole episodes with the prepared JPEGs (`benchmarks/loader_tf.py`).
-    tf recorded      the way of Octo and openpi: the same with the recorded JPEGs, made smaller after decoding.
+    tf               tf.data over TFRecords of whole episodes with the prepared JPEGs
+                     (`benchmarks/loader_tf.py`).
+    tf recorded      the way of Octo and openpi: the same with the recorded JPEGs, made smaller after
+                     decoding.
 
-Who uses LeRobot or RLDS has the recorded episodes: the goals of 3 are for these. The ways on the prepared ones show
-how much of that is the way and how much is the preparing.
+Who uses LeRobot or RLDS has the recorded episodes: the goals of 3 are for these. The ways on the prepared
+ones show how much of that is the way and how much is the preparing.
 """
 
 from __future__ import annotations
@@ -35,9 +40,9 @@ import tyro
 from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
 from loader_turns import Command, Forked, Way, in_turn, table
 from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.lerobot_write import write_lerobot
 from spear.data.mixture import Mixture
-from spear.data.prepare import prepare
+from spear.data.store.lerobot_write import write_lerobot
+from spear.data.store.prepare import prepare
 from spear.models.processing import fit_image
 from spear.train import loop
 

@@ -15,16 +15,16 @@ from PIL import Image
 
 from spear.data.actions import HORIZON, RATE_HZ
 from spear.data.episode import EpisodeStore
-from spear.data.lerobot import open_lerobot
 from spear.data.mixture import Mixture, Sample, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.images import decode_image, encode_jpeg
+from spear.data.readers.lerobot import open_lerobot
 from spear.models.presets import preset
 from spear.models.processing import Processor, fit_image
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
-from spear.train.vla import robot_inputs
+from spear.train.tasks.vla import robot_inputs
 from spear.types import Array, Episode
+from spear.util.images import decode_image, encode_jpeg
 
 VIEWS = {"external": (210, 280), "wrist": (112, 112)}
 CORES = 2
@@ -33,7 +33,8 @@ WORDS = [f"put the {thing} on the plate" for thing in ("carrot", "spoon", "mug",
 
 
 def make(index: int, steps: int, size: tuple[int, int] = (480, 640)) -> Episode:
-    """An episode at 10 Hz whose images have detail at all scales and move, so that JPEG and AV1 have work to do."""
+    """An episode at 10 Hz whose images have detail at all scales and move, so that JPEG and AV1 have work to
+    do."""
     rng = np.random.default_rng(index)
     images = {}
     for camera in VIEWS:
@@ -53,7 +54,7 @@ def make(index: int, steps: int, size: tuple[int, int] = (480, 640)) -> Episode:
 
 
 class Ours:
-    """What `spear.train.vla.VlaTask.batch` makes, without its network."""
+    """What `spear.train.tasks.vla.VlaTask.batch` makes, without its network."""
 
     def __init__(self, mixture: Mixture, batch_size: int) -> None:
         self.samples = TrainingSamples(mixture, VIEWS, fit_image)

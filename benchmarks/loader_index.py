@@ -2,10 +2,10 @@
 
     python benchmarks/loader_index.py
 
-Writes the indices of such prepared datasets, with made-up numbers: everything that `spear data prepare` writes
-but the images (their files are as long as they would be, and empty: sparse). Then a fresh process opens them as
-`spear train` does, takes the normalisation, and draws a batch's steps. About 5 GB of disk are needed for a
-while.
+Writes the indices of such prepared datasets, with made-up numbers: everything that `spear data prepare`
+writes but the images (their files are as long as they would be, and empty: sparse). Then a fresh process
+opens them as `spear train` does, takes the normalisation, and draws a batch's steps. About 5 GB of disk are
+needed for a while.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from spear.data import lerobot_schema as lerobot
 from spear.data.episode import EpisodeStore
-from spear.data.index import INDEX, PLACE_PREFIX, write_batches
 from spear.data.mixture import Mixture
 from spear.data.normalize import SKETCHES, Normalizer
-from spear.data.shard import lists, number_columns
 from spear.data.sketch import QuantileSketch
+from spear.data.store import schema as lerobot
+from spear.data.store.index import INDEX, PLACE_PREFIX, write_batches
+from spear.data.store.shard import lists, number_columns
 from spear.types import Episode
 
 CAMERAS = ("external", "wrist")
@@ -115,7 +115,8 @@ def main(
 
     Args:
         frames: of all datasets together. datasets: how many.
-        episode_steps: steps of an episode. step_bytes: of its images together, which says how many files there are.
+        episode_steps: steps of an episode. step_bytes: of its images together, which says how many files
+            there are.
         root: open what is in this folder instead of making it (what the fresh process does).
     """
     if root is not None:

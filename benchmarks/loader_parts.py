@@ -15,10 +15,10 @@ import tyro
 from PIL import Image
 from tyro.conf import Positional
 
-from spear.data.lerobot_stats import look
-from spear.images import decode_image, encode_jpeg, open_image
+from spear.data.store.stats import look
 from spear.models.processing import fit_image
 from spear.types import Episode
+from spear.util.images import decode_image, encode_jpeg, open_image
 
 SIZES = {"external": (210, 280), "wrist": (112, 112)}
 

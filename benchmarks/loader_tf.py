@@ -2,13 +2,13 @@
 
     python loader_tf.py FOLDER BATCH_SIZE THREADS CAMERA=WIDTHxHEIGHT …
 
-Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a LeRobot v3.0 folder
-with images in Parquet as TFRecords, one example for an episode, and says "ready". Then for each line with
-seconds on standard input it loads batches for so long, and prints: samples, seconds, processor seconds.
+Needs tensorflow and pyarrow, and nothing of this project. First it writes the episodes of a LeRobot v3.0
+folder with images in Parquet as TFRecords, one example for an episode, and says "ready". Then for each line
+with seconds on standard input it loads batches for so long, and prints: samples, seconds, processor seconds.
 
 The pipeline: examples parsed in parallel, chunks of five actions gathered, episodes flattened to steps, which
-are shuffled while still encoded, decoded in parallel and, where they have another size, brought to theirs with
-bars, antialiased (Lanczos, as dlimp does for Octo and OpenVLA), batched, prefetched.
+are shuffled while still encoded, decoded in parallel and, where they have another size, brought to theirs
+with bars, antialiased (Lanczos, as dlimp does for Octo and OpenVLA), batched, prefetched.
 """
 
 from __future__ import annotations

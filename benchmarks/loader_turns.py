@@ -1,4 +1,5 @@
-"""Ways to do the same work, measured in turn: each in processes of its own, which stand still while others run.
+"""Ways to do the same work, measured in turn: each in processes of its own, which stand still while others
+run.
 
 What makes batches ahead would otherwise fill its queue while another way is being measured. Besides the time
 that passes, the processor time is taken, which other work on the machine changes little.
@@ -104,7 +105,8 @@ def group_seconds() -> float:
 
 
 class Command:
-    """A way in another Python. It says "ready"; then for each line with seconds it gives a line with a turn."""
+    """A way in another Python. It says "ready"; then for each line with seconds it gives a line with a
+    turn."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(
@@ -135,7 +137,8 @@ class Command:
 
 
 def in_turn(ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Each way once per round, forwards and backwards, so that a slow change of the machine meets all alike."""
+    """Each way once per round, forwards and backwards, so that a slow change of the machine meets all
+    alike."""
     taken: dict[str, list[Turn]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:

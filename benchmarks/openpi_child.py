@@ -1,8 +1,10 @@
-"""openpi's PyTorch π0, of any geometry and with given weights, run on demand by another process; see `openpi_pi0.py`.
+"""openpi's PyTorch π0, of any geometry and with given weights, run on demand by another process; see
+`openpi_pi0.py`.
 
-It runs in a Python that has openpi's sources on its path and the Transformers that openpi patches; nothing of ours is
-imported. openpi's two modules that need JAX are not: the one names sizes of networks, the other prepares images, and
-both are given here. Speaks JSON, a line each way: what to build; then, for every empty line, one run.
+It runs in a Python that has openpi's sources on its path and the Transformers that openpi patches; nothing of
+ours is imported. openpi's two modules that need JAX are not: the one names sizes of networks, the other
+prepares images, and both are given here. Speaks JSON, a line each way: what to build; then, for every empty
+line, one run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""openpi's PyTorch π0 as a contender: in a process and a Python of its own, with our geometry, weights and inputs.
+"""openpi's PyTorch π0 as a contender: in a process and a Python of its own, with our geometry, weights and
+inputs.
 
 openpi patches Transformers 4.53.2, which cannot stand beside the one that we use. A Python for it:
 
     git clone https://github.com/Physical-Intelligence/openpi
     python -m venv openpi-venv
     openpi-venv/bin/pip install torch transformers==4.53.2 safetensors
-    cp -r openpi/src/openpi/models_pytorch/transformers_replace/* openpi-venv/lib/python3*/site-packages/transformers/
+    cp -r openpi/src/openpi/models_pytorch/transformers_replace/*
+    openpi-venv/lib/python3*/site-packages/transformers/
     echo "$PWD/openpi/src" > $(echo openpi-venv/lib/python3*/site-packages)/openpi.pth
 """
 
@@ -31,7 +33,8 @@ from timing import Elsewhere
 class OpenPi(Elsewhere):
     """openpi's π0 in its own process, until `with` ends. Calling it samples actions once there.
 
-    python    with openpi, see above. compiled: by openpi's own `torch.compile`, in the mode that is its default.
+    python    with openpi, see above. compiled: by openpi's own `torch.compile`, in the mode that is its
+              default.
     size, ours, given  geometry, weights, and π0's arguments as `pi0_pair.observation` makes them.
     actions [B, H, 8]  that it gave, float32.
     Raises `RuntimeError` with one line when it does not start.

@@ -3,10 +3,11 @@
     python benchmarks/parity.py
     python benchmarks/parity.py --presets small mid --layers 99      # whole; 12 GB
 
-Random weights in float32, without MoGe, encoders with patch convolutions, a vocabulary of 2,048, and so many layers
-that it fits a laptop (printed). Differences are the largest over the largest value: "logits" of questions with
-padding about one image (280×210, nano 192×128) against PaliGemma's, "velocity" and "actions" (10 steps, two square
-images) against π0's with the same noise. "bf16": our weights rounded to bfloat16 against ours in float32.
+Random weights in float32, without MoGe, encoders with patch convolutions, a vocabulary of 2,048, and so many
+layers that it fits a laptop (printed). Differences are the largest over the largest value: "logits" of
+questions with padding about one image (280×210, nano 192×128) against PaliGemma's, "velocity" and "actions"
+(10 steps, two square images) against π0's with the same noise. "bf16": our weights rounded to bfloat16
+against ours in float32.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ SIZES = {
 def reduced(name: str, layers: int | None = None, side: int | None = None) -> Preset:
     """A preset as π0 can have it: no MoGe, patch convolutions, three square views, linear rotations.
 
-    layers  at most so many per network. side: of the images, in patches; by default the preset's for its positions.
+    layers  at most so many per network. side: of the images, in patches; by default the preset's for its
+            positions.
     """
     size = SIZES[name]
     parts = {}

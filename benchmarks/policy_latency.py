@@ -4,14 +4,16 @@
     python benchmarks/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --compiled
     python benchmarks/policy_latency.py --openpi openpi-venv/bin/python
 
-Everybody has the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens; no MoGe, which
-π0 has not (`--moge` adds SPEAR-1 as it is, with MoGe and its own image sizes). "plain" is our network without the fast
-path, "ours" `sample_actions` (on a GPU a CUDA graph), "π0" Transformers' eager one, "openpi" its PyTorch π0, in a
-process and a Python of its own (`--openpi`, see `openpi_pi0.py`), and with `--compiled` both by `torch.compile`. The
-difference is that of our actions from π0's, and from openpi's where it runs, the larger one.
+Everybody has the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens; no
+MoGe, which π0 has not (`--moge` adds SPEAR-1 as it is, with MoGe and its own image sizes). "plain" is our
+network without the fast path, "ours" `sample_actions` (on a GPU a CUDA graph), "π0" Transformers' eager one,
+"openpi" its PyTorch π0, in a process and a Python of its own (`--openpi`, see `openpi_pi0.py`), and with
+`--compiled` both by `torch.compile`. The difference is that of our actions from π0's, and from openpi's where
+it runs, the larger one.
 
-The roofline is the sum over encoder, language model and each flow step of the larger of operations / peak and bytes of
-weights and keys and values / bandwidth, both measured here in the same dtype. Times are medians (least–most).
+The roofline is the sum over encoder, language model and each flow step of the larger of operations / peak and
+bytes of weights and keys and values / bandwidth, both measured here in the same dtype. Times are medians
+(least–most).
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ def contenders(
 
 
 def openpi_runs(python: Path, compiled: bool, until: ExitStack, *build: Any) -> dict[str, OpenPi]:
-    """openpi's π0, and that compiled if asked for, until `until` closes; what does not start is said and left out."""
+    """openpi's π0, and that compiled if asked for, until `until` closes; what does not start is said and left
+    out."""
     found = {}
     for name, by_compiler in (("openpi", False), ("openpi compiled", True))[: 1 + compiled]:
         try:

@@ -1,7 +1,7 @@
 """Policy overhead: `infer` (checks, image fitting, tokens, normalisation, network) against the bare network.
 
-Both run on the same observation (two 640 x 480 cameras), one after the other, many times, on one thread. Processor
-time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.1.
+Both run on the same observation (two 640 x 480 cameras), one after the other, many times, on one thread.
+Processor time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.1.
 
     python benchmarks/policy_overhead.py [POLICY] [RUNS]
 """

@@ -1,10 +1,11 @@
-"""Products of few rows on a CPU: PyTorch's own, with weights as [in, out] too, oneDNN's, and with its own layout.
+"""Products of few rows on a CPU: PyTorch's own, with weights as [in, out] too, oneDNN's, and with its own
+layout.
 
     python benchmarks/products.py
 
-`spear.models.linear` chooses between them. Prints microseconds per product, the best of some rounds, one thread, as
-PyTorch's own / [in, out] / oneDNN's / packed. Like the layers of a network, the weights take turns: 50 MB of them in
-float32, more than a core's own caches hold.
+`spear.models.fast.linear` chooses between them. Prints microseconds per product, the best of some rounds, one
+thread, as PyTorch's own / [in, out] / oneDNN's / packed. Like the layers of a network, the weights take
+turns: 50 MB of them in float32, more than a core's own caches hold.
 """
 
 from __future__ import annotations

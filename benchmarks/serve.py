@@ -1,8 +1,9 @@
-"""The server under load: round trips and throughput for 1 … 64 clients on this machine, its overhead, batching.
+"""The server under load: round trips and throughput for 1 … 64 clients on this machine, its overhead,
+batching.
 
-Observations have a 280 x 210 and a 112 x 112 image. Overhead is round trip minus inference as the server measured it:
-messages, sockets, queue and conversions; goal p50 <= 2 ms with one client. Batching is the throughput of 16 clients
-with batches of up to 16 against batches of 1; goal >= 3 (nano, two cores).
+Observations have a 280 x 210 and a 112 x 112 image. Overhead is round trip minus inference as the server
+measured it: messages, sockets, queue and conversions; goal p50 <= 2 ms with one client. Batching is the
+throughput of 16 clients with batches of up to 16 against batches of 1; goal >= 3 (nano, two cores).
 
     python benchmarks/serve.py [CHECKPOINT] [SECONDS] [OUT.json] [--quick]
 

@@ -1,4 +1,5 @@
-"""Clients of benchmarks/serve.py, in a process of their own: N of them ask again and again until the time is over.
+"""Clients of benchmarks/serve.py, in a process of their own: N of them ask again and again until the time is
+over.
 
     python benchmarks/serve_bench_client.py URL CLIENTS SECONDS
 

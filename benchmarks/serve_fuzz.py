@@ -1,10 +1,11 @@
-"""Malformed frames and observations against a running server: always an error that names the key, never a crash.
+"""Malformed frames and observations against a running server: always an error that names the key, never a
+crash.
 
-Frames: random bytes, texts, cut, with bytes changed, deeply nested, with lying lengths or arrays. Observations: keys
-missing, unknown or of a wrong type, shape, size or value. Several clients send at once, so that bad and good ones meet
-in a batch. After every hundred of a client, and after a message beyond the size limit, which ends its connection, a
-good observation must be answered, where it has a seed as at the start. The server is a process of its own, whose memory
-and open files are watched (Linux).
+Frames: random bytes, texts, cut, with bytes changed, deeply nested, with lying lengths or arrays.
+Observations: keys missing, unknown or of a wrong type, shape, size or value. Several clients send at once, so
+that bad and good ones meet in a batch. After every hundred of a client, and after a message beyond the size
+limit, which ends its connection, a good observation must be answered, where it has a seed as at the start.
+The server is a process of its own, whose memory and open files are watched (Linux).
 
     python benchmarks/serve_fuzz.py [FRAMES] [CHECKPOINT] [--embodiment NAME] [--seed N] [--quick]
 
@@ -40,7 +41,8 @@ HUGE_EVERY = 2000
 KINDS = ("bytes", "cut", "changed", "nested", "length", "text", "missing", "unknown", "value", "array")
 PATIENT: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "open_timeout": 120}
 GROWTH_MIB = 25.0
-"""How much a server's memory may grow after the first tenth: less than 300 bytes per frame at 100,000 (our choice)."""
+"""How much a server's memory may grow after the first tenth: less than 300 bytes per frame at 100,000 (our
+choice)."""
 WRONG: list[Any] = [
     None, True, -1, 2**63, 0.5, float("nan"), "", "x", "x" * 5000, "x " * 450, b"", b"\0" * 99, [], [[1], [2, 3]], {},
     {"a": {"b": []}}, np.zeros(0, np.float32), np.zeros((0, 0, 3), np.uint8), np.zeros((5, 3, 3), np.uint8),

@@ -21,7 +21,8 @@ class Server:
     pid: int
 
     def memory(self) -> float:
-        """MiB of memory that is its own (Linux): without pages of files, which the system drops and reads again."""
+        """MiB of memory that is its own (Linux): without pages of files, which the system drops and reads
+        again."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) / 1024
 

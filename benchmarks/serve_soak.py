@@ -1,10 +1,11 @@
-"""Half an hour of mixed clients: well-behaved, malformed, coming and going, dying in the middle. Memory stays flat.
+"""Half an hour of mixed clients: well-behaved, malformed, coming and going, dying in the middle. Memory stays
+flat.
 
     python benchmarks/serve_soak.py [SECONDS] [CHECKPOINT] [--quick]
 
-Prints the server's memory and open files over time. Fails when memory grew by more than 2 % in the second half, when
-files stayed open, when a good client was not answered or when a malformed message was. --quick runs for six seconds,
-in which memory still grows, and does not judge it.
+Prints the server's memory and open files over time. Fails when memory grew by more than 2 % in the second
+half, when files stayed open, when a good client was not answered or when a malformed message was. --quick
+runs for six seconds, in which memory still grows, and does not judge it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ async def good(url: str, until: float, counts: Counter[str]) -> None:
 
 
 async def bad(url: str, until: float, counts: Counter[str], seed: int) -> None:
-    """Comes, sends messages that were cut, and leaves with or without a word, or before its answer is there."""
+    """Comes, sends messages that were cut, and leaves with or without a word, or before its answer is
+    there."""
     rng = np.random.default_rng(seed)
     whole = wire.encode(embodiments.load("generic").example())
     while time.monotonic() < until:

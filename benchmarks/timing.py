@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spear.models.linear import linear
+from spear.models.fast.linear import linear
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Times:
 
 
 class Elsewhere:
-    """A contender in another process: calling it runs it there once; `took` is what that took, by either clock.
+    """A contender in another process: calling it runs it there once; `took` is what that took, by either
+    clock.
 
     took  seconds of (the clock, the processor).
     """

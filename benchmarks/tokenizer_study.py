@@ -1,12 +1,16 @@
 """How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096 of them.
 
-    python benchmarks/tokenizer_study.py quantise --labels runs/labels      # what rounding alone costs, at once
-    python benchmarks/tokenizer_study.py commands --labels runs/labels      # prints what to train and evaluate
-    python benchmarks/tokenizer_study.py table --out runs/tokenizer         # puts what they found side by side
+    python benchmarks/tokenizer_study.py quantise --labels runs/labels      # what rounding alone costs, at
+                                                                            once
+    python benchmarks/tokenizer_study.py commands --labels runs/labels      # prints what to train and
+                                                                            evaluate
+    python benchmarks/tokenizer_study.py table --out runs/tokenizer         # puts what they found side by
+                                                                            side
 
-All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data and steps.
-`coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other counts. A command that is run again
-continues, or does nothing when it is done, as far as `spear train` does; those whose result is there are not printed.
+All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data and
+steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other counts. A command
+that is run again continues, or does nothing when it is done, as far as `spear train` does; those whose result
+is there are not printed.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from spear.errors import SpearError
-from spear.evaluate.measures import nearest_box, scales
-from spear.labels.box3d import iou
-from spear.labels.question_store import ask
-from spear.labels.statistics import token_use
+from spear.evaluate.vqa.measures import nearest_box, scales
+from spear.labels.fit.box3d import iou
+from spear.labels.questions.statistics import token_use
+from spear.labels.questions.store import ask
 from spear.labels.store import read
 from spear.tokens import CoordinateTokenizer, Spacing
 from spear.types import Array, LabeledImage, Question, Unit
@@ -106,7 +110,8 @@ def commands(
     steps: int = 2000,
     images: int = 300,
 ) -> None:
-    """Print what to run, one line per stage and tokenizer; a quiet machine takes about a quarter of an hour for each.
+    """Print what to run, one line per stage and tokenizer; a quiet machine takes about a quarter of an hour
+    for each.
 
     Args:
         labels: folder of labelled images to learn from, with a sub-folder per view.

@@ -4,9 +4,9 @@
     spear record --episodes 8 --out runs/episodes
     python benchmarks/train_flops.py --labels runs/labels --episodes runs/episodes
 
-Counted by PyTorch (`FlopCounterMode`: matrix products, convolutions, attention) in whole training steps, forward and
-backward, on random weights; the mean of a few batches, whose texts differ in length. A count, so the machine and what
-else runs on it don't matter.
+Counted by PyTorch (`FlopCounterMode`: matrix products, convolutions, attention) in whole training steps,
+forward and backward, on random weights; the mean of a few batches, whose texts differ in length. A count, so
+the machine and what else runs on it don't matter.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/train_loop.py --episodes runs/episodes --labels runs/labels
 
-Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step, averaging, on the
-same batches, whose prompts differ in length. The loop decodes, augments and tokenises them in a loader process, and
-logs; the bare side gets them from memory. Checkpoints are not in it. Rounds alternate, so that a change of the
-machine's speed meets both. The loader stands still while the bare side is measured; what it had made ahead is used up
-before a round of the loop counts.
+Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step,
+averaging, on the same batches, whose prompts differ in length. The loop decodes, augments and tokenises them
+in a loader process, and logs; the bare side gets them from memory. Checkpoints are not in it. Rounds
+alternate, so that a change of the machine's speed meets both. The loader stands still while the bare side is
+measured; what it had made ahead is used up before a round of the loop counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from spear.train.optimize import Stepper
 from spear.train.recipes import recipe
 
 AHEAD = 6
-"""Steps of the loop that are not counted: as many as the loader may have made batches for, and a little more."""
+"""Steps of the loop that are not counted: as many as the loader may have made batches for, and a little
+more."""
 
 
 def main(

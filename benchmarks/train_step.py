@@ -1,11 +1,12 @@
-"""A training step of the policy: ours against Transformers' π0, same geometry, same weights, same frozen parts.
+"""A training step of the policy: ours against Transformers' π0, same geometry, same weights, same frozen
+parts.
 
     python benchmarks/train_step.py --presets nano small
     python benchmarks/train_step.py --device cuda --presets spear1 --dtype bfloat16 --batch-size 16
 
-Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in float32, runs in turn.
-One flow sample per observation on both sides. MFU: 6 operations per learning weight and token (4 through frozen ones
-that gradients pass, 2 elsewhere), and attention's, over the measured peak.
+Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in float32, runs
+in turn. One flow sample per observation on both sides. MFU: 6 operations per learning weight and token (4
+through frozen ones that gradients pass, 2 elsewhere), and attention's, over the measured peak.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Answers of 24 3D tokens (a box) per second: ours against Transformers' `generate` on the same random weights.
+"""Answers of 24 3D tokens (a box) per second: ours against Transformers' `generate` on the same random
+weights.
 
     python benchmarks/vlm_decode.py --presets nano small
     python benchmarks/vlm_decode.py --device cuda --presets spear1 --dtypes bfloat16
 
-PaliGemma on both sides, MoGe off, the preset's whole vocabulary, one square image and a prompt of 16 tokens, images
-included. Ours holds the answer to its form, so every token is one of the 1,024 3D tokens; `generate` is given the same
-number of tokens, greedily and freely, with its cache. Processor time or the clock's, runs in turn, medians
-(least–most). The answers must agree: `generate` is once asked with all but the 3D tokens suppressed.
+PaliGemma on both sides, MoGe off, the preset's whole vocabulary, one square image and a prompt of 16 tokens,
+images included. Ours holds the answer to its form, so every token is one of the 1,024 3D tokens; `generate`
+is given the same number of tokens, greedily and freely, with its cache. Processor time or the clock's, runs
+in turn, medians (least–most). The answers must agree: `generate` is once asked with all but the 3D tokens
+suppressed.
 """
 
 from __future__ import annotations

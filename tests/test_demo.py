@@ -1,4 +1,5 @@
-"""The whole way with hardly trained weights: every command runs, the page is whole, broken weights are refused."""
+"""The whole way with hardly trained weights: every command runs, the page is whole, broken weights are
+refused."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import spear.policy
 from spear import demo
 from spear.cli import main
 from spear.errors import SpearError
-from spear.evaluate import video
+from spear.evaluate import film as video
 
 
 @pytest.fixture(scope="module")

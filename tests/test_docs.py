@@ -1,4 +1,5 @@
-"""What the README and the pages show works when pasted: its Python, and the words and options of its commands."""
+"""What the README and the pages show works when pasted: its Python, and the words and options of its
+commands."""
 
 from __future__ import annotations
 

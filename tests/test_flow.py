@@ -301,7 +301,8 @@ def test_clean_losses_are_angles() -> None:
     ids=["chord", "nano"],
 )
 def test_one_guess_for_sparse_turns(config: FlowConfig, found: float) -> None:
-    """Of many steps a fifth turns: the chord's best guess is their median, that of nano's squares their mean."""
+    """Of many steps a fifth turns: the chord's best guess is their median, that of nano's squares their
+    mean."""
     angle, n = 0.35, 10
     turns = torch.zeros(1, n, 3, dtype=torch.float64)
     turns[:, : n // 5, 2] = angle

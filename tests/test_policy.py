@@ -18,9 +18,9 @@ from models_tiny import spear1
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, unsaid
 from spear.evaluate.load import load_actor
-from spear.models import weights
 from spear.models.processing import SIZES_TOLD
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, load_vlm, locate
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)

@@ -11,22 +11,25 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from spear.data.episode import EpisodeStore
-from spear.data.formats import episode_counts
-from spear.data.prepare import prepare
+from spear.data.readers.formats import episode_counts
+from spear.data.store.prepare import prepare
 from spear.errors import SpearError
-from spear.evaluate import closed_loop, open_loop, page, vqa, vqa_page
-from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
-from spear.evaluate.held_out import held_out_frames
-from spear.evaluate.page import Section
+from spear.evaluate import closed_loop, open_loop
+from spear.evaluate.agents import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
-from spear.files import write_text
-from spear.labels.accuracy import compare
-from spear.labels.draw import draw_label
+from spear.evaluate.vqa import run as vqa
+from spear.evaluate.vqa.held_out import held_out_frames
+from spear.labels.fit.accuracy import compare
+from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
-from spear.scenes import label_frames
+from spear.report import page
+from spear.report import vqa as vqa_page
+from spear.report.draw import draw_label
+from spear.report.page import Section
 from spear.sim.scene import FAMILIES
 from spear.train.run import train
+from spear.util.files import write_text
 
 SCENES = 40
 """Closed-loop scenes per family: an interval of ± 15 points at most, in a few minutes."""
@@ -198,7 +201,8 @@ def robot_at_work(policy: Spear1Policy) -> Part:
 
 
 def real_episodes(out: Path, data: Path | None) -> Part:
-    """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean and the last action."""
+    """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean and the last
+    action."""
     title = "Real robot episodes"
     if data is None and not SAMPLE.is_dir():
         body = page.paragraph(

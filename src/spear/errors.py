@@ -1,4 +1,5 @@
-"""What a user sees when something is wrong, or was put right: one line that says what, where and what to do."""
+"""What a user sees when something is wrong, or was put right: one line that says what, where and what to
+do."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def unsaid() -> Iterator[None]:
 
 
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said; see `unsaid`."""
+    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said; see
+    `unsaid`."""
     if _SAYING.get():
         warnings.warn(message, Notice, stacklevel=3)
     return _SAYING.get()

@@ -150,8 +150,8 @@ def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: Flow
     """The velocity that leads from the state at time [...] to the predicted clean action at τ = 1.
 
     On the sphere the prediction is normalised and made canonical first, as data is: with the true action this
-    is exactly the velocity of `interpolate`. In R⁴ it is normalised where the loss is the cosine, which teaches no
-    length.
+    is exactly the velocity of `interpolate`. In R⁴ it is normalised where the loss is the cosine, which
+    teaches no length.
     """
     remaining = (1 - time)[..., None, None].clamp_min(_MIN_REMAINING)
     rotation = _meant(clean.rotation, config)
@@ -195,10 +195,11 @@ def loss(
       along v. Under the cosine loss this term alone teaches the speed.
 
     For clean predictions the same among actions, because velocity errors grow without bound as τ → 1 (our
-    choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q + q̂‖),
-    half the angle, whose gradient does not fade for small rotations, as that of the others does; but what it says of
-    several possible truths is their median, and in data where most steps do not turn that is not to turn.
-    "linear" has the velocities' formulas in R⁴ for both, on predictions as `velocity_from_clean` takes them.
+    choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q +
+    q̂‖), half the angle, whose gradient does not fade for small rotations, as that of the others does; but
+    what it says of several possible truths is their median, and in data where most steps do not turn that is
+    not to turn. "linear" has the velocities' formulas in R⁴ for both, on predictions as `velocity_from_clean`
+    takes them.
 
     The paper sums over the chunk; we average over its valid steps: mask [..., H] bool, None is all.
     """
@@ -263,7 +264,8 @@ def _advance(rotation: Tensor, velocity: Tensor, step: Tensor | float, config: F
 
 
 def _meant(clean: Tensor, config: FlowConfig) -> Tensor:
-    """The quaternion that a clean prediction means: of unit length, unless the loss teaches it that by itself."""
+    """The quaternion that a clean prediction means: of unit length, unless the loss teaches it that by
+    itself."""
     free = config.rotation == "linear" and config.rotation_loss == "mse"
     return clean if free else quat_normalize(clean)
 

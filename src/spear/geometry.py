@@ -35,7 +35,8 @@ _SERIES = 1e-4
 """Squared angle below which Taylor series replace quotients; their error there is below float64 rounding."""
 
 UNIT_TOLERANCE = 1e-3
-"""How far from 1 the norm of a quaternion from outside may be: then it is normalised, else refused (our choice)."""
+"""How far from 1 the norm of a quaternion from outside may be: then it is normalised, else refused (our
+choice)."""
 
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -155,8 +156,9 @@ def quat_derivative(q: Tensor, omega: Tensor) -> Tensor:
 def sphere_exp(q: Tensor, velocity: Tensor) -> Tensor:
     """Follow the great circle from q with the tangent vector `velocity` for unit time, [..., 4].
 
-    The paper's integration step with velocity = q̇ Δτ: Δφ = ‖ω‖Δτ, q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)], written without
-    the products: cos(Δφ/2) q + sin(Δφ/2) v/‖v‖, where v is the part of the velocity across q and ‖v‖ = Δφ/2.
+    The paper's integration step with velocity = q̇ Δτ: Δφ = ‖ω‖Δτ, q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)], written
+    without the products: cos(Δφ/2) q + sin(Δφ/2) v/‖v‖, where v is the part of the velocity across q and ‖v‖
+    = Δφ/2.
     """
     across = velocity - (velocity * q).sum(-1, keepdim=True) * q
     cos, sinc = _cos_sinc((across * across).sum(-1, keepdim=True))
@@ -223,7 +225,8 @@ def euler_to_quat(angles: Tensor, convention: Euler) -> Tensor:
 
 
 def euler_zxy_to_quat(angles: Tensor) -> Tensor:
-    """Angles [..., 3] about the fixed axes z, x, y in that order, rad, to quaternions [..., 4]: R = Ry Rx Rz."""
+    """Angles [..., 3] about the fixed axes z, x, y in that order, rad, to quaternions [..., 4]: R = Ry Rx
+    Rz."""
     z, x, y = (
         quat_exp(angles[..., i, None] * axis)
         for i, axis in enumerate(torch.eye(3, dtype=angles.dtype, device=angles.device)[[2, 0, 1]])

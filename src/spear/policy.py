@@ -14,13 +14,13 @@ from spear import flow
 from spear.data.normalize import Normalizer
 from spear.errors import SpearError
 from spear.geometry import unit_quat
-from spear.labels.questions import NUMBERS, PIXELS
-from spear.models import weights
+from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched
 from spear.models.processing import Processor
 from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
 from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -83,10 +83,10 @@ class VlmBundle:
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
-        family  of the questions (one, or one each): answers are then held to its form, with exactly as many numbers
-                or image locations as it has. None: the model answers freely.
-        decode  how numbers are read off the probabilities of the 3D tokens (`models.readout`); the tokens that the
-                model goes on from are the likeliest ones in any case.
+        family  of the questions (one, or one each): answers are then held to its form, with exactly as many
+                numbers or image locations as it has. None: the model answers freely.
+        decode  how numbers are read off the probabilities of the 3D tokens (`models.readout`); the tokens
+                that the model goes on from are the likeliest ones in any case.
         distributions  also give those probabilities with each answer.
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
@@ -158,8 +158,8 @@ class Spear1Policy:
     """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
 
     steps  Euler steps of the flow (10: our choice, π0's; the paper does not say).
-    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how many
-           observations came before it; never on what else is in the batch.
+    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
+           many observations came before it; never on what else is in the batch.
     """
 
     model: Spear1ForActionPrediction
@@ -182,7 +182,8 @@ class Spear1Policy:
     ) -> Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
-        dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and only there.
+        dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and
+                 only there.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
         folder = locate(name)

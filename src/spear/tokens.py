@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from spear.errors import SpearError, unknown_name
-from spear.files import write_text
 from spear.types import Array, Unit
+from spear.util.files import write_text
 
 BINS = 1024
 Spacing = Literal["quantile", "uniform"]
@@ -202,9 +202,9 @@ def init_new_embeddings(
     The covariance is D × D in float64 and may be singular (V ≤ D, unused dimensions): its symmetric square
     root is taken from its eigenvectors. Random numbers come from the CPU `generator`, whatever the device.
 
-    smooth  False: rows are independent (the paper). True: each row has the same distribution, but neighbouring
-            rows are alike, as the bins that they stand for are (our choice for small models, which cannot
-            learn the order of a thousand tokens from few examples).
+    smooth  False: rows are independent (the paper). True: each row has the same distribution, but
+            neighbouring rows are alike, as the bins that they stand for are (our choice for small models,
+            which cannot learn the order of a thousand tokens from few examples).
     """
     rows, width = existing.shape
     weight = existing.detach()
@@ -228,10 +228,11 @@ def _normal(count: int, width: int, generator: torch.Generator | None) -> Tensor
 
 
 def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
-    """[count, width] standard normals, independent between columns, each column a smooth curve along the rows.
+    """[count, width] standard normals, independent between columns, each column a smooth curve along the
+    rows.
 
-    A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8 rows
-    to four times the table.
+    A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8
+    rows to four times the table.
     """
     octaves = torch.rand(waves, width, generator=generator, dtype=torch.float64)
     length = 8 * (4 * count / 8) ** octaves

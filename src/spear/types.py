@@ -120,7 +120,7 @@ class Frame:
 class Box3D:
     """An oriented 3D box, camera frame.
 
-    vertices  [8, 3] in the consistent order of `spear.labels.box3d.order_vertices`.
+    vertices  [8, 3] in the consistent order of `spear.labels.fit.box3d.order_vertices`.
     center    [3]; size [3] full side lengths along the box axes; rotation [3, 3] columns are the box axes.
     """
 
@@ -212,7 +212,8 @@ class Policy(Protocol):
     Observation keys
         "observation/image"        [h, w, 3] uint8, the external camera
         "observation/wrist_image"  [h, w, 3] uint8, optional
-        "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper opening
+        "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper
+                                   opening
         "prompt"                   str
         "seed"                     int, optional: fixes what is random in the answer to this observation
     Result keys

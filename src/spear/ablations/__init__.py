@@ -1,1 +1,2 @@
-"""The paper's ablations at nano size: rows as data, trained and scored by one command, compared with intervals."""
+"""The paper's ablations at nano size: rows as data, trained and scored by one command, compared with
+intervals."""

@@ -1,4 +1,5 @@
-"""What the ablations learn from: given folders, or folders that are made as those of the shipped weights are."""
+"""What the ablations learn from: given folders, or folders that are made as those of the shipped weights
+are."""
 
 from __future__ import annotations
 
@@ -8,19 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spear.data.demonstrations import demonstrate
 from spear.data.episode import EpisodeStore
-from spear.demonstrations import demonstrate
-from spear.fingerprint import add_files
+from spear.labels.scenes import label_scenes
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
-from spear.scenes import label_scenes
 from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
+from spear.util.fingerprint import add_files
 
 SCENES = 13_056
 FIRST_SCENE = 200_000
 DEMONSTRATIONS = 2000
-"""Labelled scenes, and demonstrations per task family (from the first seed that is not kept for testing), as in
-scripts/train_nano.sh."""
+"""Labelled scenes, and demonstrations per task family (from the first seed that is not kept for testing), as
+in scripts/train_nano.sh."""
 PRESET = "nano"
 
 
@@ -57,7 +58,8 @@ def look_at(labels: Path, episodes: Path) -> Data:
 def make_labels(
     folder: Path, scenes: int = SCENES, workers: int = 2, say: Callable[[str], None] = print
 ) -> Path:
-    """Labels that many clutter scenes of the simulator into `folder`; goes on where an earlier call was killed."""
+    """Labels that many clutter scenes of the simulator into `folder`; goes on where an earlier call was
+    killed."""
     complete = folder / "complete"
     if not complete.is_file():
         say(f"labelling {scenes:,} scenes into {folder}")
@@ -67,7 +69,8 @@ def make_labels(
 
 
 def settle(families: Sequence[str]) -> tuple[str, ...]:
-    """Task families as asked for, in the simulator's order; all where none is. Raises `SpearError` for one unknown."""
+    """Task families as asked for, in the simulator's order; all where none is. Raises `SpearError` for one
+    unknown."""
     check_families(families)
     return tuple(family for family in FAMILIES if family in families) or FAMILIES
 
@@ -99,7 +102,8 @@ def make_episodes(
 
 
 def stand_in(folder: Path, labels: Path | None, episodes: Path | None) -> Data:
-    """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on all data."""
+    """A few scenes and demonstrations for what is not there yet, to time steps on: they take as long as on
+    all data."""
     small = look_at(
         labels or make_labels(folder / "labels", 64, 1, lambda _: None),
         episodes or make_episodes(folder / "episodes", FAMILIES, 1, 1, lambda _: None),

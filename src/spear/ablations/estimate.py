@@ -1,4 +1,5 @@
-"""How long a plan will take, from rates measured on this machine: in logs that are there, or else by a few steps."""
+"""How long a plan will take, from rates measured on this machine: in logs that are there, or else by a few
+steps."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from spear.ablations.plan import POLICY, Plan, Scoring, Training
 from spear.ablations.run import Job, done, left
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
-from spear.evaluate.actors import PolicyActor
+from spear.evaluate.agents import PolicyActor
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -25,13 +26,13 @@ from spear.train.build import build
 from spear.train.devices import for_device
 from spear.train.optimize import Stepper
 from spear.train.recipes import RECIPES, Recipe
-from spear.train.vla import VlaTask
+from spear.train.tasks.vla import VlaTask
 
 STEPS = 4
 """Steps that are timed where no log says how long one takes; one more goes before them."""
 TRIAL = 8
-"""Scenes that are timed with untrained weights where nothing has been scored: they all run until time is over, so that
-the estimate is on the high side."""
+"""Scenes that are timed with untrained weights where nothing has been scored: they all run until time is
+over, so that the estimate is on the high side."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def seconds(job: Job, rates: Rates) -> float:
 def steps_for(minutes: float, plan: Plan, rates: Rates) -> int:
     """The budget (steps of the full row's policy) with which one process does a plan in so many minutes.
 
-    plan  with the recipes' own steps. Raises `SpearError` where what has no budget, all that comes before the policies
-          and the scoring, takes longer.
+    plan  with the recipes' own steps. Raises `SpearError` where what has no budget, all that comes before the
+          policies and the scoring, takes longer.
     """
     fixed = sum(seconds(job, rates) for job in plan.scorings)
     fixed += sum(seconds(job, rates) for job in plan.trainings if job.recipe.kind != "vla")

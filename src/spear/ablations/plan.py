@@ -1,7 +1,7 @@
 """From rows to what has to be trained and scored: each training once, however many rows and seeds share it.
 
-A training is known by its contents: recipe, preset, seed, data, and what it begins with. Its key is a hash of these,
-so that what was trained under a key stays valid whatever else is asked for later.
+A training is known by its contents: recipe, preset, seed, data, and what it begins with. Its key is a hash of
+these, so that what was trained under a key stays valid whatever else is asked for later.
 """
 
 from __future__ import annotations
@@ -143,12 +143,14 @@ def make_plan(
     """All trainings and scorings that some rows need.
 
     scenes   held-out scenes per task family.
-    budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own steps.
+    budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own
+             steps.
     changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
     pretraining  factor on the steps of SPEAR-VLM's stages.
     families  the task families that policies are scored on.
 
-    Raises `SpearError` for an unknown family, fewer than one seed, scene or step, and a factor that is not positive.
+    Raises `SpearError` for an unknown family, fewer than one seed, scene or step, and a factor that is not
+    positive.
     """
     if not 0 < pretraining < math.inf:
         raise SpearError(

@@ -1,7 +1,7 @@
 """The ablations as data: what each row trains, and which published number it is the counterpart of.
 
-A row is a chain of stages, each a recipe with changes; a stage begins where the one before it ended. Rows that begin
-alike share those stages. Nothing here runs anything.
+A row is a chain of stages, each a recipe with changes; a stage begins where the one before it ended. Rows
+that begin alike share those stages. Nothing here runs anything.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spear.errors import unknown_name
-from spear.labels.questions import FAMILIES_2D, FAMILIES_PIXEL
+from spear.labels.questions.generate import FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.presets import PRESETS
 from spear.train.recipes import ENCODERS, RECIPES
 
@@ -85,13 +85,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nano-vlm-2": {"lr": 2.5e-4},
     "nano-vla": {"lr": _RATE, "lr_scale": _RATES, "question_images": 0},
 }
-"""How a recipe is trained here, in all rows alike, unless `--set` or a row says otherwise (docs/ablations.md says what
-was tried).
+"""How a recipe is trained here, in all rows alike, unless `--set` or a row says otherwise (docs/ablations.md
+says what was tried).
 
-Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that cannot
-answer yet, lead to visual tokens that it no longer reads. Stage 2 begins with a VLM that finds things, and has a rate
-at which that is not forgotten. In the policy the action expert learns faster than the VLM, whose rate is the recipe's,
-and no questions are asked beside the actions, as in the paper: the recipe's are our choice and have their own row.
+Stage 1 as good as learns the 3D tokens alone: projections that learn as fast, before a language model that
+cannot answer yet, lead to visual tokens that it no longer reads. Stage 2 begins with a VLM that finds things,
+and has a rate at which that is not forgotten. In the policy the action expert learns faster than the VLM,
+whose rate is the recipe's, and no questions are asked beside the actions, as in the paper: the recipe's are
+our choice and have their own row.
 """
 LENGTHS = {"nano-vlm-2": 0.4}
 """Factors on recipes' steps, in all rows alike."""
@@ -141,8 +142,8 @@ ROTATION_WEIGHTS = {
     ("linear", "mse"): 16 * _WEIGHT,
     ("linear", "cosine"): 8 * _WEIGHT,
 }
-"""Factors on the four rotation losses under which a small error in angle costs the same in all of them, as much as in
-the preset (our choice: otherwise the table would compare weights)."""
+"""Factors on the four rotation losses under which a small error in angle costs the same in all of them, as
+much as in the preset (our choice: otherwise the table would compare weights)."""
 _VELOCITY = {
     "prediction": "velocity",
     "rotation_loss": "cosine",
@@ -156,8 +157,8 @@ def _samples(name: str) -> int:
 
 
 AS_LONG = _samples("nano-vla-no-3d") / _samples("nano-vla")
-"""How many more samples a policy sees that also gets the compute that the others spend on SPEAR-VLM, where all take
-the recipes' own steps."""
+"""How many more samples a policy sees that also gets the compute that the others spend on SPEAR-VLM, where
+all take the recipes' own steps."""
 
 TABLES: tuple[Table, ...] = (
     Table(

@@ -1,4 +1,5 @@
-"""What the finished trainings say: numbers with intervals, the published ones beside them, and whether they agree."""
+"""What the finished trainings say: numbers with intervals, the published ones beside them, and whether they
+agree."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Line:
     by_seed     the same for each training.
     against     success minus that of the row it is compared with, over the seeds that both have.
     published   the paper's number, %, and its distance, points, from the paper's counterpart of that row.
-    verdict     whether the sign of `against` is the paper's; "–" where the paper has no number to compare with.
+    verdict     whether the sign of `against` is the paper's; "–" where the paper has no number to compare
+                with.
     steps       of the policy's training. images: 3D-labelled images that questions were asked about.
     """
 

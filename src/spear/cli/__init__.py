@@ -1,5 +1,5 @@
-"""The command line: `spear COMMAND …`. Commands are functions whose docstrings are their help; what is heavy is
-imported inside them."""
+"""The command line: `spear COMMAND …`. Commands are functions whose docstrings are their help; what is heavy
+is imported inside them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any
 import tyro
 
 import spear
-from spear.cli.ablation_commands import ABLATION_COMMANDS
-from spear.cli.commands import COMMANDS as BASIC_COMMANDS
-from spear.cli.data_commands import DATA_COMMANDS
-from spear.cli.evaluate_commands import EVALUATE_COMMANDS
-from spear.cli.harness_commands import HARNESS_COMMANDS
-from spear.cli.label_commands import LABEL_COMMANDS
-from spear.cli.plan_commands import PLAN_COMMANDS
-from spear.cli.serve_commands import SERVE_COMMANDS
-from spear.cli.train_commands import TRAIN_COMMANDS
-from spear.cli.vqa_commands import VQA_COMMANDS
-from spear.cli.weight_commands import WEIGHT_COMMANDS
+from spear.cli.ablations import ABLATION_COMMANDS
+from spear.cli.basics import COMMANDS as BASIC_COMMANDS
+from spear.cli.convert import WEIGHT_COMMANDS
+from spear.cli.data import DATA_COMMANDS
+from spear.cli.evaluate import EVALUATE_COMMANDS
+from spear.cli.label import LABEL_COMMANDS
+from spear.cli.plan import PLAN_COMMANDS
+from spear.cli.serve import SERVE_COMMANDS
+from spear.cli.train import TRAIN_COMMANDS
+from spear.cli.vla_eval import HARNESS_COMMANDS
+from spear.cli.vqa import VQA_COMMANDS
 from spear.errors import Notice, SpearError, unknown_name
-from spear.files import FULL, FULL_DISK
+from spear.util.files import FULL, FULL_DISK
 
 COMMANDS: dict[str, Callable[..., None]] = {
     **LABEL_COMMANDS,
@@ -64,8 +64,8 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one line on
-    stderr), 130 when interrupted.
+    """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one
+    line on stderr), 130 when interrupted.
 
     A `Notice` is one line on stderr, too.
     """
@@ -178,7 +178,8 @@ def _check_options(command: Callable[..., None], args: Sequence[str]) -> None:
 
 
 def _description(name: str) -> str:
-    """The docstring up to its arguments, which tyro explains one by one, and the commands that begin with the name."""
+    """The docstring up to its arguments, which tyro explains one by one, and the commands that begin with the
+    name."""
     own = inspect.cleandoc(COMMANDS[name].__doc__ or "").partition("\nArgs:")[0].strip()
     group = _group(name)
     return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))

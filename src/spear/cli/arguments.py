@@ -23,8 +23,9 @@ Number = Annotated[int | None, arg(metavar="INT")]
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
-    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first process."""
-    from spear.data.prepare import open_store
+    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first
+    process."""
+    from spear.data.store.prepare import open_store
 
     store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
     for reason in reasons[:5]:

@@ -1,4 +1,5 @@
-"""What `spear train` does besides training: names and shares of datasets, and scripts that train on a cluster."""
+"""What `spear train` does besides training: names and shares of datasets, and scripts that train on a
+cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ LAUNCHING = ("launch", "nodes", "gpus", "job", "dry_run")
 
 
 def dataset_name(path: Path) -> str:
-    """What a dataset's folder is called; where that is a version (bridge_dataset/1.0.0), what the one above is."""
+    """What a dataset's folder is called; where that is a version (bridge_dataset/1.0.0), what the one above
+    is."""
     whole = path.resolve()
     return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name
 
@@ -31,9 +33,10 @@ def dataset_name(path: Path) -> str:
 def shares(stores: Sequence[EpisodeStore], weights: Sequence[float]) -> list[float]:
     """The weight of each dataset: as given, or as in the list of known datasets when all are there, or equal.
 
-    Says on stderr what it chose where there are several. Raises SpearError for another number of weights than datasets.
+    Says on stderr what it chose where there are several. Raises SpearError for another number of weights than
+    datasets.
     """
-    from spear.data.oxe import REGISTRY
+    from spear.data.readers.spec import REGISTRY
 
     if weights and len(weights) != len(stores):
         raise SpearError(
@@ -55,7 +58,8 @@ def shares(stores: Sequence[EpisodeStore], weights: Sequence[float]) -> list[flo
 
 
 def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) -> list[str]:
-    """The words of a command that has these arguments; those that are as they are without a word are left out."""
+    """The words of a command that has these arguments; those that are as they are without a word are left
+    out."""
     words = ["spear", *name.split()]
     for key, parameter in inspect.signature(function).parameters.items():
         value = given[key]
@@ -79,7 +83,8 @@ def write(
     job: Sequence[str],
     dry_run: bool,
 ) -> None:
-    """Write the script of a cluster into a run's folder, or print it. Raises SpearError for what cannot be run."""
+    """Write the script of a cluster into a run's folder, or print it. Raises SpearError for what cannot be
+    run."""
     from spear.train import launch
 
     launch.check(stage, nodes, gpus)

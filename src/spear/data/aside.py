@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spear.data.formats import read_episodes
-from spear.data.oxe import Layout
+from spear.data.readers.formats import read_episodes
+from spear.data.readers.spec import Layout
 from spear.errors import SpearError
 from spear.types import Episode
 

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from spear.data.formats import episode_counts
 from spear.data.hypotheses import (
     LENGTH_UNITS,
     UNSCALED,
@@ -28,9 +27,10 @@ from spear.data.hypotheses import (
     state_quaternions,
     translation_fits,
 )
-from spear.data.layout import FASTEST, to_quaternion
 from spear.data.logged import BELIEVED, logged_steps, recording
-from spear.data.oxe import ANGLES, DatasetSpec, Layout
+from spear.data.readers.formats import episode_counts
+from spear.data.readers.layout import FASTEST, to_quaternion
+from spear.data.readers.spec import ANGLES, DatasetSpec, Layout
 from spear.errors import SpearError
 from spear.geometry import apply_step
 from spear.types import Array
@@ -94,9 +94,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the audit found. `states` are remarks on the recorded states; `closure` is how far the converted
-    actions, integrated over whole episodes, end from the recorded states (largest, m and rad); `aside` says which
-    episodes were left out, and why."""
+    """All that the audit found. `states` are remarks on the recorded states; `closure` is how far the
+    converted actions, integrated over whole episodes, end from the recorded states (largest, m and rad);
+    `aside` says which episodes were left out, and why."""
 
     path: str
     episodes: int
@@ -116,9 +116,9 @@ class Report:
 def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
     """Audit some episodes of a folder in any format that keeps its logged actions.
 
-    split is the first one where None; layout is the dataset's own where None. Bad episodes are set aside. Raises
-    SpearError for a layout that names no logged actions, when all episodes are bad, and when none is long enough
-    (five steps).
+    split is the first one where None; layout is the dataset's own where None. Bad episodes are set aside.
+    Raises SpearError for a layout that names no logged actions, when all episodes are bad, and when none is
+    long enough (five steps).
     """
     aside: list[str] = []
     spec, found = logged_steps(
@@ -165,7 +165,8 @@ def judge(
 
 
 def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
-    """What a layout says of its logged translations and rotations: question -> answer, None if it does not."""
+    """What a layout says of its logged translations and rotations: question -> answer, None if it does
+    not."""
     kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
     own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}

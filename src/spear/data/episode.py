@@ -3,9 +3,9 @@
 Knows how an `Episode` is checked, written and found again, and nothing of where it came from or what is
 trained on it. There are two kinds of folder, with one way to read them:
 
-    recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes append
-                (`write_episodes`); episodes may differ in rate, cameras and image sizes.
-    prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.prepare`), for training.
+    recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes
+                append (`write_episodes`); episodes may differ in rate, cameras and image sizes.
+    prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.store.prepare`), for training.
 
 Why Arrow IPC (uncompressed): training draws random single frames. Parquet has to decode a column chunk to
 reach one row; an uncompressed Arrow file is its own index, so a frame is a slice of mapped memory, and the
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from spear.data.index import INDEX, open_index
-from spear.data.shard import Shard, corrupt, image_columns, number_columns
+from spear.data.store.index import INDEX, open_index
+from spear.data.store.shard import Shard, corrupt, image_columns, number_columns
 from spear.errors import SpearError
 from spear.geometry import UNIT_TOLERANCE
 from spear.types import ACTION_DIM, Array, Episode

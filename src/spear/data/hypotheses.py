@@ -3,8 +3,8 @@
 A reading says what the logged numbers mean: a change per step, a velocity or a target; about which axes; in
 which unit, with which signs; how an orientation is written; how many steps later the robot does it. Each
 episode is cut into stretches of at most 20 steps. A reading is integrated from the first recorded state of a
-stretch, and its error is the mean distance to the recorded states, divided by the mean distance that the robot
-moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. Ours throughout.
+stretch, and its error is the mean distance to the recorded states, divided by the mean distance that the
+robot moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. Ours throughout.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spear.data.oxe import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
-from spear.data.rotations import FORMS
+from spear.data.readers.rotations import FORMS
+from spear.data.readers.spec import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
 from spear.geometry import (
     quat_conjugate,
     quat_multiply,
@@ -61,7 +61,8 @@ class Recording:
 
 
 class Reading(NamedTuple):
-    """What logged numbers mean. `state` (how recorded orientations are written) is "-" where it plays no part.
+    """What logged numbers mean. `state` (how recorded orientations are written) is "-" where it plays no
+    part.
 
     frame   "base", "ee", or "angles": added to the angles (or the rotation vector) themselves.
     form    how a logged rotation is written; "-" for translations.
@@ -81,8 +82,8 @@ class Reading(NamedTuple):
 class Fit:
     """A reading's summed errors and the distances moved, one entry per unit of resampling (see `Stretches`).
 
-    Metres for translations and radians for rotations; `steps` is how many states were compared; `factor` turns
-    logged translations into metres per step.
+    Metres for translations and radians for rotations; `steps` is how many states were compared; `factor`
+    turns logged translations into metres per step.
     """
 
     reading: Reading
@@ -169,9 +170,9 @@ def forms_of(values: Array) -> list[str]:
 def state_forms(values: Array) -> list[str]:
     """The ways in which recorded numbers [N, d] may be meant as orientations.
 
-    Not yaw, pitch, roll: that both states and actions are written so, with their frames exchanged, is the mirror
-    image of roll, pitch, yaw, which rotations alone can never tell. Where one of the two is written so, the
-    audit says it of the actions.
+    Not yaw, pitch, roll: that both states and actions are written so, with their frames exchanged, is the
+    mirror image of roll, pitch, yaw, which rotations alone can never tell. Where one of the two is written
+    so, the audit says it of the actions.
     """
     return [name for name in forms_of(values) if name != "euler_zyx"]
 
@@ -333,7 +334,8 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
 def _added(
     angles: Array, logged: Array, at: torch.Tensor, scales: Sequence[Scale], stretches: Stretches, shift: int
 ) -> Iterator[tuple[Reading, Array]]:
-    """Readings by which logged numbers are added to the recorded ones, which is no composition; their errors."""
+    """Readings by which logged numbers are added to the recorded ones, which is no composition; their
+    errors."""
     start = angles[stretches.rows[:, :1]]
     total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
     for (kind, unit, factor), (signs, flip) in itertools.product(scales, zip(SIGNS, FLIPS, strict=True)):

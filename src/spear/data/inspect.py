@@ -12,13 +12,13 @@ import numpy as np
 
 from spear.data.actions import store_actions
 from spear.data.episode import EpisodeStore
-from spear.data.formats import FORMATS, episode_counts, need_format, read_episodes
-from spear.data.lerobot import open_lerobot
-from spear.data.lerobot_stats import read_stats
-from spear.data.oxe import REGISTRY, SPEC_FILE, find_spec, missing
-from spear.data.rlds import open_rlds, read_raw
+from spear.data.readers.formats import FORMATS, episode_counts, need_format, read_episodes
+from spear.data.readers.lerobot import open_lerobot
+from spear.data.readers.rlds import open_rlds, read_raw
+from spear.data.readers.spec import REGISTRY, SPEC_FILE, find_spec, missing
+from spear.data.store.stats import read_stats
 from spear.errors import SpearError
-from spear.images import decode_image
+from spear.util.images import decode_image
 
 SHOWN = 5
 """How many instructions to show; the most frequent first."""
@@ -29,7 +29,7 @@ LOOKED_AT = 50
 
 
 def inspect(path: str | Path) -> str:
-    """A text of what `path` holds, in any format that `spear.data.formats` knows.
+    """A text of what `path` holds, in any format that `spear.data.readers.formats` knows.
 
     Raises SpearError when it is in none, or is broken.
     """
@@ -193,7 +193,7 @@ def _layout_of(name: str, folder: Path) -> str:
         return f"described by {folder / SPEC_FILE}"
     spec = REGISTRY.get(name)
     if spec is None:
-        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.oxe)"
+        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
     unknown = missing(spec)
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 

@@ -1,4 +1,5 @@
-"""What a robot was told beside where it was: the logged actions and recorded states of a dataset's episodes."""
+"""What a robot was told beside where it was: the logged actions and recorded states of a dataset's
+episodes."""
 
 from __future__ import annotations
 
@@ -9,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from spear.data import bridge_raw, droid_raw
-from spear.data.bad import OnBad
 from spear.data.episode import EpisodeStore, check_norm
-from spear.data.formats import need_format, open_split
 from spear.data.hypotheses import Recording
-from spear.data.layout import recorded_pose, to_quaternion
-from spear.data.lerobot import TASK, open_lerobot
-from spear.data.lerobot import read_steps as read_lerobot_steps
-from spear.data.oxe import RECORDED_ONLY, DatasetSpec, Layout, column, find_spec
-from spear.data.rlds import open_rlds, read_raw
+from spear.data.readers import bridge_raw, droid_raw
+from spear.data.readers.bad import OnBad
+from spear.data.readers.formats import need_format, open_split
+from spear.data.readers.layout import recorded_pose, to_quaternion
+from spear.data.readers.lerobot import TASK, open_lerobot
+from spear.data.readers.lerobot import read_steps as read_lerobot_steps
+from spear.data.readers.rlds import open_rlds, read_raw
+from spear.data.readers.spec import RECORDED_ONLY, DatasetSpec, Layout, column, find_spec
 from spear.errors import SpearError
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
-"""Formats of recorded orientations that are not judged, but made quaternions first (see `hypotheses.state_forms`)."""
+"""Formats of recorded orientations that are not judged, but made quaternions first (see
+`hypotheses.state_forms`)."""
 STORE = DatasetSpec(
     "store", position="position", rotation="rotation", rotation_format="quat_wxyz", action="action"
 )
@@ -85,8 +87,8 @@ def _store_steps(store: EpisodeStore, on_bad: OnBad) -> Iterator[tuple[str, dict
 
 
 def recording(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Recording:
-    """One episode's states and logged actions, checked. Raises SpearError for lengths that differ, and for numbers
-    that are none."""
+    """One episode's states and logged actions, checked. Raises SpearError for lengths that differ, and for
+    numbers that are none."""
     assert spec.position is not None and spec.rotation is not None and spec.rate_hz is not None
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:

@@ -20,8 +20,8 @@ from spear.data.actions import HORIZON, RATE_HZ, chunk, episode_actions
 from spear.data.episode import EpisodeStore
 from spear.data.images import JITTER_DRAWS, FitImage, jitter_table
 from spear.errors import SpearError
-from spear.images import open_image
 from spear.types import Array, Episode
+from spear.util.images import open_image
 
 EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory: of some the actions have to be derived (our choice)."""
@@ -144,7 +144,8 @@ class TrainingSamples:
     augment    strength of photometric jitter, 0 for none (never geometric: depth depends on it).
 
     A batch of B samples
-        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks that camera
+        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks that
+                     camera
         views        camera -> [B] bool, whether it has it
         position     [B, 3] m, base frame       rotation  [B, 4]       gripper  [B] opening 0 … 1
         action       [B, H, 8] metres, as `Action.to_vector`
@@ -170,7 +171,8 @@ class TrainingSamples:
         states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
         images, present = {}, {}
         for camera, (height, width) in self.views.items():
-            # In memory the channels come first, as the network takes them: a turned copy costs half a decoding.
+            # In memory the channels come first, as the network takes them: a turned copy costs half a
+            # decoding.
             planes = np.zeros((batch_size, 3, height, width), np.uint8)
             found = [self._decode(sample, camera, out) for sample, out in zip(samples, planes, strict=True)]
             present[camera] = np.array(found)

@@ -22,9 +22,9 @@ from spear.data.actions import episode_actions
 from spear.data.episode import EpisodeStore
 from spear.data.sketch import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, unknown_name
-from spear.files import write_text
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
+from spear.util.files import write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]

@@ -1,7 +1,8 @@
-"""Robots, one file each: what the robot observes as SPEAR-1 wants it, SPEAR-1's actions as the robot takes them.
+"""Robots, one file each: what the robot observes as SPEAR-1 wants it, SPEAR-1's actions as the robot takes
+them.
 
-A file in this folder (all but tools.py), or any Python file of yours, that has an `EMBODIMENT` is a robot; its name is
-the file's. docs/robots.md shows how to write one.
+A file in this folder (all but tools.py), or any Python file of yours, that has an `EMBODIMENT` is a robot;
+its name is the file's. docs/robots.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Control:
 
     about    what a row of the result is, with units and frames: clients are told.
     rate_hz  rows per second.
-    convert  (actions [H, 8] of `spear.types.Action`, state [8] and the robot's own observation from which they
-             were predicted) → [N, n] rows for the robot.
+    convert  (actions [H, 8] of `spear.types.Action`, state [8] and the robot's own observation from which
+             they were predicted) → [N, n] rows for the robot.
     """
 
     about: str
@@ -55,7 +56,8 @@ class Embodiment:
     optional: Mapping[str, str]
 
     def read(self, observation: Any) -> dict[str, Any]:
-        """The robot's observation as SPEAR-1 wants it, keys checked. Raises `SpearError` naming what is wrong."""
+        """The robot's observation as SPEAR-1 wants it, keys checked. Raises `SpearError` naming what is
+        wrong."""
         if not isinstance(observation, Mapping):
             raise SpearError(f"observation: a {type(observation).__name__}: send a map of keys to values")
         known = [*self.required, *self.optional]

@@ -1,12 +1,13 @@
 """The DROID platform (Franka), with the observation keys of openpi's DROID client.
 
-Facts (droid-dataset/droid, robot_ik_solver.py and franka/robot.py): 15 Hz; a joint velocity of 1 asks for 0.2 rad in
-one step, and a vector with a larger entry is shortened as a whole; gripper positions are 1 closed, 0 open; cartesian
-positions are those of the flange, with roll, pitch, yaw (R = Rz Ry Rx).
+Facts (droid-dataset/droid, robot_ik_solver.py and franka/robot.py): 15 Hz; a joint velocity of 1 asks for 0.2
+rad in one step, and a vector with a larger entry is shortened as a whole; gripper positions are 1 closed, 0
+open; cartesian positions are those of the flange, with roll, pitch, yaw (R = Rz Ry Rx).
 
-Ours: the end-effector is the point between the fingers of the Franka hand, 0.1034 m from the flange; a chunk's five
-actions at 5 Hz become fifteen rows at 15 Hz on straight lines (joints) or geodesics (poses); joints come from the
-inverse kinematics of `spear.sim.control`, which stays inside the joint limits and goes as near as it can.
+Ours: the end-effector is the point between the fingers of the Franka hand, 0.1034 m from the flange; a
+chunk's five actions at 5 Hz become fifteen rows at 15 Hz on straight lines (joints) or geodesics (poses);
+joints come from the inverse kinematics of `spear.sim.control`, which stays inside the joint limits and goes
+as near as it can.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""SIMPLER's WidowX in ManiSkill 2 (SimplerEnv), as AllenAI's vla-eval harness runs it: the harness's observations.
+"""SIMPLER's WidowX in ManiSkill 2 (SimplerEnv), as AllenAI's vla-eval harness runs it: the harness's
+observations.
 
-Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states" is the
-pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's opening; the
-controller moves its previous target along base axes and turns it about base axes by a rotation vector; a gripper
-value above 0.5 opens. 5 Hz. ManiSkill 3's controller of the same name reads the three numbers as Euler angles: that
-robot is `simpler_widowx`, which this one shares all else with.
+Facts (vla-eval 0.8, `benchmarks/simpler`; ManiSkill2_real2sim, `pd_ee_pose.py`, frame "ee_align2"): "states"
+is the pose of link `ee_gripper_link` in the robot's base frame (x y z, quaternion w x y z) and the gripper's
+opening; the controller moves its previous target along base axes and turns it about base axes by a rotation
+vector; a gripper value above 0.5 opens. 5 Hz. ManiSkill 3's controller of the same name reads the three
+numbers as Euler angles: that robot is `simpler_widowx`, which this one shares all else with.
 """
 
 from __future__ import annotations

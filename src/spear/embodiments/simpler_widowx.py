@@ -1,16 +1,18 @@
-"""SIMPLER's WidowX in ManiSkill 3: the pose of its gripper link, commands for `arm_pd_ee_target_delta_pose_align2`.
+"""SIMPLER's WidowX in ManiSkill 3: the pose of its gripper link, commands for
+`arm_pd_ee_target_delta_pose_align2`.
 
-Facts, read in mani_skill 3.0.1 and checked in it (docs/simpler.md): the controller keeps a commanded pose of link
-`ee_gripper_link` in the robot's base frame, whose x axis points out of the gripper (BridgeData's frame after its
-reference rotation). A command moves that pose, not the measured one, by x, y, z along base axes and turns it about base
-axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The gripper takes 1 (open) to -1
-(closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose comes from `spear.simpler.world`.
+Facts, read in mani_skill 3.0.1 and checked in it (docs/simpler.md): the controller keeps a commanded pose of
+link `ee_gripper_link` in the robot's base frame, whose x axis points out of the gripper (BridgeData's frame
+after its reference rotation). A command moves that pose, not the measured one, by x, y, z along base axes and
+turns it about base axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The
+gripper takes 1 (open) to -1 (closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose comes
+from `spear.evaluate.simpler.world`.
 
 ManiSkill 2 has a controller of the same name that reads (a, b, c) as a rotation vector: that robot is
 `maniskill2_widowx`. The key of the pose names the simulator, so that neither takes the other's observations.
 
-Ours: an action's rotation is taken about the axes of the measured pose, as it is when demonstrations are converted; the
-gripper is commanded open from 0.5 on.
+Ours: an action's rotation is taken about the axes of the measured pose, as it is when demonstrations are
+converted; the gripper is commanded open from 0.5 on.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=tor
 
 
 def orientation(values: Array, what: str) -> Array:
-    """[4]: the link's orientation [4] as that of our end-effector frame. Raises `SpearError` naming `what`."""
+    """[4]: the link's orientation [4] as that of our end-effector frame. Raises `SpearError` naming
+    `what`."""
     link = torch.from_numpy(read.quaternion(values, what))
     return quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
 
 
 def command(actions: Array, turns: torch.Tensor, closed: float) -> Array:
-    """[H, 7] float32 from actions [H, 8] whose rotations the controller is told as `turns` [H, 3]; gripper 1 or
-    `closed`."""
+    """[H, 7] float32 from actions [H, 8] whose rotations the controller is told as `turns` [H, 3]; gripper 1
+    or `closed`."""
     gripper = np.where(actions[:, 7:] >= 0.5, 1.0, closed)
     return np.concatenate([actions[:, :3], turns.numpy(), gripper], axis=1).astype(np.float32)
 

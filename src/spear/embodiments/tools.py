@@ -14,7 +14,8 @@ from spear.types import Array
 
 LONGEST_SIDE = 4096
 SHORTEST_SIDE = 16
-"""Images have sides of so many pixels, and none is more than `WIDEST` times longer than the other (our choice)."""
+"""Images have sides of so many pixels, and none is more than `WIDEST` times longer than the other (our
+choice)."""
 WIDEST = 8
 LONGEST_PROMPT = 1000
 """Characters of an instruction (our choice; the model's own limit, in tokens, is smaller)."""
@@ -35,7 +36,8 @@ def image(observation: Mapping[str, Any], key: str) -> Array:
 
 
 def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
-    """[count] float64, finite. Raises `SpearError` naming the key. A single number may come without a shape."""
+    """[count] float64, finite. Raises `SpearError` naming the key. A single number may come without a
+    shape."""
     try:
         array = np.asarray(observation[key])
     except ValueError:
@@ -93,8 +95,8 @@ def state(position: Array, rotation: Array, gripper: float) -> Array:
 
 
 def arm(observation: Mapping[str, Any], key: str, values: Array, rotation: Array) -> dict[str, Any]:
-    """What our policy takes from a robot with one camera, whose numbers `values` (under `key`) begin with the position
-    (m) and end with the opening; rotation [4] is that of our end-effector frame."""
+    """What our policy takes from a robot with one camera, whose numbers `values` (under `key`) begin with the
+    position (m) and end with the opening; rotation [4] is that of our end-effector frame."""
     last = len(values) - 1
     return {
         "observation/image": image(observation, "observation/image"),
@@ -108,7 +110,8 @@ def arm(observation: Mapping[str, Any], key: str, values: Array, rotation: Array
 
 
 def targets(start: Array, actions: Array) -> tuple[Array, Array]:
-    """Where a chunk leads: positions [H, 3] (m) and orientations [H, 4] after each action, base frame, float64.
+    """Where a chunk leads: positions [H, 3] (m) and orientations [H, 4] after each action, base frame,
+    float64.
 
     start [8] is the state that the chunk [H, 8] starts from.
     """

@@ -1,9 +1,10 @@
 """WidowX 250 as in BridgeData V2: the state and the 7 numbers that its `step_action` takes.
 
-Facts (rail-berkeley/bridge_data_robot, widowx_envs/utils and widowx_controller): the state is x, y, z (m), roll,
-pitch, yaw (R = Rz Ry Rx, relative to a gripper that points down, which is our end-effector frame) and the opening
-(1 open); an action moves the previous target by x, y, z along base axes and turns it by roll, pitch, yaw about base
-axes, R_next = R(action) R_now; its seventh number is the absolute gripper command. 5 Hz.
+Facts (rail-berkeley/bridge_data_robot, widowx_envs/utils and widowx_controller): the state is x, y, z (m),
+roll, pitch, yaw (R = Rz Ry Rx, relative to a gripper that points down, which is our end-effector frame) and
+the opening (1 open); an action moves the previous target by x, y, z along base axes and turns it by roll,
+pitch, yaw about base axes, R_next = R(action) R_now; its seventh number is the absolute gripper command. 5
+Hz.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import mujoco
 
 from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError
-from spear.evaluate import video
-from spear.evaluate.actors import Actor
+from spear.evaluate import film as video
+from spear.evaluate.agents import Actor
 from spear.evaluate.journal import WHOLE, Shard
 from spear.evaluate.results import SCENES, Outcome, Results
 from spear.evaluate.runner import Film, Films, conduct
@@ -54,23 +54,23 @@ def evaluate(
 ) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
 
-    replan      actions of each predicted chunk that are executed before looking again: fewer reacts sooner and costs
-                more inferences.
+    replan      actions of each predicted chunk that are executed before looking again: fewer reacts sooner
+                and costs more inferences.
     batch       scenes that run at once: their observations go through the policy together, and all share one
                 renderer. A scene that ends makes room for the next seed.
     image_size, wrist_size  (width, height) of the cameras, in pixels.
-    films       films to make per family: of so many successes and as many failures, lowest seeds first; of all
-                failures; or of all episodes.
+    films       films to make per family: of so many successes and as many failures, lowest seeds first; of
+                all failures; or of all episodes.
     execution   what happens to chunks, see `spear.chunks`.
     latency_ms  simulated time from an observation to its chunk. The control loop takes a chunk up at its next
                 step, so it counts in whole steps of 200 ms, rounded up; steps spent standing still count too.
 
-    out         folder that outcomes and films are written to as they come. Episodes that it already holds are not
-                run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
+    out         folder that outcomes and films are written to as they come. Episodes that it already holds are
+                not run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
     shard       run only this part of the scenes.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family, for
-    seeds that are not held out, for a batch or a replan of none and for a negative latency.
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
+    for seeds that are not held out, for a batch or a replan of none and for a negative latency.
     """
     check_families(families)
     if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:

@@ -15,12 +15,13 @@ from typing import Any
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, merge
-from spear.files import writing
+from spear.util.files import writing
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of an evaluation that one process runs: every `of`-th scene, beginning with the `index`-th (from 1)."""
+    """The part of an evaluation that one process runs: every `of`-th scene, beginning with the `index`-th
+    (from 1)."""
 
     index: int = 1
     of: int = 1

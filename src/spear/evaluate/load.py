@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from spear.errors import SpearError
-from spear.evaluate.actors import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate.agents import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy, locate
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def load_actor(
     dtype: torch.dtype = torch.float32,
     dataset: str | None = None,
 ) -> tuple[Actor, Cameras]:
-    """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the cameras
-    that it needs.
+    """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the
+    cameras that it needs.
 
     device, dtype: where a policy that is loaded here computes, and the precision of its weights.
     dataset: whose units it uses, see `Spear1Policy.load`. Raises SpearError where no policy is loaded here.
@@ -60,7 +60,8 @@ def load_actor(
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's configuration and weights: results of other weights never mix with its own."""
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix with its
+    own."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         with path.open("rb") as file:

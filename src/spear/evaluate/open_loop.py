@@ -1,8 +1,8 @@
 """Open loop: how far a policy's predicted actions are from what the demonstrator did, on held-out episodes.
 
 This says nothing about success (an error of a centimetre may grasp or miss), but it needs no robot: it is
-the first check of a fine-tuning on real episodes. Two references need no images: the mean action of the training
-episodes, which is the best constant one, and the last action, repeated.
+the first check of a fine-tuning on real episodes. Two references need no images: the mean action of the
+training episodes, which is the best constant one, and the last action, repeated.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
-from spear.images import decode_image
-from spear.progress import ProgressBar, tracked
 from spear.types import Array, Episode, Policy
+from spear.util.images import decode_image
+from spear.util.progress import ProgressBar, tracked
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Numbers that others published, to be shown beside ours and never mixed into them.
 
-One TOML file per table in `reference/`: its title, source, columns (tasks), which families of our results are the
-same tasks, and success in %.
+One TOML file per table in `reference/`: its title, source, columns (tasks), which families of our results are
+the same tasks, and success in %.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
-from spear.files import write_text
+from spear.util.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -164,8 +164,8 @@ class Results:
 def merge(parts: Sequence[Results]) -> Results:
     """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed.
 
-    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or when a
-    scene ended differently in two parts.
+    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or
+    when a scene ended differently in two parts.
     """
     first = parts[0]
     found: dict[tuple[str, int], Outcome] = {}

@@ -1,4 +1,5 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, only what is missing is run, films."""
+"""What evaluations in every simulator share: outcomes on disk as they come, only what is missing is run,
+films."""
 
 from __future__ import annotations
 
@@ -9,17 +10,17 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from spear.errors import SpearError
-from spear.evaluate import video
-from spear.evaluate.actors import Actor
+from spear.evaluate import film as video
+from spear.evaluate.agents import Actor
 from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
-from spear.files import write_bytes
-from spear.progress import ProgressBar
+from spear.util.files import write_bytes
+from spear.util.progress import ProgressBar
 
 Track = TypeVar("Track")
 Films = int | Literal["failures", "all"]
-"""Films to make per family: of so many successes and as many failures, lowest seeds first; of all failures; or of all
-episodes."""
+"""Films to make per family: of so many successes and as many failures, lowest seeds first; of all failures;
+or of all episodes."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an actor acts.
 
-    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for where every
-                    episode may need one; the few others are run again for their film.
+    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for
+                    where every episode may need one; the few others are run again for their film.
     """
 
     @property
@@ -48,7 +49,8 @@ class Simulator(Protocol[Track]):
     def run(
         self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, Track]]:
-        """The outcome of each episode as it ends, with its track: what a film is made of, empty unless `filming`."""
+        """The outcome of each episode as it ends, with its track: what a film is made of, empty unless
+        `filming`."""
         ...
 
     def film(self, outcome: Outcome, track: Track) -> Film:
@@ -70,11 +72,12 @@ def conduct(
 
     scenes    family → the seeds of its scenes.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
-    out       folder that outcomes and films are written to as they come. Episodes that it already holds are not
-              run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
+    out       folder that outcomes and films are written to as they come. Episodes that it already holds are
+              not run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
     shard     run only this part of the scenes.
 
-    Raises SpearError for a folder with results of another policy or of other settings, and for a part without scenes.
+    Raises SpearError for a folder with results of another policy or of other settings, and for a part without
+    scenes.
     """
     most = max(map(len, scenes.values()), default=0)
     if most < shard.index:
@@ -111,8 +114,8 @@ def conduct(
 
 
 class _Studio(Generic[Track]):
-    """Makes the films that are wanted. Tracks can be large (every picture of an episode), so that each is filmed as its
-    episode ends, or kept only as long as it may be wanted.
+    """Makes the films that are wanted. Tracks can be large (every picture of an episode), so that each is
+    filmed as its episode ends, or kept only as long as it may be wanted.
 
     filming  whether the first run of an episode is to give its track. made: the films so far.
     """
@@ -138,7 +141,8 @@ class _Studio(Generic[Track]):
         self._tracks = {seed: kept for seed, kept in self._tracks.items() if seed in wanted}
 
     def finish(self, ended: Sequence[Outcome]) -> list[int]:
-        """All episodes of a family have ended: the seeds of those that have to be run again for their film."""
+        """All episodes of a family have ended: the seeds of those that have to be run again for their
+        film."""
         tracks, self._tracks = self._tracks, {}
         made = {(f.outcome.family, f.outcome.seed) for f in self.made}
         missing = [o for o in self._missing(ended) if (o.family, o.seed) not in made]

@@ -1,10 +1,12 @@
 """Intervals for a recipe that was trained with several seeds and scored on the same scenes each time.
 
-Two things are drawn by chance, trainings and scenes, and every training meets every scene. The variance of the mean is
-that over seeds plus that over scenes minus what both contain (a two-way analysis of variance, as Cameron, Gelbach and
-Miller (2011) cluster by two things at once), with Student's t at Satterthwaite's degrees of freedom: with three seeds
-that disagree the interval is wide, as it must be. It is never narrower than if all episodes were independent (our
-choice: a variance from three seeds can be small by chance). With one seed it speaks of that one training only.
+Two things are drawn by chance, trainings and scenes, and every training meets every scene. The variance of
+the mean is that over seeds plus that over scenes minus what both contain (a two-way analysis of variance, as
+Cameron, Gelbach and Miller (2011) cluster by two things at once), with Student's t at Satterthwaite's degrees
+of freedom: with three seeds that disagree the interval is wide, as it must be. It is never narrower than if
+all episodes were independent (our
+choice: a variance from three seeds can be small by chance). With one seed it speaks of that one training
+only.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ def wilson_mean(counts: Sequence[tuple[int, int]]) -> Estimate:
     """The mean of several proportions, each counting the same, from (successes, n) of each.
 
     Wilson's interval at the number of samples that a single proportion would need for the same largest
-    variance, F² / Σ 1/n for F proportions: with equal n the interval of all samples together, and since proportions
-    that differ vary less than that, never too narrow (our choice). With very unequal n it can be a little.
+    variance, F² / Σ 1/n for F proportions: with equal n the interval of all samples together, and since
+    proportions that differ vary less than that, never too narrow (our choice). With very unequal n it can be
+    a little.
     """
     rates = [wilson(k, n).value for k, n in counts]
     if not rates:
@@ -109,8 +110,8 @@ def paired_mean_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p-value of McNemar's test, from the scenes that only one of two policies solved.
 
-    Under the null hypothesis either is as likely to be that one, in every family: so counts may be summed over
-    families, which is the exact stratified test.
+    Under the null hypothesis either is as likely to be that one, in every family: so counts may be summed
+    over families, which is the exact stratified test.
 
     >>> mcnemar(8, 1), mcnemar(3, 3)
     (0.0390625, 1.0)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from spear.files import write_text
-from spear.labels.statistics import Statistics, statistics
+from spear.labels.questions.statistics import Statistics, statistics
 from spear.labels.store import QUESTIONS, REJECTED, read
+from spear.util.files import write_text
 
 MOST_NAMES = 20
 """Names of objects that the card lists."""

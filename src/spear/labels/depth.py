@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
-from spear.files import writing
 from spear.types import Array
+from spear.util.files import writing
 
 STRIDE = 4
 """Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch size."""

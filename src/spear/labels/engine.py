@@ -1,7 +1,7 @@
 """The local engine: networks in batches in this process, everything else in worker processes.
 
-Batches come out in the order in which they went in, whatever the number of workers, and only a few are on their
-way at any time.
+Batches come out in the order in which they went in, whatever the number of workers, and only a few are on
+their way at any time.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from spear import processes
 from spear.labels.inputs import Item, read
+from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import Work, detect, lift, locate, segment
-from spear.labels.protocols import Detector, PointMap, Segmenter
 from spear.labels.store import to_table
+from spear.util import processes
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Graph:
 
 
 class Rejected(NamedTuple):
-    """An image that was set aside, and why; empty when the reason is that nothing was found in it, temporary when
-    the reason may pass."""
+    """An image that was set aside, and why; empty when the reason is that nothing was found in it, temporary
+    when the reason may pass."""
 
     source: str
     reason: str
@@ -96,8 +96,8 @@ def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[l
 
 
 def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
-    """`locate`, after which only what `finish` needs is kept, for the way to another process: no pixels (they are
-    encoded already), no truth, and masks eight pixels to a byte."""
+    """`locate`, after which only what `finish` needs is kept, for the way to another process: no pixels (they
+    are encoded already), no truth, and masks eight pixels to a byte."""
     locate(works, pointmap)
     works[:] = map(_pack, works)
 
@@ -118,7 +118,8 @@ def _unpack(work: Work) -> Work:
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
     """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
-    An image at which this breaks down is set aside like any other: at the scale of millions there is always one.
+    An image at which this breaks down is set aside like any other: at the scale of millions there is always
+    one.
     """
     labels, rejected = [], []
     for work in works:

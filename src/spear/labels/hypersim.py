@@ -6,7 +6,8 @@
     SCENE/images/scene_cam_XX_final_preview/frame.IIII.tonemap.jpg
     SCENE/images/scene_cam_XX_geometry_hdf5/frame.IIII.{depth_meters,semantic,semantic_instance}.hdf5
 
-Hypersim's depth is the distance from the camera's centre, its positions are in asset units, and its cameras look along
+Hypersim's depth is the distance from the camera's centre, its positions are in asset units, and its cameras
+look along
 -z with y up; frames come out as this package has them.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.box3d import SIGNS
+from spear.labels.fit.box3d import SIGNS
 from spear.labels.images import load_image
 from spear.labels.rgbd import STRUCTURE, distance_to_depth
 from spear.types import Array, Frame
@@ -46,11 +47,12 @@ class HypersimScene:
 
     Args:
         folder: the scene, `ai_VVV_NNN`.
-        cameras: `metadata_camera_parameters.csv` of the dataset's repository, for scenes whose lens is shifted; by
-            default the one beside the scene, and without one a pinhole of `FIELD_OF_VIEW`.
+        cameras: `metadata_camera_parameters.csv` of the dataset's repository, for scenes whose lens is
+            shifted; by default the one beside the scene, and without one a pinhole of `FIELD_OF_VIEW`.
 
     Raises:
-        SpearError: a part is missing or broken, the lens is tilted (no pinhole camera), or h5py is not installed.
+        SpearError: a part is missing or broken, the lens is tilted (no pinhole camera), or h5py is not
+            installed.
     """
 
     def __init__(self, folder: str | Path, cameras: str | Path | None = None) -> None:
@@ -147,7 +149,8 @@ class HypersimScene:
 
 
 def _instances(geometry: Path, number: str) -> tuple[Array | None, dict[int, str]]:
-    """The instance image [h, w] int32 (0 where there is none) and the names; None when it was not downloaded."""
+    """The instance image [h, w] int32 (0 where there is none) and the names; None when it was not
+    downloaded."""
     path = geometry / f"frame.{number}.semantic_instance.hdf5"
     if not path.is_file():
         return None, {}

@@ -32,8 +32,9 @@ _BROKEN = (
 def load_image(source: str | Path | bytes, name: str = "") -> Array:
     """An image file as [h, w, 3] uint8 RGB, turned as its EXIF orientation says.
 
-    CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid on
-    white; of an animation the first frame is taken. Embedded colour profiles are not applied. (Our choice.)
+    CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid
+    on white; of an animation the first frame is taken. Embedded colour profiles are not applied. (Our
+    choice.)
 
     Args:
         source: a path, or the bytes of the file.
@@ -41,8 +42,8 @@ def load_image(source: str | Path | bytes, name: str = "") -> Array:
 
     Raises:
         SpearError: no such file, not an image, a broken or truncated one, one that claims to be enormous
-            (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point, more
-            than 16 bits).
+            (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
+            more than 16 bits).
     """
     if isinstance(source, bytes):
         data, name = source, name or "image"

@@ -1,8 +1,9 @@
-"""What a user gives to be labelled, as items: listed one after the other, each with a key that stays the same.
+"""What a user gives to be labelled, as items: listed one after the other, each with a key that stays the
+same.
 
-An `Item` says where an image is and how to read it, and holds no pixels, so that listing is cheap and any process
-can read any item. `find` lists files, folders, globs, tar shards, Parquet files and videos; robot episodes and the
-simulator are listed by `spear.sources`.
+An `Item` says where an image is and how to read it, and holds no pixels, so that listing is cheap and any
+process can read any item. `find` lists files, folders, globs, tar shards, Parquet files and videos; robot
+episodes and the simulator are listed by `spear.labels.sources`.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spear.errors import SpearError, TemporaryError
-from spear.images import encode_jpeg
 from spear.labels.images import load_image
 from spear.labels.pipeline import Work, admit
 from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos
 from spear.types import Array, Frame
+from spear.util.images import encode_jpeg
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 """Endings of files that are images."""
 
 Content = bytes | Array | Frame | SpearError
-"""What a reader gives: an encoded image, its pixels [h, w, 3] uint8 RGB, a whole frame, or why there is none."""
+"""What a reader gives: an encoded image, its pixels [h, w, 3] uint8 RGB, a whole frame, or why there is
+none."""
 Reader = Callable[[str, Sequence[Any]], Iterator[Content]]
-"""(path, places in it) → the content of each place. A function of a module, so that processes can share it."""
+"""(path, places in it) → the content of each place. A function of a module, so that processes can share
+it."""
 
 
 class Item(NamedTuple):
@@ -147,7 +150,8 @@ def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
 
 
 def find_parquet(path: str) -> Iterator[Item]:
-    """The rows of a Parquet file that has a column of encoded images, as Hugging Face `datasets` writes them."""
+    """The rows of a Parquet file that has a column of encoded images, as Hugging Face `datasets` writes
+    them."""
     file = _parquet(path)
     column = _image_column(file.schema_arrow, path)
     row = 0

@@ -7,18 +7,18 @@ from functools import partial
 
 import numpy as np
 
-from spear.labels import rle
-from spear.labels.box3d import Mode, fit_box, keypoints
-from spear.labels.boxes2d import tight_box
-from spear.labels.masks import clean_points, erode, snap
-from spear.labels.points import NEAR, Plane, inliers, subsample
-from spear.labels.protocols import Detection, PointMapResult
-from spear.labels.quality import planarity, stability
+from spear.labels.fit import rle
+from spear.labels.fit.box3d import Mode, fit_box, keypoints
+from spear.labels.fit.boxes2d import tight_box
+from spear.labels.fit.masks import clean_points, erode, snap
+from spear.labels.fit.points import NEAR, Plane, inliers, subsample
+from spear.labels.fit.quality import planarity, stability
+from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, LabeledObject
 
 MARGIN = 0.3
-"""Pixels that an object is taken to reach beyond the centres of its outermost ones: less than half of one, since
-the outermost of many is near the edge. Our choice, measured."""
+"""Pixels that an object is taken to reach beyond the centres of its outermost ones: less than half of one,
+since the outermost of many is near the edge. Our choice, measured."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class BoxSettings:
     mode         see `box3d.fit_box`.
     band         how many pixels an estimated mask's outline may be off: pixels that near to it are decided
                  anew by where they are in 3D (`masks.snap`). 0 for true masks.
-    erosion      how many pixels along the outline take their depth from further inside where they fly, because
-                 estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
+    erosion      how many pixels along the outline take their depth from further inside where they fly,
+                 because estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
                  Both are pixels of an image of up to 256; in larger ones they grow in proportion.
     min_points   objects with fewer clean points (or fewer than 8) get no box.
     max_points   points kept per object, up to half of them from its outline.

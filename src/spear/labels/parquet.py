@@ -11,7 +11,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.files import writing
+from spear.util.files import writing
 
 ROWS_PER_GROUP = 16
 """Rows that are read together: what a random access costs."""
@@ -20,8 +20,8 @@ ROWS_PER_GROUP = 16
 class ParquetWriter:
     """Writes to a temporary name beside `path`; `commit` gives the file its name.
 
-    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the file depend
-    on its rows alone, not on how they were handed over.
+    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the file
+    depend on its rows alone, not on how they were handed over.
 
     Raises:
         SpearError: the disk is full, or the file cannot be written.

@@ -1,7 +1,8 @@
 """Images in, 3D-labelled images out: detect → segment → point map → box.
 
-Each stage is a function on a batch of `Work`, one image on its way. `label` runs them one after the other; the
-engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a cluster.
+Each stage is a function on a batch of `Work`, one image on its way. `label` runs them one after the other;
+the engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a
+cluster.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from itertools import islice
 import numpy as np
 
 from spear.errors import SpearError, TemporaryError
-from spear.images import encode_jpeg
-from spear.labels.ground_truth import GROUND_TRUTH
+from spear.labels.fit.points import noise_level, support_plane
+from spear.labels.models.ground_truth import GROUND_TRUTH
+from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
-from spear.labels.points import noise_level, support_plane
-from spear.labels.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.types import Array, Frame, LabeledImage
+from spear.util.images import encode_jpeg
 
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
@@ -196,8 +197,8 @@ def _frames(works: Sequence[Work]) -> list[Frame]:
 
 
 def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
-    """How boxes are fitted to what the models of these names say: as it is where both are the ground truth, else
-    allowing for errors (`ESTIMATED`)."""
+    """How boxes are fitted to what the models of these names say: as it is where both are the ground truth,
+    else allowing for errors (`ESTIMATED`)."""
     return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
 
 

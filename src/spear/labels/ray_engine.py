@@ -1,8 +1,8 @@
 """The Ray engine: the stages of the local one as a streaming Ray Data pipeline, on one machine or a cluster.
 
-read → detect → segment → locate → finish. The three networks are actors that keep their component; reading and
-finishing are tasks. Batches come back in order, and this process writes them. On a cluster, inputs must be at the
-same paths on every node.
+read → detect → segment → locate → finish. The three networks are actors that keep their component; reading
+and finishing are tasks. Batches come back in order, and this process writes them. On a cluster, inputs must
+be at the same paths on every node.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def run_ray(
             resources,
             strict=True,
         ):
-            # No CPUs are reserved for networks: three of them would leave none for the rest on a small machine.
+            # No CPUs are reserved for networks: three of them would leave none for the rest on a small
+            # machine.
             data = data.map(
                 _Network,
                 fn_constructor_args=(make, stage),

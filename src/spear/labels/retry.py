@@ -1,7 +1,8 @@
-"""Images that were set aside for a reason that may pass, tried again: their shard becomes what it would have been had
-they gone well at once.
+"""Images that were set aside for a reason that may pass, tried again: their shard becomes what it would have
+been had they gone well at once.
 
-The rows that the shard has are kept, and what is tried again takes its place among them, in the order of the input.
+The rows that the shard has are kept, and what is tried again takes its place among them, in the order of the
+input.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def to_retry(keys: Sequence[str], aside: Iterable[Rejected]) -> list[int]:
 def merged(
     shard: Path, keys: Sequence[str], aside: Sequence[Rejected], again: Iterable[Done]
 ) -> Iterator[Done]:
-    """All of a shard's images in order, one at a time: those that it has, and those tried `again` in their place.
+    """All of a shard's images in order, one at a time: those that it has, and those tried `again` in their
+    place.
 
     Args:
         shard: the file, which is read as a whole.

@@ -1,7 +1,7 @@
 """Frames with true depth from folders of colour and depth images: plain ones and ScanNet's.
 
-Each reader is a sequence: `len(scene)`, `scene[i]` -> `Frame`, `scene.sources[i]`. A frame is read when it is asked
-for; one that cannot be read is a `SpearError` that concerns no other. `hypersim` reads Hypersim's.
+Each reader is a sequence: `len(scene)`, `scene[i]` -> `Frame`, `scene.sources[i]`. A frame is read when it is
+asked for; one that cannot be read is a `SpearError` that concerns no other. `hypersim` reads Hypersim's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.camera import unproject
-from spear.labels.from_files import load_json
+from spear.labels.fit.camera import unproject
 from spear.labels.images import load_image
+from spear.labels.models.annotations import load_json
 from spear.types import Array, Frame
 
 COLOUR_FOLDERS = ("color", "colour", "rgb", "image", "images")
@@ -56,7 +56,8 @@ def open_scene(folder: str | Path) -> Scene:
 
 
 class _Pairs:
-    """Colour images and depth PNGs of the same names, with poses: what plain folders and ScanNet's have in common."""
+    """Colour images and depth PNGs of the same names, with poses: what plain folders and ScanNet's have in
+    common."""
 
     def __init__(self, folder: str | Path, depth_unit: float) -> None:
         self.folder, self.depth_unit = Path(folder), depth_unit
@@ -89,16 +90,18 @@ class RgbdFolder(_Pairs):
 
         color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`
         depth/NAME.png    16 bits; 0 and 65535 are unknown
-        intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image; or intrinsics.json with fx, fy, cx, cy
-        pose/NAME.txt     optional: 4×4, camera -> world, metres, the world's z up; camera x right, y down, z forward
+        intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image; or intrinsics.json with fx, fy,
+                          cx, cy
+        pose/NAME.txt     optional: 4×4, camera -> world, metres, the world's z up; camera x right, y down, z
+                          forward
 
     Both images show the same view; the depth image may have fewer pixels.
 
     Args:
         folder: as above.
         depth_unit: metres per step of the depth images.
-        pixel_centre: where the first pixel's centre is in the intrinsics' coordinates: 0 as in OpenCV, ROS and
-            ScanNet, 0.5 as in this package.
+        pixel_centre: where the first pixel's centre is in the intrinsics' coordinates: 0 as in OpenCV, ROS
+            and ScanNet, 0.5 as in this package.
 
     Raises:
         SpearError: a part is missing.
@@ -129,13 +132,14 @@ class ScanNetScene(_Pairs):
     """A ScanNet scan as its own tools export it.
 
         color/N.jpg, depth/N.png    depth in millimetres, 0 unknown
-        pose/N.txt                  4×4, camera -> world, metres; frames that were lost (-inf) have no extrinsics
+        pose/N.txt                  4×4, camera -> world, metres; frames that were lost (-inf) have no
+                                    extrinsics
         intrinsic/                  intrinsic_color.txt, intrinsic_depth.txt, extrinsic_*.txt
         instance-filt/N.png         optional: the number of the instance, 0 where there is none
         *.aggregation.json          with it: what the instances are called
 
-    The depth image is laid over the colour image along the rays of the two cameras, which stand in one place. The
-    calibration puts the first pixel's centre at 0 (its depth camera's centre is 319.5 of 640 pixels).
+    The depth image is laid over the colour image along the rays of the two cameras, which stand in one place.
+    The calibration puts the first pixel's centre at 0 (its depth camera's centre is 319.5 of 640 pixels).
 
     Raises:
         SpearError: a part is missing, or the two cameras do not stand in one place.

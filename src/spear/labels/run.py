@@ -5,10 +5,11 @@
     LABELS/run.json                  the settings, which every continuation must share
     LABELS/README.md                 dataset card with statistics
 
-Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard that
-is there is finished and one that is not is made again. Its footer names what was set aside from it, and a hash of
-the keys of its items, by which an input that has changed meanwhile is found out. Images that were set aside for a
-reason that may pass can be tried again; the shard is then what it would have been had they gone well at once.
+Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
+that is there is finished and one that is not is made again. Its footer names what was set aside from it, and
+a hash of the keys of its items, by which an input that has changed meanwhile is found out. Images that were
+set aside for a reason that may pass can be tried again; the shard is then what it would have been had they
+gone well at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError
-from spear.files import check_own, write_text, writing
 from spear.labels.card import write_card
 from spear.labels.engine import Done, Engine, Rejected
 from spear.labels.inputs import Item
@@ -37,10 +37,11 @@ from spear.labels.parquet import ParquetWriter, sweep
 from spear.labels.pipeline import Failures
 from spear.labels.retry import merged, set_aside, to_retry
 from spear.labels.store import REJECTED, SCHEMA, footer
+from spear.util.files import check_own, write_text, writing
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] each) and "temporary"
-(which of those, by number, were set aside for a reason that may pass)."""
+"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] each) and
+"temporary" (which of those, by number, were set aside for a reason that may pass)."""
 SETTINGS = "run.json"
 _REJECTED = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
 T = TypeVar("T")
@@ -48,8 +49,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside, `temporary` of these for
-    a reason that may pass; `before` were done when this command began."""
+    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside, `temporary` of
+    these for a reason that may pass; `before` were done when this command began."""
 
     total: int
     before: int
@@ -91,9 +92,10 @@ def label_folder(
         settings: all that decides what the labels are, JSON-able; kept in run.json.
         shard_size: items per shard. Memory does not depend on it.
         batch_size: items that go through the networks together.
-        most_bad: the run stops when a larger fraction of the images fail (images without objects do not count).
-        retry_rejected: try again the images that were set aside for a reason that may pass; `most_bad` is then of
-            all images of the folder.
+        most_bad: the run stops when a larger fraction of the images fail (images without objects do not
+            count).
+        retry_rejected: try again the images that were set aside for a reason that may pass; `most_bad` is
+            then of all images of the folder.
         on_progress: called at the start and after each batch.
 
     Raises:
@@ -155,7 +157,8 @@ def _labelled(
     batch_size: int,
     retry_rejected: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
-    """The batches of the shards that are not finished, and of what is tried again, in order, each with its shard."""
+    """The batches of the shards that are not finished, and of what is tried again, in order, each with its
+    shard."""
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:

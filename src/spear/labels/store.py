@@ -104,7 +104,8 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
 
 
 def tables(shard: Path, pixels: bool = True) -> Iterator[pa.Table]:
-    """The rows of one shard, as `to_table` gives them, a row group at a time; `pixels` and errors as in `read`."""
+    """The rows of one shard, as `to_table` gives them, a row group at a time; `pixels` and errors as in
+    `read`."""
     file = _open(shard)
     for group in range(file.num_row_groups):
         yield _read_group(file, group, shard, pixels)

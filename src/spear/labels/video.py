@@ -42,8 +42,8 @@ def take_videos(folder: str) -> list[str]:
 def find_frames(path: str, rate: float) -> Iterator[tuple[int, float]]:
     """(frame number, time in s from the start) of the frames shown at times 0, 1/rate, 2/rate, … of a video.
 
-    The frame number supposes a constant frame rate. No frame is listed twice, so a rate above the video's gives
-    every frame once.
+    The frame number supposes a constant frame rate. No frame is listed twice, so a rate above the video's
+    gives every frame once.
 
     Raises:
         SpearError: not a video, or one that does not say how long it is.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spear.errors import SpearError
-from spear.models.reading import read
-from spear.models.replay import Inputs
-from spear.models.stack import STACK, Stack, can_compile
+from spear.models.fast.graphs import Inputs
+from spear.models.fast.prefill import read
+from spear.models.fast.stack import STACK, Stack, can_compile
 
 if TYPE_CHECKING:
     from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -22,7 +22,8 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Worded:
-    """Answers in free words with exactly `count` 3D tokens between them, the first after a word, and a word last.
+    """Answers in free words with exactly `count` 3D tokens between them, the first after a word, and a word
+    last.
 
     words, numbers  the ids of either; the end token is not a word.
     """
@@ -38,8 +39,8 @@ class Worded:
 
 
 Grammar = Sequence[Range] | Worded
-"""What an answer must look like. A list of ranges: for each token in order, the ids it may come from; after the
-last range the answer ends. A forced token is a range of one."""
+"""What an answer must look like. A list of ranges: for each token in order, the ids it may come from; after
+the last range the answer ends. A forced token is a range of one."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def greedy(
     Returns [N, T] ids: the answer, its end token, then padding.
     Raises SpearError when a grammar needs more than `max_new_tokens`.
 
-    Where the grammar says from which ids a token must come, only their logits are computed (of SPEAR-1's 258,176 rows
-    of the head, 1,024 for a 3D token), and none for a token that it gives; nothing runs after the last choice. On a
-    GPU an answer whose length the grammar gives is one CUDA graph, images included.
+    Where the grammar says from which ids a token must come, only their logits are computed (of SPEAR-1's
+    258,176 rows of the head, 1,024 for a 3D token), and none for a token that it gives; nothing runs after
+    the last choice. On a GPU an answer whose length the grammar gives is one CUDA graph, images included.
     """
     rows = list(grammars) if grammars is not None else [None] * len(input_ids)
     longest = max((_shortest(g) for g in rows if g is not None), default=0)
@@ -156,7 +157,8 @@ def _choose(
     bounds: torch.Tensor,
     words: _Words | None,
 ) -> torch.Tensor:
-    """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the ranges again."""
+    """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the ranges
+    again."""
     if all(b - a == 1 for a, b in row):
         return bounds[:, 0]
     low, high = min(a for a, _ in row), max(b for _, b in row)
@@ -218,7 +220,8 @@ class _Words:
         return token
 
     def ended(self) -> bool:
-        """Whether all answers have. On a GPU to look is to wait, and done at every eighth token (our choice)."""
+        """Whether all answers have. On a GPU to look is to wait, and done at every eighth token (our
+        choice)."""
         look = self.done.device.type == "cpu" or self.step % 8 == 0
         return look and bool(self.done.all())
 

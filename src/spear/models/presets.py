@@ -93,8 +93,8 @@ PRESETS: dict[str, Preset] = {
             },
             vocabulary=2048,
             coordinate_smoothing=2.0,
-            # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the expert
-            # learned never to turn, which is right for most steps.
+            # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
+            # expert learned never to turn, which is right for most steps.
             flow={
                 "prediction": "clean",
                 "rotation_loss": "mse",

@@ -121,7 +121,8 @@ class Processor:
     def image(self, image: Array, view: str) -> torch.Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Gives a `Notice`, once per view and size, when that takes black bars; for so many sizes at most (`SIZES_TOLD`).
+        Gives a `Notice`, once per view and size, when that takes black bars; for so many sizes at most
+        (`SIZES_TOLD`).
         """
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)

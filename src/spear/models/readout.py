@@ -1,4 +1,5 @@
-"""From the probabilities of 3D tokens to numbers: the likeliest one, the expected one, the middle one, how sure.
+"""From the probabilities of 3D tokens to numbers: the likeliest one, the expected one, the middle one, how
+sure.
 
 Between the edges of a bin its probability is taken to be spread evenly. Its expected value is the bin's
 representative, which in the wide bins of the tails is a better guess than the middle (our choice).
@@ -32,7 +33,8 @@ class Distribution:
     probabilities  [numbers, bins] float32, each row sums to 1.
     coordinates    what the bins mean, and in which unit.
 
-    A row is the probability of a number given the numbers before it as they were said, each its likeliest bin.
+    A row is the probability of a number given the numbers before it as they were said, each its likeliest
+    bin.
     """
 
     probabilities: Array

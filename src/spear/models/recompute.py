@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers keep their input alone, and compute the rest again on the way back.
 
-Transformers' own way drops the keys and values that a layer is to leave for later tokens, and the action expert
-lives on those; here they are a result of the layer like any other, and gradients flow through them.
+Transformers' own way drops the keys and values that a layer is to leave for later tokens, and the action
+expert lives on those; here they are a result of the layer like any other, and gradients flow through them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from spear.models.cache import KeyValues
 def recompute_layers(model: nn.Module, on: bool = True) -> None:
     """Turn gradient checkpointing of all transformer layers in `model` on or off.
 
-    Losses and gradients stay the same, bit for bit on a CPU; a training step runs each layer forward twice. Without
-    gradients (`torch.no_grad`) nothing changes.
+    Losses and gradients stay the same, bit for bit on a CPU; a training step runs each layer forward twice.
+    Without gradients (`torch.no_grad`) nothing changes.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -36,7 +36,8 @@ def recomputes(model: nn.Module) -> bool:
 
 
 class RecomputesLayers:
-    """What makes Transformers' `gradient_checkpointing_enable()` and `…_disable()` of a model do the above."""
+    """What makes Transformers' `gradient_checkpointing_enable()` and `…_disable()` of a model do the
+    above."""
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         assert isinstance(self, nn.Module)

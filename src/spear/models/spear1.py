@@ -18,15 +18,15 @@ from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
-from spear.models.acting import sample
 from spear.models.attention import choose_attention
+from spear.models.fast.linear import quicken
 from spear.models.gemma import Gemma
-from spear.models.linear import quicken
 from spear.models.mask import positions, suffix_mask
 from spear.models.recompute import RecomputesLayers
-from spear.models.saving import WithoutFolders
+from spear.models.sampling import sample
 from spear.models.sinusoids import sinusoids
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.weights.saving import WithoutFolders
 from spear.types import ACTION_DIM, Action
 
 STATE_FEATURES = 10
@@ -134,11 +134,12 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
     ) -> Spear1ForActionPrediction:
         """A SPEAR-1 to be trained, from a SPEAR-VLM and a new action expert or π0's published one.
 
-        dtype: None keeps the VLM's. A VLM in memory shares its weights with the result unless they are converted.
+        dtype: None keeps the VLM's. A VLM in memory shares its weights with the result unless they are
+            converted.
         seed: of the new weights. For the other arguments, the errors, and a report on every weight see
-        `spear.models.action_expert.plan_policy`.
+        `spear.models.weights.action_expert.plan_policy`.
         """
-        from spear.models.action_expert import plan_policy
+        from spear.models.weights.action_expert import plan_policy
 
         return plan_policy(vlm, expert, size, flow).run(dtype, seed)
 
@@ -254,8 +255,9 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         """Actions [B, H, ·], normalised units, rotations unit and canonical: `steps` Euler steps from noise.
         The paper does not give their number; 10 is our choice (π0's).
 
-        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing. Without padding and
-        missing images, attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.acting`.
+        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing. Without
+        padding and missing images, attention_mask=None and view_mask=None spare the masks. graphs: see
+        `spear.models.sampling`.
         """
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)

@@ -140,8 +140,8 @@ class OffsetEmbeddings(Dinov2Embeddings):
 
 
 class DinoEncoder(Dinov2Model):
-    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv" and `OffsetEmbeddings` where
-    `config.position_offset` is not zero (DINOv2's own code has 0.1)."""
+    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv" and `OffsetEmbeddings`
+    where `config.position_offset` is not zero (DINOv2's own code has 0.1)."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)

@@ -24,13 +24,13 @@ from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
 from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
+from spear.models.fast.linear import linear, quicken
 from spear.models.gemma import language_model
-from spear.models.linear import linear, quicken
 from spear.models.mask import positions, prefix_lm_mask
-from spear.models.moge import LAST_LAYERS, MogeEncoder
+from spear.models.moge.encoder import LAST_LAYERS, MogeEncoder
 from spear.models.recompute import RecomputesLayers
-from spear.models.saving import WithoutFolders
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
+from spear.models.weights.saving import WithoutFolders
 
 
 class SpearVLMConfig(WithoutFolders, PreTrainedConfig):
@@ -146,10 +146,11 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
     ) -> SpearVLMForConditionalGeneration:
         """A SPEAR-VLM to be trained, from published PaliGemma and MoGe weights.
 
-        dtype: None keeps PaliGemma's. seed: of the new weights. For the other arguments, the errors, and a report
-        on every weight see `spear.models.backbones.plan_backbones`.
+        dtype: None keeps PaliGemma's. seed: of the new weights. For the other arguments, the errors, and a
+            report
+        on every weight see `spear.models.weights.backbones.plan_backbones`.
         """
-        from spear.models.backbones import plan_backbones
+        from spear.models.weights.backbones import plan_backbones
 
         return plan_backbones(paligemma, moge, size).run(dtype, seed)
 
@@ -252,7 +253,8 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
     def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Logits of the tokens first … last − 1 (all of them), by the embedding matrix. [..., D] -> [..., tokens]."""
+        """Logits of the tokens first … last − 1 (all of them), by the embedding matrix. [..., D] -> [...,
+        tokens]."""
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
         return logits if cap is None else cap * (logits / cap).tanh()

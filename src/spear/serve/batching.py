@@ -1,7 +1,7 @@
 """Requests of many clients, answered together: a bounded queue, first come, first served, under a deadline.
 
-A connection's next request is read only when its last one is answered, so that a client has at most one place in
-the queue however fast it sends, and first come, first served is fair.
+A connection's next request is read only when its last one is answered, so that a client has at most one place
+in the queue however fast it sends, and first come, first served is fair.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Batcher:
 
     answer     requests → one result each, in order; a result that is an exception is raised for its client.
     max_batch  the most requests in a batch.
-    wait_s     the longest that a batch waits for more requests once the last batch is done. It starts at once when
-               it is full, or when every client that was active within the last second is in it.
+    wait_s     the longest that a batch waits for more requests once the last batch is done. It starts at once
+               when it is full, or when every client that was active within the last second is in it.
     capacity   the most requests that wait; further ones are refused with `Busy`.
     """
 

@@ -1,7 +1,7 @@
 """A served policy as a `spear.types.Policy`, so that whatever runs a policy here runs one elsewhere.
 
-For programs that have this package. A robot's own computer needs only openpi-client, which pins numpy < 2 and so
-lives in an environment of its own.
+For programs that have this package. A robot's own computer needs only openpi-client, which pins numpy < 2 and
+so lives in an environment of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ PAUSE = 0.05
 class RemotePolicy:
     """A policy at "ws://host:port".
 
-    A batch is sent on as many connections at once, so that the server can answer it together. `token` is the server's
-    --token. A busy server is asked again for `patience` seconds. Raises `SpearError` with the server's words for
-    a bad observation, and when the server cannot be reached.
+    A batch is sent on as many connections at once, so that the server can answer it together. `token` is the
+    server's
+    --token. A busy server is asked again for `patience` seconds. Raises `SpearError` with the server's words
+    for a bad observation, and when the server cannot be reached.
     """
 
     def __init__(self, url: str, token: str | None = None, patience: float = 30.0) -> None:

@@ -1,7 +1,7 @@
 """A model server for AllenAI's vla-eval harness: its episodes in, one action per observation out.
 
-The harness's own server speaks its protocol; this is the class that it calls. Observations of all running episodes
-are answered together (`spear.serve.batching`), and a bad one is told to its own episode alone.
+The harness's own server speaks its protocol; this is the class that it calls. Observations of all running
+episodes are answered together (`spear.serve.batching`), and a bad one is told to its own episode alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from spear.serve.service import Service
 from spear.types import Array
 
 NEEDED = {"send_state": True}
-"""What benchmarks are asked to send besides images; those that have no such option are not told (the harness)."""
+"""What benchmarks are asked to send besides images; those that have no such option are not told (the
+harness)."""
 
 
 class HarnessServer(ModelServer):
@@ -42,8 +43,8 @@ class HarnessServer(ModelServer):
         tg.start_soon(self._batcher.run)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """The harness's: nothing is left of the last episode. What is random is fixed by the task and the episode's
-        number, so that a run repeats however it is sharded."""
+        """The harness's: nothing is left of the last episode. What is random is fixed by the task and the
+        episode's number, so that a run repeats however it is sharded."""
         task = config.get("task") or {}
         name = f"{task.get('name')}/{task.get('episode_idx')}"
         self._seeds[ctx.session_id] = 1000 * zlib.crc32(name.encode())

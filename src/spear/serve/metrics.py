@@ -1,4 +1,5 @@
-"""What the server counts, in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats)."""
+"""What the server counts, in Prometheus' text format
+(https://prometheus.io/docs/instrumenting/exposition_formats)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Histogram:
 class Metrics:
     """The counts of one server.
 
-    requests    by outcome: ok, refused (a bad observation), busy, failed (an error of ours), gone (the client left).
+    requests    by outcome: ok, refused (a bad observation), busy, failed (an error of ours), gone (the client
+                left).
     latency     seconds from a request's arrival to its answer being ready; inference: of a batch alone.
     batch_size  requests that were answered together.
     """

@@ -1,7 +1,7 @@
 """The websocket server, in the openpi convention: metadata first, then observation in, actions out.
 
-Messages are binary msgpack (`spear.serve.wire`); an error is a text message, after which the connection goes on.
-`GET /healthz` says "ok"; `GET /metrics` has the counts for Prometheus.
+Messages are binary msgpack (`spear.serve.wire`); an error is a text message, after which the connection goes
+on. `GET /healthz` says "ok"; `GET /metrics` has the counts for Prometheus.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Settings:
     """How to serve.
 
     host, port   where; port 0 takes a free one.
-    token        what clients must send as "Authorization: Api-Key TOKEN" (openpi-client's api_key); None: nothing.
+    token        what clients must send as "Authorization: Api-Key TOKEN" (openpi-client's api_key); None:
+                 nothing.
     max_batch, wait_ms, queue  see `spear.serve.batching.Batcher`; wait_ms in milliseconds.
     max_clients  connections at a time; further ones get 503.
     max_bytes    the largest message; a larger one ends its connection (1009).

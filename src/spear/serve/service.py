@@ -1,4 +1,5 @@
-"""One policy for one robot: the robot's observations in, its commands out, many at a time, errors one by one."""
+"""One policy for one robot: the robot's observations in, its commands out, many at a time, errors one by
+one."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ import numpy as np
 import spear
 from spear.embodiments import Embodiment
 from spear.errors import SpearError, unsaid
-from spear.threads import release_workers
 from spear.types import Policy
+from spear.util.threads import release_workers
 
 
 class Service:
     """A policy behind an embodiment.
 
-    name, embodiment_name, control  what clients are told they talk to; control None is the embodiment's default.
+    name, embodiment_name, control  what clients are told they talk to; control None is the embodiment's
+                                    default.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class Service:
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
     def warm_up(self) -> None:
-        """Answers the embodiment's example once, so that the first client does not wait. Raises what it raises.
+        """Answers the embodiment's example once, so that the first client does not wait. Raises what it
+        raises.
 
         The calling thread then gives its worker threads back: a server computes in another one.
         """

@@ -29,7 +29,8 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse of `encode`; arrays are read-only views of `data`. Raises `SpearError` naming the bad key."""
+    """The inverse of `encode`; arrays are read-only views of `data`. Raises `SpearError` naming the bad
+    key."""
     try:
         message = msgpack.unpackb(data, strict_map_key=True)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -79,10 +79,11 @@ class Kinematics:
         return q
 
     def _least_squares(self, error: Floats, home: Floats) -> Floats:
-        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home): what `home` leaves of the error [6], at the pose last asked for.
+        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home): what `home` leaves of the error [6], at the pose last
+        asked for.
 
-        By MuJoCo's own routines: NumPy's differ in the last bit from one kind of processor to another, and contacts
-        make a different episode of a last bit.
+        By MuJoCo's own routines: NumPy's differ in the last bit from one kind of processor to another, and
+        contacts make a different episode of a last bit.
         """
         mujoco.mj_comPos(self._model, self._data)
         mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site)

@@ -1,8 +1,8 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
-At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes its
-gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures and poses
-are real) but masked: they are never a training target. What follows shows how to recover.
+At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes
+its gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures
+and poses are real) but masked: they are never a training target. What follows shows how to recover.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.images import encode_jpeg
 from spear.sim import expert
 from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.types import Episode
+from spear.util.images import encode_jpeg
 
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
@@ -36,11 +36,12 @@ class Disturbance:
 
     start        chance per step that a push begins; it lasts one or two steps.
     translation  standard deviation of a pushed step, m; rotation the same, rad.
-    twist        standard deviation of the turn about the gripper's own axis that comes on top, rad: how far the gripper
-                 is turned from the object under it is seen at all heights, not only where the approach begins.
+    twist        standard deviation of the turn about the gripper's own axis that comes on top, rad: how far
+                 the gripper is turned from the object under it is seen at all heights, not only where the
+                 approach begins.
     drop         chance that a push while holding the object opens the gripper instead.
-    miss         chance that a push while holding nothing closes the gripper and lifts it, for up to `MISSED` steps:
-                 what a policy does that has missed its grasp and has not noticed.
+    miss         chance that a push while holding nothing closes the gripper and lifts it, for up to `MISSED`
+                 steps: what a policy does that has missed its grasp and has not noticed.
     """
 
     start: float = 0.10
@@ -138,7 +139,8 @@ def _push(
     holding: bool,
     missed: bool,
 ) -> NDArray[np.float32]:
-    """A random step instead of the expert's; the gripper stays as it was, drops what it holds, or has `missed`."""
+    """A random step instead of the expert's; the gripper stays as it was, drops what it holds, or has
+    `missed`."""
     step = rng.normal(0, disturbance.translation, 3)
     vector = rng.normal(0, disturbance.rotation, 3)
     vector[2] += rng.normal(0, disturbance.twist)

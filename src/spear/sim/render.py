@@ -49,12 +49,14 @@ def _gl_context(width: int, height: int) -> Any:
 
 
 _LOST: list[tuple[Any, mujoco.MjrContext]] = []
-"""Contexts whose renderer is gone and that another thread still has current: only that thread could free them."""
+"""Contexts whose renderer is gone and that another thread still has current: only that thread could free
+them."""
 
 
 def _free(gl: Any, context: mujoco.MjrContext) -> None:
-    """Give a context back. Buffers and textures have the same small numbers in every context, and MuJoCo deletes them
-    in whichever is current: were it another renderer's, that one would draw nothing but its background from then on."""
+    """Give a context back. Buffers and textures have the same small numbers in every context, and MuJoCo
+    deletes them in whichever is current: were it another renderer's, that one would draw nothing but its
+    background from then on."""
     try:
         gl.make_current()
     except Exception:  # each driver has its own: it is current in another thread
@@ -65,8 +67,8 @@ def _free(gl: Any, context: mujoco.MjrContext) -> None:
 
 
 class Renderer:
-    """A rendering context that any number of worlds share. It belongs to the thread that made it, and is given back by
-    `close` or with the last reference."""
+    """A rendering context that any number of worlds share. It belongs to the thread that made it, and is
+    given back by `close` or with the last reference."""
 
     def __init__(self, width: int = 560, height: int = 420) -> None:
         self._size = (width, height)

@@ -23,8 +23,8 @@ TRAIN_SEED = 10_000
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
 FOVY = 36.5
-"""The external camera's vertical view angle, degrees. One camera, as on a real robot: a degree more or less would
-hide 13 mm of depth, and no picture tells."""
+"""The external camera's vertical view angle, degrees. One camera, as on a real robot: a degree more or less
+would hide 13 mm of depth, and no picture tells."""
 START = np.array([0.45, 0.0, 0.23])
 """Middle of the gripper's start positions, m, base frame."""
 

@@ -15,8 +15,9 @@ BLOCK = 2**24
 class HalfStateAdamW(torch.optim.AdamW):
     """AdamW with its moments in bfloat16; everything is computed in float32 (our choice).
 
-    A moment moves by 1 − β of its distance to the new value, and bfloat16 keeps 8 bits: with β = 0.95 a second
-    moment stops within 4 % of its goal, which is 2 % of a step's size. β above 0.99 would need more bits.
+    A moment moves by 1 − β of its distance to the new value, and bfloat16 keeps 8 bits: with β = 0.95 a
+    second moment stops within 4 % of its goal, which is 2 % of a step's size. β above 0.99 would need more
+    bits.
     """
 
     @torch.no_grad()

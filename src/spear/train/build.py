@@ -15,25 +15,25 @@ from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.errors import SpearError, unknown_name
 from spear.flow import FlowConfig
-from spear.labels.questions import FAMILIES_PIXEL, all_texts
-from spear.models import weights
-from spear.models.moge import MogeDepthConfig, MogeForDepth
-from spear.models.naming import PatchNaming
+from spear.labels.questions.generate import FAMILIES_PIXEL, all_texts
+from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
+from spear.models.patch_classification import PatchNaming
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import parallel
-from spear.train.depth import DepthTask
 from spear.train.inputs import check_inputs
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
-from spear.train.naming import NamingTask
 from spear.train.optimize import Task
-from spear.train.questions import QuestionSamples, VlmTask, fit_coordinates, load_depth, load_labels
 from spear.train.recipes import Recipe
-from spear.train.vla import VlaTask
+from spear.train.tasks.depth import DepthTask
+from spear.train.tasks.patch_classification import NamingTask
+from spear.train.tasks.questions import QuestionSamples, VlmTask, fit_coordinates, load_depth, load_labels
+from spear.train.tasks.vla import VlaTask
 from spear.types import LabeledImage
 
 Built = tuple[torch.nn.Module, Task, Callable[[Path], Any]]
@@ -77,7 +77,8 @@ def _with_flow(size: Preset, changes: Mapping[str, Any]) -> Preset:
 
 
 def _with_lora(stage: Recipe, model: torch.nn.Module, task: Task, save: Callable[[Path], Any]) -> Built:
-    """The same with LoRA. Saved are a plain model, with the LoRA merged into it, and the LoRA, in `adapter`."""
+    """The same with LoRA. Saved are a plain model, with the LoRA merged into it, and the LoRA, in
+    `adapter`."""
     add_adapters(model, stage.lora_rank, stage.lora_alpha)
 
     def save_merged(folder: Path) -> None:
@@ -232,7 +233,8 @@ def _given(labels: Path | None) -> Path:
 def _new_processor(
     stage: Recipe, size: Preset, folder: Path, labels: dict[str, list[LabeledImage]], seed: int
 ) -> Processor:
-    """A tokenizer for the wording of our questions and for the texts in `folder/wording.txt`, and fitted 3D tokens."""
+    """A tokenizer for the wording of our questions and for the texts in `folder/wording.txt`, and fitted 3D
+    tokens."""
     first = next(iter(labels.values()))
     names = sorted({o.name for label in first for o in label.objects})
     wording = folder / "wording.txt"
@@ -320,7 +322,8 @@ def _grown(
 def _new_tokens(embeddings: torch.Tensor, processor: Processor, stage: Recipe, seed: int) -> torch.Tensor:
     """Rows for the 3D tokens, drawn with the mean and covariance of the words' rows (the paper, section 3).
 
-    The location tokens' are left out, since they were drawn the same way (our choice; `models.backbones` has all).
+    The location tokens' are left out, since they were drawn the same way (our choice; `models.backbones` has
+    all).
     """
     words = embeddings[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
@@ -355,8 +358,8 @@ def _with_moge(
     model.moge.load_state_dict(encoder.moge.state_dict())
     assert model.moge_projector is not None
     with torch.no_grad():
-        # A visual token becomes the average of two projections. At the start it is what it was, so that the language
-        # model still reads it (our choice for nano): twice SigLIP's, and nothing of MoGe's.
+        # A visual token becomes the average of two projections. At the start it is what it was, so that the
+        # language model still reads it (our choice for nano): twice SigLIP's, and nothing of MoGe's.
         for parameter in model.multi_modal_projector.parameters():
             parameter.mul_(2)
         for parameter in model.moge_projector.parameters():

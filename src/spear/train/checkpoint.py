@@ -1,9 +1,10 @@
 """Checkpoints of a run: everything needed to continue as if it had never stopped. No pickle.
 
-A checkpoint is a folder `step-00001000/` with `state.json` and one safetensors file per process that had something to
-write (PyTorch's distributed checkpoint, in its Hugging Face format). It holds whole tensors with their names, however
-they were divided: it is read on any number of processes, sharded or not, on any device. It is written in the
-background from a copy, under a temporary name, and renamed when all processes are done, so it is whole or absent.
+A checkpoint is a folder `step-00001000/` with `state.json` and one safetensors file per process that had
+something to write (PyTorch's distributed checkpoint, in its Hugging Face format). It holds whole tensors with
+their names, however they were divided: it is read on any number of processes, sharded or not, on any device.
+It is written in the background from a copy, under a temporary name, and renamed when all processes are done,
+so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ def _unreadable(path: Path, error: BaseException) -> SpearError:
 
 
 def _first_line(error: BaseException) -> str:
-    """The last line of a message that says something: PyTorch's begin with the traceback of another process."""
+    """The last line of a message that says something: PyTorch's begin with the traceback of another
+    process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

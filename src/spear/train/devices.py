@@ -8,7 +8,7 @@ import os
 import torch
 
 from spear.errors import SpearError, unknown_name
-from spear.models.linear import HAS_BFLOAT16
+from spear.models.fast.linear import HAS_BFLOAT16
 from spear.train.optimize import Optimization
 
 
@@ -25,7 +25,8 @@ def for_device(opt: Optimization, device: torch.device) -> Optimization:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called auto (a GPU if there is one), cpu, cuda or cuda:N; a GPU becomes the process's current one.
+    """The device called auto (a GPU if there is one), cpu, cuda or cuda:N; a GPU becomes the process's
+    current one.
 
     Several processes (`torchrun`) take a GPU each: the one of their number on their machine, LOCAL_RANK.
     Raises `SpearError` for a device that is not there, or cuda:N with several processes.

@@ -1,4 +1,5 @@
-"""What a recipe learns from and begins with, checked before anything is read, prepared or waits in a queue."""
+"""What a recipe learns from and begins with, checked before anything is read, prepared or waits in a
+queue."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from spear.train.recipes import Recipe
 def check_inputs(stage: Recipe, labels: bool, episodes: bool, init: bool, moge: bool) -> None:
     """Whether a recipe needs and takes what is given to it.
 
-    labels, episodes, init, moge: whether there are any. Raises `SpearError` for what is missing, and for what would
-    change nothing.
+    labels, episodes, init, moge: whether there are any. Raises `SpearError` for what is missing, and for what
+    would change nothing.
     """
     name, acts = stage.name, stage.kind == "vla"
     if acts and not episodes:

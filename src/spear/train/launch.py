@@ -1,7 +1,9 @@
-"""Training on a cluster: what Slurm, Ray or Kubernetes is given so that every process runs one `spear train` command.
+"""Training on a cluster: what Slurm, Ray or Kubernetes is given so that every process runs one `spear train`
+command.
 
-Each starts `torchrun` on N nodes with a process per GPU, and starts it again after a preemption: the command then
-continues from its last checkpoint. All nodes must see the same files (the data, the run's folder) at the same paths.
+Each starts `torchrun` on N nodes with a process per GPU, and starts it again after a preemption: the command
+then continues from its last checkpoint. All nodes must see the same files (the data, the run's folder) at the
+same paths.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Job:
 
 
 def script(cluster: Cluster, job: Job) -> str:
-    """The batch script or manifest that runs a job. Raises SpearError for a setting that is wrong or missing."""
+    """The batch script or manifest that runs a job. Raises SpearError for a setting that is wrong or
+    missing."""
     known = SETTINGS[cluster]
     for key in job.settings:
         if key not in known:

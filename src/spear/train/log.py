@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spear.progress import ProgressBar
+from spear.util.progress import ProgressBar
 
 SPIKE = 6.0
 """A loss is a spike when it lies so many standard deviations above its running mean (our choice)."""

@@ -26,7 +26,8 @@ from spear.train.optimize import Batch, Optimization, Stepper, Task, learning_ra
 
 
 class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
-    """What is wrong with a batch is returned: raised in another process, it would bring that one's traceback."""
+    """What is wrong with a batch is returned: raised in another process, it would bring that one's
+    traceback."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -46,8 +47,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
 
-    `accumulate` of them per step: those that as many processes would take. They are in memory that a GPU can copy
-    from while it works, if `device` is one.
+    `accumulate` of them per step: those that as many processes would take. They are in memory that a GPU can
+    copy from while it works, if `device` is one.
     """
     numbers = (n for step in range(first, last) for n in parallel.numbers(step, accumulate))
     loader = torch.utils.data.DataLoader(
@@ -106,12 +107,12 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
-    device, sharded: see `spear.train.optimize.Stepper`. about: what the run is of, by name; a run continues only where
-    all of it is the same.
+    device, sharded: see `spear.train.optimize.Stepper`. about: what the run is of, by name; a run continues
+    only where all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
-    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`, when more
-    than `opt.max_skipped` steps had a loss or gradient that is not finite, or when another process of the run is
-    gone.
+    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`,
+    when more than `opt.max_skipped` steps had a loss or gradient that is not finite, or when another process
+    of the run is gone.
     """
     opt = divided(opt, out)
     stepper = Stepper(task, opt, seed, device, sharded)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-"""The modules that get one: every linear layer of the language model, none of the encoders' or the expert's."""
+"""The modules that get one: every linear layer of the language model, none of the encoders' or the
+expert's."""
 _PEFT_ROOT = "base_model.model."
 """What PEFT's files put before a module's name."""
 

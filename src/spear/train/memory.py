@@ -1,9 +1,11 @@
-"""How much memory a recipe needs, found by running one training step of the real code without any numbers in it.
+"""How much memory a recipe needs, found by running one training step of the real code without any numbers in
+it.
 
-The networks are built on PyTorch's fake tensors, which have shapes and storage sizes but no contents. A forward and
-a backward pass run on them as they would in training; what is alive is added up after every operation, and the most
-is kept. So there is no formula for activations that could disagree with the code. Not in it: the CUDA context, what
-kernels use inside themselves, and memory lost between blocks; `usable` leaves room for these.
+The networks are built on PyTorch's fake tensors, which have shapes and storage sizes but no contents. A
+forward and a backward pass run on them as they would in training; what is alive is added up after every
+operation, and the most is kept. So there is no formula for activations that could disagree with the code. Not
+in it: the CUDA context, what kernels use inside themselves, and memory lost between blocks; `usable` leaves
+room for these.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
-from spear.models.acting import SAMPLER
+from spear.models.fast.stack import STACK
 from spear.models.gemma import FastRMSNorm
 from spear.models.losses import token_loss
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.recompute import recompute_layers
+from spear.models.sampling import SAMPLER
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
-from spear.models.stack import STACK
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.train.adamw import BLOCK
 from spear.train.lora import add_adapters
@@ -52,9 +54,11 @@ class Memory:
 
     weights      all parameters and buffers, in the precision that they are kept in.
     gradients, moments, averaged  of what learns: its gradients, AdamW's two averages, the EMA weights.
-    activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16 copies.
+    activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16
+                 copies.
     parameters, learning  numbers, not bytes: all parameters, and those that learn.
-    prepared     what inference works out of the weights once and keeps: on a CPU packed copies of some of them.
+    prepared     what inference works out of the weights once and keeps: on a CPU packed copies of some of
+                 them.
     """
 
     weights: int
@@ -122,8 +126,8 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     """What one process needs to train `stage`, a "vla" or "vlm" recipe; the whole batch is its own.
 
     as_on_gpu: with the attention and norms that run on a GPU. False: with those for CPUs, for checking.
-    Every image, prompt and answer is counted as present and as long as it may be. Raises `SpearError` for another
-    kind of recipe, or a batch that does not divide into `accumulate` pieces.
+    Every image, prompt and answer is counted as present and as long as it may be. Raises `SpearError` for
+    another kind of recipe, or a batch that does not divide into `accumulate` pieces.
     """
     if stage.kind not in ("vla", "vlm"):
         raise SpearError(f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe")
@@ -178,7 +182,8 @@ def inference(
 ) -> Memory:
     """What SPEAR-1 needs to act, with all weights in `dtype`, for so many observations at once.
 
-    as_on_gpu: False: what a CPU needs, where some weights are kept a second time (`spear.models.linear.Fused`).
+    as_on_gpu: False: what a CPU needs, where some weights are kept a second time
+        (`spear.models.fast.linear.Fused`).
     answers: it also answers questions, so many at once.
     """
     stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
@@ -193,7 +198,8 @@ def inference(
         _give_storage(model)
         weights = meter.live
         for prepare, use in uses:
-            # What real weights are made into is kept; of fake ones it is made at every use, and counted here alone.
+            # What real weights are made into is kept; of fake ones it is made at every use, and counted here
+            # alone.
             made = prepare()
             kept = meter.live - weights
             del made
@@ -256,7 +262,8 @@ def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Modul
 
 
 def _give_storage(model: torch.nn.Module) -> None:
-    """Replace the weights, which have a shape alone, by ones that also have a storage, in the fake mode that is on."""
+    """Replace the weights, which have a shape alone, by ones that also have a storage, in the fake mode that
+    is on."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -318,7 +325,8 @@ Fits = tuple[dict[str, Any], Memory]
 
 
 def savers(stage: Recipe) -> list[dict[str, Any]]:
-    """What can be changed in a recipe to save memory, each on top of those before it; what costs least comes first."""
+    """What can be changed in a recipe to save memory, each on top of those before it; what costs least comes
+    first."""
     opt, batch = stage.optimization, stage.batch_size
     found: list[tuple[str, Any]] = []
     if opt.precision == "bf16" and opt.frozen_precision != "bf16":
@@ -338,7 +346,8 @@ def savers(stage: Recipe) -> list[dict[str, Any]]:
 def fit(
     stage: Recipe, capacity: float, measure: Callable[[Recipe], Memory] = training
 ) -> tuple[Fits | None, Fits]:
-    """The first of the recipe as it is and its `savers` that needs no more than `capacity` bytes, and the last tried.
+    """The first of the recipe as it is and its `savers` that needs no more than `capacity` bytes, and the
+    last tried.
 
     The first is None when none fits.
     """

@@ -18,7 +18,8 @@ class NotFinite(Exception):
     """A step that was not done, because its loss or its gradient is not finite; the weights are as before.
 
     what      "loss" or "gradient".
-    suspects  which of this process's pieces, from 0, may be why: those with such a loss, or all for a gradient.
+    suspects  which of this process's pieces, from 0, may be why: those with such a loss, or all for a
+              gradient.
     values    the loss, its parts and the gradient's norm.
     """
 
@@ -30,7 +31,8 @@ class NotFinite(Exception):
 def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> Path:
     """Write a piece's batch under `out`: its tensors (safetensors), and what else is in it as JSON.
 
-    number: of the piece, which with the seed gives its random numbers (`spear.train.optimize.step_generator`).
+    number: of the piece, which with the seed gives its random numbers
+        (`spear.train.optimize.step_generator`).
     """
     tensors, others = _flat(batch)
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"

@@ -1,8 +1,8 @@
 """`torchrun` on the nodes of a Ray cluster: python -m spear.train.on_ray --nodes 4 --gpus 8 -- COMMAND …
 
-The driver of the job that `spear train … --launch ray` submits. Ray chooses the nodes; on each, one actor starts
-`torchrun` with a process per GPU. When a process fails or a node is lost, all are stopped and started again, on the
-nodes that there are then; the command is expected to continue where it was.
+The driver of the job that `spear train … --launch ray` submits. Ray chooses the nodes; on each, one actor
+starts `torchrun` with a process per GPU. When a process fails or a node is lost, all are stopped and started
+again, on the nodes that there are then; the command is expected to continue where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ PATIENCE = 30.0
 
 
 def run(command: Sequence[str], nodes: int, gpus: int, restarts: int = 10, folder: str | None = None) -> int:
-    """Run a command on nodes × gpus processes (gpus 0: one per node); returns its last exit code, 0 for success.
+    """Run a command on nodes × gpus processes (gpus 0: one per node); returns its last exit code, 0 for
+    success.
 
     restarts  how often it is started again after a failure.
     folder    where it runs, on every node; this process's when None.
@@ -101,7 +102,8 @@ def _attempt(ray: Any, command: Sequence[str], nodes: int, gpus: int, folder: st
             f"--rdzv-endpoint={endpoint}",
             "--rdzv-id=spear",
         ]
-        # torchrun would guess who holds the meeting place, from names and addresses that it does not always know.
+        # torchrun would guess who holds the meeting place, from names and addresses that it does not always
+        # know.
         holds = [f"--rdzv-conf=is_host={str(i == 0).lower()}" for i in range(nodes)]
         waiting = [
             each.run.remote([*words, hold, "--no-python", *command], folder)

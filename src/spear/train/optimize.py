@@ -23,7 +23,8 @@ Batch = dict[str, Any]
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss.
 
-    It may also have `learning_rows`, parameter name -> (first, last): of these, only rows first … last − 1 learn.
+    It may also have `learning_rows`, parameter name -> (first, last): of these, only rows first … last − 1
+    learn.
     """
 
     @property
@@ -52,16 +53,19 @@ class Optimization:
     frozen            module prefixes that do not learn.
     trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
-    weight_decay, betas  AdamW's, which is our choice, too. grad_clip: the norm beyond which gradients are scaled down.
+    weight_decay, betas  AdamW's, which is our choice, too. grad_clip: the norm beyond which gradients are
+                         scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that does not
-                      compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
-    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory. They
-                      are used in bfloat16 under autocast anyway.
+    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that
+                      does not compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
+    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory.
+                      They are used in bfloat16 under autocast anyway.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.adamw`).
-    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run that
-                      is continued keeps its pieces, whatever the number of processes (`spear.train.parallel`).
-    max_skipped       steps whose loss or gradient is not finite are skipped; one more than so many ends the run.
+    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run
+                      that is continued keeps its pieces, whatever the number of processes
+                      (`spear.train.parallel`).
+    max_skipped       steps whose loss or gradient is not finite are skipped; one more than so many ends the
+                      run.
     gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.recompute`).
     """
 
@@ -120,8 +124,8 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     """Convert the weights, in place: float32, but for frozen matrices as `opt.frozen_precision` says.
 
-    Only linear layers and token embeddings are kept in bfloat16: norms, biases and position embeddings are small.
-    Raises `SpearError` where the computation is in float32, which could not use them.
+    Only linear layers and token embeddings are kept in bfloat16: norms, biases and position embeddings are
+    small. Raises `SpearError` where the computation is in float32, which could not use them.
     """
     lower = opt.frozen_precision == "bf16"
     if lower and opt.precision == "fp32":
@@ -134,7 +138,8 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
 
 
 def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.AdamW:
-    """AdamW over what learns; no weight decay on vectors (norms, biases); one group per learning-rate factor."""
+    """AdamW over what learns; no weight decay on vectors (norms, biases); one group per learning-rate
+    factor."""
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -166,7 +171,8 @@ class Stepper:
     """One optimisation step after another on a task's model.
 
     device   where the model is put; None leaves it where it is.
-    sharded  each process keeps its share of everything alone (`spear.train.sharding`); without effect on one process.
+    sharded  each process keeps its share of everything alone (`spear.train.sharding`); without effect on one
+             process.
     ema      the averaged weights of what learns, by parameter name; None when averaging is off.
     """
 
@@ -198,7 +204,8 @@ class Stepper:
         """Forward, backward, clip, update, average. Returns the mean loss and parts, and the gradient's norm.
 
         batches  one, or several whose gradients, losses and parts are averaged (`accumulate`).
-        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; nothing is changed then.
+        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; nothing is changed
+        then.
         """
         opt = self.opt
         factor = learning_rate(step, opt)

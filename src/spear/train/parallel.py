@@ -1,9 +1,9 @@
 """Data parallelism: the same run on several processes, each with its share of every batch.
 
-Started by `torchrun --nproc-per-node N`; alone, every function here is a no-op. A step's batch consists of P pieces,
-each with its own random numbers; the gradient is the mean of theirs. N processes take P/N pieces each, one after the
-other, so every N that divides P learns the same. On CPUs, one process per core is faster than one process with as
-many threads, since small matrices share threads badly.
+Started by `torchrun --nproc-per-node N`; alone, every function here is a no-op. A step's batch consists of P
+pieces, each with its own random numbers; the gradient is the mean of theirs. N processes take P/N pieces
+each, one after the other, so every N that divides P learns the same. On CPUs, one process per core is faster
+than one process with as many threads, since small matrices share threads badly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from spear.errors import SpearError
 
 BUCKET = 2**25
-"""Numbers per message when gradients are averaged: 128 MiB in float32, which is what it needs of memory besides."""
+"""Numbers per message when gradients are averaged: 128 MiB in float32, which is what it needs of memory
+besides."""
 CPU = torch.device("cpu")
 
 
@@ -56,7 +57,8 @@ def share(total: int, what: str, accumulate: int = 1) -> int:
 
 
 def numbers(step: int, accumulate: int = 1) -> range:
-    """The pieces (and their random numbers) that are this process's at a step: `accumulate` of them, in a row.
+    """The pieces (and their random numbers) that are this process's at a step: `accumulate` of them, in a
+    row.
 
     N processes and one that accumulates N take the same ones, and so learn the same.
     """

@@ -1,9 +1,9 @@
 """Every training stage as data: what learns, on what, for how long. `spear train NAME` runs one.
 
-The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where it
-states them; learning rates, schedules, AdamW's settings, the averages' decay and the batch of post-training are not
-stated there and are our choice, as are `finetune-*`. The `nano-*` recipes are ours, sized for two CPU cores.
-docs/recipes.md has all of them as tables.
+The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where
+it states them; learning rates, schedules, AdamW's settings, the averages' decay and the batch of
+post-training are not stated there and are our choice, as are `finetune-*`. The `nano-*` recipes are ours,
+sized for two CPU cores. docs/recipes.md has all of them as tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from spear.data.normalize import Mode
 from spear.errors import unknown_name
-from spear.labels.questions import FAMILIES
+from spear.labels.questions.generate import FAMILIES
 from spear.tokens import Spacing
 from spear.train.optimize import Optimization
 from spear.train.values import check_value
@@ -27,9 +27,11 @@ Kind = Literal["depth", "naming", "vlm", "vla"]
 class QuestionMix:
     """Which questions a batch asks.
 
-    families             of `spear.labels.questions`, drawn with equal chance; a name given twice counts twice.
+    families             of `spear.labels.questions.generate`, drawn with equal chance; a name given twice
+                         counts twice.
     pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
-    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are none).
+    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are
+                         none).
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
     coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
                          3D token; 0 is the paper's one-hot target.
@@ -54,21 +56,24 @@ class Recipe:
     coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
     smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
                   `spear.tokens.init_new_embeddings`).
-    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage that starts
-                  from another's result then gives up that one's 3D tokens and learns new ones. None: those of the
-                  result it starts from; without one, as many as the preset has, at quantiles (the paper).
+    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage
+                   that starts
+                  from another's result then gives up that one's 3D tokens and learns new ones. None: those of
+                  the result it starts from; without one, as many as the preset has, at quantiles (the paper).
     starts_from   the stage whose result `--init` takes; None starts from random weights.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
-    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our choice).
+    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our
+                  choice).
     question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
     question_weight  weight of their loss.
     augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation); positions in
+    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation);
+                   positions in
                   the state follow it (our choice).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
-    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`); which of
-                  its own weights learn beside them is the freeze schedule's matter, as ever.
+    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`);
+                  which of its own weights learn beside them is the freeze schedule's matter, as ever.
     lora_alpha    they count alpha / rank.
     """
 
@@ -98,8 +103,8 @@ class Recipe:
     def changed(self, **changes: Any) -> Recipe:
         """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
 
-        Raises `SpearError`, suggesting the nearest name, for a key that none of them has, and for a value that is not
-        one of the key's.
+        Raises `SpearError`, suggesting the nearest name, for a key that none of them has, and for a value
+        that is not one of the key's.
         """
         parts: dict[str, Any] = {"optimization": self.optimization, "questions": self.questions}
         own: dict[str, Any] = {}
@@ -126,7 +131,8 @@ def _fields(part: Any) -> list[str]:
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
 ENCODERS = ("vision_tower", "moge")
-# Single points are asked most: they teach to find things, with few tokens that are not about finding (our choice).
+# Single points are asked most: they teach to find things, with few tokens that are not about finding (our
+# choice).
 _NANO_MIX = QuestionMix(
     (*FAMILIES, "keypoint", "keypoint", "keypoint", "what_at", "what_at", "centre_2d", "centre_2d"),
     pairs=(4, 4),

@@ -1,7 +1,7 @@
 """From a recipe's name to a trained folder: builds the model, its data and its task, and runs the loop.
 
-The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D tokens),
-for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
+The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D
+tokens), for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 import spear
 from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
-from spear.fingerprint import add_files
 from spear.train import loop, parallel, sharding
 from spear.train.allocator import keep_freed_memory
 from spear.train.build import build
 from spear.train.devices import choose_device, for_device
 from spear.train.recipes import Recipe, recipe
+from spear.util.fingerprint import add_files
 
 
 def train(
@@ -53,10 +53,12 @@ def train(
     init      the `final` folder of the recipe's earlier stage; None starts from random weights.
     moge      the `final` folder of a "depth" recipe, to begin SPEAR-VLM with its encoder.
     device    auto, cpu, cuda or cuda:N (`spear.train.devices`).
-    sharded   weights, gradients, moments and averages are divided among the processes (`spear.train.sharding`).
+    sharded   weights, gradients, moments and averages are divided among the processes
+              (`spear.train.sharding`).
     overrides fields of the recipe or of its `Optimization` (steps, lr, batch_size, …).
 
-    Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run` does.
+    Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run`
+    does.
     """
     started = time.time()
     stage = (recipe(wanted) if isinstance(wanted, str) else wanted).changed(**overrides)

@@ -1,9 +1,10 @@
-"""FSDP2: every process keeps 1/N of each weight, gradient, moment and average, and borrows the rest while it works.
+"""FSDP2: every process keeps 1/N of each weight, gradient, moment and average, and borrows the rest while it
+works.
 
 One group per transformer layer, and one for what is left. On GPUs layers are gathered in bfloat16 where the
-computation is in bfloat16; masters, gradients and what is reduced stay float32. A step gathers each layer once and
-keeps it for the way back: the language model's keys and values leave their layer through a cache, past the hooks by
-which FSDP would know that the layer is needed again.
+computation is in bfloat16; masters, gradients and what is reduced stay float32. A step gathers each layer
+once and keeps it for the way back: the language model's keys and values leave their layer through a cache,
+past the hooks by which FSDP would know that the layer is needed again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def mesh(kind: str) -> DeviceMesh:
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     """Shard `model` over all processes, in place, on `device`.
 
-    lower: layers compute in bfloat16, and are gathered in it. (On a CPU they are gathered as they are, and autocast has
+    lower: layers compute in bfloat16, and are gathered in it. (On a CPU they are gathered as they are, and
+        autocast has
     the rest to do: its layer norms want their weights in the precision of their input.)
     Raises `SpearError` for a model with parameters that have no dimension.
     """

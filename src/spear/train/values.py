@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spear.errors import SpearError, unknown_name
-from spear.labels.questions import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
+from spear.labels.questions.generate import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 
 LEAST = {
     "steps": 0, "batch_size": 1, "flow_samples": 1, "accumulate": 1, "bins": 2, "lr": 0, "lr_scale": 0, "final_lr": 0,
@@ -23,7 +23,8 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_value(part: Any, key: str, value: Any) -> None:
-    """Raises `SpearError` for a value that is not of the kind, or not in the range, of a field of a dataclass."""
+    """Raises `SpearError` for a value that is not of the kind, or not in the range, of a field of a
+    dataclass."""
     hint = get_type_hints(type(part))[key]
     if not _fits(value, hint):
         choices = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]

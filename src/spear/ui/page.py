@@ -1,8 +1,8 @@
 """The page's side of HTTP: its files, who may see them, and its websocket.
 
-The page puts this machine to work for whoever opens it, and other web sites must not: a websocket is taken only from
-a page of this server, and without a token the page is only found under an address or localhost, never under a name
-that somebody else could point here.
+The page puts this machine to work for whoever opens it, and other web sites must not: a websocket is taken
+only from a page of this server, and without a token the page is only found under an address or localhost,
+never under a name that somebody else could point here.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ POLICY = (
 ASK = """<!doctype html><html lang="en"><meta charset="utf-8"><title>SPEAR-1</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><link rel="stylesheet" href="/ui.css">
 <main class="door"><h1>SPEAR-1</h1><p>{said}</p><form action="/" method="get">
-<input type="password" name="token" placeholder="token" autofocus><button class="primary">Open</button></form></main>
+<input type="password" name="token" placeholder="token" autofocus><button
+class="primary">Open</button></form></main>
 """
 
 
 class Page:
-    """A page for people beside the websocket for robots. `token` is the server's; `max_bytes` its largest message."""
+    """A page for people beside the websocket for robots. `token` is the server's; `max_bytes` its largest
+    message."""
 
     def __init__(self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int) -> None:
         self._studio = Studio(policy, name)
@@ -56,7 +58,8 @@ class Page:
         self._files = {path: (folder.joinpath(f).read_bytes(), kind) for path, (f, kind) in FILES.items()}
 
     def owns(self, request: Request) -> bool:
-        """Whether a request is for the page, and not for the policy, whose websocket is at "/" (and anywhere else)."""
+        """Whether a request is for the page, and not for the policy, whose websocket is at "/" (and anywhere
+        else)."""
         path = urlsplit(request.path).path
         return path == SOCKET or (path in FILES and "Upgrade" not in request.headers)
 

@@ -1,7 +1,7 @@
 """One tab of the page: what it asks for, in order, and the rollout that runs beside it.
 
-The page sends JSON {"do": NAME, …}, or the bytes of an image file; it is sent parts of its view. Whatever is wrong
-becomes {"problem": one line}. All work is done in the studio's thread, never in the event loop.
+The page sends JSON {"do": NAME, …}, or the bytes of an image file; it is sent parts of its view. Whatever is
+wrong becomes {"problem": one line}. All work is done in the studio's thread, never in the event loop.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from websockets.exceptions import ConnectionClosed
 
 from spear.errors import SpearError, unknown_name
 from spear.sim.env import RATE_HZ
-from spear.threads import release_workers
 from spear.ui.table import Studio, Table, View
+from spear.util.threads import release_workers
 
 LOG = logging.getLogger("spear.ui")
 LARGEST_SEED = 2**31 - 1

@@ -1,8 +1,8 @@
 """What one tab of the page works with: a scene of the simulator or a photo, and a model that looks at it.
 
-Everything here blocks and belongs to one thread (`spear.sim.render.Renderer` does). Results are parts of the page's
-view, as plain JSON: the page keeps them by key and draws what it has. Metres; `vertices` are in the camera frame, all
-else in the base frame.
+Everything here blocks and belongs to one thread (`spear.sim.render.Renderer` does). Results are parts of the
+page's view, as plain JSON: the page keeps them by key and draws what it has. Metres; `vertices` are in the
+camera frame, all else in the base frame.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from PIL import Image
 from spear.chunks import ChunkExecutor
 from spear.embodiments import tools
 from spear.errors import SpearError
-from spear.evaluate import ask
-from spear.images import encode_jpeg
-from spear.labels.box3d import EDGES, order_vertices
+from spear.evaluate.vqa import ask
+from spear.labels.fit.box3d import EDGES, order_vertices
 from spear.labels.images import load_image
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
@@ -30,6 +29,7 @@ from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.sim.world import World
 from spear.types import Array
+from spear.util.images import encode_jpeg
 
 View = dict[str, Any]
 
@@ -54,7 +54,8 @@ class Studio:
 
     @property
     def renderer(self) -> Renderer:
-        """Made on first use, by the thread that uses it. Raises `SpearError` where rendering is impossible."""
+        """Made on first use, by the thread that uses it. Raises `SpearError` where rendering is
+        impossible."""
         if self._renderer is None:
             self._renderer = Renderer()
         return self._renderer
@@ -173,8 +174,8 @@ class Table:
         return view
 
     def boxes(self, names: Sequence[str]) -> View:
-        """SPEAR-VLM's 3D boxes of objects, all asked for at once; in the simulator also how far off their centres
-        are. Raises `SpearError` for no name, too many of them, or bad ones."""
+        """SPEAR-VLM's 3D boxes of objects, all asked for at once; in the simulator also how far off their
+        centres are. Raises `SpearError` for no name, too many of them, or bad ones."""
         if not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"{len(names)} objects: ask for 1 to {MOST_BOXES}")
         names = [tools.prompt({"object": name}, "object") for name in names]

@@ -1,0 +1,74 @@
+"""The scripted expert's demonstrations → a store of episodes. Killed at any moment, the same call goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from spear.data.episode import SHARD_GLOB, EpisodeStore, write_episodes
+from spear.errors import SpearError
+from spear.sim.record import record
+from spear.sim.render import Size
+from spear.sim.scene import TRAIN_SEED, check_families
+from spear.util.files import check_own
+from spear.util.images import decode_image
+from spear.util.progress import ProgressBar, tracked
+
+Task = tuple[str, int]
+"""Task family, seed of its scene."""
+
+
+def demonstrate(
+    out: Path,
+    families: Sequence[str],
+    episodes: int,
+    first_seed: int,
+    sizes: Mapping[str, Size],
+    workers: int = 2,
+    quiet: bool = False,
+) -> tuple[int, int]:
+    """Record `episodes` demonstrations of each task family; returns how many succeeded, which `out` holds,
+    and of how many.
+
+    sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
+
+    Every shard that is written is kept, and the same call, or one with more episodes, continues behind the
+    last one. Raises `SpearError` for an unknown family, for scenes that are kept for testing, and, before
+    anything is written, for a folder that holds other files, other demonstrations or images of another size.
+    """
+    check_families(families)
+    if first_seed < TRAIN_SEED:
+        raise SpearError(
+            f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
+        )
+    tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
+    check_own(out, SHARD_GLOB, "record")
+    kept, first = _look(out, tasks, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
+    made = record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers)
+    bar = ProgressBar("recording", len(tasks), "demonstrations", first, quiet)
+    good = (episode for episode in tracked(made, bar) if episode.success)
+    return kept + write_episodes(good, out, append=True), len(tasks)
+
+
+def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size]) -> tuple[int, int]:
+    """How many of these demonstrations are there, and how many tasks they are done with."""
+    store = EpisodeStore(out)
+    places = {f"sim/{family}/{seed}": place for place, (family, seed) in enumerate(tasks)}
+    last = -1
+    for index in range(len(store)):
+        place = places.get(store.source(index), -1)
+        if place <= last:
+            raise SpearError(
+                f"{out} holds demonstrations of other settings ({store.source(index)} is not the next of these): "
+                "give the settings that it was recorded with, or another folder"
+            )
+        last = place
+    for camera, (width, height) in sizes.items():
+        image = store.image(0, 0, camera)
+        shape = None if image is None else decode_image(image, store.source(0)).shape[1::-1]
+        if shape != (width, height):
+            raise SpearError(
+                f"{out} holds demonstrations with other images ({camera}: {shape}, not {(width, height)}): give the "
+                "--preset that it was recorded with, or another folder"
+            )
+    return len(store), last + 1

@@ -1,0 +1,136 @@
+"""Frames of a stretch of a video file, by PyAV, and a video file of frames: what LeRobot and DROID need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from spear.errors import SpearError
+from spear.types import Array
+
+
+def read_frames(path: Path, first: float = 0.0, end: float = np.inf) -> Iterator[tuple[float, Array]]:
+    """(time in s, frame [h, w, 3] uint8 RGB) of all frames of a video with first <= time < end.
+
+    Raises SpearError for a missing file, one that is no video, and one that breaks off.
+    """
+    av = _av()
+    if not path.is_file():
+        raise SpearError(f"missing video: {path}: copy the dataset again, or leave the episode out")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if first > 0:
+                container.seek(int(first / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is None or frame.time >= end:
+                    return
+                if frame.time >= first:
+                    yield frame.time, frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise SpearError(f"broken video: {path}: {error}; copy it again, or leave the episode out") from error
+
+
+class VideoWriter:
+    """An AV1 video in an MP4 file, with the settings of LeRobot (crf 30, a key frame every second frame).
+
+    frames, bytes   what was written so far (the encoder keeps the last frames back until it is closed).
+
+    rate_hz  frames per second. The file is complete when the writer is closed.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
+        if height % 2 or width % 2 or min(height, width) < 64:
+            raise SpearError(
+                f"cannot make a video: {width} x {height} pixels: AV1 needs even sides of at least 64 pixels; "
+                "write images instead"
+            )
+        av = _av()
+        if "libsvtav1" not in av.codecs_available:
+            raise SpearError(
+                "this PyAV has no AV1 encoder: write images instead, or pip install --upgrade av"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.frames = self.bytes = 0
+        os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise
+        self._container = av.open(str(path), "w", format="mp4")
+        rate = Fraction(rate_hz).limit_denominator(1000)
+        options = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
+        stream: Any = self._container.add_stream("libsvtav1", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        self._stream = stream
+
+    def write(self, image: Array) -> None:
+        """Append a frame [h, w, 3] uint8 RGB."""
+        frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        if self.frames:
+            self._mux(self._stream.encode(frame))
+        else:
+            with _as_urgent_as_before():  # the first frame starts the encoder
+                self._mux(self._stream.encode(frame))
+        self.frames += 1
+
+    def _mux(self, packets: Any) -> None:
+        self.bytes += sum(packet.size for packet in packets)
+        self._container.mux(packets)
+
+    def close(self) -> None:
+        """Write out what is waiting, and end the file."""
+        if self.frames:
+            self._mux(self._stream.encode())
+        self._container.close()
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def _as_urgent_as_before() -> Iterator[None]:
+    """All threads of this process keep their scheduling, and new ones get the calling one's (Linux).
+
+    Started by root, as in most containers, SVT-AV1 makes the thread that calls it a real-time one, for good,
+    and its own with it: nothing else would get a processor while they work.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, urgency = os.sched_getscheduler(0), os.sched_getparam(0)
+    others = _schedulers()
+    try:
+        yield
+    finally:
+        for thread, now in _schedulers().items():
+            if now != others.get(thread, policy) == policy:
+                with suppress(OSError):  # it has ended
+                    os.sched_setscheduler(thread, policy, urgency)
+
+
+def _schedulers() -> dict[int, int]:
+    """How each thread of this process is scheduled (Linux)."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(OSError):  # it has ended
+            found[thread] = os.sched_getscheduler(thread)
+    return found
+
+
+def _av() -> Any:
+    try:
+        import av
+        import av.logging
+    except ImportError:
+        raise SpearError("videos need PyAV, which is not installed: pip install 'spear[data]'") from None
+    av.logging.set_level(av.logging.ERROR)
+    return av

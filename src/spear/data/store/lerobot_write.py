@@ -1,0 +1,312 @@
+"""Write episodes as a LeRobot v3.0 dataset: the files, schemas and metadata of LeRobot's own library.
+
+The rows hold our nouns: "observation.state" [8] is position (m, base), quaternion (w x y z) and gripper
+opening; "action" [8] is the canonical action (`Action.to_vector`). `spear.json` beside `meta` says so, in the
+same words as for any dataset, so that `read_lerobot` needs nothing else. Columns that LeRobot knows no name
+for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spear.data.actions import episode_actions
+from spear.data.episode import check_episode
+from spear.data.readers.spec import SPEC_FILE
+from spear.data.readers.video import VideoWriter
+from spear.data.store import schema as lerobot
+from spear.data.store.stats import Images, Look, Rows, Stats, look, to_json
+from spear.errors import SpearError
+from spear.types import Episode
+from spear.util.images import decode_image
+
+EPISODES_PER_FILE = 10_000
+"""Rows of one file of `meta/episodes` (our choice)."""
+_IMAGE = ("bytes", "path")
+"""The fields of an image, as the `datasets` library has them."""
+
+
+def write_lerobot(
+    episodes: Iterable[Episode],
+    folder: str | Path,
+    images: Literal["image", "video"] = "image",
+    robot: str = "unknown",
+) -> int:
+    """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
+
+    images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
+    robot   LeRobot's `robot_type`.
+
+    The folder appears when everything is in it. Raises SpearError when it exists already with something in
+    it, for a bad episode, when no episode comes, and when episodes differ in cameras, image size or rate.
+    """
+    target = Path(folder)
+    check_free(target)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    writer: LeRobotWriter | None = None
+    try:
+        for episode in episodes:
+            episode = check_episode(episode)
+            looks = look(episode)
+            if writer is None:
+                sizes = {camera: looks[camera].size for camera in looks}
+                writer = LeRobotWriter(part, sizes, episode.rate_hz, images, robot)
+            writer.check(episode, looks)
+            if writer.data_bytes > lerobot.DATA_MB << 20:
+                writer.end_file()
+            writer.add(episode, looks)
+            if len(writer.waiting) == EPISODES_PER_FILE:
+                writer.write_episodes()
+        if writer is None:
+            raise SpearError(f"no episodes: nothing to write to {target}")
+        writer.finish()
+        part.replace(target)
+        return writer.episodes
+    except OSError as error:
+        raise SpearError(
+            f"cannot write: {target}: {error}; free some space or choose another folder"
+        ) from error
+    finally:
+        if writer is not None:
+            with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
+                writer.close()
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_free(target: Path) -> None:
+    """Raises SpearError unless a dataset can become this folder: there is none, or an empty one."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SpearError(f"not empty: {target}: choose another folder for the dataset, or remove it")
+
+
+class LeRobotWriter:
+    """The files of a dataset being written, one episode after the other.
+
+    sizes     camera -> (height, width) in pixels; these cameras and sizes have all episodes.
+    rate_hz   of all episodes.
+    waiting   rows of `meta/episodes` that are in no file yet.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Mapping[str, tuple[int, int]],
+        rate_hz: float,
+        images: str = "image",
+        robot: str = "unknown",
+    ) -> None:
+        self.folder, self.images, self.robot, self.rate_hz = folder, images, robot, rate_hz
+        self.sizes = {camera: sizes[camera] for camera in sorted(sizes)}
+        self.features = lerobot.make_features(self.sizes, images, self.rate_hz)
+        self.schema = lerobot.make_schema(self.features)
+        self.tasks: dict[str, int] = {}
+        self.rows = {
+            name: Rows() for name, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")
+        }
+        self.pictures = {camera: Images() for camera in self.sizes}
+        self.episodes = self.frames = self.data_files = self.meta_files = 0
+        self.waiting: list[dict[str, Any]] = []
+        self.video_files = dict.fromkeys(self.sizes, 0)
+        self._data: pq.ParquetWriter | None = None
+        self._videos: dict[str, VideoWriter] = {}
+
+    def check(self, episode: Episode, looks: Mapping[str, Look]) -> None:
+        """Raises SpearError when an episode differs from the others in cameras, image sizes or rate."""
+        name = episode.source
+        if set(episode.images) != set(self.sizes):
+            raise SpearError(
+                f"cameras differ: {name} has {sorted(episode.images)}, the first episode {sorted(self.sizes)}: "
+                "a LeRobot dataset has the same cameras throughout; leave the episode out"
+            )
+        for camera, size in self.sizes.items():
+            if looks[camera].size != size:
+                (h, w), (h0, w0) = looks[camera].size, size
+                raise SpearError(
+                    f"image sizes differ: {name} step 0 camera {camera!r} is {w} x {h} pixels, the first one "
+                    f"{w0} x {h0}: leave it out, or bring all to one size (see `spear data prepare --size`)"
+                )
+        if episode.rate_hz != self.rate_hz:
+            raise SpearError(
+                f"rates differ: {name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}: "
+                "resample (see `spear data prepare`), or leave the episode out"
+            )
+
+    def add(self, episode: Episode, looks: Mapping[str, Look]) -> None:
+        """Write an episode that `check` lets pass; looks are those of its images (see `look`)."""
+        length = len(episode)
+        columns = self._columns(episode)
+        row: dict[str, Any] = {
+            "episode_index": self.episodes,
+            "tasks": [episode.instruction],
+            "length": length,
+            **self._write_rows(columns, episode),
+            "dataset_from_index": self.frames,
+            "dataset_to_index": self.frames + length,
+        }
+        stats: dict[str, Stats] = {}
+        for camera in self.sizes:
+            if self.images == "video":
+                row |= self._write_video(camera, episode)
+            stats[lerobot.feature_name(camera)] = self.pictures[camera].add(looks[camera])
+        for name, rows in self.rows.items():
+            stats[name] = rows.add(columns[name].reshape(length, -1))
+        for name in self.features:
+            for which, values in stats.get(name, {}).items():
+                row[f"stats/{name}/{which}"] = values.tolist()
+        self.waiting.append(row | lerobot.place_of("meta/episodes", self.meta_files))
+        self.episodes += 1
+        self.frames += length
+
+    def recall(self, episode: Episode) -> None:
+        """Count an episode whose files are written already, by an earlier process; its images do not
+        matter."""
+        columns = self._columns(episode)
+        for name, rows in self.rows.items():
+            rows.take_in(columns[name].reshape(len(episode), -1))
+        self.episodes += 1
+        self.frames += len(episode)
+
+    def _columns(self, episode: Episode) -> dict[str, Any]:
+        """Everything but images, as arrays [T] or [T, d]."""
+        length = len(episode)
+        action, mask = episode_actions(episode)
+        task = self.tasks.setdefault(episode.instruction, len(self.tasks))
+        success = -1 if episode.success is None else int(episode.success)
+        state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1)
+        return {
+            "observation.state": state.astype(np.float32),
+            "action": np.asarray(action, np.float32),
+            "action_mask": mask,
+            "success": np.full(length, success, np.int64),
+            "source": [episode.source] * length,
+            "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, self.episodes),
+            "index": self.frames + np.arange(length),
+            "task_index": np.full(length, task),
+        }
+
+    @property
+    def data_path(self) -> Path:
+        """The file that rows are, or will be, written to."""
+        return self.folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(self.data_files))
+
+    @property
+    def data_bytes(self) -> int:
+        """How large that file is now."""
+        return os.path.getsize(self.data_path) if self._data is not None else 0
+
+    def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
+        if self._data is None:
+            self.data_path.parent.mkdir(parents=True, exist_ok=True)
+            # Images are compressed already: as they are, they can be read by memory mapping.
+            plain = [f"{f.name}.{part}" for f in self.schema if pa.types.is_struct(f.type) for part in _IMAGE]
+            nested = pa.types.is_fixed_size_list
+            others = [f"{f.name}.list.element" if nested(f.type) else f.name for f in self.schema]
+            others = [n for n in others if not any(p.startswith(f"{n}.") for p in plain)]
+            self._data = pq.ParquetWriter(
+                self.data_path,
+                self.schema,
+                compression=dict.fromkeys(plain, "none") | dict.fromkeys(others, "snappy"),
+                use_dictionary=others,
+            )
+        arrays = []
+        for field in self.schema:
+            if pa.types.is_struct(field.type):
+                camera = field.name.removeprefix("observation.images.")
+                arrays.append(pa.array(lerobot.picture_rows(episode.images[camera]), field.type))
+            elif pa.types.is_fixed_size_list(field.type):
+                flat = pa.array(columns[field.name].reshape(-1))
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+            else:
+                arrays.append(pa.array(columns[field.name], field.type))
+        self._data.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        return lerobot.place_of("data", self.data_files)
+
+    def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
+        """Append the frames of an episode; returns where they are."""
+        name = lerobot.feature_name(camera)
+        video = self._videos.get(camera)
+        if video is not None and video.bytes / 2**20 > lerobot.VIDEO_MB:
+            self._videos.pop(camera).close()
+            self.video_files[camera] += 1
+            video = None
+        if video is None:
+            path = lerobot.VIDEO_PATH.format(video_key=name, **lerobot.chunk_of(self.video_files[camera]))
+            video = self._videos[camera] = VideoWriter(self.folder / path, *self.sizes[camera], self.rate_hz)
+        first = video.frames
+        for step, encoded in enumerate(episode.images[camera]):
+            where = f"{episode.source} step {step} camera {camera!r}"
+            image = decode_image(encoded, where)
+            if image.shape[:2] != self.sizes[camera]:
+                (h, w), (h0, w0) = image.shape[:2], self.sizes[camera]
+                raise SpearError(
+                    f"image sizes differ: {where} is {w} x {h} pixels, the first one {w0} x {h0}"
+                )
+            video.write(image)
+        return {
+            **lerobot.place_of(f"videos/{name}", self.video_files[camera]),
+            f"videos/{name}/from_timestamp": first / self.rate_hz,
+            f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
+        }
+
+    def end_file(self) -> None:
+        """Complete the file of rows; the next episode begins another."""
+        if self._data is not None:
+            data, self._data = self._data, None
+            data.close()
+            self.data_files += 1
+
+    def write_episodes(self) -> None:
+        """Write a file of `meta/episodes` from what is waiting for it."""
+        path = self.folder / lerobot.EPISODES_PATH.format(**lerobot.chunk_of(self.meta_files))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(self.waiting), path)
+        self.waiting, self.meta_files = [], self.meta_files + 1
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.end_file()
+        for video in self._videos.values():
+            video.close()
+        self._videos = {}
+
+    def finish(self) -> None:
+        """Complete all files, and write those that sum up the dataset."""
+        self.close()
+        if self.waiting:
+            self.write_episodes()
+        totals: dict[str, Rows | Images] = dict(self.rows)
+        totals |= {lerobot.feature_name(camera): pictures for camera, pictures in self.pictures.items()}
+        stats = {name: to_json(totals[name].total()) for name in self.features if name in totals}
+        lerobot.write_json(self.folder / "meta/stats.json", stats)
+        lerobot.write_json(self.folder / "meta/info.json", self._info())
+        lerobot.write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+        lerobot.write_json(self.folder / SPEC_FILE, lerobot.our_layout(self.sizes))
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "codebase_version": "v3.0",
+            "robot_type": self.robot,
+            "total_episodes": self.episodes,
+            "total_frames": self.frames,
+            "total_tasks": len(self.tasks),
+            "chunks_size": lerobot.CHUNK_FILES,
+            "data_files_size_in_mb": lerobot.DATA_MB,
+            "video_files_size_in_mb": lerobot.VIDEO_MB,
+            "fps": lerobot.whole(self.rate_hz),
+            "splits": {"train": f"0:{self.episodes}"},
+            "data_path": lerobot.DATA_PATH,
+            "video_path": lerobot.VIDEO_PATH if self.images == "video" else None,
+            "features": self.features,
+        }

@@ -1,0 +1,145 @@
+"""The scripted reference for SIMPLER: knows the true state, acts through the policy's own eight numbers.
+
+It takes the same way as a policy (canonical action, adapter, controller), so its success says what that way
+lets through. Its action depends on the present moment only, so it tries again when something slips.
+
+The controller moves a commanded pose that the arm follows with a lag, so steps are planned from the commanded
+pose, and what has been reached is judged by the measured one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spear.evaluate.simpler.tasks import Truth
+from spear.geometry import (
+    quat_canonical,
+    quat_conjugate,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_to_euler,
+    quat_to_matrix,
+)
+from spear.types import Array
+
+MAX_STEP = 0.03
+"""Longest step, m."""
+MAX_TURN = 0.3
+"""Largest turn of a step, rad."""
+HOVER = 0.06
+"""Height over the grasp while the gripper is not above it, m."""
+CARRY = 0.06
+"""Height over its place at which an object is carried, m."""
+LOWEST = 0.016
+"""Lowest height of the end-effector over the table: at 0.0145 m the finger tips touch it, m."""
+HELD = 0.12
+"""A closed gripper that is open by more than this has something between its fingers."""
+
+
+@dataclass(frozen=True)
+class Grip:
+    """How to take an object and where to let go of it.
+
+    turns   number of equally good directions in a full turn: 4 for a cube, 2 for a long object, along its x
+            axis.
+    along   where along its x axis it is taken, m from its origin.
+    drop    height above its place at which it is let go, m.
+    """
+
+    turns: int
+    along: float = 0.0
+    drop: float = 0.004
+
+
+GRIPS: dict[str, Grip] = {
+    "PutCarrotOnPlateInScene-v1": Grip(2),
+    "PutEggplantInBasketScene-v1": Grip(2, -0.005, 0.03),
+    "PutSpoonOnTableClothInScene-v1": Grip(2, 0.03),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Grip(4, 0.0, 0.002),
+}
+
+
+def act(task: str, t: Truth) -> Array:
+    """[8] float32: the action at this moment (layout of `spear.types.Action`)."""
+    grip = GRIPS[task]
+    rest = _rest(t)
+    aside = float(np.linalg.norm(t.source[:2] - rest[:2]))
+    if t.open:
+        if aside < 0.03 and abs(t.source[2] - rest[2]) < 0.02 + grip.drop:
+            return _leave(t, rest)
+        return _approach(t, grip)
+    if not t.still and t.opening > HELD and np.linalg.norm(t.commanded[:3] - t.measured[:3]) < 0.004:
+        return _to(t, t.commanded[:3], _yaw(t.commanded), False)  # the fingers are closing
+    if t.opening <= HELD:
+        return _to(t, t.commanded[:3], _yaw(t.commanded), True)
+    return _carry(t, grip, rest, aside)
+
+
+def _rest(t: Truth) -> Array:
+    """[3] where the object's origin is to come: on top of the goal."""
+    top = t.goal[2] + t.goal_size[2] / 2
+    return np.array([t.goal[0], t.goal[1], top + t.source_size[2] / 2])
+
+
+def _approach(t: Truth, grip: Grip) -> Array:
+    """Above the object first, then down to it, then close."""
+    axis = quat_to_matrix(torch.from_numpy(t.source[3:])).numpy()[:, 0]
+    point = t.source[:3] + grip.along * axis
+    yaw = _nearest(_yaw(t.commanded), math.atan2(axis[1], axis[0]), 2 * math.pi / grip.turns)
+    goal = np.array([point[0], point[1], max(point[2], LOWEST)])
+    aside = float(np.linalg.norm(t.measured[:2] - goal[:2]))
+    turned = abs(_wrap(yaw - _yaw(t.measured)))
+    if aside > 0.012 or turned > 0.1:
+        goal[2] += HOVER
+    there = np.linalg.norm(t.commanded[:3] - goal) < 1e-3
+    near = np.linalg.norm(t.measured[:3] - goal) < 0.006
+    closing = aside <= 0.012 and turned <= 0.1 and there and (near or t.still)
+    return _to(t, goal, yaw, not closing)
+
+
+def _carry(t: Truth, grip: Grip, rest: Array, aside: float) -> Array:
+    """Up, across, down, open."""
+    height = t.source[2] - rest[2]
+    goal = t.commanded[:3].copy()
+    above = aside < (0.006 if height > 0.03 else 0.015)
+    if above or height > CARRY - 0.02:
+        goal[:2] = t.measured[:2] + rest[:2] - t.source[:2]
+    goal[2] = t.measured[2] - height + (grip.drop if above else CARRY)
+    lag = float(np.linalg.norm(t.commanded[:3] - t.measured[:3]))
+    blocked = t.still and lag > 0.006 and height < 0.03
+    return _to(t, goal, _yaw(t.commanded), above and (height < grip.drop + 0.004 or blocked))
+
+
+def _leave(t: Truth, rest: Array) -> Array:
+    """Up and away, and stay there."""
+    goal = np.array([t.commanded[0], t.commanded[1], rest[2] + 0.1])
+    return _to(t, goal, _yaw(t.commanded), True)
+
+
+def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
+    """A step of the commanded pose towards a place [3] and a gripper that points down, turned by `yaw`."""
+    move = goal - t.commanded[:3]
+    move = move * min(1.0, MAX_STEP / max(float(np.linalg.norm(move)), 1e-9))
+    facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    turn = quat_log(quat_multiply(quat_conjugate(torch.from_numpy(t.commanded[3:])), facing))
+    turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))
+    rotation = quat_canonical(quat_exp(turn)).numpy()
+    return np.concatenate([move, rotation, [float(opened)]]).astype(np.float32)
+
+
+def _yaw(pose: Array) -> float:
+    return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])
+
+
+def _nearest(now: float, direction: float, period: float) -> float:
+    """The angle nearest to `now` among `direction` + k · `period`."""
+    return now + (direction - now + period / 2) % period - period / 2
+
+
+def _wrap(angle: float) -> float:
+    return (angle + math.pi) % (2 * math.pi) - math.pi

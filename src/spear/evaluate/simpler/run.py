@@ -1,0 +1,228 @@
+"""Closed loop in SIMPLER: a policy acts in ManiSkill's WidowX tasks, through the robot's own adapter.
+
+As in SIMPLER's own scripts, an episode runs to its time limit and what counts is whether the task is
+fulfilled then, not whether it was for a moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear import embodiments
+from spear.chunks import REPLAN, ChunkExecutor
+from spear.errors import SpearError, unknown_name
+from spear.evaluate import film as video
+from spear.evaluate.agents import Actor
+from spear.evaluate.journal import WHOLE, Shard
+from spear.evaluate.results import SCENES, Outcome, Results
+from spear.evaluate.runner import Film, Films, conduct
+from spear.evaluate.simpler.process import SimplerProcess
+from spear.evaluate.simpler.tasks import RATE_HZ, STARTS, TASKS, Moment
+from spear.types import Array
+
+ROBOT = "simpler_widowx"
+EPISODES = -(-SCENES // STARTS) * STARTS
+"""Per task, unless told otherwise: enough for ±5 points, and each start of every task comes up equally
+often."""
+
+
+class OracleActor:
+    """The scripted reference, which sees the true state: what adapter, controller and time limit allow."""
+
+    name = "oracle"
+    weights: str | None = None
+    needs_images = False
+
+    def act(self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        from spear.evaluate.simpler import oracle
+
+        return [oracle.act(env.task, env.moment.truth)[None] for env in envs]
+
+
+@dataclass
+class SimplerScene:
+    """A running scene: all that an actor may know of it.
+
+    seed    which one: of the task's starts it is number seed modulo their count; a policy's noise has the
+            seed itself.
+    moment  what is known since the last look.
+    """
+
+    task: str
+    seed: int
+    moment: Moment
+    process: SimplerProcess
+    chunks: ChunkExecutor
+    pictures: list[Array] = field(default_factory=list)
+    achieved: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Control steps so far."""
+        return self.moment.steps
+
+
+class Simpler:
+    """The tasks as a `spear.evaluate.runner.Simulator`. A track is the camera's picture at each step."""
+
+    films_are_free = False
+
+    def __init__(self, replan: int = REPLAN, batch: int = 1, assets: Path | None = None) -> None:
+        """batch: scenes that run at once, each in a process of its own."""
+        self._replan, self._batch, self._assets = replan, batch, assets
+        self._robot = embodiments.load(ROBOT)
+        self._processes: list[SimplerProcess] = []
+        self._task = ""
+
+    def run(
+        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+    ) -> Iterator[tuple[Outcome, list[Array]]]:
+        """All seeds through a few processes: the outcome and the pictures of each episode as it ends."""
+        if not seeds:
+            return
+        free = self.open(family, min(self._batch, len(seeds)))
+        image = actor.needs_images or filming
+        waiting, scenes = list(seeds)[::-1], list[SimplerScene]()
+        with ThreadPoolExecutor(len(free)) as threads:
+            while waiting or scenes:
+                new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
+                scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
+                observations = [self._robot.read(_complete(s.moment.observation)) for s in scenes]
+                chunks = actor.act(scenes, observations)
+                ask = [
+                    (s, c, o, image, filming) for s, c, o in zip(scenes, chunks, observations, strict=True)
+                ]
+                ended = list(threads.map(lambda one: self._execute(*one), ask))
+                for scene, over in zip(scenes, ended, strict=True):
+                    if over:
+                        yield _outcome(scene), scene.pictures
+                        free.append(scene.process)
+                scenes = [s for s, over in zip(scenes, ended, strict=True) if not over]
+
+    def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
+        """The pictures with the instruction, and the outcome on the last."""
+        last = len(track) - 1
+        frames = [
+            video.compose(picture, None, outcome.instruction, outcome.success if step == last else None)
+            for step, picture in enumerate(track)
+        ]
+        return Film(outcome, *video.encode(frames, RATE_HZ))
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for process in self._processes:
+            process.close()
+        self._processes = []
+
+    def open(self, task: str, count: int) -> list[SimplerProcess]:
+        """Processes of a task; those of another one end."""
+        if task != self._task:
+            self.close()
+            self._task = task
+        while len(self._processes) < count:
+            self._processes.append(SimplerProcess(task, self._assets))
+        return self._processes[:count]
+
+    def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
+        moment = process.reset(seed % TASKS[task].starts, image)
+        scene = SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._replan))
+        if image:
+            scene.pictures = [moment.observation["observation/image"]]
+        return scene
+
+    def _execute(
+        self, scene: SimplerScene, chunk: Array, observation: Mapping[str, Any], image: bool, filming: bool
+    ) -> bool:
+        """Steps one scene until it is time to look again; True when its episode has ended."""
+        scene.chunks.give(chunk)
+        actions: list[Array] = []
+        while not scene.chunks.wants() and scene.steps + len(actions) < TASKS[scene.task].steps:
+            actions.append(scene.chunks.next())
+        rows = self._robot.control(None)[1].convert(
+            np.stack(actions), observation["observation/state"], scene.moment.observation
+        )
+        scene.moment = scene.process.run(rows, image, filming)
+        scene.pictures = scene.pictures + scene.moment.pictures if filming else []
+        if not scene.moment.success:
+            scene.achieved = None
+        elif scene.achieved is None:
+            scene.achieved = scene.steps
+        return scene.steps >= TASKS[scene.task].steps
+
+
+def evaluate(
+    actor: Actor,
+    tasks: Sequence[str] = tuple(TASKS),
+    scenes: int = EPISODES,
+    first_seed: int = 0,
+    replan: int = REPLAN,
+    batch: int | None = None,
+    films: Films = 0,
+    quiet: bool = False,
+    out: Path | None = None,
+    shard: Shard = WHOLE,
+    assets: Path | None = None,
+) -> tuple[Results, list[Film]]:
+    """Success on the seeds first_seed … first_seed + scenes - 1 of each task.
+
+    A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
+    other noise for the policy. References, which have none, see each start at most once.
+
+    batch   scenes that run at once, each in a process: as many as there are cores for None.
+    assets  ManiSkill's asset folder, where it is not in MS_ASSET_DIR or ~/.maniskill.
+
+    replan, films, out and shard as in `spear.evaluate.closed_loop.evaluate`. Raises SpearError for an unknown
+    task, and where ManiSkill, its assets or a renderer are missing.
+    """
+    from spear.evaluate.simpler.world import assets_hash, check_assets, check_installed
+
+    for task in tasks:
+        if task not in TASKS:
+            raise unknown_name("task", task, TASKS)
+    if scenes < 1 or first_seed < 0:
+        raise SpearError(f"scenes {first_seed} … {first_seed + scenes - 1}: give at least one, from 0 on")
+    ChunkExecutor("sync", replan)  # raises for what it cannot do, before anything is written
+    check_installed()
+    settings = {
+        "simulator": f"ManiSkill {version('mani_skill')}",
+        "assets": assets_hash(check_assets(assets)),
+        "replan": replan,
+        "weights": actor.weights,
+    }
+    every = {
+        t: range(first_seed, first_seed + (scenes if actor.needs_images else min(scenes, TASKS[t].starts)))
+        for t in tasks
+    }
+    simulator = Simpler(replan, batch or os.cpu_count() or 1, assets)
+    try:
+        return conduct(simulator, actor, every, settings, films, quiet, out, shard)
+    finally:
+        simulator.close()
+
+
+def _complete(observation: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation as the robot has it, also where nobody looked through the camera."""
+    return {"observation/image": np.zeros((480, 640, 3), np.uint8), **observation}
+
+
+def _outcome(scene: SimplerScene) -> Outcome:
+    moment = scene.moment
+    return Outcome(
+        family=scene.task,
+        seed=scene.seed,
+        instruction=moment.observation["prompt"],
+        success=moment.success,
+        reached=moment.reached,
+        grasped=moment.grasped,
+        wrong_object_moved=moment.wrong_object_moved,
+        unreachable=moment.unreachable,
+        steps=scene.achieved or moment.steps,
+    )

@@ -1,0 +1,88 @@
+"""The four tasks, and what is known of a moment in one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spear.types import Array
+
+RATE_HZ = 5.0
+"""Control steps per second."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of ManiSkill.
+
+    starts  how many different scenes it knows: a small grid of places and orientations.
+    steps   control steps after which an episode ends.
+    """
+
+    starts: int
+    steps: int
+
+
+TASKS: dict[str, Task] = {
+    "PutCarrotOnPlateInScene-v1": Task(24, 60),
+    "PutEggplantInBasketScene-v1": Task(64, 120),
+    "PutSpoonOnTableClothInScene-v1": Task(24, 60),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60),
+}
+"""ManiSkill's names, in the order of the paper's table."""
+STARTS = math.lcm(*(task.starts for task in TASKS.values()))
+"""With so many episodes per task, or a multiple, each start of every task comes up equally often."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What only the simulator knows. Poses are [7]: position (m) and quaternion (w x y z), in the robot's
+    base frame.
+
+    commanded  pose of the end-effector that the controller is told to reach (our end-effector frame).
+    measured   pose of the end-effector.
+    opening    of the gripper, 0 … 1, as it is; `open` as it was commanded.
+    still      whether the arm and the fingers have come to rest.
+    source     pose of the object to move; source_size [3] the sides of its box (m), along its own axes.
+    goal       pose of the object, or place, to put it on; goal_size [3].
+    """
+
+    commanded: Array
+    measured: Array
+    opening: float
+    open: bool
+    still: bool
+    source: Array
+    source_size: Array
+    goal: Array
+    goal_size: Array
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A scene between two control steps.
+
+    observation  that of `spear.embodiments.simpler_widowx`, without its image where none was asked for.
+    success      ManiSkill's own verdict on this moment.
+    reached      the end-effector has been within 4 cm of the object to move (our choice).
+    grasped      both fingers have pressed on it.
+    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the
+                        condition
+                 that ManiSkill describes for its flag of this name, which is always False in 3.0.1).
+    unreachable  control steps so far for whose target the controller found no joint angles; it then stands
+                 still.
+    steps        control steps so far.
+    pictures     of each step since the last moment, where they were asked for: [480, 640, 3] uint8.
+    """
+
+    observation: Mapping[str, Any]
+    truth: Truth
+    success: bool
+    reached: bool
+    grasped: bool
+    wrong_object_moved: bool
+    unreachable: int
+    steps: int
+    pictures: list[Array] = field(default_factory=list)

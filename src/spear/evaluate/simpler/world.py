@@ -1,0 +1,226 @@
+"""One of SIMPLER's tasks in ManiSkill 3: scenes by number, observations and commands as the WidowX has them.
+
+Facts, from mani_skill 3.0.1's code and checked in it (docs/simpler.md): the arm's controller keeps a target
+pose of link `ee_gripper_link` and solves for joint angles at every command; the fingers' joints go from 0.015
+m (closed) to
+0.037 m (open), and a gripper command from -1 to 1 maps onto that range, 1 mm wider at either end. The
+photograph behind the scene is kept on ManiSkill's class, so that a process can hold one task only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.embodiments.simpler_widowx import LINK, POSE
+from spear.errors import SpearError
+from spear.evaluate.simpler.tasks import Moment, Truth
+from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_conjugate, quat_multiply
+from spear.types import Array
+
+ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
+"""What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
+CAMERA = "3rd_view_camera"
+CLOSED, OPEN = 0.015, 0.037
+"""The fingers' joints, m."""
+NEAR = 0.04
+MOVED = 0.03
+"""m, see `Moment`."""
+STILL = 0.02
+"""rad/s or m/s."""
+
+
+class NoRenderer(SpearError):
+    """ManiSkill finds nothing to draw its pictures with."""
+
+
+def check_assets(folder: Path | None) -> Path:
+    """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
+    are missing."""
+    root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
+    for name, where in ASSETS.items():
+        if not (root / "data" / where).is_dir():
+            raise SpearError(
+                f"SIMPLER's assets: {root}: has no data/{where}: run python -m mani_skill.utils.download_asset {name}, "
+                "or give the folder that has it (--assets or MS_ASSET_DIR)"
+            )
+    return root
+
+
+def assets_hash(root: Path) -> str:
+    """A short hash of the files that the tasks need: results with other models or photographs never mix."""
+    digest = hashlib.sha256()
+    for where in ASSETS.values():
+        folder = root / "data" / where
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in names:
+            if not any(part.startswith(".") for part in name.split("/")):  # what downloading left behind
+                with (folder / name).open("rb") as file:
+                    digest.update(f"{where}/{name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def check_installed() -> None:
+    """Raises `SpearError` where ManiSkill is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("mani_skill") is None:
+        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear[simpler]'")
+
+
+class SimplerWorld:
+    """One task. Raises `SpearError` where ManiSkill, its assets or a renderer are missing."""
+
+    def __init__(self, task: str, assets: Path | None = None) -> None:
+        check_installed()
+        os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
+        self._env = _make(task)
+        self._mode = self._env._obs_mode
+
+    def reset(self, start: int, image: bool) -> Moment:
+        """The scene of that number. image: whether the camera is looked through."""
+        # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
+        self._env._obs_mode = "none"
+        # The physics is built anew for each scene: otherwise objects settle while the arm still stands where
+        # the last episode left it, and contacts that the solver remembers change how they roll.
+        self._env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([start])})
+        self._unreachable = self._steps = 0
+        self._info: dict[str, Any] = {"success": False, "is_src_obj_grasped": False}
+        self._reached = self._wrong = False
+        self._begin = {name: o.pose.p[0].numpy().copy() for name, o in self._env.objs.items()}
+        return self._moment(image, [])
+
+    def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
+        """Control steps, one per row [7] of the embodiment's command; filming: with a picture after each."""
+        pictures = []
+        for row in np.asarray(rows, np.float32):
+            *_, self._info = self._env.step(row)
+            self._steps += 1
+            arm = self._env.agent.controller.controllers["arm"]
+            self._unreachable += arm._target_qpos is arm._start_qpos  # as the controller marks it
+            self._notice()
+            if filming:
+                pictures.append(self.picture())
+        return self._moment(image, pictures)
+
+    def picture(self) -> Array:
+        """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
+        self._env._obs_mode = self._mode
+        try:
+            data = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
+        finally:
+            self._env._obs_mode = "none"
+        return np.asarray(data, np.uint8)
+
+    def _notice(self) -> None:
+        """What has to be seen after each step, as it may pass."""
+        moved = {
+            name: float(np.linalg.norm(o.pose.p[0].numpy()[:2] - self._begin[name][:2]))
+            for name, o in self._env.objs.items()
+        }
+        source = moved.pop(self._env.source_obj_name)
+        self._wrong |= any(m > max(MOVED, source) for m in moved.values())
+        link = self._env.agent.controller.controllers["arm"].ee_link.pose.p[0].numpy()
+        place = self._env.objs[self._env.source_obj_name].pose.p[0].numpy()
+        self._reached |= bool(np.linalg.norm(link - place) < NEAR)
+
+    def _moment(self, image: bool, pictures: list[Array]) -> Moment:
+        truth = self._truth()
+        position, rotation = truth.measured[:3], torch.from_numpy(truth.measured[3:])
+        link = quat_multiply(rotation, LINK).numpy()
+        observation: dict[str, Any] = {
+            POSE: np.concatenate([position, link, [truth.opening]]).astype(np.float32),
+            "prompt": self._env.get_language_instruction()[0],
+        }
+        if image:
+            observation["observation/image"] = pictures[-1] if pictures else self.picture()
+        return Moment(
+            observation=observation,
+            truth=truth,
+            success=bool(self._info["success"]),
+            reached=self._reached,
+            grasped=bool(self._info["is_src_obj_grasped"]),
+            wrong_object_moved=self._wrong,
+            unreachable=int(self._unreachable),
+            steps=self._steps,
+            pictures=pictures,
+        )
+
+    def _truth(self) -> Truth:
+        env = self._env
+        controllers = env.agent.controller.controllers
+        base = _pose(env.agent.robot.pose)
+        fingers = env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64)
+        speed = env.agent.robot.get_qvel()[0].numpy()
+        source, goal = env.source_obj_name, env.target_obj_name
+        return Truth(
+            commanded=_ours(_pose(controllers["arm"]._target_pose)),
+            measured=_ours(_pose(controllers["arm"].ee_pose_at_base)),
+            opening=opening(fingers),
+            open=self._steps == 0 or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
+            still=bool(np.abs(speed).max() < STILL),
+            source=in_base(base, _pose(env.objs[source].pose)),
+            source_size=_size(env.model_db[source]),
+            goal=in_base(base, _pose(env.objs[goal].pose)),
+            goal_size=_size(env.model_db[goal]),
+        )
+
+
+def opening(fingers: Array) -> float:
+    """The gripper's opening, 0 … 1, from the two finger joints [2] (m)."""
+    return float(np.clip((np.mean(fingers) - CLOSED) / (OPEN - CLOSED), 0, 1))
+
+
+def in_base(base: Array, pose: Array) -> Array:
+    """A pose [7] in the world as one in the base frame; base [7]: where the robot's base is in the world."""
+    b, p = torch.from_numpy(base), torch.from_numpy(pose)
+    position, rotation = pose_compose(*pose_inverse(b[:3], b[3:]), p[:3], p[3:])
+    return torch.cat([position, quat_canonical(rotation)]).numpy()
+
+
+def _ours(link: Array) -> Array:
+    """A pose [7] of link `ee_gripper_link` as that of our end-effector frame, at the same place."""
+    rotation = quat_multiply(torch.from_numpy(link[3:]), quat_conjugate(LINK))
+    return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
+
+
+def _pose(pose: Any) -> Array:
+    """[7] float64 of ManiSkill's `Pose` of a batch of one."""
+    raw = pose.raw_pose[0].numpy().astype(np.float64)
+    raw[3:] /= np.linalg.norm(raw[3:])
+    return np.asarray(raw)
+
+
+def _size(model: Any) -> Array:
+    return np.subtract(model["bbox"]["max"], model["bbox"]["min"]).astype(np.float64)
+
+
+def _make(task: str) -> Any:
+    """The environment itself, without Gymnasium's time limit: `spear.evaluate.simpler.tasks` has it."""
+    import gymnasium
+    import mani_skill.envs  # noqa: F401
+
+    warnings.filterwarnings("ignore")  # that its files and ours are as they are
+    logging.getLogger("mani_skill").setLevel(logging.ERROR)
+    try:
+        env = gymnasium.make(
+            task, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu", render_backend="cpu"
+        )
+    except RuntimeError as error:
+        raise NoRenderer(no_renderer(str(error).splitlines()[0])) from error
+    return env.unwrapped
+
+
+def no_renderer(reason: str) -> str:
+    """What to tell a user whose machine cannot draw."""
+    return (
+        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU Mesa's lavapipe "
+        "24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see docs/simpler.md)"
+    )

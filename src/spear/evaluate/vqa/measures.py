@@ -1,0 +1,171 @@
+"""What an answer about 3D is worth: how far one answer is from the truth, in each sense that its family has.
+
+relative         distance between the answer and the truth, in percent of how far from the camera the thing
+                 is: between the centres (means of the eight vertices) for a box, between the points for a
+                     keypoint, between the
+                 offsets for an offset (percent of the mean distance of its two objects), the absolute
+                 difference for a distance, the mean of the two for a chain of thought. Back-projection: mean
+                 distance of the image points, in percent of the image (x of its width, y of its height).
+error            the same in millimetres, where the labels are metric.
+vertex_relative, vertex  mean distance of a box's vertices, in the order in which the question wants them.
+iou              3D intersection over union of the true box and the box nearest to the answered vertices.
+iou_25, iou_50   whether that is at least 0.25, 0.5.
+closer           whether the words of a chain of thought name the right one as the closer.
+consistent       whether these words are what its own two distances say, right or wrong.
+pixels           mean distance of a back-projection's image points, in pixels of the labelled image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from spear.evaluate.stats import Estimate
+from spear.labels.fit.box3d import SIGNS, iou, make_box
+from spear.labels.questions.answers import distance
+from spear.types import Array, Box3D, LabeledImage, Pixel, Question
+
+Segments = Sequence[str | float | Pixel]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is summed up over questions, and said.
+
+    statistic  "median", "mean", or "rate" of what is either 0 or 1; an answer with the wrong grammar has no
+               error, and counts 0 in a rate.
+    unit       of its values; a rate is said in percent.
+    """
+
+    title: str
+    unit: str
+    statistic: Literal["median", "mean", "rate"]
+
+    def say(self, value: float) -> str:
+        """A value with its unit."""
+        if self.statistic == "rate":
+            return f"{value:.0%}"
+        return f"{value:.2f}" if not self.unit else f"{value:.1f} {self.unit}"
+
+    def say_with_interval(self, e: Estimate) -> str:
+        """As "12.3 mm [10.1, 14.0]"."""
+        low, high = (self.say(v).removesuffix(f" {self.unit}") for v in (e.low, e.high))
+        return f"{self.say(e.value)} [{low}, {high}]"
+
+
+MEASURES: Mapping[str, Measure] = {
+    "relative": Measure("error, of the distance", "%", "median"),
+    "error": Measure("error", "mm", "median"),
+    "pixels": Measure("image points off by", "px", "median"),
+    "vertex_relative": Measure("vertices off by, of the distance", "%", "median"),
+    "vertex": Measure("vertices off by", "mm", "median"),
+    "iou": Measure("3D overlap (mean IoU)", "", "mean"),
+    "iou_25": Measure("IoU at least 0.25", "", "rate"),
+    "iou_50": Measure("IoU at least 0.5", "", "rate"),
+    "closer": Measure("names the closer of two", "", "rate"),
+    "consistent": Measure("says what its own distances say", "", "rate"),
+}
+RATES: Mapping[str, tuple[str, ...]] = {
+    "box_vertices": ("iou_25", "iou_50"),
+    "chain_of_thought": ("closer", "consistent"),
+}
+"""Family → its measures that a failed answer counts in."""
+
+
+def numbers(segments: Segments) -> Array:
+    """The 3D numbers of an answer."""
+    return np.array([s for s in segments if isinstance(s, float)])
+
+
+def image_points(segments: Segments) -> Array:
+    """[n, 2] the image locations of an answer, as fractions (x, y)."""
+    return np.array([(s.x, s.y) for s in segments if isinstance(s, Pixel)]).reshape(-1, 2)
+
+
+def grammatical(question: Question, answer: Segments) -> bool:
+    """Whether an answer has exactly as many numbers and image points as the truth (24 numbers for a box)."""
+    return _shape(answer) == _shape(question.segments)
+
+
+def scales(question: Question, label: LabeledImage) -> Array:
+    """For each number of the true answer the distance from the camera that its error is taken relative to."""
+    truth = numbers(question.segments)
+    if question.family == "box_vertices":
+        return np.full(24, np.linalg.norm(truth.reshape(8, 3).mean(0)))
+    if question.family == "keypoint":
+        return np.full(3, np.linalg.norm(truth))
+    if question.family == "offset":
+        found = {o.name: distance(o) for o in label.objects if o.box3d is not None}
+        return np.full(3, np.mean([found[name] for name in question.objects]))
+    return np.abs(truth)
+
+
+def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+    """All measures of an answer to a question about `label`; only failed rates when its grammar is wrong."""
+    if not grammatical(question, answer):
+        return dict.fromkeys(RATES.get(question.family, ()), 0.0)
+    if question.family == "back_projection":
+        apart = image_points(answer) - image_points(question.segments)
+        pixels = np.linalg.norm(apart * (label.width, label.height), axis=1)
+        return {
+            "relative": 100 * float(np.linalg.norm(apart, axis=1).mean()),
+            "pixels": float(pixels.mean()),
+        }
+    truth, said, far = numbers(question.segments), numbers(answer), scales(question, label)
+    found: dict[str, float] = {}
+    if question.family in ("distance", "chain_of_thought"):
+        off = np.abs(said - truth)
+        found["relative"] = 100 * float((off / far).mean())
+        error = float(off.mean())
+    else:
+        apart = (said - truth).reshape(-1, 3)
+        error = float(np.linalg.norm(apart.mean(0)))
+        found["relative"] = 100 * error / float(far[0])
+    if label.unit == "metre":
+        found["error"] = 1000 * error
+    if question.family == "box_vertices":
+        vertex = float(np.linalg.norm(apart, axis=1).mean())
+        found["vertex_relative"] = 100 * vertex / float(far[0])
+        if label.unit == "metre":
+            found["vertex"] = 1000 * vertex
+        overlap = iou(nearest_box(said.reshape(8, 3)), nearest_box(truth.reshape(8, 3)))
+        found |= {"iou": overlap, "iou_25": float(overlap >= 0.25), "iou_50": float(overlap >= 0.5)}
+    if question.family == "chain_of_thought":
+        named = closer_named(answer, question.objects)
+        first, second = question.objects
+        found["closer"] = float(named == (first if truth[0] < truth[1] else second))
+        found["consistent"] = float(named == (first if said[0] < said[1] else second))
+    return found
+
+
+def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
+    """Which of two objects a chain of thought calls the closer: the first named after its last number."""
+    places = [i for i, s in enumerate(answer) if isinstance(s, float)]
+    rest = "".join(str(s) for s in answer[places[-1] + 1 if places else 0 :])
+    text = " ".join(rest.casefold().split())
+    found = {name: re.search(rf"\b{re.escape(name.casefold())}\b", text) for name in names}
+    said = {name: (match.start(), -len(name)) for name, match in found.items() if match}
+    return min(said, key=lambda name: said[name]) if said else None
+
+
+def nearest_box(vertices: Array) -> Box3D:
+    """The box nearest to eight vertices [8, 3] in the order of `labels.box3d`, which need not be one.
+
+    Its axes are the rotation nearest to the mean edges, its size their lengths along them (our choice).
+    """
+    edges = np.stack(
+        [SIGNS[:, axis] @ vertices / 4 for axis in range(3)], axis=1
+    )  # columns: right, down, away
+    lengths = np.linalg.norm(edges, axis=0)
+    left, _, right = np.linalg.svd(edges / np.maximum(lengths, 1e-12))
+    axes = left @ right
+    size = np.maximum((edges * axes).sum(0), 1e-6)
+    return make_box(vertices.mean(0), size, axes)
+
+
+def _shape(segments: Segments) -> tuple[int, int]:
+    return sum(isinstance(s, float) for s in segments), sum(isinstance(s, Pixel) for s in segments)

@@ -1,0 +1,194 @@
+"""SPEAR-VLM asked in 3D about labelled images that it has not seen; see `evaluate.measures` for what is
+scored.
+
+Every question is asked twice: held to the grammar of its family, which is what is scored, and freely, which
+shows how often the grammar would have been right by itself. Each number is read off the probabilities of its
+bins in three ways (`models.readout`): those of one way are scored, the others are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from spear.errors import SpearError, unknown_name
+from spear.evaluate.vqa.calibration import Certainty
+from spear.evaluate.vqa.measures import Segments, grammatical, measure, numbers, scales
+from spear.evaluate.vqa.scores import Scores, summarize
+from spear.labels.questions.generate import FAMILIES, generate
+from spear.models.readout import DECODES, Decode, Distribution, with_numbers
+from spear.types import Array, LabeledImage, Question
+from spear.util.images import decode_image
+from spear.util.progress import ProgressBar
+
+
+class Answer(Protocol):
+    """What a model said: text and numbers in reading order, as in `spear.types.Question`."""
+
+    @property
+    def segments(self) -> Segments: ...
+
+    @property
+    def distribution(self) -> Distribution | None: ...
+
+
+class Answerer(Protocol):
+    """A model that answers 3D questions (`spear.policy.VlmBundle`)."""
+
+    def answer(
+        self,
+        images: Sequence[Array],
+        prompts: Sequence[str],
+        family: str | None = None,
+        view: str = "external",
+        *,
+        distributions: bool = False,
+    ) -> Sequence[Answer]:
+        """One answer per image and prompt, in the grammar of a question family, or free (None).
+
+        distributions  also what it held possible for each number.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a labelled image, number `image` of those that were asked about, and the answer.
+
+    readings   the answer, as each way of reading its numbers has it; "mode" alone where the model did not say
+               what it held possible.
+    decode     the reading that is scored.
+    certainty  how sure it was of its numbers, and whether rightly; None where it did not say, for answers
+               without numbers and for those with the wrong grammar.
+    """
+
+    image: int
+    label: LabeledImage = field(repr=False)
+    question: Question
+    readings: Mapping[Decode, Segments]
+    decode: Decode = "mode"
+    certainty: Certainty | None = None
+
+    @property
+    def answer(self) -> Segments:
+        """The reading that is scored."""
+        return self.readings[self.decode]
+
+    @property
+    def grammatical(self) -> bool:
+        """Whether the answer has as many numbers and image points as the truth."""
+        return grammatical(self.question, self.answer)
+
+    @cached_property
+    def measures(self) -> dict[str, float]:
+        """See `evaluate.measures`."""
+        return measure(self.question, self.answer, self.label)
+
+    def error_read(self, decode: Decode) -> float | None:
+        """The relative error of one reading; None where the grammar is wrong."""
+        if decode == self.decode:
+            return self.measures.get("relative")
+        return measure(self.question, self.readings[decode], self.label).get("relative")
+
+
+def evaluate(
+    model: Answerer,
+    labels: Sequence[LabeledImage],
+    families: Sequence[str] = FAMILIES,
+    per_image: int = 2,
+    seed: int = 0,
+    batch: int = 32,
+    free: bool = True,
+    decode: Decode = "mode",
+    view: str = "external",
+    quiet: bool = False,
+) -> Scores:
+    """Ask up to `per_image` questions of each family about each image, and score the answers.
+
+    Args:
+        model: to be asked.
+        labels: all in one unit, the model's.
+        families: of `labels.questions.FAMILIES`.
+        per_image: at most so many of each.
+        seed: of the questions.
+        batch: questions at once.
+        free: also ask without constraining the grammar.
+        decode: which reading of the numbers is scored; a model that gives no distributions has "mode" alone.
+        view: which of the model's cameras the images are from.
+        quiet: show no progress.
+
+    Raises:
+        SpearError: an unknown family, labels of several units, or no image allows a question.
+    """
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("family of 3D questions", family, FAMILIES)
+    units = sorted({label.unit for label in labels})
+    if len(units) > 1:
+        raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")
+    questions = questions_about(labels, families, per_image, seed)
+    if not any(questions.values()):
+        raise SpearError(
+            f"no questions: {len(labels)} images, none has an object that is asked about (see `spear label show`)"
+        )
+    pictures = [decode_image(label.image, label.source) for label in labels]
+    constrained: list[Asked] = []
+    open_ended: list[Asked] = []
+    with ProgressBar("asking", sum(map(len, questions.values())), "questions", quiet=quiet) as bar:
+        for family, some in questions.items():
+            for start in range(0, len(some), batch):
+                part = some[start : start + batch]
+                constrained += _ask(model, labels, pictures, part, family, decode, view)
+                if free:
+                    open_ended += _ask(model, labels, pictures, part, None, "mode", view)
+                bar.update(bar.done + len(part), family)
+    return summarize(constrained, open_ended, labels)
+
+
+def questions_about(
+    labels: Sequence[LabeledImage], families: Sequence[str], per_image: int, seed: int
+) -> dict[str, list[tuple[int, Question]]]:
+    """(number of the image, question) per family; of the same seed the first images have the same questions,
+    however many follow."""
+    rng = np.random.default_rng(seed)
+    questions: dict[str, list[tuple[int, Question]]] = {f: [] for f in families}
+    for index, label in enumerate(labels):
+        for family in families:
+            asked = generate(label, rng, (per_image, per_image), families=(family,))
+            questions[family] += [(index, q) for q in asked]
+    return questions
+
+
+def _ask(
+    model: Answerer,
+    labels: Sequence[LabeledImage],
+    pictures: Sequence[Array],
+    questions: Sequence[tuple[int, Question]],
+    family: str | None,
+    decode: Decode,
+    view: str,
+) -> list[Asked]:
+    answers = model.answer(
+        [pictures[i] for i, _ in questions],
+        [q.prompt for _, q in questions],
+        family,
+        view,
+        distributions=family is not None,
+    )
+    return [_asked(i, labels[i], q, a, decode) for (i, q), a in zip(questions, answers, strict=True)]
+
+
+def _asked(image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode) -> Asked:
+    """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
+    said = answer.distribution
+    if said is None:
+        return Asked(image, label, question, {"mode": answer.segments})
+    readings = {d: with_numbers(answer.segments, said.read(d)) for d in DECODES}
+    certainty = None
+    if len(said) and grammatical(question, answer.segments):
+        certainty = Certainty.of(said, numbers(question.segments), scales(question, label))
+    return Asked(image, label, question, readings, decode, certainty)

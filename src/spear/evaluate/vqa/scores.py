@@ -1,0 +1,242 @@
+"""Answers to 3D questions summed up: per family, beside the guesses, per way of reading numbers,
+calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spear.evaluate.stats import Estimate, bootstrap, wilson
+from spear.evaluate.vqa import baselines as guesses
+from spear.evaluate.vqa.calibration import Calibration, by_image, calibrate
+from spear.evaluate.vqa.measures import MEASURES, Segments, measure
+from spear.models.readout import DECODES, Decode
+from spear.types import LabeledImage, Unit
+from spear.util.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from spear.evaluate.vqa.run import Asked
+
+
+@dataclass(frozen=True)
+class FamilyScore:
+    """One question family.
+
+    n, images   questions, and how many images they are about.
+    grammar     fraction of grammatical answers, held to the grammar; free: without.
+    measures    of `evaluate.measures`, summed up as `MEASURES` says, with 95 % intervals: medians and means
+                resample images, rates are Wilson's.
+    constant, depth_only  the same of the guesses (`evaluate.guesses`); empty where there is none.
+    """
+
+    n: int
+    images: int
+    grammar: Estimate
+    free: Estimate | None
+    measures: Mapping[str, Estimate]
+    constant: Mapping[str, float]
+    depth_only: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One family's ways of reading numbers off their probabilities.
+
+    error   of each, the median relative error in percent.
+    gain    of "mean" and "median": how much smaller the mean relative error is than that of "mode", as a part
+            of it, from the same answers; negative where it is larger.
+    """
+
+    error: Mapping[Decode, float]
+    gain: Mapping[Decode, Estimate]
+
+    @property
+    def best(self) -> Decode:
+        """The one with the smallest median error."""
+        return min(self.error, key=lambda d: self.error[d])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A whole evaluation. readings and calibration have the families with numbers, if the model gave
+    distributions."""
+
+    unit: Unit
+    decode: Decode
+    images: int
+    families: Mapping[str, FamilyScore]
+    readings: Mapping[str, Readings]
+    calibration: Mapping[str, Calibration]
+    asked: Sequence[Asked]
+
+    def save(self, path: Path, **about: str | int) -> None:
+        """Writes the scores (not the single answers) as JSON, whole or not at all; `about` comes first."""
+        content = {
+            **about,
+            "unit": self.unit,
+            "decode": self.decode,
+            "images": self.images,
+            "families": {family: asdict(s) for family, s in self.families.items()},
+            "readings": {f: {**asdict(r), "best": r.best} for f, r in self.readings.items()},
+            "calibration": {f: {**asdict(c), "miss": c.miss} for f, c in self.calibration.items()},
+        }
+        write_text(path, json.dumps(content, indent=1))
+
+    def tables(self) -> list[Table]:
+        """The scores for a terminal."""
+        return [
+            _rich(f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images", *self.rows()),
+            _rich("More about them", *self.detail_rows()),
+            *([_rich("Numbers read off their probabilities", *self.reading_rows())] if self.readings else []),
+            *([_rich("Is it as sure as it may be?", *self.certainty_rows())] if self.calibration else []),
+        ]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and cells of the main table, as text."""
+        headers = ["question", "n", "median error [95 %]", "of the distance", "constant guess", "depth only"]
+        rows = []
+        for family, s in self.families.items():
+            main = (
+                "pixels" if family == "back_projection" else "error" if self.unit == "metre" else "relative"
+            )
+            rows.append(
+                [
+                    family.replace("_", " "),
+                    str(s.n),
+                    said(s.measures, main),
+                    said(s.measures, "relative"),
+                    guessed(s.constant, main),
+                    guessed(s.depth_only, main),
+                    f"{s.grammar.value:.1%}",
+                    "–" if s.free is None else f"{s.free.value:.1%}",
+                ]
+            )
+        return [*headers, "grammar", "free"], rows
+
+    def detail_rows(self) -> tuple[list[str], list[list[str]]]:
+        """What only some families have: vertices, overlap, which is closer."""
+        rows = []
+        for family, s in self.families.items():
+            for name, estimate in s.measures.items():
+                if name not in ("relative", "error", "pixels"):
+                    m = MEASURES[name]
+                    cells = [
+                        m.say_with_interval(estimate),
+                        guessed(s.constant, name),
+                        guessed(s.depth_only, name),
+                    ]
+                    rows.append([family.replace("_", " "), m.title, *cells])
+        return ["question", "what", "value [95 %]", "constant guess", "depth only"], rows
+
+    def reading_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Median relative errors of each way of reading numbers."""
+        headers = ["question", *DECODES, "best", "mean error saved by mean", "by median"]
+        rows = []
+        for family, r in self.readings.items():
+            errors = [f"{r.error[d]:.2f} %" for d in DECODES]
+            gains = [
+                f"{100 * g.value:+.1f} % [{100 * g.low:+.1f}, {100 * g.high:+.1f}]" for g in r.gain.values()
+            ]
+            rows.append([family.replace("_", " "), *errors, r.best, *gains])
+        return headers, rows
+
+    def certainty_rows(self) -> tuple[list[str], list[list[str]]]:
+        """How often the truth lies in the central intervals, and what the spread tells of the error."""
+        some = next(iter(self.calibration.values()), None)
+        inside = [f"central {level}" for level in (some.coverage if some else ())]
+        rows = []
+        for family, c in self.calibration.items():
+            covered = [f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]" for e in c.coverage.values()]
+            halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
+            rows.append([family.replace("_", " "), str(c.n), *covered, f"{100 * c.miss:.0f} points", *halves])
+        return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
+
+
+def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage]) -> Scores:
+    """Scores per question family, in the order in which families first appear; `free` are unconstrained
+    answers."""
+    families: dict[str, list[Asked]] = {}
+    for a in asked:
+        families.setdefault(a.question.family, []).append(a)
+    scores, readings, calibration = {}, {}, {}
+    for family, rows in families.items():
+        freely = [a.grammatical for a in free if a.question.family == family]
+        scores[family] = _score(rows, freely, labels)
+        sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
+        if sure:
+            readings[family] = _readings([a for a in rows if a.certainty is not None])
+            calibration[family] = calibrate([(i, c, e) for i, c, e in sure if c is not None])
+    decode = asked[0].decode if asked else "mode"
+    return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)
+
+
+def said(measures: Mapping[str, Estimate], name: str) -> str:
+    """A measure with its interval, or a dash."""
+    return MEASURES[name].say_with_interval(measures[name]) if name in measures else "–"
+
+
+def guessed(measures: Mapping[str, float], name: str) -> str:
+    """A guess's measure, or a dash."""
+    return MEASURES[name].say(measures[name]) if name in measures else "–"
+
+
+def _score(rows: Sequence[Asked], free: Sequence[bool], labels: Sequence[LabeledImage]) -> FamilyScore:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for a in rows:
+        for name, value in a.measures.items():
+            found.setdefault(name, []).append((a.image, value))
+    ordered = [name for name in MEASURES if name in found]
+    questions = [(a.image, a.question) for a in rows]
+    return FamilyScore(
+        n=len(rows),
+        images=len({a.image for a in rows}),
+        grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
+        free=wilson(sum(free), len(free)) if free else None,
+        measures={name: _estimate(name, found[name]) for name in ordered},
+        constant=_guess(rows, guesses.constant([q for _, q in questions])),
+        depth_only=_guess(rows, guesses.depth_only(questions, labels)),
+    )
+
+
+def _estimate(name: str, values: Sequence[tuple[int, float]]) -> Estimate:
+    statistic = MEASURES[name].statistic
+    if statistic == "rate":
+        return wilson(round(sum(v for _, v in values)), len(values))
+    return bootstrap(by_image(values), np.median if statistic == "median" else np.mean)
+
+
+def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[str, float]:
+    if answers is None:
+        return {}
+    measured = [measure(a.question, guess, a.label) for a, guess in zip(rows, answers, strict=True)]
+    names = [name for name in MEASURES if name in measured[0] and name != "consistent"]
+    how = {n: np.median if MEASURES[n].statistic == "median" else np.mean for n in names}
+    return {n: float(how[n]([m[n] for m in measured])) for n in names}
+
+
+def _readings(rows: Sequence[Asked]) -> Readings:
+    errors = {d: np.array([a.error_read(d) for a in rows], float) for d in DECODES}
+    both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
+    gain: dict[Decode, Estimate] = {}
+    for d in DECODES[1:]:
+        pairs = by_image([(a.image, pair) for a, pair in zip(rows, both[d], strict=True)])
+        gain[d] = bootstrap(pairs, lambda flat: 1 - flat[1::2].sum() / max(flat[::2].sum(), 1e-12))
+    return Readings({d: float(np.median(e)) for d, e in errors.items()}, gain)
+
+
+def _rich(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, header in enumerate(headers):
+        table.add_column(header.replace("[", "\\["), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return table

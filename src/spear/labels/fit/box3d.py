@@ -1,0 +1,301 @@
+"""Oriented 3D boxes: fitting to the visible points of an object, the vertex order, and how to compare two.
+
+The box frame is the camera's, turned as little as needed: its axes point right, down and away from the
+camera. Vertices come top four first, then the bottom four, each four in the order near-left, near-right,
+far-right, far-left, as the camera sees them. The paper states only that the order is consistent with respect
+to the camera frame; this definition is our choice.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations, product
+from typing import Literal
+
+import numpy as np
+from scipy.spatial import ConvexHull, QhullError
+
+from spear.labels.fit.points import UP_PRIOR
+from spear.types import Array, Box3D
+
+Mode = Literal["auto", "yaw", "full"]
+
+SIGNS = np.array(
+    [(-1, -1, -1), (1, -1, -1), (1, -1, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1), (-1, 1, 1)],
+    float,
+)
+"""[8, 3] which side of the box each vertex is on, along its right, down and away axes."""
+
+EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
+"""The 12 edges, as pairs of vertex numbers."""
+
+_TRIPLES = np.array(list(combinations(range(7), 3)))
+_COARSE = np.radians(np.arange(0.0, 90.0, 3.0))
+_FINE = np.radians(np.linspace(-3.0, 3.0, 25))
+_ALIGNMENT = 0.05
+"""How much larger a footprint may be, per radian of turn, for a box better aligned with the camera."""
+_FACE = 0.1
+"""How far from a face, as a fraction of the box's size, points count as lying on it."""
+_ROUND = 0.85
+"""An object is round when fewer of its seen points than this lie on the faces that the camera sees."""
+
+
+def make_box(center: Array, size: Array, axes: Array) -> Box3D:
+    """The `Box3D` of a centre [3], full side lengths [3] and unit axes [3, 3] (columns, any order and
+    signs)."""
+    order, signs = _camera_like(axes)
+    rotation = axes[:, order] * signs
+    size = np.asarray(size)[list(order)]
+    vertices = center + (SIGNS * (size / 2)) @ rotation.T
+    return Box3D(*(np.asarray(a, np.float32) for a in (vertices, center, size, rotation)))
+
+
+def box_from_vertices(vertices: Array) -> Box3D:
+    """The `Box3D` of eight vertices [8, 3] in any order."""
+    vertices = order_vertices(vertices)
+    axes, size = [], []
+    for axis in range(3):
+        edge = (vertices[SIGNS[:, axis] > 0] - vertices[SIGNS[:, axis] < 0].mean(axis=0)).mean(axis=0)
+        size.append(np.linalg.norm(edge))
+        axes.append(edge / max(size[-1], 1e-12))
+    return make_box(vertices.mean(axis=0), np.array(size), np.stack(axes, axis=1))
+
+
+def order_vertices(vertices: Array) -> Array:
+    """The vertices of a box [8, 3] (camera frame, any order) in the order this module defines.
+
+    The axis nearest to up (for a camera that looks 35° down, `UP_PRIOR`) separates top from bottom; of the
+    other two, the one nearest to the camera's x separates left from right; the third separates near from
+    far. The result is the same for every permutation of the input. It can only jump where a box turned about
+    the vertical by 45° makes left and near exchange their meaning, or for a camera that looks up or more
+    than 80° down.
+    """
+    v = np.asarray(vertices, np.float64)
+    v = v[np.lexsort(v.T)]
+    edges = v[1:] - v[0]
+    # Of the seven differences to one corner only its three edges are pairwise orthogonal.
+    unit = edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-12)
+    cosines = np.abs(unit @ unit.T)
+    i, j, k = _TRIPLES.T
+    best = _TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]
+    axes = unit[best].T
+    order, signs = _camera_like(axes)
+    along = v @ (axes[:, order] * signs)
+    rank = np.argsort(along[:, 1], kind="stable")
+    slots = []
+    for four in (rank[:4], rank[4:]):
+        four = four[np.argsort(along[four, 2], kind="stable")]
+        near, far = (pair[np.argsort(along[pair, 0], kind="stable")] for pair in (four[:2], four[2:]))
+        slots += [near[0], near[1], far[1], far[0]]
+    return v[slots]
+
+
+def _camera_like(axes: Array) -> tuple[list[int], Array]:
+    """Which column of `axes` [3, 3], with which sign, is the box's right, down and away axis."""
+    up = int(np.argmax(np.abs(UP_PRIOR @ axes)))
+    first, second = (i for i in range(3) if i != up)
+    right, away = (first, second) if abs(axes[0, first]) >= abs(axes[0, second]) else (second, first)
+    x = axes[:, right] * (1.0 if axes[0, right] >= 0 else -1.0)
+    down = axes[:, up] * (-1.0 if UP_PRIOR @ axes[:, up] >= 0 else 1.0)
+    forward = np.cross(x, down)
+    signs = [
+        np.sign(x @ axes[:, right]),
+        np.sign(down @ axes[:, up]),
+        np.sign(forward @ axes[:, away]) or 1.0,
+    ]
+    return [right, up, away], np.array(signs)
+
+
+def fit_box(
+    points: Array,
+    up: Array | None = None,
+    support: float | None = None,
+    mode: Mode = "auto",
+    margin: float = 0.0,
+    noise: float = 0.0,
+) -> Box3D:
+    """The oriented box of an object of which only the side that faces the camera is seen.
+
+    Args:
+        points: [n >= 1, 3] clean points of the object, camera frame.
+        up: [3] unit normal of the support surface, camera frame, when known.
+        support: height of that surface under the object (up · p), when known: the box then reaches down to
+            it, though its bottom is hidden.
+        mode: "yaw" turns the box about `up` only (smallest area seen along `up`); "full" turns it freely
+            (smallest volume); "auto" is yaw for an object that stands on its support, full where no `up` is
+            known, and otherwise full only where that box has less than half the volume.
+        margin: how far the object reaches beyond its outermost points on each side.
+        noise: standard deviation of the points' depth, as a fraction of it. Noise pushes the outermost points
+            further out along their rays; the box is drawn in by as much as that direction has of each of its
+            axes, at most a fifth of its size.
+
+    Returns:
+        The box; no side is thinner than a thousandth of the longest.
+    """
+    points = np.asarray(points, np.float64)
+    if mode == "full" or up is None:
+        return _boxed(points, _smallest_volume(points), margin, noise)
+    upright = _boxed(points, _upright(points, up), margin, noise, support)
+    if mode == "yaw" or support is not None:
+        return upright
+    free = _boxed(points, _smallest_volume(points), margin, noise)
+    return free if np.prod(free.size) < 0.5 * np.prod(upright.size) else upright
+
+
+def _boxed(points: Array, axes: Array, margin: float, noise: float, support: float | None = None) -> Box3D:
+    """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given)."""
+    along = points @ axes
+    low, high = along.min(axis=0), along.max(axis=0)
+    pushed = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
+    low, high = low + pushed, high - pushed
+    if support is not None:
+        low[2] = min(support, high[2])
+        near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
+        low[:2] -= margin + near
+        high[:2] += margin + far
+    else:
+        low, high = low - margin, high + margin
+    size = high - low
+    return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
+
+
+def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """How far a round object goes on behind its outline, along its two horizontal axes: at their lower and
+    upper ends, both [2].
+
+    What is seen of a box fills its faces, and its far edge is where it ends. A round thing bends away from
+    the faces of the box around it, and its back is hidden: it is taken to be as deep as it is wide or high,
+    whichever is less. Our choice.
+
+    Args:
+        along: [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up).
+        middle: [3] the mean point, camera frame.
+        low, high: [3] the extremes of `along`.
+    """
+    towards = middle @ axes[:, :2]
+    towards = towards / max(float(np.linalg.norm(towards)), 1e-9)
+    size = high - low
+    near = np.abs(along[:, :2] - np.where(towards > 0, low[:2], high[:2])) < _FACE * size[:2]
+    on_face = (near.any(axis=1) | (along[:, 2] > high[2] - _FACE * size[2])).mean()
+    if on_face > _ROUND:
+        return np.zeros(2), np.zeros(2)
+    depth = np.minimum(size[1::-1], size[2])
+    more = np.clip(depth - size[:2], 0, 0.6 * size[:2]) * towards**2
+    return np.where(towards > 0, 0, more), np.where(towards > 0, more, 0)
+
+
+def _upright(points: Array, up: Array) -> Array:
+    """Axes [3, 3] with `up` last, of the box of smallest footprint; among equals (round things) the one that
+    is aligned with the camera, so that their yaw is not random."""
+    up = np.asarray(up, np.float64)
+    x = np.array([1.0, 0.0, 0.0]) - up[0] * up
+    if x @ x < 1e-6:
+        x = np.array([0.0, 0.0, 1.0]) - up[2] * up
+    x /= np.linalg.norm(x)
+    z = np.cross(up, x)
+    flat = np.stack([points @ x, points @ z])
+    angle = 0.0
+    for offsets in (_COARSE, _FINE):
+        angles = angle + offsets
+        areas = _footprints(flat, angles)
+        from_camera = np.abs((angles + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+        angle = float(angles[np.argmin(areas * (1 + _ALIGNMENT * from_camera))])
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([cos * x + sin * z, cos * z - sin * x, up], axis=1)
+
+
+def _footprints(flat: Array, angles: Array) -> Array:
+    """Areas [..., a] of the rectangles, turned by `angles` [a], around the points `flat` [..., 2, n]."""
+    cos, sin = np.cos(angles), np.sin(angles)
+    turns = np.concatenate([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)])
+    sides = np.ptp(turns @ flat, axis=-1)  # [..., 2a]
+    area: Array = sides[..., : len(angles)] * sides[..., len(angles) :]
+    return area
+
+
+def _smallest_volume(points: Array) -> Array:
+    """Axes [3, 3] of about the smallest box with a face on a face of the convex hull; the principal axes of
+    points that span no volume."""
+    try:
+        hull = ConvexHull(points)
+    except (QhullError, ValueError):
+        return np.linalg.eigh(np.cov((points - points.mean(axis=0)).T) if len(points) > 1 else np.eye(3))[1]
+    corners = points[hull.vertices]
+    normals = hull.equations[:, :3]
+    normals = normals[:: max(1, len(normals) // 48)]
+    sideways = np.cross(normals, np.eye(3)[np.argmin(np.abs(normals), axis=1)])
+    sideways /= np.linalg.norm(sideways, axis=1, keepdims=True)
+    flat = np.stack([corners @ sideways.T, corners @ np.cross(normals, sideways).T])  # [2, n, m]
+    areas = _footprints(np.moveaxis(flat, 2, 0), _COARSE[::2])  # [m, a]
+    volumes = areas.min(axis=1) * np.ptp(corners @ normals.T, axis=0)
+    return _upright(corners, normals[np.argmin(volumes)])
+
+
+def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
+    """{"closest", "furthest"}: the seen points [3] nearest to and furthest from the camera; "centre"."""
+    distances = np.einsum("ij,ij->i", points, points)
+    return {
+        "closest": np.asarray(points[distances.argmin()], np.float32),
+        "furthest": np.asarray(points[distances.argmax()], np.float32),
+        "centre": box.center,
+    }
+
+
+def iou(a: Box3D, b: Box3D) -> float:
+    """Volume of the intersection of two boxes over that of their union; exact up to rounding."""
+    volume_a, volume_b = float(np.prod(a.size, dtype=np.float64)), float(np.prod(b.size, dtype=np.float64))
+    shared = _intersection(a, b)
+    return shared / (volume_a + volume_b - shared)
+
+
+def _intersection(a: Box3D, b: Box3D) -> float:
+    # A convex intersection is the hull of each box's corners inside the other and of where edges cross faces.
+    corners = np.concatenate([_inside(a, b), _inside(b, a)])
+    if len(corners) < 4:
+        return 0.0
+    try:
+        return float(ConvexHull(corners - corners.mean(axis=0)).volume)
+    except QhullError:
+        return 0.0
+
+
+def _inside(a: Box3D, b: Box3D) -> Array:
+    """[n, 3] corners of `a` inside `b`, and crossings of `a`'s edges with `b`'s faces; camera frame,
+    float64."""
+    axes, half = b.rotation.astype(np.float64), b.size.astype(np.float64) / 2
+    center = b.center.astype(np.float64)
+    local = (a.vertices.astype(np.float64) - center) @ axes
+    start = local[[i for i, _ in EDGES]]
+    step = local[[j for _, j in EDGES]] - start
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at = (np.concatenate([-half, half]) - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
+    edge, face = np.nonzero((at >= 0) & (at <= 1))
+    crossings = start[edge] + at[edge, face][:, None] * step[edge]
+    candidates = np.concatenate([local, crossings])
+    # Faces often lie in one plane (two boxes on one table), up to what float32 loses at their distance.
+    tolerance = 1e-6 * float(half.max() + np.abs(center).max())
+    return candidates[(np.abs(candidates) <= half + tolerance).all(axis=1)] @ axes.T + center
+
+
+def _symmetries() -> Array:
+    """[48, 8] the relabellings of a box's vertices that keep it a box."""
+    index = {tuple(s): n for n, s in enumerate(SIGNS.astype(int).tolist())}
+    return np.array(
+        [
+            [
+                index[tuple(sign * s[i] for i, sign in zip(order, signs, strict=True))]
+                for s in SIGNS.astype(int)
+            ]
+            for order in permutations(range(3))
+            for signs in product((-1, 1), repeat=3)
+        ]
+    )
+
+
+SYMMETRIES = _symmetries()
+
+
+def vertex_error(a: Array, b: Array) -> float:
+    """Mean distance between the vertices [8, 3] of two boxes (both in `order_vertices` order), for the
+    relabelling of one of them, among the box's 48 symmetries, that makes it least."""
+    distances = np.linalg.norm(np.asarray(a, np.float64)[SYMMETRIES] - np.asarray(b, np.float64), axis=-1)
+    return float(distances.mean(axis=1).min())

@@ -1,0 +1,140 @@
+"""Which pixels are an object's, and how deep they are, where masks and depth are estimates.
+
+The outline of an estimated mask is off by a pixel or two, and estimated depth slides over it from the object
+to what is behind ("flying pixels"). Geometry mends both: pixels near the outline are decided anew by where
+they are in 3D, and those on it that fly take their depth from the inside. All our choice.
+
+Depth is handled as its inverse, which is straight along pixels on every plane: there, continuing it is exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from spear.labels.fit.points import NEAR, Plane
+from spear.types import Array
+
+APART = 0.01
+"""Object and background that differ in depth by more than this fraction of it are told apart by it."""
+FLYING = 0.005
+"""A pixel of the outline flies when it is off what the inside leads to by more than this fraction of its
+depth."""
+LEVEL = 0.0025
+"""Exact points nearer to the support than this fraction of their distance may lie on it."""
+NOISY = 5e-4
+"""Relative depth noise (`points.noise_level`) from which on depth is smoothed."""
+
+
+def erode(mask: Array, pixels: int) -> Array:
+    """The mask [h, w] without its outermost `pixels` (4-neighbourhood); the image's own edge does not
+    erode."""
+    for _ in range(pixels):
+        padded = np.pad(mask, 1, mode="edge")
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
+
+
+def snap(
+    mask: Array, points: Array, known: Array, taken: Array, plane: Plane | None, pixels: int, noise: float
+) -> Array:
+    """The mask [h, w] with the pixels within `pixels` of its outline decided anew.
+
+    Where object and background, each continued to such a pixel from where they are certain, differ in depth,
+    it belongs to the one that its own depth is nearer to. Where they meet, it belongs to the object when it
+    is higher than the support. What neither tells, the mask does; one too thin to have an inside stays as it
+    is.
+
+    Args:
+        mask: what the segmenter says.
+        points: [h, w, 3] camera frame; known: [h, w] where they are.
+        taken: [h, w] the pixels of other objects.
+        plane: the support, None when unknown.
+        noise: of the depth, as a fraction of it.
+    """
+    core = erode(mask, pixels) & known
+    if not core.any():
+        return mask
+    reach = ndimage.binary_dilation(mask, iterations=pixels)
+    outside, band = known & ~reach, known & reach & ~core
+    inverse = _inverse(points, known)
+    smooth = inverse if noise < NOISY else np.where(core, _smooth(inverse, core), _smooth(inverse, outside))
+    front = _continued(smooth, core, band, 2 * pixels + 1)
+    back = _continued(smooth, outside, band, 2 * pixels + 1)
+    with np.errstate(invalid="ignore"):
+        apart = band & (np.abs(front - back) > APART * inverse)
+        nearer = np.abs(inverse - front) < np.abs(inverse - back)
+    result = mask.copy()
+    if plane is not None:
+        beside = outside & ~taken & ndimage.binary_dilation(reach, iterations=3)
+        above = points @ plane.up - _level(points[beside], plane)
+        limit = max(LEVEL, 2.5 * noise) * float(np.median(points[core][:, 2]))
+        if np.median(above[core]) > 2 * limit:  # a thing as flat as the error cannot be told by its height
+            meet = band & ~apart & np.isfinite(front) & (mask | ~taken)
+            result[meet] = above[meet] > limit
+    result[apart] = nearer[apart]
+    return result
+
+
+def clean_points(mask: Array, points: Array, erosion: int, noise: float) -> Array:
+    """The points [h, w, 3] of a mask's pixels, cleaned; meaningless outside the mask.
+
+    The outermost `erosion` pixels that fly are put where the inside leads to: eroding them away would lose
+    the outline with them. Noisy depth is smoothed.
+    """
+    if erosion == 0 and noise < NOISY:
+        return points
+    inner = erode(mask, erosion)
+    inner = inner if inner.any() else mask
+    inverse = _inverse(points, mask)
+    if noise >= NOISY:  # the inside without the outline, which would pull it along
+        inverse = np.where(inner, _smooth(inverse, inner), _smooth(inverse, mask))
+    expected = _continued(inverse, inner, mask & ~inner, 1.5 * erosion)
+    with np.errstate(invalid="ignore"):
+        flies = np.abs(inverse - expected) > FLYING * expected
+    inverse = np.where(flies, expected, inverse)
+    lifted: Array = points / np.where(mask, points[..., 2] * inverse, 1.0)[..., None]
+    return lifted
+
+
+def _inverse(points: Array, where: Array) -> Array:
+    """Inverse depth [h, w], NaN elsewhere."""
+    return np.where(where, 1 / np.where(where, points[..., 2], 1.0).astype(np.float64), np.nan)
+
+
+def _level(beside: Array, plane: Plane) -> float:
+    """The height of the support near an object: of the points [n, 3] beside it that are about on the
+    plane."""
+    heights = beside @ plane.up
+    heights = heights[np.abs(heights - plane.height) < 2 * NEAR * beside[:, 2]]
+    return float(np.median(heights)) if len(heights) >= 8 else plane.height
+
+
+def _smooth(values: Array, where: Array) -> Array:
+    """The `values` [h, w] of the pixels `where`, NaN elsewhere, smoothed: the median of each and of the means
+    of the pairs opposite each other around it. Pairs, so that neither slopes nor borders shift."""
+    h, w = values.shape
+    p = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
+    steps = ((0, 1), (1, 0), (1, 1), (1, -1))
+    ahead = np.stack([p[1 + i : 1 + i + h, 1 + j : 1 + j + w] for i, j in steps])
+    behind = np.stack([p[1 - i : 1 - i + h, 1 - j : 1 - j + w] for i, j in steps])
+    stack = np.sort(np.concatenate([p[None, 1:-1, 1:-1], (ahead + behind) / 2]), axis=0)
+    last = np.maximum(np.isfinite(stack).sum(axis=0) - 1, 0)[None]
+    low, high = (np.take_along_axis(stack, n, axis=0)[0] for n in (last // 2, (last + 1) // 2))
+    return np.where(where, (low + high) / 2, np.nan)
+
+
+def _continued(values: Array, source: Array, wanted: Array, reach: float) -> Array:
+    """`values` [h, w] of the pixels `source` continued to the `wanted` ones no further than `reach` pixels
+    from one: along the straight line from the nearest and the one as far behind it. NaN elsewhere."""
+    result = np.full(values.shape, np.nan)
+    if not source.any():
+        return result
+    distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
+    here = np.argwhere(wanted & (distance <= reach))
+    there = nearest[:, here[:, 0], here[:, 1]].T
+    behind = np.clip(2 * there - here, 0, np.array(values.shape) - 1)
+    base = values[tuple(there.T)]
+    step = np.where(source[tuple(behind.T)], base - values[tuple(behind.T)], 0.0)
+    result[tuple(here.T)] = base + np.clip(step, -NEAR * base, NEAR * base)
+    return result

@@ -1,0 +1,110 @@
+"""From a mask and a point map to clean points of one object, and to the surface that it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from spear.types import Array
+
+UP_PRIOR = np.array([0.0, -np.cos(np.radians(35.0)), -np.sin(np.radians(35.0))])
+"""Up in the camera frame, for a camera that looks 35° down: what "up" means until a plane says it better
+(our choice). A level camera and one that looks 80° down are both within 45° of it."""
+
+NEAR = 0.02
+"""Two points of neighbouring pixels belong to touching surfaces when they are nearer to each other than this
+fraction of their distance from the camera (our choice)."""
+
+_GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The points p with up · p = height; up [3] is a unit vector, camera frame, pointing away from the
+    support."""
+
+    up: Array
+    height: float
+
+
+def subsample(points: Array, most: int) -> Array:
+    """At most `most` of the points [n, 3], spread evenly and without randomness (a golden-ratio sequence: a
+    fixed stride could lock on to the rows of the image)."""
+    n = len(points)
+    if n <= most:
+        return points
+    return points[((np.arange(most) * _GOLDEN % 1.0) * n).astype(np.intp)]
+
+
+def inliers(points: Array, neighbours: int = 8, deviations: float = 3.0) -> Array:
+    """Statistical outlier removal: which points [n, 3] are no further from their neighbours than usual.
+
+    A point stays when its mean distance to its nearest `neighbours` is at most the mean over all points plus
+    `deviations` standard deviations. Returns [n] bool; all True when there are too few points to tell.
+    """
+    if len(points) <= 2 * neighbours:
+        return np.ones(len(points), bool)
+    distances, _ = cKDTree(points, balanced_tree=False).query(points, k=neighbours + 1)
+    spread = distances[:, 1:].mean(axis=1)
+    keep: Array = spread <= spread.mean() + deviations * spread.std()
+    return keep
+
+
+def noise_level(points: Array, known: Array) -> float:
+    """How noisy depth is from pixel to pixel, as a fraction of itself (a standard deviation).
+
+    Along a row, inverse depth is straight on every plane, so its second difference is noise; the median over
+    the image [h, w, 3], where `known` [h, w], ignores edges. 0 where no three neighbours are known.
+    """
+    three = known[:, 2:] & known[:, 1:-1] & known[:, :-2]
+    if not three.any():
+        return 0.0
+    inverse = 1 / np.where(known, points[..., 2], 1.0).astype(np.float64)
+    bend = np.abs(inverse[:, 2:] - 2 * inverse[:, 1:-1] + inverse[:, :-2]) / inverse[:, 1:-1]
+    return float(1.4826 * np.median(bend[three]) / np.sqrt(6.0))
+
+
+def support_plane(
+    points: Array, up: Array | None = None, tolerance: float = 0.01, hypotheses: int = 128
+) -> Plane | None:
+    """The largest level plane among the points [n, 3] of a scene's background (RANSAC).
+
+    Args:
+        points: camera frame, any unit.
+        up: [3] unit vector against gravity, camera frame, when known: the plane's normal is within 10° of it.
+            Otherwise within 50° of `UP_PRIOR`; up to 90° (a wall, or the table of a camera that looks
+            straight down) only where that plane has 2.5 times as many points (our choice).
+        tolerance: how far from the plane a point may be, as a fraction of the median distance from the
+            camera.
+        hypotheses: planes tried, each through three points; drawn with a fixed seed, so results repeat.
+
+    Returns:
+        The plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
+        points lie on one.
+    """
+    points = np.asarray(subsample(points, 600), np.float64)
+    if len(points) < 30:
+        return None
+    limit = tolerance * float(np.median(np.linalg.norm(points, axis=1)))
+    a, b, c = points[np.random.default_rng(0).integers(0, len(points), (3, hypotheses))]
+    normals = np.cross(b - a, c - a)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    heights = np.einsum("ij,ij->i", normals, a)
+    near = np.abs(normals @ points.T - heights[:, None]) < limit
+    towards = -np.sign(heights) * (normals @ (UP_PRIOR if up is None else np.asarray(up, np.float64)))
+    level = towards > np.cos(np.radians(50.0 if up is None else 10.0))
+    votes = near.sum(axis=1) * np.where(level, 1.0, 0.4 * (towards > 0) if up is None else 0.0)
+    inside = near[np.argmax(votes)]
+    if not votes.any():
+        return None
+    for _ in range(2):
+        if inside.sum() < max(12, 0.2 * len(points)):
+            return None
+        chosen = points[inside]
+        middle = chosen.mean(axis=0)
+        normal = np.linalg.eigh(np.cov((chosen - middle).T))[1][:, 0]
+        normal = normal * -np.sign(normal @ middle)
+        inside = np.abs((points - middle) @ normal) < limit
+    return Plane(normal, float(middle @ normal))

@@ -1,0 +1,99 @@
+"""Detector, segmenter and point map read from what a `Frame` knows, from the simulator or RGB-D files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from spear.errors import SpearError
+from spear.labels.fit.boxes2d import iou2d
+from spear.labels.fit.camera import unproject
+from spear.labels.models.protocols import Detection, PointMapResult
+from spear.types import Array, Frame
+
+GROUND_TRUTH = "ground-truth"
+"""The name of these components in a label's provenance."""
+
+
+def _missing(frame: Frame, what: str) -> SpearError:
+    return SpearError(
+        f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model instead"
+    )
+
+
+def instance_boxes(frame: Frame) -> dict[int, Array]:
+    """Tight 2D box [4] of each visible, named instance: x0, y0, x1, y1, pixels, the upper ends exclusive."""
+    if frame.instances is None:
+        raise _missing(frame, "instance map")
+    found = ndimage.find_objects(frame.instances)
+    boxes = {}
+    for instance in frame.names:
+        where = found[instance - 1] if 0 < instance <= len(found) else None
+        if where is not None:
+            rows, columns = where
+            boxes[instance] = np.array([columns.start, rows.start, columns.stop, rows.stop], np.float32)
+    return boxes
+
+
+class GroundTruthDetector:
+    """Reads `frame.instances` and `frame.names`; drops those of fewer than `min_pixels` visible pixels."""
+
+    name = GROUND_TRUTH
+
+    def __init__(self, min_pixels: int = 12) -> None:
+        self.min_pixels = min_pixels
+
+    def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
+        """The named instances of each frame, by instance id."""
+        return [self._detect(frame) for frame in frames]
+
+    def _detect(self, frame: Frame) -> list[Detection]:
+        found = []
+        for instance, box in sorted(instance_boxes(frame).items()):
+            x0, y0, x1, y1 = box.astype(int)
+            assert frame.instances is not None
+            if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= self.min_pixels:
+                found.append(Detection(frame.names[instance], box))
+        return found
+
+
+class GroundTruthSegmenter:
+    """The mask of the instance whose name is the detection's and whose tight box overlaps it most (IoU >
+    0.5)."""
+
+    name = GROUND_TRUTH
+
+    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        """For each frame, masks [n, h, w] bool; empty where no instance matches."""
+        return [self._segment(*pair) for pair in zip(frames, detections, strict=True)]
+
+    def _segment(self, frame: Frame, detections: Sequence[Detection]) -> Array:
+        boxes = instance_boxes(frame)
+        assert frame.instances is not None
+        masks = np.zeros((len(detections), *frame.instances.shape), bool)
+        for mask, detection in zip(masks, detections, strict=True):
+            candidates = {i: b for i, b in boxes.items() if frame.names[i] == detection.name}
+            overlaps = {i: float(iou2d(box, detection.box2d)) for i, box in candidates.items()}
+            best = max(overlaps, key=overlaps.__getitem__, default=0)
+            if best and overlaps[best] > 0.5:
+                mask[:] = frame.instances == best
+        return masks
+
+
+class GroundTruthPointMap:
+    """Unprojects `frame.depth` (metres along z; 0, inf and NaN are unknown) by `frame.intrinsics`."""
+
+    name = GROUND_TRUTH
+
+    def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
+        """The metric point map of each frame."""
+        return [self._predict(frame) for frame in frames]
+
+    def _predict(self, frame: Frame) -> PointMapResult:
+        if frame.depth is None or frame.intrinsics is None:
+            raise _missing(frame, "depth or intrinsics")
+        known = np.isfinite(frame.depth) & (frame.depth > 0)
+        points = unproject(np.where(known, frame.depth, 0), frame.intrinsics)
+        return PointMapResult(points, known, np.asarray(frame.intrinsics), "metre")

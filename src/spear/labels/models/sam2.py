@@ -1,0 +1,115 @@
+"""SAM 2 as a segmenter: one mask per detected box.
+
+The network is Transformers' `Sam2Model`; what comes before and after it is ours, since Transformers' own
+needs torchvision. The image encoder runs on a batch of images, the mask decoder on the boxes of one image at
+a time: images may have different numbers of boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from spear.labels.models.pretrained import enough_memory, load_model
+from spear.labels.models.protocols import Detection
+from spear.types import Array, Frame
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's, in RGB, of pixels in 0 … 1: what SAM 2 was trained with."""
+
+AT_ONCE = 16
+"""Boxes per call of the mask decoder, and masks blown up to the size of the image at a time."""
+
+
+class Sam2Segmenter:
+    """Outlines detected objects from their boxes.
+
+    Args:
+        model: name on the Hub, or folder.
+        multimask: choose, by the network's own estimate, among three masks per box (whole, part, part of a
+            part) instead of taking its one mask for unambiguous prompts. A box is one, so the default is not
+            to.
+        device, dtype: see `load_model`.
+
+    Raises:
+        SpearError: no such model.
+    """
+
+    def __init__(
+        self,
+        model: str = "facebook/sam2.1-hiera-large",
+        *,
+        multimask: bool = False,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        from transformers import Sam2Model
+
+        self.multimask, self.device = multimask, device
+        # the published checkpoints are those of the video model, which holds this one
+        self._network = load_model(Sam2Model, "sam2", model, device, dtype, also=("sam2_video",))
+        size = self._network.config.prompt_encoder_config.image_size
+        self._side = int(size if isinstance(size, int) else size[0])
+        choice = ", best of three" if multimask else ""
+        self.name = f"sam2 {model} (box prompts{choice}{'' if dtype == 'float32' else f', {dtype}'})"
+
+    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        """For each frame, masks [n, h, w] bool."""
+        masks = [
+            np.zeros((len(found), *frame.image.shape[:2]), bool)
+            for frame, found in zip(frames, detections, strict=True)
+        ]
+        busy = [i for i, found in enumerate(detections) if found]
+        if not busy:
+            return masks
+        pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
+        with torch.inference_mode(), enough_memory(len(busy)):
+            levels = self._network.get_image_embeddings(pixels.to(self.device, self._network.dtype))
+            for place, i in enumerate(busy):
+                embeddings = [level[place : place + 1] for level in levels]
+                height, width = frames[i].image.shape[:2]
+                boxes = np.stack([d.box2d for d in detections[i]]).astype(np.float32)
+                prompts = scale_boxes(boxes, height, width, self._side)
+                for start in range(0, len(boxes), AT_ONCE):
+                    part = slice(start, start + AT_ONCE)
+                    logits = self._decode(embeddings, prompts[part])
+                    masks[i][part] = postprocess(logits, height, width).cpu().numpy()
+        return masks
+
+    def _decode(self, embeddings: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """Logits [n, h', w'] of the masks of boxes [n, 4] in one image, at the decoder's resolution."""
+        outputs = self._network(
+            image_embeddings=list(embeddings),
+            input_boxes=boxes[None].to(self.device, self._network.dtype),
+            multimask_output=self.multimask,
+        )
+        masks, scores = outputs.pred_masks[0], outputs.iou_scores[0]  # [n, 1 or 3, h', w'], [n, 1 or 3]
+        return masks[torch.arange(len(masks)), scores.argmax(dim=-1)]
+
+
+def preprocess(image: Array, side: int) -> torch.Tensor:
+    """An image [h, w, 3] uint8 as the network takes it: [3, side, side] float32.
+
+    Squeezed to a square (bilinear, antialiased, rounded to whole levels as Transformers does), then
+    normalised.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    levels = pixels[0].round().clamp(0, 255) / 255
+    return (levels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tensor:
+    """Boxes [n, 4] in pixels of an image -> [n, 4] float32 in pixels of the network's square."""
+    return torch.from_numpy(boxes * np.array([side / width, side / height] * 2, np.float32))
+
+
+def postprocess(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Mask logits [n, h', w'] -> masks [n, height, width] bool: bilinear at the image's size, positive is
+    inside."""
+    size = (height, width)
+    return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0] > 0

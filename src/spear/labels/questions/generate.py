@@ -1,0 +1,192 @@
+"""Questions and answers about a labelled image: six 3D families, and 2D ones to pretrain a small VLM on.
+
+For an ablation there is a seventh, which is asked only where the depth of the image is given.
+
+3D answers (numbers in the label's unit, camera frame: x right, y down, z forward):
+    box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
+    keypoint          3: the closest, the furthest or the centre point of X.
+    offset            3: centre of Y minus centre of X, signed.
+    distance          1: from the camera to the centre of X, Euclidean.
+    back_projection   8 pixels: where the vertices appear in the image.
+    chain_of_thought  "the X is d and the Y is e so the X is closer".
+    pixel_point       3: the point that a pixel shows, drawn at random without regard to objects (the
+                      ablation).
+
+The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
+Which of two is closer is not asked when their distances differ by less than 5 % (`answers.NEAR_TIE`, our
+choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from spear.errors import SpearError, unknown_name
+from spear.labels.fit.quality import BAR, QualityBar, failings
+from spear.labels.questions.answers import MAKERS, MAKERS_PIXEL, Maker, Scene, Segments, is_a, pick, pixels
+from spear.labels.questions.answers_2d import MAKERS_2D
+from spear.labels.questions.templates import EVERYDAY, POINTS, PROMPTS, UNITS, with_article
+from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
+
+FAMILIES = tuple(MAKERS)
+FAMILIES_2D = tuple(MAKERS_2D)
+FAMILIES_PIXEL = tuple(MAKERS_PIXEL)
+_MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D, **MAKERS_PIXEL}
+
+NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
+"""Families whose answers are numbers alone -> how many."""
+PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
+"""Families whose answers are image locations alone -> how many."""
+
+MIN_VISIBLE_2D = 0.6
+"""Objects less of whose outline is seen are not asked about in 2D (our choice)."""
+
+
+class Rounding(Protocol):
+    """What 3D tokens do to numbers: `spear.tokens.CoordinateTokenizer`, of which labels know no more."""
+
+    unit: Unit
+
+    def encode(self, values: Any) -> Any:
+        """Numbers to the ids of their bins."""
+        ...
+
+    def decode(self, ids: Any) -> Any:
+        """Ids of bins to the numbers that they stand for."""
+        ...
+
+
+def why_not_asked(label: LabeledImage, bar: QualityBar = BAR) -> list[tuple[str, ...]]:
+    """For each object of a label, all that keeps 3D questions from asking about it; empty for a good one.
+
+    "ambiguous": its name also fits another object of the image. "no box". "outside": its centre is not in the
+    image. Or the names of the scores in which it fails the bar (`quality.failings`).
+    """
+    return [_reasons(o, label, bar) for o in label.objects]
+
+
+def _reasons(o: LabeledObject, label: LabeledImage, bar: QualityBar) -> tuple[str, ...]:
+    ambiguous = () if _alone(o, label) else ("ambiguous",)
+    if o.box3d is None:
+        return (*ambiguous, "no box")
+    outside = ("outside",) if pixels(o.box3d.center[None], label) == [None] else ()
+    return (*ambiguous, *outside, *failings(o.scores, bar))
+
+
+def _alone(o: LabeledObject, label: LabeledImage) -> bool:
+    return sum(is_a(other.name, o.name) for other in label.objects) == 1
+
+
+def askable(label: LabeledImage, bar: QualityBar = BAR) -> list[LabeledObject]:
+    """The objects that 3D questions are asked about."""
+    return [o for o in label.objects if not _reasons(o, label, bar)]
+
+
+def generate(
+    label: LabeledImage,
+    rng: np.random.Generator,
+    pairs: tuple[int, int] = (1, 4),
+    families: Sequence[str] = FAMILIES,
+    bar: QualityBar = BAR,
+    absent: Sequence[str] = EVERYDAY,
+    coordinates: Rounding | None = None,
+    depth: Array | None = None,
+) -> list[Question]:
+    """Ask about an image.
+
+    Args:
+        label: the image and its objects.
+        rng: decides everything random here; the same state gives the same questions.
+        pairs: fewest and most questions.
+        families: of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
+        bar: objects under it are not asked about in 3D.
+        absent: names that "exists" may ask about when the image does not show them.
+        coordinates: 3D tokens to whose numbers those of the answers are rounded; which of two is closer is
+            not asked when they make it a tie. None leaves the numbers as they are.
+        depth: of the image, see `spear.labels.questions.answers.Scene`; without it "pixel_point" is not
+            asked.
+
+    Returns:
+        Up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not allow
+        more.
+
+    Raises:
+        SpearError: an unknown family, pairs that are not 1 <= fewest <= most, or 3D tokens of another unit.
+    """
+    fewest, most = pairs
+    if not 1 <= fewest <= most:
+        raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
+    for family in families:
+        if family not in _MAKERS:
+            raise unknown_name("question family", family, _MAKERS)
+    if coordinates is not None and coordinates.unit != label.unit:
+        raise SpearError(
+            f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: use tokens "
+            "fitted on labels of the same unit"
+        )
+    flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
+    scene = Scene(label, askable(label, bar), flat, absent, depth)
+    wanted = fewest + int(rng.random() * (most - fewest + 1))
+    questions: list[Question] = []
+    seen = set()
+    for _ in range(4 * wanted):
+        family = pick(families, rng)
+        answer = _MAKERS[family](scene, rng)
+        if answer is None:
+            continue
+        words, segments, objects = answer
+        if coordinates is not None:
+            segments = rounded(segments, coordinates)
+            if family == "chain_of_thought" and segments[1] == segments[3]:
+                continue
+        key = (family, objects, tuple(segments))
+        if key in seen:
+            continue
+        seen.add(key)
+        prompt = pick(PROMPTS[family], rng).format_map(words)
+        if len(UNITS[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
+            prompt = pick(UNITS[label.unit], rng).format(prompt)
+        questions.append(Question(family, prompt, segments, objects, label.unit))
+        if len(questions) == wanted:
+            break
+    return questions
+
+
+def rounded(segments: Sequence[str | float | Pixel], coordinates: Rounding) -> Segments:
+    """An answer with its numbers as 3D tokens will say them."""
+    return [float(coordinates.decode(coordinates.encode(s))) if isinstance(s, float) else s for s in segments]
+
+
+def spoken(question: Question, coordinates: Rounding | None = None) -> str:
+    """The answer as a person reads it: numbers to three decimals with their unit, as 3D tokens will say them
+    when `coordinates` is given; points in threes; image locations as PaliGemma's tokens."""
+    segments = question.segments if coordinates is None else rounded(question.segments, coordinates)
+    unit = "m" if question.unit == "metre" else "units"
+    if any(isinstance(s, str) for s in segments) or len(question.values) == 1:
+        return "".join(f"{s:.3f} {unit}" if isinstance(s, float) else str(s) for s in segments)
+    if not question.values:
+        return " ".join(map(str, segments))
+    numbers = [f"{s:.3f}" for s in segments]
+    points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
+    return f"{' '.join(points)} {unit}"
+
+
+def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
+    """Every template with every name, and every worded answer: the text that a small tokenizer is trained
+    on."""
+    for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
+        for definite in (True, False):
+            words = {"x": with_article(x, definite), "y": with_article(y, definite)}
+            for family, templates in PROMPTS.items():
+                points = [word for synonyms in POINTS.values() for word in synonyms]
+                fillings = points if family == "keypoint" else [""]
+                for template in templates:
+                    for p in fillings:
+                        yield template.format_map({**words, "p": p})
+        yield f"the {x} is  and the {y} is  so the {x} is closer"
+        yield f"{x}, {y}"
+    yield from (wording.format("") for wordings in UNITS.values() for wording in wordings)
+    yield from ("yes", "no", "left", "right", *map(str, range(10)))

@@ -1,0 +1,110 @@
+"""Questions about a folder of labels, in a file beside them: `LABELS/questions.parquet`.
+
+The questions about an image depend on the seed and the image's source alone, so they stay the same when
+images are added or the labels are made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spear.errors import SpearError
+from spear.labels.card import write_card
+from spear.labels.parquet import ParquetWriter
+from spear.labels.questions.generate import FAMILIES, generate, spoken
+from spear.labels.store import QUESTIONS, LabelStore, read
+from spear.types import LabeledImage, Pixel, Question
+from spear.util.progress import ProgressBar
+
+_SCHEMA = pa.schema(
+    {
+        "source": pa.string(),
+        "family": pa.string(),
+        "prompt": pa.string(),
+        "answer": pa.string(),
+        "segments": pa.string(),
+        "objects": pa.list_(pa.string()),
+        "unit": pa.string(),
+    }
+)
+"""answer: for people to read; segments: exact, as JSON (texts, numbers, {"pixel": [x, y]})."""
+
+
+def ask(
+    label: LabeledImage, seed: int, pairs: tuple[int, int] = (1, 4), families: Sequence[str] = FAMILIES
+) -> list[Question]:
+    """The questions about one image; `pairs` and `families` as for `questions.generate`."""
+    digest = hashlib.sha256(label.source.encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
+    return generate(label, rng, pairs, families)
+
+
+def write_questions(
+    folder: Path, seed: int = 0, pairs: tuple[int, int] = (1, 4), families: Sequence[str] = FAMILIES
+) -> tuple[int, Counter[str]]:
+    """Ask about every image of a folder of labels; returns the number of images and the questions per family.
+
+    The file is replaced as a whole; the dataset card names it from then on.
+
+    Raises:
+        SpearError: no labels there, an unknown family, bad pairs, or the disk is full.
+    """
+    counts: Counter[str] = Counter()
+    images = 0
+    bar = ProgressBar("asking", len(LabelStore(folder)), "images")
+    with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
+        labels = read(folder, pixels=False)
+        while some := list(islice(labels, 256)):
+            images += len(some)
+            asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
+            counts.update(question.family for _, question in asked)
+            writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))
+            bar.update(images)
+        writer.commit()
+    write_card(folder)
+    return images, counts
+
+
+def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
+    """(source of the image, question) in the order of the labels; nothing when none were written.
+
+    Raises:
+        SpearError: the file is broken.
+    """
+    path = folder / QUESTIONS
+    if not path.is_file():
+        return
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
+            for row in batch.to_pylist():
+                yield row["source"], _from_row(row)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise SpearError(f"{path}: broken ({error}): write it again with `spear questions`") from error
+
+
+def _to_row(source: str, question: Question) -> dict[str, Any]:
+    segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
+    return {
+        "source": source,
+        "family": question.family,
+        "prompt": question.prompt,
+        "answer": spoken(question),
+        "segments": json.dumps(segments),
+        "objects": list(question.objects),
+        "unit": question.unit,
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Question:
+    segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in json.loads(row["segments"])]
+    return Question(row["family"], row["prompt"], segments, tuple(row["objects"]), row["unit"])

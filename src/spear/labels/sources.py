@@ -1,0 +1,169 @@
+"""All that can be labelled, as items: photos and videos, robot episodes, RGB-D scenes, the simulator.
+
+photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
+runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         robot episodes: frames spread over each
+rgbd:scene0000_00                                               frames with true depth
+sim:10000-10499                                                 scenes of the simulator, with all truth
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from spear.errors import SpearError
+from spear.labels.inputs import Content, Item, find
+from spear.types import Episode
+
+CAMERA = "external"
+"""The camera of robot episodes that is labelled; the first by name when there is none of this name."""
+SIM_SIZE = (840, 630)
+"""Width and height of the simulator's images, in pixels: what the paper labelled at."""
+
+
+def items(arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4) -> Iterator[Item]:
+    """The images behind all arguments, one after the other; one that is met again is passed over.
+
+    Args:
+        arguments: as above.
+        rate: frames per second of video.
+        per_episode: frames of each robot episode, spread evenly from its first to its last.
+
+    Raises:
+        SpearError: an argument with nothing to label in it.
+    """
+    seen: set[str] = set()
+    for argument in arguments:
+        for item in _items(os.path.normpath(argument), rate, per_episode):
+            if len(arguments) > 1:
+                if item.key in seen:
+                    continue
+                seen.add(item.key)
+            yield item
+
+
+def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
+    from spear.data.readers.formats import find_format
+
+    if argument.startswith("sim:"):
+        return _find_scenes(argument)
+    if argument.startswith("rgbd:"):
+        return _find_rgbd(argument.removeprefix("rgbd:"))
+    robots = find_format(argument)
+    if robots is not None:
+        return (_find_episodes if robots == "store" else _find_demonstrations)(argument, per_episode)
+    return find(argument, rate)
+
+
+def _find_scenes(argument: str) -> Iterator[Item]:
+    match = re.fullmatch(r"sim:(\d+)(?:-(\d+))?", argument)
+    if match is None:
+        raise SpearError(f"{argument}: write a scene as sim:7, scenes as sim:10000-10499")
+    first = int(match[1])
+    for seed in range(first, int(match[2] or first) + 1):
+        yield Item(f"sim:{seed}", read_scenes, "", seed)
+
+
+def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
+    """Clutter scenes of the simulator, seen by its external camera."""
+    from spear.sim.frames import clutter_frame
+
+    for seed in seeds:
+        yield clutter_frame(seed, "external", SIM_SIZE, _renderer())
+
+
+@lru_cache(maxsize=1)
+def _renderer() -> Any:
+    from spear.sim.render import Renderer
+
+    return Renderer()
+
+
+def _find_rgbd(folder: str) -> Iterator[Item]:
+    for number, source in enumerate(_scene(folder).sources):
+        yield Item(source, read_rgbd, folder, number)
+
+
+def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
+    """Frames of an RGB-D scene."""
+    for number in numbers:
+        try:
+            yield _scene(folder)[number]
+        except SpearError as error:
+            yield error
+
+
+@lru_cache(maxsize=1)
+def _scene(folder: str) -> Any:
+    from spear.labels.rgbd import open_scene
+
+    return open_scene(folder)
+
+
+def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
+    for index in range(len(_store(folder))):
+        for number in range(per_episode):
+            key = f"{folder}#{index}/{number + 1}-of-{per_episode}"
+            yield Item(key, read_episodes, folder, (index, number, per_episode))
+
+
+def read_episodes(folder: str, places: Sequence[tuple[int, int, int]]) -> Iterator[Content]:
+    """Frames of our own store of episodes, by (episode, number of the frame, frames per episode)."""
+    store = _store(folder)
+    for index, number, count in places:
+        step = _step(int(store.lengths[index]), number, count)
+        if isinstance(step, SpearError):
+            yield step
+            continue
+        found = (store.image(index, step, camera) for camera in (CAMERA, *store.cameras))
+        yield next(image for image in found if image is not None)
+
+
+@lru_cache(maxsize=1)
+def _store(folder: str) -> Any:
+    from spear.data.episode import EpisodeStore
+
+    return EpisodeStore(folder)
+
+
+def _find_demonstrations(folder: str, per_episode: int) -> Iterator[Item]:
+    from spear.data.readers.formats import episode_counts
+
+    for split, count in episode_counts(folder).items():
+        for index in range(count):
+            for number in range(per_episode):
+                key = f"{folder}/{split}#{index}/{number + 1}-of-{per_episode}"
+                yield Item(key, read_demonstrations, folder, (split, index, number, per_episode))
+
+
+def read_demonstrations(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
+    """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
+    for split, index, number, count in places:
+        episode = _demonstration(folder, split, index)
+        yield episode if isinstance(episode, SpearError) else _frame(episode, number, count)
+
+
+@lru_cache(maxsize=1)
+def _demonstration(folder: str, split: str, index: int) -> Episode | SpearError:
+    from spear.data.readers.formats import read_episodes
+
+    try:
+        return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
+    except SpearError as error:
+        return error
+
+
+def _frame(episode: Episode, number: int, count: int) -> Content:
+    step = _step(len(episode), number, count)
+    camera = CAMERA if CAMERA in episode.images else min(episode.images)
+    return step if isinstance(step, SpearError) else bytes(episode.images[camera][step])
+
+
+def _step(steps: int, number: int, count: int) -> int | SpearError:
+    """The step of frame `number` of `count` that are spread evenly over an episode."""
+    if number >= steps:
+        return SpearError(f"the episode has only {steps} steps: take fewer frames of each")
+    return number * (steps - 1) // max(min(count, steps) - 1, 1)

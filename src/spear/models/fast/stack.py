@@ -1,0 +1,276 @@
+"""The layers of a Gemma as inference runs them: keys and values in buffers that are made once, and no step
+too many.
+
+The same numbers as the model's own layers give, up to rounding; `tests/models/test_sampling.py` holds them
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from spear.models.fast.graphs import Replay
+from spear.models.fast.linear import Fused
+from spear.models.fast.prepared import Prepared
+from spear.models.gemma import Gemma, Gemma2
+
+
+class Memory:
+    """Keys and values of every layer, [2, B, kv heads, places, head_dim] each, to be written place by
+    place."""
+
+    def __init__(
+        self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layers = torch.empty(layers, 2, *shape, dtype=dtype, device=device).unbind(0)
+        self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
+
+    def to(self, dtype: torch.dtype) -> Memory:
+        """Itself, or a copy in another precision."""
+        first = self.layers[0]
+        if first.dtype == dtype:
+            return self
+        _, batch, groups, places, width = first.shape
+        copy = Memory(len(self.layers), (batch, groups, places, width), dtype, first.device)
+        for new, old in zip(copy.layers, self.layers, strict=True):
+            new.copy_(old)
+        return copy
+
+    def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
+        """Where new tokens go and what they see; see `Window`. To be made once for many steps."""
+        queries = [count for count, _ in blocks]
+        return Window(
+            [held[:, :, :, start : start + sum(queries)] for held in self.layers],
+            queries,
+            [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs],
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Views of a `Memory` for tokens in a row, in blocks of (tokens, places that they see: all before this
+    one).
+
+    places  per layer: where the new tokens' keys and values go. queries: tokens per block.
+    seen  per layer and block: keys and values, [B · kv heads, places seen, head_dim].
+    """
+
+    places: list[torch.Tensor]
+    queries: list[int]
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. Norms are their scales, 1 + weight, float32; those after attention and MLP are Gemma 2's."""
+
+    before_attention: torch.Tensor
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor
+    after_mlp: torch.Tensor | None
+    qkv: Fused
+    out: Fused
+    gate_up: Fused
+    down: Fused
+
+
+class Stack:
+    """All layers of a Gemma or Gemma 2 and its last norm.
+
+    packed: see `Fused`. compiled: what is before attention and after it by `torch.compile`, once for all
+        layers.
+    """
+
+    def __init__(self, model: Gemma | Gemma2, packed: bool = False, compiled: bool = False) -> None:
+        config: Any = model.config
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.width, self.eps = config.head_dim, config.rms_norm_eps
+        self._eps = torch.tensor(self.eps)
+        one: Any = model.layers[0]
+        self.scale: float = one.self_attn.scaling
+        self.softcap: float | None = getattr(one.self_attn, "attn_logit_softcapping", None)
+        self.activation: Any = one.mlp.act_fn
+        self.rotary = model.rotary_emb
+        self.norm = _scale(model.norm)
+        self.layers = [_layer(layer, packed) for layer in model.layers]
+        self._before: Any = self._project
+        self._after: Any = self._finish
+        if compiled:
+            # Where rows are few, small kernels are most of the time on a GPU: compiled, they become one.
+            self._before, self._after = torch.compile(self._project), torch.compile(self._finish)
+            # One length, then any; the VLM and the expert; prompts and single tokens: more than the usual 8
+            # variants.
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 32)
+        self.replay = Replay()
+
+    def memory(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> Memory:
+        """Room for so many tokens."""
+        return Memory(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
+
+    def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rotates queries and keys at the positions [B, S]: cosines, and sines with their signs, [B, S,
+        1, d]."""
+        cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=places.device), places)
+        first, second = sin.chunk(2, dim=-1)
+        return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rotations: tuple[torch.Tensor, torch.Tensor],
+        window: Window,
+        bias: torch.Tensor | None = None,
+        keys_only: bool = False,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings [B, S, D] of the window's tokens -> the last layer's output, normed; their keys and
+        values are left in the memory.
+
+        bias  [B · kv heads, 1, places] to be added to all scores, or None: `hidden_places` of what is not
+              valid.
+        keys_only  nothing but keys and values is wanted: the last layer stops at them, and the result is its
+                   input.
+        wanted [B]  of each row this token's output alone is wanted, of a window of one block: the last layer
+                    does
+            for it alone what comes after keys and values, and the result is [B, 1, D].
+        """
+        for index, layer in enumerate(self.layers):
+            query, held = self._before(layer, x, *rotations)
+            window.places[index].copy_(held)
+            if index + 1 == len(self.layers):
+                if keys_only:
+                    return x
+                if wanted is not None:
+                    query, x = self._only(wanted, query, x)
+                    window = replace(window, queries=[1])
+            found = self._attend(query, window.seen[index], window.queries, bias)
+            x = self._after(layer, x, found)
+        return self._norm(x, self.norm)
+
+    def _project(
+        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
+        batch, length, _ = x.shape
+        found = layer.qkv.whole(self._norm(x, layer.before_attention)).view(batch, length, -1, self.width)
+        both, value = found.tensor_split((self.heads + self.groups,), dim=2)
+        query, key = _rotate(both, cos, sin).tensor_split((self.heads,), dim=2)
+        held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
+        query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
+        return query.reshape(batch * self.groups, -1, self.width), held
+
+    def _only(
+        self, wanted: torch.Tensor, query: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of queries as `_project` gives them and of embeddings those of one token [B] per row."""
+        batch, length, _ = x.shape
+        rows = torch.arange(batch, device=x.device)
+        each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
+        return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
+
+    def _finish(self, layer: Layer, x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """What attention found, [B · kv heads, S · query heads per kv head, d], and the rest of the layer."""
+        batch, length, _ = x.shape
+        found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
+        out = layer.out(found.reshape(batch, length, self.heads * self.width))[0]
+        x = x + self._normed(out, layer.after_attention)
+        gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
+        return x + self._normed(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        seen: list[tuple[torch.Tensor, torch.Tensor]],
+        queries: list[int],
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The query heads of a key-value head are rows of one product."""
+        each = self.heads // self.groups
+        parts = [query] if len(queries) == 1 else query.split([q * each for q in queries], dim=1)
+        out = []
+        for part, (keys, values) in zip(parts, seen, strict=True):
+            hidden = None if bias is None else bias[:, :, : keys.shape[1]]
+            if part.device.type != "cpu" and self.softcap is None:
+                out.append(self._sdpa(part, keys, values, hidden))
+                continue
+            if self.softcap is None:
+                nothing = part.new_zeros(1) if hidden is None else hidden
+                scores = torch.baddbmm(nothing, part, keys.transpose(1, 2), alpha=self.scale)
+            else:
+                scores = torch.bmm(part * self.scale, keys.transpose(1, 2))
+                scores = self.softcap * (scores / self.softcap).tanh()
+                scores = scores if hidden is None else scores + hidden
+            out.append(torch.bmm(scores.softmax(-1), values))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _sdpa(
+        self, part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """PyTorch's fused attention, on what looks to it like one head: it needs no copies of keys and
+        values."""
+        return nn.functional.scaled_dot_product_attention(
+            part[:, None],
+            keys[:, None],
+            values[:, None],
+            attn_mask=None if bias is None else bias[:, None],
+            scale=self.scale,
+        )[:, 0]
+
+    def _normed(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return x if scale is None else self._norm(x, scale)
+
+    def _norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Gemma's RMSNorm: x / rms(x) · scale, in float32."""
+        full = x if x.dtype == torch.float32 else x.float()
+        if x.device.type != "cpu":
+            return nn.functional.rms_norm(full, full.shape[-1:], scale, self.eps).to(x.dtype)
+        norm = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self._eps, norm, norm, value=1 / full.shape[-1]).rsqrt_()
+        return (full * scale).mul_(inverse).to(x.dtype)
+
+
+def hidden_places(valid: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """Valid places [B, S] bool -> what is added to scores, [B · kv heads, 1, S]: 0, or the least number."""
+    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+    bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
+    return bias.repeat_interleave(groups, dim=0)[:, None]
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embeddings. [B, S, heads, d]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def _layer(layer: Any, packed: bool) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
+    return Layer(
+        _scale(layer.input_layernorm),
+        _scale(layer.post_attention_layernorm) if second else None,
+        _scale(layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm),
+        _scale(layer.post_feedforward_layernorm) if second else None,
+        Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed),
+        Fused(attention.o_proj, packed=packed),
+        Fused(mlp.gate_proj, mlp.up_proj, packed=packed),
+        Fused(mlp.down_proj, packed=packed),
+    )
+
+
+def _scale(norm: nn.Module) -> torch.Tensor:
+    return 1 + norm.weight.detach().float()  # type: ignore[operator]
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether layers are to be compiled: on a GPU that PyTorch's compiler can write kernels for."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+STACK = Prepared(Stack)
+"""`STACK(model, packed, compiled)`: the layers of a Gemma, ready to run."""

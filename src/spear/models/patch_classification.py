@@ -1,0 +1,84 @@
+"""Naming patches: what stands in for SigLIP's own pretraining at nano size, where no SigLIP exists (our
+choice)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from spear.models.vlm import SpearVLMForConditionalGeneration
+
+CELLS = 4
+"""A patch is cut into so many cells a side."""
+
+
+@dataclass
+class NamingOutput(ModelOutput):
+    """loss and its parts: "names" and "cells" (sigmoid losses, nats), "centres" (mean absolute error,
+    patches)."""
+
+    loss: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+
+
+class PatchNaming(nn.Module):
+    """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
+
+    SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token
+    shall point towards the text embeddings of what the patch shows, as the language model will see both. Two
+    linear heads, thrown away afterwards, make the token know places finer than patches: one tells which of
+    `CELLS` × `CELLS` cells of the patch shows how much of which object, the other where the centre of its
+    largest object lies.
+
+    names  token ids of each object name.
+    """
+
+    def __init__(self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.names = [torch.tensor(ids) for ids in names]
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-4.0))
+        width = vlm.config.text_config.hidden_size
+        self.centre = nn.Linear(width, 2)
+        self.cells = nn.Linear(width, CELLS * CELLS * len(names))
+        nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
+
+    def forward(
+        self,
+        view: str,
+        pixels: torch.Tensor,
+        shown: torch.Tensor,
+        cells: torch.Tensor,
+        centre: torch.Tensor,
+        largest: torch.Tensor,
+    ) -> NamingOutput:
+        """The loss of a batch.
+
+        pixels   [B, 3, h, w] uint8 of one view.
+        shown    [B, P, C] bool: patch p shows an object called c.
+        cells    [B, P, CELLS · CELLS, C] uint8: the share of each cell that shows it, 255 for all of it.
+        centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
+        largest  [B, P] bool: there is such an object.
+        """
+        tokens = self.vlm.image_features(view, pixels)
+        embed = self.vlm.get_input_embeddings()
+        names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
+        directions = nn.functional.normalize(tokens.float(), dim=-1)
+        logits = self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
+        naming = nn.functional.binary_cross_entropy_with_logits(logits, shown.float(), reduction="none")
+        naming = naming.sum(-1).mean()
+        covered = self.cells(tokens).float().view(cells.shape)
+        filling = nn.functional.binary_cross_entropy_with_logits(covered, cells / 255, reduction="none")
+        filling = filling.sum(-1).mean()
+        error = (self.centre(tokens).float() - centre).abs().mean(-1)
+        placing = (error * largest).sum() / largest.sum().clamp_min(1)
+        return NamingOutput(
+            loss=naming + placing + filling,
+            parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
+        )

@@ -1,0 +1,132 @@
+"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with all that is constant
+at hand.
+
+The same actions as `flow.integrate` around `Spear1ForActionPrediction.predict` gives, up to rounding, without
+what nobody reads: the VLM's last layer stops at its keys and values, and the state, which no action changes,
+goes through the expert in the first flow step alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from spear import flow
+from spear.models.fast.graphs import Inputs
+from spear.models.fast.linear import Fused, linear
+from spear.models.fast.prefill import read
+from spear.models.fast.prepared import Prepared
+from spear.models.fast.stack import Stack, can_compile
+from spear.models.sinusoids import sinusoids
+from spear.types import Action
+
+if TYPE_CHECKING:
+    from spear.models.spear1 import Spear1ForActionPrediction
+
+
+class Sampler:
+    """What sampling needs of a SPEAR-1's weights, worked out.
+
+    Noisy actions and time are embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂: W₁ W and W₁ t are
+    made here.
+    """
+
+    def __init__(self, model: Spear1ForActionPrediction, packed: bool) -> None:
+        compiled = can_compile(model.device)
+        self.reader = Stack(model.vlm.language_model, compiled=compiled)
+        # The expert reads all its weights at every flow step, for a few rows.
+        self.expert = Stack(model.expert, packed, compiled)
+        hidden, inner = model.action_time_mlp_in, model.action_in_proj
+        self.dtype, self.width = hidden.weight.dtype, inner.out_features
+        of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
+        self._into = (of_actions @ inner.weight.detach().float()).to(self.dtype)
+        self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
+        self._onward = Fused(model.action_time_mlp_out, packed=packed)
+        self._periods = model.config.min_period, model.config.max_period
+        self._moments: dict[int, torch.Tensor] = {}
+
+    def moments(self, steps: int) -> torch.Tensor:
+        """What the time adds to the embedding's hidden layer, for each of the flow steps: [steps, width]."""
+        if steps not in self._moments:
+            with torch.inference_mode(False), torch.no_grad():
+                time = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
+                waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
+                self._moments[steps] = (waves @ self._of_time.T + self._bias).to(self.dtype)
+        return self._moments[steps]
+
+    def embed(self, actions: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        """Noisy actions [B, H, 8] at one of the `moments` -> [B, H, width]."""
+        return self._onward(nn.functional.silu(linear(actions.to(self.dtype), self._into, moment)))[0]
+
+
+SAMPLER = Prepared(
+    Sampler,
+    lambda model: [
+        model.vlm.language_model,
+        model.expert,
+        model.action_in_proj,
+        model.action_time_mlp_in,
+        model.action_time_mlp_out,
+    ],
+)
+
+
+def sample(model: Spear1ForActionPrediction, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
+    """Actions [B, H, 8], normalised units, rotations unit and canonical.
+
+    inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
+            "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8].
+    graphs  on a GPU: record all of it as a CUDA graph per set of shapes, and replay that.
+    """
+    # Packed weights cannot be cast on the way, as autocast does it.
+    sampler = SAMPLER(model, not torch.is_autocast_enabled(inputs["noise"].device.type))
+    with torch.inference_mode():
+        if graphs and inputs["noise"].device.type == "cuda":
+            sampler.moments(steps)
+            result = sampler.expert.replay(lambda given: _sample(model, sampler, given, steps), inputs, steps)
+        else:
+            result = _sample(model, sampler, inputs, steps)
+    return result.clone()
+
+
+def _sample(model: Spear1ForActionPrediction, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
+    pixels, present = (
+        {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
+        for kind in ("pixels/", "present/")
+    )
+    noise, expert = inputs["noise"], sampler.expert
+    horizon = noise.shape[1]
+    features, image_valid = model.vlm.encode_images(pixels, present)
+    prefix = read(
+        model.vlm,
+        sampler.reader,
+        features,
+        image_valid if present else None,
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        room=1 + horizon,
+        keys_only=True,
+    )
+    memory, start = prefix.memory.to(sampler.dtype), prefix.valid.shape[1]
+    bias = prefix.bias(1 + horizon, expert.groups, sampler.dtype)
+    ahead = torch.arange(1 + horizon, device=noise.device)
+    cos, sin = expert.rotations(prefix.places[:, None] + ahead, sampler.dtype)
+    first = memory.window(start, [(1, start + 1), (horizon, start + 1 + horizon)])
+    later = cos[:, 1:], sin[:, 1:]
+    others = memory.window(start + 1, [(horizon, start + 1 + horizon)])
+    moments = iter(sampler.moments(steps).unbind(0))
+    state = model.state_proj(inputs["state"].to(sampler.dtype))[:, None]
+
+    def predict(noisy: Action, time: torch.Tensor) -> Action:
+        nonlocal state
+        tokens = sampler.embed(noisy.to_vector(), next(moments))
+        if state is not None:
+            hidden = expert(torch.cat([state, tokens], dim=1), (cos, sin), first, bias)[:, 1:]
+            state = None
+        else:
+            hidden = expert(tokens, later, others, bias)
+        return Action.from_vector(model.action_out_proj(hidden).to(noise.dtype))
+
+    return flow.integrate(predict, Action.from_vector(noise), steps, model.flow).to_vector()

@@ -1,0 +1,140 @@
+"""Checkpoints in safetensors: what a folder holds, and its weights a piece at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from spear.errors import SpearError
+from spear.models.weights import hub
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PIECE = 8 * 2**20
+"""Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in a file; dtype as safetensors calls it ("F32", "BF16", "I8" …)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A checkpoint folder whose weights have been listed, not read. config: of config.json, or empty."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    weights: Mapping[str, Stored]
+
+    @staticmethod
+    def open(name: Path | str, what: str) -> Shards:
+        """A local folder, or a name on the Hub. what: the kind of checkpoint, for the error messages.
+
+        Raises `SpearError` when it is not found, incomplete or broken.
+        """
+        folder = find(name, what)
+        weights: dict[str, Stored] = {}
+        for file in weight_files(folder):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(key)
+                        weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            except (SafetensorError, OSError) as error:
+                raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
+        return Shards(folder, _config(folder), weights)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
+        stored = self.weights[key]
+        if stored.dtype not in _FLOATS:
+            raise SpearError(
+                f"wrong dtype: {key} in {stored.file} is {stored.dtype}: use a checkpoint in float32, bfloat16 or "
+                "float16, not a quantised one"
+            )
+        return _FLOATS[stored.dtype]
+
+    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A weight, converted."""
+        out = torch.empty(self.weights[key].shape, dtype=dtype)
+        self.read_into(key, out)
+        return out
+
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        """A weight into a tensor of its shape, in pieces of some rows."""
+        self.dtype(key)
+        stored = self.weights[key]
+        if not stored.shape:
+            with safe_open(stored.file, framework="pt") as opened:
+                out.copy_(opened.get_tensor(key))
+            return
+        width = max(1, out[0].numel()) * 4
+        rows = max(1, _PIECE // width)
+        for first in range(0, stored.shape[0], rows):
+            with safe_open(stored.file, framework="pt") as opened:
+                out[first : first + rows].copy_(opened.get_slice(key)[first : first + rows])
+
+
+Part = Callable[[torch.dtype, torch.Generator], dict[str, torch.Tensor]]
+"""Some of a new model's weights, by name, in a dtype; what is random in them comes from the generator."""
+
+
+def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part:
+    """The weights of `shards` under new names (new -> stored), file after file, times `sign`."""
+    order = sorted(names, key=lambda ours: (str(shards.weights[names[ours]].file), ours))
+
+    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, torch.Tensor]:
+        read = {ours: shards.read(names[ours], dtype) for ours in order}
+        return read if sign == 1.0 else {ours: sign * weight for ours, weight in read.items()}
+
+    return part
+
+
+def find(name: Path | str, what: str) -> Path:
+    """The folder of a checkpoint: a local one, or, for a name on the Hub, the one it is kept in."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not hub.is_name(str(name)):
+        raise SpearError(
+            f"{what} not found: {folder}: give its folder (config.json and safetensors), or its name on the Hub"
+        )
+    return hub.download(str(name), "a local folder")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
+    return [folder / name for name in names]
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpearError(f"checkpoint without a readable config: {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise SpearError(f"checkpoint without a readable config: {path}: it is not an object")
+    return config

@@ -1,0 +1,118 @@
+"""Stage 0, image encoder: naming what each patch shows (nano only; see
+`spear.models.patch_classification`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from spear.data.images import JITTER_DRAWS, jitter
+from spear.labels.fit import rle
+from spear.models.patch_classification import CELLS, PatchNaming
+from spear.models.processing import Processor, fit_image, window
+from spear.train.optimize import Batch
+from spear.types import Array, LabeledImage
+from spear.util.images import decode_image
+
+LEAST = 0.01
+"""Share of a patch that an object must cover to be shown by it."""
+
+
+class NamingTask:
+    """Batches of labelled images with what each patch shows, and the loss of `PatchNaming`.
+
+    labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every
+            fourth batch is of the wrist camera when there is one.
+    """
+
+    def __init__(
+        self,
+        model: PatchNaming,
+        processor: Processor,
+        names: Sequence[str],
+        labels: Mapping[str, Sequence[LabeledImage]],
+        patch: int,
+        images: int,
+        seed: int,
+    ) -> None:
+        self.model, self.processor, self.images, self.seed = model, processor, images, seed
+        self.views = {
+            view: [_targets(label, names, patch, processor.image_sizes[view]) for label in found]
+            for view, found in labels.items()
+        }
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `PatchNaming.forward`."""
+        rng = np.random.default_rng((self.seed, 2, step))
+        view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
+        rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
+        pixels = [
+            self.processor.image(jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5), view)
+            for image, *_ in rows
+        ]
+        shown, cells, centre, largest = (
+            torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[1:]
+        )
+        return {
+            "view": view,
+            "pixels": torch.stack(pixels),
+            "shown": shown,
+            "cells": cells,
+            "centre": centre,
+            "largest": largest,
+        }
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Names and centres."""
+        output = self.model(**batch)
+        return output.loss, output.parts
+
+
+def _targets(
+    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
+) -> tuple[bytes, Array, Array, Array, Array]:
+    """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
+    largest [P] bool of `PatchNaming.forward`, for the image fitted to `size` (width, height)."""
+    rows, columns = size[1] // patch, size[0] // patch
+    left, top, across, _ = window((label.width, label.height), size)
+    side = patch // CELLS
+    shown = np.zeros((rows, columns, len(names)), bool)
+    cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
+    centre = np.zeros((rows, columns, 2), np.float32)
+    most = np.full((rows, columns), LEAST, np.float32)
+    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
+    for o in label.objects:
+        mask = _fitted(rle.decode(o.mask, label.height, label.width), size)[: rows * patch, : columns * patch]
+        fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+        share = fine.mean((2, 3))
+        if o.name in names:
+            name = names.index(o.name)
+            shown[..., name] |= share > LEAST
+            cells[..., name] = np.maximum(cells[..., name], np.rint(255 * fine).astype(np.uint8))
+        x0, y0, x1, y1 = o.box2d
+        place = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top]) * (size[0] / across) / patch
+        larger = share > most
+        centre[larger] = (place - grid)[larger]
+        most = np.maximum(most, share)
+    flat = rows * columns
+    return (
+        label.image,
+        shown.reshape(flat, -1),
+        cells.reshape(flat, CELLS * CELLS, -1),
+        centre.reshape(flat, 2),
+        (most > LEAST).reshape(flat),
+    )
+
+
+def _fitted(mask: Array, size: tuple[int, int]) -> Array:
+    """A mask [h, w] bool -> what share of each pixel it covers [height, width] when its image is fitted to
+    `size`."""
+    width, height = size
+    if mask.shape == (height, width):
+        return mask
+    grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+    return fit_image(grey, height, width)[..., 0] / np.float32(255)

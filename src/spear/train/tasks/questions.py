@@ -1,0 +1,183 @@
+"""Labelled images → batches of questions with answers, for SPEAR-VLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spear.data.images import JITTER_DRAWS, jitter
+from spear.errors import SpearError
+from spear.labels.depth import DepthImages
+from spear.labels.questions.generate import FAMILIES_PIXEL, generate
+from spear.labels.store import read
+from spear.models.processing import Processor
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.tokens import CoordinateTokenizer, Spacing
+from spear.train.optimize import Batch
+from spear.train.recipes import QuestionMix
+from spear.train.sharding import is_sharded
+from spear.types import LabeledImage, LabeledObject, Question
+from spear.util.images import decode_image
+
+LENGTH_GROUPS, GROUP_ROWS = 4, 32
+"""Answers differ in length (a point 3 tokens, a box 24): run in so many groups at most, up to a quarter of
+the work is saved. Below so many texts per group that is less than what another pass over the layers costs:
+for the 8 texts beside a nano policy's actions 1 group takes 0.6 of the time of 4, for the 64 of a SPEAR-VLM
+step 2 take 0.9 of that."""
+
+
+def length_groups(model: torch.nn.Module, batch: Batch) -> int:
+    """How many groups the texts of a batch run in: 1 to `LENGTH_GROUPS`.
+
+    Always 1 for a sharded model, whose processes must run every layer equally often.
+    """
+    rows = len(batch["input_ids"])
+    return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
+
+
+def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
+    """All labels of a folder, by view; without their masks unless these are wanted (questions do not need
+    them).
+
+    A folder with a sub-folder per view (as `spear label --source sim` writes), or one of shards, which is
+    then taken as the first view, "external".
+    """
+    folder = Path(folder)
+    found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
+    return {
+        view: [
+            dataclasses.replace(label, objects=tuple(_compact(o, masks) for o in label.objects))
+            for label in read(path)
+        ]
+        for view, path in found.items()
+    }
+
+
+def _compact(o: LabeledObject, masks: bool) -> LabeledObject:
+    return dataclasses.replace(o, mask=array("i", o.mask) if masks else ())
+
+
+def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
+    """The depth of the images that `load_labels` gave, by view: row i belongs to label i.
+
+    Raises `SpearError` for a folder without, or with that of other images.
+    """
+    found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
+    for view, images in found.items():
+        if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
+            raise SpearError(
+                f"{folder}: depth/{view} is of other images than the labels: label again with `spear label --scenes`"
+            )
+    return found
+
+
+class QuestionSamples:
+    """Batches of images with questions: a pure function of (seed, step).
+
+    labels   view -> labelled images. A batch is of one view: "wrist" with probability `mix.wrist`.
+    augment  strength of photometric jitter.
+    depth    view -> the depth of these images (`load_depth`), needed where the mix asks about pixels.
+    """
+
+    def __init__(
+        self,
+        labels: Mapping[str, Sequence[LabeledImage]],
+        processor: Processor,
+        mix: QuestionMix,
+        images: int,
+        seed: int,
+        augment: float = 0.0,
+        depth: Mapping[str, DepthImages] | None = None,
+    ) -> None:
+        if not labels or not all(labels.values()):
+            raise SpearError("no labelled images: make some with `spear label --source sim --out …`")
+        if depth is None and set(mix.families) & set(FAMILIES_PIXEL):
+            raise SpearError("questions about pixels need the depth of the images")
+        self.labels = {view: images[: mix.most_images or None] for view, images in labels.items()}
+        self.depth = depth
+        self.processor = processor
+        self.mix = mix
+        self.images = images
+        self.seed = seed
+        self.augment = augment
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
+        view = "wrist" if wrist else next(iter(self.labels))
+        labels = self.labels[view]
+        pixels: list[torch.Tensor] = []
+        questions: list[Question] = []
+        owners: list[int] = []
+        while len(pixels) < self.images:
+            row = int(rng.integers(len(labels)))
+            label = labels[row]
+            depth = None if self.depth is None else self.depth[view][row][1]
+            asked = generate(label, rng, self.mix.pairs, self.mix.families, depth=depth)
+            if not asked:
+                continue
+            image = decode_image(label.image, label.source)
+            if self.augment > 0:
+                image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
+            owners += [len(pixels)] * len(asked)
+            pixels.append(self.processor.image(image, view))
+            questions += asked
+        return {
+            "pixel_values": {view: torch.stack(pixels)},
+            "image_index": torch.tensor(owners),
+            **self.processor.questions(questions),
+        }
+
+
+def fit_coordinates(
+    labels: Sequence[LabeledImage],
+    bins: int,
+    seed: int,
+    spacing: Spacing = "quantile",
+    most: int = 20_000,
+) -> CoordinateTokenizer:
+    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers.
+
+    Raises SpearError for fewer than 2 bins, or labels of several units.
+    """
+    if bins < 2:
+        raise SpearError(f"bins {bins}: give at least 2 3D tokens")
+    rng = np.random.default_rng(seed)
+    values: list[float] = []
+    for index in rng.permutation(len(labels))[:most]:
+        for question in generate(labels[index], rng, (4, 4)):
+            values += question.values
+    units = {label.unit for label in labels}
+    if len(units) != 1:
+        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
+    return CoordinateTokenizer.fit(np.array(values), bins, units.pop(), spacing)
+
+
+class VlmTask:
+    """The questions' loss. With `coordinate_rows_only`, of the token embeddings only the 3D tokens' rows
+    learn (the paper's VLM stage 1)."""
+
+    def __init__(
+        self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
+    ) -> None:
+        self.model = model
+        self.samples = samples
+        self.batch = samples.batch
+        self.learning_rows: dict[str, tuple[int, int]] = {}
+        if coordinate_rows_only:
+            first = model.config.coordinate_start
+            last = first + model.config.coordinate_bins
+            self.learning_rows = {"language_model.embed_tokens.weight": (first, last)}
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """λ-weighted cross-entropy and its parts."""
+        output = self.model(**batch, length_groups=length_groups(self.model, batch))
+        return output.loss, output.parts

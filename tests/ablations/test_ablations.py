@@ -1,0 +1,339 @@
+"""The ablations: rows that can be trained, plans that share, runs that go on, tables that say what is so."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spear import flow
+from spear.ablations.data import Data, episodes_folder, look_at, make_episodes
+from spear.ablations.estimate import describe, measure, seconds, steps_for
+from spear.ablations.plan import Plan, Pretrained, Scoring, Training, Weights, make_plan, pretrained
+from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, choose
+from spear.ablations.run import done, final, lock, run, scored
+from spear.ablations.table import fill, judge
+from spear.cli import main
+from spear.errors import SpearError
+from spear.evaluate.journal import WHOLE, Journal
+from spear.evaluate.reference import references
+from spear.evaluate.results import Outcome
+from spear.evaluate.stats import Estimate
+from spear.geometry import quat_exp, quat_multiply
+from spear.models.presets import PRESETS, preset, spear1_config
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.report.ablations import write
+from spear.report.curve import drawing
+from spear.sim.scene import FAMILIES
+from spear.train.optimize import apply_freeze
+from spear.train.recipes import RECIPES
+from spear.types import Action
+
+DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
+START = Pretrained(Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
+TINY = {"batch_size": 2, "question_images": 1, "flow_samples": 1}
+
+
+def planned(*names: str, seeds: int = 3, scenes: int = 2, budget: int | None = None) -> Plan:
+    return make_plan(choose(names), DATA, START, seeds, scenes, budget)
+
+
+def test_every_row_has_its_published_number_and_something_to_compare_with() -> None:
+    for table in TABLES:
+        names = [row.name for row in table.rows]
+        assert table.against in names
+        if table.reference:
+            published = references()[table.reference].means
+            assert {row.published for row in table.rows if row.published} == set(published)
+        else:
+            assert not any(row.published for row in table.rows)
+    every = [row.name for table in TABLES for row in table.rows] + [table.name for table in TABLES]
+    assert len(set(every)) == len(every)
+
+
+def test_every_row_names_modules_that_its_network_has() -> None:
+    models = {}
+    for moge in (True, False):
+        config = spear1_config(preset("nano"))
+        if not moge:
+            config.vlm_config.moge_config = None
+        with torch.device("meta"):
+            models[moge] = Spear1ForActionPrediction(config)
+    for training in planned(seeds=1).trainings:
+        stage = training.recipe
+        if stage.kind in ("vlm", "vla"):
+            model = models[stage.moge]
+            apply_freeze(model if stage.kind == "vla" else model.vlm, stage.optimization)
+
+
+def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
+    turn = torch.tensor([0.0, 0.02, 0.0])
+    target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
+    guess = quat_multiply(target, quat_exp(turn)[None, None])
+    data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
+    costs = []
+    for (kind, loss), weight in ROTATION_WEIGHTS.items():
+        own = {**PRESETS["nano"].flow, "rotation": kind, "rotation_loss": loss, "rotation_weight": weight}
+        config = flow.FlowConfig(**own)
+        costs.append(float(flow.loss(said, data, data, torch.full((1,), 0.5), config).total))
+    assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
+    assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
+
+
+def test_what_rows_share_is_trained_once() -> None:
+    plan = planned("3d")
+    count = {name: sum(t.recipe.name == name for t in plan.trainings) for name in RECIPES}
+    assert {n: c for n, c in count.items() if c} == {
+        "nano-vlm-1": 9,  # as in the paper, about points, without MoGe
+        "nano-vlm-2": 12,  # and with frozen encoders
+        "nano-vla": 21,
+    }
+    assert len(plan.scorings) == 21
+    full = plan.chains["full", 1]
+    assert [t.recipe.name for t in full] == ["nano-vlm-1", "nano-vlm-2", "nano-vla"]
+    assert [t.seed for t in full] == [1, 1, 1]
+    assert full[0].init == START.vlm and [t.moge for t in full] == [START.depth, None, None]
+    assert all(t.init == before.key for before, t in pairwise(full))
+    assert planned("scratch").chains["scratch", 0][0].init is None
+    assert plan.chains["no-moge", 0][0].moge is None
+    assert plan.chains["no-moge", 0][0].recipe.optimization.trained == (
+        "multi_modal_projector",
+        "language_model.embed_tokens",
+    )
+    seen: set[str] = set()
+    for job in plan.jobs:  # what is needed comes first
+        needs = [job.policy.key] if isinstance(job, Scoring) else [job.init] * isinstance(job.init, str)
+        assert seen.issuperset(needs)
+        seen |= {job.key} if isinstance(job, Training) else set()
+    everything = planned()
+    assert len({t.key for t in everything.trainings}) == len(everything.trainings)
+    names = ("full", "quantile", "siglip-trained", "all-images", "full-again", "s3-mse")
+    assert len({everything.scoring(row, 0).folder for row in names}) == 1
+    assert everything.scoring("s3-cosine", 0).folder != everything.scoring("full", 0).folder
+
+
+def test_keys_follow_what_decides_the_result() -> None:
+    key = planned("full", seeds=1).scoring("full", 0).folder
+    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).folder == key
+    others = [
+        make_plan(choose(["full"]), replace(DATA, key="other"), START, 1),
+        make_plan(choose(["full"]), DATA, replace(START, vlm=START.depth), 1),
+        make_plan(choose(["full"]), DATA, replace(START, depth=START.vlm), 1),
+        make_plan(choose(["full"]), DATA, START, 1, budget=7),
+        make_plan(choose(["full"]), DATA, START, 1, changes={"lr": 1e-5}),
+    ]
+    assert len({key, *(plan.scoring("full", 0).folder for plan in others)}) == 6
+    moved = replace(START, vlm=replace(START.vlm, folder=Path("elsewhere")))
+    assert make_plan(choose(["full"]), DATA, moved, 1).scoring("full", 0).folder == key
+
+
+def test_what_sees_no_demonstrations_is_shared_whatever_they_are() -> None:
+    mine, others = (
+        make_plan(choose(["full"]), data, START, 1)
+        for data in (DATA, replace(DATA, key="more demonstrations"))
+    )
+    ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (mine, others))
+    assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
+
+
+def test_a_budget_is_the_same_for_every_row() -> None:
+    plan = planned("3d", "converged", "siglip", "images", seeds=1, budget=1200)
+    steps = {row: [t.steps for t in chain] for (row, _), chain in plan.chains.items()}
+    assert steps["full"] == [200, 2600, 1200]
+    assert steps["no-3d"] == [1200]
+    assert steps["points"] == steps["no-moge"] == steps["images-64th"] == steps["full"]
+    assert steps["no-3d-as-long"] == [2800]
+    assert steps["scratch-x9"] == [11_200]
+    assert steps["siglip-thawed"][-2:] == [600, 600]
+    assert steps["no-images"] == [0, 1200]
+    short = make_plan(choose(["full"]), DATA, START, 1, 2, 1200, pretraining=0.1)
+    assert [t.steps for t in short.chains["full", 0]] == [20, 260, 1200]
+    halves = plan.chains["siglip-thawed", 0][-2:]
+    assert halves[0].seed != halves[1].seed
+    assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
+    asked = [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]]
+    assert asked == [204, 204, 204]
+
+
+def test_bad_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SpearError, match="unknown ablation 'no3d': did you mean 'no-3d'"):
+        choose(["no3d"])
+    for arguments in (
+        {"seeds": 0},
+        {"scenes": 0},
+        {"budget": 0},
+        {"changes": {"steps": 3}},
+        {"pretraining": 0.0},
+    ):
+        with pytest.raises(SpearError, match=r"^--(seeds|scenes|budget|set|pretraining)"):
+            make_plan(choose([]), DATA, START, **arguments)
+    for argv, hint in (
+        (["--budget", "long"], "600min"),
+        (["--init", "nano-vlm-9"], "nano-vlm-0"),
+        (["--labels", str(tmp_path / "a"), "--episodes", str(tmp_path / "b")], "no episodes"),
+    ):
+        assert main(["evaluate", "ablations", "--out", str(tmp_path / "out"), *argv]) == 2
+        assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "seeds", "said"),
+    [
+        ((-0.2, -0.3, -0.1), -14.6, 3, "agrees"),
+        ((0.2, 0.1, 0.3), -14.6, 3, "disagrees"),
+        ((-0.1, -0.21, 0.01), -14.6, 3, "cannot tell"),
+        ((-0.2, -0.3, -0.1), -14.6, 1, "cannot tell: one seed"),
+        ((-0.2, -0.3, -0.1), None, 3, "–"),
+        (None, 4.1, 0, "not run yet"),
+    ],
+)
+def test_verdicts(
+    ours: tuple[float, float, float] | None, theirs: float | None, seeds: int, said: str
+) -> None:
+    assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
+
+
+def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
+    """Journals as scoring writes them, with so many successes."""
+    for (row, seed), chain in plan.chains.items():
+        if row in rates:
+            folder = out / "scores" / plan.scoring(row, seed).folder
+            journal = Journal(folder, chain[-1].folder, {}, WHOLE)
+            rng = np.random.default_rng(seed)
+            for family in FAMILIES:
+                for scene in range(plan.scenes + 1):  # one more than is asked for
+                    won = bool(rng.random() < rates[row])
+                    journal.add(Outcome(family, scene, "go", won, won, won, False, 0, 9), 0.1)
+
+
+def test_tables_say_what_is_so(tmp_path: Path) -> None:
+    plan = planned("3d", "images", scenes=12)
+    scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2, "no-moge": 0.8, "images-64th": 0.5})
+    tables = fill(plan, tmp_path, DATA)
+    lines = {line.row.name: line for line in tables[0].lines}
+    assert lines["full"].success is not None and lines["full"].success.n == 144
+    assert lines["full"].success.value == pytest.approx(np.mean(lines["full"].by_seed))
+    assert lines["no-3d"].verdict == "agrees" and lines["no-3d"].published_against == pytest.approx(-14.6)
+    assert lines["no-moge"].verdict == "cannot tell"  # the same draws
+    assert lines["points"].verdict == "not run yet" and lines["points"].success is None
+    assert [line.images for line in tables[1].lines] == [0, 51, 204, 816, 3264, 13_056]
+    markdown, page, numbers = (path.read_text() for path in write(plan, tables, tmp_path))
+    assert re.search(r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|", markdown)
+    assert "not run yet" in markdown and "arXiv 2511.17411" in markdown
+    assert page.count("(theirs)</div>") == 6 and "<svg" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_families_are_left_out(tmp_path: Path) -> None:
+    plan = planned("full", "no-3d", scenes=12)
+    scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
+    some = make_plan(choose(["full", "no-3d"]), DATA, START, 3, 12, families=["stack_cube", "put_on"])
+    assert [job.key for job in some.trainings] == [job.key for job in plan.trainings]
+    assert some.families == ("put_on", "stack_cube") and some.scorings[0].episodes == 24
+    tables = fill(some, tmp_path, DATA)
+    assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
+    assert "of each task family (put on, stack cube) per" in write(some, tables, tmp_path)[0].read_text()
+    whole, part = (scored(tmp_path, one.scoring("full", 0)) for one in (plan, some))
+    assert whole is not None and part is not None and len(whole.outcomes) == 48 and len(part.outcomes) == 24
+    assert {o.family for o in part.outcomes} == {"put_on", "stack_cube"}
+    assert episodes_folder(tmp_path, FAMILIES[::-1]) == episodes_folder(tmp_path, ()) == tmp_path / "episodes"
+    assert episodes_folder(tmp_path, ["put_on"]) == tmp_path / "episodes-put_on"
+    with pytest.raises(SpearError, match=r"task family 'fold'"):
+        make_plan(choose(["full"]), DATA, START, families=["fold"])
+
+
+def test_the_curve_is_drawn_to_scale() -> None:
+    points = [
+        (n, Estimate(v, v - 0.1, v + 0.1, 9), [v])
+        for n, v in ((0, 0.2), (100, 0.4), (1000, 0.6), (10_000, 0.8))
+    ]
+    drawn = drawing(points[::-1])
+    line = re.search(r'polyline points="([^"]+)"', drawn)
+    assert line is not None
+    x, y = np.array([[float(n) for n in pair.split(",")] for pair in line[1].split()]).T
+    assert np.allclose(np.diff(x)[1:], np.diff(x)[1], atol=0.2) and x[0] < x[1]  # logarithmic, 0 apart
+    assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
+    assert ">10,000</text>" in drawn and drawing(points[:1]).count("<circle") == 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    pytest.importorskip("mujoco")
+    from spear.labels.scenes import label_scenes
+
+    folder = tmp_path_factory.mktemp("data")
+    label_scenes(folder / "labels", 6, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
+    make_episodes(folder / "episodes", FAMILIES, 1, 1, lambda _: None)
+    return look_at(folder / "labels", folder / "episodes")
+
+
+def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
+    plan = make_plan(choose(["full", "points"]), data, pretrained(), 1, 1, 1, TINY, 1e-9, ["put_on"])
+    said: list[str] = []
+
+    def die(words: str) -> None:
+        if "nano-vlm-2" in words:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=run, args=(plan, tmp_path, data, 0, True, die))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    made = {job.key: done(tmp_path, job) for job in plan.trainings}
+    assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
+    kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
+    assert run(plan, tmp_path, data, 0, True, said.append) == []
+    assert {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]} == kept
+    assert all(done(tmp_path, job) for job in plan.jobs)
+    assert len(said) == len(plan.jobs) - len(kept)
+    assert not list(tmp_path.glob("stages/*/checkpoints"))
+    again: list[str] = []
+    assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []
+    points = final(tmp_path, plan.chains["points", 0][-2])
+    asked = json.loads((points / "recipe.json").read_text())["recipe"]["questions"]["families"]
+    assert "pixel_point" in asked and "box_vertices" not in asked
+    table = fill(plan, tmp_path, data)[0]
+    assert all(line.success is not None for line in table.lines)
+    rates = measure(plan, tmp_path, data, said.append)
+    assert len(said) == len(plan.jobs) - len(kept)  # all rates come from logs
+    assert rates.scene > 0 and seconds(plan.trainings[0], rates) > 0
+    assert "Left: 0.0 hours" in describe(plan, tmp_path, rates)
+    more = make_plan(choose(["full"]), data, pretrained(), 1, 1, None, TINY)
+    minutes = sum(seconds(job, rates) for job in more.jobs) / 60
+    assert steps_for(minutes, more, rates) == pytest.approx(12_000, rel=0.01)
+    with pytest.raises(SpearError, match="pretraining and scoring alone take"):
+        steps_for(0.0, more, rates)
+    shutil.rmtree(tmp_path / "stages")
+    assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []  # all policies are scored
+
+
+def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path) -> None:
+    good = make_plan(choose(["no-3d"]), data, pretrained(), 1, 1, 1, TINY, 1e-9, ["put_on"]).scoring(
+        "no-3d", 0
+    )
+    broken = {**TINY, "lr": 1e30, "warmup": 0, "max_skipped": 0}
+    bad = make_plan(choose(["scratch"]), data, pretrained(), 1, 1, 1, broken, 1e-9)
+    scratch = bad.scoring("scratch", 0)
+    jobs = [scratch.policy, scratch, good.policy, good]
+    failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)
+    assert len(failed) == 1 and "not finite" in failed[0] and scratch.policy.key in failed[0]
+    assert [done(tmp_path, job) for job in jobs] == [False, False, True, True]
+
+
+def test_a_lock_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+    with lock(tmp_path / "a" / "x") as first, lock(tmp_path / "a" / "x") as second:
+        assert first and not second
+    with lock(tmp_path / "a" / "x") as third:
+        assert third

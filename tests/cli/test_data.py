@@ -1,0 +1,177 @@
+"""The commands on robot data, end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from data_tiny import make
+from spear.cli import main
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.readers.lerobot import read_lerobot
+from spear.data.readers.spec import REGISTRY
+from spear.labels.sources import items
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_episodes([make(0, success=True), make(1, 9), make(2, 1)], tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store, exported, inspected, prepared and listed for labelling, by the same words as any other
+    data."""
+    out = tmp_path / "set"
+    assert main(["data", "export", str(store), "--out", str(out), "--split", "train[:2]"]) == 0
+    assert "2 episodes in" in capsys.readouterr().out
+    assert [e.source for e in read_lerobot(out)] == ["made#0", "made#1"]
+    assert main(["data", "export", str(store), "--out", str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["data", "inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "a LeRobot dataset, v3.0" in text and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
+    assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
+    assert "layout        described by" in text and "1 × push the block 0" in text
+    assert main(["data", "prepare", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert len(EpisodeStore(tmp_path / "again")) == 2
+    listed = list(items([str(out)], per_episode=2))
+    assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
+    content = list(listed[2].reader(listed[2].path, [listed[2].place]))
+    assert content == [make(1, 9).images["external"][0]]
+
+
+class Tags(HTMLParser):
+    """Counts tags, and fails on one that is not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "deep" / "look.html"
+    assert main(["data", "inspect", str(store), "--out", str(page)]) == 0
+    assert f"open {page}" in capsys.readouterr().out
+    tags = Tags()
+    tags.feed(page.read_text())
+    assert tags.counts["h2"] == 3 and tags.counts["svg"] == 3 * 5
+    assert tags.counts["img"] == 6 + 8 + 1 and "script" not in tags.counts
+    assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
+    assert "push the block 1" in page.read_text() and "a success" in page.read_text()
+    assert "nan" not in page.read_text().partition("</pre>")[2].lower()
+
+
+@pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
+def test_a_dataset_without_a_layout_is_shown_as_it_is(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    """Before anybody has written a spear.json: what is needed to write it."""
+    page = tmp_path / "look.html"
+    assert main(["data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    low, high = (
+        next(line for line in said.splitlines() if line.split()[:2] == words)
+        for words in (["from", "0.2059"], ["to", "0.3301"])
+    )
+    assert low.split()[-1] == "0.5433" and high.split()[-1] == "1.005"  # the gripper's range
+    tags = Tags()
+    tags.feed(page.read_text())
+    assert tags.counts["h2"] == 3 and tags.counts["img"] == 3 * 8 and "script" not in tags.counts
+    body = page.read_text().partition("</pre>")[2]
+    for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
+        assert words in body, words
+    assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
+
+
+def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shared / "data" / "lerobot" / "v3.0_image"
+    (tmp_path / "empty").mkdir()
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
+    for arguments, message in (
+        (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
+        (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
+        (["data", "prepare", str(data), "--out", str(tmp_path / "out")], "unknown dataset 'v3.0_image'"),
+        (
+            ["data", "inspect", str(data), "--out", str(tmp_path / "p.html"), "--layout", str(layout)],
+            "no column 'observation/image_9'",
+        ),
+        (
+            ["data", "export", str(data), "--out", str(tmp_path / "out"), "--layout", str(layout)],
+            "no column 'observation/image_9'",
+        ),
+        (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),
+    ):
+        assert main(arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert message in said.splitlines()[-1], said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "datasets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(REGISTRY)
+    assert next(line for line in lines if "bridge_dataset" in line).split()[:2] == ["18.0", "%"]
+
+
+def test_training_takes_a_lerobot_folder(shared: Path, tmp_path: Path) -> None:
+    """What `spear train --episodes` opens: prepared once, then taken as it is."""
+    from spear.cli.arguments import open_episodes
+
+    folder = tmp_path / "arm"
+    shutil.copytree(shared / "data" / "lerobot" / "v2.1_video", folder)
+    folder.chmod(0o755)
+    layout = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
+    (folder / "spear.json").write_text(json.dumps(layout))
+    assert len(open_episodes(folder, tmp_path / "run")) == 8
+    shutil.rmtree(folder / "videos", ignore_errors=True)
+    assert len(open_episodes(folder, tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        *(("--rate", rate, "give more than 0 and at most 1000") for rate in ("0", "-5", "nan", "inf")),
+        *(("--quality", quality, "give 1 to 100") for quality in ("500", "-3", "0")),
+        ("--workers", "-1", "give at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    assert main(["data", "prepare", str(store), "--out", str(tmp_path / "out"), option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option} {value}: {words}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported, layout = tmp_path / "set", tmp_path / "layout.json"
+    assert main(["data", "export", str(store), "--out", str(exported)]) == 0
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "out")]
+    commands = (["audit"], ["export", *out], ["inspect"], ["prepare", *out])
+    for folder in (exported, store):
+        for name, *rest in commands:
+            assert main(["data", name, str(folder), *rest, "--layout", str(layout)]) == 2
+            assert f"--layout {layout}: no such file" in capsys.readouterr().err
+    shutil.copy(exported / "spear.json", layout)
+    for name, *rest in commands:
+        assert main(["data", name, str(store), *rest, "--layout", str(layout)]) == 2
+        assert "is a store of episodes and needs no layout: leave it out" in capsys.readouterr().err
+    assert main(["data", "inspect", str(exported), "--layout", str(layout)]) == 2
+    assert "is for the page: give --out as well" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["data", "inspect", str(exported), "--layout", str(layout), *out]) == 0

@@ -1,0 +1,116 @@
+"""`spear label PHOTOS`, from the command line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
+from spear.cli import main
+from spear.labels import components
+from spear.labels.questions.store import read_questions
+from spear.labels.store import LabelStore, read
+
+TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must fail; returns its last line, the only one that is no progress."""
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+def test_scenes_are_labelled_asked_about_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mujoco")
+    pytest.importorskip("rerun")
+    out = tmp_path / "labels"
+    options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
+    assert main(["label", "sim:3-4", *options]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "2 labelled images" in said
+        and "0 set aside" in said
+        and re.search(r"images/(s|min)", said)
+        and "questions about" in said
+    )
+    labels = LabelStore(out)
+    assert [labels[i].source for i in range(2)] == ["sim:3", "sim:4"] and labels[0].objects
+    assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
+    run = json.loads((out / "run.json").read_text())
+    assert run["inputs"] == ["sim:3-4"] and run["pointmap"] == "ground-truth"
+    assert main(["label", "sim:3-4", *options]) == 0
+    assert "2 labelled images" in capsys.readouterr().out
+    assert "inputs" in fails(capsys, "label", "sim:3-5", *options)
+    rrd = tmp_path / "x.rrd"
+    assert main(["label", "show", str(out), "--rerun", str(rrd)]) == 0
+    assert rrd.stat().st_size > 500_000  # the clouds are in it
+
+
+def test_what_did_not_get_through_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "photos", 3, bad=False)
+    command = ["label", str(folder), "--out", str(tmp_path / "out"), "--workers", "0"]
+    monkeypatch.setitem(components.SEGMENTERS, "sam2", lambda model, choice: BoxSegmenter())
+    monkeypatch.setitem(components.POINTMAPS, "moge-2", lambda model, choice: SlopePointMap())
+    monkeypatch.setitem(
+        components.DETECTORS, "gemini", lambda model, choice: BrightDetector(unreached=("00001.png",))
+    )
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 labelled images" in said and "1 set aside" in said
+    assert "1 of them for a reason that may pass: --retry-rejected tries these again" in said
+    monkeypatch.setitem(components.DETECTORS, "gemini", lambda model, choice: BrightDetector())
+    assert main([*command, "--retry-rejected"]) == 0
+    said = capsys.readouterr().out
+    assert "3 labelled images" in said and "0 set aside" in said and "retry" not in said
+    names = [Path(label.source).name for label in read(tmp_path / "out")]
+    assert names == ["00000.png", "00001.png", "00002.png"]
+
+
+def test_a_photo_without_what_the_component_needs_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos(tmp_path / "photos", 2, bad=False)
+    line = fails(capsys, "label", str(folder), "--out", str(tmp_path / "out"), "--workers", "0", *TRUTH)
+    assert "2 of 2 images are bad" in line and "instance map" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["nowhere.jpg"], "no such file"),
+        (["sim:1", "--detector", "owl"], "did you mean 'owlv2'"),
+        (["sim:1", "--engine", "dask"], "engine"),
+        (["sim:x"], "write a scene as"),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hint in fails(capsys, "label", *argv, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mujoco")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    line = fails(capsys, "label", "sim:1", "--out", str(tmp_path / "out"), "--workers", "0", *TRUTH)
+    assert "the disk is full: free some space" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]

@@ -1,0 +1,163 @@
+"""`spear convert …`: dry runs, whole ways there and back, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from published_checkpoints import (
+    ROWS,
+    TINY14,
+    know_tiny,
+    paligemma,
+    pi0,
+    publish_moge,
+    publish_paligemma,
+    publish_pi0,
+)
+from spear.cli import main
+from spear.models.processing import Processor
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
+from spear.tokens import CoordinateTokenizer
+
+BACKBONES = ("convert", "backbones")
+
+
+class Room(NamedTuple):
+    """What `shutil.disk_usage` gives."""
+
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    know_tiny(monkeypatch)
+
+
+def coordinates(path: Path, bins: int = TINY14.bins) -> str:
+    values = np.random.default_rng(0).normal(size=1000)
+    CoordinateTokenizer.fit(values, bins, "metre").save(path)
+    return str(path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
+    moge = publish_moge(tmp_path / "model.pt")
+    expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
+    vlm, policy, back = (tmp_path / name for name in ("vlm", "policy", "back"))
+    meaning = coordinates(tmp_path / "coordinates.json")
+    size = ("--preset", "tiny14")
+    made = [
+        (*BACKBONES, str(folder), str(moge), "--out", str(vlm), "--coordinates", meaning, *size),
+        (
+            "convert",
+            "vlm",
+            str(vlm),
+            "--out",
+            str(policy),
+            "--expert",
+            str(expert),
+            *size,
+            "--shard",
+            "100KB",
+        ),
+        ("convert", "policy", str(policy), "--out", str(back)),
+    ]
+    for argv in made:
+        assert main([*argv, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "nothing written" in said and "SPEAR-VLM" in said
+        assert not Path(argv[argv.index("--out") + 1]).exists()
+        assert main(argv) == 0
+        assert capsys.readouterr().out.startswith(said.partition("nothing written")[0])
+    first, last = (weights.load(SpearVLMForConditionalGeneration, path).state_dict() for path in (vlm, back))
+    assert all(torch.equal(last[name], weight) for name, weight in first.items())
+    assert len(list(policy.glob("*.safetensors"))) > 1
+    weights.load(Spear1ForActionPrediction, policy)
+    for path in (vlm, policy, back):
+        processor = Processor.load(path)
+        assert processor.coordinate_start == ROWS and dict(processor.image_sizes) == dict(TINY14.image_sizes)
+        assert json.loads((path / "recipe.json").read_text())["converted"]
+        assert (path / "README.md").read_text().startswith("---\nlicense: gemma\n")
+
+
+def test_what_does_not_fit_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
+    folder = str(publish_paligemma(paligemma(), tmp_path / "paligemma"))
+    few = coordinates(tmp_path / "few.json", 8)
+    size = ("--preset", "tiny14", "--dry-run")
+    assert "did you mean 'bfloat16'?" in fails(capsys, *BACKBONES, bare, "none", "--dtype", "bf16", *size)
+    assert "did you mean 'spear1'?" in fails(capsys, *BACKBONES, bare, "none", "--preset", "spear")
+    assert "needs a tokenizer" in fails(capsys, *BACKBONES, bare, "none", "--coordinates", few, *size)
+    assert "has 8 3D tokens, the preset 24" in fails(
+        capsys, *BACKBONES, folder, "none", "--coordinates", few, *size
+    )
+    assert "MoGe checkpoint not found" in fails(capsys, *BACKBONES, bare, str(tmp_path / "moge.pt"), *size)
+    assert "says 'paligemma'" in fails(capsys, "convert", "vlm", bare, "--dry-run")
+    assert "did you mean '--dry-run'?" in fails(capsys, *BACKBONES, bare, "none", "--dryrun")
+    assert "write it as 5GB or 500MB" in fails(capsys, *BACKBONES, bare, "none", "--shard", "5 gigs", *size)
+    into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
+    assert "cannot write" in fails(capsys, *BACKBONES, bare, "none", *into)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Room(10**6, 10**6 - 9, 9))
+    into = ("--out", str(tmp_path / "full"), "--preset", "tiny14")
+    assert "no room for" in fails(capsys, *BACKBONES, bare, "none", *into)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
+    monkeypatch.undo()
+    know_tiny(monkeypatch)
+    assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
+    assert "without a processor" in capsys.readouterr().out
+    assert "is there already" in fails(
+        capsys, *BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"
+    )
+
+
+def test_a_processor_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
+    meaning = coordinates(tmp_path / "coordinates.json")
+    out = tmp_path / "vlm"
+    assert (
+        main(
+            [
+                *BACKBONES,
+                str(folder),
+                "none",
+                "--out",
+                str(out),
+                "--coordinates",
+                meaning,
+                "--preset",
+                "tiny14",
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "coordinate_start": 7}))
+    assert "24 3D tokens from 1312 on, its model 24 from 7 on" in fails(
+        capsys, "convert", "vlm", str(out), "--preset", "tiny14", "--dry-run"
+    )
+
+
+def test_the_shipped_policys_vlm_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "policy", "nano", "--out", str(tmp_path / "vlm"), "--dry-run"]) == 0
+    assert "the action expert's" in capsys.readouterr().out

@@ -1,0 +1,217 @@
+"""The registry of datasets: complete where it says so, marked where it is not, and refused in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from spear.data.hypotheses import JUDGED
+from spear.data.readers.franka import franka_pose
+from spear.data.readers.layout import episode_from, recorded_pose, to_quaternion
+from spear.data.readers.rotations import FORMS
+from spear.data.readers.spec import (
+    ANGLES,
+    RECORDED_ONLY,
+    REGISTRY,
+    DatasetSpec,
+    RotationFormat,
+    column,
+    find_spec,
+    missing,
+    require,
+)
+from spear.errors import SpearError
+from spear.util.images import encode_jpeg
+
+MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
+
+WRITTEN = {
+    "euler_xyz": lambda r: r.as_euler("xyz"),
+    "euler_zyx": lambda r: r.as_euler("ZYX"),
+    "euler_XYZ": lambda r: r.as_euler("XYZ"),
+    "euler_zxy": lambda r: r.as_euler("zxy"),
+    "rotation_vector": lambda r: r.as_rotvec(),
+    "quat_wxyz": lambda r: r.as_quat(scalar_first=True),
+    "quat_xyzw": lambda r: r.as_quat(),
+    "matrix4_columns": lambda r: _poses(r).transpose(0, 2, 1).reshape(-1, 16),
+    "matrix4_rows": lambda r: _poses(r).reshape(-1, 16),
+}
+"""Every format but joint angles, as SciPy writes it (capitals: moving axes)."""
+
+
+def _poses(turn: Rotation) -> np.ndarray:
+    poses = np.tile(np.eye(4), (len(turn), 1, 1))
+    poses[:, :3, :3], poses[:, :3, 3] = turn.as_matrix(), [0.3, 0.1, 0.2]
+    return poses
+
+
+def test_the_mixture_is_the_papers_where_that_is_known() -> None:
+    assert len(MIXTURE) == 24
+    known = {"droid": 35.0, "bridge_dataset": 18.0, "fractal20220817_data": 12.0, "kuka": 4.0}
+    assert {name: REGISTRY[name].weight for name in known} == known
+    assert sum(spec.weight or 0 for spec in MIXTURE.values()) == pytest.approx(100, abs=0.05)
+    for name, spec in MIXTURE.items():
+        assert spec.facts["weight"].startswith("the paper: " if name in known else "ours: "), name
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_everything_has_a_source_or_is_said_not_to_be_known(name: str) -> None:
+    spec = REGISTRY[name]
+    assert spec.robot and spec.rate_hz and spec.images and spec.instruction
+    assert "external" in spec.images and all(len(fact) > 5 for fact in spec.facts.values())
+    unknown = missing(spec)
+    if unknown:
+        with pytest.raises(SpearError, match=f"not enough is known of dataset '{name}': {unknown[0]}"):
+            require(spec)
+        assert set(unknown) & set(spec.facts), f"{name}: say why {unknown} is not known"
+
+
+QUESTIONS = {
+    "images": ("images",),
+    "position": ("position",),
+    "rotation_format": ("rotation_format", "rotation"),
+    "tool_rotation": ("tool_rotation",),
+    "gripper": ("gripper",),
+    "gripper_range": ("gripper_range", "gripper"),
+    "command": ("command",),
+    "rate_hz": ("rate_hz",),
+    "logged_kind": ("logged_kind",),
+    "logged_frame": ("logged_frame",),
+    "weight": ("weight",),
+}
+"""What has to be known of each of the 24 datasets -> the facts that say where from."""
+WITHOUT = ("not known", "there is n", "not used", "TFDS catalogue: angles of", "actions have no")
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURE))
+@pytest.mark.parametrize("question", sorted(QUESTIONS))
+def test_every_answer_has_its_source_and_no_answer_its_reason(name: str, question: str) -> None:
+    spec = MIXTURE[name]
+    said = [spec.facts[key] for key in QUESTIONS[question] if key in spec.facts]
+    assert said, f"{name}: where is {question} known from?"
+    if not getattr(spec, question):
+        assert any(words in fact for fact in said for words in WITHOUT), f"{name}: {question}: {said}"
+
+
+def test_what_is_not_known_is_refused_before_anything_is_read(tmp_path: object) -> None:
+    from pathlib import Path
+
+    with pytest.raises(SpearError, match=r"'roboturk': position \(there is no .*spear\.json"):
+        find_spec("roboturk", Path(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", sorted(n for n, s in REGISTRY.items() if not missing(s)))
+def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
+    """Columns exactly where the layout says, filled with one known motion, give that motion back."""
+    spec = REGISTRY[name]
+    position, rotation, layout, gripper, (closed, opened), _ = require(spec)
+    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
+    where = np.stack([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
+    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
+    if layout == "franka_joints":
+        where, quaternions = franka_pose(joints)
+        turn = Rotation.from_quat(quaternions, scalar_first=True)
+    written = joints if layout == "franka_joints" else WRITTEN[layout](turn)
+    steps: dict[str, object] = {}
+
+    def put(path: str, values: np.ndarray) -> None:
+        name_of, _, span = path.rstrip("]").partition("[")
+        first, _, end = span.partition(":")
+        start = int(first or 0)
+        block = steps.setdefault(name_of, np.zeros((4, 40)))
+        assert isinstance(block, np.ndarray)
+        block[:, start : int(end or start + values.shape[1])] = values
+        if not span:
+            steps[name_of] = values
+
+    put(rotation, written)
+    put(position, joints if layout == "franka_joints" else where)
+    put(gripper, np.full((4, 1), closed + 0.75 * (opened - closed)))
+    if spec.command is not None and spec.command != gripper:
+        put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
+    for path in spec.images.values():
+        steps[path] = [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 4
+    steps[spec.instruction] = [b"do it"] * 4
+    episode = episode_from(steps, spec, name)
+    np.testing.assert_allclose(episode.position, where, atol=1e-6)
+    tool = Rotation.from_quat(spec.tool_rotation, scalar_first=True)
+    got = Rotation.from_quat(episode.rotation, scalar_first=True)
+    assert ((turn * tool).inv() * got).magnitude().max() < 1e-5
+    np.testing.assert_allclose(episode.gripper, 0.75, atol=1e-6)
+    if spec.command is not None and spec.command != gripper:
+        assert episode.action is not None
+        np.testing.assert_array_equal(episode.action[:, 7], [1, 0, 1, 0])
+
+
+def test_a_pose_written_row_after_row_is_refused() -> None:
+    pose = np.eye(4)[None]
+    pose[0, :3, 3] = 0.3, 0.1, 0.2
+    np.testing.assert_allclose(
+        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_columns")[0, 0], 1
+    )
+    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written column after"):
+        to_quaternion(pose.reshape(1, 16), "matrix4_columns", "mine")
+    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written row after"):
+        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_rows", "mine")
+    with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
+        to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")
+    vector = torch.tensor([[0.0, 0.0, 0.5]])
+    got = Rotation.from_quat(to_quaternion(vector.numpy(), "rotation_vector"), scalar_first=True)
+    np.testing.assert_allclose(got.as_rotvec(), vector, atol=1e-9)
+
+
+def test_what_the_audit_may_find_a_layout_can_say() -> None:
+    assert set(WRITTEN) | {"franka_joints"} == set(get_args(RotationFormat))
+    assert set(FORMS) == set(WRITTEN) and set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
+    assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(RECORDED_ONLY)
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat) -> None:
+    turn = Rotation.random(50, random_state=0)
+    numbers = WRITTEN[layout](turn)
+    got = Rotation.from_quat(to_quaternion(numbers, layout), scalar_first=True)
+    assert (turn.inv() * got).magnitude().max() < 1e-6
+    same = Rotation.from_quat(FORMS[layout][1](torch.as_tensor(numbers)).numpy(), scalar_first=True)
+    assert (turn.inv() * same).magnitude().max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", [*WRITTEN, "franka_joints"])
+def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat) -> None:
+    """The same poses in other units, where a format has any; joint angles have no length."""
+    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
+    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
+    where = np.array([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
+    numbers = joints if layout == "franka_joints" else WRITTEN[layout](turn)
+    spec = DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
+    first = recorded_pose(
+        {"at": joints if layout == "franka_joints" else where, "turn": numbers}, spec, "mine"
+    )
+    other = dataclasses.replace(spec, length_unit="mm", angle_unit="deg")
+    degrees = np.degrees(numbers) if layout in ANGLES else numbers
+    steps = {"at": degrees if layout == "franka_joints" else 1000 * where, "turn": degrees}
+    for one, same in zip(first[:2], recorded_pose(steps, other, "mine")[:2], strict=True):
+        np.testing.assert_allclose(same, one, atol=1e-12)
+
+
+def test_what_are_no_joint_angles_is_refused() -> None:
+    with pytest.raises(SpearError, match=r"wrong shape: mine: joint angles are \(2, 6\), but a Franka has 7"):
+        franka_pose(np.zeros((2, 6)), "mine")
+    with pytest.raises(SpearError, match="45 is no joint angle: mine: radians are expected"):
+        franka_pose(np.full((2, 7), 45.0), "mine")
+
+
+def test_names_with_slashes_in_them_are_found() -> None:
+    steps = {
+        "observation": {"present/xyz": np.arange(6.0).reshape(2, 3)},
+        "observation/state": np.ones((2, 4)),
+    }
+    np.testing.assert_array_equal(column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]])
+    np.testing.assert_array_equal(column(steps, "observation/state[3]", "x"), [1, 1])
+    with pytest.raises(SpearError, match=r"no 'present' \(there is: present/xyz\)"):
+        column(steps, "observation/present/abc", "x")

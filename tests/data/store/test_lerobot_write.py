@@ -1,0 +1,193 @@
+"""Our LeRobot v3.0 datasets: the files, schemas and metadata of the library's own, and read back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+
+from data_tiny import make
+from spear.data.episode import EpisodeStore
+from spear.data.readers.lerobot import open_lerobot, read_lerobot
+from spear.data.store import lerobot_write
+from spear.data.store import schema as lerobot_schema
+from spear.data.store.lerobot_write import write_lerobot
+from spear.data.store.prepare import open_store
+from spear.data.store.stats import Rows
+from spear.errors import SpearError
+from spear.util.images import decode_image
+
+EXTRA = ("action_mask", "success", "source")
+
+
+@pytest.fixture(scope="module")
+def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """What the library wrote with images and with video, and our copies of the former in both ways."""
+    theirs = shared / "data" / "lerobot"
+    layout = tmp_path_factory.mktemp("layout") / "bridge.json"
+    camera = {"external": "observation/images/image_0"}
+    layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera, "image_aspect": {}}))
+    out = tmp_path_factory.mktemp("ours")
+    for kind in ("image", "video"):
+        episodes = read_lerobot(theirs / "v3.0_image", dataset=layout)
+        assert write_lerobot(episodes, out / f"v3.0_{kind}", images=kind, robot="widowx") == 8
+    return theirs, out, layout
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path], kind: str) -> None:
+    theirs, ours = rewritten[0] / f"v3.0_{kind}", rewritten[1] / f"v3.0_{kind}"
+
+    def files(folder: Path) -> list[str]:
+        paths = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        return sorted(path.replace("image_0", "external") for path in paths)
+
+    assert files(ours) == sorted([*files(theirs), "spear.json"])
+    a, b = (json.loads((folder / "meta/info.json").read_text()) for folder in (theirs, ours))
+    assert list(a) == list(b)
+    for key in set(a) - {"features"}:
+        assert a[key] == b[key], key
+    features = {name.replace("image_0", "external"): f for name, f in a["features"].items()}
+    assert [name for name in b["features"] if name not in EXTRA] == list(features)
+    for name, feature in features.items():
+        if name not in ("observation.state", "action"):  # theirs have Euler angles, ours a quaternion
+            assert feature == b["features"][name]
+        else:
+            assert list(feature) == list(b["features"][name])
+
+    data, episodes = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+    for file in (data, episodes, "meta/tasks.parquet"):
+        schema = {f.name.replace("image_0", "external"): f.type for f in pq.read_schema(theirs / file)}
+        written = {f.name: f.type for f in pq.read_schema(ours / file)}
+        own = {n for n in written if n in EXTRA or (n.startswith("stats/") and n.split("/")[1] in EXTRA)}
+        assert [n for n in written if n not in own] == list(schema)
+        for name, kind_of in schema.items():
+            got = written[name]
+            assert str(got).replace("[8]", "[7]") == str(kind_of), f"{file} {name}"
+    assert pq.ParquetFile(ours / data).num_row_groups == pq.ParquetFile(theirs / data).num_row_groups == 8
+    for folder in (theirs, ours):
+        table = pandas.read_parquet(folder / "meta/tasks.parquet")
+        assert list(table.columns) == ["task_index"] and table.loc["put carrot on plate"].task_index == 3
+    a, b = (json.loads((folder / "meta/stats.json").read_text()) for folder in (theirs, ours))
+    assert set(b) - {"action_mask", "success"} == {name.replace("image_0", "external") for name in a}
+    for name, stats in a.items():
+        mine = b[name.replace("image_0", "external")]
+        assert list(mine) == list(stats)
+        if name in ("observation.state", "action"):
+            continue
+        picture = "images" in name  # of pictures, the library's own std is not that of the pixels
+        for which in ("min", "max", "mean", "count", *(() if picture else ("std",))):
+            np.testing.assert_allclose(mine[which], stats[which], atol=1e-6, err_msg=f"{name} {which}")
+    a, b = (pq.read_table(folder / episodes).to_pylist() for folder in (theirs, ours))
+    for row, mine in zip(a, b, strict=True):
+        for name, value in row.items():
+            if not name.startswith("stats/"):
+                assert mine[name.replace("image_0", "external")] == value, name
+
+
+def test_the_datasets_library_opens_the_rows(rewritten: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    file = rewritten[1] / "v3.0_image/data/chunk-000/file-000.parquet"
+    rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path))
+    assert isinstance(rows.features["observation.images.external"], datasets.Image)
+    assert len(rows) == 80 and rows[10]["observation.images.external"].size == (64, 64)
+    assert len(rows[10]["observation.state"]) == 8 and rows[10]["episode_index"] == 1
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_what_is_written_is_read_back_without_a_layout(
+    rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
+) -> None:
+    theirs, ours, layout = rewritten
+    before = list(read_lerobot(theirs / "v3.0_image", dataset=layout))
+    for a, b in zip(before, read_lerobot(ours / f"v3.0_{kind}"), strict=True):
+        for part in ("position", "rotation", "gripper", "action", "action_mask"):
+            np.testing.assert_allclose(getattr(a, part), getattr(b, part), atol=1e-7)
+        assert (a.instruction, a.rate_hz, a.success, a.source) == (
+            b.instruction,
+            b.rate_hz,
+            b.success,
+            b.source,
+        )
+        if kind == "image":
+            assert list(a.images["external"]) == list(b.images["external"])
+        else:
+            for x, y in zip(a.images["external"], b.images["external"], strict=True):
+                assert np.abs(decode_image(x).astype(float) - decode_image(y)).mean() < 12
+    store, reasons = open_store(ours / f"v3.0_{kind}", tmp_path)
+    assert len(store) == 8 and not reasons and store.source(3) == before[3].source
+    (prepared,) = tmp_path.glob(f"v3.0_{kind}-*")
+    assert len(EpisodeStore(prepared)) == 8
+
+
+def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lerobot_schema, "DATA_MB", 0)
+    monkeypatch.setattr(lerobot_schema, "VIDEO_MB", -1)
+    monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
+    monkeypatch.setattr(lerobot_schema, "CHUNK_FILES", 2)
+    action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
+    episodes = [
+        make(0, success=True),
+        make(1, 5, action=action, success=False),
+        make(2, 1),
+        make(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool)),
+    ]
+    for kind in ("image", "video"):
+        folder = tmp_path / kind
+        assert write_lerobot(episodes, folder, kind) == 4
+        assert (folder / "data/chunk-001/file-001.parquet").is_file()
+        assert (folder / "meta/episodes/chunk-000/file-001.parquet").is_file()
+        read = list(read_lerobot(folder))
+        assert [e.success for e in read] == [True, False, None, None]
+        assert [len(e) for e in read] == [6, 5, 1, 5]
+        np.testing.assert_array_equal(read[1].action, action)
+        np.testing.assert_array_equal(read[3].action_mask, [1, 0, 1, 1, 0])
+        for a, b in zip(episodes, read, strict=True):
+            for x, y in zip(a.images["external"], b.images["external"], strict=True):
+                assert np.abs(decode_image(x).astype(float) - decode_image(y)).mean() < 3
+    assert open_lerobot(tmp_path / "image").tasks == {0: "push the block 0", 1: "push the block 1"}
+
+
+def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    small = make(1, size=(48, 48))
+    wrist = {**make(1).images, "wrist": make(1).images["external"]}
+    for bad, images, message in (
+        (make(1, rate_hz=10.0), "image", "rates differ: made#1 is at 10 Hz"),
+        (make(1, images=wrist), "image", r"cameras differ: made#1 has \['external', 'wrist'\]"),
+        (small, "image", "image sizes differ: made#1 step 0 camera 'external' is 48 x 48"),
+        (make(1, instruction=" "), "image", "empty instruction: made#1"),
+        (dataclasses.replace(make(1), position=make(1).position[:0]), "image", "empty episode: made#1"),
+    ):
+        with pytest.raises(SpearError, match=message):
+            write_lerobot([make(0), bad], tmp_path / "set", images)
+    with pytest.raises(SpearError, match="AV1 needs even sides of at least 64"):
+        write_lerobot([small], tmp_path / "set", "video")
+    with pytest.raises(SpearError, match="no episodes"):
+        write_lerobot([], tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/mine.txt").write_text("keep me")
+    with pytest.raises(SpearError, match="not empty"):
+        write_lerobot([make(0)], tmp_path / "set")
+    assert (tmp_path / "set/mine.txt").read_text() == "keep me"
+
+
+def test_statistics_of_many_rows_stay_small_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spear.data.store.stats.MOST_ROWS", 1000)
+    values = np.random.default_rng(0).normal(size=(7000, 2)).astype(np.float32)
+    rows = Rows()
+    for part in np.array_split(values, 13):
+        rows.add(part)
+    total = rows.total()
+    assert sum(map(len, rows._kept)) <= 1000
+    np.testing.assert_allclose(total["mean"], values.mean(0, dtype=float), atol=1e-9)
+    np.testing.assert_allclose(total["std"], values.std(0, dtype=float), atol=1e-9)
+    np.testing.assert_array_equal(total["max"], values.max(0))
+    np.testing.assert_allclose(total["q90"], np.quantile(values, 0.9, axis=0), atol=0.12)
+    kept = np.concatenate(rows._kept)[:, 0]
+    np.testing.assert_array_equal(kept, values[:: rows._stride, 0])  # evenly spread over all episodes

@@ -1,0 +1,380 @@
+"""Preparing: a LeRobot dataset with an index, the same bytes however it is made, complete or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tiny import make
+from spear.cli import main
+from spear.data.actions import episode_actions, resample
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.mixture import Mixture, TrainingSamples
+from spear.data.normalize import SKETCHES, Normalizer
+from spear.data.readers.formats import find_format, read_episodes
+from spear.data.readers.lerobot import open_lerobot, read_lerobot
+from spear.data.store import parts, ready
+from spear.data.store.index import INDEX, index_batch
+from spear.data.store.lerobot_write import LeRobotWriter
+from spear.data.store.prepare import open_store, prepare
+from spear.data.store.stats import look
+from spear.errors import SpearError
+from spear.models.processing import fit_image
+from spear.types import Episode
+from spear.util.images import decode_image
+
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Episodes of 20 Hz and of 5 Hz, with and without actions of their own, one camera among them that one
+    lacks."""
+    folder = tmp_path_factory.mktemp("recorded") / "arm"
+    action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
+    wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
+    episodes = []
+    for i in range(COUNT):
+        changes: dict[str, Any] = (
+            {"rate_hz": 20.0} if i % 3 == 0 else {"action": action, "success": i % 2 == 0}
+        )
+        episode = make(i, 9, size=(60, 90), **changes)
+        episodes.append(dataclasses.replace(episode, images={**episode.images, **wrist}))
+    episodes[4] = dataclasses.replace(episodes[4], images=make(4, 9, size=(60, 90)).images)
+    write_episodes(episodes, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ready, "BLOCK", 2)
+
+
+SIZES = {"": (48, 40), "wrist": (24, 24)}
+
+
+def run(recorded: Path, out: Path, **changes: Any) -> tuple[int, list[str]]:
+    """Prepare in parts of one block each."""
+    return prepare(recorded, out, **{"sizes": SIZES, "fit_image": fit_image, "part_mb": 0.0, **changes})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "arm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "BLOCK", 2)
+        written, reasons = run(recorded, out)
+    assert written == COUNT - 1
+    assert len(reasons) == 1 and "no camera 'wrist': made#4" in reasons[0]
+    assert json.loads((out / "set_aside.json").read_text()) == reasons
+    assert [p.name for p in out.parent.iterdir()] == ["arm"]
+    return out
+
+
+def test_every_reader_finds_the_same_episodes(recorded: Path, whole: Path) -> None:
+    before = [e for e in read_episodes(recorded) if e.source != "made#4"]
+    store = EpisodeStore(whole)
+    assert find_format(whole) == "store" and len(open_lerobot(whole).episodes) == len(store) == COUNT - 1
+    assert store.cameras == ["external", "wrist"] and store.whole and not store.subset([0]).whole
+    for i, (old, ours, theirs) in enumerate(zip(before, store, read_lerobot(whole), strict=True)):
+        expected = resample(old)
+        action, mask = episode_actions(expected)
+        np.testing.assert_array_equal(store.known[i], mask.sum())
+        for got in (ours, theirs, store.without_images(i)):
+            assert got.action is not None and got.action_mask is not None
+            np.testing.assert_allclose(got.position, expected.position, atol=1e-7)
+            np.testing.assert_allclose(got.rotation, expected.rotation, atol=1e-6)
+            np.testing.assert_allclose(got.gripper, expected.gripper, atol=1e-7)
+            np.testing.assert_allclose(got.action, action, atol=1e-6)
+            np.testing.assert_array_equal(got.action_mask, mask)
+            for name in ("instruction", "source", "success", "rate_hz"):
+                assert getattr(got, name) == getattr(expected, name)
+        for camera, (width, height) in (("external", (48, 40)), ("wrist", (24, 24))):
+            assert list(ours.images[camera]) == list(theirs.images[camera])
+            for step, encoded in enumerate(ours.images[camera]):
+                assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
+                target = fit_image(decode_image(expected.images[camera][step]), height, width)
+                assert np.abs(decode_image(encoded).astype(int) - target).mean() < 1.5
+
+
+def test_training_draws_the_same_from_both_kinds_of_folder(whole: Path, tmp_path: Path) -> None:
+    prepared = EpisodeStore(whole)
+    write_episodes(prepared, tmp_path / "recorded", shard_size=3)
+    batches = []
+    for store in (prepared, EpisodeStore(tmp_path / "recorded")):
+        mixture = Mixture([("arm", store, 1.0)], seed=3)
+        samples = TrainingSamples(mixture, {"external": (40, 48), "wrist": (16, 16)}, fit_image)
+        batches.append(samples.batch(2, 12))
+    a, b = batches
+    assert a["instruction"] == b["instruction"] and a["action_mask"].any()
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        np.testing.assert_array_equal(a[name], b[name])
+    for camera in ("external", "wrist"):
+        np.testing.assert_array_equal(a["images"][camera], b["images"][camera])
+        assert a["images"][camera].any(axis=(1, 2, 3)).all()
+
+
+def test_the_images_lie_open_in_parquet(whole: Path) -> None:
+    """What the fast path rests on, and what keeps it LeRobot's: its tools see rows as always."""
+    data = sorted((whole / "data").rglob("*.parquet"))
+    assert len(data) == 6
+    metadata = pq.read_metadata(data[0])
+    for column in range(metadata.num_columns):
+        leaf = metadata.row_group(0).column(column)
+        image = leaf.path_in_schema.endswith(".bytes")
+        plain = image or leaf.path_in_schema.endswith(".path")
+        assert (leaf.compression == "UNCOMPRESSED") == plain, leaf.path_in_schema
+        assert not (image and "RLE_DICTIONARY" in leaf.encodings)
+    rows = pq.read_table(whole / "data").to_pylist()
+    assert [row["index"] for row in rows] == list(range(len(rows)))
+    frames = [row["observation.images.wrist"]["bytes"] for row in rows]
+    store = EpisodeStore(whole)
+    assert frames == [store.image(e, t, "wrist") for e in range(len(store)) for t in range(store.lengths[e])]
+    info = json.loads((whole / "meta/info.json").read_text())
+    assert info["total_frames"] == len(rows) and info["codebase_version"] == "v3.0" and info["fps"] == 5
+    episodes = pq.read_table(whole / "meta/episodes").to_pylist()
+    assert [e["data/file_index"] for e in episodes] == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+
+
+def test_the_statistics_are_taken_once(whole: Path, recorded: Path) -> None:
+    store = EpisodeStore(whole)
+    everything = store.subset(range(len(store)))
+    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(everything, 1.0)])
+    (whole / SKETCHES).rename(whole / "elsewhere")
+    (whole / SKETCHES).write_bytes(b"no statistics")
+    with pytest.raises(SpearError, match=f"unreadable: .*{SKETCHES}"):
+        Normalizer.fit([(store, 1.0)])
+    Normalizer.fit([(everything, 1.0)])  # a part of a dataset has statistics of its own
+    (whole / "elsewhere").rename(whole / SKETCHES)
+
+
+def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
+    assert run(recorded, tmp_path / "arm", workers=2)[0] == COUNT - 1
+    assert files(tmp_path / "arm") == files(whole)
+
+
+def killed(target: Callable[[], object]) -> None:
+    """Run something in a process that ends by SIGKILL."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 5, 9, 18, 19, 20])
+def test_a_killed_run_continues_to_the_same_bytes(
+    recorded: Path, whole: Path, tmp_path: Path, kill_at: int
+) -> None:
+    """Killed before or after any of its steps that others can see: a file renamed or written out."""
+    out = tmp_path / "arm"
+
+    def die() -> None:
+        steps = 0
+
+        def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any) -> Any:
+                nonlocal steps
+                steps += 1
+                if steps > kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+
+            return wrapped
+
+        parts._to_disk = deadly(parts._to_disk)
+        parts.save_sketches = deadly(parts.save_sketches)
+        Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
+        run(recorded, out)
+
+    killed(die)
+    assert not out.exists()
+    finished = len(list((tmp_path / ".arm.part/parts").glob("part-*.arrow")))
+    assert finished == min(6, kill_at // 3)
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = ready.make_ready
+        patch.setattr(ready, "make_ready", lambda wanted, split: (read.append(split), real(wanted, split))[1])
+        written, reasons = run(recorded, out)
+    assert len(read) == 6 - finished  # nothing is done twice
+    assert written == COUNT - 1 and len(reasons) == 1
+    assert files(out) == files(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["arm"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    recorded: Path, whole: Path, tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    largest = max(p.stat().st_size for p in (whole / "data").rglob("*.parquet"))
+    out = tmp_path / "arm"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))
+        with pytest.raises(SpearError, match=r"cannot write: .*arm: .*free some space .*it continues"):
+            run(recorded, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not out.exists()
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.parquet"))
+    complete = len(list(tmp_path.glob(".arm.part/parts/*.arrow")))
+    assert len(left) == 2 * complete  # of each part its rows and its episodes, and nothing else
+    assert run(recorded, out)[0] == COUNT - 1
+    assert files(out) == files(whole)
+
+
+def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "arm"
+
+    def die() -> None:
+        parts.Parts.finish = lambda self, note: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+        run(recorded, out)
+
+    killed(die)
+    with pytest.raises(SpearError, match=r"another preparation was begun in .*\.arm\.part: with other sizes"):
+        run(recorded, out, sizes={"": (40, 40)})
+    with pytest.raises(SpearError, match="with other episodes"):
+        run(recorded, out, split="train[:4]")
+    with open(tmp_path / ".arm.part/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SpearError, match="being prepared by another process"):
+            run(recorded, out)
+    assert run(recorded, out)[0] == COUNT - 1
+
+
+def test_what_has_changed_behind_the_index_is_named(whole: Path, recorded: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    assert open_store(copy, tmp_path / "unused")[0].path == copy and not (tmp_path / "unused").exists()
+    data = copy / "data/chunk-000/file-001.parquet"
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(SpearError, match=r"truncated or changed: .*file-001\.parquet"):
+        EpisodeStore(copy)
+    data.unlink()
+    with pytest.raises(SpearError, match=r"missing file: .*file-001\.parquet"):
+        EpisodeStore(copy)
+    os.truncate(copy / INDEX, 1000)
+    with pytest.raises(SpearError, match=rf"truncated shard: .*{INDEX}"):
+        EpisodeStore(copy)
+
+
+def test_bad_images_and_odd_episodes_are_set_aside_by_name(tmp_path: Path) -> None:
+    broken = make(1)
+    broken = dataclasses.replace(broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]})
+    write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1)], tmp_path / "arm")
+    written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
+    assert written == 2 and len(reasons) == 2
+    assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
+    assert (
+        "image sizes differ: made#2 step 0 camera 'external' is 48 x 48 pixels, the first one 80 x 64"
+        in reasons[1]
+    )
+    assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
+    written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", sizes={"": (32, 32)}, fit_image=fit_image)
+    assert written == 3 and len(reasons) == 1
+    with pytest.raises(
+        SpearError, match=r"no good episode: .*no camera 'wirst': made#\d: its cameras are external"
+    ):
+        prepare(tmp_path / "arm", tmp_path / "no", sizes={"wirst": (32, 32)}, fit_image=fit_image)
+    with pytest.raises(SpearError, match="sizes without a way"):
+        prepare(tmp_path / "arm", tmp_path / "no", sizes={"": (32, 32)})
+    assert not any("no" in p.name for p in tmp_path.iterdir())
+
+
+def test_the_command(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    write_episodes([make(0, size=(60, 90))], other)
+    out = tmp_path / "deep" / "data"
+    base = ["data", "prepare", str(other), "--out", str(out), "--workers", "0"]
+    assert main([*base, "--size", "30x20", "external=48x32"]) == 0
+    assert f"1 episodes in {out}, 0 set aside" in capsys.readouterr().out
+    assert decode_image(EpisodeStore(out).image(0, 0, "external") or b"").shape == (32, 48, 3)
+    assert main(["data", "inspect", str(out)]) == 0
+    assert "48 x 32 pixels, in 1 of 1 episodes" in capsys.readouterr().out
+    for words, message in (
+        ([*base, "--size", "30"], "--size 30: write it as 280x210"),
+        (base, "prepared from other episodes"),
+        (
+            ["data", "prepare", str(other), str(other), "--out", "x"],
+            "datasets of the same name: other, other",
+        ),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_several_datasets_continue_behind_those_that_are_done(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in the second of two, the same command leaves the first as it is."""
+    other, out = tmp_path / "other", tmp_path / "all"
+    write_episodes([make(0, size=(60, 90))], other)
+    command = ["data", "prepare", str(other), str(recorded), "--out", str(out), "--workers", "0"]
+
+    def die() -> None:
+        parts.Parts.finish = finish_or_die  # type: ignore[method-assign]
+        main(command)
+
+    killed(die)
+    assert [p.name for p in out.glob("[!.]*")] == ["other"]
+    before = {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")}
+    assert main(command) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["arm", "other"]
+    assert f"1 episodes in {out / 'other'}, 0 set aside" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")} == before
+    assert main([*command, "--size", "30x20"]) == 2  # what is there was made for something else
+    assert "prepared from other episodes" in capsys.readouterr().err
+
+
+_finish = parts.Parts.finish
+
+
+def finish_or_die(self: parts.Parts, note: dict[str, str]) -> None:
+    """Die at the end of the recorded episodes."""
+    if self.episodes > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _finish(self, note)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_images_are_found_whatever_is_in_them(
+    tmp_path_factory: pytest.TempPathFactory, images: list[list[bytes]]
+) -> None:
+    """Also when the same bytes come twice, or one image is within another."""
+    folder = tmp_path_factory.mktemp("set")
+    seen = look(make(0, 1))
+    writer = LeRobotWriter(folder, {"external": (64, 80)}, 5.0)
+    episodes: list[Episode] = []
+    for i, each in enumerate(images):
+        episode = make(i, len(each))
+        action, mask = episode_actions(episode)
+        episodes.append(
+            dataclasses.replace(episode, images={"external": each}, action=action, action_mask=mask)
+        )
+        writer.add(episodes[-1], seen)
+    writer.end_file()
+    places = index_batch(folder, 0, episodes).column("place:external").values.to_numpy().reshape(-1, 2)
+    data = next(folder.rglob("*.parquet")).read_bytes()
+    assert [data[a : a + n] for a, n in places.tolist()] == [image for each in images for image in each]
+    assert (np.diff(places[:, 0]) > 0).all()

@@ -1,0 +1,364 @@
+"""The audit finds each planted mistake by name, finds right data right, and says when it cannot tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy.spatial.transform import Rotation
+
+from data_tiny import make
+from spear.cli import main
+from spear.data.actions import derive_actions
+from spear.data.audit import Report, audit, claims, judge
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.hypotheses import Recording
+from spear.data.readers.franka import franka_pose
+from spear.data.readers.spec import DatasetSpec
+from spear.errors import SpearError
+from spear.report.audit import conclusion, text
+
+RATE = 10.0
+RIGHT: dict[str, dict[str, str | None]] = {
+    "translation": {
+        "kind": "delta",
+        "frame": "base",
+        "unit": "m",
+        "signs": "+++",
+        "shift": "0",
+        "state": "euler_xyz",
+        "form": "-",
+    },
+    "rotation": {
+        "kind": "delta",
+        "frame": "ee",
+        "unit": "rad",
+        "signs": "+++",
+        "shift": "0",
+        "state": "euler_xyz",
+        "form": "euler_xyz",
+    },
+}
+
+
+def motions(episodes: int = 8, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
+    """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(episodes):
+        time = np.arange(steps)[:, None] / RATE
+        waves = [
+            rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (1.5, 4.0)
+        ]
+        position = [0.4, 0.0, 0.2] + (0 if still else 0.05) * (waves[0] + 0.5 * waves[1])
+        turns = [
+            rng.uniform(-1, 1, (1, 3)) * np.sin(w * time + rng.uniform(0, 6, (1, 3))) for w in (2.0, 3.0)
+        ]
+        rotation = Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3)) * Rotation.from_rotvec(0.7 * sum(turns))
+        found.append((position, rotation))
+    return found
+
+
+def recordings(**planted: Any) -> list[Recording]:
+    """Recordings whose layout is RIGHT, but for what is planted."""
+    rng = np.random.default_rng(1)
+    found = []
+    for number, (position, rotation) in enumerate(motions(still=planted.get("still", False))):
+        step = np.zeros_like(position)
+        turn = np.zeros_like(position)
+        step[:-1] = np.diff(position, axis=0)
+        inverse = rotation[:-1].inv()
+        delta = inverse * rotation[1:]
+        if planted.get("frame") == "ee":
+            step[:-1] = inverse.apply(step[:-1])
+        if planted.get("rotation_frame") == "base":
+            delta = rotation[1:] * inverse
+        order = planted.get("form", "xyz")
+        turn[:-1] = delta.as_rotvec() if order == "rotvec" else delta.as_euler(order)
+        if planted.get("kind") == "absolute":
+            step[:-1], turn[:-1] = position[1:], rotation[1:].as_euler("xyz")
+        if planted.get("kind") == "velocity":
+            step, turn = step * RATE, turn * RATE
+        late = planted.get("late", 0)
+        step, turn = np.roll(step, -late, axis=0), np.roll(turn, -late, axis=0)
+        step = step * planted.get("step_scale", 1) + rng.normal(0, planted.get("noise", 1e-4), step.shape)
+        state = rotation.as_euler(planted.get("state", "xyz"))
+        found.append(
+            Recording(
+                f"made#{number}",
+                position * planted.get("position_scale", 1),
+                state * planted.get("state_scale", 1),
+                step,
+                turn * planted.get("turn_scale", 1),
+                np.arange(len(position)) < len(position) - 1,
+                RATE,
+            )
+        )
+    return found
+
+
+def only(part: str, recording: Recording) -> Recording:
+    """Without the logged values of the other part, which saves time."""
+    return dataclasses.replace(recording, **{"turn" if part == "translation" else "translation": None})
+
+
+def verdicts(report: Report, part: str) -> dict[str, tuple[str, str]]:
+    found = next(p for p in report.parts if p.name == part)
+    return {f.question: (f.best, f.verdict) for f in found.findings}
+
+
+def test_a_right_dataset_is_found_right() -> None:
+    report = judge(recordings(), RIGHT)
+    assert report.agrees and conclusion(report) == "the layout agrees with the data"
+    for part in report.parts:
+        assert part.verdict == "agrees" and part.best.relative < 0.05
+        assert all(f.verdict in ("agrees", "cannot tell") and f.best == f.said for f in part.findings)
+    assert verdicts(report, "translation")["frame"] == ("base", "agrees")
+    assert verdicts(report, "rotation")["frame"] == ("ee", "agrees")
+
+
+@pytest.mark.parametrize(
+    ("planted", "part", "question", "truth"),
+    [
+        ({"frame": "ee"}, "translation", "frame", "ee"),
+        ({"rotation_frame": "base"}, "rotation", "frame", "base"),
+        ({"step_scale": 1000}, "translation", "unit", "mm"),
+        ({"step_scale": 100}, "translation", "unit", "cm"),
+        ({"step_scale": np.array([1, -1, 1])}, "translation", "signs", "+-+"),
+        ({"turn_scale": np.array([-1, 1, -1])}, "rotation", "signs", "-+-"),
+        ({"turn_scale": 180 / np.pi}, "rotation", "unit", "deg"),
+        ({"kind": "absolute"}, "translation", "kind", "absolute"),
+        ({"kind": "absolute"}, "rotation", "kind", "absolute"),
+        ({"kind": "velocity"}, "translation", "kind", "velocity"),
+        ({"kind": "velocity"}, "rotation", "kind", "velocity"),
+        ({"late": 1}, "translation", "shift", "1"),
+        ({"late": -1}, "rotation", "shift", "-1"),
+        ({"state": "XYZ"}, "rotation", "state", "euler_XYZ"),
+    ],
+    ids=str,
+)
+def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, question: str, truth: str) -> None:
+    made = [only(part, r) for r in recordings(**planted)]
+    report = judge(made, RIGHT)
+    assert verdicts(report, part)[question] == (truth, "wrong")
+    assert not report.agrees and "WRONG" in text(report)
+    said = {**RIGHT, part: {**RIGHT[part], question: truth}}
+    if question in ("frame", "shift", "signs"):
+        found = next(p for p in judge(made, said).parts if p.name == part)
+        assert found.verdict == "agrees"
+
+
+def test_actions_in_a_unit_of_their_own_are_measured() -> None:
+    """As of simulators whose actions are -1 … 1."""
+    found = verdicts(judge(recordings(step_scale=1 / 0.05), RIGHT), "translation")
+    best, verdict = found["unit"]
+    assert verdict == "wrong" and float(best.split()[0]) == pytest.approx(0.05, rel=0.1)
+    assert found["frame"] == ("base", "agrees")
+
+
+def test_states_in_wrong_units_are_named() -> None:
+    assert "not metres, but mm" in conclusion(judge(recordings(position_scale=1000, step_scale=1000), RIGHT))
+    report = judge(recordings(state_scale=180 / np.pi, turn_scale=180 / np.pi), RIGHT)
+    assert any("degrees, where the layout has radians" in remark for remark in report.states)
+
+
+def test_what_cannot_be_told_is_said() -> None:
+    still = judge(recordings(still=True), RIGHT).parts[0]
+    assert still.verdict == "cannot tell" and "hardly moves" in still.note
+    noise = judge(recordings(noise=1.0), RIGHT).parts[0]
+    assert noise.verdict == "cannot tell" and "no reading explains" in noise.note
+    assert {f.verdict for f in noise.findings} == {"cannot tell"}
+    # An arm that never tilts: its own frame is the base frame.
+    flat = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in recordings()]
+    frame = next(f for f in judge(flat, RIGHT).parts[0].findings if f.question == "frame")
+    assert frame.verdict == "cannot tell" and set(frame.tied) == {"base", "ee"}
+
+
+def test_a_layout_that_does_not_say_gets_a_proposal() -> None:
+    said = {**RIGHT, "translation": {**RIGHT["translation"], "frame": None}}
+    report = judge(recordings(frame="ee"), said)
+    assert verdicts(report, "translation")["frame"] == ("ee", "not said")
+    assert report.parts[0].verdict == "not said" and report.agrees
+
+
+@pytest.fixture
+def canonical(tmp_path: Path) -> Path:
+    """A store of episodes with right actions."""
+    episodes = []
+    for number, (position, rotation) in enumerate(motions(3)):
+        turn = rotation.as_quat(scalar_first=True)
+        action = derive_actions(position, turn, np.ones(len(turn)))
+        mask = np.arange(len(turn)) < len(turn) - 1
+        parts = {
+            "position": position,
+            "rotation": turn,
+            "action": action,
+            "action_mask": mask,
+            "rate_hz": RATE,
+        }
+        episodes.append(make(number, len(turn), (8, 8), **parts))
+    write_episodes(episodes, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
+    page = tmp_path / "audit.html"
+    assert main(["data", "audit", str(canonical), "--out", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "the layout agrees with the data" in shown and "WRONG" not in shown
+    assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
+    assert "http" not in page.read_text()
+
+    assert main(["data", "audit", str(canonical), "--split", "train[:2]"]) == 0
+    assert "2 episodes, 48 steps" in capsys.readouterr().out
+
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    claim = json.loads((exported / "spear.json").read_text())
+    column = claim.pop("action")
+    claim = {k: v for k, v in claim.items() if not k.startswith("action")} | {
+        "logged_translation": f"{column}[0:3]",
+        "logged_rotation": f"{column}[3:7]",
+        "logged_rotation_format": "quat_wxyz",
+        "logged_kind": "delta",
+        "logged_frame": "base",
+    }
+    (exported / "spear.json").write_text(json.dumps(claim))
+    capsys.readouterr()
+    assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
+    said = capsys.readouterr()
+    assert said.out.strip().splitlines()[-2:] == [
+        "the layout is WRONG: rotation frame: ee, not base",
+        f"open {page}",
+    ]
+    assert said.err.startswith(f"error: {exported}: the layout is WRONG: rotation frame: ee, not base: ")
+    assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
+
+    for key in ("logged_translation", "logged_rotation"):
+        claim.pop(key)
+    (exported / "spear.json").write_text(json.dumps(claim))
+    assert main(["data", "audit", str(exported)]) == 2
+    assert "names no logged actions" in capsys.readouterr().err
+    assert len(EpisodeStore(canonical)) == 3
+
+
+def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
+    """Real BridgeData V2: nothing contradicts the registry, and it is told which facts this sample cannot
+    settle."""
+    report = audit(shared / "data" / "bridge_v2_sample")
+    assert report.agrees and report.episodes == 25
+    assert verdicts(report, "translation")["frame"] == ("base", "agrees")
+    assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
+    assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
+    assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
+
+
+def test_bad_episodes_are_set_aside_by_name(canonical: Path, tmp_path: Path) -> None:
+    """One of three is broken in a way that only the audit sees, as it reads no images; all are: then it says
+    why."""
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    (file,) = (exported / "data").rglob("*.parquet")
+    whole = pq.read_table(file)
+    for broken, words in (
+        ({30: [np.nan] * 8}, "not a number: exported/train#1: its position"),
+        ({30: [0.3] * 8}, "not a rotation: exported/train#1 step 6: rotation quaternion has norm 0.6"),
+        ({30: None}, "broken rows: exported#1"),
+    ):
+        pq.write_table(with_states(whole, broken), file)
+        report = audit(exported)
+        assert report.agrees and report.episodes == 2 and len(report.aside) == 1
+        assert words in report.aside[0] and f"set aside: {report.aside[0]}" in text(report)
+    pq.write_table(with_states(whole, {row: [0.3] * 8 for row in range(72)}), file)
+    with pytest.raises(SpearError, match=r"no good episode: .*: not a rotation: exported/train#2 step 0"):
+        audit(exported)
+
+
+def test_episodes_without_actions_of_their_own_are_set_aside(canonical: Path, tmp_path: Path) -> None:
+    episodes = list(EpisodeStore(canonical))
+    mixed = [dataclasses.replace(episodes[0], action=None, action_mask=None), *episodes[1:]]
+    write_episodes(mixed, tmp_path / "mixed")
+    report = audit(tmp_path / "mixed")
+    assert report.episodes == 2 and "no actions of its own: made#0" in report.aside[0]
+    with pytest.raises(SpearError, match=r"no good episode: .*no actions of its own: made#0"):
+        audit(tmp_path / "mixed", "train[:1]")
+
+
+def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    (file,) = (exported / "data").rglob("*.parquet")
+    whole = pq.read_table(file)
+    claim = json.loads((exported / "spear.json").read_text())
+    claim = {k: v for k, v in claim.items() if not k.startswith("action")} | {
+        "logged_translation": "action[0:3]",
+        "logged_rotation": "action[3:7]",
+        "logged_rotation_format": "quat_wxyz",
+    }
+
+    time = np.arange(72)[:, None] / RATE
+    rates = np.array([1.0, 1.5, 2.0, 1.2, 1.7, 2.2, 0.8])
+    joints = [0, -0.5, 0, -2.0, 0, 1.8, 0.7] + 0.3 * np.sin(rates * time + np.arange(7))
+    there, facing = franka_pose(np.roll(joints, -1, axis=0))
+    rows = np.concatenate([joints, np.ones((72, 1))], axis=1)
+    table = with_states(whole, dict(enumerate(rows.tolist())))
+    targets = np.concatenate([there, facing, np.ones((72, 1))], axis=1)
+    pq.write_table(with_states(table, dict(enumerate(targets.tolist())), "action"), file)
+    column = "observation/state[0:7]"
+    joint = {"position": column, "rotation": column, "rotation_format": "franka_joints"}
+    for frame, code in (("base", 0), ("ee", 2)):
+        said = (
+            claim | joint | {"logged_kind": "absolute" if frame == "base" else "delta", "logged_frame": frame}
+        )
+        (exported / "spear.json").write_text(json.dumps(said))
+        assert main(["data", "audit", str(exported)]) == code
+
+    for form, order, degrees in (("euler_zxy", "zxy", False), ("euler_zyx", "ZYX", True)):
+        states = np.array(whole["observation.state"].to_pylist())
+        turns = Rotation.from_quat(states[:, 3:7], scalar_first=True)
+        states[:, 3:6] = turns.as_euler(order, degrees)
+        pq.write_table(with_states(whole, dict(enumerate(states.tolist()))), file)
+        euler = {"rotation": "observation/state[3:6]", "rotation_format": form, "logged_kind": "delta"}
+        euler["angle_unit"] = "deg" if degrees else "rad"
+        for part, frame in (("logged_rotation", "ee"), ("logged_translation", "base")):
+            said = {k: v for k, v in claim.items() if not k.startswith("logged_t") and k != "logged_rotation"}
+            said |= {part: claim[part], "logged_rotation_format": "quat_wxyz", "logged_frame": frame}
+            (exported / "spear.json").write_text(json.dumps(said | euler))
+            assert main(["data", "audit", str(exported)]) == 0
+
+
+def test_units_that_the_layout_says_are_claimed() -> None:
+    """Logged in centimetres and degrees, and said so; the same said to be metres and radians is wrong."""
+    made = recordings(step_scale=100, turn_scale=180 / np.pi)
+    spec = DatasetSpec(
+        "mine", rotation_format="euler_xyz", logged_rotation_format="euler_xyz", logged_kind="delta"
+    )
+    for given, verdict in (
+        (dataclasses.replace(spec, length_unit="cm", angle_unit="deg"), "agrees"),
+        (spec, "wrong"),
+    ):
+        report = judge(made, claims(given))
+        assert verdicts(report, "translation")["unit"] == ("cm", verdict)
+        assert verdicts(report, "rotation")["unit"] == ("deg", verdict)
+
+
+def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observation.state") -> pa.Table:
+    """The rows of a LeRobot dataset with other states (or another column) in some of them."""
+    at = table.column_names.index(name)
+    cells = table[name].to_pylist()
+    for row, value in changes.items():
+        cells[row] = value
+    return table.set_column(at, table.schema.field(at), pa.array(cells, table.schema.field(at).type))
+
+
+def test_short_episodes_are_refused() -> None:
+    short = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings()]
+    with pytest.raises(SpearError, match="no episode has five steps"):
+        judge(short, RIGHT)

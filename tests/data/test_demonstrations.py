@@ -1,0 +1,79 @@
+"""Recording goes on where it was stopped, and mixes nothing up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spear.data.demonstrations import demonstrate
+from spear.data.episode import SHARD_GLOB, EpisodeStore, write_episodes
+from spear.errors import SpearError
+
+SIZES = {"external": (96, 72), "wrist": (48, 48)}
+FAMILIES = "put_on", "spoon_on_towel"
+
+
+def record(out: Path, episodes: int = 2, first_seed: int = 10_000, **changed: object) -> tuple[int, int]:
+    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, quiet=True)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demonstrations")
+    assert record(out) == (4, 4)
+    return out
+
+
+def same(one: Path, other: Path) -> bool:
+    pairs = zip(EpisodeStore(one), EpisodeStore(other), strict=True)
+    return all(
+        a.source == b.source
+        and {k: list(v) for k, v in a.images.items()} == {k: list(v) for k, v in b.images.items()}
+        for a, b in pairs
+    )
+
+
+def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    write_episodes([EpisodeStore(whole)[i] for i in range(3)], out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob(SHARD_GLOB)}
+    assert record(out) == (4, 4)
+    assert same(out, whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert record(out) == (4, 4)  # everything is there
+    assert record(out, episodes=3) == (6, 6)  # more of the same
+    assert [EpisodeStore(out).source(i) for i in (4, 5)] == ["sim/put_on/10002", "sim/spoon_on_towel/10002"]
+
+
+def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) -> None:
+    """It is not in the folder, and what comes after it shows that it had its turn."""
+    out = tmp_path / "failed"
+    write_episodes([EpisodeStore(whole)[i] for i in (0, 2, 3)], out)
+    assert record(out) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"first_seed": 10_001}, "other settings .sim/put_on/10000 "),
+        ({"episodes": 1}, "other settings .sim/put_on/10001 "),
+        ({"wrist": (32, 32)}, r"wrist: \(48, 48\), not \(32, 32\)"),
+        ({"first_seed": 9_999}, "kept for testing"),
+    ],
+)
+def test_a_folder_with_others_is_refused_and_left_as_it_is(
+    whole: Path, changed: dict[str, object], words: str
+) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole.iterdir())
+    with pytest.raises(SpearError, match=words):
+        record(whole, **changed)  # type: ignore[arg-type]
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole.iterdir()) == before
+
+
+def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
+    """Shards beside a dataset would hide it."""
+    (tmp_path / "meta").mkdir()
+    with pytest.raises(SpearError, match="holds other files: record into a folder of its own"):
+        record(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]

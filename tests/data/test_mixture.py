@@ -1,0 +1,248 @@
+"""Sampling: a pure function of (seed, step), by weight, never a masked first action."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_tiny import make as tiny
+from spear.data.actions import episode_actions
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.mixture import Mixture, TrainingSamples, split
+from spear.errors import SpearError
+from spear.train import loop, parallel
+from spear.types import Episode
+
+
+def png(value: int, size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size[::-1], (value, value // 2, 255 - value)).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
+    """Episode e, step t: image value 10 e + t, x = e + t / 100, action x = t; step 2 is masked."""
+
+    def make(e: int) -> Episode:
+        steps = 5 + e
+        action = np.zeros((steps, 8), np.float32)
+        action[:, 0], action[:, 3], action[:, 7] = np.arange(steps), 1, np.arange(steps) % 2
+        images = {"external": [png(10 * e + t, (12, 16)) for t in range(steps)]}
+        if wrist:
+            images["wrist"] = [png(200, (8, 8))] * steps
+        position = np.stack([e + np.arange(steps) / 100, np.zeros(steps), np.zeros(steps)], axis=1)
+        still = np.tile([0, 1, 0, 0], (steps, 1))
+        mask = np.arange(steps) != 2
+        gripper = np.full(steps, 0.5)
+        return Episode(images, position, still, gripper, f"task {e}", rate_hz, f"{name} {e}", action, mask)
+
+    write_episodes([make(e) for e in range(episodes)], folder, shard_size=2)
+    return EpisodeStore(folder)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Mixture:
+    a = make_store(tmp_path / "a", "a", 5, wrist=True)
+    b = make_store(tmp_path / "b", "b", 2, wrist=False)
+    return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
+
+
+def fit_by_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return image[:height, :width]
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            assert_equal(value, b[key])
+        else:
+            np.testing.assert_array_equal(value, b[key])
+
+
+VIEWS = {"external": (12, 16), "wrist": (6, 6)}
+
+
+def test_a_batch_is_a_function_of_seed_and_step(mixture: Mixture) -> None:
+    samples = TrainingSamples(mixture, VIEWS, fit_by_crop, augment=1.0)
+    run = [samples.batch(step, 8) for step in range(6)]
+    resumed = Mixture([("a", mixture.stores[0], 3.0), ("b", mixture.stores[1], 1.0)], seed=7)
+    again = TrainingSamples(resumed, VIEWS, fit_by_crop, augment=1.0)
+    for step in (5, 3, 4):  # any order: nothing is replayed
+        assert_equal(again.batch(step, 8), run[step])
+    other = Mixture([("a", mixture.stores[0], 3.0), ("b", mixture.stores[1], 1.0)], seed=8)
+    assert [s.flat for s in other.draw(0, 64)] != [s.flat for s in mixture.draw(0, 64)]
+    assert [s.flat for s in mixture.draw(1, 64)] != [s.flat for s in mixture.draw(0, 64)]
+
+
+def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
+    batch = TrainingSamples(mixture, VIEWS, fit_by_crop).batch(0, 64)
+    assert batch["images"]["external"].shape == (64, 12, 16, 3)
+    assert batch["images"]["wrist"].shape == (64, 6, 6, 3)
+    assert batch["images"]["external"].transpose(0, 3, 1, 2).flags.c_contiguous  # as the network takes it
+    assert batch["action"].shape == (64, 5, 8) and batch["action_mask"].shape == (64, 5)
+    episode = np.floor(batch["position"][:, 0] + 1e-4).astype(int)
+    step = np.rint((batch["position"][:, 0] - episode) * 100).astype(int)
+    np.testing.assert_array_equal(batch["images"]["external"][:, 3, 4, 0], 10 * episode + step)
+    np.testing.assert_array_equal(batch["action"][:, 0, 0], step)
+    assert batch["instruction"] == [f"task {e}" for e in episode]
+    from_a = batch["dataset"] == 0
+    assert 0 < from_a.sum() < 64 and batch["views"]["external"].all()
+    np.testing.assert_array_equal(batch["views"]["wrist"], from_a)
+    assert (batch["images"]["wrist"][from_a, ..., 0] == 200).all()
+    assert (batch["images"]["wrist"][~from_a] == 0).all()
+    for e, t, mask in zip(episode, step, batch["action_mask"], strict=True):
+        targets = [t + h < 5 + e and 2 not in range(t, t + h + 1) for h in range(5)]
+        np.testing.assert_array_equal(mask, targets)
+    assert batch["action_mask"][:, 0].all()
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    half = png(7, (12, 16))[:40]
+    write_episodes([tiny(0, 3, images={"external": [half] * 3})], tmp_path)
+    samples = TrainingSamples(Mixture([("a", EpisodeStore(tmp_path), 1.0)]), VIEWS, fit_by_crop)
+    with pytest.raises(SpearError, match=r"broken image: made#0 step \d camera 'external'"):
+        samples.batch(0, 1)
+
+
+def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
+    drawn = [s for step in range(40) for s in mixture.draw(step, 100)]
+    share = np.mean([s.source == 0 for s in drawn])
+    assert abs(share - 0.75) < 4 * np.sqrt(0.75 * 0.25 / len(drawn))
+    seen = {(s.source, s.episode, s.step) for s in drawn}
+    assert len(seen) == len(mixture) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
+    assert all(step != 2 for _, _, step in seen)
+    counts = np.bincount([s.flat for s in drawn if s.source == 0])
+    counts = counts[counts > 0]
+    expected = counts.sum() / len(counts)
+    assert ((counts - expected) ** 2 / expected).sum() < 60  # chi-square, 29 degrees of freedom: p < 0.001
+
+
+def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
+    store = mixture.stores[0]
+    with pytest.raises(SpearError, match="empty mixture"):
+        Mixture([])
+    for weight in (0.0, -1.0, float("nan")):
+        with pytest.raises(SpearError, match="bad weight"):
+            Mixture([("a", store, weight)])
+    fast = make_store(tmp_path / "fast", "fast", 1, wrist=False, rate_hz=10.0)
+    with pytest.raises(SpearError, match=r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz"):
+        Mixture([("fast", fast, 1.0)])
+
+
+def test_split_is_disjoint_complete_and_stable(tmp_path: Path) -> None:
+    make: Callable[[int], EpisodeStore] = lambda n: make_store(tmp_path / str(n), "x", n, wrist=False)  # noqa: E731
+    train, held = split(make(20), 0.3)
+    names = [[s.source(i) for i in range(len(s))] for s in (train, held)]
+    assert len(held) > 0 and sorted(names[0] + names[1]) == sorted(f"x {i}" for i in range(20))
+    _, held_of_more = split(make(24), 0.3)
+    assert set(names[1]) <= {held_of_more.source(i) for i in range(len(held_of_more))}
+    a, b = split(make(2), 0.01)
+    assert len(a) == len(b) == 1
+    with pytest.raises(SpearError, match="cannot split"):
+        split(make(1), 0.5)
+    with pytest.raises(SpearError, match="bad fraction"):
+        split(train, 1.0)
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(
+        st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=3
+    ),  # datasets of episodes
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2**40),
+    batch=st.integers(1, 9),
+    data=st.data(),
+)
+def test_the_order_depends_on_seed_and_step_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[list[int]],
+    seed: int,
+    first: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    """Any worker, any process, any number of them, resumed anywhere: the same steps; all of them valid, by
+    weight."""
+    folder = tmp_path_factory.mktemp("mixture")
+    sources = []
+    for number, episodes in enumerate(lengths):
+        made = []
+        for e, steps in enumerate(episodes):
+            mask = np.array(data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps)))
+            logged = data.draw(st.booleans())
+            action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
+            made.append(tiny(e, steps, action=action, action_mask=mask))
+        made.append(tiny(len(episodes), 2))  # with a valid step
+        write_episodes(made, folder / str(number), shard_size=2)
+        weight = data.draw(st.floats(0.01, 100))
+        sources.append((f"set {number}", EpisodeStore(folder / str(number)), weight))
+
+    mixture = Mixture(sources, seed)
+    steps = list(range(first, first + 6))
+    order = [mixture.draw(step, batch) for step in steps]
+    for sample in (sample for drawn in order for sample in drawn):
+        episode = sources[sample.source][1].without_images(sample.episode)
+        assert episode_actions(episode)[1][sample.step]
+        assert sample.flat == sources[sample.source][1].lengths[: sample.episode].sum() + sample.step
+        state, action, mask = mixture.arrays(sample, 5)
+        np.testing.assert_array_equal(state[:3], episode.position[sample.step])
+        assert mask[0] and action.shape == (5, 8)
+    assert len(mixture) == sum(
+        int(episode_actions(store.without_images(e))[1].sum())
+        for _, store, _ in sources
+        for e in range(len(store))
+    )
+
+    workers = data.draw(st.integers(1, 4))
+    found = {}
+    for worker in data.draw(st.permutations(range(workers))):
+        own = Mixture(sources, seed)  # what each of them has
+        for step in steps[worker::workers]:
+            found[step] = own.draw(step, batch)
+    resumed = Mixture(sources, seed)
+    for step, drawn in zip(steps, order, strict=True):
+        for other in (found[step], resumed.draw(step, batch)):
+            assert [(s.source, s.episode, s.step) for s in other] == [
+                (s.source, s.episode, s.step) for s in drawn
+            ]
+            for a, b in zip(other, drawn, strict=True):
+                np.testing.assert_array_equal(a.draws, b.draws)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
+def test_processes_share_the_batches_of_a_step(step: int, world: int, pieces: int) -> None:
+    """Whatever the number of processes: a step's batches are these, each taken once, in the order of the
+    ranks."""
+    whole = list(parallel.numbers(step, world * pieces))
+    taken = []
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "rank", lambda rank=rank: rank)
+            patch.setattr(parallel, "world", lambda: world)
+            taken += list(parallel.numbers(step, pieces))
+    assert taken == whole == list(range(step * world * pieces, (step + 1) * world * pieces))
+
+
+def test_loader_processes_change_nothing(mixture: Mixture) -> None:
+    """The batches of the training loop, made by none, one or two processes, and from the middle on."""
+    samples = TrainingSamples(mixture, VIEWS, fit_by_crop, augment=1.0)
+
+    class Drawn:
+        def batch(self, step: int) -> dict[str, Any]:
+            return samples.batch(step, 3)
+
+    runs = [list(loop.batches(Drawn(), 2, 7, workers)) for workers in (0, 1, 2)]
+    runs.append(list(loop.batches(Drawn(), 2, 4, 2)) + list(loop.batches(Drawn(), 4, 7, 1)))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert_equal(a, b)

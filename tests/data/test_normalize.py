@@ -1,0 +1,181 @@
+"""Normalised units: invertible, global, and kind to axes that do not move."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
+from spear.errors import SpearError
+from spear.train.tasks.vla import robot_inputs
+from spear.types import Action, Episode
+
+
+def make_store(folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500) -> EpisodeStore:
+    """One episode, its logged translations uniform in ± spread; every other step is masked and absurd."""
+    rng = np.random.default_rng(seed)
+    action = np.zeros((steps, 8), np.float32)
+    action[:, :3] = rng.uniform(-1, 1, (steps, 3)) * spread
+    action[:, 3] = 1
+    valid = np.arange(steps) % 2 == 0
+    action[~valid, :3] = 1000
+    still = np.tile([0, 1, 0, 0], (steps, 1))
+    position = rng.uniform(0, 1, (steps, 3)) * spread
+    episode = Episode(
+        {"external": [b"x"] * steps}, position, still, np.ones(steps), "wave", 5.0, str(seed), action, valid
+    )
+    write_episodes([episode], folder)
+    return EpisodeStore(folder)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_statistics_mean_what_they_say(tmp_path: Path, mode: Mode) -> None:
+    store = make_store(tmp_path, 0, (0.02, 0.05, 0.0))
+    normalizer = Normalizer.fit([(store, 1.0)], mode)
+    truth = store[0].action[store[0].action_mask][:, :3].astype(np.float64)
+    normal = normalizer.normalize_action(as_action(truth)).translation.numpy()
+    moving = normal[:, :2]
+    if mode == "quantile":
+        np.testing.assert_allclose(np.quantile(moving, [0.01, 0.99], axis=0), [[-1, -1], [1, 1]], atol=1e-5)
+    elif mode == "minmax":
+        np.testing.assert_allclose([moving.min(0), moving.max(0)], [[-1, -1], [1, 1]], atol=1e-5)
+    else:
+        np.testing.assert_allclose([moving.mean(0), moving.std(0)], [[0, 0], [1, 1]], atol=1e-5)
+    np.testing.assert_array_equal(normal[:, 2], 0)  # the axis that does not move
+    assert normalizer.samples == 250
+
+
+def as_action(translation: np.ndarray) -> Action:
+    vector = torch.zeros(len(translation), 8, dtype=torch.float64)
+    vector[:, :3], vector[:, 3] = torch.as_tensor(translation), 1
+    return Action.from_vector(vector)
+
+
+def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path) -> None:
+    small = make_store(tmp_path / "small", 0, (0.1, 0.1, 0.1), steps=400)
+    large = make_store(tmp_path / "large", 1, (0.01, 0.01, 0.01), steps=4000)
+    mostly_small = Normalizer.fit([(small, 99.0), (large, 1.0)]).translation_scale
+    mostly_large = Normalizer.fit([(small, 0.001), (large, 1.0)]).translation_scale
+    np.testing.assert_allclose(mostly_small, 0.098, rtol=0.05)
+    np.testing.assert_allclose(mostly_large, 0.0098, rtol=0.05)
+
+
+def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
+    small = make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
+    large = make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
+    Normalizer.fit_each([("small", small, 1.0), ("large", large, 1.0)]).save(tmp_path / "n.json")
+    both = Normalizer.load(tmp_path / "n.json")
+    for name, store in (("small", small), ("large", large)):
+        assert both.of(name) == Normalizer.fit([(store, 5.0)])
+    np.testing.assert_allclose(both.of("small").translation_scale, 0.0098, rtol=0.05)
+    with pytest.raises(SpearError, match="say which one"):
+        both.of(None)
+    with pytest.raises(SpearError, match="did you mean 'small'"):
+        both.of("smal")
+    whole = Normalizer.fit([(small, 1.0), (large, 1.0)])
+    assert dataclasses.replace(both, datasets={}) == whole and whole.of(None) is whole
+    with pytest.raises(SpearError, match="same name"):
+        Normalizer.fit_each([("a", small, 1.0), ("a", large, 1.0)])
+
+
+def test_training_rows_are_normalised_by_their_own_dataset() -> None:
+    own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
+    both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
+
+    class Words:
+        def prompts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.zeros(len(texts), 1)}
+
+    raw = {
+        "images": {},
+        "views": {},
+        "position": np.ones((3, 3), np.float32),
+        "rotation": np.tile(np.float32([1, 0, 0, 0]), (3, 1)),
+        "gripper": np.ones(3, np.float32),
+        "action": np.ones((3, 5, 8), np.float32),
+        "action_mask": np.ones((3, 5), bool),
+        "instruction": ["go"] * 3,
+        "dataset": np.array([1, 0, 1]),
+    }
+    batch = robot_inputs(Words(), both, raw)  # type: ignore[arg-type]
+    np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
+    np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
+
+
+finite = st.floats(-2, 2, width=32)
+triples = st.tuples(finite, finite, finite)
+scales = st.tuples(*[st.floats(1e-3, 2)] * 3)
+
+
+@given(triples, scales, st.lists(triples, min_size=1, max_size=5), st.floats(0, 1))
+def test_inverse(
+    offset: tuple[float, float, float],
+    scale: tuple[float, float, float],
+    translations: list[tuple[float, float, float]],
+    opening: float,
+) -> None:
+    normalizer = Normalizer("quantile", offset, scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1)
+    vector = torch.zeros(len(translations), 8, dtype=torch.float64)
+    vector[:, :3] = torch.tensor(translations, dtype=torch.float64)
+    vector[:, 3], vector[:, 7] = 1, opening
+    action = Action.from_vector(vector)
+    normal = normalizer.normalize_action(action)
+    assert float(normal.gripper.min()) >= -1 and float(normal.gripper.max()) <= 1
+    back = normalizer.unnormalize_action(normal).to_vector()
+    torch.testing.assert_close(back, vector, atol=1e-12, rtol=0)
+
+
+def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
+    normalizer = Normalizer("minmax", (0.0,) * 3, (1.0,) * 3, (0.1, 0.2, 0.3), (0.5, 0.5, 2.0), 1)
+    rotation = Rotation.random(6, random_state=0)
+    quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
+    position = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
+    state = normalizer.state_vector(position, quaternion, torch.full((6, 1), 0.25, dtype=torch.float64))
+    assert state.shape == (6, STATE_VECTOR_DIM)
+    np.testing.assert_allclose(state[:, :3], np.tile([1.0, 0, 0], (6, 1)), atol=1e-12)
+    matrix = rotation.as_matrix()
+    np.testing.assert_allclose(
+        state[:, 3:9], np.concatenate([matrix[:, :, 0], matrix[:, :, 1]], axis=1), atol=1e-9
+    )
+    np.testing.assert_allclose(state[:, 9], -0.5)
+    torch.testing.assert_close(
+        normalizer.state_vector(position, -quaternion, state[:, 9:])[:, :9], state[:, :9]
+    )
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    normalizer = Normalizer(
+        "meanstd", (0.1, 1 / 3, -2.5), (1.0, 2.0, 3.0), (0.0, 0.0, 1e-9), (1.0, 1.0, 1.0), 7
+    )
+    normalizer.save(tmp_path / "normalizer.json")
+    assert Normalizer.load(tmp_path / "normalizer.json") == normalizer
+    assert [p.name for p in tmp_path.iterdir()] == ["normalizer.json"]
+
+
+def test_bad_statistics_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "normalizer.json"
+    with pytest.raises(SpearError, match="cannot read normalisation statistics"):
+        Normalizer.load(path)
+    for text in ("{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"):
+        path.write_text(text)
+        with pytest.raises(SpearError, match=r"normalizer\.json"):
+            Normalizer.load(path)
+
+
+def test_unknown_mode_and_nothing_to_fit(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
+    with pytest.raises(SpearError, match="did you mean 'quantile'"):
+        Normalizer.fit([(store, 1.0)], "quantiles")  # type: ignore[arg-type]
+    masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
+    write_episodes([masked], tmp_path / "b")
+    with pytest.raises(SpearError, match="nothing to fit"):
+        Normalizer.fit([(EpisodeStore(tmp_path / "b"), 1.0)])

@@ -1,0 +1,220 @@
+"""Robots: examples that are understood, exact conversions, errors that name the key; adding one is one
+file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from spear import embodiments
+from spear.embodiments import droid
+from spear.errors import SpearError
+from spear.geometry import random_quat
+from spear.types import Array
+
+DOCS = Path(__file__).parents[2] / "docs" / "robots.md"
+ROBOTS = ["droid", "generic", "simpler_widowx", "widowx"]
+REFERENCE = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
+
+
+def turn(quat: Array) -> Rotation:
+    return Rotation.from_quat(np.asarray(quat, np.float64), scalar_first=True)
+
+
+def chunk(size: float = 0.02, angle: float = 0.1) -> Array:
+    """Five actions that move and turn in every direction; closes at the third."""
+    generator = torch.Generator().manual_seed(3)
+    axis = random_quat((5,), generator).numpy()[:, 1:]
+    rotation = Rotation.from_rotvec(angle * axis).as_quat(scalar_first=True)
+    return np.concatenate([size * axis[::-1], rotation, [[1], [1], [0], [0], [0]]], 1).astype(np.float32)
+
+
+def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
+    """Positions and orientations after each action, by the definition in `spear.types.Action`."""
+    positions, turns = [], []
+    position, orientation = np.float64(state[:3]), turn(state[3:7])
+    for action in actions:
+        position, orientation = position + action[:3], orientation * turn(action[3:7])
+        positions.append(position)
+        turns.append(orientation)
+    return np.array(positions), turns
+
+
+def test_these_robots_come_along() -> None:
+    assert embodiments.names() == ["droid", "generic", "maniskill2_widowx", "sim", "simpler_widowx", "widowx"]
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
+    robot = embodiments.load(name)
+    ours = robot.read(robot.example())
+    state = ours["observation/state"]
+    assert state.shape == (8,) and state.dtype == np.float32
+    assert np.linalg.norm(state[3:7]) == pytest.approx(1) and 0 <= state[7] <= 1
+    for control in robot.controls.values():
+        rows = control.convert(chunk(), state, robot.example())
+        assert rows.dtype == np.float32 and np.isfinite(rows).all()
+        assert len(rows) == 5 * control.rate_hz / 5
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_what_is_wrong_is_named(name: str) -> None:
+    robot = embodiments.load(name)
+    good = robot.example()
+    wrong: dict[str, list[Any]] = {"prompt": ["", 5, "x" * 2000, None]}
+    for key, value in good.items():
+        if isinstance(value, np.ndarray) and value.ndim == 3:
+            wrong[key] = [
+                value[0],
+                value.astype(np.float32),
+                value[:, :0],
+                value.transpose(2, 0, 1),
+                None,
+                b"x",
+            ]
+        elif isinstance(value, np.ndarray):
+            wrong[key] = [value[:-1], value * np.nan, value.astype(str), None, [[1], [2, 3]], value + 1e9]
+    for key, values in wrong.items():
+        for value in values:
+            with pytest.raises(SpearError, match=re.escape(key)) as caught:
+                robot.read({**good, key: value})
+            assert "\n" not in str(caught.value)
+        if key in robot.required:
+            with pytest.raises(SpearError, match=f"without '{key}'"):
+                robot.read({k: v for k, v in good.items() if k != key})
+    with pytest.raises(SpearError, match="unknown observation key 'promt': did you mean 'prompt'"):
+        robot.read({**good, "promt": "x"})
+    for key, value in good.items():
+        if key in ("observation/state", "maniskill3/eef_pos"):
+            with pytest.raises(SpearError, match=f"{key}.*send metres"):
+                robot.read({**good, key: value * np.where(np.arange(len(value)) < 3, 1000, 1)})
+    with pytest.raises(SpearError, match="a list: send a map"):
+        robot.read([good])
+
+
+def test_widowx_speaks_bridge() -> None:
+    robot = embodiments.load("widowx")
+    seen = robot.example()
+    state = robot.read(seen)["observation/state"]
+    orientation = Rotation.from_euler("xyz", seen["observation/state"][3:6])
+    assert (turn(state[3:7]).inv() * orientation).magnitude() < 1e-6
+    rows = robot.controls["step_action"].convert(chunk(), state, seen)
+    positions, turns = walked(state, chunk())
+    position = np.float64(state[:3])
+    for row, expected, facing in zip(rows, positions, turns, strict=True):
+        position, orientation = position + row[:3], Rotation.from_euler("xyz", row[3:6]) * orientation
+        np.testing.assert_allclose(position, expected, atol=1e-6)
+        assert (orientation.inv() * facing).magnitude() < 1e-5
+    assert rows[:, 6].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_simpler_turns_the_link_as_its_controller_does() -> None:
+    robot = embodiments.load("simpler_widowx")
+    seen = robot.example()
+    state = robot.read(seen)["observation/state"]
+    link = turn(seen["maniskill3/eef_pos"][3:7])
+    np.testing.assert_allclose(turn(state[3:7]).as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-6)
+    rows = robot.control(None)[1].convert(chunk(angle=0.5), state, seen)
+    for row, facing in zip(rows, walked(state, chunk(angle=0.5))[1], strict=True):
+        link = Rotation.from_euler("XYZ", row[3:6]) * link
+        np.testing.assert_allclose(facing.as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-5)
+    assert rows[:, 6].tolist() == [1, 1, -1, -1, -1]
+
+
+def test_neither_simpler_takes_the_others_observations() -> None:
+    """Their controllers have one name and read the rotation differently: which is meant must be said."""
+    three, two = embodiments.load("simpler_widowx"), embodiments.load("maniskill2_widowx")
+    turned = chunk(angle=0.5)
+    rows = []
+    for robot, other in ((three, two), (two, three)):
+        with pytest.raises(SpearError, match="unknown observation key"):
+            robot.read(other.example())
+        rows.append(
+            robot.control(None)[1].convert(turned, robot.read(robot.example())["observation/state"], {})
+        )
+    np.testing.assert_array_equal(rows[0][:, :3], rows[1][:, :3])
+    for a, b in zip(*rows, strict=True):
+        assert (Rotation.from_euler("XYZ", a[3:6]).inv() * Rotation.from_rotvec(b[3:6])).magnitude() < 1e-5
+    assert np.abs(rows[0][:, 3:6] - rows[1][:, 3:6]).max() > 0.02
+    pose = three.example().pop("maniskill3/eef_pos")  # under ManiSkill 2's name for it
+    with pytest.raises(SpearError, match=r"key 'observation/eef_pos'.*known: maniskill3/eef_pos"):
+        three.read({**three.example(), "observation/eef_pos": pose})
+
+
+def test_droid_joints_lead_where_the_actions_do() -> None:
+    from spear.sim.control import kinematics
+
+    robot = embodiments.load("droid")
+    seen = robot.example()
+    state = robot.read(seen)["observation/state"]
+    positions, turns = walked(state, chunk())
+    joints = robot.controls["joint_position"].convert(chunk(), state, seen)
+    assert joints.shape == (15, 8)
+    for row, position, facing in zip(joints[2::3], positions, turns, strict=True):
+        at, orientation = kinematics().pose(row[:7])
+        assert np.linalg.norm(at - position) < 1e-3
+        assert (turn(orientation).inv() * facing).magnitude() < 5e-3
+    velocity = robot.controls["joint_velocity"].convert(chunk(), state, seen)
+    followed = seen[droid.JOINTS] + np.cumsum(velocity[:, :7] * 0.2, axis=0)
+    np.testing.assert_allclose(followed, joints[:, :7], atol=1e-5)
+    assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
+    fast = robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)
+    assert np.abs(fast[:, :7]).max() <= 1
+
+
+def test_droid_cartesian_positions_are_those_of_the_flange() -> None:
+    robot = embodiments.load("droid")
+    seen = robot.example()
+    state = robot.read(seen)["observation/state"]
+    rows = robot.controls["cartesian_position"].convert(chunk(), state, seen)
+    positions, turns = walked(state, chunk())
+    for row, position, facing in zip(rows[2::3], positions, turns, strict=True):
+        flange = Rotation.from_euler("xyz", row[3:6])
+        hand = (
+            flange * Rotation.from_euler("z", -45, degrees=True) * Rotation.from_euler("x", 180, degrees=True)
+        )
+        np.testing.assert_allclose(row[:3] + flange.apply([0, 0, 0.1034]), position, atol=1e-5)
+        assert (hand.inv() * facing).magnitude() < 1e-5
+
+
+def test_the_simulator_speaks_our_language() -> None:
+    robot = embodiments.load("sim")
+    seen = robot.example()
+    ours = robot.read(seen)
+    assert sorted(ours) == sorted(seen)
+    np.testing.assert_allclose(ours["observation/state"], seen["observation/state"], atol=1e-6)
+
+
+def test_a_robot_is_one_file(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(# my_robot\.py\n.*?)```", DOCS.read_text(), re.DOTALL)
+    assert code, "docs/robots.md has lost its worked example"
+    path = tmp_path / "my_robot.py"
+    path.write_text(code[1])
+    robot = embodiments.load(str(path))
+    state = robot.read(robot.example())["observation/state"]
+    rows = robot.control(None)[1].convert(chunk(), state, robot.example())
+    positions, turns = walked(state, chunk())
+    np.testing.assert_allclose(rows[:, :3], 1000 * positions, atol=1e-2)
+    for row, facing in zip(rows, turns, strict=True):
+        assert (Rotation.from_rotvec(row[3:6]).inv() * facing).magnitude() < 1e-5
+
+
+def test_an_unknown_robot_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="did you mean 'droid'"):
+        embodiments.load("droit")
+    with pytest.raises(SpearError, match="no such file"):
+        embodiments.load(str(tmp_path / "none.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(SpearError, match="has no EMBODIMENT"):
+        embodiments.load(str(tmp_path / "empty.py"))
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(SpearError, match="ZeroDivisionError"):
+        embodiments.load(str(tmp_path / "broken.py"))
+    with pytest.raises(SpearError, match="did you mean 'joint_velocity'"):
+        embodiments.load("droid").control("joint_velocities")

@@ -1,0 +1,179 @@
+"""SIMPLER without ManiSkill: frames in closed form, and the oracle through the adapter and the controller's
+law."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from spear import embodiments
+from spear.cli import main
+from spear.embodiments.simpler_widowx import POSE
+from spear.errors import SpearError
+from spear.evaluate.simpler import oracle
+from spear.evaluate.simpler.tasks import TASKS, Truth
+from spear.evaluate.simpler.world import _ours, assets_hash, check_assets, check_installed, in_base, opening
+from spear.types import Array
+
+DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
+SIZES = {
+    "PutCarrotOnPlateInScene-v1": ([0.115, 0.032, 0.038], [0.11, 0.11, 0.006]),
+    "PutEggplantInBasketScene-v1": ([0.078, 0.037, 0.038], [0.13, 0.08, 0.002]),
+    "PutSpoonOnTableClothInScene-v1": ([0.14, 0.035, 0.026], [0.1, 0.1, 0.01]),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": ([0.03, 0.03, 0.03], [0.03, 0.03, 0.03]),
+}
+
+
+class Table:
+    """The controller's law, with an arm that reaches each target at once and objects that stick to closed
+    fingers."""
+
+    def __init__(self, task: str, at: Array, yaw: float) -> None:
+        self.robot = embodiments.load("simpler_widowx")
+        self.task, self.sizes = task, [np.array(s) for s in SIZES[task]]
+        self.position, self.link = (
+            np.array([0.29, 0.0, 0.13]),
+            Rotation.from_euler("y", 3, degrees=True) * DOWN,
+        )
+        self.open, self.changed = True, False
+        self.source, self.turn = np.array([*at, self.sizes[0][2] / 2]), Rotation.from_euler("z", yaw)
+        self.goal = np.array([0.32, -0.08, self.sizes[1][2] / 2])
+        self.held: Array | None = None
+        self.taken_across = 0.0
+
+    def truth(self) -> Truth:
+        pose = np.concatenate([self.position, (self.link * DOWN.inv()).as_quat(scalar_first=True)])
+        width = 0.6 if self.held is not None else 0.0
+        return Truth(
+            commanded=pose,
+            measured=pose,
+            opening=1.0 if self.open else width,
+            open=self.open,
+            still=not self.changed,
+            source=np.concatenate([self.source, self.turn.as_quat(scalar_first=True)]),
+            source_size=self.sizes[0],
+            goal=np.concatenate([self.goal, [1, 0, 0, 0]]),
+            goal_size=self.sizes[1],
+        )
+
+    def act(self) -> None:
+        truth = self.truth()
+        link = self.link.as_quat(scalar_first=True)
+        seen = {
+            "observation/image": np.zeros((48, 64, 3), np.uint8),
+            POSE: np.concatenate([self.position, link, [truth.opening]]),
+            "prompt": "go",
+        }
+        state = self.robot.read(seen)["observation/state"]
+        action = oracle.act(self.task, truth)
+        self.command(self.robot.control(None)[1].convert(action[None], state, seen)[0])
+
+    def command(self, row: Array) -> None:
+        assert np.linalg.norm(row[:3]) <= oracle.MAX_STEP + 1e-6
+        self.position = self.position + row[:3]
+        self.link = Rotation.from_euler("XYZ", row[3:6]) * self.link
+        self.changed, self.open = (row[6] > 0) != self.open, bool(row[6] > 0)
+        offset = self.source - self.position
+        if not self.open and self.changed and np.linalg.norm(offset) < 0.035:
+            self.held = offset
+            fingers = (self.link * DOWN.inv()).as_matrix()[:, 1]
+            self.taken_across = abs(float(fingers @ self.turn.as_matrix()[:, 0]))
+        if self.open and self.held is not None:
+            self.held = None
+            over = np.abs(self.source - self.goal)[:2].max() < 0.04
+            self.source[2] = self.sizes[0][2] / 2 + (self.goal[2] + self.sizes[1][2] / 2 if over else 0)
+        if self.held is not None:
+            self.source = self.position + self.held
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("at", "yaw"), [((0.38, 0.1), 0.3), ((0.24, 0.06), -1.4)])
+def test_the_oracle_brings_the_object_through_adapter_and_controller(
+    task: str, at: tuple[float, float], yaw: float
+) -> None:
+    table = Table(task, np.array(at), yaw)
+    for _ in range(TASKS[task].steps):
+        table.act()
+    assert table.open
+    assert np.linalg.norm(table.source[:2] - table.goal[:2]) < 0.006
+    assert table.position[2] > table.source[2] + 0.08
+    across = table.taken_across
+    assert across < 0.1 or ("Cube" in task and across > 0.99)
+
+
+def test_the_oracle_tries_again_when_the_fingers_closed_on_nothing() -> None:
+    table = Table("PutSpoonOnTableClothInScene-v1", np.array([0.38, 0.1]), 0.0)
+    table.open = False
+    table.act()
+    assert table.open
+
+
+def test_poses_in_the_base_frame() -> None:
+    base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
+    turned = Rotation.from_euler("z", 90, degrees=True).as_quat(scalar_first=True)
+    found = in_base(base, np.array([-0.235, -0.075, 0.8875, *turned]))
+    np.testing.assert_allclose(found[:3], [0.382, 0.103, 0.0175], atol=1e-9)
+    expected = Rotation.from_euler("z", -90, degrees=True)
+    assert (Rotation.from_quat(found[3:], scalar_first=True).inv() * expected).magnitude() < 1e-9
+
+
+def test_our_end_effector_is_parallel_to_the_base_when_the_gripper_points_down() -> None:
+    link = np.array([0.3, 0.0, 0.1, *DOWN.as_quat(scalar_first=True)])
+    np.testing.assert_allclose(_ours(link), [0.3, 0.0, 0.1, 1, 0, 0, 0], atol=1e-9)
+
+
+def test_the_opening_is_that_of_the_finger_joints() -> None:
+    assert [opening(np.full(2, q)) for q in (0.014, 0.015, 0.026, 0.037, 0.038)] == pytest.approx(
+        [0, 0, 0.5, 1, 1]
+    )
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpearError, match=r"has no data/tasks/.*download_asset bridge_v2_real2sim"):
+        check_assets(tmp_path)
+    (tmp_path / "data/tasks/bridge_v2_real2sim_dataset").mkdir(parents=True)
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    with pytest.raises(SpearError, match=r"has no data/robots/widowx: .*download_asset widowx250s"):
+        check_assets(None)
+    (tmp_path / "data/robots/widowx").mkdir(parents=True)
+    assert check_assets(None) == tmp_path
+    monkeypatch.setitem(sys.modules, "mani_skill", None)
+    with pytest.raises(SpearError, match=r"pip install 'spear\[simpler\]'"):
+        check_installed()
+
+
+def test_other_assets_are_told_apart(tmp_path: Path) -> None:
+    def put(root: str, name: str, text: str) -> Path:
+        path = tmp_path / root / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return tmp_path / root
+
+    cube = "tasks/bridge_v2_real2sim_dataset/models/cube.glb"
+    found = [assets_hash(put(root, cube, text)) for root, text in (("a", "1"), ("b", "1"), ("c", "2"))]
+    assert found[0] == found[1] != found[2]
+    assert assets_hash(put("a", "robots/widowx/.cache/when", "now")) == found[0]
+    assert assets_hash(put("a", "robots/panda/panda.urdf", "x")) == found[0]  # not of these tasks
+    assert assets_hash(put("a", "robots/widowx/wx250s.urdf", "x")) != found[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "PutCarrotOnPlate-v1"], "did you mean 'PutCarrotOnPlateInScene-v1'"),
+        (["--scenes", "0"], "give at least one"),
+        (["--batch", "0"], "give at least 1"),
+        (["--films", "some"], "give a number, failures"),
+        (["--checkpoint", "expert"], "give oracle"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["evaluate", "simpler", "--checkpoint", "oracle", "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

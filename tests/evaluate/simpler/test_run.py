@@ -1,0 +1,101 @@
+"""SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from spear import embodiments
+from spear.evaluate.journal import load
+from spear.evaluate.load import load_actor
+from spear.evaluate.reference import beside
+from spear.evaluate.runner import conduct
+from spear.evaluate.simpler.process import SimplerProcess
+from spear.evaluate.simpler.run import OracleActor, Simpler
+from spear.evaluate.simpler.tasks import TASKS, Task
+from spear.evaluate.simpler.world import NoRenderer
+from spear.geometry import apply_step, quat_distance, random_quat
+
+TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
+
+
+@pytest.fixture(scope="module")
+def simpler(shared: Path) -> Iterator[Simpler]:
+    """The simulator, with one process; skips where ManiSkill, its assets or a renderer are missing."""
+    pytest.importorskip("mani_skill")
+    assets = shared / "assets" / "simpler"
+    if not assets.is_dir():
+        pytest.skip(f"SIMPLER's assets not found at {assets}")
+    simulator = Simpler(replan=5, assets=assets)
+    try:
+        simulator.open(TASK, 1)[0].reset(0, True)
+    except NoRenderer as error:
+        pytest.skip(str(error))
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture
+def process(simpler: Simpler) -> SimplerProcess:
+    return simpler.open(TASK, 1)[0]
+
+
+def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
+    robot = embodiments.load("simpler_widowx")
+    moment = process.reset(5, True)
+    assert moment.observation["observation/image"].shape == (480, 640, 3)
+    assert moment.observation["prompt"] == "stack the green block on the yellow block"
+    turn = random_quat((1,), torch.Generator().manual_seed(0), torch.float64)
+    turn = torch.nn.functional.normalize(torch.tensor([[6.0, 0, 0, 0]]) + turn, dim=-1).numpy()
+    action = np.concatenate([[[0.01, -0.02, 0.015]], turn, [[0.0]]], axis=1).astype(np.float32)
+    state = robot.read(moment.observation)["observation/state"]
+    np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
+    after = process.run(robot.control(None)[1].convert(action, state, moment.observation), False).truth
+    start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
+    position, rotation = apply_step(start[:3], start[3:], move[:3], move[3:7])
+    np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
+    assert float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3
+    assert not after.open
+    still = np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32)
+    settled = process.run(still, False).truth
+    np.testing.assert_allclose(settled.measured[:3], position.numpy(), atol=3e-3)
+    assert float(quat_distance(torch.from_numpy(settled.measured[3:]), rotation)) < 0.02
+    assert settled.opening < 0.02 and moment.truth.opening > 0.98
+
+
+def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> None:
+    rows = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32)
+    ran = []
+    for start in (3, 7, 3):
+        before = process.reset(start, False).truth
+        ran.append(np.concatenate([before.source, before.goal, process.run(rows, False).truth.measured]))
+    assert (ran[0] == ran[2]).all()
+    assert not np.allclose(ran[0][:3], ran[1][:3])
+
+
+def test_the_oracle_stacks_the_cubes(simpler: Simpler) -> None:
+    results, _ = conduct(simpler, OracleActor(), {TASK: [0]}, {}, quiet=True)
+    (outcome,) = results.outcomes
+    assert outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
+    assert outcome.unreachable == 0 and outcome.steps < TASKS[TASK].steps
+
+
+def test_the_nano_policy_runs_to_the_end_and_is_filmed(
+    simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TASKS, TASK, Task(24, 6))
+    actor = load_actor("nano")[0]
+    conduct(simpler, actor, {TASK: range(30, 31)}, {}, films=1, quiet=True, out=tmp_path)
+    results = load(tmp_path)
+    (outcome,) = results.outcomes
+    assert (outcome.seed, outcome.steps) == (30, 6)
+    (published,) = beside(results)
+    assert "SPEAR-1 (published)" in [line[0] for line in published.cells([("nano", results)])]
+    (film,) = tmp_path.glob("*.mp4")
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 7 + 5

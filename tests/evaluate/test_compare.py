@@ -1,0 +1,123 @@
+"""Comparing two results: paired on shared scenes, honest about chance, films side by side on one page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spear.cli import main
+from spear.errors import SpearError
+from spear.evaluate.compare import compare, p_value
+from spear.evaluate.results import Outcome, Results
+from spear.report.comparison import comparison_page, filmed_pairs
+
+
+def results(name: str, wins: dict[str, str], first_seed: int = 0) -> Results:
+    """wins: per family one letter per scene, "x" for a success."""
+    outcomes = [
+        Outcome(f, first_seed + i, f"{f} {first_seed + i}", c == "x", True, c == "x", False, 0, 10)
+        for f, row in wins.items()
+        for i, c in enumerate(row)
+    ]
+    return Results(name, {"replan": 5, "scenes": 4}, outcomes, 1.0)
+
+
+def film(folder: Path, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(name.encode())
+
+
+def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
+    first = results("x", {"a": "xx.x", "b": "xx"})
+    second = results("y", {"a": "x.....", "c": "x"})
+    c = compare(replace(first, outcomes=list(first.outcomes)[::-1]), second)
+    assert [r.name for r in c.families] == ["a"]
+    row = c.families[0]
+    assert (row.only_first, row.only_second, row.difference.n, c.unshared) == (2, 0, 4, 5)
+    assert row.difference.value == pytest.approx(0.5)
+    assert row.p == pytest.approx(0.5)  # two coins that fall alike
+
+
+def test_the_mean_pools_the_test_and_weighs_families_equally() -> None:
+    first = results("x", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
+    second = results("y", {"a": "." * 10, "b": "." * 20})
+    c = compare(first, second)
+    assert c.mean.difference.value == pytest.approx((0.5 + 0.2) / 2)
+    assert c.mean.p == pytest.approx(2 / 2**9)
+    assert all(row.p > c.mean.p for row in c.families)
+    assert c.verdict().startswith("x is better than y: +35.0 points [+")
+    assert compare(second, first).verdict() == c.verdict()
+
+
+def test_no_difference_is_not_called_one() -> None:
+    c = compare(results("x", {"a": "xx..x"}), results("y", {"a": "x.x.x"}))
+    assert c.verdict().startswith("No difference shown between x and y")
+    assert c.mean.difference.low < 0 < c.mean.difference.high
+
+
+def test_families_of_unequal_size_that_speak_against_each_other_give_no_verdict() -> None:
+    first = results("x", {"a": "x" * 5 + "." * 5, "b": "." * 100})
+    second = results("y", {"a": "." * 10, "b": "x" * 20 + "." * 80})
+    c = compare(first, second)
+    assert c.mean.difference.value == pytest.approx(0.15) and c.mean.p < 0.05
+    assert c.verdict().startswith("No verdict between x and y") and "5 : 20" in c.verdict()
+    assert compare(second, first).verdict().startswith("No verdict between y and x")
+
+
+def test_other_settings_are_named_and_other_scenes_refused() -> None:
+    first, second = results("x", {"a": "x."}), results("y", {"a": "xx"})
+    settings = {"replan": 2, "scenes": 9, "new": 1}
+    assert compare(first, replace(second, settings=settings)).settings == ["replan: 5 and 2"]
+    with pytest.raises(SpearError, match="share no scene"):
+        compare(first, results("z", {"a": "x"}, first_seed=7))
+    changed = [replace(o, instruction="something else") for o in second.outcomes]
+    with pytest.raises(SpearError, match="different simulator versions"):
+        compare(first, replace(second, outcomes=changed))
+
+
+@pytest.mark.parametrize(("p", "text"), [(1e-9, "< 0.0001"), (0.0213, "= 0.021"), (0.5, "= 0.50")])
+def test_p_values_in_words(p: float, text: str) -> None:
+    assert p_value(p) == text
+
+
+def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Path) -> None:
+    c = compare(results("x", {"a": "xxx", "b": ".x"}), results("y", {"a": "x..", "b": "x."}))
+    a, b = tmp_path / "a", tmp_path / "b"
+    for name in ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1"):
+        film(a, f"{name}.mp4")
+    for name in ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0"):
+        film(b, f"{name}.webm")
+    shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
+    assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
+    assert len(filmed_pairs(c, (a, b), 2)) == 2
+    html = comparison_page(c, (a, b))
+    assert html.count("<video") == 9
+    assert html.count("y: failure, not filmed") == 1
+    assert not re.search(r'(src|href)="(?!data:)', html)
+
+
+def test_the_command_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results("mine <b>", {"a": "x" * 8 + "..", "b": "x."}).save(tmp_path / "mine" / "results.json")
+    results("theirs", {"a": "." * 10, "b": ".x"}).save(tmp_path / "theirs" / "results.json")
+    page = tmp_path / "deep" / "page.html"
+    argv = ["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path / "theirs" / "results.json")]
+    assert main([*argv, "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "mine <b> is better than theirs: +40.0 points" in said
+    assert "+80.0" in said
+    assert "mine &lt;b&gt; is better" in page.read_text()
+    assert "<b> is better" not in page.read_text()
+    assert main(["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path)]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_policy_are_told_apart_by_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, row in (("one", "xx"), ("two", "..")):
+        results("nano", {"a": row}).save(tmp_path / folder / "results.json")
+    assert main(["evaluate", "compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert f"between {tmp_path / 'one'} and {tmp_path / 'two'}" in capsys.readouterr().out

@@ -1,0 +1,275 @@
+"""3D question scores: measures by hand, guesses, calibration, and a model that knows the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labels_boxes import labelled
+from spear.cli import main
+from spear.errors import SpearError
+from spear.evaluate.vqa import baselines as guesses
+from spear.evaluate.vqa import run as vqa
+from spear.evaluate.vqa.calibration import Certainty, calibrate
+from spear.evaluate.vqa.measures import closer_named, measure, nearest_box
+from spear.evaluate.vqa.scores import Scores
+from spear.labels.fit.box3d import iou, make_box
+from spear.labels.store import write_shards
+from spear.models.readout import Distribution
+from spear.report.drawing import PREDICTION, TRUTH
+from spear.report.vqa import draw, vqa_page
+from spear.tokens import CoordinateTokenizer
+from spear.types import Array, LabeledImage, Pixel, Question
+
+COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
+
+
+@dataclass(frozen=True)
+class Said:
+    segments: vqa.Segments
+    distribution: Distribution | None = None
+
+
+class Oracle:
+    """Knows every question's answer and adds an offset (m) to all 3D points and distances.
+
+    sigma  if not 0, it also says what it holds possible: normals of this standard deviation about what it
+           says.
+    """
+
+    def __init__(self, offset: float = 0.0, drop_last: bool = False, sigma: float = 0.0) -> None:
+        self.offset, self.drop_last, self.sigma = offset, drop_last, sigma
+        self.known: dict[str, vqa.Segments] = {}
+
+    def answer(
+        self,
+        images: Sequence[Array],
+        prompts: Sequence[str],
+        family: str | None = None,
+        view: str = "external",
+        *,
+        distributions: bool = False,
+    ) -> list[Said]:
+        said = []
+        for image, prompt in zip(images, prompts, strict=True):
+            assert image.dtype == np.uint8
+            segments = [s + self.offset if isinstance(s, float) else s for s in self.known[prompt]]
+            values = [s for s in segments if isinstance(s, float)]
+            held = self._held(np.array(values)) if self.sigma and distributions else None
+            said.append(Said(segments[:-1] if self.drop_last and family is None else segments, held))
+        return said
+
+    def _held(self, values: Array) -> Distribution:
+        score = (COORDINATES.representatives - values[:, None]) / self.sigma
+        p = np.exp(-0.5 * score**2) * np.diff(COORDINATES.edges)
+        return Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
+
+
+def ask_oracle(
+    oracle: Oracle, labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch, **options: object
+) -> Scores:
+    real = vqa.generate
+
+    def remember(*args: object, **kwargs: object) -> list[Question]:
+        """Makes prompts unique per image, so that the oracle can look them up."""
+        asked = []
+        for q in real(*args, **kwargs):  # type: ignore[arg-type]
+            prompt = f"{q.prompt} #{len(oracle.known)}"
+            oracle.known[prompt] = q.segments
+            asked.append(Question(q.family, prompt, q.segments, q.objects, q.unit))
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqa, "generate", remember)
+        return vqa.evaluate(oracle, labels, per_image=2, **options)  # type: ignore[arg-type]
+
+
+def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [labelled(i) for i in range(6)]
+    perfect = ask_oracle(Oracle(), labels, monkeypatch)
+    assert set(perfect.families) == set(vqa.FAMILIES)
+    for score in perfect.families.values():
+        assert score.n > 0 and score.grammar.value == 1
+        assert score.measures["relative"].value == pytest.approx(0, abs=1e-6)
+    boxes, worded = perfect.families["box_vertices"], perfect.families["chain_of_thought"]
+    assert boxes.measures["iou"].value == pytest.approx(1, abs=1e-4)
+    assert boxes.measures["iou_50"].value == 1 and boxes.constant["iou_50"] < 1
+    assert worded.measures["closer"].value == worded.measures["consistent"].value == 1
+    assert worded.constant["closer"] < 1
+    off = ask_oracle(Oracle(0.01), labels, monkeypatch).families
+    root3 = np.sqrt(3) * 10
+    expected = {"box_vertices": root3, "keypoint": root3, "offset": root3}
+    for family, millimetres in (expected | {"distance": 10, "chain_of_thought": 10}).items():
+        assert off[family].measures["error"].value == pytest.approx(millimetres, rel=1e-6)
+    assert off["box_vertices"].measures["vertex"].value == pytest.approx(root3, rel=1e-6)
+    shifted = 5**3 / (2 * 6**3 - 5**3)  # boxes of 60 mm, 10 mm apart along each axis
+    assert off["box_vertices"].measures["iou"].value == pytest.approx(shifted, abs=1e-3)
+    assert off["box_vertices"].constant["error"] > 5
+    assert 100 * 0.010 / 0.95 < off["distance"].measures["relative"].value < 100 * 0.010 / 0.8
+    assert off["distance"].measures["relative"].low > 1
+
+
+def test_broken_grammar_is_counted_and_counts_as_a_miss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    labels = [labelled(i) for i in range(3)]
+    scores = ask_oracle(Oracle(drop_last=True), labels, monkeypatch)
+    box = scores.families["box_vertices"]
+    assert box.grammar.value == 1 and box.free is not None and box.free.value == 0
+    scores.save(tmp_path / "s.json", checkpoint="x")
+    saved = json.loads((tmp_path / "s.json").read_text())
+    assert saved["checkpoint"] == "x" and saved["families"]["box_vertices"]["free"]["value"] == 0
+    headers, rows = scores.rows()
+    assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
+    assert rows[0][headers.index("free")] == "0.0%"
+    question = scores.asked[0].question
+    assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
+
+
+def test_image_points_are_measured_in_pixels() -> None:
+    truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
+    found = measure(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
+    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
+    assert found == {"pixels": pytest.approx(pixels), "relative": pytest.approx(25)}
+
+
+def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
+    assert "error" not in scores.families["keypoint"].measures
+    assert "%" in scores.rows()[1][0][2]
+    mixed = [labelled(0), labelled(1, unit="relative")]
+    with pytest.raises(SpearError, match="labels mix units"):
+        vqa.evaluate(Oracle(), mixed)
+    with pytest.raises(SpearError, match="no questions: 0 images"):
+        vqa.evaluate(Oracle(), [])
+    with pytest.raises(SpearError, match="did you mean 'keypoint'"):
+        vqa.evaluate(Oracle(), [labelled(0)], families=("keypiont",))
+
+
+def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
+    labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
+    for family in ("box_vertices", "keypoint", "offset", "distance"):
+        questions = []
+        for index, label in enumerate(labels):
+            one = vqa.questions_about([label], [family], 1, seed=3)[family]
+            questions.append((index, one[0][1]))
+        depth = guesses.depth_only(questions, labels)
+        constant = guesses.constant([q for _, q in questions])
+        assert depth is not None
+        for (i, q), near, far in zip(questions, depth, constant, strict=True):
+            assert measure(q, near, labels[i])["relative"] < 0.01
+            assert i in (1, 2) or measure(q, far, labels[i])["relative"] > 5
+
+
+@pytest.mark.parametrize(
+    ("closing", "named"),
+    [
+        (" so the mug is closer", "mug"),
+        (" so the Red Cube is  closer than the mug", "red cube"),
+        (" it is the mugs", None),
+        ("", None),
+    ],
+)
+def test_what_a_chain_of_thought_concludes(closing: str, named: str | None) -> None:
+    answer = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
+    assert closer_named(answer, ("mug", "red cube")) == named
+
+
+def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> None:
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    true = make_box(np.array([0.1, 0, 1.0]), np.array([0.1, 0.2, 0.05]), axes)
+    assert iou(nearest_box(true.vertices), true) == pytest.approx(1, abs=1e-4)
+    noisy = nearest_box(true.vertices + rng.normal(0, 0.003, (8, 3)))
+    assert 0.8 < iou(noisy, true) < 0.999
+    np.testing.assert_allclose(noisy.rotation.T @ noisy.rotation, np.eye(3), atol=1e-5)
+    assert iou(nearest_box(np.ones((8, 3))), true) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("too_sure", "inside"), [(1.0, 0.8), (3.0, 0.331)])
+def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
+    """Truths drawn about what was said, and a model that knows how far, or takes itself for three times as
+    sure."""
+    rng = np.random.default_rng(1)
+    answers = []
+    oracle = Oracle(sigma=0.1)
+    for image in range(300):
+        sigma = 0.02 if image % 2 else 0.1
+        truth = rng.normal(0.4, 0.1, 3)
+        oracle.sigma = sigma / too_sure
+        held = oracle._held(truth + rng.normal(0, sigma, 3))
+        c = Certainty.of(held, truth, np.full(3, 0.5))
+        answers.append((image, c, float(100 * c.off.mean())))
+    found = calibrate(answers)
+    assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
+    assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
+    assert found.curve[0] == 0 and found.curve[-1] == 1
+    assert found.n == sum(b.n for b in found.bands) == 900
+    assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
+    assert found.less_sure > 3 * found.surer
+    assert (found.miss < 0.05) == (too_sure == 1)
+
+
+def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [labelled(i) for i in range(4)]
+    scores = ask_oracle(Oracle(0.02, sigma=0.02), labels, monkeypatch, decode="median")
+    assert scores.decode == "median"
+    assert set(scores.readings) == set(scores.calibration) == set(vqa.FAMILIES) - {"back_projection"}
+    for family, readings in scores.readings.items():
+        assert readings.error["median"] == pytest.approx(scores.families[family].measures["relative"].value)
+        assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
+    page = vqa_page(scores, "model <1>", "labels")
+    assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
+    assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
+    for title in ("Worst", "Best", "Which number to say", "In words"):
+        assert title in page
+
+
+def test_a_wrong_box_is_drawn_beside_the_truth() -> None:
+    label = labelled(0)
+    box = label.objects[0].box3d
+    assert box is not None
+    truth = [float(v) for v in box.vertices.ravel()]
+    question = Question("box_vertices", "?", truth, ["mug"])
+    picture = draw(vqa.Asked(0, label, question, {"mode": [v + 0.03 for v in truth]}), scale=3)
+    assert picture.shape == (315, 420, 3)
+    for colour in (TRUTH, PREDICTION):
+        assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
+
+
+def test_the_command_writes_scores_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards((labelled(i) for i in range(4)), tmp_path / "labels" / "external")
+    out = tmp_path / "out"
+    command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
+    assert main([*command, "--families", "keypoint", "distance", "--out", str(out)]) == 0
+    assert "Is it as sure as it may be?" in capsys.readouterr().out
+    saved = json.loads((out / "scores.json").read_text())
+    assert (saved["images"], saved["checkpoint"]) == (2, "nano")
+    assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
+    assert (out / "index.html").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["nano", "/nowhere"], "no such folder: /nowhere"),
+        (["nano", "sim:x"], "write sim:SEED"),
+        (["nano", "sim", "--view", "wirst"], "did you mean 'wrist'?"),
+        (["nano", "sim", "--images", "0"], "--images 0"),
+        (["nano", "RELATIVE"], "the model answers in 'metre'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if argv[1] == "RELATIVE":
+        write_shards([labelled(0, unit="relative")], tmp_path / "labels")
+        argv = [argv[0], str(tmp_path / "labels")]
+    assert main(["evaluate", "vqa", *argv]) == 2
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1

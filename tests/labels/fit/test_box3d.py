@@ -1,0 +1,210 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from labels_scenes import camera, rotation
+from spear.labels.fit.box3d import (
+    SIGNS,
+    box_from_vertices,
+    fit_box,
+    iou,
+    keypoints,
+    make_box,
+    order_vertices,
+    vertex_error,
+)
+from spear.types import Array, Box3D
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_box(rng: np.random.Generator, spread: float = 0.1) -> Box3D:
+    turn = Rotation.from_quat(rng.normal(size=4)).as_matrix()
+    return make_box(rng.normal((0, 0, 1), spread, 3), rng.uniform(0.05, 0.3, 3), turn)
+
+
+def on_table(size: Array, yaw: float, pitch: float = 40.0) -> Array:
+    """Vertices, camera frame, of a box that stands at the origin of the base, turned by yaw."""
+    _, pose = camera(pitch=pitch)
+    return (SIGNS * size / 2 @ rotation(yaw).T - pose[:3, 3]) @ pose[:3, :3]
+
+
+@given(seeds)
+def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vertices = random_box(rng).vertices
+    expected = order_vertices(vertices)
+    np.testing.assert_array_equal(order_vertices(vertices[rng.permutation(8)]), expected)
+    np.testing.assert_array_equal(order_vertices(expected), expected)
+
+
+@given(seeds)
+def test_ordered_vertices_are_those_of_the_box_made_from_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    box = random_box(rng)
+    again = box_from_vertices(box.vertices[rng.permutation(8)])
+    np.testing.assert_allclose(again.vertices, box.vertices, atol=1e-5)
+    np.testing.assert_allclose(again.size, box.size, atol=1e-5)
+    assert np.linalg.det(box.rotation) == pytest.approx(1, abs=1e-5)
+
+
+@given(seeds, st.floats(-35, 35), st.sampled_from([0, 90, 180, 270]), st.floats(0, 75))
+def test_order_survives_noise_and_quarter_turns(seed: int, yaw: float, quarter: int, pitch: float) -> None:
+    rng = np.random.default_rng(seed)
+    size = rng.uniform(0.02, 0.2, 3)
+    vertices = on_table(size, np.radians(yaw + quarter), pitch)
+    expected = order_vertices(vertices)
+    noisy = vertices + rng.uniform(-1, 1, (8, 3)) * 0.01 * size.min()
+    np.testing.assert_allclose(order_vertices(noisy[rng.permutation(8)]), expected, atol=0.01)
+
+
+@given(st.floats(-35, 35), st.floats(5, 75))
+def test_top_near_left_comes_first(yaw: float, pitch: float) -> None:
+    v = order_vertices(on_table(np.array([0.1, 0.2, 0.05]), np.radians(yaw), pitch))
+    _, pose = camera(pitch=pitch)
+    base = v @ pose[:3, :3].T + pose[:3, 3]
+    assert base[:4, 2].min() > base[4:, 2].max()
+    assert (v[[0, 3, 4, 7], 0] < v[[1, 2, 5, 6], 0]).all()
+    along = base @ np.array(
+        [np.cos(np.radians(yaw)), np.sin(np.radians(yaw)), 0]
+    )  # the camera looks along +x
+    assert along[[0, 1, 4, 5]].max() < along[[2, 3, 6, 7]].min()
+
+
+@given(seeds)
+def test_iou_agrees_with_sampling(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = random_box(rng, 0.05), random_box(rng, 0.05)
+    points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
+    inside = (np.abs((points - b.center) @ b.rotation) <= b.size / 2).all(axis=1).mean()
+    volume_a, volume_b = np.prod(a.size), np.prod(b.size)
+    expected = inside * volume_a / (volume_a + volume_b - inside * volume_a)
+    assert iou(a, b) == pytest.approx(expected, abs=0.015)
+    assert iou(a, b) == pytest.approx(iou(b, a), abs=1e-6)
+
+
+@given(seeds, st.sampled_from([0.0, 1e-8, -3e-8, 1e-7]), st.sampled_from([0.0, 1e-7, 3e-7]))
+def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(seed: int, lift: float, tilt: float) -> None:
+    """Two boxes on one table, up to float32."""
+    rng = np.random.default_rng(seed)
+    turn = Rotation.from_quat(rng.normal(size=4)).as_matrix()
+    size = rng.uniform(0.02, 0.3, 3)
+    a = make_box(rng.normal((0, 0, 1), 0.2), size, turn)
+    yaw = Rotation.from_rotvec(turn[:, 2] * rng.uniform(0, 1.5) + turn[:, 0] * tilt).as_matrix()
+    slide = turn[:, :2] @ rng.uniform(-0.3, 0.3, 2) * size.min()
+    taller = np.array([1, 1, rng.choice([1, 1.3])])
+    b = make_box(
+        a.center + slide + turn[:, 2] * ((taller[2] - 1) * size[2] / 2 + lift), size * taller, yaw @ turn
+    )
+    points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
+    inside = (np.abs((points - b.center) @ b.rotation) <= b.size / 2 + 1e-6).all(axis=1).mean()
+    volume_a, volume_b = np.prod(a.size), np.prod(b.size)
+    expected = inside * volume_a / (volume_a + volume_b - inside * volume_a)
+    assert iou(a, b) == pytest.approx(expected, abs=0.015)
+
+
+@given(seeds)
+def test_noisy_points_do_not_widen_the_box(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    true = box_from_vertices(on_table(rng.uniform(0.06, 0.15, 3), rng.uniform(0, np.pi)))
+    up = -true.rotation[:, 1]
+    points = surface(true, rng)
+    support = float((points @ up).min())
+    noisy = points * (1 + 0.004 * rng.normal(size=(len(points), 1)))
+    told, untold = (fit_box(noisy, up, support, noise=noise).size for noise in (0.004, 0.0))
+    assert np.abs(told - true.size).mean() < np.abs(untold - true.size).mean()
+
+
+@given(seeds)
+def test_iou_identities(seed: int) -> None:
+    box = random_box(np.random.default_rng(seed))
+    axis = box.rotation[:, 0]
+    assert iou(box, box) == pytest.approx(1, abs=1e-5)
+    assert iou(box, make_box(box.center + axis * box.size[0] / 2, box.size, box.rotation)) == pytest.approx(
+        1 / 3, 1e-4
+    )
+    assert iou(box, make_box(box.center, box.size / 2, box.rotation)) == pytest.approx(1 / 8, 1e-4)
+    assert iou(box, make_box(box.center + axis * box.size[0] * 1.01, box.size, box.rotation)) == 0
+    assert iou(box, make_box(box.center + 5 * axis, box.size, box.rotation)) == 0
+
+
+def test_iou_of_a_cube_and_the_same_turned_by_45_degrees() -> None:
+    cube = make_box(np.zeros(3), np.ones(3), np.eye(3))
+    turned = make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))
+    shared = 2 * (np.sqrt(2) - 1)
+    assert iou(cube, turned) == pytest.approx(shared / (2 - shared), 1e-5)
+
+
+@given(seeds)
+def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    box = random_box(rng)
+    relabelled = box.center + (SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
+    assert vertex_error(relabelled, box.vertices) == pytest.approx(0, abs=1e-6)
+    shift = rng.normal(size=3) * 1e-3
+    assert vertex_error(box.vertices + shift, box.vertices) == pytest.approx(np.linalg.norm(shift), rel=1e-2)
+
+
+def surface(box: Box3D, rng: np.random.Generator, n: int = 400) -> Array:
+    """Points on the faces of a box that the camera sees."""
+    local = rng.uniform(-0.5, 0.5, (n, 3))
+    offset = box.center @ box.rotation
+    seen = np.flatnonzero(np.abs(offset) > box.size / 2)
+    axis = rng.choice(seen, n)
+    local[np.arange(n), axis] = -np.sign(offset[axis]) / 2
+    return box.center + (local * box.size) @ box.rotation.T
+
+
+@given(seeds, st.floats(0, np.pi))
+def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
+    rng = np.random.default_rng(seed)
+    true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
+    up = -true.rotation[:, 1]
+    points = surface(true, rng, 2000)
+    height = (points @ up).min()
+    upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
+    assert iou(fit_box(upper, up, support=height), true) > 0.85
+    assert iou(fit_box(upper, up), true) < 0.6
+
+
+@pytest.mark.parametrize("radius", [0.02, 0.05])
+def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
+    rng = np.random.default_rng(0)
+    _, pose = camera()
+    up = pose[:3, :3].T @ [0, 0, 1]
+    center = (np.array([0, 0, radius]) - pose[:3, 3]) @ pose[:3, :3]
+    normals = rng.normal(size=(2000, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    points = center + radius * normals
+    seen = points[np.einsum("ij,ij->i", normals, points) < -0.3 * np.linalg.norm(points, axis=1)]
+    box = fit_box(seen, up, support=up @ center - radius)
+    np.testing.assert_allclose(box.size, 2 * radius, rtol=0.1)
+    assert np.linalg.norm(box.center - center) < 0.15 * radius
+
+
+@given(seeds)
+def test_full_fit_finds_a_box_in_any_orientation(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    true = random_box(rng)
+    assume(np.abs(true.center @ true.rotation).min() > 0.1)
+    solid = true.center + (rng.uniform(-0.5, 0.5, (3000, 3)) * true.size) @ true.rotation.T
+    assert iou(fit_box(solid), true) > 0.7
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_box_around_very_few_points_is_finite(n: int) -> None:
+    points = np.random.default_rng(0).normal((0, 0, 3), size=(n, 3))
+    for box in (fit_box(points), fit_box(points, np.array([0, -1.0, 0]), 0.0)):
+        assert np.isfinite(box.vertices).all()
+        assert (box.size > 0).all()
+
+
+def test_keypoints_are_the_extremes() -> None:
+    points = np.array([[0, 0, 1.0], [0, 0, 2.0], [0, 0.5, 1.5]])
+    box = fit_box(points)
+    found = keypoints(points, box)
+    np.testing.assert_allclose(found["closest"], [0, 0, 1])
+    np.testing.assert_allclose(found["furthest"], [0, 0, 2])
+    np.testing.assert_array_equal(found["centre"], box.center)

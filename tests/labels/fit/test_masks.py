@@ -1,0 +1,137 @@
+"""Estimated masks and depth: pixels near an outline find their side, flying ones come home."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from labels_scenes import render
+from spear.labels.fit.camera import unproject
+from spear.labels.fit.masks import clean_points, erode, snap
+from spear.labels.fit.points import noise_level, support_plane
+from spear.types import Array, Frame
+
+BLOCKS = [
+    (np.array([0.05, -0.12, 0.04]), np.array([0.09, 0.07, 0.08]), 0.4),
+    (np.array([0.1, 0.12, 0.05]), np.array([0.08, 0.1, 0.1]), -0.3),
+]
+
+
+@pytest.fixture(scope="module")
+def frame() -> Frame:
+    return render(BLOCKS, ["box", "can"])
+
+
+def parts(frame: Frame) -> tuple[Array, Array, Array]:
+    assert frame.depth is not None and frame.intrinsics is not None and frame.instances is not None
+    return unproject(frame.depth, frame.intrinsics), frame.depth > 0, frame.instances
+
+
+def overlap(a: Array, b: Array) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("pixels", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("blur", [0.0, 0.7])
+def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float) -> None:
+    points, known, instances = parts(frame)
+    assert frame.depth is not None and frame.intrinsics is not None
+    points = unproject(ndimage.gaussian_filter(frame.depth, blur), frame.intrinsics)
+    plane = support_plane(points[known & (instances == 0)])
+    for number in (1, 2):
+        true = instances == number
+        mask = true
+        if pixels > 0:
+            mask = ndimage.binary_dilation(true, iterations=pixels)
+        elif pixels < 0:
+            mask = ndimage.binary_erosion(true, iterations=-pixels)
+        found = snap(mask, points, known, (instances > 0) & ~mask, plane, max(abs(pixels), 1), 0.0)
+        assert overlap(found, true) > (0.93 if blur == 0 else 0.86)
+        if pixels:
+            assert overlap(found, true) > overlap(mask, true)
+
+
+def test_a_mask_too_thin_to_have_an_inside_stays(frame: Frame) -> None:
+    points, known, _ = parts(frame)
+    thin = np.zeros_like(known)
+    thin[60, 40:80] = True
+    assert (snap(thin, points, known, np.zeros_like(thin), None, 1, 0.0) == thin).all()
+
+
+def test_a_sheet_on_the_table_keeps_its_mask() -> None:
+    frame = render([(np.array([0, 0, 0.0005]), np.array([0.15, 0.15, 0.001]), 0.2)], ["towel"])
+    points, known, instances = parts(frame)
+    plane = support_plane(points[known & (instances == 0)])
+    mask = ndimage.binary_dilation(instances == 1)
+    assert overlap(snap(mask, points, known, np.zeros_like(mask), plane, 1, 0.0), mask) > 0.99
+
+
+def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
+    points, _, instances = parts(frame)
+    assert frame.depth is not None and frame.intrinsics is not None
+    mask = instances == 2
+    border = mask & ~erode(mask, 1)
+    top = border & (np.arange(len(mask))[:, None] < np.argwhere(mask)[:, 0].min() + 3)
+    depth = frame.depth.copy()
+    depth[top] += 0.06
+    lifted = clean_points(mask, unproject(depth, frame.intrinsics), 1, 0.0)
+    off = np.linalg.norm(lifted - points, axis=-1)
+    assert top.sum() > 10
+    assert off[top].max() < 0.01
+    assert (off[erode(mask, 1)] < 1e-6).all()
+    assert (clean_points(mask, points, 0, 0.0) is points) and np.median(off[border]) < 1e-6
+
+
+def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
+    points, _, instances = parts(frame)
+    rng = np.random.default_rng(0)
+    mask = instances == 1
+    noisy = points * (1 + 0.003 * rng.normal(size=mask.shape))[..., None]
+    smooth = clean_points(mask, noisy, 0, 0.003)
+    before, after = ((np.linalg.norm(p - points, axis=-1)[mask]) for p in (noisy, smooth))
+    assert after.mean() < 0.65 * before.mean()
+    signed = (np.linalg.norm(smooth, axis=-1) - np.linalg.norm(points, axis=-1))[mask & ~erode(mask, 1)]
+    assert abs(signed.mean()) < 0.0007  # borders do not creep in
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.005])
+def test_noise_is_measured(frame: Frame, noise: float) -> None:
+    points, known, _ = parts(frame)
+    rng = np.random.default_rng(0)
+    noisy = points * (1 + noise * rng.normal(size=known.shape))[..., None]
+    assert noise_level(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
+    assert noise_level(noisy, np.zeros_like(known)) == 0.0
+
+
+def test_estimates_are_labelled_with_care(frame: Frame) -> None:
+    from spear.labels.fit.accuracy import compare
+    from spear.labels.models.ground_truth import (
+        GroundTruthDetector,
+        GroundTruthPointMap,
+        GroundTruthSegmenter,
+    )
+    from spear.labels.pipeline import label
+
+    class Estimate(GroundTruthPointMap):
+        name = "sensor"
+
+    assert frame.depth is not None
+    blurred = replace(frame, depth=ndimage.gaussian_filter(frame.depth, 0.7), extrinsics=None)
+    trusted, estimated = (
+        compare(label([blurred], GroundTruthDetector(), GroundTruthSegmenter(), pointmap), [frame])
+        for pointmap in (GroundTruthPointMap(), Estimate())
+    )
+    assert estimated.vertex < 0.7 * trusted.vertex
+    assert estimated.center < 0.004
+
+
+def test_erode_takes_the_border_but_not_at_the_edge_of_the_image() -> None:
+    mask = np.zeros((5, 6), bool)
+    mask[0:4, 1:5] = True
+    expected = np.zeros((5, 6), bool)
+    expected[0:3, 2:4] = True
+    assert (erode(mask, 1) == expected).all()
+    assert (erode(mask, 0) == mask).all()

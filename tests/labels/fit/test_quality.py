@@ -1,0 +1,92 @@
+"""Scores of labelled objects mean what they say, and one rule says who is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from labels_scenes import render
+from spear.labels.fit.box3d import fit_box
+from spear.labels.fit.quality import BAR, QualityBar, failings, planarity, stability
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import label
+from spear.labels.questions.generate import askable, generate, why_not_asked
+
+TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
+
+
+def test_planarity_of_a_sheet_a_ball_and_a_line() -> None:
+    rng = np.random.default_rng(0)
+    cube = rng.uniform(-1, 1, (4000, 3))
+    assert planarity(cube * [1, 1, 0]) == pytest.approx(1, abs=0.05)
+    assert planarity(cube) == pytest.approx(0, abs=0.05)
+    assert planarity(cube * [1, 0.01, 0.01]) < 0.02
+    assert planarity(cube * [2, 1, 0]) == pytest.approx(0.5, abs=0.03)
+    assert planarity(np.ones((8, 3))) == 0.0
+
+
+def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
+    rng = np.random.default_rng(0)
+    up = np.array([0.0, -1.0, 0.0])
+    fit = partial(fit_box, up=up, support=-0.1)
+    corner = np.array([0.0, 0, 1.0])
+    dense = corner + rng.uniform(-0.1, 0.1, (2000, 3))
+    sparse = corner + rng.uniform(-0.1, 0.1, (10, 3))
+    stray = np.concatenate([dense[:200], corner[None] + np.array([0.5, 0, 0.3])])
+    values = [stability(p, fit(p), fit) for p in (dense, stray, sparse)]
+    assert values[0] > 0.97 > values[0] - 0.1 > max(values[1:])
+    assert min(values) >= 0
+    assert values == [stability(p, fit(p), fit) for p in (dense, stray, sparse)]
+
+
+def test_the_bar() -> None:
+    assert failings({}) == ()
+    good = {"visible": BAR.visible, "edge": BAR.edge, "points": BAR.points, "stability": BAR.stability}
+    assert failings(good) == ()
+    for name, value in (("visible", 0.69), ("edge", 0.06), ("points", 29), ("stability", 0.5)):
+        assert failings({**good, name: value}) == (name,)
+    assert failings({"visible": 0.5}, QualityBar(visible=0.4)) == ()
+    assert failings({"visible": 0.1, "edge": 0.9}) == ("visible", "edge")
+
+
+def test_objects_under_the_bar_stay_but_are_not_asked_about() -> None:
+    size = np.array([0.06, 0.06, 0.08])
+    things = {
+        "can": (np.array([0.1, -0.1, 0.04]), size, 0.3),
+        "cup": (np.array([0.06, 0.1, 0.04]), size, 0.0),
+        "box": (np.array([-0.04, 0.1, 0.06]), np.array([0.04, 0.1, 0.12]), 0.0),
+        "bowl": (np.array([-0.1, -0.385, 0.04]), size, 0.0),
+        "pea": (np.array([0.2, 0.02, 0.01]), np.array([0.015, 0.02, 0.02]), 0.0),
+    }
+    (image,) = label([render(list(things.values()), list(things))], *TRUTH)
+    assert [o.name for o in image.objects] == list(things)
+    assert all(
+        {"visible", "edge", "points", "planarity", "stability"} <= set(o.scores)
+        for o in image.objects
+        if o.box3d
+    )
+    reasons = dict(zip(things, why_not_asked(image), strict=True))
+    assert reasons["can"] == reasons["box"] == ()
+    assert "visible" in reasons["cup"] and "edge" in reasons["bowl"]
+    assert reasons["pea"] in (("points",), ("no box",))
+    assert [o.name for o in askable(image)] == ["can", "box"]
+    rng = np.random.default_rng(0)
+    asked = {name for _ in range(30) for q in generate(image, rng) for name in q.objects}
+    assert asked == {"can", "box"}
+    lenient = QualityBar(visible=0, edge=1, points=0, stability=0)
+    assert len(askable(image, lenient)) >= 4
+
+
+def test_every_reason_is_given() -> None:
+    (image,) = label([render([(np.array([0.0, 0, 0.04]), np.array([0.08] * 3), 0.3)], ["can"])], *TRUTH)
+    (can,) = image.objects
+    assert can.box3d is not None
+    outside = replace(can, name="cup", box3d=replace(can.box3d, center=np.array([9.0, 0, 1])))
+    label_ = replace(
+        image,
+        objects=[can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside],
+    )
+    assert why_not_asked(label_) == [("ambiguous",), ("ambiguous",), ("no box",), ("outside",)]

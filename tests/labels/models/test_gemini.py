@@ -1,0 +1,394 @@
+import json
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
+from spear.errors import SpearError, TemporaryError
+from spear.labels.models.gemini import PROMPT, GeminiDetector
+from spear.labels.models.gemini_answer import Unusable, parse
+from spear.labels.models.ground_truth import GroundTruthPointMap
+from spear.labels.pipeline import Failures, label
+from spear.types import Array, Frame
+
+pytest.importorskip("google.genai")
+
+CUP = ("red cup", [100, 250, 500, 750])
+BUSY = error(429, "RESOURCE_EXHAUSTED", "Slow down.", retry_info("0.3s"))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "secret-key")
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+
+
+def frame(seed: int = 0, height: int = 40, width: int = 60) -> Frame:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Frame(image, source=f"{seed}.jpg")
+
+
+def detector(server: Server, **changes: Any) -> GeminiDetector:
+    return GeminiDetector(**{"base_url": server.address, "first_wait": 0.01, **changes})
+
+
+def found(detections: Any) -> list[tuple[str, list[float]]]:
+    return [(d.name, [round(float(v), 3) for v in d.box2d]) for d in detections]
+
+
+def test_boxes_come_back_in_pixels(server: Server) -> None:
+    server.replies = [boxes(CUP, (" Steel  Spoon ", [0, 0, 1000, 333]))]
+    (detections,) = detector(server).detect([frame()])
+    assert found(detections) == [("red cup", [15, 4, 45, 20]), ("steel spoon", [0, 0, 19.98, 40])]
+    assert all(d.score == 1 and d.box2d.dtype == np.float32 for d in detections)
+
+
+def test_the_request_holds_image_prompt_and_schema(server: Server) -> None:
+    gemini = detector(server, model="gemini-x", vocabulary=["cup", "fork"], thinking="high", temperature=0.5)
+    smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
+    gemini.max_side = 200
+    gemini.detect([Frame(smooth)])
+    (request,) = server.requests
+    assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
+    assert server.headers[0]["x-goog-api-key"] == "secret-key"
+    sent, prompt = picture(request), request["contents"][0]["parts"][1]
+    assert sent.shape == (50, 200, 3)
+    assert np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
+    assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
+    config = request["generationConfig"]
+    assert config["responseMimeType"] == "application/json"
+    assert config["responseSchema"]["type"] == "ARRAY"
+    assert set(config["responseSchema"]["items"]["required"]) == {"box_2d", "label"}
+    assert config["thinkingConfig"] == {"thinkingLevel": "HIGH"} and config["temperature"] == 0.5
+    detector(server, thinking=0).detect([frame()])
+    detector(server, thinking=None).detect([frame()])
+    assert server.requests[1]["generationConfig"]["thinkingConfig"] == {"thinkingBudget": 0}
+    assert "thinkingConfig" not in server.requests[2]["generationConfig"]
+    assert "temperature" not in server.requests[2]["generationConfig"]
+
+
+def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
+    answer = [
+        {"label": "cut", "box_2d": [-100, 900, 300, 1200]},
+        {"label": "outside", "box_2d": [100, 1100, 300, 1300]},
+        {"label": "upside down", "box_2d": [500, 100, 100, 600]},
+        {"label": "thin", "box_2d": [100, 100, 500, 110]},
+        {"label": "", "box_2d": [100, 100, 500, 600]},
+        {"label": "cup\ud800", "box_2d": [100, 100, 500, 600]},
+        {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
+        {"label": "mug", "box_2d": [100, 100, 500, 600]},
+    ]
+    assert found(parse(json.dumps(answer), 100, 50)) == [
+        ("cut", [45, 0, 50, 30]),
+        ("cup", [5, 10, 30, 50]),
+        ("mug", [5, 10, 30, 50]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("I see a cup.", "not JSON"),
+        ('[{"box_2d": [1, 2, 3, 4], "label": "cup"', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"label": "cup"}', "a dict, not a list"),
+        ('["cup"]', "an object without a label"),
+        ('[{"box_2d": [1, 2, 3, 4]}]', "an object without a label"),
+        ('[{"label": "cup"}]', "box_2d of 'cup' is not four numbers"),
+        ('[{"label": "cup", "box_2d": [1, 2, 3]}]', "not four numbers"),
+        ('[{"label": "cup", "box_2d": [1, 2, 3, "4"]}]', "not four numbers"),
+        ('[{"label": "cup", "box_2d": [1, 2, 3, NaN]}]', "not four numbers"),
+        ('[{"label": "cup", "box_2d": [1, 2, 3, 1' + "0" * 400 + "]}]", "not four numbers"),
+    ],
+)
+def test_answers_that_are_not_as_asked_are_unusable(answer: str, message: str) -> None:
+    with pytest.raises(Unusable, match=message):
+        parse(answer, 10, 10)
+
+
+def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
+    server.replies = [BUSY, error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"), boxes(CUP)]
+    (detections,) = detector(server).detect([frame()])
+    assert [d.name for d in detections] == ["red cup"]
+    first, second, third = server.times
+    assert second - first >= 0.3 and third - second >= 0.4
+
+
+def test_overload_is_waited_out(server: Server) -> None:
+    server.replies = [
+        error(503, "UNAVAILABLE", "The model is overloaded."),
+        Reply(502, "<html>Bad gateway</html>"),
+        error(500, "INTERNAL", "Oops."),
+        boxes(CUP),
+    ]
+    gemini = detector(server)
+    assert [d.name for d in gemini.detect([frame()])[0]] == ["red cup"]
+    assert gemini.usage.requests == len(server.requests) == 4
+
+
+def test_overload_that_does_not_end_concerns_one_image(server: Server) -> None:
+    server.replies = [*[error(503, "UNAVAILABLE", "Overloaded.")] * 3, boxes(CUP)]
+    gemini = detector(server, attempts=3)
+    with pytest.raises(
+        SpearError, match=r"0\.jpg: Gemini gave no answer after 3 attempts \(503 UNAVAILABLE: Over"
+    ):
+        gemini.detect([frame(0)])
+    assert len(gemini.detect([frame(1)])[0]) == 1
+
+
+def test_no_quota_for_long_stops_asking(server: Server) -> None:
+    server.replies = [error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s"))]
+    gemini = detector(server)
+    for _ in range(2):
+        with pytest.raises(SpearError, match=r"no quota left for 7200 s .*label again later"):
+            gemini.detect([frame()])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            error(404, "NOT_FOUND", "models/gemini-x is not found"),
+            r"404 NOT_FOUND: models/gemini-x.*another model",
+        ),
+        (
+            error(403, "PERMISSION_DENIED", "No."),
+            r"403 PERMISSION_DENIED: No\.: check the key in GEMINI_API_KEY",
+        ),
+        (error(400, "INVALID_ARGUMENT", "Bad key.", {"reason": "API_KEY_INVALID"}), r"400 .*check the key"),
+    ],
+)
+def test_what_fails_for_every_image_is_asked_once(server: Server, reply: Reply, message: str) -> None:
+    server.replies = [reply]
+    gemini = detector(server)
+    for seed in range(3):
+        with pytest.raises(SpearError, match=message):
+            gemini.detect([frame(seed)])
+    assert len(server.requests) == 1
+
+
+def test_a_refused_request_concerns_one_image(server: Server) -> None:
+    server.replies = [error(400, "INVALID_ARGUMENT", "Unable to process input image."), boxes(CUP)]
+    gemini = detector(server)
+    with pytest.raises(
+        SpearError, match=r"0\.jpg: Gemini refused the request \(400 .*Unable to process"
+    ) as stop:
+        gemini.detect([frame(0)])
+    assert not isinstance(stop.value, TemporaryError)
+    assert len(gemini.detect([frame(1)])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (text("I see a cup."), "not JSON"),
+        (text("[{", end="MAX_TOKENS"), "cut off"),
+        (text(""), "empty"),
+        (Reply(body={"candidates": []}), "empty"),
+        (Reply(body="<html>"), "unreadable response"),
+    ],
+)
+def test_an_unusable_answer_is_asked_for_once_more(server: Server, reply: Reply, message: str) -> None:
+    server.replies = [reply, boxes(CUP)]
+    assert len(detector(server).detect([frame()])[0]) == 1
+    server.replies = [reply]
+    with pytest.raises(TemporaryError, match=rf"0\.jpg: Gemini gave no answer after 2 attempts .*{message}"):
+        detector(server).detect([frame()])
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), r"blocked the image \(SAFETY\)"),
+        (
+            Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}),
+            r"refused to answer \(SAFETY\)",
+        ),
+        (text("[]", end="PROHIBITED_CONTENT"), r"refused to answer \(PROHIBITED_CONTENT\)"),
+        (text("[]", end="SOMETHING_NEW"), r"refused to answer \(SOMETHING_NEW\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is not a valid")
+def test_a_refusal_is_not_asked_again(server: Server, reply: Reply, message: str) -> None:
+    server.replies = [reply]
+    with pytest.raises(SpearError, match=rf"0\.jpg: Gemini {message}: leave") as stop:
+        detector(server).detect([frame()])
+    assert not isinstance(stop.value, TemporaryError)
+    assert len(server.requests) == 1
+
+
+def test_images_of_a_batch_are_asked_about_at_the_same_time(server: Server) -> None:
+    together = threading.Barrier(4, timeout=60)
+
+    def answer(request: dict[str, Any]) -> Reply:
+        together.wait()
+        return boxes(CUP)
+
+    server.answer = answer
+    assert [len(d) for d in detector(server, concurrency=4).detect([frame(i) for i in range(4)])] == [1] * 4
+
+
+def test_answers_belong_to_their_images(server: Server) -> None:
+    frames = [frame(i, 40, 60 + i) for i in range(6)]
+
+    def answer(request: dict[str, Any]) -> Reply:
+        width = picture(request).shape[1]
+        time.sleep(0.02 * (66 - width))
+        return boxes((f"thing {width}", [0, 0, 1000, 1000]))
+
+    server.answer = answer
+    names = [[d.name for d in found] for found in detector(server, concurrency=3).detect(frames)]
+    assert names == [[f"thing {60 + i}"] for i in range(6)]
+
+
+def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
+    server.replies = [boxes(CUP)]
+    first = detector(server, cache=tmp_path).detect([frame()])
+    again = detector(server, cache=tmp_path)
+    assert found(again.detect([frame()])[0]) == found(first[0])
+    assert len(server.requests) == 1 and again.usage.cached == 1 and again.usage.requests == 0
+    for other in (
+        detector(server, cache=tmp_path, vocabulary=["cup"]),
+        detector(server, cache=tmp_path, model="other"),
+        detector(server, cache=tmp_path, thinking="high"),
+    ):
+        other.detect([frame()])
+    detector(server, cache=tmp_path).detect([frame(1)])
+    assert len(server.requests) == 5
+    for path in tmp_path.rglob("*.json"):
+        path.write_text("broken")
+    detector(server, cache=tmp_path).detect([frame()])
+    assert len(server.requests) == 6
+    assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_a_cache_that_cannot_be_written_stops_asking(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    gemini = detector(server, cache=tmp_path / "file" / "cache")
+    for seed in range(2):
+        with pytest.raises(SpearError, match=r"cannot keep an answer: .*another cache folder"):
+            gemini.detect([frame(seed)])
+    assert len(server.requests) == 1
+
+
+class Nothing:
+    """A segmenter that outlines nothing."""
+
+    name = "nothing"
+
+    def segment(self, frames: Any, detections: Any) -> list[Array]:
+        return [np.zeros((len(d), *f.image.shape[:2]), bool) for f, d in zip(frames, detections, strict=True)]
+
+
+def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice(server: Server) -> None:
+    frames = [
+        Frame(
+            frame(i).image,
+            np.ones((40, 60), np.float32),
+            intrinsics=np.diag([50.0, 50, 1]),
+            source=f"{i}.jpg",
+        )
+        for i in range(4)
+    ]
+    blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
+    server.replies = [blocked, boxes(CUP)]
+    failures = Failures(limit=0.5)
+    gemini = detector(server, concurrency=1)
+    labels = list(label(frames, gemini, Nothing(), GroundTruthPointMap(), failures=failures, batch_size=4))
+    assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert [source for source, _ in failures.rows] == ["0.jpg"] and "SAFETY" in failures.rows[0][1]
+    assert len(server.requests) == 4
+    assert labels[0].provenance["detector"] == gemini.name
+
+
+def test_tokens_and_cost_are_counted(server: Server, tmp_path: Path) -> None:
+    server.replies = [boxes(CUP)]
+    gemini = detector(server, model="gemini-3.5-flash", cache=tmp_path)
+    gemini.detect([frame(0), frame(1)])
+    gemini.detect([frame(0)])
+    used = gemini.usage
+    assert (used.requests, used.cached, used.input_tokens, used.output_tokens) == (2, 1, 2400, 200)
+    assert gemini.bill() == (
+        "gemini-3.5-flash: 2 requests, 1 answers from the cache, 2400 tokens in, 200 out, $0.0054 "
+        "(prices of 2026-10-07)"
+    )
+    assert "cost unknown" in detector(server, model="gemini-of-tomorrow").bill()
+
+
+def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "")
+    with pytest.raises(SpearError, match="no key: set GEMINI_API_KEY"):
+        detector(server)
+    monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
+    detector(server).detect([frame()])
+    assert server.headers[0]["x-goog-api-key"] == "other-key"
+
+
+def test_without_the_client_there_is_no_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "google.genai", None)
+    with pytest.raises(SpearError, match=r'pip install "spear\[label\]"'):
+        GeminiDetector()
+
+
+def test_without_a_network_it_says_so_once_and_stops() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        gemini = GeminiDetector(base_url=address, attempts=2, first_wait=0.01)
+        with pytest.raises(
+            TemporaryError, match=r"cannot reach the service \(no connection: .*check the network"
+        ):
+            gemini.detect([frame(0)])
+        gemini.attempts = 10**9  # would never return if it tried again
+        with pytest.raises(TemporaryError, match="cannot reach the service"):
+            gemini.detect([frame(1)])
+
+
+def test_travels_to_other_processes_without_the_key(server: Server) -> None:
+    server.replies = [boxes(CUP)]
+    gemini = detector(server, per_minute=6000, vocabulary=["cup"])
+    gemini.detect([frame()])
+    data = pickle.dumps(gemini)
+    assert b"secret-key" not in data
+    copy = pickle.loads(data)
+    assert copy.name == gemini.name and copy.usage.requests == 0
+    assert len(copy.detect([frame()])[0]) == 1
+
+
+def test_the_name_tells_settings_apart() -> None:
+    names = {
+        GeminiDetector(**changes).name
+        for changes in (
+            {},
+            {"model": "gemini-3.5-flash"},
+            {"vocabulary": ["cup"]},
+            {"vocabulary": ["mug"]},
+            {"thinking": "high"},
+            {"temperature": 0.2},
+            {"max_side": 640},
+        )
+    }
+    assert len(names) == 7
+    assert GeminiDetector(per_minute=3, concurrency=2, attempts=9).name in names
+
+
+@pytest.mark.parametrize("changes", [{"attempts": 0}, {"concurrency": 0}, {"max_side": 0}, {"per_minute": 0}])
+def test_settings_without_sense_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(SpearError, match=r"at least 1|positive number"):
+        GeminiDetector(**changes)

@@ -1,0 +1,193 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from labels_tiny import save_grounding_dino, save_owlv2, save_sam2
+from spear.errors import SpearError
+from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
+from spear.labels.models.protocols import Detection
+from spear.types import Frame
+
+THINGS = ["red cup", "forks", "plate", "Steel Bowl."]
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_grounding_dino(tmp_path_factory.mktemp("grounding-dino")))
+
+
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_owlv2(tmp_path_factory.mktemp("owlv2")))
+
+
+def frame(seed: int, height: int = 40, width: int = 60) -> Frame:
+    return Frame(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8), source=f"{seed}.jpg"
+    )
+
+
+def rows(detections: list[Detection]) -> list[tuple[str, list[float], float]]:
+    return [(d.name, d.box2d.round(3).tolist(), round(d.score, 4)) for d in detections]
+
+
+def outputs(tokens: int, *objects: tuple[dict[int, float], list[float]]) -> Any:
+    """What the network says: per box, the scores of some places, and centre and size."""
+    logits = torch.full((1, len(objects), tokens), -torch.inf)
+    for i, (scores, _) in enumerate(objects):
+        for place, score in scores.items():
+            logits[0, i, place] = torch.logit(torch.tensor(score))
+    return SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
+
+
+def test_grounding_dino_names_objects_by_their_best_token(dino: str) -> None:
+    detector = GroundingDinoDetector(dino, vocabulary=THINGS, threshold=0.4)
+    ((prompt, names),) = detector._prompts
+    assert prompt == "red cup. forks. plate. steel bowl." and names == [
+        "red cup",
+        "forks",
+        "plate",
+        "steel bowl",
+    ]
+    tokens = detector._processor.tokenizer(prompt)["input_ids"]
+    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]
+    said = outputs(
+        16,
+        ({1: 0.2, 2: 0.6, 5: 0.5}, [0.5, 0.5, 0.5, 0.25]),
+        ({4: 0.3, 5: 0.7, 9: 0.69}, [0.25, 0.25, 0.1, 0.1]),
+        ({3: 0.99, 12: 0.99, 7: 0.35}, [0.5, 0.5, 0.5, 0.5]),  # only a mark between names fits
+    )
+    (found,) = detector._read(said, tokens, (40, 60), names)
+    assert rows(found) == [("red cup", [15, 15, 45, 25], 0.6), ("forks", [12, 8, 18, 12], 0.7)]
+
+
+def test_grounding_dino_reads_a_caption_as_transformers_does(dino: str) -> None:
+    detector = GroundingDinoDetector(
+        dino, caption="a red cup on the plate", threshold=0.3, text_threshold=0.25
+    )
+    ((prompt, names),) = detector._prompts
+    assert names is None
+    processor = detector._processor
+    tokens = processor.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    said = outputs(
+        16,
+        ({2: 0.5, 3: 0.8, 6: 0.2}, [0.4, 0.6, 0.3, 0.2]),
+        ({6: 0.9}, [0.7, 0.3, 0.2, 0.5]),
+        ({1: 0.1, 3: 0.28}, [0.7, 0.3, 0.2, 0.5]),
+    )
+    (theirs,) = processor.post_process_grounded_object_detection(
+        said, tokens, threshold=0.3, text_threshold=0.25, target_sizes=[(40, 60)]
+    )
+    (ours,) = detector._read(said, tokens[0].tolist(), (40, 60), None)
+    assert [d.name for d in ours] == theirs["text_labels"] == ["red cup", "plate"]
+    np.testing.assert_allclose([d.score for d in ours], theirs["scores"], rtol=1e-6)
+    np.testing.assert_allclose([d.box2d for d in ours], theirs["boxes"], rtol=1e-6)
+
+
+def test_grounding_dino_finds_the_same_in_a_batch_and_alone(dino: str) -> None:
+    detector = GroundingDinoDetector(dino, vocabulary=THINGS, threshold=0.2)
+    frames = [frame(0), frame(1, 48, 32), frame(2), frame(3, 30, 90)]
+    together = detector.detect(frames)
+    assert all(together) and len({tuple(rows(found)[0][1]) for found in together}) == 4
+    for single, found in zip(frames, together, strict=True):
+        (alone,) = detector.detect([single])
+        assert [d.name for d in alone] == [d.name for d in found]
+        np.testing.assert_allclose([d.box2d for d in alone], [d.box2d for d in found], atol=0.01)
+        height, width = single.image.shape[:2]
+        for d in found:
+            assert d.name in ("red cup", "forks", "plate", "steel bowl") and d.score > 0.2
+            assert 0 <= d.box2d[0] < d.box2d[2] <= width and 0 <= d.box2d[1] < d.box2d[3] <= height
+    assert detector.detect([]) == []
+
+
+def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str) -> None:
+    names = ["red cup", "fork", "plate", "bowl", "steel fork", "red plate", "steel cup", "red bowl"]
+    detector = GroundingDinoDetector(dino, vocabulary=names, threshold=0.2)
+    prompts = detector._prompts
+    assert len(prompts) > 1 and [n for _, part in prompts for n in part or ()] == names
+    lengths = [len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts]
+    assert max(lengths) <= 16
+    (found,) = detector.detect([frame(0)])
+    parts = [
+        GroundingDinoDetector(dino, vocabulary=part, threshold=0.2).detect([frame(0)])[0]
+        for _, part in prompts
+    ]
+    merged = tidy([d for part in parts for d in part], 40, 60, 0.7)
+    assert rows(found) == rows(merged)
+
+
+def test_owlv2_finds_the_same_in_a_batch_and_alone(owl: str) -> None:
+    detector = Owlv2Detector(owl, vocabulary=["Cup", "forks", "cup"], threshold=0.3)
+    frames = [frame(0), frame(1, 48, 32), frame(2, 30, 90)]
+    together = detector.detect(frames)
+    assert {d.name for found in together for d in found} == {"cup", "forks"}
+    for single, found in zip(frames, together, strict=True):
+        height, width = single.image.shape[:2]
+        (alone,) = detector.detect([single])
+        assert [d.name for d in alone] == [d.name for d in found]
+        np.testing.assert_allclose([d.box2d for d in alone], [d.box2d for d in found], atol=0.01)
+        assert all(d.box2d[2] <= width and d.box2d[3] <= height and d.score > 0.3 for d in found)
+    assert detector.detect([]) == []
+
+
+def test_owlv2_scores_are_those_of_its_query(owl: str) -> None:
+    both = Owlv2Detector(owl, vocabulary=["cup", "forks"], threshold=0.0, overlap=1.0)
+    cup = Owlv2Detector(owl, vocabulary=["cup"], threshold=0.0, overlap=1.0)
+    (of_both,), (of_cup,) = both.detect([frame(0)]), cup.detect([frame(0)])
+    scores = {tuple(d.box2d.round(2).tolist()): d.score for d in of_cup}
+    named_cup = [d for d in of_both if d.name == "cup"]
+    assert named_cup
+    for d in named_cup:
+        assert scores[tuple(d.box2d.round(2).tolist())] == pytest.approx(d.score, abs=1e-4)
+
+
+def test_tidy_keeps_the_best_of_what_is_inside() -> None:
+    found = [
+        Detection("cup", np.array([0, 0, 10, 10]), 0.5),
+        Detection("mug", np.array([0, 0, 10, 9.5]), 0.8),
+        Detection("", np.array([20, 0, 30, 10]), 0.9),
+        Detection("fork", np.array([39.5, 0, 50, 10]), 0.9),
+        Detection("plate", np.array([30, 10, 60, 40]), 0.3),
+    ]
+    assert rows(tidy(found, 20, 40, 0.7)) == [("mug", [0, 0, 10, 9.5], 0.8), ("plate", [30, 10, 40, 20], 0.3)]
+
+
+def test_the_name_tells_settings_apart(dino: str) -> None:
+    changes: list[dict[str, Any]] = [
+        {"vocabulary": ["cup"]},
+        {"vocabulary": ["plate"]},
+        {"caption": "a cup"},
+        {"caption": "a cup", "text_threshold": 0.5},
+        {"vocabulary": ["cup"], "threshold": 0.5},
+        {"vocabulary": ["cup"], "overlap": 0.5},
+    ]
+    names = {GroundingDinoDetector(dino, **change).name for change in changes}
+    assert len(names) == len(changes) and all(dino in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "either a vocabulary or a caption"),
+        ({"vocabulary": ["cup"], "caption": "a cup"}, "either a vocabulary or a caption"),
+        ({"vocabulary": [" ", "."]}, "the vocabulary is empty"),
+        ({"vocabulary": "cup"}, "give a list of names"),
+        ({"caption": " "}, "empty or too long"),
+        ({"caption": "a red cup on the plate " * 4}, "empty or too long"),
+    ],
+)
+def test_what_cannot_be_looked_for_is_refused(dino: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpearError, match=message):
+        GroundingDinoDetector(dino, **changes)
+
+
+def test_a_network_of_another_kind_is_refused(tmp_path: Path, owl: str) -> None:
+    sam = str(save_sam2(tmp_path / "sam2"))
+    with pytest.raises(SpearError, match=r"sam2: cannot load this owlv2 model|a sam2 model, not owlv2"):
+        Owlv2Detector(sam, vocabulary=["cup"])
+    with pytest.raises(SpearError, match="the vocabulary is empty"):
+        Owlv2Detector(owl, vocabulary=[])

@@ -1,0 +1,125 @@
+"""MoGe as the labeller's point map."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moge_reference import checkpoint, random_v1, reference
+from spear.errors import SpearError
+from spear.labels.fit.camera import project
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthSegmenter
+from spear.labels.models.pointmap import MogePointMap
+from spear.labels.pipeline import Failures, label
+from spear.models.moge.infer import infer
+from spear.types import Frame
+
+CAMERA = np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])
+
+
+def frame(height: int = 40, width: int = 60, seed: int = 0, intrinsics: np.ndarray | None = None) -> Frame:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Frame(image=image, intrinsics=intrinsics, source=f"noise {seed}")
+
+
+def test_images_of_all_sizes_come_back_in_order() -> None:
+    frames = [frame(seed=0), frame(56, 42, seed=1), frame(seed=2)]
+    pointmap = MogePointMap(random_v1(), device="cpu")
+    together = pointmap.predict(frames)
+    for one, result in zip(frames, together, strict=True):
+        assert result.points.shape == one.image.shape and result.points.dtype == np.float32
+        assert result.mask.shape == one.image.shape[:2] and result.mask.dtype == bool and result.mask.all()
+        assert result.unit == "relative"
+        (alone,) = pointmap.predict([one])
+        np.testing.assert_allclose(result.points, alone.points, rtol=1e-3, atol=1e-3)
+    assert pointmap.predict([]) == []
+
+
+def test_points_lie_on_the_rays_of_their_pixels() -> None:
+    (found,) = MogePointMap(random_v1(), device="cpu").predict([frame()])
+    y, x = np.mgrid[:40, :60] + 0.5
+    np.testing.assert_allclose(project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2)
+    assert found.intrinsics[0, 2] == 30 and found.intrinsics[1, 2] == 20
+
+
+def test_known_intrinsics_are_used_only_when_asked_for() -> None:
+    frames = [frame(), frame(intrinsics=CAMERA)]
+    blind = MogePointMap(random_v1(), device="cpu")
+    told = MogePointMap(random_v1(), device="cpu", known_intrinsics=True)
+    assert told.name == blind.name + " with known intrinsics"
+    guessed = blind.predict(frames)
+    np.testing.assert_allclose(guessed[0].intrinsics, guessed[1].intrinsics, rtol=1e-3)
+    assert abs(guessed[1].intrinsics[0, 0] - 50) > 1
+    unknown, known = told.predict(frames)
+    np.testing.assert_allclose(unknown.intrinsics, guessed[0].intrinsics, rtol=1e-3)
+    np.testing.assert_array_equal(known.intrinsics, CAMERA)
+    with pytest.raises(SpearError, match="noise 0: intrinsics are no camera's"):
+        told.predict([frame(intrinsics=np.zeros((3, 3)))])
+
+
+def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
+    folder = shared / "fixtures" / "moge"
+    model = reference(folder, 2)
+    pointmap = MogePointMap(model, checkpoint(folder, 2).path.name, device="cpu", num_tokens=20)
+    assert pointmap.name == "moge-2 reference-v2.pt"
+    one = frame()
+    (found,) = pointmap.predict([one])
+    assert found.unit == "metre" and 0 < found.mask.mean() < 1
+    assert not found.points[~found.mask].any() and (found.points[found.mask][:, 2] > 0).all()
+    plain = infer(model, torch.from_numpy(one.image).permute(2, 0, 1)[None], 20)
+    np.testing.assert_allclose(found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5)
+
+
+def test_low_precision_stays_near() -> None:
+    exact, rough = (
+        MogePointMap(random_v1(), device="cpu", dtype=dtype).predict([frame()])[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert not np.array_equal(exact.points, rough.points)
+    np.testing.assert_allclose(rough.points, exact.points, atol=0.05 * np.abs(exact.points).max())
+
+
+def test_points_that_are_not_finite_are_unknown_and_no_camera_is_an_error() -> None:
+    model = copy.deepcopy(random_v1())
+    with torch.no_grad():
+        model.head.output_block[0][2].bias[2] = 200.0  # exp(200) overflows
+    (found,) = MogePointMap(model, device="cpu").predict([frame()])
+    assert not found.mask.any() and not found.points.any()
+    with torch.no_grad():
+        model.head.output_block[0][2].bias[2] = 0.0
+        model.head.output_block[0][2].weight[:2] *= -1  # mirrored: only a negative focal length fits
+    with pytest.raises(SpearError, match="noise 0: no camera fits the predicted points"):
+        MogePointMap(model, device="cpu").predict([frame()])
+
+
+def test_wrong_options_are_refused() -> None:
+    with pytest.raises(SpearError, match=r"unknown dtype 'float8'"):
+        MogePointMap(random_v1(), device="cpu", dtype="float8")
+    with pytest.raises(SpearError, match=r"no device warp: .*: use cpu, or cuda"):
+        MogePointMap(random_v1(), device="warp")
+    grey = Frame(image=np.zeros((40, 60), np.uint8), source="grey")
+    with pytest.raises(SpearError, match=r"grey: uint8 \(40, 60\): convert it to \[h, w, 3\] uint8 RGB"):
+        MogePointMap(random_v1(), device="cpu").predict([grey])
+
+
+def test_the_labeller_runs_on_it() -> None:
+    instances = np.zeros((40, 60), np.int32)
+    instances[10:30, 20:40] = 1
+    thin = Frame(
+        image=np.zeros((16, 4000, 3), np.uint8), instances=np.zeros((16, 4000), np.int32), source="thin"
+    )
+    good = Frame(image=frame().image, instances=instances, names={1: "mug"}, source="good")
+    failures = Failures(limit=1.0)
+    pointmap = MogePointMap(random_v1(), "random", device="cpu")
+    labels = list(
+        label([thin, good], GroundTruthDetector(), GroundTruthSegmenter(), pointmap, failures=failures)
+    )
+    assert [item.source for item in labels] == ["good"]
+    assert labels[0].unit == "relative" and labels[0].provenance["pointmap"] == "moge-v1 random"
+    assert [o.name for o in labels[0].objects] == ["mug"]
+    (reason,) = failures.rows
+    assert reason[0] == "thin" and "too thin for 24 MoGe tokens" in reason[1]

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Sam2Model
+
+from labels_tiny import save_sam2
+from spear.errors import SpearError
+from spear.labels.models.pretrained import load_model
+
+
+def load(model: str | Path, **changes: Any) -> Any:
+    options: dict[str, Any] = {"kind": "sam2", "device": "cpu", "dtype": "float32", **changes}
+    return load_model(Sam2Model, model=str(model), **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_sam2(tmp_path / "sam2")
+
+
+def test_a_folder_is_loaded_ready_to_use(folder: Path) -> None:
+    network = load(folder)
+    assert not network.training and str(network.dtype) == "torch.float32"
+    assert str(load(folder, dtype="bfloat16").dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("model", ["./nothing", "/nothing/here", "~/nothing", "a/b/c"])
+def test_a_missing_folder_is_named(model: str) -> None:
+    with pytest.raises(SpearError, match=rf"{model}: no such folder"):
+        load(model)
+
+
+def test_an_unknown_name_or_no_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SpearError, match=r"nobody/nothing: cannot load this sam2 model .*network"):
+        load("nobody/nothing")
+    with pytest.raises(SpearError, match="cannot load this sam2 model"):
+        load("no good name!")
+
+
+def test_another_kind_of_model_is_refused(folder: Path) -> None:
+    with pytest.raises(SpearError, match="a sam2 model, not owlv2: give a owlv2 model"):
+        load(folder, kind="owlv2")
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(key for key in weights if key.startswith("mask_decoder"))
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(SpearError, match=rf"1 weights are missing \(first {name}\)"):
+        load(folder)
+
+
+def test_broken_folders_are_said(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(SpearError, match="sam2: cannot load this sam2 model"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    with pytest.raises(SpearError, match="sam2: cannot load this sam2 model"):
+        load(folder)
+
+
+def test_impossible_devices_and_types_are_refused(folder: Path) -> None:
+    with pytest.raises(SpearError, match="device 'abacus'"):
+        load(folder, device="abacus")
+    with pytest.raises(SpearError, match="dtype 'int8'"):
+        load(folder, dtype="int8")

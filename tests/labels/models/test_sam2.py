@@ -1,0 +1,134 @@
+import ast
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
+
+from labels_tiny import save_sam2
+from spear.errors import SpearError
+from spear.labels.models.protocols import Detection
+from spear.labels.models.sam2 import MEAN, STD, Sam2Segmenter, postprocess, preprocess, scale_boxes
+from spear.types import Array, Frame
+
+BOXES = np.array([[5, 4, 30, 30], [20, 5, 50, 33], [1, 20, 12, 39], [40, 2, 59, 20]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_sam2(tmp_path_factory.mktemp("sam2")))
+
+
+def frame(seed: int, height: int = 40, width: int = 60) -> Frame:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    pixels = F.interpolate(
+        torch.from_numpy(noise).permute(2, 0, 1)[None].float(), (height, width), mode="bicubic"
+    )
+    return Frame(pixels[0].clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def asked(boxes: Array) -> list[Detection]:
+    return [Detection(f"thing {i}", box) for i, box in enumerate(boxes)]
+
+
+def their_postprocess() -> Any:
+    """Transformers' `Sam2ImageProcessor.post_process_masks`, from its source: its module needs
+    torchvision."""
+    path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    (found,) = [f for f in functions if f.name == "post_process_masks"]
+    names: dict[str, Any] = {"torch": torch, "np": np, "F": F}
+    exec(compile(ast.Module([found], []), str(path), "exec"), names)
+    return names["post_process_masks"]
+
+
+@pytest.mark.parametrize("size", [(40, 60), (200, 90), (64, 64)])
+def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
+    image = frame(0, *size).image
+    theirs = ViTImageProcessorPil(
+        size={"height": 64, "width": 64}, resample=2, image_mean=MEAN, image_std=STD, do_rescale=True
+    )(image, return_tensors="pt")["pixel_values"][0]
+    ours = preprocess(image, 64)
+    assert ours.shape == (3, 64, 64)
+    levels = (ours - theirs).abs() * torch.tensor(STD)[:, None, None] * 255
+    assert levels.max() < 1.01 and levels.mean() < 0.3  # Pillow computes in fixed point
+
+
+def test_box_prompts_are_those_of_transformers() -> None:
+    theirs = Sam2Processor._normalize_coordinates(
+        None, 1024, torch.tensor(BOXES), (40, 60), is_bounding_box=True
+    )
+    torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), theirs)
+
+
+def test_postprocessing_is_that_of_transformers() -> None:
+    logits = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
+    (theirs,) = their_postprocess()(None, [logits[:, None]], [(40, 60)])
+    assert (postprocess(logits, 40, 60) == theirs[:, 0]).all()
+
+
+def test_masks_are_those_of_the_plain_model(folder: str) -> None:
+    network = Sam2Model.from_pretrained(folder).eval()
+    image = frame(0)
+    with torch.inference_mode():
+        said = network(
+            pixel_values=preprocess(image.image, 64)[None],
+            input_boxes=scale_boxes(BOXES, 40, 60, 64)[None],
+            multimask_output=True,
+        )
+    best = said.iou_scores[0].argmax(dim=-1)
+    expected = postprocess(said.pred_masks[0][torch.arange(4), best], 40, 60).numpy()
+    (masks,) = Sam2Segmenter(folder, multimask=True).segment([image], [asked(BOXES)])
+    assert masks.dtype == bool and (masks == expected).mean() > 0.999
+    assert 0.02 < masks.mean() < 0.98
+    (single,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
+    assert (single != masks).any()
+
+
+def test_images_of_a_batch_may_have_any_number_of_boxes(folder: str) -> None:
+    segmenter = Sam2Segmenter(folder)
+    frames = [frame(0), frame(1, 48, 32), frame(2), frame(3)]
+    many = np.concatenate([BOXES + 0.5 * i for i in range(5)])
+    detections = [asked(BOXES[:1]), asked(BOXES / 2), [], asked(many)]
+    masks = segmenter.segment(frames, detections)
+    assert [m.shape for m in masks] == [(1, 40, 60), (4, 48, 32), (0, 40, 60), (20, 40, 60)]
+    for image, found, together in zip(frames, detections, masks, strict=True):
+        (alone,) = segmenter.segment([image], [found])
+        assert together.size == 0 or (alone == together).mean() > 0.999
+    one_by_one = [segmenter.segment([frames[3]], [[d]])[0][0] for d in detections[3][14:19]]
+    assert (np.stack(one_by_one) == masks[3][14:19]).mean() > 0.999
+    assert (masks[3][0] != masks[3][1]).any()
+    assert segmenter.segment([], []) == []
+
+
+def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
+    folder = save_sam2(tmp_path / "video", video=True)
+    segmenter = Sam2Segmenter(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    ours = segmenter._network.state_dict()
+    assert ours and all((weights[name] == value).all() for name, value in ours.items())
+    assert len(weights) > len(ours)
+    (masks,) = segmenter.segment([frame(0)], [asked(BOXES)])
+    assert masks.shape == (4, 40, 60)
+
+
+def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Sam2Segmenter(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
+    with pytest.raises(SpearError, match="memory is full with 2 images at a time"):
+        segmenter.segment([frame(0), frame(1)], [asked(BOXES)] * 2)
+
+
+def test_the_name_tells_settings_apart(folder: str) -> None:
+    names = [Sam2Segmenter(folder).name, Sam2Segmenter(folder, multimask=True).name]
+    names.append(Sam2Segmenter(folder, dtype="bfloat16").name)
+    assert len(set(names)) == 3 and all(folder in name for name in names)

@@ -1,0 +1,167 @@
+"""Every 3D answer follows from its label: checked by `answer_checker`, which shares no code with the
+generator."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from answer_checker import complaints
+from spear.errors import SpearError
+from spear.evaluate.vqa.held_out import held_out_labels
+from spear.labels.fit.box3d import make_box
+from spear.labels.questions.answers import is_a
+from spear.labels.questions.generate import FAMILIES, askable, generate, spoken, why_not_asked
+from spear.labels.questions.templates import UNITS
+from spear.tokens import CoordinateTokenizer
+from spear.types import LabeledImage, LabeledObject, Question
+
+NAMES = ("bowl", "red cube", "cube", "Cube", "mug 2", "mug", "eggplant", "tin box", "ice cube tray", "plate")
+
+
+@pytest.fixture(scope="module")
+def simulated() -> list[LabeledImage]:
+    return held_out_labels(8, 40, (192, 128)) + held_out_labels(4, 60, (112, 112), "wrist")
+
+
+def made_up(rng: np.random.Generator) -> LabeledImage:
+    """A label of up to six objects with made-up boxes, names and scores, some of them unfit for questions."""
+    objects = []
+    for _ in range(rng.integers(0, 7)):
+        box = make_box(
+            np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)]),
+            rng.uniform(0.02, 0.2, 3),
+            Rotation.from_quat(rng.normal(size=4)).as_matrix(),
+        )
+        scores = {"visible": rng.choice([0.65, 0.8, 1]), "edge": rng.choice([0, 0, 0, 0.1])}
+        scores |= {"points": rng.choice([20, 40, 300, 300]), "stability": rng.choice([0.5, 0.7, 0.9])}
+        points = {"closest": box.center * 0.9, "furthest": box.center * 1.1, "centre": box.center}
+        objects.append(
+            LabeledObject(
+                name=str(rng.choice(NAMES)),
+                box2d=np.array([0, 0, 10, 10], np.float32),
+                mask=(),
+                box3d=None if rng.random() < 0.1 else box,
+                keypoints=points,
+                scores={} if rng.random() < 0.5 else scores,
+            )
+        )
+    k = np.array([[150.0, 0, 96], [0, 150, 64], [0, 0, 1]])
+    return LabeledImage(b"", 192, 128, k, objects, rng.choice(["metre", "relative"]), "made up")
+
+
+def wrong(label: LabeledImage, questions: list[Question], **tokens: object) -> list[str]:
+    return [c for q in questions for c in complaints(label, q, **tokens)]
+
+
+def test_answers_about_simulated_scenes(simulated: list[LabeledImage]) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        for unit in ("metre", "relative"):
+            for image in simulated:
+                label = replace(image, unit=unit)
+                questions = generate(label, rng)
+                assert wrong(label, questions) == []
+                seen.update(q.family for q in questions)
+    assert min(seen[family] for family in FAMILIES) > 10
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_answers_about_made_up_labels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    label = made_up(rng)
+    for _ in range(4):
+        assert wrong(label, generate(label, rng, (4, 4))) == []
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 64, 1024]))
+def test_answers_in_the_numbers_of_3d_tokens(seed: int, bins: int) -> None:
+    rng = np.random.default_rng(seed)
+    label = made_up(rng)
+    tokens = CoordinateTokenizer.fit(rng.normal(0.2, 0.5, 20_000), bins, label.unit)
+    for q in generate(label, rng, (4, 4), coordinates=tokens):
+        assert complaints(label, q, edges=tokens.edges, values=tokens.representatives.tolist()) == []
+        if q.family == "chain_of_thought":
+            a, b = q.objects
+            closer = a if q.values[0] < q.values[1] else b
+            assert q.segments[-1] == f" so the {closer} is closer"
+
+
+def test_the_checker_notices_mistakes(simulated: list[LabeledImage]) -> None:
+    rng = np.random.default_rng(0)
+    label = max(simulated, key=lambda x: len(askable(x)))
+    for family in FAMILIES:
+        (q,) = generate(label, rng, (1, 1), (family,))
+        assert complaints(label, q) == []
+        changed = list(q.segments)
+        if family == "chain_of_thought":
+            changed[1], changed[3] = changed[3], changed[1]
+        elif family == "distance":
+            changed[0] = changed[0] * 1.01
+        else:
+            changed[:6] = changed[:6][::-1]
+        assert complaints(label, replace(q, segments=changed))
+        assert complaints(label, replace(q, unit="relative"))
+        assert complaints(replace(label, unit="relative"), q)
+        name = q.objects[0]
+        poor = [replace(o, scores={"visible": 0.1}) if o.name == name else o for o in label.objects]
+        assert complaints(replace(label, objects=poor), q)
+        twice = [*label.objects, replace(label.objects[0], name=f"big {name} 2")]
+        assert complaints(replace(label, objects=twice), q)
+    (q,) = generate(label, rng, (1, 1), ("offset",))
+    assert complaints(label, replace(q, segments=[-s for s in q.segments]))
+
+
+def test_names_that_could_mean_another_are_ambiguous() -> None:
+    assert is_a("red cube", "cube") and is_a("Cube 2", "cube") and is_a("cube", "cube #1")
+    assert not is_a("cube", "red cube") and not is_a("ice cube tray", "cube") and not is_a("tube", "be")
+    assert is_a("7", "7") and not is_a("7", "8")
+    rng = np.random.default_rng(3)
+    label = made_up(rng)
+    while len(label.objects) < 3:
+        label = made_up(rng)
+    names = ("cube", "red cube", "ice cube tray")
+    label = replace(label, objects=[replace(o, name=n) for o, n in zip(label.objects, names, strict=False)])
+    assert ["ambiguous" in why for why in why_not_asked(label)] == [True, False, False]
+
+
+def test_the_wording_says_relative_units_and_only_them(simulated: list[LabeledImage]) -> None:
+    rng = np.random.default_rng(0)
+    wordings = Counter()
+    for image in simulated * 8:
+        metric = generate(image, np.random.default_rng(int(rng.integers(99))))
+        assert not any(re.search("relative|scale|metre|unit", q.prompt) for q in metric)
+        for q in generate(replace(image, unit="relative"), rng):
+            frames = [
+                w for w in UNITS["relative"] if re.fullmatch(re.escape(w).replace(r"\{\}", ".*"), q.prompt)
+            ]
+            wordings.update(frames)
+            assert len(frames) == (q.family != "back_projection")
+            assert q.unit == "relative"
+    assert len(wordings) == len(UNITS["relative"])
+
+
+def test_tokens_of_another_unit_are_refused(simulated: list[LabeledImage]) -> None:
+    tokens = CoordinateTokenizer.fit(np.linspace(-1, 1, 100), 8, "relative")
+    with pytest.raises(SpearError, match="'metre', the 3D tokens in 'relative'"):
+        generate(simulated[0], np.random.default_rng(0), coordinates=tokens)
+
+
+def test_answers_as_a_person_reads_them() -> None:
+    tokens = CoordinateTokenizer(np.array([0, 0.2, 0.4, 2.0]), np.array([0.1, 0.3, 1.0]), "metre")
+    answer = ["the mug is ", 0.21, " and the bowl is ", 0.5, " so the mug is closer"]
+    q = Question("chain_of_thought", "", answer, ("mug", "bowl"))
+    assert spoken(q) == "the mug is 0.210 m and the bowl is 0.500 m so the mug is closer"
+    assert spoken(q, tokens) == "the mug is 0.300 m and the bowl is 1.000 m so the mug is closer"
+    assert spoken(Question("distance", "", [0.25], ("mug",), "relative")) == "0.250 units"
+    assert spoken(Question("offset", "", [0.1, -0.2, 0.3] * 2, ("mug", "bowl"))) == (
+        "(0.100, -0.200, 0.300) (0.100, -0.200, 0.300) m"
+    )

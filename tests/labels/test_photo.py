@@ -1,0 +1,70 @@
+"""A real photograph through every component with a network in it: random weights, real code, real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labels_tiny import WORDS, save_grounding_dino, save_owlv2, save_sam2
+from moge_reference import random_v1
+from spear.labels.fit.quality import QualityBar
+from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector
+from spear.labels.models.pointmap import MogePointMap
+from spear.labels.models.protocols import Detector
+from spear.labels.models.sam2 import Sam2Segmenter
+from spear.labels.objects import BoxSettings
+from spear.labels.pipeline import label
+from spear.labels.questions.generate import FAMILIES, generate
+from spear.labels.store import read, write_shards
+from spear.types import Frame
+from spear.util.images import decode_image
+
+data = pytest.importorskip("skimage.data", reason="scikit-image brings the photograph")
+ANY = QualityBar(visible=0, edge=1, points=0, stability=0)
+VOCABULARY = [word for word in WORDS if word in ("cup", "plate", "bowl")]
+
+
+@pytest.fixture(scope="module")
+def photo() -> Frame:
+    """A cup of coffee with a spoon on a saucer, 400 × 600."""
+    return Frame(data.coffee()[::2, ::2].copy(), source="coffee.png")
+
+
+@pytest.mark.parametrize("kind", ["grounding-dino", "owlv2"])
+def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_path: Path) -> None:
+    detector: Detector
+    if kind == "grounding-dino":
+        folder = str(save_grounding_dino(tmp_path / "dino"))
+        detector = GroundingDinoDetector(folder, vocabulary=VOCABULARY, threshold=0.0)
+    else:
+        detector = Owlv2Detector(str(save_owlv2(tmp_path / "owl")), vocabulary=VOCABULARY, threshold=0.0)
+    segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
+    pointmap = MogePointMap(random_v1(), device="cpu", num_tokens=60)
+    settings = BoxSettings(min_points=4)
+    write_shards(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels")
+    (seen,) = read(tmp_path / "labels")
+
+    assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
+    assert np.abs(decode_image(seen.image).astype(int) - photo.image).mean() < 3
+    assert seen.source == "coffee.png"
+    assert seen.provenance == {
+        "detector": detector.name,
+        "segmenter": segmenter.name,
+        "pointmap": pointmap.name,
+    }
+    assert kind.split("-")[0] in detector.name.lower() and "sam2" in segmenter.name.lower()
+    assert seen.intrinsics[0, 0] > 0
+    assert seen.objects and {o.name for o in seen.objects} <= set(VOCABULARY)
+    for o in seen.objects:
+        x0, y0, x1, y1 = o.box2d
+        assert 0 <= x0 < x1 <= 300 and 0 <= y0 < y1 <= 200
+        assert o.mask and 0 <= o.scores["detection"] <= 1
+    boxed = [o for o in seen.objects if o.box3d is not None]
+    assert boxed
+    for o in boxed:
+        assert o.box3d is not None and o.box3d.vertices.shape == (8, 3)
+        assert np.isfinite(o.box3d.vertices).all() and set(o.keypoints) == {"closest", "furthest", "centre"}
+    for question in generate(seen, np.random.default_rng(0), (1, 4), FAMILIES, ANY):
+        assert question.unit == "relative" and set(question.objects) <= set(VOCABULARY)

@@ -1,0 +1,219 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from labels_scenes import random_frame, render
+from spear.errors import SpearError
+from spear.labels.fit import rle
+from spear.labels.fit.accuracy import compare
+from spear.labels.fit.camera import project, unproject
+from spear.labels.fit.points import inliers, subsample, support_plane
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.protocols import Detection, Detector, PointMap, Segmenter
+from spear.labels.objects import BoxSettings
+from spear.labels.pipeline import Failures, label
+from spear.report.draw import draw_label
+from spear.types import Frame
+from spear.util.images import decode_image
+
+TRUTH: tuple[Detector, Segmenter, PointMap] = (
+    GroundTruthDetector(),
+    GroundTruthSegmenter(),
+    GroundTruthPointMap(),
+)
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Frame]:
+    rng = np.random.default_rng(0)
+    return [random_frame(rng) for _ in range(20)]
+
+
+def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
+    result = compare(label(frames, *TRUTH), frames)
+    assert result.n == 100 and result.missed == 0
+    assert result.center < 0.002
+    assert result.vertex < 0.005
+    assert result.iou > 0.85
+
+
+def test_boxes_survive_noisy_depth(frames: list[Frame]) -> None:
+    rng = np.random.default_rng(0)
+    noisy = []
+    for frame in frames:
+        assert frame.depth is not None
+        depth = frame.depth * (1 + 0.003 * rng.normal(size=frame.depth.shape))
+        flying = rng.random(depth.shape) < 0.01
+        noisy.append(replace(frame, depth=np.where(flying, depth * 1.5, depth).astype(np.float32)))
+    result = compare(label(noisy, *TRUTH), frames)
+    assert result.vertex < 0.012
+    assert result.iou > 0.65
+
+
+def test_labels_hold_what_the_frame_shows(frames: list[Frame]) -> None:
+    frame = frames[0]
+    (result,) = label([frame], *TRUTH)
+    assert (result.width, result.height, result.unit) == (192, 128, "metre")
+    assert result.provenance == dict.fromkeys(("detector", "segmenter", "pointmap"), "ground-truth")
+    assert decode_image(result.image).shape == frame.image.shape
+    assert [o.name for o in result.objects] == list(frame.names.values())
+    for number, o in enumerate(result.objects, start=1):
+        mask = rle.decode(o.mask, 128, 192)
+        assert (mask == (frame.instances == number)).all()
+        y, x = np.nonzero(mask)
+        assert o.box2d.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def test_visibility_tells_the_occluded_and_the_cut_from_the_whole() -> None:
+    size = np.array([0.06, 0.06, 0.08])
+    alone = (np.array([0.1, -0.1, 0.04]), size, 0.3)
+    hidden = (np.array([0.06, 0.1, 0.04]), size, 0.0)
+    front = (np.array([-0.04, 0.1, 0.05]), np.array([0.04, 0.1, 0.1]), 0.0)
+    cut = (np.array([-0.1, -0.385, 0.04]), size, 0.0)
+    (result,) = label([render([alone, hidden, front, cut], ["can", "cup", "box", "bowl"])], *TRUTH)
+    scores = {o.name: o.scores for o in result.objects}
+    assert scores["can"]["visible"] == scores["box"]["visible"] == 1
+    assert 0.2 < scores["cup"]["visible"] < 0.8 and scores["cup"]["edge"] == 0
+    assert 0.1 < scores["bowl"]["edge"] < 0.6
+    assert scores["bowl"]["visible"] == pytest.approx(1 - scores["bowl"]["edge"])
+
+
+def test_a_thing_on_a_thing_ends_where_it_stands() -> None:
+    block = (np.array([0, 0, 0.03]), np.array([0.2, 0.2, 0.06]), 0.0)
+    cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)
+    (result,) = label([render([block, cube], ["block", "cube"])], *TRUTH)
+    tall = {o.name: float(o.box3d.size[1]) for o in result.objects if o.box3d}
+    assert tall["cube"] == pytest.approx(0.05, abs=0.005)
+    assert tall["block"] == pytest.approx(0.06, abs=0.005)
+
+
+@pytest.mark.parametrize("pitch", [80, 89, 95])
+def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
+    cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
+    frame = render([cube], ["cube"], pitch=pitch)
+    assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
+
+
+def test_a_hovering_thing_does_not_reach_the_table() -> None:
+    cube = (np.array([0, 0, 0.2]), np.array([0.05, 0.05, 0.05]), 0.0)
+    frame = render([cube], ["cube"])
+    result = compare(label([frame], *TRUTH), [frame])
+    assert result.center < 0.02
+
+
+class RefusesDark:
+    """A detector that cannot handle images with a dark corner."""
+
+    name = "picky"
+
+    def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
+        """Detections of ground truth."""
+        if any(frame.image[0, 0, 0] == 0 for frame in frames):
+            raise SpearError("image: too dark")
+        return GroundTruthDetector().detect(frames)
+
+
+def test_a_bad_image_is_set_aside_with_its_reason(frames: list[Frame]) -> None:
+    dark = frames[1].image.copy()
+    dark[0, 0] = 0
+    bad = [
+        replace(frames[0], image=frames[0].image[..., 0], source="grey.png"),
+        replace(frames[0], image=frames[0].image[:1, :1], source="tiny.png"),
+        replace(frames[1], image=dark, source="dark.png"),
+        replace(frames[2], instances=None, source="photo.png"),
+        replace(frames[2], depth=None, source="flat.png"),
+    ]
+    failures = Failures(limit=0.5)
+    detector, segmenter, pointmap = RefusesDark(), *TRUTH[1:]
+    mixed = [*frames[:5], *bad, *frames[5:10]]
+    labels = list(label(mixed, detector, segmenter, pointmap, failures=failures, batch_size=4))
+    assert len(labels) == 10
+    assert failures.seen == 15
+    reasons = dict(failures.rows)
+    assert list(reasons) == ["grey.png", "tiny.png", "dark.png", "photo.png", "flat.png"]
+    assert "uint8 (128, 192)" in reasons["grey.png"]
+    assert "1×1" in reasons["tiny.png"]
+    assert reasons["dark.png"] == "image: too dark"
+    assert "instance map" in reasons["photo.png"]
+    assert "depth" in reasons["flat.png"]
+
+
+def test_too_many_bad_images_stop_the_run(frames: list[Frame]) -> None:
+    bad = replace(frames[0], depth=None, source="flat.png")
+    good = label([*frames[:3], bad], *TRUTH, failures=Failures(limit=0.2))
+    with pytest.raises(SpearError, match=r"1 of 4 images are bad \(more than 20%\).*flat\.png.*depth"):
+        list(good)
+    endless = (bad for _ in iter(int, 1))
+    with pytest.raises(SpearError, match="images are bad"):
+        list(label(endless, *TRUTH, failures=Failures(patience=16)))
+
+
+def test_unknown_depth_leaves_objects_without_box(frames: list[Frame]) -> None:
+    assert frames[0].depth is not None and frames[0].instances is not None
+    depth = frames[0].depth.copy()
+    depth[frames[0].instances == 1] = np.nan
+    depth[frames[0].instances == 2] = np.inf
+    (result,) = label([replace(frames[0], depth=depth)], *TRUTH)
+    assert [o.box3d is None for o in result.objects] == [True, True, False, False, False]
+    assert result.objects[0].keypoints == {}
+
+
+def test_an_image_of_nothing_is_a_label_without_objects(frames: list[Frame]) -> None:
+    (result,) = label([replace(frames[0], names={})], *TRUTH)
+    assert result.objects == []
+
+
+def test_erosion_does_not_shrink_the_boxes(frames: list[Frame]) -> None:
+    result = compare(label(frames, *TRUTH, settings=BoxSettings(erosion=1)), frames)
+    assert result.iou > 0.75
+
+
+def test_outliers_are_removed_and_only_they() -> None:
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.uniform(0, 0.1, (300, 3)), [[0.5, 0, 0], [0, 0, 1]]])
+    keep = inliers(points)
+    assert not keep[-2:].any()
+    assert keep[:-2].mean() > 0.95
+
+
+def test_subsample_is_even() -> None:
+    grid = np.stack([*np.mgrid[:100, :40], np.zeros((100, 40))], axis=-1).reshape(-1, 3)
+    points = subsample(grid, 500)
+    assert len(points) == 500
+    assert np.bincount(points[:, 1].astype(int)).min() >= 8  # every column of the image is seen
+    assert (subsample(grid[:10], 500) == grid[:10]).all()
+
+
+def test_support_plane_is_the_table(frames: list[Frame]) -> None:
+    for frame in frames[:5]:
+        assert frame.depth is not None and frame.intrinsics is not None and frame.extrinsics is not None
+        plane = support_plane(unproject(frame.depth, frame.intrinsics)[frame.depth > 0])
+        assert plane is not None
+        np.testing.assert_allclose(plane.up, frame.extrinsics[2, :3], atol=1e-3)
+        assert plane.height == pytest.approx(-frame.extrinsics[2, 3], abs=1e-3)
+    assert support_plane(np.random.default_rng(0).normal(size=(500, 3))) is None
+    assert support_plane(np.zeros((0, 3))) is None
+
+
+def test_camera_pixel_centres_are_at_one_half() -> None:
+    k = np.array([[100, 0, 16], [0, 100, 8], [0, 0, 1.0]])
+    points = unproject(np.full((16, 32), 2.0), k)
+    np.testing.assert_allclose(points[8, 16], [0.01, 0.01, 2], atol=1e-6)
+    np.testing.assert_allclose(project(points[3, 5], k), [5.5, 3.5], atol=1e-4)
+
+
+def test_a_truncated_image_is_refused(frames: list[Frame]) -> None:
+    (result,) = label(frames[:1], *TRUTH)
+    for broken in (result.image[: len(result.image) // 2], b"", b"not an image"):
+        with pytest.raises(SpearError, match="broken image"):
+            decode_image(broken)
+
+
+def test_drawing_marks_the_objects(frames: list[Frame]) -> None:
+    (result,) = label(frames[:1], *TRUTH)
+    plain = draw_label(replace(result, objects=[]), scale=2)
+    drawn = draw_label(result, scale=2)
+    assert drawn.shape == (256, 384, 3) and drawn.dtype == np.uint8
+    assert 500 < (drawn != plain).any(axis=-1).sum() < 0.3 * 256 * 384

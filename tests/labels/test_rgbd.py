@@ -1,0 +1,179 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from labels_scenes import random_frame
+from rgbd_folders import millimetres, write_plain, write_scannet
+from spear.errors import SpearError
+from spear.labels.fit.accuracy import compare
+from spear.labels.fit.camera import project, unproject
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import Failures, label
+from spear.labels.rgbd import RgbdFolder, ScanNetScene, Scene, align_depth, distance_to_depth, open_scene
+from spear.types import Frame
+
+TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[Frame]:
+    rng = np.random.default_rng(0)
+    return [random_frame(rng, width=96, height=64) for _ in range(3)]
+
+
+def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:
+    scene = open_scene(write_plain(tmp_path / "s", truth))
+    assert isinstance(scene, RgbdFolder) and len(scene) == 3
+    for i, true in enumerate(truth):
+        frame = scene[i]
+        assert (frame.image == true.image).all() and frame.source == scene.sources[i]
+        assert frame.depth is not None and frame.depth.dtype == np.float32
+        np.testing.assert_allclose(frame.depth, true.depth, atol=5.1e-4)
+        np.testing.assert_allclose(frame.intrinsics, true.intrinsics)
+        np.testing.assert_allclose(frame.extrinsics, true.extrinsics, atol=1e-9)
+        assert frame.instances is None and frame.boxes is None
+
+
+def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame]) -> None:
+    frames = [replace(frame, names=truth[0].names) for frame in truth]
+    scene = open_scene(write_scannet(tmp_path / "s", frames))
+    assert isinstance(scene, ScanNetScene)
+    read = [scene[i] for i in range(len(scene))]
+    assert read[0].names == truth[0].names  # the wall is no object
+    result = compare(label(read, *TRUTH), frames)
+    exact = compare(label(frames, *TRUTH), frames)
+    assert result.n == exact.n >= 14
+    assert result.center < exact.center + 0.001 and result.vertex < exact.vertex + 0.002
+
+
+def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: Path) -> None:
+    folder = write_plain(tmp_path / "s", truth[:1])
+    assert truth[0].depth is not None
+    millimetres(truth[0].depth[1::2, 1::2]).save(folder / "depth" / "0.png")
+    frame = RgbdFolder(folder)[0]
+    assert frame.depth is not None
+    blocks = truth[0].depth[1::2, 1::2].repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_allclose(frame.depth, blocks, atol=5.1e-4)
+
+
+def test_align_depth_looks_along_the_same_ray() -> None:
+    wide = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])
+    close = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])
+    rays = unproject(np.ones((48, 64)), wide)
+    depth = (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(np.float32)  # smooth along the rays
+    aligned = align_depth(depth, wide, close, 80, 100)
+    rays = unproject(np.ones((80, 100)), close)
+    np.testing.assert_allclose(aligned, 2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1], atol=0.006)
+    assert align_depth(depth, close, wide, 80, 100)[0, 0] == 0  # outside what the depth camera saw
+
+
+def test_distance_to_depth_along_the_rays() -> None:
+    k = np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]])
+    points = unproject(np.full((40, 60), 3.0), k)
+    distance = np.linalg.norm(points, axis=-1)
+    assert distance.max() > 3.5
+    np.testing.assert_allclose(distance_to_depth(distance, k), 3, rtol=1e-6)
+    np.testing.assert_allclose(project(points, k)[7, 9], [9.5, 7.5], atol=1e-4)
+
+
+def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(tmp_path: Path, truth: list[Frame]) -> None:
+    folder = write_scannet(tmp_path / "s", truth[:1])
+    (folder / "pose" / "0.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
+    steps = np.asarray(millimetres(truth[0].depth)).copy()
+    steps[0, 0], steps[0, 1] = 0, 65535
+    Image.fromarray(steps).save(folder / "depth" / "0.png")
+    frame = ScanNetScene(folder)[0]
+    assert frame.extrinsics is None
+    assert frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
+
+
+def test_intrinsics_as_json_and_other_units(tmp_path: Path, truth: list[Frame]) -> None:
+    folder = write_plain(tmp_path / "s", truth[:1])
+    k = truth[0].intrinsics
+    assert k is not None
+    (folder / "intrinsics.json").write_text(
+        json.dumps({"fx": k[0, 0], "fy": k[1, 1], "cx": k[0, 2], "cy": k[1, 2]})
+    )
+    (folder / "color").rename(folder / "rgb")
+    frame = RgbdFolder(folder, depth_unit=0.00025, pixel_centre=0.5)[0]
+    np.testing.assert_allclose(frame.intrinsics, k)
+    assert truth[0].depth is not None
+    np.testing.assert_allclose(frame.depth, truth[0].depth / 4, atol=2e-4)
+
+
+def test_frames_come_by_number(tmp_path: Path, truth: list[Frame]) -> None:
+    scene = RgbdFolder(write_plain(tmp_path / "s", [truth[0]] * 11))
+    assert [Path(source).stem for source in scene.sources] == [str(i) for i in range(11)]
+
+
+def test_a_bad_frame_is_set_aside_alone(tmp_path: Path, truth: list[Frame]) -> None:
+    folder = write_scannet(tmp_path / "s", truth)
+    path = folder / "depth" / "1.png"
+    path.write_bytes(path.read_bytes()[:40])
+    scene: Scene = ScanNetScene(folder)
+    failures = Failures()
+    labels = list(label([scene[0], scene[2]], *TRUTH, failures=failures))
+    assert len(labels) == 2 and not failures.rows
+    with pytest.raises(SpearError, match=r"1\.png: not a readable PNG"):
+        scene[1]
+
+
+def eight_bits(folder: Path) -> None:
+    Image.new("L", (96, 64), 3).save(folder / "depth" / "0.png")
+
+
+def three_channels(folder: Path) -> None:
+    Image.new("RGB", (96, 64)).save(folder / "depth" / "0.png")
+
+
+def stretched(folder: Path) -> None:
+    np.savetxt(folder / "pose" / "0.txt", np.diag([2.0, 1, 1, 1]))
+
+
+def normalised(folder: Path) -> None:
+    np.savetxt(folder / "intrinsics.txt", np.diag([0.9, 0.9, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (eight_bits, r"0\.png: 8 bits are no depth"),
+        (three_channels, r"0\.png: pixels are uint8 \(64, 96, 3\)"),
+        (stretched, r"0\.txt: not a pose"),
+        (normalised, r"intrinsics\.txt: not intrinsics in pixels"),
+        (lambda folder: (folder / "intrinsics.txt").unlink(), r"intrinsics\.txt: cannot read the matrix"),
+        (lambda folder: (folder / "intrinsics.txt").write_text("fx fy"), "not a matrix"),
+        (lambda folder: (folder / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
+        (lambda folder: (folder / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
+        (
+            lambda folder: (folder / "intrinsics.json").write_text('{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'),
+            r"intrinsics\.json: not intrinsics in pixels",
+        ),
+        (lambda folder: (folder / "color" / "0.png").unlink(), "no image in color/ has a depth PNG"),
+        (lambda folder: (folder / "color").rename(folder / "pictures"), "no color/ or no depth/"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, truth: list[Frame], spoil: Any, message: str) -> None:
+    folder = write_plain(tmp_path / "s", truth[:1])
+    spoil(folder)
+    with pytest.raises(SpearError, match=message):
+        open_scene(folder)[0]
+
+
+def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -> None:
+    folder = write_scannet(tmp_path / "s", truth[:1])
+    moved = np.eye(4)
+    moved[0, 3] = 0.03
+    np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
+    with pytest.raises(SpearError, match="registered to one camera"):
+        open_scene(folder)
+
+
+def test_a_folder_without_a_scene_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="no RGB-D scene here"):
+        open_scene(tmp_path)

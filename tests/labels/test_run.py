@@ -1,0 +1,341 @@
+"""Labelling into a folder: whole, resumable after any death, the same whatever made it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from labels_stand_ins import engine, listing, photos
+from spear.errors import SpearError
+from spear.labels import parquet
+from spear.labels.run import Progress, label_folder
+from spear.labels.store import LabelStore, read
+
+SETTINGS = {"inputs": ["photos"], "detector": "bright"}
+
+
+def run(
+    source: Path, out: Path, workers: int = 0, detector: tuple[Any, ...] = (), **options: Any
+) -> Progress:
+    options = {"shard_size": 8, "batch_size": 3, **options}
+    return label_folder(listing(source), out, engine(workers, *detector), SETTINGS, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("input") / "photos", 21)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that an undisturbed run makes."""
+    out = tmp_path_factory.mktemp("whole") / "labels"
+    assert run(source, out) == Progress(total=21, before=0, done=21, rejected=3)
+    return out
+
+
+def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whole: Path) -> None:
+    assert list(contents(whole)) == [
+        "README.md", "labels-00000.parquet", "labels-00001.parquet", "labels-00002.parquet", "rejected.parquet",
+        "run.json",
+    ]  # fmt: skip
+    labels = list(read(whole))
+    assert [label.source for label in labels] == [
+        str(source / f"{i:05d}.png") for i in range(21) if i not in (3, 5, 7)
+    ]
+    assert len(LabelStore(whole)) == 18
+    for label in labels:
+        (block,) = label.objects
+        assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
+        assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
+    rejected = {
+        Path(row["source"]).stem: row["reason"]
+        for row in pq.read_table(whole / "rejected.parquet").to_pylist()
+    }
+    assert list(rejected) == ["00003", "00005", "00007"]
+    assert "not a readable image" in rejected["00003"]
+    assert rejected["00005"] == "request refused" and rejected["00007"] == "no object was found"
+    card = (whole / "README.md").read_text()
+    assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
+    assert "3 images were set aside (`rejected.parquet`)" in card
+    assert "| block | 18 |" in card and "| no object was found | 1 |" in card
+    assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
+
+
+def test_workers_make_the_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "labels", workers=2)
+    assert contents(tmp_path / "labels") == contents(whole)
+
+
+UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
+"""A detector to which four images do not get through."""
+
+
+def test_what_did_not_get_through_is_tried_again_and_takes_its_place(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels"
+    assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, rejected=7, temporary=4)
+    rows = pq.read_table(out / "rejected.parquet").to_pylist()
+    assert [Path(row["source"]).stem for row in rows if row["temporary"]] == [
+        "00000", "00004", "00010", "00020"
+    ]  # fmt: skip
+    before = contents(out)
+    assert run(source, out) == Progress(21, 21, 21, rejected=7, temporary=4)
+    assert contents(out) == before  # nothing is tried again unless asked
+    seen: list[Progress] = []
+    still = (0.0, "none", ("00004.png",))
+    done = run(source, out, detector=still, retry_rejected=True, on_progress=seen.append)
+    assert seen[0] == Progress(21, before=17, done=17, rejected=3)
+    assert done == Progress(21, 17, 21, rejected=4, temporary=1)
+    assert [item.done for item in seen] == [17, 19, 20, 21]  # only these, a batch from each shard
+    assert run(source, out, workers=1, retry_rejected=True) == Progress(21, 20, 21, rejected=3)
+    assert contents(out) == contents(whole)
+    assert run(source, out, retry_rejected=True) == Progress(21, 21, 21, rejected=3)
+
+
+def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
+    """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
+    run(source, tmp_path / "whole", shard_size=18)
+    out = tmp_path / "labels"
+
+    def stop(after: int) -> Any:
+        def progress(now: Progress) -> None:
+            if now.done > now.before and now.done >= after:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, detector=UNREACHED, shard_size=18, on_progress=stop(19))
+    first = (out / "labels-00000.parquet").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, shard_size=18, retry_rejected=True, on_progress=stop(18))
+    assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
+    assert run(source, out, shard_size=18, retry_rejected=True) == Progress(21, 15, 21, rejected=3)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]
+    assert isinstance(found.features["image"], datasets.Image)
+    assert len(found) == 18 and found[4]["image"].size == (60, 40)
+    assert found[0]["objects"][0]["name"] == "block"
+    aside = datasets.load_dataset(str(whole), "rejected", cache_dir=str(tmp_path))["train"]
+    assert aside["reason"][2] == "no object was found"
+    single = datasets.load_dataset(
+        "parquet", data_files=str(whole / "labels-00001.parquet"), cache_dir=str(tmp_path)
+    )
+    assert isinstance(single["train"].features["image"], datasets.Image)
+
+
+def _labels_in_a_process(source: str, out: str, workers: int) -> None:
+    """A run in a process group of its own, which takes 20 ms per image and is stuck at one in the last
+    shard."""
+    os.setpgid(0, 0)
+    run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
+
+
+def test_killed_ten_times_it_loses_nothing_and_doubles_nothing(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_labels_run"])
+    out = tmp_path / "labels"
+    chance = random.Random(0)
+    deaths = shards = 0
+    while deaths < 10 or not shards:  # on a slow computer, ten may all die young: then give them more time
+        args = (str(source), str(out), deaths % 3 == 2)
+        process = context.Process(target=_labels_in_a_process, args=args)
+        process.start()
+        while not (out / "run.json").is_file():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 8)))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        there = list(out.glob("labels-*.parquet"))
+        assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in there)
+        deaths, shards = deaths + 1, len(there)
+    assert not (out / "README.md").exists()
+    run(source, out)
+    assert contents(out) == contents(whole)
+
+
+def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_labels_in_a_process, args=(str(source), str(tmp_path / "out"), 2))
+    process.start()
+    assert process.pid is not None
+    while len(group := _group(process.pid)) < 4:  # itself, the server that forks workers, two workers
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 300
+    while _group(process.pid):
+        assert time.monotonic() < deadline, f"left behind: {group}"
+        time.sleep(0.05)
+
+
+def _group(leader: int) -> list[int]:
+    """Processes of a process group that are alive."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(group) == leader and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> str:
+    """The one line with which a run is refused."""
+    options = {"shard_size": 8, "batch_size": 3, **options}
+    with pytest.raises(SpearError) as stop:
+        label_folder(listing(source), out, engine(), settings or SETTINGS, **options)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def test_a_folder_of_another_run_is_refused_and_the_difference_named(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    before = contents(whole)
+    assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
+    assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
+    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard_size=9)
+    assert contents(whole) == before
+    (tmp_path / "thesis.txt").write_text("words")
+    assert "holds other files" in refused(source, tmp_path)
+    assert "holds other files" in refused(source, Path(__file__).parent)
+
+
+def test_a_finished_run_has_nothing_left_to_do(source: Path, whole: Path) -> None:
+    before = contents(whole)
+    seen: list[Progress] = []
+    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, rejected=3)
+    assert len(seen) == 1 and contents(whole) == before
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> None:
+    folder = photos(tmp_path / "photos", 10, bad=False)
+    run(folder, tmp_path / "labels")
+    last = folder / "00009.png"
+    if change == "added":
+        (folder / "00010.png").write_bytes(last.read_bytes())
+    elif change == "removed":
+        for number in (8, 9):
+            (folder / f"{number:05d}.png").unlink()
+    else:
+        last.rename(folder / "10000.png")
+    assert "the input has changed since labels-00001.parquet" in refused(folder, tmp_path / "labels")
+
+
+def test_only_one_process_writes_to_a_folder(source: Path, tmp_path: Path) -> None:
+    lines = []
+    run(source, tmp_path / "labels", on_progress=lambda p: lines.append(refused(source, tmp_path / "labels")))
+    assert all("another process is labelling" in line for line in lines)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "labels"
+    done = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def progress(now: Progress) -> None:
+        done.append(now.done)
+        if now.done >= 14:  # within the second shard
+            monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+
+    with pytest.raises(SpearError, match=r"labels-00001\.parquet: the disk is full: free some space") as stop:
+        run(source, out, on_progress=progress)
+    assert "\n" not in str(stop.value)
+    assert sorted(contents(out)) == ["labels-00000.parquet", "run.json"]
+    monkeypatch.undo()
+    assert run(source, out).before == 8
+    assert contents(out) == contents(whole)
+
+
+def test_a_write_that_really_fails_leaves_nothing_half_written(source: Path, tmp_path: Path) -> None:
+    """With a limit on the size of files, the operating system refuses to write on."""
+    out = tmp_path / "labels"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        line = refused(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "labels-00000.parquet: cannot be written (File too large)" in line
+    assert sorted(contents(out)) == ["run.json"]
+
+
+def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 8, bad=False)
+    for path in sorted(folder.iterdir())[:5]:
+        path.write_bytes(b"words")
+    line = refused(folder, tmp_path / "labels")
+    assert "5 of 8 images are bad (more than 50%)" in line and "photos" in line
+    assert sorted(contents(tmp_path / "labels")) == ["run.json"]
+    assert run(folder, tmp_path / "labels", most_bad=0.7).rejected == 5
+
+
+def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> None:
+    """Such as one whose detector has no key: the next may have another."""
+
+    def no_key(batches: Any) -> Any:
+        raise SpearError("no API key: set ONE")
+        yield
+
+    source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
+    with pytest.raises(SpearError, match="no API key"):
+        label_folder(listing(source), out, no_key, {"detector": "bright"})
+    settings = {"detector": "other"}
+    label_folder(listing(source), out, engine(), settings)
+    assert json.loads((out / "run.json").read_text())["detector"] == "other"
+    with pytest.raises(SpearError, match='detector is "other" there, "bright" here'):
+        label_folder(listing(source), out, no_key, {"detector": "bright"})
+
+
+def test_no_input_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="no image to label"):
+        label_folder(lambda: iter(()), tmp_path / "labels", engine(), SETTINGS)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_writer_gives_the_same_bytes_however_rows_come(tmp_path: Path) -> None:
+    table = pa.table({"x": np.arange(50)})
+    for name, step in (("a", 50), ("b", 1), ("c", 7)):
+        with parquet.ParquetWriter(tmp_path / name, table.schema) as writer:
+            for start in range(0, 50, step):
+                writer.write(table.slice(start, step))
+            writer.commit({"k": "v"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert pq.read_table(tmp_path / "a")["x"].to_pylist() == list(range(50))

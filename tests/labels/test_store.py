@@ -1,0 +1,103 @@
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from labels_scenes import random_frame
+from spear.errors import SpearError
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import label
+from spear.labels.store import LabelStore, read, write_shards
+from spear.types import LabeledImage
+
+
+@pytest.fixture(scope="module")
+def labels() -> list[LabeledImage]:
+    rng = np.random.default_rng(3)
+    frames = [random_frame(rng, objects=n % 4) for n in range(23)]
+    return list(label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()))
+
+
+def assert_same(a: LabeledImage, b: LabeledImage) -> None:
+    for name in ("image", "width", "height", "unit", "source", "provenance"):
+        assert getattr(a, name) == getattr(b, name)
+    np.testing.assert_array_equal(a.intrinsics, b.intrinsics)
+    assert len(a.objects) == len(b.objects)
+    for p, q in zip(a.objects, b.objects, strict=True):
+        assert (p.name, p.scores, list(p.mask)) == (q.name, q.scores, list(q.mask))
+        np.testing.assert_array_equal(p.box2d, q.box2d)
+        assert (p.box3d is None) == (q.box3d is None)
+        if p.box3d is not None and q.box3d is not None:
+            for field in ("vertices", "center", "size", "rotation"):
+                np.testing.assert_array_equal(getattr(p.box3d, field), getattr(q.box3d, field))
+        assert set(p.keypoints) == set(q.keypoints)
+        for key in p.keypoints:
+            np.testing.assert_array_equal(p.keypoints[key], q.keypoints[key])
+
+
+def test_round_trip_in_order_and_at_random(labels: list[LabeledImage], tmp_path: Path) -> None:
+    paths = write_shards(labels, tmp_path, shard_size=18)
+    assert [p.name for p in paths] == ["labels-00000.parquet", "labels-00001.parquet"]
+    assert sorted(tmp_path.iterdir()) == paths
+    for a, b in zip(labels, read(tmp_path), strict=True):
+        assert_same(a, b)
+    assert len(list(read(paths[1]))) == 5
+    store = LabelStore(tmp_path, cache_groups=1)
+    assert len(store) == 23
+    for i in (22, 0, 17, 18, 15, 16, -1):
+        assert_same(labels[i], store[i])
+    with pytest.raises(IndexError):
+        store[23]
+    assert_same(labels[4], pickle.loads(pickle.dumps(store))[4])
+
+
+def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_path: Path) -> None:
+    write_shards(labels, tmp_path)
+    for a, b in zip(labels, read(tmp_path, pixels=False), strict=True):
+        assert b.image == b"" and all(len(o.mask) == 0 for o in b.objects)
+        masked = [replace(o, mask=a.objects[i].mask) for i, o in enumerate(b.objects)]
+        assert_same(a, replace(b, image=a.image, objects=masked))
+
+
+def test_an_interrupted_writer_leaves_whole_shards_only(labels: list[LabeledImage], tmp_path: Path) -> None:
+    def interrupted() -> Iterator[LabeledImage]:
+        yield from labels[:20] + labels[:17]
+        assert any(p.suffix == ".tmp" for p in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(interrupted(), tmp_path, shard_size=20)
+    assert [p.name for p in tmp_path.iterdir()] == ["labels-00000.parquet"]
+    assert len(LabelStore(tmp_path)) == 20
+
+
+def test_existing_labels_are_not_mixed_with_new_ones(labels: list[LabeledImage], tmp_path: Path) -> None:
+    write_shards(labels[:1], tmp_path)
+    with pytest.raises(SpearError, match="holds labels already"):
+        write_shards(labels[1:2], tmp_path)
+
+
+def test_broken_shards_are_named(labels: list[LabeledImage], tmp_path: Path) -> None:
+    (path,) = write_shards(labels, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken.*label its images again"):
+        LabelStore(tmp_path)
+    path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
+    with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken"):
+        list(read(path))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match="no label shards"):
+        LabelStore(tmp_path)
+    with pytest.raises(SpearError, match="no label shards"):
+        list(read(tmp_path / "absent"))
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(SpearError, match="not a label shard, it lacks"):
+        LabelStore(tmp_path)

@@ -1,0 +1,260 @@
+"""MoGe checkpoints: every name accounted for, files that are refused, and the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants as hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moge_reference import checkpoint, reference
+from spear.errors import SpearError
+from spear.models.moge.checkpoint import (
+    Checkpoint,
+    build_moge,
+    config_from_shapes,
+    load_moge,
+    read_checkpoint,
+)
+from spear.models.moge.v1 import MogeV1Config
+from spear.models.moge.v2 import MogeV2Config
+
+
+@pytest.fixture(scope="session")
+def folder(shared: Path) -> Path:
+    return shared / "fixtures" / "moge"
+
+
+def test_files_of_both_kinds_give_the_same_network(folder: Path, tmp_path: Path) -> None:
+    published = checkpoint(folder, 1)
+    torch.save({"model_config": published.config, "model": published.weights}, tmp_path / "model.pt")
+    config = {"model_config": json.dumps(published.config)}
+    save_file(dict(published.weights), tmp_path / "model.safetensors", metadata=config)
+    expected = reference(folder, 1).state_dict()
+    for name in ("model.pt", "model.safetensors"):
+        model = load_moge(tmp_path / name)
+        assert model.unit == "relative" and not model.training
+        state = model.state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+        assert model.config.tokens == (1200, 2500)
+
+
+def test_a_bare_file_of_weights_has_its_config_told_from_shapes(folder: Path, tmp_path: Path) -> None:
+    published = checkpoint(folder, 2)
+    save_file({k: v.half() for k, v in published.weights.items()}, tmp_path / "bare.safetensors")
+    model = load_moge(tmp_path / "bare.safetensors")
+    assert model.config == reference(folder, 2).config and model.unit == "metre"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_shapes_tell_the_published_configs(folder: Path) -> None:
+    v1, v2 = checkpoint(folder, 1), checkpoint(folder, 2)
+    told = MogeV1Config.from_published(config_from_shapes(v1.weights))
+    released = dataclasses.replace(MogeV1Config.from_published(v1.config), tokens=(1275, 2551))
+    assert told == released
+    assert MogeV2Config.from_published(config_from_shapes(v2.weights)) == MogeV2Config.from_published(
+        v2.config
+    )
+    with pytest.raises(SpearError, match=r"encoder of width 1536: known are \[384, 768, 1024\]"):
+        config_from_shapes({"backbone.cls_token": torch.zeros(1, 1, 1536)})
+
+
+def test_the_released_v1_config_is_read() -> None:
+    released = {
+        "encoder": "dinov2_vitl14",
+        "remap_output": "exp",
+        "output_mask": True,
+        "split_head": True,
+        "intermediate_layers": 4,
+        "dim_upsample": [256, 128, 64],
+        "dim_times_res_block_hidden": 2,
+        "num_res_blocks": 2,
+        "trained_area_range": [250000, 500000],
+        "last_conv_channels": 32,
+        "last_conv_size": 1,
+    }
+    assert MogeV1Config.from_published(released) == MogeV1Config()
+
+
+def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Checkpoint:
+    weights = {k: v for k, v in published.weights.items() if k != drop}
+    return dataclasses.replace(published, weights={**weights, **extra})
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        (1, "backbone.blocks.3.attn.qkv.bias"),
+        (1, "backbone.blocks.11.ls2.gamma"),
+        (1, "backbone.pos_embed"),
+        (1, "head.upsample_blocks.1.2.layers.3.weight"),
+        (1, "image_std"),
+        (2, "encoder.backbone.norm.weight"),
+        (2, "encoder.output_projections.1.bias"),
+        (2, "neck.resamplers.3.1.weight"),
+        (2, "scale_head.4.bias"),
+        (2, "encoder.image_mean"),
+    ],
+)
+def test_a_missing_weight_is_named(folder: Path, version: int, name: str) -> None:
+    with pytest.raises(
+        SpearError, match=rf"does not fit: .*: 1 weights missing, first {name}: download it again"
+    ):
+        build_moge(changed(checkpoint(folder, version), drop=name))
+
+
+def test_unknown_misshapen_and_foreign_weights_are_named(folder: Path) -> None:
+    v1, v2 = checkpoint(folder, 1), checkpoint(folder, 2)
+    for published, extra in ((v1, "backbone.register_tokens"), (v2, "edge_head.bias"), (v2, "image_mean")):
+        with pytest.raises(SpearError, match=f"1 weights unknown, first {extra}: "):
+            build_moge(changed(published, **{extra: torch.zeros(3)}))
+    with pytest.raises(SpearError, match=r"wrong shape, first head\.projects\.0\.bias \(\(5,\)\)"):
+        build_moge(changed(v1, **{"head.projects.0.bias": torch.zeros(5)}))
+    with pytest.raises(SpearError, match=r"image_mean is not ImageNet's"):
+        build_moge(changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5)))
+
+
+def test_configs_that_were_never_published_are_refused(folder: Path) -> None:
+    config = checkpoint(folder, 1).config
+    for change, problem in (
+        ({"remap_output": "sinh"}, "'sinh', only 'exp'"),
+        ({"last_res_blocks": 1}, "is 1"),
+    ):
+        with pytest.raises(SpearError, match=f"MoGe config not supported: .*{problem}"):
+            MogeV1Config.from_published({**config, **change})
+    v2 = checkpoint(folder, 2)
+    cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}
+    with pytest.raises(SpearError, match=r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'"):
+        build_moge(dataclasses.replace(v2, config={**v2.config, "neck": cut}))
+    config = v2.config
+    shuffled = {**config["neck"], "resamplers": "pixel_shuffle"}
+    normed = {k: v for k, v in config["neck"].items() if k != "res_block_in_norm"}
+    for change, problem in (
+        ({"neck": shuffled}, r"neck\.resamplers has 'pixel_shuffle'"),
+        ({"neck": normed}, r"neck\.res_block_in_norm is 'layer_norm'"),
+        ({"points_head": None}, "no points_head"),
+    ):
+        with pytest.raises(SpearError, match=problem):
+            MogeV2Config.from_published({**config, **change})
+
+
+class Harmful:
+    """Unpickling this runs code."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    torch.save({"model": {}, "model_config": Harmful(marker)}, tmp_path / "harmful.pt")
+    with pytest.raises(
+        SpearError, match=r"refused: .* is not a PyTorch file of tensors and plain data alone"
+    ):
+        load_moge(tmp_path / "harmful.pt")
+    assert not marker.exists()
+    torch.save({"model": {"conv.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    with pytest.raises(SpearError, match=r"not a MoGe checkpoint: .* has no backbone\.cls_token"):
+        load_moge(tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(SpearError, match="holds no weights by name"):
+        load_moge(tmp_path / "list.pt")
+    torch.save({"backbone.cls_token": torch.zeros(1, 1, 384)}, tmp_path / "part.pt")
+    with pytest.raises(SpearError, match=r"checkpoint incomplete: .* lacks head\.upsample_blocks"):
+        load_moge(tmp_path / "part.pt")
+    whole = (tmp_path / "part.pt").read_bytes()
+    for name, content in (
+        ("cut.pt", whole[: len(whole) // 2]),
+        ("empty.pt", b""),
+        ("cut.safetensors", b"abc"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SpearError, match=r"(broken checkpoint|checkpoint refused): ") as caught:
+            load_moge(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SpearError, match=r"MoGe checkpoint not found: .*nowhere\.pt: give a \.pt"):
+        load_moge(tmp_path / "nowhere.pt")
+    for name in (tmp_path, "runs/absent.safetensors"):
+        with pytest.raises(SpearError, match="MoGe checkpoint not found"):
+            load_moge(name)
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server on this machine that serves one repository, "Ruicheng/tiny", as the Hub does."""
+    file = tmp_path / "served.pt"
+    weights = {"backbone.cls_token": torch.ones(1, 1, 384)}
+    torch.save({"model_config": {"encoder": "dinov2_vits14"}, "model": weights}, file)
+    content = file.read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            there = self.path.startswith("/Ruicheng/tiny/resolve/main/model.pt")
+            self.send_response(200 if there else 404)
+            if there:
+                self.send_header("ETag", '"0123456789abcdef"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+            else:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(content) if there else 0))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    serve_from(address, tmp_path, monkeypatch)
+    yield address
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def serve_from(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ENDPOINT", address)
+    monkeypatch.setattr(
+        hub, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+
+
+def test_a_name_is_fetched_from_the_hub_and_kept(
+    local_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read_checkpoint("Ruicheng/tiny")
+    assert found.version == 1 and found.config == {"encoder": "dinov2_vits14"}
+    assert torch.equal(found.weights["backbone.cls_token"], torch.ones(1, 1, 384))
+    with pytest.raises(
+        SpearError, match=r"cannot get Ruicheng/absent from the Hugging Face Hub: .*404.*: check"
+    ):
+        read_checkpoint("Ruicheng/absent")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    assert read_checkpoint("Ruicheng/tiny").path == found.path
+
+
+def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_from("http://127.0.0.1:9", tmp_path, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
+    with pytest.raises(
+        SpearError, match=r"cannot get Ruicheng/moge-vitl .*or give a local model\.pt"
+    ) as caught:
+        load_moge("Ruicheng/moge-vitl")
+    assert "\n" not in str(caught.value)

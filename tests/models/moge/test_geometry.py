@@ -1,0 +1,103 @@
+"""Cameras from affine point maps: the reference's answers, and cameras that are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moge_reference import arrays, error
+from spear.labels.fit import camera
+from spear.models.moge.geometry import (
+    centred_intrinsics,
+    focal_of,
+    intrinsics_from_fov,
+    recover_focal_shift,
+    unproject,
+    view_plane,
+)
+
+
+@pytest.fixture(scope="module")
+def helpers(shared: Path) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(a) for name, a in arrays(shared / "fixtures" / "moge", "helpers").items()}
+
+
+def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
+    for case in ("exact", "masked_noisy"):
+        mask = helpers.get(f"{case}.mask")
+        focal, shift = recover_focal_shift(
+            helpers[f"{case}.points"][None], None if mask is None else mask[None]
+        )
+        torch.testing.assert_close(focal[0], helpers[f"{case}.focal"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shift[0], helpers[f"{case}.shift"], rtol=1e-5, atol=1e-6)
+    points = helpers["focal_given_batch.points"]
+    focal, shift = recover_focal_shift(points, focal=helpers["focal_given_batch.focal_in"])
+    assert torch.equal(focal, helpers["focal_given_batch.focal"])
+    torch.testing.assert_close(shift, helpers["focal_given_batch.shift"], rtol=1e-5, atol=1e-6)
+    focal, shift = recover_focal_shift(points, helpers["empty_mask_batch.mask"])
+    torch.testing.assert_close(focal, helpers["empty_mask_batch.focal"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shift, helpers["empty_mask_batch.shift"], rtol=1e-5, atol=1e-6)
+
+
+def test_view_plane_and_unprojection_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
+    assert error(view_plane(7, 5), helpers["uv.w7_h5_none"].numpy()) < 1e-6
+    assert error(view_plane(6, 8, 1.3333), helpers["uv.w6_h8_1.3333"].numpy()) < 1e-6
+    depth = helpers["unproject.depth"]
+    size = torch.tensor([depth.shape[2], depth.shape[1], 1]).view(3, 1)
+    intrinsics = helpers["unproject.intrinsics"] * size  # theirs are in image widths and heights
+    assert error(unproject(depth, intrinsics), helpers["unproject.points"].numpy()) < 1e-6
+
+
+def scene(focal: float, shift: float, width: int = 90, height: int = 60) -> torch.Tensor:
+    """A wavy surface [1, h, w, 3] seen by a camera, its depth off by −shift."""
+    uv = view_plane(width, height)
+    depth = 2 + 0.5 * torch.sin(7 * uv[..., 0]) * torch.cos(5 * uv[..., 1])
+    return torch.cat([uv / focal * depth[..., None], depth[..., None] - shift], dim=-1)[None]
+
+
+@pytest.mark.parametrize(("focal", "shift"), [(0.6, 0.0), (1.0, 0.8), (2.4, -1.5)])
+def test_a_known_camera_is_found(focal: float, shift: float) -> None:
+    found = recover_focal_shift(scene(focal, shift))
+    assert found[0].item() == pytest.approx(focal, rel=2e-3)
+    assert found[1].item() == pytest.approx(shift, abs=5e-3)
+
+
+def test_unknown_points_do_not_matter() -> None:
+    points = scene(1.0, 0.8)
+    mask = torch.ones(points.shape[:3], dtype=torch.bool)
+    mask[:, :20] = False
+    clean = recover_focal_shift(points, mask)
+    points[:, :20] = 1e3
+    points[:, 30, 5:40] = torch.nan
+    points[:, 31, 5:40, 2] = 0
+    points[:, 32, 5:40] = torch.inf
+    dirty = recover_focal_shift(points, mask)
+    torch.testing.assert_close(torch.stack(dirty), torch.stack(clean), rtol=5e-3, atol=5e-3)
+
+
+def test_without_points_there_is_a_plain_answer() -> None:
+    points = scene(1.0, 0.8).repeat(3, 1, 1, 1)
+    points[1, ..., :2] = 0  # every point on the axis: any focal length fits
+    mask = torch.ones(points.shape[:3], dtype=torch.bool)
+    mask[0] = False
+    points[2] = torch.nan
+    focal, shift = recover_focal_shift(points, mask)
+    assert focal.tolist() == [1, 1, 1] and shift.tolist() == [0, 0, 0]
+    focal, _ = recover_focal_shift(points, mask, torch.tensor([0.5, 0.6, 0.7]))
+    torch.testing.assert_close(focal, torch.tensor([0.5, 0.6, 0.7]))
+
+
+def test_intrinsics_are_those_of_the_field_of_view() -> None:
+    intrinsics = intrinsics_from_fov(90.0, 640, 480)
+    torch.testing.assert_close(intrinsics, torch.tensor([[320.0, 0, 320], [0, 320, 240], [0, 0, 1]]))
+    focal = focal_of(intrinsics[None], 640, 480)
+    torch.testing.assert_close(centred_intrinsics(focal, 640, 480)[0], intrinsics)
+
+
+def test_unprojection_is_the_labellers() -> None:
+    depth = torch.rand(2, 5, 7) + 1
+    intrinsics = torch.tensor([[9.0, 0, 3], [0, 8, 2.5], [0, 0, 1]])
+    expected = camera.unproject(depth[1].numpy(), intrinsics.numpy())
+    torch.testing.assert_close(unproject(depth, intrinsics.repeat(2, 1, 1))[1], torch.tensor(expected))

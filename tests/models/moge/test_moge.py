@@ -1,0 +1,260 @@
+"""MoGe v1 and MoGe-2: the reference implementation's numbers, with its weights' names."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Config
+
+from moge_reference import arrays, checkpoint, description, error, random_v1, reference
+from spear.errors import SpearError
+from spear.models.moge.checkpoint import fill_encoder
+from spear.models.moge.encoder import MogeEncoder
+from spear.models.moge.geometry import intrinsics_from_fov
+from spear.models.moge.infer import Geometry, infer
+from spear.models.moge.layers import dinov2_config
+from spear.models.moge.v1 import MogeV1
+from spear.models.moge.v2 import MogeV2
+from spear.models.presets import preset, vlm_config
+from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.types import Array
+
+CASES = [
+    (1, "v1_140x196"),
+    (1, "v1_168x224"),
+    (2, "v2_196x140"),
+    (2, "v2_168x224"),
+    (2, "v2_square_37x37"),
+]
+INFER = [
+    (1, "v1_140x196", "tokens"),
+    (1, "v1_140x196", "fov"),
+    (1, "v1_140x196", "unmasked_affine"),
+    (1, "v1_140x196", "default_fp32"),
+    (1, "v1_168x224", "tokens"),
+    (1, "v1_168x224", "fov"),
+    (1, "v1_168x224", "default_fp32"),
+    (1, "v1_168x224", "tokens_fp16"),
+    (2, "v2_196x140", "tokens"),
+    (2, "v2_196x140", "unmasked_affine"),
+    (2, "v2_168x224", "tokens"),
+    (2, "v2_168x224", "fov"),
+    (2, "v2_168x224", "tokens_fp16"),
+    (2, "v2_square_37x37", "tokens"),
+]
+FLIPS = 13
+"""Pixels of a case whose mask value is within 1e-4 of the threshold, so that rounding may decide."""
+FLIPS_HALF = 40
+"""The same in half precision, a thousandth of the pixels (our choice)."""
+
+
+@pytest.fixture(scope="session")
+def folder(shared: Path) -> Path:
+    return shared / "fixtures" / "moge"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_weights_are_the_references(folder: Path, version: int) -> None:
+    weights = checkpoint(folder, version).weights
+    about = description(folder, version)
+    assert sum(w.numel() for w in weights.values()) == about["num_values"]
+    for name, entry in about["state_dict"].items():
+        probe = [weights[name].flatten()[0].item(), weights[name].double().mean().item()]
+        assert probe == pytest.approx(entry["probe"], abs=1e-6), name
+
+
+@pytest.mark.parametrize(("version", "case"), CASES)
+@torch.inference_mode()
+def test_features_and_raw_outputs_are_the_references(folder: Path, version: int, case: str) -> None:
+    model, expected = reference(folder, version), arrays(folder, case)
+    image = torch.tensor(expected["image"])[None]
+    about = description(folder, version)["cases"][case]["forward"]
+    tokens = about["num_tokens"]
+    if isinstance(model, MogeV1):
+        patches, read = model.cut(image, tokens)[0], range(8, 12)
+    else:
+        patches, read = model.cut(image, tokens), range(5, 12, 6)
+    assert list(patches.shape[2:]) == about["image_14_hw"]
+    if "features.image_14" in expected:
+        assert error(patches[0], expected["features.image_14"]) < 5e-6
+    layers = torch.cat(model.encoder.layers(patches, read))
+    assert error(layers[:, 0], expected["features.cls"]) < 5e-6
+    if "features.patch" in expected:
+        assert error(layers[:, 1:], expected["features.patch"]) < 5e-6
+    else:
+        assert error(layers[:, 1::37], expected["features.patch_s37"]) < 5e-6
+    output = model(image, tokens)
+    found = {"points": (output.points, 1e-4), "mask": (output.mask, 1e-4), "normal": (output.normal, 2e-3)}
+    compared = set()
+    for name, (tensor, tolerance) in found.items():
+        for suffix, step in (("", 1), ("_s2", 2)):
+            if f"forward.{name}{suffix}" in expected:
+                assert error(tensor[0, ::step, ::step], expected[f"forward.{name}{suffix}"]) < tolerance
+                compared.add(name)
+    assert compared == ({"points", "mask"} if version == 1 else {"points", "mask", "normal"})
+    if isinstance(model, MogeV2):
+        assert output.scale is not None
+        assert output.scale.item() == pytest.approx(float(expected["forward.metric_scale"]), rel=1e-5)
+        if "features.projected" in expected:
+            assert error(model.encode(patches)[0][0], expected["features.projected"]) < 1e-5
+
+
+@pytest.mark.parametrize(("version", "case", "label"), INFER)
+def test_inference_is_the_references(folder: Path, version: int, case: str, label: str) -> None:
+    half = description(folder, version)["cases"][case]["infer"][label].get("use_fp16", True)
+    compare(inferred(folder, version, case, label), arrays(folder, case), f"infer.{label}.", half)
+
+
+def test_full_precision_is_near_the_references_half_precision(folder: Path) -> None:
+    """The reference's `infer` with every argument at its default: 2,500 tokens in float16, which takes a
+    processor without float16 arithmetic minutes. The same in float32 must be as near."""
+    found = inferred(folder, 1, "v1_168x224", "default_fp32")
+    compare(found, arrays(folder, "v1_168x224_default_fp16"), "infer.default_fp16.", half=True)
+
+
+@cache
+def inferred(folder: Path, version: int, case: str, label: str) -> Geometry:
+    """Our `infer` with the arguments of one of the reference's labels."""
+    arguments = description(folder, version)["cases"][case]["infer"][label]
+    image = torch.tensor(arrays(folder, case)["image"])[None]
+    fov = arguments.get("fov_x")
+    return infer(
+        reference(folder, version),
+        image,
+        arguments.get("num_tokens"),
+        intrinsics=None if fov is None else intrinsics_from_fov(fov, image.shape[3], image.shape[2])[None],
+        project=arguments.get("force_projection", True),
+        apply_mask=arguments.get("apply_mask", True),
+        dtype=torch.float16 if arguments.get("use_fp16", True) else torch.float32,
+    )
+
+
+def compare(found: Geometry, expected: dict[str, Array], prefix: str, half: bool) -> None:
+    """All arrays of one label, where both know them."""
+    height, width = found.mask.shape[1:]
+    names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
+    assert {"mask", "intrinsics"} < set(names)
+    known = torch.tensor(expected[prefix + "mask"])
+    flips = int((known != found.mask[0]).sum())
+    assert flips <= (FLIPS_HALF if half else FLIPS)
+    for name in names:
+        array = expected[prefix + name]
+        step = 4 if name.endswith("_s4") else 1
+        tensor = getattr(found, name.removesuffix("_s4"))[0]
+        if name == "intrinsics":  # theirs are in image widths and heights
+            assert error(tensor / torch.tensor([[width], [height], [1]]), array) < (1e-2 if half else 1e-3)
+        elif name == "normal_s4":
+            both = (found.mask[0] & known)[::step, ::step]
+            ours, theirs = tensor[::step, ::step][both], array[both.numpy()]
+            if half:  # short vectors are normalised: where the processor multiplies in fp16 itself, a few are far off
+                apart = (ours - torch.tensor(theirs)).abs().amax(-1)
+                assert apart.quantile(0.99) < 1e-2 and apart.max() < 0.1
+            else:
+                assert error(ours, theirs) < 2e-3
+        elif name != "mask":
+            assert error(tensor[::step, ::step], array) < (1e-2 if half else 1e-3)
+
+
+@pytest.mark.parametrize(("version", "case"), [(1, "v1_140x196"), (2, "v2_196x140")])
+@torch.inference_mode()
+def test_the_vlms_encoder_takes_moges_weights(folder: Path, version: int, case: str) -> None:
+    encoder = MogeEncoder(dinov2_config("dinov2_vits14")).eval()
+    fill_encoder(encoder, checkpoint(folder, version))
+    expected = arrays(folder, case)
+    patches = torch.tensor(expected["features.image_14"])[None]
+    features = encoder.features(patches)
+    assert features.shape[-1] == 4 * 384
+    wanted = torch.tensor(expected["features.patch"])
+    if version == 1:
+        assert error(features[0], torch.cat(list(wanted), dim=-1).numpy()) < 5e-6
+    else:  # the reference recorded the layers 5 and 11
+        assert error(features[0, :, -384:], wanted[1].numpy()) < 5e-6
+
+
+def test_the_paper_sized_vlm_has_moges_large_encoder() -> None:
+    config = vlm_config(preset("spear1")).moge_config
+    large = dinov2_config("dinov2_vitl14")
+    fields = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "mlp_ratio",
+        "patch_size",
+        "image_size",
+    ]
+    for field in [*fields, "layer_norm_eps", "hidden_act", "position_offset", "use_mask_token", "qkv_bias"]:
+        assert getattr(config, field) == getattr(large, field), field
+
+
+def test_an_encoder_of_another_kind_is_refused(folder: Path) -> None:
+    plain = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    with torch.device("meta"):
+        encoder = MogeEncoder(plain)
+        smaller = MogeEncoder(dinov2_config("dinov2_vitb14"))
+    with pytest.raises(SpearError, match=r"position_offset is 0\.0: MoGe needs 0\.1"):
+        fill_encoder(encoder, checkpoint(folder, 1))
+    with pytest.raises(SpearError, match=r"wrong shape, first backbone\.blocks\.0\.attn\.proj\.bias"):
+        fill_encoder(smaller, checkpoint(folder, 1))
+
+
+@torch.inference_mode()
+def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None:
+    encoder = random_v1().encoder
+    pixels = torch.randint(0, 256, (2, 3, 28, 42), generator=torch.Generator().manual_seed(0)).byte()
+    images = standardize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
+    layers = encoder.layers(images, range(8, 12))
+    torch.testing.assert_close(
+        encoder(pixels), torch.cat([x[:, 1:] for x in layers], -1), atol=1e-4, rtol=1e-4
+    )
+    hidden = encoder.backbone(images).last_hidden_state
+    torch.testing.assert_close(layers[-1], hidden)
+
+
+@torch.inference_mode()
+def test_position_embeddings_are_only_resampled_off_the_learned_grid() -> None:
+    embeddings = random_v1().encoder.backbone.embeddings
+    table = embeddings.position_embeddings
+    learned = embeddings.interpolate_pos_encoding(table, 518, 518)
+    assert torch.equal(learned, table)
+    coarse = embeddings.interpolate_pos_encoding(table[:, : 1 + 6], 28, 42)
+    assert coarse.shape == (1, 7, 384) and torch.equal(coarse[:, 0], table[:, 0])
+
+
+def test_a_batch_is_its_images_and_pixels_are_fractions() -> None:
+    model = random_v1()
+    pixels = torch.randint(0, 256, (2, 3, 40, 60), generator=torch.Generator().manual_seed(1)).byte()
+    both = infer(model, pixels)
+    alone = infer(model, pixels[1:] / 255)
+    assert both.mask.all() and both.normal is None
+    torch.testing.assert_close(both.points[1:], alone.points, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both.intrinsics[1:], alone.intrinsics, rtol=1e-3, atol=1e-2)
+
+
+def test_given_intrinsics_are_kept_and_unprojected_with() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 40, 60), generator=torch.Generator().manual_seed(1)).byte()
+    camera = torch.tensor([[[50.0, 0, 28], [0, 52, 21], [0, 0, 1]]])
+    found = infer(random_v1(), pixels, intrinsics=camera)
+    assert torch.equal(found.intrinsics, camera)
+    image = found.points[0] @ camera[0].T
+    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(60) + 0.5, indexing="ij")
+    torch.testing.assert_close(image[..., :2] / image[..., 2:], torch.stack([x, y], -1), atol=1e-3, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = random_v1()
+    image = torch.zeros(1, 3, 40, 60)
+    with pytest.raises(SpearError, match=r"wrong image type: torch\.float32 \(40, 60, 3\)"):
+        infer(model, torch.zeros(40, 60, 3))
+    with pytest.raises(SpearError, match=r"intrinsics are \(3, 3\): pass one \[3, 3\] matrix per image"):
+        infer(model, image, intrinsics=torch.eye(3))
+    with pytest.raises(SpearError, match="resolution level 10: give one from 0 to 9"):
+        infer(model, image, resolution_level=10)
+    with pytest.raises(SpearError, match="num_tokens is 0: give a positive number"):
+        infer(model, image, num_tokens=0)
+    with pytest.raises(SpearError, match="image of 400×2 is too thin for 24 MoGe tokens"):
+        infer(model, torch.zeros(1, 3, 2, 400))
+    with pytest.raises(SpearError, match=r"unknown MoGe encoder 'dinov2_vitg14': did you mean"):
+        dinov2_config("dinov2_vitg14")

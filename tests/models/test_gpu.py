@@ -1,0 +1,61 @@
+"""The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives there."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from models_tiny import START, TINY, actions, pixels, spear1, text, vlm
+from spear import flow
+from spear.models.decode import STACK
+from spear.models.fast.stack import can_compile
+from spear.types import Action
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+H = TINY.horizon
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
+    model = spear1().to("cuda", dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a graph that cannot be recorded is said by a warning
+        for batch, padded in ((1, False), (3, True), (1, False), (3, True)):
+            ids, mask = (x.cuda() for x in text(batch, 6))
+            images = {view: image.cuda() for view, image in pixels(batch).items()}
+            state = torch.randn(batch, 10, device="cuda")
+            noise = Action.from_vector(actions(batch, H).to_vector().cuda())
+            masks = mask if padded else None
+            found = model.sample_actions(images, ids, masks, state, steps=4, noise=noise).to_vector()
+            direct = model.sample_actions(images, ids, masks, state, 4, noise, graphs=False).to_vector()
+            with torch.no_grad():
+                prefix = model.prefix(images, ids, masks)
+                plain = flow.integrate(
+                    lambda noisy, time: model.predict(prefix, state, noisy, time),  # noqa: B023
+                    noise,
+                    4,
+                    model.flow,
+                ).to_vector()
+            for other in (direct, plain):
+                assert float((found - other).abs().max() / plain.abs().max()) < most
+
+
+def test_answers_from_graphs() -> None:
+    model = vlm()
+    number = (START, START + TINY.bins)
+    ids, mask = text(3, 6)
+    images = pixels(3, views=("external",))
+    grammars = [[number] * 5, [(7, 8), number], [number]]
+    on_cpu = model.answer(images, ids, mask, max_new_tokens=8, grammars=grammars)
+    model.cuda()
+    moved = {view: image.cuda() for view, image in images.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            found = model.answer(moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammars=grammars)
+            assert torch.equal(found.cpu(), on_cpu)
+    free = model.answer(moved, ids.cuda(), mask.cuda(), max_new_tokens=12)
+    assert free.shape[1] <= 12
+    assert len(STACK(model.language_model, True, can_compile(model.device)).replay) == 1

@@ -1,0 +1,80 @@
+"""Gradient checkpointing: the same losses and gradients, fewer tensors kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models_tiny import actions, pixels, spear1, text, vlm
+from spear.models.recompute import recompute_layers, recomputes
+
+
+def act(model: torch.nn.Module) -> torch.Tensor:
+    ids, mask = text(2, 6)
+    generator = torch.Generator().manual_seed(1)
+    state = torch.randn(2, 10, generator=generator)
+    return model(pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator).loss
+
+
+def answer(model: torch.nn.Module) -> torch.Tensor:
+    ids, mask = text(2, 6)
+    return model(pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
+
+
+def step(model: torch.nn.Module, task: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, dict, int]:
+    """Loss, gradients, and the bytes that the forward pass kept for the backward pass (weights not
+    counted)."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task(model)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize(("make", "task"), [(spear1, act), (vlm, answer)])
+def test_loss_and_gradients_are_the_same(make: Callable[[], torch.nn.Module], task: Callable) -> None:
+    model = make().train()
+    loss, gradients, kept = step(model, task)
+    recompute_layers(model)
+    assert recomputes(model)
+    again, recomputed, less = step(model, task)
+    assert torch.equal(loss, again)
+    assert gradients.keys() == recomputed.keys() and len(gradients) > 50
+    assert all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
+    assert any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
+    assert less < 0.7 * kept
+    recompute_layers(model, on=False)
+    assert not recomputes(model) and step(model, task)[2] == kept
+
+
+def test_transformers_own_switch_does_the_same() -> None:
+    model = spear1().train()
+    loss, gradients, _ = step(model, act)
+    model._set_gradient_checkpointing(
+        enable=True
+    )  # what gradient_checkpointing_enable() of any version calls
+    assert recomputes(model)
+    again, recomputed, _ = step(model, act)
+    assert torch.equal(loss, again) and all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
+
+
+def test_acting_is_untouched() -> None:
+    model = spear1()
+    ids, mask = text(2, 6)
+    state = torch.zeros(2, 10)
+    before = model.sample_actions(pixels(2), ids, mask, state, noise=actions(2, 5)).to_vector()
+    recompute_layers(model)
+    after = model.sample_actions(pixels(2), ids, mask, state, noise=actions(2, 5)).to_vector()
+    assert torch.equal(before, after)

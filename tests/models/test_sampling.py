@@ -1,0 +1,259 @@
+"""Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import Gemma2Config
+
+from models_tiny import TEXT, TINY, actions, pixels, spear1, text
+from spear import flow
+from spear.models.fast.linear import FastLinear, Fused, linear
+from spear.models.fast.stack import Stack
+from spear.models.presets import PRESETS, Preset, spear1_config, vlm_config
+from spear.models.sampling import SAMPLER
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights import load as weights
+from spear.types import Action
+
+H = TINY.horizon
+GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "velocity": {},
+    "clean": {"flow": {"prediction": "clean"}},
+    "two key-value heads": {"text": GROUPED, "expert": {**GROUPED, "hidden_size": 16}},
+    "no MoGe, linear": {"moge": None, "stem": "patch", "flow": {"rotation": "linear"}},
+}
+
+
+def reference(
+    model: Spear1ForActionPrediction, given: dict[str, Any], noise: Action, steps: int
+) -> torch.Tensor:
+    """Step by step through the network that is trained, with nothing worked out before."""
+    state = given["state"]
+    inputs = {k: v for k, v in given.items() if k != "state"}
+    with torch.no_grad():
+        prefix = model.prefix(**inputs)
+        return flow.integrate(
+            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow
+        ).to_vector()
+
+
+def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
+    ids, mask = text(batch, 6, seed)
+    generator = torch.Generator().manual_seed(seed)
+    given = {
+        "pixel_values": pixels(batch, seed, views),
+        "input_ids": ids,
+        "attention_mask": mask if padded else None,
+        "state": torch.randn(batch, 10, generator=generator),
+    }
+    if padded and "wrist" in views:
+        given["view_mask"] = {"wrist": torch.arange(batch) != 1}
+    return given
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "views"), [(1, ("external",)), (3, ("external", "wrist")), (3, ("wrist",))]
+)
+def test_actions_are_those_of_the_plain_network(
+    shape: str, padded: bool, batch: int, views: tuple[str, ...]
+) -> None:
+    model, given, noise = spear1(**SHAPES[shape]), observation(batch, views, padded), actions(batch, H)
+    for steps in (1, 4):
+        found = model.sample_actions(**given, steps=steps, noise=noise).to_vector()
+        assert distance(found, reference(model, given, noise, steps)) < 1e-5
+        assert not found.is_inference() and found.dtype == torch.float32
+
+
+def test_three_views_of_one_size_and_bfloat16() -> None:
+    size = dataclasses.replace(TINY, image_sizes={name: (32, 32) for name in ("a", "b", "c")})
+    torch.manual_seed(0)
+    model = Spear1ForActionPrediction(spear1_config(size)).eval()
+    given, noise = observation(2, (), True), actions(2, H)
+    given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
+    calls: list[int] = []
+    model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    exact = model.sample_actions(**given, noise=noise).to_vector()
+    assert len(calls) == 1
+    assert distance(exact, reference(model, given, noise, 10)) < 1e-5
+    model.to(torch.bfloat16)
+    rough = model.sample_actions(**given, noise=noise).to_vector()
+    # Both round at every layer, in another order: no further from each other than from float32.
+    slow = reference(model, given, noise, 10)
+    assert rough.dtype == torch.float32
+    assert distance(rough, slow) < 0.03 and distance(rough, exact) < 0.03
+
+
+@pytest.mark.parametrize("name", ["nano", "small"])
+def test_every_preset_with_few_layers(name: str) -> None:
+    size = PRESETS[name]
+    fewer = {
+        part: {**getattr(size, part), "num_hidden_layers": layers}
+        for part, layers in (("vision", 1), ("moge", 4), ("text", 1), ("expert", 1))
+    }
+    size = dataclasses.replace(size, **fewer, vocabulary=64, bins=16)
+    torch.manual_seed(0)
+    model = Spear1ForActionPrediction(spear1_config(size)).eval()
+    given, noise = observation(1, (), False), actions(1, H)
+    given["pixel_values"] = {
+        view: torch.randint(0, 256, (1, 3, h // 2 // 28 * 28 or h, w // 2 // 28 * 28 or w), dtype=torch.uint8)
+        if size.stem == "patch"
+        else torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
+        for view, (w, h) in size.image_sizes.items()
+    }
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        model.to(dtype)
+        found = model.sample_actions(**given, steps=3, noise=noise).to_vector()
+        assert distance(found, reference(model, given, noise, 3)) < most
+
+
+def test_gemma2_layers_too() -> None:
+    config = {**TEXT, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "sliding_window": 4096}
+    torch.manual_seed(0)
+    size: Preset = TINY
+    inner = vlm_config(size)
+    inner.text_config = Gemma2Config(**config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    model = Spear1ForActionPrediction(spear1_config(size, inner)).eval()
+    for padded in (False, True):
+        given, noise = observation(2, ("external",), padded), actions(2, H)
+        found = model.sample_actions(**given, steps=3, noise=noise).to_vector()
+        assert distance(found, reference(model, given, noise, 3)) < 1e-5
+
+
+def test_changed_weights_are_noticed() -> None:
+    model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
+
+    def same() -> bool:
+        found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
+        return distance(found, reference(model, given, noise, 2)) < 1e-5
+
+    assert same()
+    kept = SAMPLER(model, True)
+    assert SAMPLER(model, True) is kept
+    with torch.no_grad():  # as an optimiser does it
+        for parameter in model.expert.parameters():
+            parameter.mul_(1.3)
+    assert same() and SAMPLER(model, True) is not kept
+    model.load_state_dict(spear1(seed=3).state_dict())
+    assert same()
+    model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
+    assert same()
+    model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
+    assert same()
+    assert (
+        distance(
+            copy.deepcopy(model).sample_actions(**given, steps=2, noise=noise).to_vector(),
+            model.sample_actions(**given, steps=2, noise=noise).to_vector(),
+        )
+        == 0
+    )
+
+
+def test_lora_is_part_of_the_fast_path() -> None:
+    pytest.importorskip("peft")
+    from spear.train.lora import add_adapters
+
+    model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
+    before = model.sample_actions(**given, steps=2, noise=noise).to_vector()
+    add_adapters(model, rank=2, alpha=4.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
+    assert distance(found, before) > 1e-3
+    assert distance(found, reference(model, given, noise, 2)) < 1e-5
+
+
+def test_sampling_leaves_training_and_checkpoints_alone(tmp_path: Path) -> None:
+    model, given, noise = spear1(), observation(2, ("external",), True), actions(2, H)
+    before = {name: (weight.clone(), weight.data_ptr()) for name, weight in model.state_dict().items()}
+    acted = model.sample_actions(**given, noise=noise).to_vector()
+    after = model.state_dict()
+    assert {n: w.data_ptr() for n, w in after.items()} == {n: p for n, (_, p) in before.items()}
+    model.save_pretrained(tmp_path)
+    again = weights.load(Spear1ForActionPrediction, tmp_path)
+    assert torch.equal(again.sample_actions(**given, noise=noise).to_vector(), acted)
+    model.train()
+    model(**given, actions=actions(2, H)).loss.backward()
+    assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_weights_in_one_storage_stay_their_layers_own() -> None:
+    """What `Fused` does on a GPU, on tensors of the CPU."""
+    from spear.models.fast.linear import _share_storage
+
+    layers = [torch.nn.Linear(6, rows, bias=False) for rows in (4, 2, 3)]
+    expected = torch.cat([layer.weight.detach().clone() for layer in layers])
+    whole = _share_storage([layer.weight for layer in layers])
+    assert torch.equal(whole, expected)
+    with torch.no_grad():
+        layers[1].weight.add_(1)
+    assert torch.equal(whole[4:6], expected[4:6] + 1)
+    again = _share_storage([layer.weight for layer in layers])
+    assert again.data_ptr() == whole.data_ptr() and torch.equal(again, whole)
+    x = torch.randn(5, 6)
+    sum(layer(x).square().sum() for layer in layers).backward()
+    assert all(layer.weight.grad is not None for layer in layers)
+    clone = copy.deepcopy(layers[0])
+    assert (
+        torch.equal(clone.weight, layers[0].weight) and clone.weight.data_ptr() != layers[0].weight.data_ptr()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_layers_say_what_each_says(dtype: torch.dtype, packed: bool) -> None:
+    torch.manual_seed(0)
+    layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
+    x = torch.randn(2, 5, 24).to(dtype)
+    with torch.no_grad():
+        for one, layer in zip(Fused(*layers, packed=packed)(x), layers, strict=True):
+            exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+            tolerance = (
+                {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+            )
+            torch.testing.assert_close(one.double(), exact, **tolerance)
+            torch.testing.assert_close(linear(x, layer.weight, layer.bias).double(), exact, **tolerance)
+    weight = layers[0].weight
+    assert linear(x, weight).requires_grad  # with gradients PyTorch's own, which has them
+
+
+def test_what_is_compiled_for_one_layer_serves_all() -> None:
+    model = spear1(text={**TEXT, "num_hidden_layers": 3}, expert={**TEXT, "num_hidden_layers": 3})
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(1)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    plain, compiled = Stack(model.vlm.language_model), Stack(model.vlm.language_model)
+    for name in ("_project", "_finish"):
+        function = torch.compile(getattr(compiled, name), backend=backend, fullgraph=True)
+        setattr(compiled, {"_project": "_before", "_finish": "_after"}[name], function)
+    with torch.inference_mode():
+        x = torch.randn(2, 7, TEXT["hidden_size"])
+        places = torch.arange(7).expand(2, 7)
+        results = []
+        for layers in (plain, compiled):
+            memory = layers.memory(2, 7, x.dtype, x.device)
+            window = memory.window(0, [(3, 3), (4, 7)])
+            results.append(layers(x, layers.rotations(places, x.dtype), window))
+            results.append(torch.stack(memory.layers))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
+    assert len(graphs) == 2

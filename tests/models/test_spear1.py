@@ -1,0 +1,306 @@
+"""SPEAR-1: block-causal information flow, flow samples, sampling, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from models_tiny import TINY, actions, pixels, spear1, text, vlm
+from spear import flow
+from spear.errors import SpearError
+from spear.models.presets import spear1_config
+from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
+from spear.types import Action
+
+B, H = 3, TINY.horizon
+
+
+def inputs(seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids, mask = text(B, 6, seed)
+    return pixels(B, seed), ids, mask, torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
+
+
+def activations(
+    model: Spear1ForActionPrediction, state: torch.Tensor, noisy: Action
+) -> dict[str, torch.Tensor]:
+    """Every layer's output, of the VLM [B, S, D] and of the expert [B, 1 + H, D]."""
+    images, ids, mask, _ = inputs()
+    kept: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda m, a, out, name=name: kept.__setitem__(name, out.detach().clone())
+        )
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
+    ]
+    with torch.no_grad():
+        model.predict(model.prefix(images, ids, mask), state, noisy, torch.full((B,), 0.3))
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def test_an_action_changes_no_activation_of_the_prefix_or_the_state() -> None:
+    model = spear1()
+    state, noisy = inputs()[3], actions(B, H)
+    moved = Action(noisy.translation.clone(), noisy.rotation, noisy.gripper)
+    moved.translation[:, 2] += 1
+    before, after = activations(model, state, noisy), activations(model, state, moved)
+    for name, value in before.items():
+        if name.startswith("expert"):
+            assert torch.equal(value[:, 0], after[name][:, 0]), name
+        else:
+            assert torch.equal(value, after[name]), name
+    last = f"expert.layers.{len(model.expert.layers) - 1}"
+    # Within the chunk attention goes both ways: earlier and later actions notice.
+    assert all(not torch.equal(before[last][:, 1 + h], after[last][:, 1 + h]) for h in range(H))
+
+
+def test_proprioception_changes_no_activation_of_the_images_but_the_actions() -> None:
+    model = spear1()
+    state, noisy = inputs()[3], actions(B, H)
+    before, after = activations(model, state, noisy), activations(model, state + 1, noisy)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) != name.startswith("expert"), name
+
+
+def test_actions_depend_on_images_instruction_and_time() -> None:
+    model = spear1()
+    images, ids, mask, state = inputs()
+    noisy, time = actions(B, H), torch.full((B,), 0.3)
+
+    def run(images: dict[str, torch.Tensor], ids: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.predict(model.prefix(images, ids, mask), state, noisy, time).to_vector()
+
+    base = run(images, ids, time)
+    assert not torch.allclose(base, run(images, ids, time + 0.3))
+    assert not torch.allclose(base, run(images, ids.roll(1, 1), time))
+    for view in images:
+        assert not torch.allclose(base, run({**images, view: 255 - images[view]}, ids, time))
+
+
+def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
+    model = spear1()
+    images, ids, mask, state = inputs()
+    target, counts = actions(B, H), torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
+    noise, time = actions(B, 4, H, seed=2), torch.rand(B, 4, generator=torch.Generator().manual_seed(6))
+    together = model(images, ids, mask, state, target, counts, noise=noise, time=time)
+    separate = []
+    for k in range(4):
+        one = Action.from_vector(noise.to_vector()[:, k : k + 1])
+        separate.append(
+            model(images, ids, mask, state, target, counts, noise=one, time=time[:, k : k + 1]).loss
+        )
+    torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_ignores_masked_steps() -> None:
+    model = spear1()
+    images, ids, mask, state = inputs()
+    target = actions(B, H)
+    wild = Action(target.translation.clone(), target.rotation, target.gripper)
+    wild.translation[:, -1] = 100
+    counts = torch.arange(H).expand(B, H) < H - 1
+    noise, time = actions(B, 1, H, seed=2), torch.zeros(B, 1)  # at τ = 0 the noisy action is all noise
+    fixed = {"noise": noise, "time": time}
+    torch.testing.assert_close(
+        model(images, ids, mask, state, target, counts, **fixed).loss,
+        model(images, ids, mask, state, wild, counts, **fixed).loss,
+    )
+
+
+def test_drawing_is_seeded() -> None:
+    model = spear1()
+    images, ids, mask, state = inputs()
+
+    def run(seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            return model(
+                images, ids, mask, state, actions(B, H), flow_samples=2, generator=generator
+            ).loss.item()
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_gradients_reach_expert_vlm_and_encoders() -> None:
+    model = spear1().train()
+    images, ids, mask, state = inputs()
+    model(images, ids, mask, state, actions(B, H), flow_samples=2).loss.backward()
+    lacking = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    # Of the VLM's last layer only the keys and values are read; nothing after them can learn.
+    last = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
+    dead = (
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    )
+    expected = {f"{last}.{name}.weight" for name in (*dead, "mlp.down_proj")} | {
+        "vlm.language_model.norm.weight"
+    }
+    assert lacking == expected
+
+
+def test_the_3d_questions_train_the_same_vlm() -> None:
+    model = spear1().train()
+    ids, mask = text(2, 6)
+    model.vlm(
+        pixels(2, views=("external",)), ids, mask, labels=ids.masked_fill(mask == 0, -100)
+    ).loss.backward()
+    assert model.vlm.vision_tower.post_layernorm.weight.grad is not None
+    assert model.action_out_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(prediction: str) -> None:
+    model = spear1(flow={"prediction": prediction})
+    images, ids, mask, state = inputs()
+    calls = []
+    model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    sampled = [
+        model.sample_actions(images, ids, mask, state, steps=7, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    assert len(calls) == 3 * len(images)
+    assert sampled[0].to_vector().shape == (B, H, 8)
+    assert torch.equal(sampled[0].to_vector(), sampled[1].to_vector())
+    assert not torch.equal(sampled[0].to_vector(), sampled[2].to_vector())
+    norm = sampled[0].rotation.norm(dim=-1)
+    torch.testing.assert_close(norm, torch.ones_like(norm))
+    assert bool((sampled[0].rotation[..., 0] >= 0).all())
+    by_hand = flow.integrate(
+        lambda noisy, time: model.predict(model.prefix(images, ids, mask), state, noisy, time),
+        flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(0)),
+        7,
+        model.flow,
+    )
+    torch.testing.assert_close(by_hand.to_vector(), sampled[0].to_vector())
+
+
+def test_an_untrained_clean_prediction_is_to_stay() -> None:
+    model = spear1(flow={"prediction": "clean"})
+    images, ids, mask, state = inputs()
+    said = model.predict(model.prefix(images, ids, mask), state, actions(B, H), torch.zeros(B))
+    assert said.rotation[..., 0].min() > 0.5
+    assert said.rotation[..., 1:].abs().max() < 0.5
+
+
+def test_an_expert_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(SpearError, match="head_dim is 4, the VLM's is 8"):
+        spear1(expert={**TINY.expert, "head_dim": 4})
+
+
+def test_unknown_flow_options_are_refused() -> None:
+    with pytest.raises(SpearError, match=r"unknown flow rotation 's2'"):
+        spear1(flow={"rotation": "s2"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = spear1(flow={"prediction": "clean", "geodesic_weight": 0.5}).to(dtype)
+    model.save_pretrained(tmp_path)
+    for again in (weights.load(Spear1ForActionPrediction, tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(again, Spear1ForActionPrediction)
+        state = again.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
+        assert again.flow == model.flow
+        assert again.config.vlm_config.image_sizes == model.config.vlm_config.image_sizes
+        if dtype == torch.float32:
+            images, ids, mask, proprio = inputs()
+            noise = actions(B, H)
+            same = [m.sample_actions(images, ids, mask, proprio, noise=noise) for m in (model, again)]
+            assert torch.equal(same[0].to_vector(), same[1].to_vector())
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert Spear1Config(**saved).to_dict() == model.config.to_dict()
+
+
+def test_what_is_saved_does_not_say_where_its_parts_lay(tmp_path: Path) -> None:
+    vlm().save_pretrained(tmp_path / "stage-2")
+    part = weights.load(SpearVLMForConditionalGeneration, tmp_path / "stage-2")
+    config = spear1().config
+    model = Spear1ForActionPrediction(
+        Spear1Config(vlm_config=part.config, expert_config=config.expert_config)
+    )
+    assert model.config.vlm_config.name_or_path == str(tmp_path / "stage-2")
+    model.save_pretrained(tmp_path / "policy")
+    for folder in ("stage-2", "policy"):
+        assert "_name_or_path" not in (tmp_path / folder / "config.json").read_text()
+
+
+def test_bfloat16_weights_act_about_like_float32(tmp_path: Path) -> None:
+    model = spear1()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    images, ids, mask, state = inputs()
+    acted = [
+        weights.load(Spear1ForActionPrediction, tmp_path, dtype)
+        .sample_actions(images, ids, mask, state, noise=actions(B, H))
+        .to_vector()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert acted[1].dtype == torch.float32
+    torch.testing.assert_close(acted[1], acted[0], atol=0.05, rtol=0.05)
+
+
+def test_a_checkpoint_converts_to_another_precision_on_loading(tmp_path: Path) -> None:
+    vlm().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = weights.load(SpearVLMForConditionalGeneration, tmp_path, torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def broken(folder: Path) -> str:
+    with pytest.raises(SpearError) as caught:
+        weights.load(Spear1ForActionPrediction, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_broken_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
+    assert "checkpoint not found" in broken(tmp_path / "nowhere")
+    assert "without a readable config" in broken(tmp_path)
+    folder = tmp_path / "model"
+    spear1().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        assert "broken checkpoint" in broken(folder)
+    file.unlink()
+    assert "model.safetensors is missing" in broken(folder)
+    file.write_bytes(whole)
+    (folder / "config.json").write_text('{"model_type": "gemma"}')
+    assert "unknown architecture" in broken(folder) and "spear1" in broken(folder)
+
+
+def test_missing_surplus_and_misshapen_weights_are_refused_by_name(tmp_path: Path) -> None:
+    model = spear1()
+    state = model.state_dict()
+    without = {k: v for k, v in state.items() if k != "state_proj.bias"}
+    model.save_pretrained(tmp_path / "less", state_dict=without)
+    assert "missing keys, first state_proj.bias" in broken(tmp_path / "less")
+    model.save_pretrained(tmp_path / "more", state_dict={**state, "tail.weight": torch.ones(2)})
+    assert "unexpected keys, first tail.weight" in broken(tmp_path / "more")
+    config = spear1_config(TINY)
+    config.vlm_config.text_config.vocab_size += 1
+    model.save_pretrained(tmp_path / "other")
+    config.save_pretrained(tmp_path / "other")
+    assert "mismatched keys, first vlm.language_model.embed_tokens.weight" in broken(tmp_path / "other")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    spear1().save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    weights.load(Spear1ForActionPrediction, tmp_path)
+    shards[1].unlink()
+    assert f"{shards[1].name} is missing" in broken(tmp_path)

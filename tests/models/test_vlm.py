@@ -1,0 +1,288 @@
+"""SPEAR-VLM: fusion of the encoders, masks, loss, decoding, checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from models_tiny import START, TINY, pixels, text, vlm
+from spear.errors import SpearError
+from spear.models import decode, losses
+from spear.models.mask import positions, prefix_lm_mask
+from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
+from spear.models.presets import PRESETS, preset, spear1_config, vlm_config
+from spear.models.spear1 import Spear1ForActionPrediction
+
+
+def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
+    ids, mask = text(rows, length, last=START + TINY.bins)
+    answer = (torch.arange(length) >= prompt) & mask.bool()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": answer.long(),
+        "labels": ids.masked_fill(~answer, losses.IGNORE),
+    }
+
+
+def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
+    model = vlm()
+    assert model.moge is not None and model.moge_projector is not None
+    image = pixels(3)["external"]
+    siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
+    parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
+    fused = model.image_features("external", image)
+    assert fused.shape == (3, 6, 32)
+    torch.testing.assert_close(fused, (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)
+    plain = vlm(moge=None)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("moge")})
+    torch.testing.assert_close(plain.image_features("external", image), parts[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(fused, 0.5 * (plain.image_features("external", image) + parts[1]))
+
+
+def test_the_3d_encoder_gives_the_last_four_layers_after_the_final_norm() -> None:
+    model = vlm()
+    assert model.moge is not None
+    image = pixels(2)["external"]
+    backbone = model.moge.backbone
+    x = (image / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    hidden = backbone(x, output_hidden_states=True).hidden_states
+    expected = torch.cat([backbone.layernorm(h)[:, 1:] for h in hidden[-4:]], dim=-1)
+    torch.testing.assert_close(model.moge(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
+    valid = torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    causal = torch.tensor([[0, 0, 1, 1, 0]]).bool()
+    mask = prefix_lm_mask(valid, causal)[0, 0].int()
+    assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert positions(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [[0, 0, 1, 2, 2]]
+
+
+def test_questions_about_one_image_share_its_features() -> None:
+    model = vlm()
+    images, inputs = pixels(2, views=("external",)), batch(4)
+    owners = torch.tensor([1, 0, 1, 1])
+    shared = model(images, image_index=owners, **inputs)
+    repeated = model({"external": images["external"][owners]}, **inputs)
+    torch.testing.assert_close(shared.loss, repeated.loss)
+
+
+def test_padding_changes_nothing() -> None:
+    model = vlm()
+    images = pixels(1)
+    ids, mask = text(1, 6)
+    padded = (
+        torch.cat([ids, torch.full((1, 5), 7)], dim=1),
+        torch.cat([mask, torch.zeros(1, 5).long()], dim=1),
+    )
+    short = model(images, ids, mask).logits
+    torch.testing.assert_close(model(images, *padded).logits[:, :6], short, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
+    model = vlm()
+    images = pixels(2)
+    ids, mask = text(2, 5)
+    gone = {"wrist": torch.zeros(2, dtype=torch.bool)}
+    without = model({"external": images["external"]}, ids, mask).logits
+    torch.testing.assert_close(model(images, ids, mask, view_mask=gone).logits, without, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_weighs_3d_tokens_by_lambda() -> None:
+    model = vlm()
+    images, inputs = pixels(4, views=("external",)), batch()
+    labels = inputs["labels"]
+    result = model(images, **inputs)
+    rest = {k: v for k, v in inputs.items() if k != "labels"}
+    log_p = model(images, **rest).logits.log_softmax(-1)[:, :-1]
+    wanted = labels[:, 1:] != losses.IGNORE
+    each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
+    coordinate = labels[:, 1:][wanted] >= START
+    weight = 1.0 + coordinate
+    torch.testing.assert_close(result.loss, (weight * each).sum() / weight.sum())
+    torch.testing.assert_close(result.parts["coordinates"], each[coordinate].mean())
+    torch.testing.assert_close(result.parts["text"], each[~coordinate].mean())
+
+
+def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
+    config = vlm_config(TINY)
+    config.coordinate_smoothing = 1.5
+    labels = torch.tensor([START + 10, START, 5])
+    logits = torch.randn(3, START + TINY.bins, dtype=torch.float64).float()
+    bins = torch.arange(TINY.bins)
+    target = torch.zeros_like(logits)
+    for row, centre in ((0, 10), (1, 0)):
+        gauss = torch.exp(-0.5 * ((bins - centre) / 1.5) ** 2) * ((bins - centre).abs() <= 4)
+        target[row, START:] = gauss / gauss.sum()
+    target[2, 5] = 1
+    each = -(target * logits.log_softmax(-1)).sum(-1)
+    loss, _ = losses.token_loss(logits, labels, config)
+    torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
+
+
+def test_cached_decoding_agrees_with_running_the_whole_sequence_again() -> None:
+    model = vlm(3)
+    images = pixels(2, views=("external",))
+    ids, mask = text(3, 6)
+    owners = torch.tensor([0, 1, 0])
+    answers = model.answer(images, ids, mask, owners, max_new_tokens=12)
+    for row in range(3):
+        sequence = ids[row : row + 1, : int(mask[row].sum())]
+        kinds = torch.zeros_like(sequence)
+        for token in answers[row].tolist():
+            logits = model(images, sequence, None, kinds, owners[row : row + 1]).logits[0, -1]
+            assert int(logits.argmax()) == token
+            if token == 1:
+                break
+            sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
+            kinds = torch.cat([kinds, torch.ones(1, 1).long()], dim=1)
+
+
+def test_a_box_has_exactly_24_3d_tokens_whatever_the_weights_say() -> None:
+    model = vlm(4)
+    images = pixels(2, views=("external",))
+    ids, mask = text(2, 6)
+    number = (START, START + TINY.bins)
+    box = [number] * 24
+    words = [(7, 8), number, (9, 10)]
+    answers = model.answer(images, ids, mask, max_new_tokens=25, grammars=[box, words])
+    assert answers.shape == (2, 25)
+    numbers = (answers >= START) & (answers < START + TINY.bins)
+    assert numbers[0].tolist() == [True] * 24 + [False] and answers[0, 24] == 1
+    assert numbers[1].tolist() == [False, True] + [False] * 23
+    assert answers[1, [0, 2, 3]].tolist() == [7, 9, 1] and not answers[1, 4:].any()
+    free = model.answer(images, ids, mask, max_new_tokens=4, grammars=[None, None])
+    assert torch.equal(free, model.answer(images, ids, mask, max_new_tokens=4))
+    with pytest.raises(SpearError, match="answer too long"):
+        model.answer(images, ids, mask, max_new_tokens=24, grammars=[box, None])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("most", [5, 6, 12])
+def test_a_worded_answer_has_its_numbers_whatever_the_weights_say(seed: int, most: int) -> None:
+    model = vlm(seed)
+    ids, mask = text(3, 6)
+    number = (START, START + TINY.bins)
+    grammar = decode.Worded(2, ((3, 20),), number)
+    answers = model.answer(
+        pixels(3, views=("external",)), ids, mask, max_new_tokens=most, grammars=[grammar] * 3
+    )
+    for row in answers.tolist():
+        said = row[: row.index(1)]
+        assert sum(number[0] <= token < number[1] for token in said) == 2
+        assert all(3 <= token < 20 or number[0] <= token < number[1] for token in said)
+        assert 3 <= said[0] < 20 and 3 <= said[-1] < 20
+        assert not any(row[len(said) + 1 :])
+    with pytest.raises(SpearError, match="answer too long"):
+        model.answer(pixels(3, views=("external",)), ids, mask, max_new_tokens=4, grammars=[grammar] * 3)
+
+
+def test_gradients_reach_every_weight() -> None:
+    model = vlm().train()
+    model(pixels(4), **batch()).loss.backward()
+    lacking = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert lacking == []
+
+
+def test_bfloat16_autocast_stays_near_float32() -> None:
+    model = vlm()
+    images, inputs = pixels(4, views=("external",)), batch()
+    exact = model(images, **inputs).loss.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images, **inputs).loss.detach()
+    assert rough.dtype == torch.float32
+    assert abs(float(rough / exact) - 1) < 0.02
+
+
+def test_unknown_views_and_wrong_images_are_refused() -> None:
+    model = vlm()
+    ids, mask = text(1, 4)
+    images = pixels(1)
+    with pytest.raises(SpearError, match=r"unknown view 'wrst': did you mean 'wrist'\?"):
+        model({"wrst": images["wrist"]}, ids, mask)
+    with pytest.raises(SpearError, match=r"wrong image type: view 'wrist' is torch\.float32"):
+        model({"wrist": images["wrist"] / 255}, ids, mask)
+    with pytest.raises(SpearError, match="no images"):
+        model({}, ids, mask)
+
+
+def test_depth_model_learns_and_ignores_unknown_pixels() -> None:
+    torch.manual_seed(0)
+    config = MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4)
+    model = MogeForDepth(config)
+    image = pixels(4)["external"]
+    depth = 0.5 + image[:, 0].float() / 255
+    depth[:, :4, :8] = math.inf
+    depth[:, 4:8] = 0
+    first = model(image, depth)
+    assert first.log_depth.shape == (4, 8, 12)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(image, depth).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first.loss.item()
+    other = depth.clone()
+    other[:, 4:8] = float("nan")
+    torch.testing.assert_close(model(image, other).loss, model(image, depth).loss)
+
+
+@pytest.mark.parametrize(("name", "vlm_b", "total_b"), [("spear1", 3.24, 3.55), ("small", 0.32, 0.38)])
+def test_big_presets_are_built_without_memory_and_have_the_papers_size(
+    name: str, vlm_b: float, total_b: float
+) -> None:
+    with torch.device("meta"):
+        model = Spear1ForActionPrediction(spear1_config(preset(name)))
+    assert next(model.parameters()).is_meta
+    count = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in model.vlm.parameters()) / 1e9 == pytest.approx(vlm_b, abs=0.01)
+    assert count / 1e9 == pytest.approx(total_b, abs=0.01)
+
+
+def test_nano_is_under_ten_million_parameters() -> None:
+    with torch.device("meta"):
+        model = Spear1ForActionPrediction(spear1_config(preset("nano")))
+    assert sum(p.numel() for p in model.parameters()) < 10e6
+
+
+def test_every_preset_cuts_its_images_into_whole_patches() -> None:
+    for size in PRESETS.values():
+        patch = size.vision["patch_size"]
+        assert all(w % patch == 0 and h % patch == 0 for w, h in size.image_sizes.values())
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(SpearError, match=r"unknown preset 'nanno': did you mean 'nano'\?"):
+        preset("nanno")
+
+
+def test_encoders_must_share_their_grid() -> None:
+    with pytest.raises(SpearError, match="SigLIP patch 16, MoGe patch 8"):
+        vlm(moge={**(TINY.moge or {}), "patch_size": 8})
+
+
+def test_auto_classes_know_the_models() -> None:
+    assert type(AutoModel.from_config(vlm_config(TINY))).__name__ == "SpearVLMForConditionalGeneration"
+
+
+def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
+    model, arguments = vlm(), batch()
+    lengths = torch.tensor([int(v) for v in arguments["attention_mask"].sum(1)])
+    whole = model(pixels(4), **arguments).loss
+    whole.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for groups in (2, 3, 9):
+        model.zero_grad()
+        loss = model(pixels(4), **arguments, length_groups=groups).loss
+        loss.backward()
+        torch.testing.assert_close(loss, whole)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-3)
+    assert len(lengths.unique()) > 1

@@ -1,0 +1,373 @@
+"""Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants as hub
+from safetensors.torch import load_file, save_file
+from transformers import PaliGemmaForConditionalGeneration
+from transformers import PI0ForConditionalGeneration as Pi0
+
+from models_tiny import TINY
+from parity import logits, relative
+from published_checkpoints import (
+    IMAGE_TOKEN,
+    LAYOUTS,
+    ROWS,
+    TINY14,
+    know_tiny,
+    paligemma,
+    pi0,
+    publish_moge,
+    publish_paligemma,
+    publish_pi0,
+)
+from spear.errors import SpearError
+from spear.models.moge.checkpoint import load_moge
+from spear.models.presets import preset, spear1_config, vlm_config
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
+from spear.models.weights.action_expert import plan_policy
+from spear.models.weights.backbones import EMBEDDINGS, plan_backbones, plan_inner_vlm
+from spear.models.weights.shards import Shards
+from spear.tokens import init_new_embeddings
+from spear.types import Action
+
+B, H = 2, TINY.horizon
+SPEAR_VLM = SpearVLMForConditionalGeneration
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    know_tiny(monkeypatch)
+
+
+@pytest.mark.parametrize("text", ["gemma", "gemma2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, layout: str, text: str) -> None:
+    folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
+    theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+    ours = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    mine, expected = logits(ours, theirs, 280, 210)
+    assert mine.shape[-1] == ROWS + TINY14.bins
+    assert relative(mine[:, :ROWS], expected) < 1e-5
+    again = tmp_path / "saved"
+    ours.save_pretrained(again)
+    assert torch.equal(logits(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine)
+
+
+def test_the_3d_path_adds_exactly_the_average_of_the_two_projections(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
+    moge = publish_moge(tmp_path / "moge" / "model.pt")
+    model = SPEAR_VLM.from_backbones(folder, moge, "tiny14")
+    image = torch.randint(0, 256, (B, 3, 210, 280), dtype=torch.uint8)
+    theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+    siglip = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
+    encoder = load_moge(moge).encoder
+    assert model.moge_projector is not None
+    depth = model.moge_projector(encoder(image))
+    assert not model.moge_projector.linear.bias.any()
+    assert relative(model.image_features("external", image), (siglip + depth) / 2) < 1e-5
+    model.moge = None
+    alone = model.image_features("external", image)
+    model.moge = encoder
+    assert torch.equal(model.image_features("external", image), 0.5 * (alone + depth))
+
+
+def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", "2025")
+    moge = publish_moge(tmp_path / "model.pt")
+    plan = plan_backbones(folder, moge, "tiny14")
+    report, model = plan.report, plan.run()
+    ours = {key.name.split("[")[0] for key in report.of("loaded", "new")}
+    assert ours == set(model.state_dict())
+    assert report.parameters() == sum(p.numel() for p in model.parameters())
+    published = set(Shards.open(folder, "PaliGemma").weights) | set(torch.load(moge)["model"])
+    named = {key.note.split(": ")[-1] for key in report.of("loaded")} | {
+        k.name for k in report.of("left out")
+    }
+    assert named == published
+    assert {key.name for key in report.of("left out")} >= {
+        "lm_head.weight",
+        "image_mean",
+        "backbone.mask_token",
+    }
+    assert sorted(key.name for key in report.of("new")) == [
+        f"{EMBEDDINGS}[{ROWS}:{ROWS + TINY14.bins}]",
+        "moge_projector.linear.bias",
+        "moge_projector.linear.weight",
+    ]
+    assert report.of("missing", "refused") == []
+    printed = str(report)
+    assert "language_model.layers.0…1.mlp.up_proj.weight" in printed
+    assert f"{report.parameters():,}" in printed
+    assert len(printed.splitlines()) < len(report.keys)
+
+
+def test_new_tokens_are_drawn_from_the_known_ones_and_change_none_of_them(tmp_path: Path) -> None:
+    published = paligemma()
+    folder = publish_paligemma(published, tmp_path / "paligemma")
+    models = [SPEAR_VLM.from_backbones(folder, None, "tiny14", seed=seed) for seed in (3, 3, 4)]
+    tables = [model.language_model.embed_tokens.weight for model in models]
+    known = published.model.language_model.embed_tokens.weight
+    assert torch.equal(tables[0][:ROWS], known)
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0][ROWS:], tables[2][ROWS:])
+    drawn = init_new_embeddings(known, TINY14.bins, torch.Generator().manual_seed(3))
+    assert torch.equal(tables[0][ROWS:], drawn)
+    assert models[0].config.coordinate_start == ROWS
+
+
+@pytest.mark.parametrize(("rows", "start"), [(ROWS + 8, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
+def test_3d_tokens_follow_the_tokenizer_not_the_padding_of_the_embeddings(
+    tmp_path: Path, rows: int, start: int
+) -> None:
+    published = paligemma(rows=rows)
+    folder = publish_paligemma(published, tmp_path / "paligemma")
+    plan = plan_backbones(folder, None, "tiny14")
+    model = plan.run()
+    table = model.language_model.embed_tokens.weight
+    assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
+    assert len(table) == max(rows, start + TINY14.bins) == model.config.text_config.vocab_size
+    known = published.model.language_model.embed_tokens.weight
+    keep = min(rows, start)
+    assert torch.equal(table[:keep], known[:keep])
+    assert torch.equal(table[start + TINY14.bins :], known[start + TINY14.bins :])
+    assert plan.report.parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
+    moge = publish_moge(tmp_path / "model.pt")
+    full, half = (SPEAR_VLM.from_backbones(folder, moge, "tiny14", dtype) for dtype in (None, torch.bfloat16))
+    expected = full.state_dict()
+    for name, weight in half.state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        if "moge_projector" not in name and name != EMBEDDINGS:
+            assert torch.equal(weight, expected[name].to(torch.bfloat16)), name
+    assert full.dtype == torch.float32
+    half.save_pretrained(tmp_path / "half")
+    assert plan_policy(tmp_path / "half", size="tiny14").dtype == torch.bfloat16
+
+
+def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
+    theirs = pi0()
+    published = paligemma()
+    published.model.load_state_dict(theirs.model.vlm.state_dict())
+    folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
+    vlm = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    expert = publish_pi0(theirs, tmp_path / "pi0", layout)
+    return Spear1ForActionPrediction.from_vlm(vlm, expert, "tiny14", {"rotation": "linear"}), theirs
+
+
+@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
+def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
+    ours, theirs = pair(tmp_path, layout)
+    if layout == "transformers":
+        theirs = Pi0.from_pretrained(tmp_path / "pi0").eval()
+    images = torch.randint(0, 256, (B, 2, 3, 224, 224), dtype=torch.uint8)
+    ids, state = torch.randint(3, 40, (B, 6)), torch.randn(B, 10)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    before = torch.ones(B, 2 * 256, dtype=torch.long)
+    mine: dict[str, Any] = {
+        "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
+    reference = {
+        "pixel_values": images / 127.5 - 1,
+        "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
+        "input_ids": torch.cat([before * IMAGE_TOKEN, ids], dim=1),
+        "attention_mask": torch.cat([before, mask], dim=1),
+    }
+    noisy, time = torch.randn(B, H, 8), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        expected = -theirs(state=state, noise=noisy, timestep=1 - time, **reference).logits
+        velocity = ours.predict(ours.prefix(**mine), state, Action.from_vector(noisy), time).to_vector()
+    assert relative(velocity, expected) < 1e-5
+    goal = Action.from_vector(theirs.sample_actions(state=state, noise=noisy, num_steps=4, **reference))
+    sampled = ours.sample_actions(**mine, state=state, steps=4, noise=Action.from_vector(noisy))
+    assert relative(sampled.translation, goal.translation) < 1e-5
+    assert relative(sampled.gripper, goal.gripper) < 1e-5
+
+
+def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(tmp_path: Path) -> None:
+    vlm = SPEAR_VLM(vlm_config(TINY14)).eval()
+    expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
+    plan = plan_policy(vlm, expert, "tiny14")
+    model = plan.run()
+    ends = ("state_proj", "action_in_proj", "action_out_proj")
+    assert {key.name for key in plan.report.of("new")} == {
+        f"{e}.{p}" for e in ends for p in ("weight", "bias")
+    }
+    left = {key.name: key.note for key in plan.report.of("left out")}
+    assert left["model.state_proj.weight"] == "its states and actions mean other numbers"
+    assert "normalize_inputs.buffer_observation_state.mean" in left
+    assert len(plan.report.of("loaded", "left out")) == len(vlm.state_dict()) + len(
+        Shards.open(expert, "π0").weights
+    )
+    assert plan.report.of("missing", "refused") == []
+    published = pi0(state=32, action=32)
+    assert torch.equal(
+        model.expert.layers[1].mlp.up_proj.weight, published.model.dit.layers[1].mlp.up_proj.weight
+    )
+    assert torch.equal(model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight)
+
+
+def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path) -> None:
+    vlm = SPEAR_VLM(vlm_config(TINY14)).eval()
+    plan = plan_policy(vlm, size="tiny14")
+    models = [plan.run(seed=seed) for seed in (0, 0, 1)]
+    for key in plan.report.of("new"):
+        drawn, same, other = (model.state_dict()[key.name] for model in models)
+        assert torch.equal(drawn, same)
+        if key.note.startswith("N("):
+            assert not torch.equal(drawn, other), key.name
+        else:
+            assert torch.equal(drawn, other) and not drawn.any(), key.name
+    out = models[0].action_time_mlp_in.weight.detach()
+    assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
+    assert (
+        models[0].vlm.vision_tower.post_layernorm.weight.data_ptr()
+        == vlm.vision_tower.post_layernorm.weight.data_ptr()
+    )
+
+
+def test_the_vlm_of_a_policy_is_the_one_it_was_made_from(tmp_path: Path) -> None:
+    vlm = SPEAR_VLM(vlm_config(TINY14)).eval()
+    vlm.save_pretrained(tmp_path / "vlm")
+    policy = plan_policy(tmp_path / "vlm", size="tiny14").save(tmp_path / "policy", shard="40KB")
+    files = sorted(path.name for path in (tmp_path / "policy").iterdir())
+    assert "README.md" in files and sum(name.endswith(".safetensors") for name in files) > 2
+    again = weights.load(Spear1ForActionPrediction, tmp_path / "policy")
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    plan = plan_inner_vlm(tmp_path / "policy")
+    inner = plan.run().state_dict()
+    assert inner.keys() == vlm.state_dict().keys()
+    assert all(torch.equal(inner[name], weight) for name, weight in vlm.state_dict().items())
+    assert {key.note for key in plan.report.of("left out")} == {"the action expert's"}
+    card = (tmp_path / "policy" / "README.md").read_text()
+    assert "action_time_mlp_in.weight" in card and f"{plan.report.parameters():,}" in card
+    with pytest.raises(SpearError, match="is there already"):
+        plan.save(tmp_path / "policy")
+
+
+def test_at_full_size_the_parameters_add_up_to_the_papers() -> None:
+    with torch.device("meta"):
+        vlm = SPEAR_VLM(vlm_config(preset("spear1")))
+        whole = sum(
+            p.numel() for p in Spear1ForActionPrediction(spear1_config(preset("spear1"))).parameters()
+        )
+    report = plan_policy(vlm, size="spear1").report
+    sizes = {name: loaded + new for name, loaded, new in report.modules()}
+    inner = sum(size for name, size in sizes.items() if name.startswith("vlm."))
+    assert inner / 1e9 == pytest.approx(3.24, abs=0.005)
+    assert (report.parameters() - inner) / 1e9 == pytest.approx(0.315, abs=0.005)
+    assert report.parameters() == whole
+    assert sizes["vlm.moge"] / 1e9 == pytest.approx(0.304, abs=0.001)
+
+
+def refused(expected: str, call: Any, *arguments: Any) -> None:
+    with pytest.raises(SpearError, match=expected) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
+    vlm = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    refused("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
+    refused("another architecture: .* says 'paligemma': give one of 'spear_vlm'", plan_policy, folder)
+    refused("another architecture: .* says 'paligemma': give one of 'spear1'", plan_inner_vlm, folder)
+    refused("holds no action expert", plan_policy, vlm, folder, "tiny14")
+    refused("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
+    edit(folder, tie_word_embeddings=False)
+    refused("not tied", plan_backbones, folder, None, "tiny14")
+    edit(folder, model_type="llava")
+    refused("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
+    (folder / "config.json").write_text("{")
+    refused("without a readable config", plan_backbones, folder, None, "tiny14")
+    expert = publish_pi0(pi0(), tmp_path / "pi0")
+    state = load_file(expert / "model.safetensors")
+    name = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
+    save_file({**state, name: torch.zeros(3)}, expert / "model.safetensors")
+    refused("π0.5", plan_policy, vlm, expert, "tiny14")
+
+
+def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
+    shard = folder / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    refused(f"broken checkpoint: .*{shard.name}", plan_backbones, folder, None, "tiny14")
+    shard.unlink()
+    refused(f"incomplete: .*{shard.name} is missing", plan_backbones, folder, None, "tiny14")
+    shard.write_bytes(whole)
+    state = load_file(shard)
+    name = sorted(state)[0]
+
+    def with_state(**changes: torch.Tensor) -> Any:
+        kept = {k: v for k, v in state.items() if k != name or name not in changes}
+        save_file({**kept, **{k: v for k, v in changes.items() if v.numel()}}, shard)
+        return plan_backbones(folder, None, "tiny14")
+
+    plan = with_state(**{name: torch.zeros(0)})
+    assert [key.status for key in plan.report.keys].count("missing") == 1
+    refused("1 weights missing, first ", plan.run)
+    refused("weights refused, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
+    refused(
+        "1 weights refused, first tail.weight .*no such", with_state(**{"tail.weight": torch.ones(2)}).run
+    )
+    with pytest.raises(SpearError, match=r"wrong dtype: .* is I8: use a checkpoint in float32"):
+        with_state(**{name: state[name].to(torch.int8)})
+
+
+def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(rows=ROWS - 40), tmp_path / "short")
+    refused(
+        "vocabulary mismatch: .*tokenizer has 1312 tokens, its embeddings 1272", plan_backbones, folder, None
+    )
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
+    plan = plan_backbones(folder, None, "tiny14")
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder, text_config={**config["text_config"], "vocab_size": 7})
+    refused("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
+    edit(folder, text_config=config["text_config"])
+    plan.tokenizer.save_pretrained(folder)
+    refused("has 3D tokens already", plan_backbones, folder, None, "tiny14")
+
+
+def test_an_expert_of_another_depth_is_refused(tmp_path: Path) -> None:
+    text = {**TINY14.text, "num_hidden_layers": 3}
+    vlm = SPEAR_VLM(vlm_config(TINY14))
+    vlm.config.text_config.num_hidden_layers = text["num_hidden_layers"]
+    expert = publish_pi0(pi0(), tmp_path / "pi0")
+    refused("num_hidden_layers is 2, the VLM's is 3", plan_policy, vlm, expert, "tiny14")
+
+
+def test_names_on_the_hub_are_read_from_the_cache_and_else_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    refused(
+        "cannot get google/absent .*or give a local folder", plan_backbones, "google/absent", None, "tiny14"
+    )
+    cached = tmp_path / "models--google--tiny"
+    publish_paligemma(paligemma(), cached / "snapshots" / "0123456789", tokenizer=False)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789")
+    plan = plan_backbones("google/tiny", None, "tiny14")
+    assert plan.sources == {"PaliGemma": "google/tiny"} and plan.report.of("missing", "refused") == []

@@ -1,0 +1,79 @@
+"""The weights that ship: small enough, loadable, and better than not looking."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from spear.evaluate.vqa import run as vqa
+from spear.evaluate.vqa.held_out import held_out_labels
+from spear.policy import SHIPPED, Spear1Policy, load_vlm
+from spear.sim.env import TabletopEnv
+from spear.train.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", ["nano", "nano-vlm-0", "nano-depth"])
+def test_they_are_small_and_have_a_card(name: str) -> None:
+    files = [f for f in (SHIPPED / name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 20e6
+    card = (SHIPPED / name / "README.md").read_text()
+    assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
+    assert "_name_or_path" not in (SHIPPED / name / "config.json").read_text()  # of whoever trained them
+
+
+@pytest.mark.parametrize("name", ["nano-vlm-0", "nano-depth"])
+def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) -> None:
+    made = json.loads((SHIPPED / name / "recipe.json").read_text())["recipe"]
+    today = json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))
+    for one in (made, today):
+        del one["optimization"]["precision"]  # float32 where the CPU has no bfloat16
+    assert made == today
+
+
+def test_the_vlm_sees_where_things_are() -> None:
+    vlm = load_vlm("nano")
+    labels = held_out_labels(12, 500, vlm.processor.image_sizes["external"])
+    scores = vqa.evaluate(vlm, labels, families=("keypoint",))
+    found = scores.families["keypoint"]
+    assert found.measures["error"].value < 0.6 * found.constant["error"]
+    assert found.grammar.value == 1.0
+
+
+def test_the_policy_moves_towards_something() -> None:
+    policy = Spear1Policy.load("nano")
+    sizes = policy.processor.image_sizes
+    env = TabletopEnv("put_on", sizes["external"], sizes["wrist"])
+    observation, _ = env.reset(seed=3)
+    actions = policy.infer(observation)["actions"]
+    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    steps = np.linalg.norm(actions[:, :3], axis=-1)
+    assert 0.005 < steps.sum() < 0.5
+    assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
+
+
+def test_an_action_does_not_depend_on_what_else_is_in_the_batch() -> None:
+    policy = Spear1Policy.load("nano")
+    rng = np.random.default_rng(0)
+    state = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+    observations = [
+        {
+            "observation/image": rng.integers(0, 256, (128, 192, 3), dtype=np.uint8),
+            "observation/state": state,
+            "prompt": "put the carrot on the plate",
+            "seed": seed,
+        }
+        for seed in (3, 4, 5)
+    ]
+    together = [r["actions"] for r in policy.infer_batch(observations)]
+    for observation, actions in zip(observations[::-1], together[::-1], strict=True):
+        np.testing.assert_allclose(policy.infer(observation)["actions"], actions, atol=1e-4)
+    unseeded = [{k: v for k, v in o.items() if k != "seed"} for o in observations[:2]]
+    policy.reset()
+    one_by_one = [policy.infer(o)["actions"] for o in unseeded]
+    policy.reset()
+    np.testing.assert_allclose(
+        np.stack(one_by_one), [r["actions"] for r in policy.infer_batch(unseeded)], atol=1e-4
+    )

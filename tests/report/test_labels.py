@@ -1,0 +1,124 @@
+"""Questions beside labels, the page, the Rerun file, and the commands that make them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labels_scenes import random_frame
+from spear.cli import main
+from spear.errors import SpearError
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import label
+from spear.labels.questions.store import ask, read_questions, write_questions
+from spear.labels.store import LabelStore, write_shards
+from spear.report.labels import choose, label_page
+from spear.report.rerun import write_rerun
+from spear.tokens import CoordinateTokenizer
+from spear.types import Frame, LabeledImage
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Frame]:
+    rng = np.random.default_rng(5)
+    return [replace(random_frame(rng), source=f"scene & {n}") for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def labels(frames: list[Frame]) -> list[LabeledImage]:
+    return list(label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()))
+
+
+@pytest.fixture
+def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
+    write_shards(labels, tmp_path / "labels", shard_size=5)
+    return tmp_path / "labels"
+
+
+def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
+    labels: list[LabeledImage], folder: Path
+) -> None:
+    images, counts = write_questions(folder, seed=3)
+    kept = list(read_questions(folder))
+    assert images == 12 and counts.total() == len(kept) > 12
+    expected = [(item.source, question) for item in labels for question in ask(item, seed=3)]
+    assert [source for source, _ in kept] == [source for source, _ in expected]
+    for (_, a), (_, b) in zip(kept, expected, strict=True):
+        assert (a.family, a.prompt, a.unit, list(a.objects)) == (b.family, b.prompt, b.unit, list(b.objects))
+        assert list(a.segments) == list(b.segments)
+    first = (folder / "questions.parquet").read_bytes()
+    write_questions(folder, seed=3)
+    assert (folder / "questions.parquet").read_bytes() == first
+    write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
+    assert {question.family for _, question in read_questions(folder)} == {"distance"}
+    assert "config_name: questions" in (folder / "README.md").read_text()
+    assert len(LabelStore(folder)) == 12  # the questions are not taken for labels
+
+
+def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_path: Path) -> None:
+    write_questions(folder)
+    shown = choose(LabelStore(folder), 5)
+    assert [item.source for item in shown] == [f"scene & {n}" for n in (0, 2, 4, 7, 9)]
+    out = tmp_path / "page.html"
+    label_page(folder, shown, out)
+    html = out.read_text()
+    assert html.count("data:image/jpeg;base64,") == 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "scene &amp; 4" in html and "<b>12</b>" in html
+    question = next(q for source, q in read_questions(folder) if source == "scene & 4")
+    assert question.prompt.split("{")[0] in html
+    assert "numbers;" in html and "box vertices" in html
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_token_use_counts_every_number_of_the_answers(folder: Path, tmp_path: Path) -> None:
+    write_questions(folder)
+    numbers = sum(len(question.values) for _, question in read_questions(folder))
+    tokens = CoordinateTokenizer.fit(np.linspace(-1, 2, 5000))
+    label_page(folder, [], tmp_path / "page.html", tokens)
+    html = (tmp_path / "page.html").read_text()
+    assert f"{numbers:,} numbers;" in html
+    heights = [int(n.replace(",", "")) for n in re.findall(r"<title>([\d,]+)</title>", html)]
+    assert sum(heights[-64:]) == numbers
+    with pytest.raises(SpearError, match="3D tokens in 'relative'"):
+        label_page(folder, [], tmp_path / "x.html", replace(tokens, unit="relative"))
+
+
+def test_the_rerun_file_holds_images_boxes_and_points(
+    frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
+) -> None:
+    pytest.importorskip("rerun")
+    clouds = [*GroundTruthPointMap().predict(frames[:2]), None]
+    path = tmp_path / "labels.rrd"
+    write_rerun(labels[:3], clouds, path)
+    assert path.stat().st_size > 100_000
+    told = subprocess.run(
+        [sys.executable, "-m", "rerun", "rrd", "print", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    rows: Counter[str] = Counter()
+    for count, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", told):
+        rows[entity] += int(count)
+    for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
+        assert rows[entity] == 3
+    with pytest.raises(SpearError, match="cannot be written"):
+        write_rerun(labels[:1], [None], tmp_path / "absent" / "x.rrd")
+
+
+def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["questions", str(folder), "--seed", "2", "--pairs", "1", "1"]) == 0
+    assert "12 questions about 12 images:" in capsys.readouterr().out
+    assert main(["label", "show", str(folder), "--images", "2"]) == 0
+    assert str(folder / "show.html") in capsys.readouterr().out
+    assert main(["questions", str(tmp_path)]) == 2
+    assert "no label shards" in capsys.readouterr().err
+    assert main(["questions", str(folder), "--families", "distanze"]) == 2
+    assert "did you mean 'distance'" in capsys.readouterr().err
+    assert main(["label", "show", str(tmp_path / "nowhere")]) == 2
+    assert "no label shards" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""A policy for AllenAI's vla-eval harness: evaluated by the real package, over a real socket."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from serve_here import Homing, homing
+from spear import embodiments
+from spear.cli import main
+from spear.errors import SpearError
+from spear.serve.service import Service
+
+pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'spear[vla-eval]'")
+
+ROBOT = embodiments.load("maniskill2_widowx")
+
+
+class Seeded(Homing):
+    """Notes what it was told about randomness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        self.seeds += [int(o["seed"]) for o in observations]
+        return super().infer_batch(observations)
+
+
+def run(policy: Homing, **params: Any) -> dict[str, Any]:
+    """Two episodes of the harness with its own server, client and runner."""
+    pytest.importorskip("mujoco")
+    from vla_eval import api
+
+    import tabletop_benchmark
+    from spear.serve.harness import HarnessServer
+
+    tabletop_benchmark.SENT.clear()
+    service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
+    benchmark = {
+        "benchmark": "tabletop_benchmark:Tabletop",
+        "episodes_per_task": 2,
+        "params": {"family": "put_on", **params},
+    }
+    (result,) = api.evaluate(HarnessServer(service, replan=2), {"benchmarks": [benchmark]}, no_save=True)
+    return result
+
+
+def test_the_harness_evaluates_as_we_would() -> None:
+    from spear.sim import TabletopEnv
+    from tabletop_benchmark import SENT
+
+    policy = Seeded()
+    result = run(policy)
+    (task,) = result["tasks"]
+    assert [e["metrics"] for e in task["episodes"]] == [{"success": False}] * 2
+    assert [e["steps"] for e in task["episodes"]] == [5, 5]
+    expected = []
+    env = TabletopEnv("put_on", images=False)
+    for seed in (0, 1):
+        seen, _ = env.reset(seed=seed)
+        for step in range(5):
+            if step % 2 == 0:  # two of five actions, then a new look
+                chunk = homing(seen["observation/state"])
+            seen, *_ = env.step(chunk[step % 2])
+            expected.append(np.array2string(seen["observation/state"][:3], precision=5))
+    assert expected == SENT
+    first, second = policy.seeds[:3], policy.seeds[3:]
+    assert [s - first[0] for s in first] == [s - second[0] for s in second] == [0, 2, 4]
+    assert first[0] != second[0]
+    again = Seeded()
+    run(again)
+    assert again.seeds == policy.seeds
+
+
+def test_a_bad_observation_ends_its_episode_with_a_reason() -> None:
+    policy = Homing()
+    (task,) = run(policy, broken=True)["tasks"]
+    assert [e["failure_reason"] for e in task["episodes"]] == ["model_act"] * 2
+    assert all("observation/state: not finite" in e["failure_detail"] for e in task["episodes"])
+
+
+def test_simplerenv_gets_what_its_controller_takes() -> None:
+    """ManiSkill 2's rule for "ee_align2": the target moves along base axes and turns about them by a rotation
+    vector; the harness hands the action on, with its own rule for the gripper."""
+    from vla_eval.benchmarks.simpler.benchmark import SimplerEnvBenchmark
+    from vla_eval.recording import NullEpisodeRecorder
+
+    class Env:
+        def step(self, action: np.ndarray) -> tuple[Any, ...]:
+            taken.append(action)
+            return {}, 0.0, False, False, {}
+
+    taken: list[np.ndarray] = []
+    benchmark = SimplerEnvBenchmark()
+    benchmark._env, benchmark._recorder = Env(), NullEpisodeRecorder()
+    seen = ROBOT.example()
+    ours = ROBOT.read(seen)
+    turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
+    moves = np.random.default_rng(1).normal(size=(5, 3)) / 100
+    chunk = np.concatenate([moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1)
+    for row in ROBOT.controls["maniskill2_rotation_vector"].convert(
+        chunk.astype(np.float32), ours["observation/state"], seen
+    ):
+        benchmark.step({"actions": row})
+    link = Rotation.from_quat(seen["states"][3:7], scalar_first=True)
+    ee = Rotation.from_quat(ours["observation/state"][3:7], scalar_first=True)
+    offset = ee.inv() * link  # fixed: the link's frame in ours
+    for move, turn, action in zip(moves, turns, taken, strict=True):
+        ee = ee * turn
+        link = Rotation.from_rotvec(action[3:6]) * link
+        np.testing.assert_allclose(action[:3], move, atol=1e-6)
+        assert (link.inv() * (ee * offset)).magnitude() < 1e-5
+    assert [a[6] for a in taken] == [1, 1, -1, -1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": {"wrist": 0}}, "images: no 'primary'"),
+        ({"images": {"primary": np.zeros((9, 9))}}, "images/primary: float64"),
+        ({"states": np.zeros(7)}, "states: float64 [7]"),
+        ({"states": np.zeros(8)}, "states[3:7]: norm 0"),
+        ({"states": None}, "states:"),
+        ({"task_description": ""}, "task_description: an empty text"),
+        ({"nonsense": 1}, "unknown observation key 'nonsense'"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpearError) as error:
+        ROBOT.read({**ROBOT.example(), **change})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_config_in_the_docs_is_one_of_the_harness(tmp_path: Path) -> None:
+    from vla_eval.cli.config_loader import load_config
+    from vla_eval.config import DockerConfig, EvalConfig, ServerConfig
+
+    from spear.serve.harness import NEEDED
+
+    page = (Path(__file__).parents[2] / "docs" / "vla-eval.md").read_text()
+    path = tmp_path / "simpler_widowx.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_config(str(path))
+    assert set(config) == {"server", "docker", "benchmarks"}
+    assert ServerConfig.from_dict(config["server"]).url == "ws://localhost:8000"
+    assert DockerConfig.from_dict(config["docker"]).image
+    (benchmark,) = (EvalConfig.from_dict(b) for b in config["benchmarks"])
+    module, name = benchmark.benchmark.split(":")
+    made = getattr(importlib.import_module(module), name)(**benchmark.params, **NEEDED)
+    assert made.get_tasks()[0]["name"] == "widowx_carrot_on_plate" and made.send_state
+
+
+def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
+    """`spear vla-eval` and `vla-eval run`, each in a process of its own; the simulator is ours."""
+    pytest.importorskip("mujoco")
+    here = Path(__file__).parent
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here)])}
+    run_here: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    path = tmp_path / "tabletop.yaml"
+    path.write_text(
+        f"server: {{url: 'ws://localhost:{port}'}}\n"
+        "benchmarks: [{benchmark: 'tabletop_benchmark:Tabletop', episodes_per_task: 2, params: {family: put_on}}]\n"
+    )
+    code = "import sys; from spear.cli import main; sys.exit(main())"
+    serve = [sys.executable, "-c", code, "vla-eval", "nano", "--port", str(port), "--device", "cpu"]
+    serve += ["--embodiment", f"{here}/tabletop_benchmark.py"]
+    with subprocess.Popen(serve, text=True, **run_here) as server:
+        assert server.stdout
+        try:
+            while "serving nano" not in (line := server.stdout.readline()):
+                assert line, "the server ended"
+            evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(path)]
+            done = subprocess.run([*evaluate, "--output-dir", str(tmp_path / "out")], text=True, **run_here)
+        finally:
+            server.terminate()
+    assert done.returncode == 0, done.stdout
+    (found,) = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*_aggregate.json")]
+    (task,) = found["tasks"]
+    assert [e["steps"] for e in task["episodes"]] == [5, 5]
+    assert not any(e.get("failure_reason") for e in task["episodes"])
+
+
+def test_without_states_it_says_what_to_switch_on() -> None:
+    seen = ROBOT.example()
+    del seen["states"]
+    with pytest.raises(SpearError, match=r"observation without 'states'.*send_state: true"):
+        ROBOT.read(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--replan", "0"], "give at least 1"),
+        (["--wait-ms", "-1"], "give 0 to 10000"),
+        (["--embodiment", "maniskill2"], "did you mean 'maniskill2_widowx'?"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    options: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vla-eval", "nano", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert hint in said
+
+
+def test_a_taken_port_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["vla-eval", "nano", "--port", str(taken.getsockname()[1])]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot listen on 127.0.0.1:") and said.count("\n") == 1

@@ -1,0 +1,176 @@
+"""The arm: published kinematics, actions that do what they say, limits, and no way to make it unstable."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import mujoco
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from spear.data.readers.franka import franka_pose
+from spear.errors import SpearError
+from spear.sim import arm
+from spear.sim.control import FLOOR, check_action, kinematics
+from spear.sim.scene import sample_scene
+from spear.sim.world import SUBSTEPS, World
+
+
+def as_rotation(quat: np.ndarray) -> Rotation:
+    return Rotation.from_quat(np.asarray(quat), scalar_first=True)
+
+
+def random_joints(rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(arm.JOINT_LOWER, arm.JOINT_UPPER)
+
+
+def test_forward_kinematics_equal_the_published_parameters() -> None:
+    rng = np.random.default_rng(0)
+    joints = np.array([random_joints(rng) for _ in range(50)])
+    for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
+        at, turned = kinematics().pose(row)
+        np.testing.assert_allclose(at, position, atol=1e-9)
+        np.testing.assert_allclose(
+            as_rotation(turned).as_matrix(), as_rotation(rotation).as_matrix(), atol=1e-9
+        )
+
+
+def test_the_model_has_the_published_limits() -> None:
+    model = arm.bare_model()
+    np.testing.assert_allclose(model.jnt_range[:7], np.stack([arm.JOINT_LOWER, arm.JOINT_UPPER], axis=1))
+    np.testing.assert_allclose(model.actuator_forcerange[:7, 1], arm.TORQUE_LIMIT)
+    np.testing.assert_allclose(2 * model.jnt_range[7, 1], 0.08)
+
+
+def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        position = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
+        lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
+        joints = kinematics().solve(arm.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
+        at, turn = kinematics().pose(joints)
+        assert np.linalg.norm(at - position) < 1e-3
+        assert (as_rotation(turn).inv() * lean).magnitude() < 5e-3
+        assert (joints > arm.JOINT_LOWER).all() and (joints < arm.JOINT_UPPER).all()
+
+
+def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
+    rng = np.random.default_rng(2)
+    world = World(sample_scene("spoon_on_towel", 0))
+    for _ in range(30):
+        # stay high over the table: free space
+        world.reset()
+        world.servo.move(np.array([0, 0, 0.08]), np.array([1.0, 0, 0, 0]), 1.0, SUBSTEPS)
+        before, turn = world.servo.pose()
+        step = rng.uniform(-0.03, 0.03, 3)
+        delta = Rotation.from_rotvec(rng.uniform(-0.15, 0.15, 3))
+        motion = world.servo.move(step, delta.as_quat(scalar_first=True), 1.0, SUBSTEPS)
+        after, turned = world.servo.pose()
+        assert not motion.unreachable and not motion.clipped
+        np.testing.assert_allclose(after - before, step, atol=2e-3)
+        assert ((as_rotation(turn) * delta).inv() * as_rotation(turned)).magnitude() < math.radians(0.6)
+
+
+def test_repeated_actions_do_not_drift() -> None:
+    world = World(sample_scene("spoon_on_towel", 1))
+    start, turn = world.servo.pose()
+    delta = Rotation.from_euler("xyz", [4, -3, 6], degrees=True)
+    for _ in range(5):
+        world.servo.move(np.array([0.02, -0.01, 0.01]), delta.as_quat(scalar_first=True), 1.0, SUBSTEPS)
+    end, turned = world.servo.pose()
+    np.testing.assert_allclose(end - start, [0.10, -0.05, 0.05], atol=2e-3)
+    wanted = as_rotation(turn) * Rotation.from_rotvec(5 * delta.as_rotvec())
+    assert (wanted.inv() * as_rotation(turned)).magnitude() < math.radians(1)
+
+
+def test_the_gripper_is_binary_and_quick() -> None:
+    world = World(sample_scene("put_on", 0))
+    still = np.zeros(3), np.array([1.0, 0, 0, 0])
+    for command, opening in ((0.3, 0.0), (0.9, 1.0)):
+        for _ in range(2):
+            world.servo.move(*still, command, SUBSTEPS)
+        assert abs(world.servo.opening() - opening) < 0.05
+
+
+def test_a_target_out_of_reach_is_reported_and_the_arm_comes_back_at_once() -> None:
+    world = World(sample_scene("put_on", 0))
+    still = np.array([1.0, 0, 0, 0])
+    motions = [world.servo.move(np.array([0.06, 0, 0.02]), still, 1.0, SUBSTEPS) for _ in range(15)]
+    assert not motions[0].unreachable and motions[-1].unreachable
+    far, _ = world.servo.pose()
+    assert np.linalg.norm(far - [0, 0, 0.333]) < 0.95
+    for _ in range(2):
+        assert not world.servo.move(np.array([-0.05, 0, -0.02]), still, 1.0, SUBSTEPS).unreachable
+    back, _ = world.servo.pose()
+    assert far[0] - back[0] > 0.06
+
+
+def test_the_table_stops_the_arm_and_is_reported() -> None:
+    world = World(sample_scene("stack_cube", 0))
+    for _ in range(10):
+        motion = world.servo.move(np.array([0, 0, -0.05]), np.array([1.0, 0, 0, 0]), 1.0, SUBSTEPS)
+    assert motion.unreachable
+    assert world.servo.pose()[0][2] > FLOOR - 0.003
+
+
+def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
+    rng = np.random.default_rng(3)
+    for seed in range(3):
+        world = World(sample_scene("put_in_basket", seed))
+        for _ in range(25):
+            quat = rng.normal(size=4)
+            motion = world.servo.move(
+                rng.normal(0, 0.5, 3), quat / np.linalg.norm(quat), rng.random(), SUBSTEPS
+            )
+            assert motion.clipped
+            joints = world.servo.joints()
+            assert (joints > arm.JOINT_LOWER - 0.02).all() and (joints < arm.JOINT_UPPER + 0.02).all()
+            assert np.isfinite(world.data.qpos).all() and np.abs(world.data.qvel).max() < 100
+        assert world.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0
+
+
+@pytest.mark.parametrize(
+    ("action", "what"),
+    [
+        (np.full(8, np.nan), "finite"),
+        (np.array([0, 0, np.inf, 1, 0, 0, 0, 1]), "finite"),
+        (np.array([0, 0, 0, 1.01, 0, 0, 0, 1]), "quaternion of norm 1.0100"),
+        (np.zeros(8), "quaternion of norm 0.0000"),
+        (np.zeros(7), "8 numbers"),
+    ],
+)
+def test_bad_actions_are_refused_in_one_line(action: np.ndarray, what: str) -> None:
+    with pytest.raises(SpearError, match=what) as error:
+        check_action(action)
+    assert "\n" not in str(error.value)
+
+
+def test_a_nearly_unit_quaternion_is_normalised() -> None:
+    _, rotation, _ = check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
+    np.testing.assert_allclose(rotation, [1, 0, 0, 0])
+
+
+EPISODE = """
+from spear.sim import expert
+from spear.sim.env import TabletopEnv
+
+env = TabletopEnv("put_in_basket", images=False)
+env.reset(seed=3)
+for _ in range(12):
+    env.physics_step(expert.act(env.world))
+result = env.world.data.qpos.tobytes().hex()
+"""
+
+
+def test_another_processor_makes_the_same_episode() -> None:
+    """Last bits that NumPy's linear algebra rounds otherwise there would grow into another episode."""
+    here: dict[str, str] = {}
+    exec(EPISODE, here)
+    other = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}  # instructions that every x86 has
+    code = [sys.executable, "-c", EPISODE + "print(result)"]
+    there = subprocess.run(code, env=other, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == here["result"]

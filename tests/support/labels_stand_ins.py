@@ -1,0 +1,115 @@
+"""Components of fixed behaviour for tests of the engines: quick, and a function of the pixels alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spear.errors import SpearError, TemporaryError
+from spear.labels.engine import Graph, run_local
+from spear.labels.fit.camera import unproject
+from spear.labels.inputs import Item, find
+from spear.labels.models.protocols import Detection, PointMapResult
+from spear.types import Array, Frame
+
+REFUSED, EMPTY = 13, 14
+"""Value of the first pixel of an image that the detector refuses, and of one in which it finds nothing."""
+
+
+class BrightDetector:
+    """What is brighter than 128 is one object, a "block"."""
+
+    name = "bright"
+
+    def __init__(
+        self, seconds: float = 0.0, stuck_at: str = "none", unreached: tuple[str, ...] = ("none",)
+    ) -> None:
+        self.seconds, self.stuck_at, self.unreached = seconds, stuck_at, unreached
+
+    def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
+        time.sleep(self.seconds * len(frames))
+        if any(frame.source.endswith(self.stuck_at) for frame in frames):
+            time.sleep(1e6)
+        if any(frame.source.endswith(self.unreached) for frame in frames):
+            raise TemporaryError("no connection")
+        if any(frame.image[0, 0, 0] == REFUSED for frame in frames):
+            raise SpearError("request refused")
+        return [[] if frame.image[0, 0, 0] == EMPTY else [_bright(frame.image)] for frame in frames]
+
+
+def _bright(image: Array) -> Detection:
+    y, x = np.nonzero(image[..., 0] > 128)
+    return Detection("block", np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32), 0.9)
+
+
+class BoxSegmenter:
+    """The box is the mask."""
+
+    name = "box"
+
+    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        masks = []
+        for frame, found in zip(frames, detections, strict=True):
+            mask = np.zeros((len(found), *frame.image.shape[:2]), bool)
+            for i, detection in enumerate(found):
+                x0, y0, x1, y1 = detection.box2d.astype(int)
+                mask[i, y0:y1, x0:x1] = True
+            masks.append(mask)
+        return masks
+
+
+class SlopePointMap:
+    """A plane that recedes upwards; what is bright stands 0.1 m before it."""
+
+    name = "slope"
+
+    def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
+        return [self._predict(frame.image) for frame in frames]
+
+    def _predict(self, image: Array) -> PointMapResult:
+        height, width = image.shape[:2]
+        intrinsics = np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
+        depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
+        return PointMapResult(
+            unproject(depth, intrinsics), np.ones((height, width), bool), intrinsics, "metre"
+        )
+
+
+def graph(*detector: Any) -> Graph:
+    """The three together, with these arguments for the detector."""
+    return Graph(partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap)
+
+
+def engine(workers: int = 0, *detector: Any) -> Any:
+    """The local engine with these components."""
+    return partial(run_local, graph(*detector), workers)
+
+
+def photos(folder: Path, count: int, bad: bool = True) -> Path:
+    """`count` images of a bright block each; with `bad`, number 3 is broken, 5 refused and 7 empty."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        image = np.full((40, 60, 3), 20 + i % 50, np.uint8)
+        image[8 + i % 9 : 30, 10 + i % 13 : 40] = 220
+        if bad and i in (5, 7):
+            image[0, 0] = {5: REFUSED, 7: EMPTY}[i]
+        path = folder / f"{i:05d}.png"
+        Image.fromarray(image).save(path)
+        if bad and i == 3:
+            path.write_bytes(path.read_bytes()[:70])
+    return folder
+
+
+def listing(folder: Path) -> Any:
+    """What `label_folder` takes as items."""
+    return partial(_items, str(folder))
+
+
+def _items(folder: str) -> Iterator[Item]:
+    return find(folder)

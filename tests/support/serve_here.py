@@ -1,0 +1,78 @@
+"""A server in this process, and a small policy whose answers show what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from spear import embodiments
+from spear.errors import SpearError
+from spear.serve.server import PolicyServer, Settings
+from spear.serve.service import Service
+
+
+class Homing:
+    """Moves towards the base's origin, a tenth of the way per step; refuses to "explode". Notes its
+    batches."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.batches: list[int] = []
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        return self.infer_batch([observation])[0]
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        self.batches.append(len(observations))
+        time.sleep(self.seconds)
+        if any(o["prompt"] == "explode" for o in observations):
+            raise SpearError("prompt: 'explode': say something else")
+        if any(o["prompt"] == "bug" for o in observations):
+            raise ZeroDivisionError("a mistake of ours")
+        return [{"actions": homing(o["observation/state"])} for o in observations]
+
+
+def homing(state: np.ndarray) -> np.ndarray:
+    """What `Homing` answers, [5, 8]."""
+    return np.tile([*(-0.1 * np.float64(state[:3])), 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
+
+
+LOOPS: dict[PolicyServer, asyncio.AbstractEventLoop] = {}
+
+
+def stop(server: PolicyServer) -> None:
+    """Stop a server that runs in another thread, as SIGTERM would."""
+    if not LOOPS[server].is_closed():
+        LOOPS[server].call_soon_threadsafe(server.stop)
+
+
+@contextmanager
+def serving(
+    policy: Any = None, robot: str = "generic", page: Any = None, **settings: Any
+) -> Iterator[PolicyServer]:
+    """A server on a free port of this machine, stopped at the end."""
+    service = Service(policy or Homing(), embodiments.load(robot), "test", robot)
+    started = threading.Event()
+    held: dict[str, Any] = {}
+
+    async def main() -> None:
+        server = PolicyServer(service, Settings(port=0, **settings), page)
+        held["server"] = server
+        LOOPS[server] = asyncio.get_running_loop()
+        await server.run(lambda _: started.set())
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert started.wait(120), "the server did not start"
+    try:
+        yield held["server"]
+    finally:
+        stop(held["server"])
+        thread.join(120)
+        assert not thread.is_alive(), "the server did not stop"

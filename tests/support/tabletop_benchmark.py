@@ -1,0 +1,81 @@
+"""The embedded simulator as a benchmark of the vla-eval harness, and how its observations are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from vla_eval.benchmarks.base import StepBenchmark, StepResult
+
+from spear.embodiments import generic
+from spear.sim import TabletopEnv
+
+IMAGE = np.full((32, 48, 3), 90, np.uint8)
+SENT: list[str] = []
+"""What became of it: the positions of the gripper after each step, as texts, of all episodes."""
+
+
+class Tabletop(StepBenchmark):
+    """Scenes seed 0, 1, … of a family without rendering. `broken`: the last state it sends is not a
+    number."""
+
+    def __init__(self, family: str = "put_on", send_state: bool = False, broken: bool = False) -> None:
+        super().__init__()
+        self._env = TabletopEnv(family, images=False)
+        self._send_state, self._broken = send_state, broken
+
+    def get_tasks(self) -> list[dict[str, Any]]:
+        return [{"name": self._env.family}]
+
+    def reset(self, task: Mapping[str, Any]) -> Any:
+        return self._env.reset(seed=task["episode_idx"])[0]
+
+    def step(self, action: Mapping[str, Any]) -> StepResult:
+        seen, reward, done, _, info = self._env.step(action["actions"])
+        SENT.append(np.array2string(seen["observation/state"][:3], precision=5))
+        return StepResult(seen, reward, done, info)
+
+    def make_obs(self, raw_obs: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+        sent: dict[str, Any] = {"images": {"primary": IMAGE}, "task_description": raw_obs["prompt"]}
+        if self._send_state:
+            bad = self._broken and self._env.steps > 1
+            sent["states"] = raw_obs["observation/state"] * (np.nan if bad else 1)
+        return sent
+
+    def get_step_result(self, step_result: StepResult) -> dict[str, Any]:
+        return {"success": bool(step_result.info.get("success"))}
+
+    def get_metadata(self) -> dict[str, Any]:
+        return {"max_steps": 5}
+
+
+def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
+    return generic.observe(
+        {
+            "observation/image": observation["images"]["primary"],
+            "observation/state": observation["states"],
+            "prompt": observation["task_description"],
+            "seed": observation["seed"],
+        }
+    )
+
+
+def example() -> dict[str, Any]:
+    ours = generic.example()
+    return {
+        "images": {"primary": ours["observation/image"]},
+        "states": ours["observation/state"],
+        "task_description": ours["prompt"],
+        "seed": 0,
+    }
+
+
+EMBODIMENT = dataclasses.replace(
+    generic.EMBODIMENT,
+    required={"images": "images", "states": "the state", "task_description": "the instruction"},
+    optional={"seed": "a whole number"},
+    observe=observe,
+    example=example,
+)

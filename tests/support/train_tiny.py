@@ -1,0 +1,121 @@
+"""A tiny SPEAR-1 as a training task, and processes to train it on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models_tiny import START, TINY, actions, pixels, spear1, text
+from spear.errors import SpearError
+from spear.models.spear1 import STATE_FEATURES
+from spear.train.tasks.questions import length_groups
+from spear.types import Action
+
+EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
+
+
+class Regression:
+    """A small task whose batches depend on the step alone."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.scale = scale
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
+
+    def loss(
+        self, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        x = batch["x"]
+        noise = 0.1 * torch.randn(8, 1, generator=generator)
+        error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
+        return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
+
+
+class Acting:
+    """Robot steps, questions beside them, and embeddings of which some rows learn; as `VlaTask` and
+    `VlmTask`."""
+
+    learning_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.model = spear1()
+
+    def batch(self, step: int) -> dict[str, Any]:
+        ids, mask = text(2, 6, seed=step)
+        asked, there = text(3, 8, seed=step + 1)
+        answer = (torch.arange(8) > 3).long() * there
+        return {
+            "pixel_values": pixels(2, seed=step),
+            "view_mask": {"external": torch.tensor([True, True]), "wrist": torch.tensor([True, False])},
+            "input_ids": ids,
+            "attention_mask": mask,
+            "state": torch.randn(2, STATE_FEATURES, generator=torch.Generator().manual_seed(step)),
+            "actions": actions(2, TINY.horizon, seed=step).to_vector(),
+            "action_mask": torch.ones(2, TINY.horizon, dtype=torch.bool),
+            "questions": {
+                "pixel_values": pixels(2, seed=step, views=("external",)),
+                "image_index": torch.tensor([0, 0, 1]),
+                "input_ids": asked,
+                "attention_mask": there,
+                "token_type_ids": answer,
+                "labels": torch.where(answer.bool(), asked, -100),
+            },
+        }
+
+    def loss(
+        self, batch: dict[str, Any], generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        robot = {k: v for k, v in batch.items() if k not in ("questions", "actions")}
+        chunk = Action.from_vector(batch["actions"])
+        acted = self.model(**robot, actions=chunk, flow_samples=2, generator=generator)
+        asked = self.questions(batch["questions"])
+        return acted.loss + 0.5 * asked, {**acted.parts, "questions": asked}
+
+    def questions(self, asked: dict[str, Any]) -> torch.Tensor:
+        return self.model.vlm(**asked, length_groups=length_groups(self.model, asked)).loss
+
+
+def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:
+    """Call `function(root)` in so many processes that know of each other; what they say is in `root`.
+
+    As in the command, a `SpearError` is one line and exit code 2.
+    """
+    # A process whose autograd has used a GPU cannot be forked.
+    context: Any = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    made = [
+        context.Process(target=_work, args=(function, root, rank, processes, port))
+        for rank in range(processes)
+    ]
+    for process in made:
+        process.start()
+    return made
+
+
+def said(function: Callable[[Path], None], root: Path, rank: int) -> str:
+    """What a process that `start` started wrote on stderr."""
+    return (root / f"{function.__name__}-{rank}.txt").read_text()
+
+
+def _work(function: Callable[[Path], None], root: Path, rank: int, world: int, port: str) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(place, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.stderr = (root / f"{function.__name__}-{rank}.txt").open("w", buffering=1)
+    torch.set_num_threads(1)
+    try:
+        function(root)
+    except SpearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

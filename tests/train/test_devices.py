@@ -1,0 +1,131 @@
+"""Training on a GPU, as far as it can be checked without one: the choice of device, and where tensors are
+made.
+
+A tensor that is made without saying where lands on the CPU, and meets those on the GPU in the next operation.
+So every tensor that a training step makes must say where; a mode of PyTorch's sees them all.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from models_tiny import TINY
+from spear.cli import main
+from spear.errors import SpearError
+from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
+from spear.models.presets import vlm_config
+from spear.train import devices
+from spear.train.devices import choose_device, for_device, has_bfloat16
+from spear.train.optimize import Optimization, Stepper
+from train_tiny import Acting
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Optimization(steps=1, lr=1e-3, frozen_precision="bf16", moments="bf16")
+    plain = Optimization(steps=1, lr=1e-3, precision="fp32")
+    for has in (True, False):
+        monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
+        assert has_bfloat16(CPU) == has and has_bfloat16(CUDA)
+        assert for_device(asked, CUDA) == asked and for_device(plain, CPU) == plain
+        settled = for_device(asked, CPU)
+        kept = "bf16" if has else "fp32"
+        assert (settled.precision, settled.frozen_precision, settled.moments) == (kept, kept, "bf16")
+
+
+def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert choose_device("cpu").type == "cpu" and not taken
+    assert choose_device("auto") == choose_device("cuda") == CUDA
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    for name, hint in (
+        ("cuda:2", "no device cuda:2: .* finds 2 GPUs here: give another, or cpu"),
+        ("gpu", "unknown device 'gpu'"),
+        ("cuda:x", "unknown device 'cuda:x': did you mean"),
+        ("cpu:1", "unknown device 'cpu:1'"),
+    ):
+        with pytest.raises(SpearError, match=hint):
+            choose_device(name)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == taken[-1] == torch.device("cuda", 1)
+    with pytest.raises(SpearError, match="several processes cannot share a GPU: give cuda"):
+        choose_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SpearError, match="start as many processes as there are GPUs"):
+        choose_device("auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(SpearError, match="finds no GPU here"):
+        choose_device("cuda")
+
+
+def test_the_command_refuses_a_device_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["train", "nano-depth", "--labels", "x", "--device", "gpu", "--out", str(tmp_path / "run")]) == 2
+    )
+    said = capsys.readouterr().err
+    assert said.startswith("error: unknown device 'gpu'") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+class Placed(TorchFunctionMode):
+    """Notes every tensor that is made without a device, by function and place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+        self.adrift: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors():
+            self.made += 1
+            if kwargs.get("device") is None:
+                place = traceback.extract_stack(limit=2)[0]
+                self.adrift.add(f"{place.filename}:{place.lineno} {func.__name__}")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}])
+def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]) -> None:
+    """Robot steps and questions: to the device, forward, backward, clip, update, average."""
+    task = Acting()
+    stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
+    with Placed() as placed:
+        for step in range(2):
+            stepper(step, task.batch(step))
+    inside = {place for place in placed.adrift if "tests/" not in place}  # the batch is made on the CPU
+    assert placed.made > 20 and not inside
+
+
+def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
+    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config))
+    with Placed() as placed:
+        model(
+            torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu"), torch.ones(2, 32, 48, device="cpu")
+        ).loss.backward()
+    assert placed.made > 0 and not placed.adrift
+
+
+def test_nothing_of_the_model_would_stay_behind() -> None:
+    """What a module holds is a parameter or a buffer, which move with it."""
+    for module in Acting().model.modules():
+        kept = [
+            name for name, value in vars(module).items() if isinstance(value, torch.Tensor | list | tuple)
+        ]
+        assert not any(torch.is_tensor(x) for name in kept for x in (vars(module)[name], *vars(module)[name]))

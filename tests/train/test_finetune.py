@@ -1,0 +1,102 @@
+"""docs/finetune.md as a new user follows it: a LeRobot folder, four commands, a policy that answers over a
+socket."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spear.cli import main
+from spear.data.readers.formats import read_episodes
+from spear.evaluate.open_loop import observations
+from spear.serve.client import RemotePolicy
+
+PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
+QUICK = ["--steps", "2", "--set", "batch_size=4", "flow_samples=1", "warmup=1"]
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory: pytest.TempPathFactory, renderer: object) -> Path:
+    """The simulator, recorded as a LeRobot v3.0 dataset: `my_robot`."""
+    root = tmp_path_factory.mktemp("robot")
+    words = ["--episodes", "3", "--families", "put_on", "--workers", "1"]
+    assert main(["record", "--out", str(root / "episodes"), *words]) == 0
+    assert main(["data", "export", str(root / "episodes"), "--out", str(root / "my_robot")]) == 0
+    return root / "my_robot"
+
+
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """The address of `spear serve`, run as a user runs it."""
+    code = "import sys; from spear.cli import main; sys.exit(main())"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", *words, "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        found = re.search(r"ws://\S+", said)
+        assert found, said
+        yield found[0]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_from_a_dataset_to_a_served_policy_in_four_commands(
+    robot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learned, held_out, out = "train[:2]", "train[2:]", str(tmp_path / "mine")
+    assert main(["data", "audit", str(robot)]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+
+    words = ["--init", "nano", "--episodes", str(robot), "--split", learned, "--out", out, *QUICK]
+    assert main(["train", "nano-post", *words]) == 0
+    assert "trained: " in capsys.readouterr().out
+
+    assert main(["evaluate", "data", out, str(robot), "--split", held_out, "--train-split", learned]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "1 held-out episodes" and header.endswith("last action")
+    assert len(rows) == 4 and all(len(re.findall(r"\[\S+, \S+\]", row)) == 3 for row in rows)
+
+    (episode,) = read_episodes(robot, held_out)
+    with served(out) as address:
+        policy = RemotePolicy(address)
+        actions = policy.infer(observations(episode)[0])["actions"]
+        policy.close()
+    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)
+
+
+def test_the_split_that_was_trained_on_is_the_one_asked_for(robot: Path, tmp_path: Path) -> None:
+    """Prepared once per split: another split of the same folder is not taken for it."""
+    from spear.data.store.prepare import open_store
+
+    sources = [e.source for e in read_episodes(robot)]
+    for split, expected in (("train[:2]", sources[:2]), ("train[2:]", sources[2:]), ("train", sources)):
+        for _ in range(2):
+            store, _ = open_store(robot, tmp_path, split)
+            assert [e.source for e in store] == expected
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_page_has_the_commands_that_were_tried() -> None:
+    """The four commands of the page are commands of ours, with options that exist."""
+    from spear.cli import COMMANDS, _check_options, _command
+
+    block = PAGE.read_text().split("```sh\n")[1].split("```")[0]
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("spear ")]
+    names = []
+    for line in lines:
+        words = line.partition(" #")[0].split()[1:]
+        names.append(_command(words))
+        _check_options(COMMANDS[names[-1]], words[len(names[-1].split()) :])
+    assert names == ["data audit", "train", "evaluate data", "serve"]

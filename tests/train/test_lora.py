@@ -1,0 +1,144 @@
+"""LoRA on the nano policy: what learns, what is saved, and that a stopped run continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_tiny import make
+from spear.data.episode import EpisodeStore, write_episodes
+from spear.errors import SpearError
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights import load as weights
+from spear.policy import Spear1Policy, locate
+from spear.train import lora
+from spear.train.run import train
+
+pytest.importorskip("peft")
+FEW = {"preset": "nano", "batch_size": 4, "accumulate": 2, "warmup": 1, "ema": 0.5, "schedule": "constant"}
+QUIET = {"workers": 0, "log_every": 1, "quiet": True, "device": "cpu"}
+LANGUAGE = "vlm.language_model."
+
+
+def run(out: Path, store: EpisodeStore, steps: int, **changes: Any) -> Path:
+    arguments = {**FEW, **QUIET, "steps": steps, "lr": 1e-3, **changes}
+    return train("finetune-lora", out, episodes=[("made", store, 1.0)], init=locate("nano"), **arguments)
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return weights.load(Spear1ForActionPrediction, folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    folder = tmp_path_factory.mktemp("episodes") / "made"
+    write_episodes([make(0), make(1)], folder)
+    return EpisodeStore(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("lora"), store, 4)
+
+
+def test_the_language_model_learns_by_lora_the_expert_fully_the_encoders_not(trained: Path) -> None:
+    before, after = parameters(locate("nano")), parameters(trained)
+    assert before.keys() == after.keys() and all(v.dtype == torch.float32 for v in after.values())
+    halved = {n: v.bfloat16().float() for n, v in before.items()}
+    changed = {
+        n for n in before if not torch.equal(before[n], after[n]) and not torch.equal(halved[n], after[n])
+    }
+    layers = {n for n in before if n.startswith(f"{LANGUAGE}layers.") and n.endswith("_proj.weight")}
+    # Of the last layer the expert reads keys and values alone: the rest of it has no part in an action.
+    unread = {n for n in layers if ".layers.4." in n and ".k_proj." not in n and ".v_proj." not in n}
+    assert len(layers) == 7 * 5 and len(unread) == 5
+    assert {n for n in changed if n.startswith(LANGUAGE)} == layers - unread
+    assert not [n for n in changed if n.startswith(("vlm.vision_tower.", "vlm.moge."))]
+    assert {n for n in before if n.startswith("expert.") and n.endswith("_proj.weight")} < changed
+    for name in layers - unread:  # what LoRA adds has its rank
+        difference = (after[name] - halved[name]).double()
+        spectrum = torch.linalg.svdvals(difference)
+        assert spectrum[16] < 1e-4 * spectrum[0], name
+
+
+def test_policies_and_servers_read_the_result(trained: Path) -> None:
+    observation = {
+        "observation/image": np.full((64, 80, 3), 90, np.uint8),
+        "observation/state": np.array([0.3, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
+        "prompt": "push the block 0",
+    }
+    policy = Spear1Policy.load(trained.parent)
+    assert not any(lora.is_adapter(name) for name, _ in policy.model.named_parameters())
+    assert np.isfinite(policy.infer(observation)["actions"]).all()
+
+
+def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(trained: Path) -> None:
+    from peft import PeftModel
+
+    base = weights.load(Spear1ForActionPrediction, locate("nano"))
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name.startswith(LANGUAGE) and "proj" in name:
+                parameter.copy_(parameter.bfloat16())  # as it was trained on
+    merged = PeftModel.from_pretrained(base, str(trained / "adapter")).merge_and_unload().state_dict()
+    for name, value in parameters(trained).items():
+        if name.startswith(f"{LANGUAGE}layers."):
+            torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_stopped_run_continues_bit_for_bit(trained: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    run(tmp_path, store, 2)
+    continued = run(tmp_path, store, 4)
+    logs = [
+        [json.loads(line)["loss"] for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+        for folder in (trained, continued)
+    ]
+    assert len(logs[0]) == 4 and logs[0] == logs[1]
+    one, two = parameters(trained), parameters(continued)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(trained, tmp_path / "robot")
+    names = {path.name for path in alone.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "coordinates.json",
+        "normalizer.json",
+    } <= names
+    texts = [path.read_text() for path in alone.iterdir() if path.suffix == ".json"]
+    assert not any(str(trained.parent) in text for text in texts)
+    run, gone = trained.parent, trained.parent.with_name("gone")
+    run.rename(gone)
+    try:
+        policy = Spear1Policy.load(alone)
+        observation = {
+            "observation/image": np.full((240, 320, 3), 90, np.uint8),
+            "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
+            "prompt": "put the cube on the plate",
+        }
+        actions = policy.infer(observation)["actions"]
+    finally:
+        gone.rename(run)
+    np.testing.assert_array_equal(Spear1Policy.load(trained).infer(observation)["actions"], actions)
+
+
+def test_bad_requests_are_refused(
+    store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SpearError, match="lora_rank -1: give a positive whole number"):
+        run(tmp_path, store, 1, lora_rank=-1)
+    with pytest.raises(SpearError, match=r"batch_size 4 cannot be divided among 1 processes in 3 pieces"):
+        run(tmp_path, store, 1, accumulate=3)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SpearError, match=r'pip install "spear\[lora\]"'):
+        run(tmp_path, store, 1)

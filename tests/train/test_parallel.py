@@ -1,0 +1,259 @@
+"""Several processes and one are the same run, sharded or not; one may continue what the others began.
+
+The processes are two, on CPUs, over gloo. They are started twice for all tests here: once to be killed, once
+for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from models_tiny import START
+from spear.errors import SpearError
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.weights import load as weights
+from spear.train import loop, parallel, sharding
+from spear.train.optimize import Optimization
+from train_tiny import EMBEDDINGS, Acting, said, start
+
+OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
+WHOLE = Optimization(
+    steps=4,
+    lr=1e-2,
+    lr_scale={"vlm": 0.5},
+    frozen=("vlm.moge",),
+    schedule="constant",
+    warmup=2,
+    weight_decay=0.0,
+    grad_clip=0.5,
+    ema=0.9,
+    precision="fp32",
+)
+HALF = replace(WHOLE, steps=2)
+LOWER = replace(
+    HALF, precision="bf16", frozen_precision="bf16", moments="bf16", gradient_checkpointing=True, lr=1e-3
+)
+PATIENCE = 900  # seconds: some machines are busy
+QUIET: dict[str, Any] = {"seed": 0, "workers": 0, "log_every": 1, "quiet": True}
+
+
+class Line:
+    """A linear regression without randomness in its loss."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(3, 1)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {"x": torch.randn(6, 3, generator=torch.Generator().manual_seed(step))}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        x = batch["x"]
+        return (self.model(x) - x.sum(-1, keepdim=True)).square().mean(), {}
+
+
+class Pairs(Line):
+    """The batches 2k and 2k + 1 together."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {"x": torch.cat([Line.batch(self, 2 * step + r)["x"] for r in (0, 1)])}
+
+
+class Slow(Line):
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        time.sleep(0.05)
+        return super().loss(batch, generator)
+
+
+class Broken(Line):
+    """Of the pieces in `bad` the loss is not finite."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def batch(self, step: int) -> dict[str, Any]:
+        return {**super().batch(step), "factor": torch.tensor(math.inf if step in self.bad else 1.0)}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        loss, parts = super().loss(batch, generator)
+        return loss * batch["factor"], parts
+
+
+def slow_run(root: Path) -> None:
+    """Until it is killed."""
+    parallel.start()
+    loop.run(Slow(), OPT, root / "killed", save_every=2, **QUIET)
+
+
+def runs(root: Path) -> None:
+    """All that is done by two processes."""
+    parallel.start()
+    assert parallel.world() == 2
+    loop.run(Line(), OPT, root / "line", **QUIET)
+    loop.run(Line(), OPT, root / "killed", **QUIET)
+    loop.run(Acting(), WHOLE, root / "ddp", **QUIET)
+    task = Acting()
+    loop.run(task, WHOLE, root / "fsdp", sharded=True, **QUIET)
+    sharding.unshard(task.model)
+    if parallel.rank() == 0:
+        task.model.save_pretrained(root / "plain")
+    loop.run(Acting(), HALF, root / "from-two", sharded=True, **QUIET)
+    loop.run(Acting(), WHOLE, root / "from-one", sharded=True, **QUIET)
+    loop.run(Acting(), LOWER, root / "lower", sharded=True, **QUIET)
+    loop.run(Broken(7), OPT, root / "skipped", **QUIET)
+    with pytest.raises(SpearError if parallel.rank() == 0 else SystemExit) as stop:
+        loop.run(Broken(7, 8), replace(OPT, max_skipped=1), root / "stopped", **QUIET)
+    (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
+
+
+@dataclass
+class Two:
+    root: Path
+    survivor: str
+    survived: int
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    root = tmp_path_factory.mktemp("two")
+    processes = start(slow_run, root)
+    deadline = time.monotonic() + PATIENCE
+    while not (root / "killed" / "checkpoints" / "step-00000004").is_dir():
+        assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[1].kill()
+    processes[0].join(PATIENCE)
+    loop.run(Acting(), replace(HALF, accumulate=2), root / "from-one", **QUIET)
+    others = start(runs, root)
+    for process in others:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in others]
+    assert codes == [0, 0], said(runs, root, 0) + said(runs, root, 1)
+    return Two(root, said(slow_run, root, 0), processes[0].exitcode)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    loop.run(Acting(), replace(WHOLE, accumulate=2), out, **QUIET)
+    return out
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    path = str(out / "checkpoints" / f"step-{step:08d}")
+    known = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+    found = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in known.items()}
+    dcp.load(found, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
+    return found
+
+
+def same_run(first: Path, second: Path, steps: int, rel: float = 1e-5) -> None:
+    """Losses, their parts and gradient norms within `rel`; weights, averages and moments accordingly."""
+    one, two = rows(first), rows(second)
+    assert len(one) == len(two) == steps
+    for a, b in zip(one, two, strict=True):
+        for key in set(a) - {"steps_per_s", "data_wait"}:
+            assert b[key] == pytest.approx(a[key], rel=rel, abs=1e-6), key
+    left, right = tensors(first, steps), tensors(second, steps)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if not key.endswith(("k_proj.bias", "key.bias")):  # their gradient is zero but for rounding
+            torch.testing.assert_close(
+                right[key].float(), value.float(), rtol=200 * rel, atol=20 * rel, msg=key
+            )
+
+
+def test_two_processes_are_one_run(two: Two, tmp_path: Path) -> None:
+    loop.run(Pairs(), OPT, tmp_path, **QUIET)
+    same_run(tmp_path, two.root / "line", 12)
+
+
+def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Two) -> None:
+    same_run(one, two.root / "ddp", 4)
+
+
+def test_a_sharded_run_is_the_same_run(one: Path, two: Two) -> None:
+    same_run(one, two.root / "fsdp", 4)
+    files = sorted((two.root / "fsdp" / "checkpoints" / "step-00000004").glob("*.safetensors"))
+    sizes = [file.stat().st_size for file in files]
+    assert len(files) == 2 and min(sizes) > 0.4 * max(sizes)
+
+
+def test_only_the_rows_that_shall_learn_do(one: Path, two: Two) -> None:
+    before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
+    for out in (one, two.root / "ddp", two.root / "fsdp"):
+        after = tensors(out, 4)[f"model.{EMBEDDINGS}"]
+        assert torch.equal(before[:START], after[:START])
+        assert not torch.equal(before[START:], after[START:])
+
+
+def test_one_process_continues_what_two_began(one: Path, two: Two) -> None:
+    loop.run(Acting(), WHOLE, two.root / "from-two", **QUIET)
+    same_run(one, two.root / "from-two", 4)
+
+
+def test_two_processes_continue_what_one_began(one: Path, two: Two) -> None:
+    same_run(one, two.root / "from-one", 4)
+
+
+def test_sharded_layers_in_bfloat16(two: Two, tmp_path: Path) -> None:
+    """Losses within 2 % of one process's: it rounds to bfloat16 in other places."""
+    loop.run(Acting(), replace(LOWER, accumulate=2), tmp_path, **QUIET)
+    for a, b in zip(rows(tmp_path), rows(two.root / "lower"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+    kinds = {key.split(".")[0]: value.dtype for key, value in tensors(two.root / "lower", 2).items()}
+    assert kinds["exp_avg"] == torch.bfloat16 and kinds["ema"] == torch.float32
+
+
+def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:
+    model = weights.load(Spear1ForActionPrediction, two.root / "plain")
+    trained = tensors(two.root / "fsdp", 4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"model.{name}"]), name
+    config = json.loads((two.root / "plain" / "config.json").read_text())
+    assert config["architectures"] == ["Spear1ForActionPrediction"]
+
+
+def test_when_one_process_is_killed_the_other_ends_and_both_continue_exactly(two: Two) -> None:
+    assert two.survived == 2
+    assert two.survivor.count("error: process 0: another process of this run is gone") == 1
+    assert "Traceback" not in two.survivor
+    whole, killed = rows(two.root / "line"), rows(two.root / "killed")
+    assert [row["loss"] for row in whole] == [row["loss"] for row in killed]
+    left, right = tensors(two.root / "line", 12), tensors(two.root / "killed", 12)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Two) -> None:
+    losses = [row["loss"] for row in rows(two.root / "skipped")]
+    assert losses[3] is None and None not in losses[:3] + losses[4:]
+    kept = [path.name for path in (two.root / "skipped" / "not-finite").iterdir()]
+    assert kept == ["step-00000004-piece-00000007.safetensors"]
+    assert "and 1 steps were skipped before" in (two.root / "stopped-0").read_text()
+    assert (two.root / "stopped-1").read_text() == "2"
+
+
+def test_pieces_that_cannot_be_shared_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.run(Line(), replace(OPT, steps=2, accumulate=6), tmp_path, **QUIET)
+    monkeypatch.setattr(parallel, "world", lambda: 4)
+    with pytest.raises(
+        SpearError, match="have 6 pieces, which 4 processes cannot share: use 1, 2, 3, 6, or a new"
+    ):
+        loop.divided(OPT, tmp_path)
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    assert loop.divided(OPT, tmp_path).accumulate == 2

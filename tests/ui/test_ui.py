@@ -1,0 +1,331 @@
+"""The page for people, over real sockets: who may see it, what a tab may ask for, that tabs leave each other
+alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from serve_here import serving
+from spear.chunks import REPLAN
+from spear.embodiments import load
+from spear.policy import Spear1Policy, VlmBundle
+from spear.serve.client import RemotePolicy
+from spear.serve.server import PolicyServer
+
+pytest.importorskip("mujoco")
+
+from spear.sim import TabletopEnv
+from spear.sim.frames import camera_pose, object_boxes
+from spear.ui import page as pages
+from spear.ui import session
+from spear.ui.page import Page
+
+LIMIT = 2**20
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def policy() -> Spear1Policy:
+    return Spear1Policy.load("nano", steps=2)
+
+
+@pytest.fixture(scope="module")
+def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
+    with serving(policy, page=Page(policy, "nano", None, LIMIT), max_bytes=LIMIT) as running:
+        yield running
+
+
+def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body, redirects as they are."""
+
+    class Still(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any) -> None:
+            return None
+
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        reply = urllib.request.build_opener(Still).open(request, timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        return reply.status, dict(reply.headers), reply.read().decode()
+
+
+class Tab:
+    """What a browser's tab is to the server."""
+
+    def __init__(self, server: PolicyServer, **options: Any) -> None:
+        self.socket = connect(
+            f"ws://127.0.0.1:{server.port}/ui", max_size=None, compression=None, proxy=None, **options
+        )
+        self.view: dict[str, Any] = {}
+        self.until(lambda part: "images" in self.view and part.get("problem", "") is None)
+
+    def until(self, true: Any) -> None:
+        while True:
+            part = json.loads(self.socket.recv(timeout=PATIENCE))
+            self.view |= part
+            if true(part):
+                return
+
+    def send(self, what: bytes | str | dict[str, Any]) -> str | None:
+        """Ask for something; the problem with it, or None."""
+        self.socket.send(json.dumps(what) if isinstance(what, dict) else what)
+        self.until(lambda part: "problem" in part and "running" not in part)
+        return self.view["problem"]
+
+    def ask(self, do: str, **what: Any) -> str | None:
+        return self.send({"do": do, **what})
+
+
+@pytest.fixture
+def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
+    """`renderer`: skips where nothing can be rendered."""
+    opened = Tab(server)
+    yield opened
+    opened.socket.close()
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 120, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def enormous() -> bytes:
+    """A PNG that says it has 100 million pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)), (b"IDAT", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def test_the_page_is_whole_and_the_policy_is_still_there(server: PolicyServer) -> None:
+    status, headers, html = get(server, "/")
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    wanted = re.findall(r'(?:src|href)="([^"]+)"', html)
+    assert len(wanted) >= 4
+    for path in wanted:
+        assert path.startswith(("data:", "/"))
+        if path.startswith("/"):
+            status, _, text = get(server, path)
+            assert status == 200 and "://" not in text
+    assert get(server, "/nowhere")[0] == 404
+    assert get(server, "/healthz")[2] == "ok\n"
+    robot = RemotePolicy(f"ws://127.0.0.1:{server.port}/")
+    assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
+    robot.close()
+
+
+def test_the_command_prints_where_the_page_is(renderer: Any) -> None:
+    code = "import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", "nano", "--ui", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = re.fullmatch(r"page at (http://127\.0\.0\.1:\d+/)\n", process.stdout.readline())
+        assert found
+        with urllib.request.urlopen(found[1], timeout=PATIENCE) as reply:
+            assert "<title>SPEAR-1</title>" in reply.read().decode()
+        with connect(found[1].replace("http", "ws") + "ui", max_size=None, proxy=None) as opened:
+            assert json.loads(opened.recv())["model"] == "nano"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_without_a_page_nothing_is_there() -> None:
+    with serving() as plain:
+        assert get(plain, "/")[0] == get(plain, "/ui.js")[0] == 404
+
+
+def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
+    with serving(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
+        for path in ("/", "/?token=wrong", "/ui.js"):
+            status, _, body = get(server, path)
+            assert status == 401 and "secret" not in body and 'name="token"' in body
+        with pytest.raises(InvalidStatus, match="401"):
+            Tab(server)
+        status, headers, _ = get(server, "/?token=secret")
+        assert status == 303 and headers["Location"] == "/"
+        cookie, *rest = headers["Set-Cookie"].split("; ")
+        assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
+        assert get(server, "/", Cookie=cookie)[0] == 200
+        assert get(server, "/", Cookie=cookie[:-1])[0] == 401
+        opened = Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})
+        assert opened.view["source"] == "simulator"
+        opened.socket.close()
+
+
+def test_other_sites_get_nothing(server: PolicyServer) -> None:
+    port = server.port
+    assert get(server, "/", Host=f"evil.example:{port}")[0] == 403
+    assert get(server, "/", Host=f"localhost:{port}")[0] == 200
+    with pytest.raises(InvalidStatus, match="403"):
+        Tab(server, origin="http://evil.example")
+    Tab(server, origin=f"http://127.0.0.1:{port}").socket.close()
+
+
+def test_tabs_are_bounded(server: PolicyServer, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_TABS", 1)
+    with pytest.raises(InvalidStatus, match="503"):
+        Tab(server)
+
+
+def test_a_rollout_is_what_an_evaluation_does(tab: Tab, policy: Spear1Policy) -> None:
+    assert tab.ask("reset", family="stack_cube", seed=3) is None
+    assert (tab.view["step"], tab.view["chunk"], tab.view["outcome"]) == (0, None, None)
+    sizes = policy.processor.image_sizes
+    env = TabletopEnv("stack_cube", sizes["external"], sizes["wrist"])
+    seen, _ = env.reset(seed=3)
+    assert tab.view["instruction"] == seen["prompt"]
+    for step in range(3):
+        assert tab.ask("step") is None
+        if step % REPLAN == 0:
+            actions = policy.infer({**seen, "seed": 3000 + step})["actions"]
+            start = seen["observation/state"]
+        seen, *_ = env.step(actions[step % REPLAN])
+        np.testing.assert_allclose(tab.view["gripper"]["position"], seen["observation/state"][:3], atol=1e-4)
+        np.testing.assert_allclose(tab.view["chunk"]["positions"][0], start[:3], atol=1e-4)
+        moves = np.diff(tab.view["chunk"]["positions"], axis=0)
+        np.testing.assert_allclose(moves, actions[:, :3], atol=1e-4)
+    assert tab.view["step"] == 3 and len(tab.view["trail"]) == 4
+    picture = base64.b64decode(tab.view["images"]["external"].partition(",")[2])
+    width, height = Image.open(io.BytesIO(picture)).size
+    assert width / height == tab.view["camera"]["aspect"] == sizes["external"][0] / sizes["external"][1]
+
+
+def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: Spear1Policy) -> None:
+    names = tab.view["objects"]
+    assert len(names) >= 2
+    assert tab.ask("boxes", objects=names[:2]) is None
+    env = TabletopEnv("put_on", *policy.processor.image_sizes.values())
+    env.reset(seed=0)
+    prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names[:2]]
+    vlm = VlmBundle(policy.model.vlm, policy.processor)
+    answers = vlm.answer([env.render()] * 2, prompts, "box_vertices")
+    pose = camera_pose(env.world, "external")
+    for index, (box, answer) in enumerate(zip(tab.view["boxes"], answers, strict=True)):
+        vertices = np.reshape(answer.values, (8, 3))
+        np.testing.assert_allclose(box["vertices"], vertices)
+        true = object_boxes(env.world)[index + 1].mean(0)
+        answered = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
+        assert box["error_mm"] == pytest.approx(1000 * np.linalg.norm(answered - true), abs=0.01)
+    assert tab.ask("question", text=f"How far away is the {names[0]}?") is None
+    assert re.search(r"\d\.\d{3} m", tab.view["answer"]["text"])
+
+
+def test_a_photo_can_be_asked_about_but_does_not_move(tab: Tab) -> None:
+    assert tab.send(png(300, 200)) is None
+    assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == ("photo", [], 1.5)
+    assert tab.ask("boxes", objects=["mug"]) is None
+    (box,) = tab.view["boxes"]
+    assert np.shape(box["vertices"]) == (8, 3) and box["error_mm"] is None
+    assert tab.ask("instruct", text="lift the mug") is None and tab.ask("predict") is None
+    assert np.shape(tab.view["chunk"]["positions"]) == (6, 3)
+    for do in ("step", "start"):
+        problem = tab.ask(do)
+        if do == "start":  # is heard at once; the rollout then says what is wrong
+            tab.until(lambda part: part.get("problem"))
+            problem = tab.view["problem"]
+        assert problem == "a photo does not move: choose a scene of the simulator"
+
+
+def test_its_thread_keeps_no_workers_from_the_robots(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(session, "release_workers", lambda: released.append(threading.current_thread().name))
+    assert tab.ask("predict") is None
+    assert tab.ask("boxes", objects=[]) is not None
+    assert len(released) == 2 and all(name.startswith("page") for name in released)
+
+
+def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> None:
+    bad: list[tuple[Any, str]] = [
+        ("nonsense", "no request of this page"),
+        ("[" * 5000, "no request of this page"),
+        ('{"do": ["reset"]}', "no request of this page"),
+        ({"do": "explode"}, "no request of this page"),
+        ({"do": "reset", "family": "put_onn", "seed": 0}, "did you mean 'put_on'?"),
+        ({"do": "reset", "family": 7, "seed": 0}, "unknown task family '7'"),
+        ({"do": "reset", "family": "put_on", "seed": -1}, "seed -1: give a whole number"),
+        ({"do": "reset", "family": "put_on", "seed": 0.5}, "seed 0.5: give a whole number"),
+        ({"do": "reset", "family": "put_on", "seed": 10**30}, "give a whole number"),
+        ({"do": "reset", "family": "put_on"}, "seed None"),
+        ({"do": "boxes", "objects": "mug"}, "give a list of names"),
+        ({"do": "boxes", "objects": []}, "0 objects: ask for 1 to 8"),
+        ({"do": "boxes", "objects": ["mug"] * 9}, "9 objects: ask for 1 to 8"),
+        ({"do": "boxes", "objects": [""]}, "object: an empty text"),
+        ({"do": "boxes", "objects": [{}]}, "object: a dict"),
+        ({"do": "question", "text": "  "}, "question: an empty text"),
+        ({"do": "question"}, "question: a NoneType"),
+        (b"", "the image: not a readable image"),
+        (b"GIF89a", "the image: not a readable image"),
+        (png(300, 200)[:200], "the image: not a readable image"),
+        (png(300, 8), "the image: 300 x 8 pixels"),
+        (enormous(), "the image: 10000 x 10000 pixels: send sides of at most 4096"),
+    ]
+    for request, said in bad:
+        problem = tab.send(request)
+        assert problem is not None and said in problem and "\n" not in problem, (request, problem)
+    assert tab.ask("instruct", text="") is None
+    assert "prompt: an empty text" in (tab.ask("predict") or "")
+    assert tab.view["source"] == "simulator"
+    assert tab.ask("instruct", text="lift it") is None and tab.ask("predict") is None
+
+
+def test_too_large_a_message_ends_its_tab_alone(server: PolicyServer, tab: Tab) -> None:
+    other = Tab(server)
+    other.socket.send(b"\0" * (LIMIT + 1))
+    with pytest.raises(Exception, match="1009"):
+        other.until(lambda part: False)
+    assert tab.ask("predict") is None
+
+
+def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
+    assert tab.ask("reset", family="put_in_basket", seed=5) is None
+    assert tab.ask("start") is None
+    other = Tab(server)
+    assert other.view["running"] is False and other.view["step"] == 0
+    assert other.ask("reset", family="stack_cube", seed=1) is None
+    assert get(server, "/healthz")[0] == 200
+    robot = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+    assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
+    robot.close()
+    tab.until(lambda part: part.get("step", 0) >= 2)
+    assert tab.ask("stop") is None
+    assert tab.view["running"] is False and tab.view["family"] == "put_in_basket"
+    stopped_at = tab.view["step"]
+    assert other.ask("predict") is None
+    assert (other.view["family"], other.view["step"]) == ("stack_cube", 0)
+    other.socket.close()
+    assert tab.ask("predict") is None
+    assert tab.view["step"] <= stopped_at + 1
+    assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it
+    tab.socket.close()
+    third = Tab(server)
+    assert third.ask("step") is None
+    third.socket.close()

@@ -1,0 +1,98 @@
+"""What long work says while it runs: lines in a log, a bar in a terminal, nothing when quiet."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from spear.util import progress
+from spear.util.progress import ProgressBar, tracked
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
+    later: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressBar("recording", 7300, "demonstrations", before=100) as bar:
+        for done in range(101, 201):
+            later(1)
+            bar.update(done, "3 failed")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "recording: 131 of 7,300 demonstrations, 1.0 demonstrations/s, 1:59:29 left, 3 failed",
+        "recording: 162 of 7,300 demonstrations, 1.0 demonstrations/s, 1:58:58 left, 3 failed",
+        "recording: 193 of 7,300 demonstrations, 1.0 demonstrations/s, 1:58:27 left, 3 failed",
+        "recording: 200 of 7,300 demonstrations, 1.0 demonstrations/s, 1:58:20 left, 3 failed",
+    ]
+
+
+def test_short_and_quiet_work_says_nothing(
+    later: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(tracked("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
+    with ProgressBar("reading", 2, quiet=True) as bar:
+        later(1000)
+        bar.update(1)
+    assert capsys.readouterr().err == ""
+    assert bar.text() == "reading: 1 of 2 steps, 0.1 steps/min, 0:16:40 left"
+
+
+def test_the_rate_is_that_of_the_work_itself(later: Callable[[float], None]) -> None:
+    """Not of what came before it (loading a model, listing files), nor of what an earlier command had
+    done."""
+    with ProgressBar("labelling", unit="images") as bar:
+        assert bar.text() == "labelling: 0 images"
+        later(100)
+        bar.begin(50, before=10)
+        assert bar.text() == "labelling: 10 of 50 images"
+        later(10)
+        bar.update(30)
+        assert bar.text() == "labelling: 30 of 50 images, 2.0 images/s, 0:00:10 left"
+        bar.update(50)
+        assert bar.text() == "labelling: 50 of 50 images, 4.0 images/s"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    """In a real one: the last state stays on the screen, and so does a line that was said meanwhile."""
+    ours, theirs = pty.openpty()
+    code = (
+        "from spear.util.progress import ProgressBar\n"
+        "with ProgressBar('train[:5]', 3, 'episodes') as bar:\n"
+        "    bar.update(1)\n"
+        "    bar.say('one was left out')\n"
+        "    bar.update(3, 'all good')\n"
+    )
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
+    os.close(theirs)
+    screen = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not piece:
+            break
+        screen += piece
+    os.close(ours)
+    assert child.wait() == 0
+    text = screen.decode()
+    assert "train[:5]: 3 of 3 episodes" in text and "all good" in text and "━" in text
+    assert "one was left out\r\n" in text
