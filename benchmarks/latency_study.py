@@ -20,10 +20,10 @@ import tyro
 from tyro.conf import Positional
 
 from spear.chunks import Mode
-from spear.evaluate.agents import Actor
+from spear.evaluate.agents import Agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.compare import cells, compare
-from spear.evaluate.load import Cameras, load_actor
+from spear.evaluate.load import Cameras, load_agent
 from spear.evaluate.results import Results
 from spear.sim.scene import FAMILIES
 
@@ -41,12 +41,12 @@ early as the last inference allows."""
 
 
 def cell(
-    actor: Actor, sizes: Cameras, row: str, latency_ms: int, scenes: int, out: Path, families: tuple[str, ...]
+    agent: Agent, sizes: Cameras, row: str, latency_ms: int, scenes: int, out: Path, families: tuple[str, ...]
 ) -> Results:
     """One cell of the table: what its folder holds already is not run again."""
     mode, replan = ROWS[row]
     results, _ = evaluate(
-        actor,
+        agent,
         families,
         scenes,
         replan=replan,
@@ -70,11 +70,11 @@ def main(
     families = FAMILIES[:1] if quick else FAMILIES
     scenes = 1 if quick else scenes
     out = out / "quick" if quick else out
-    actor, sizes = load_actor(checkpoint)
+    agent, sizes = load_agent(checkpoint)
     found: dict[tuple[str, int], Results] = {}
     for row in rows or ROWS:
         for latency in LATENCIES_MS:
-            found[row, latency] = cell(actor, sizes, row, latency, scenes, out, families)
+            found[row, latency] = cell(agent, sizes, row, latency, scenes, out, families)
             mean = found[row, latency].mean()
             print(f"{row:9} {latency:4} ms: {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}")
     if rows:

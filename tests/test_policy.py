@@ -16,8 +16,8 @@ import torch
 
 from models_tiny import spear1
 from spear.data.normalize import Normalizer
-from spear.errors import Notice, SpearError, unsaid
-from spear.evaluate.load import load_actor
+from spear.errors import Notice, SpearError, suppress_notices
+from spear.evaluate.load import load_agent
 from spear.models.processing import SIZES_TOLD
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
@@ -76,16 +76,16 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
     twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
     dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(folder / "normalizer.json")
     with pytest.raises(SpearError, match=r"say which one the robot is like \(--dataset\): slow, fast"):
-        load_actor(str(folder))
+        load_agent(str(folder))
     with pytest.raises(SpearError, match="did you mean 'fast'"):
-        load_actor(str(folder), dataset="fst")
-    slow, fast = (load_actor(str(folder), dataset=name)[0] for name in ("slow", "fast"))
+        load_agent(str(folder), dataset="fst")
+    slow, fast = (load_agent(str(folder), dataset=name)[0] for name in ("slow", "fast"))
     assert slow.weights != fast.weights
     assert Spear1Policy.load(folder, dataset="fast").normalizer == twice
     with pytest.raises(SpearError, match="same units for all datasets: leave out --dataset fast"):
         Spear1Policy.load("nano", dataset="fast")
     with pytest.raises(SpearError, match="leave it out for expert"):
-        load_actor("expert", dataset="fast")
+        load_agent("expert", dataset="fast")
 
 
 def test_a_vlm_is_no_policy(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_who_has_which_camera_matters_to_nobody_else(policy: Spear1Policy) -> No
 
 def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -> None:
     tall = np.zeros((300, 200, 3), np.uint8)
-    with warnings.catch_warnings(), unsaid():
+    with warnings.catch_warnings(), suppress_notices():
         warnings.simplefilter("error")
         policy.infer(observation(image=tall))  # an example of ours, of which users need not hear
     with pytest.warns(

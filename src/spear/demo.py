@@ -15,7 +15,7 @@ from spear.data.readers.formats import episode_counts
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
-from spear.evaluate.agents import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate.agents import NOTHING, Agent, ConstantActor, ExpertActor, PolicyActor
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
 from spear.evaluate.vqa import run as vqa
@@ -144,16 +144,16 @@ def answers(vlm: VlmBundle) -> Part:
 def robot_at_work(policy: Spear1Policy) -> Part:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
     sizes = policy.processor.image_sizes
-    actors: tuple[Actor, ...] = (
+    agents: tuple[Agent, ...] = (
         PolicyActor(policy, "SPEAR-1 nano"),
         ExpertActor(),
         ConstantActor("nothing", NOTHING),
     )
     results: list[Results] = []
     films: list[closed_loop.Film] = []
-    for index, actor in enumerate(actors):
+    for index, agent in enumerate(agents):
         result, made = closed_loop.evaluate(
-            actor,
+            agent,
             families=FAMILIES,
             scenes=SCENES,
             image_size=sizes["external"],

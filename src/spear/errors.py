@@ -14,7 +14,7 @@ class SpearError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what to do. The CLI exits with 2."""
 
 
-class TemporaryError(SpearError):
+class RetryableError(SpearError):
     """A `SpearError` whose cause may pass, such as a service that cannot be reached: later it may go well."""
 
 
@@ -38,7 +38,7 @@ _SAYING: ContextVar[bool] = ContextVar("saying notices", default=True)
 
 
 @contextmanager
-def unsaid() -> Iterator[None]:
+def suppress_notices() -> Iterator[None]:
     """Inside, `notice` says nothing: for inputs that are ours and no user's."""
     before = _SAYING.set(False)
     try:
@@ -49,7 +49,7 @@ def unsaid() -> Iterator[None]:
 
 def notice(message: str) -> bool:
     """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said; see
-    `unsaid`."""
+    `suppress_notices`."""
     if _SAYING.get():
         warnings.warn(message, Notice, stacklevel=3)
     return _SAYING.get()

@@ -35,7 +35,7 @@ def episode(seed: int, steps: int = 12) -> Episode:
     )
 
 
-class Replay:
+class CudaGraphCache:
     """Answers with the demonstrator's own chunks, off by an error (m) along x, gripper inverted if asked."""
 
     def __init__(self, store: EpisodeStore, error: float = 0.0, wrong_gripper: bool = False) -> None:
@@ -65,7 +65,7 @@ def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
 
 
 def test_the_demonstrator_has_no_error(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    summary = score("replay", Replay(stores[1]), stores[1]).summary()
+    summary = score("replay", CudaGraphCache(stores[1]), stores[1]).summary()
     assert summary["translation_mm"].value == pytest.approx(0, abs=1e-6)
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
     assert summary["gripper_accuracy"].value == 1
@@ -73,7 +73,7 @@ def test_the_demonstrator_has_no_error(stores: tuple[EpisodeStore, EpisodeStore]
 
 
 def test_a_known_mistake_is_measured(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    summary = score("replay", Replay(stores[1], 0.002, wrong_gripper=True), stores[1]).summary()
+    summary = score("replay", CudaGraphCache(stores[1], 0.002, wrong_gripper=True), stores[1]).summary()
     assert summary["translation_mm"].value == pytest.approx(2, rel=1e-3)
     assert summary["chunk_end_mm"].value == pytest.approx(10, rel=1e-3)
     assert summary["gripper_accuracy"].value == 0
@@ -89,7 +89,7 @@ def test_the_mean_action_is_a_reference_and_all_of_it_is_plotted(
     summary = reference.summary()
     assert summary["translation_mm"].value > 5
     assert summary["rotation_deg"].low <= summary["rotation_deg"].value <= summary["rotation_deg"].high
-    picture = Image.open(io.BytesIO(plot(score("replay", Replay(held_out), held_out), reference)))
+    picture = Image.open(io.BytesIO(plot(score("replay", CudaGraphCache(held_out), held_out), reference)))
     assert picture.format == "PNG"
     assert picture.width > 800
 
@@ -119,4 +119,4 @@ def test_episodes_shorter_than_a_chunk_are_refused_in_words(tmp_path: Path) -> N
     write_episodes([episode(0, steps=3)], tmp_path)
     store = EpisodeStore(tmp_path)
     with pytest.raises(SpearError, match="whole chunk of known actions"):
-        score("replay", Replay(store), store).summary()
+        score("replay", CudaGraphCache(store), store).summary()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from spear.evaluate.agents import NOTHING, Actor, ConstantActor
+from spear.evaluate.agents import NOTHING, Agent, ConstantActor
 from spear.evaluate.journal import Shard
 from spear.evaluate.results import Outcome
-from spear.evaluate.runner import Film, Films, conduct
+from spear.evaluate.runner import Film, Films, run_evaluation
 
 
 class Parity:
@@ -25,7 +25,7 @@ class Parity:
         self.ran: list[tuple[int, bool]] = []
 
     def run(
-        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, str]]:
         for seed in seeds:
             self.ran.append((seed, filming))
@@ -49,7 +49,7 @@ def test_films_that_cost_are_made_of_few_episodes(
     films: Films, ran: list[tuple[int, bool]], tmp_path: Path
 ) -> None:
     simulator, idle = Parity(), ConstantActor("nothing", NOTHING)
-    results, made = conduct(simulator, idle, {"a": range(4)}, {}, films, quiet=True, out=tmp_path)
+    results, made = run_evaluation(simulator, idle, {"a": range(4)}, {}, films, quiet=True, out=tmp_path)
     assert simulator.ran == ran
     assert results.mean_success == 0.5
     assert {f.data.decode() for f in made} == {f"a {o.seed}" for o in (f.outcome for f in made)}
@@ -72,18 +72,18 @@ def test_few_episodes_are_held_in_memory_at_a_time(free: bool, films: Films, tmp
             self.most = 0
 
         def run(
-            self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+            self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
         ) -> Iterator[tuple[Outcome, str]]:
             for seed in seeds:
                 self.most = max(self.most, len(self.tracks))
-                for ended, text in super().run(actor, family, [seed], filming):
+                for ended, text in super().run(agent, family, [seed], filming):
                     track = Track(text)
                     self.tracks.add(track)
                     yield ended, track
                     del track
 
     simulator = Heavy()
-    _, made = conduct(
+    _, made = run_evaluation(
         simulator, ConstantActor("x", NOTHING), {"a": range(40)}, {}, films, quiet=True, out=tmp_path
     )
     assert len(made) == {"failures": 20, "all": 40, 1: 2}[films]
@@ -97,12 +97,14 @@ def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
         """Every episode fails at first, and succeeds when run again."""
 
         def run(
-            self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+            self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
         ) -> Iterator[tuple[Outcome, str]]:
-            for ended, track in super().run(actor, family, seeds, filming):
+            for ended, track in super().run(agent, family, seeds, filming):
                 yield replace(ended, success=filming), track
 
-    results, made = conduct(Fickle(), ConstantActor("x", NOTHING), {"a": range(3)}, {}, 1, out=tmp_path)
+    results, made = run_evaluation(
+        Fickle(), ConstantActor("x", NOTHING), {"a": range(3)}, {}, 1, out=tmp_path
+    )
     assert results.mean_success == 0 and made == []
     assert "no film of a 0: it ended differently" in capsys.readouterr().err
 
@@ -110,7 +112,7 @@ def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
 def test_each_family_has_its_own_scenes_and_shards_share_them_out(tmp_path: Path) -> None:
     simulator, idle = Parity(), ConstantActor("nothing", NOTHING)
     scenes = {"a": range(5), "b": range(2)}
-    part, _ = conduct(simulator, idle, scenes, {}, quiet=True, out=tmp_path, shard=Shard(2, 2))
+    part, _ = run_evaluation(simulator, idle, scenes, {}, quiet=True, out=tmp_path, shard=Shard(2, 2))
     assert [(o.family, o.seed) for o in part.outcomes] == [("a", 1), ("a", 3), ("b", 1)]
-    whole, _ = conduct(simulator, idle, scenes, {}, quiet=True, out=tmp_path)
+    whole, _ = run_evaluation(simulator, idle, scenes, {}, quiet=True, out=tmp_path)
     assert len(simulator.ran) == len(whole.outcomes) == 7

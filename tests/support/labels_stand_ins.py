@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError, TemporaryError
+from spear.errors import SpearError, RetryableError
 from spear.labels.engine import Graph, run_local
 from spear.labels.fit.camera import unproject
 from spear.labels.inputs import Item, find
@@ -37,7 +37,7 @@ class BrightDetector:
         if any(frame.source.endswith(self.stuck_at) for frame in frames):
             time.sleep(1e6)
         if any(frame.source.endswith(self.unreached) for frame in frames):
-            raise TemporaryError("no connection")
+            raise RetryableError("no connection")
         if any(frame.image[0, 0, 0] == REFUSED for frame in frames):
             raise SpearError("request refused")
         return [[] if frame.image[0, 0, 0] == EMPTY else [_bright(frame.image)] for frame in frames]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spear.labels.fit import rle
-from spear.models.patch_classification import PatchNaming
+from spear.models.patch_classification import PatchClassification
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.train.tasks.patch_classification import _targets
@@ -73,7 +73,7 @@ def test_the_loss_teaches_the_encoder_and_falls() -> None:
     size = preset("nano")
     config = vlm_config(size)
     config.moge_config = None
-    model = PatchNaming(SpearVLMForConditionalGeneration(config), [[300], [301, 302], [303]])
+    model = PatchClassification(SpearVLMForConditionalGeneration(config), [[300], [301, 302], [303]])
     pixels = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
     shown = torch.rand(4, 4, 3) < 0.3
     cells = torch.randint(0, 256, (4, 4, 16, 3), dtype=torch.uint8)

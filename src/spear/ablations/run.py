@@ -21,7 +21,7 @@ from spear.data.episode import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
-from spear.evaluate.load import load_actor
+from spear.evaluate.load import load_agent
 from spear.evaluate.results import Results, merge
 from spear.train.run import train
 
@@ -155,9 +155,9 @@ def _train(
 
 def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
     say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
-    actor, cameras = load_actor(str(final(out, job.policy)))
-    actor.name = job.policy.folder  # the folder may be moved
-    evaluate(actor, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+    agent, cameras = load_agent(str(final(out, job.policy)))
+    agent.name = job.policy.folder  # the folder may be moved
+    evaluate(agent, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
 
 
 @contextlib.contextmanager

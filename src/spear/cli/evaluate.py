@@ -70,16 +70,16 @@ def evaluate(
 
     from spear.evaluate.closed_loop import evaluate as run
     from spear.evaluate.journal import Shard, load
-    from spear.evaluate.load import load_actor
+    from spear.evaluate.load import load_agent
     from spear.sim.scene import FAMILIES
     from spear.train.devices import choose_device
 
     filmed = films_wanted(films)
     part = Shard.parse(shard)
     earlier = load(compare) if compare else None
-    actor, sizes = load_actor(policy, choose_device(device), getattr(torch, dtype), dataset)
+    agent, sizes = load_agent(policy, choose_device(device), getattr(torch, dtype), dataset)
     run(
-        actor,
+        agent,
         families or FAMILIES,
         scenes,
         first_seed,

@@ -63,7 +63,7 @@ def evaluate_simpler(
     import torch
 
     from spear.evaluate.journal import Shard, load
-    from spear.evaluate.load import load_actor
+    from spear.evaluate.load import load_agent
     from spear.evaluate.simpler.run import OracleActor, evaluate
     from spear.evaluate.simpler.tasks import TASKS
     from spear.train.devices import choose_device
@@ -77,9 +77,9 @@ def evaluate_simpler(
     earlier = load(compare) if compare else None
     place, precision = choose_device(device), getattr(torch, dtype)
     oracle = checkpoint == "oracle" and dataset is None
-    actor = OracleActor() if oracle else load_actor(checkpoint, place, precision, dataset)[0]
+    agent = OracleActor() if oracle else load_agent(checkpoint, place, precision, dataset)[0]
     evaluate(
-        actor,
+        agent,
         tasks or tuple(TASKS),
         scenes,
         first_seed,

@@ -24,7 +24,7 @@ class Scene(Protocol):
     def steps(self) -> int: ...
 
 
-class Actor(Protocol):
+class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
     name         for reports.

@@ -13,10 +13,10 @@ import mujoco
 from spear.chunks import REPLAN, ChunkExecutor, Mode
 from spear.errors import SpearError
 from spear.evaluate import film as video
-from spear.evaluate.agents import Actor
+from spear.evaluate.agents import Agent
 from spear.evaluate.journal import WHOLE, Shard
 from spear.evaluate.results import SCENES, Outcome, Results
-from spear.evaluate.runner import Film, Films, conduct
+from spear.evaluate.runner import Film, Films, run_evaluation
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families, sample_scene
@@ -37,7 +37,7 @@ class _Slot:
 
 
 def evaluate(
-    actor: Actor,
+    agent: Agent,
     families: Sequence[str] = FAMILIES,
     scenes: int = SCENES,
     first_seed: int = 0,
@@ -90,12 +90,14 @@ def evaluate(
         "wrist_size": list(wrist_size),
         "execution": execution,
         "latency_ms": latency_ms,
-        "weights": actor.weights,
+        "weights": agent.weights,
     }
-    renderer = Renderer() if actor.needs_images or films else None
+    renderer = Renderer() if agent.needs_images or films else None
     simulator = _Tabletop(replan, batch, image_size, wrist_size, execution, delay, renderer)
     seeds = range(first_seed, first_seed + scenes)
-    return conduct(simulator, actor, dict.fromkeys(families, seeds), settings, films, quiet, out, shard)
+    return run_evaluation(
+        simulator, agent, dict.fromkeys(families, seeds), settings, films, quiet, out, shard
+    )
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ class _Tabletop:
     films_are_free = True
 
     def run(
-        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, list[Array]]]:
         """All seeds through a few environments: the outcome and the poses of each episode as it ends."""
         waiting = list(seeds)[::-1]
         slots: list[_Slot] = []
         free = [
-            TabletopEnv(family, self.image_size, self.wrist_size, self.renderer, images=actor.needs_images)
+            TabletopEnv(family, self.image_size, self.wrist_size, self.renderer, images=agent.needs_images)
             for _ in range(min(self.batch, len(seeds)))
         ]
         while waiting or slots:
@@ -130,8 +132,8 @@ class _Tabletop:
                 slot = _Slot(free.pop(), waiting.pop(), ChunkExecutor(self.execution, self.replan))
                 slot.env.load(World(sample_scene(slot.env.family, slot.seed)))
                 slots.append(slot)
-            observations = [s.env.observe() if actor.needs_images else {} for s in slots]
-            chunks = actor.act([s.env for s in slots], observations)
+            observations = [s.env.observe() if agent.needs_images else {} for s in slots]
+            chunks = agent.act([s.env for s in slots], observations)
             running = []
             for slot, chunk in zip(slots, chunks, strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self.delay)

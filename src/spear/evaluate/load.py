@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from spear.errors import SpearError
-from spear.evaluate.agents import NOTHING, Actor, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate.agents import NOTHING, Agent, ConstantActor, ExpertActor, PolicyActor
 from spear.policy import Spear1Policy, locate
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ class Cameras(TypedDict, total=False):
     wrist_size: Size
 
 
-def load_actor(
+def load_agent(
     name: str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     dataset: str | None = None,
-) -> tuple[Actor, Cameras]:
+) -> tuple[Agent, Cameras]:
     """Who acts ("expert", "nothing", a trained folder, a shipped name or a server's ws:// address), and the
     cameras that it needs.
 

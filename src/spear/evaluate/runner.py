@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from spear.errors import SpearError
 from spear.evaluate import film as video
-from spear.evaluate.agents import Actor
+from spear.evaluate.agents import Agent
 from spear.evaluate.journal import WHOLE, Journal, Shard
 from spear.evaluate.results import Outcome, Results
 from spear.util.files import write_bytes
@@ -37,7 +37,7 @@ class Film:
 
 
 class Simulator(Protocol[Track]):
-    """Scenes of task families, each fixed by its seed, in which an actor acts.
+    """Scenes of task families, each fixed by its seed, in which an agent acts.
 
     films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for
                     where every episode may need one; the few others are run again for their film.
@@ -47,7 +47,7 @@ class Simulator(Protocol[Track]):
     def films_are_free(self) -> bool: ...
 
     def run(
-        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, Track]]:
         """The outcome of each episode as it ends, with its track: what a film is made of, empty unless
         `filming`."""
@@ -58,9 +58,9 @@ class Simulator(Protocol[Track]):
         ...
 
 
-def conduct(
+def run_evaluation(
     simulator: Simulator[Track],
-    actor: Actor,
+    agent: Agent,
     scenes: Mapping[str, Sequence[int]],
     settings: dict[str, Any],
     films: Films = 0,
@@ -86,15 +86,15 @@ def conduct(
             f"at most {most} parts"
         )
     studio = _Studio(simulator, films, out)
-    journal = Journal(out, actor.name, settings, shard) if out else None
+    journal = Journal(out, agent.name, settings, shard) if out else None
     started = last = time.perf_counter()
     outcomes: list[Outcome] = []
     for family, everything in scenes.items():
         seeds = everything[shard.index - 1 :: shard.of]
         done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
         todo = [s for s in seeds if s not in done]
-        with ProgressBar(f"{actor.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
-            for outcome, track in simulator.run(actor, family, todo, studio.filming):
+        with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
+            for outcome, track in simulator.run(agent, family, todo, studio.filming):
                 done[outcome.seed] = outcome
                 studio.add(outcome, track, [done[s] for s in seeds if s in done])
                 if journal:
@@ -105,12 +105,12 @@ def conduct(
             ended = [done[s] for s in seeds]
             outcomes += ended
             again = studio.finish(ended)
-            for outcome, track in simulator.run(actor, family, again, True):
+            for outcome, track in simulator.run(agent, family, again, True):
                 if outcome == done[outcome.seed]:
                     studio.make(outcome, track)
                 else:
                     bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
-    return Results(actor.name, settings, outcomes, time.perf_counter() - started), studio.made
+    return Results(agent.name, settings, outcomes, time.perf_counter() - started), studio.made
 
 
 class _Studio(Generic[Track]):

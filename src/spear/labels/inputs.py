@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import SpearError, TemporaryError
+from spear.errors import SpearError, RetryableError
 from spear.labels.images import load_image
 from spear.labels.pipeline import Work, admit
 from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos
@@ -233,7 +233,7 @@ def _contents(call: Callable[[], Iterator[Content]], count: int) -> list[Content
     except SpearError as error:
         reason = error
     except OSError as error:
-        reason = TemporaryError(f"cannot be read: {error.strerror or error}")
+        reason = RetryableError(f"cannot be read: {error.strerror or error}")
     except pa.ArrowException as error:
         reason = SpearError(f"cannot be read: {error}")
     return contents + [reason] * (count - len(contents))

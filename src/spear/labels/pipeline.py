@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from spear.errors import SpearError, TemporaryError
+from spear.errors import SpearError, RetryableError
 from spear.labels.fit.points import noise_level, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
@@ -54,7 +54,7 @@ class Work:
 
     def set_aside(self, error: SpearError) -> None:
         """For this reason; later stages pass the image over."""
-        self.reason, self.temporary = str(error), isinstance(error, TemporaryError)
+        self.reason, self.temporary = str(error), isinstance(error, RetryableError)
 
 
 @dataclass

@@ -26,7 +26,7 @@ class NamingOutput(ModelOutput):
     parts: dict[str, torch.Tensor] | None = None
 
 
-class PatchNaming(nn.Module):
+class PatchClassification(nn.Module):
     """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
 
     SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from spear import flow
 from spear.errors import SpearError
 from spear.models.attention import choose_attention
-from spear.models.fast.linear import quicken
+from spear.models.fast.linear import use_fast_linear
 from spear.models.gemma import Gemma
 from spear.models.mask import positions, suffix_mask
 from spear.models.recompute import RecomputesLayers
@@ -106,7 +106,7 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         self.action_out_proj = nn.Linear(width, ACTION_DIM)
-        quicken(self)
+        use_fast_linear(self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
 from spear.models.attention import choose_attention
 from spear.models.cache import KeyValues
-from spear.models.fast.linear import linear, quicken
+from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.gemma import language_model
 from spear.models.mask import positions, prefix_lm_mask
 from spear.models.moge.encoder import LAST_LAYERS, MogeEncoder
@@ -132,7 +132,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             self.moge = MogeEncoder(config.moge_config)
             self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
         self.language_model = language_model(config.text_config)
-        quicken(self)
+        use_fast_linear(self)
         self.post_init()
 
     @classmethod

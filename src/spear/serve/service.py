@@ -11,7 +11,7 @@ import numpy as np
 
 import spear
 from spear.embodiments import Embodiment
-from spear.errors import SpearError, unsaid
+from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
 from spear.util.threads import release_workers
 
@@ -81,7 +81,7 @@ class Service:
 
         The calling thread then gives its worker threads back: a server computes in another one.
         """
-        with unsaid():  # what the example's images lack is not the robot's
+        with suppress_notices():  # what the example's images lack is not the robot's
             result = self.answer([self.embodiment.example()])[0]
         release_workers()
         if isinstance(result, SpearError):

@@ -17,7 +17,7 @@ from spear.errors import SpearError, unknown_name
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import FAMILIES_PIXEL, all_texts
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
-from spear.models.patch_classification import PatchNaming
+from spear.models.patch_classification import PatchClassification
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -101,7 +101,7 @@ def _naming(stage: Recipe, size: Preset, labels: Path, seed: int) -> Built:
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in known["external"] for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
-    model = PatchNaming(vlm, ids)
+    model = PatchClassification(vlm, ids)
     task = NamingTask(model, processor, names, known, size.vision["patch_size"], stage.batch_size, seed)
 
     def save(folder: Path) -> None:

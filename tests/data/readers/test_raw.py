@@ -199,7 +199,7 @@ def test_raw_droid(tmp_path: Path) -> None:
     record_droid(day / "b_long", "long", frames=STEPS + 9)
     (record_droid(day / "c_cut", "cut") / "trajectory.h5").write_bytes(b"\x89HDF")
     record_droid(day / "d_nameless", "nameless", wrist_cam_serial="")
-    (record_droid(day / "e_unsaid", "unsaid") / "metadata_unsaid.json").unlink()
+    (record_droid(day / "e_unsaid", "suppress_notices") / "metadata_unsaid.json").unlink()
     reasons: list[str] = []
     good = list(read_droid_raw(tmp_path, on_bad=lambda error: reasons.append(str(error))))
     assert [e.source for e in good] == ["droid_raw/IRIS+a+2"]

@@ -12,9 +12,9 @@ import torch
 
 from spear import embodiments
 from spear.evaluate.journal import load
-from spear.evaluate.load import load_actor
+from spear.evaluate.load import load_agent
 from spear.evaluate.reference import beside
-from spear.evaluate.runner import conduct
+from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler.process import SimplerProcess
 from spear.evaluate.simpler.run import OracleActor, Simpler
 from spear.evaluate.simpler.tasks import TASKS, Task
@@ -79,7 +79,7 @@ def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> Non
 
 
 def test_the_oracle_stacks_the_cubes(simpler: Simpler) -> None:
-    results, _ = conduct(simpler, OracleActor(), {TASK: [0]}, {}, quiet=True)
+    results, _ = run_evaluation(simpler, OracleActor(), {TASK: [0]}, {}, quiet=True)
     (outcome,) = results.outcomes
     assert outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
     assert outcome.unreachable == 0 and outcome.steps < TASKS[TASK].steps
@@ -89,8 +89,8 @@ def test_the_nano_policy_runs_to_the_end_and_is_filmed(
     simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6))
-    actor = load_actor("nano")[0]
-    conduct(simpler, actor, {TASK: range(30, 31)}, {}, films=1, quiet=True, out=tmp_path)
+    agent = load_agent("nano")[0]
+    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, films=1, quiet=True, out=tmp_path)
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

@@ -1,4 +1,4 @@
-"""3D question scores: measures by hand, guesses, calibration, and a model that knows the truth."""
+"""3D question scores: measures by hand, baselines, calibration, and a model that knows the truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from labels_boxes import labelled
 from spear.cli import main
 from spear.errors import SpearError
-from spear.evaluate.vqa import baselines as guesses
+from spear.evaluate.vqa import baselines as baselines
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.calibration import Certainty, calibrate
 from spear.evaluate.vqa.measures import closer_named, measure, nearest_box
@@ -158,8 +158,8 @@ def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
         for index, label in enumerate(labels):
             one = vqa.questions_about([label], [family], 1, seed=3)[family]
             questions.append((index, one[0][1]))
-        depth = guesses.depth_only(questions, labels)
-        constant = guesses.constant([q for _, q in questions])
+        depth = baselines.depth_only(questions, labels)
+        constant = baselines.constant([q for _, q in questions])
         assert depth is not None
         for (i, q), near, far in zip(questions, depth, constant, strict=True):
             assert measure(q, near, labels[i])["relative"] < 0.01

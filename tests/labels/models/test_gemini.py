@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
-from spear.errors import SpearError, TemporaryError
+from spear.errors import SpearError, RetryableError
 from spear.labels.models.gemini import PROMPT, GeminiDetector
 from spear.labels.models.gemini_answer import Unusable, parse
 from spear.labels.models.ground_truth import GroundTruthPointMap
@@ -189,7 +189,7 @@ def test_a_refused_request_concerns_one_image(server: Server) -> None:
         SpearError, match=r"0\.jpg: Gemini refused the request \(400 .*Unable to process"
     ) as stop:
         gemini.detect([frame(0)])
-    assert not isinstance(stop.value, TemporaryError)
+    assert not isinstance(stop.value, RetryableError)
     assert len(gemini.detect([frame(1)])[0]) == 1
 
 
@@ -207,7 +207,7 @@ def test_an_unusable_answer_is_asked_for_once_more(server: Server, reply: Reply,
     server.replies = [reply, boxes(CUP)]
     assert len(detector(server).detect([frame()])[0]) == 1
     server.replies = [reply]
-    with pytest.raises(TemporaryError, match=rf"0\.jpg: Gemini gave no answer after 2 attempts .*{message}"):
+    with pytest.raises(RetryableError, match=rf"0\.jpg: Gemini gave no answer after 2 attempts .*{message}"):
         detector(server).detect([frame()])
     assert len(server.requests) == 4
 
@@ -229,7 +229,7 @@ def test_a_refusal_is_not_asked_again(server: Server, reply: Reply, message: str
     server.replies = [reply]
     with pytest.raises(SpearError, match=rf"0\.jpg: Gemini {message}: leave") as stop:
         detector(server).detect([frame()])
-    assert not isinstance(stop.value, TemporaryError)
+    assert not isinstance(stop.value, RetryableError)
     assert len(server.requests) == 1
 
 
@@ -352,11 +352,11 @@ def test_without_a_network_it_says_so_once_and_stops() -> None:
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         gemini = GeminiDetector(base_url=address, attempts=2, first_wait=0.01)
         with pytest.raises(
-            TemporaryError, match=r"cannot reach the service \(no connection: .*check the network"
+            RetryableError, match=r"cannot reach the service \(no connection: .*check the network"
         ):
             gemini.detect([frame(0)])
         gemini.attempts = 10**9  # would never return if it tried again
-        with pytest.raises(TemporaryError, match="cannot reach the service"):
+        with pytest.raises(RetryableError, match="cannot reach the service"):
             gemini.detect([frame(1)])
 
 

@@ -20,10 +20,10 @@ from spear import embodiments
 from spear.chunks import REPLAN, ChunkExecutor
 from spear.errors import SpearError, unknown_name
 from spear.evaluate import film as video
-from spear.evaluate.agents import Actor
+from spear.evaluate.agents import Agent
 from spear.evaluate.journal import WHOLE, Shard
 from spear.evaluate.results import SCENES, Outcome, Results
-from spear.evaluate.runner import Film, Films, conduct
+from spear.evaluate.runner import Film, Films, run_evaluation
 from spear.evaluate.simpler.process import SimplerProcess
 from spear.evaluate.simpler.tasks import RATE_HZ, STARTS, TASKS, Moment
 from spear.types import Array
@@ -49,7 +49,7 @@ class OracleActor:
 
 @dataclass
 class SimplerScene:
-    """A running scene: all that an actor may know of it.
+    """A running scene: all that an agent may know of it.
 
     seed    which one: of the task's starts it is number seed modulo their count; a policy's noise has the
             seed itself.
@@ -83,20 +83,20 @@ class Simpler:
         self._task = ""
 
     def run(
-        self, actor: Actor, family: str, seeds: Sequence[int], filming: bool
+        self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, list[Array]]]:
         """All seeds through a few processes: the outcome and the pictures of each episode as it ends."""
         if not seeds:
             return
         free = self.open(family, min(self._batch, len(seeds)))
-        image = actor.needs_images or filming
+        image = agent.needs_images or filming
         waiting, scenes = list(seeds)[::-1], list[SimplerScene]()
         with ThreadPoolExecutor(len(free)) as threads:
             while waiting or scenes:
                 new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
                 scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
                 observations = [self._robot.read(_complete(s.moment.observation)) for s in scenes]
-                chunks = actor.act(scenes, observations)
+                chunks = agent.act(scenes, observations)
                 ask = [
                     (s, c, o, image, filming) for s, c, o in zip(scenes, chunks, observations, strict=True)
                 ]
@@ -159,7 +159,7 @@ class Simpler:
 
 
 def evaluate(
-    actor: Actor,
+    agent: Agent,
     tasks: Sequence[str] = tuple(TASKS),
     scenes: int = EPISODES,
     first_seed: int = 0,
@@ -195,15 +195,15 @@ def evaluate(
         "simulator": f"ManiSkill {version('mani_skill')}",
         "assets": assets_hash(check_assets(assets)),
         "replan": replan,
-        "weights": actor.weights,
+        "weights": agent.weights,
     }
     every = {
-        t: range(first_seed, first_seed + (scenes if actor.needs_images else min(scenes, TASKS[t].starts)))
+        t: range(first_seed, first_seed + (scenes if agent.needs_images else min(scenes, TASKS[t].starts)))
         for t in tasks
     }
     simulator = Simpler(replan, batch or os.cpu_count() or 1, assets)
     try:
-        return conduct(simulator, actor, every, settings, films, quiet, out, shard)
+        return run_evaluation(simulator, agent, every, settings, films, quiet, out, shard)
     finally:
         simulator.close()
 

@@ -1,4 +1,4 @@
-"""What answering without seeing would score: two guesses to hold a model's errors against (our choice).
+"""What answering without seeing would score: two baselines to hold a model's errors against (our choice).
 
 constant    the best single answer to all questions of a family: the componentwise median of the true answers,
             of these very questions. It knows where things usually are.

@@ -1,4 +1,4 @@
-"""Answers to 3D questions summed up: per family, beside the guesses, per way of reading numbers,
+"""Answers to 3D questions summed up: per family, beside the baselines, per way of reading numbers,
 calibration."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spear.evaluate.stats import Estimate, bootstrap, wilson
-from spear.evaluate.vqa import baselines as guesses
+from spear.evaluate.vqa import baselines as baselines
 from spear.evaluate.vqa.calibration import Calibration, by_image, calibrate
 from spear.evaluate.vqa.measures import MEASURES, Segments, measure
 from spear.models.readout import DECODES, Decode
@@ -33,7 +33,7 @@ class FamilyScore:
     grammar     fraction of grammatical answers, held to the grammar; free: without.
     measures    of `evaluate.measures`, summed up as `MEASURES` says, with 95 % intervals: medians and means
                 resample images, rates are Wilson's.
-    constant, depth_only  the same of the guesses (`evaluate.guesses`); empty where there is none.
+    constant, depth_only  the same of the baselines (`evaluate.baselines`); empty where there is none.
     """
 
     n: int
@@ -200,8 +200,8 @@ def _score(rows: Sequence[Asked], free: Sequence[bool], labels: Sequence[Labeled
         grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
         free=wilson(sum(free), len(free)) if free else None,
         measures={name: _estimate(name, found[name]) for name in ordered},
-        constant=_guess(rows, guesses.constant([q for _, q in questions])),
-        depth_only=_guess(rows, guesses.depth_only(questions, labels)),
+        constant=_guess(rows, baselines.constant([q for _, q in questions])),
+        depth_only=_guess(rows, baselines.depth_only(questions, labels)),
     )
 
 

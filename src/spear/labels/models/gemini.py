@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError, TemporaryError
+from spear.errors import SpearError, RetryableError
 from spear.labels.models.gemini_answer import PROMPT, SCHEMA, VOCABULARY, Unusable, answer_text, parse
 from spear.labels.models.protocols import Detection
 from spear.labels.models.remote import PRICES_READ, AnswerCache, Pace, Usage, advised_wait, backoff, price
@@ -48,7 +48,7 @@ class GeminiDetector:
     as long as the service asks or with exponential backoff; an unusable answer is asked for once more. An
     image that is refused or stays unanswered is a `SpearError` of its own. What would fail for every image
     (key, model, daily quota, no network) makes no further requests: every following image fails at once, with
-    the same message. These failures, and images that stay unanswered, are a `TemporaryError`: later the
+    the same message. These failures, and images that stay unanswered, are a `RetryableError`: later the
     images may go well.
 
     Answers are kept by image, prompt and settings, so that a repeated run costs nothing, and a failure in a
@@ -195,7 +195,7 @@ class GeminiDetector:
         where, reason, unusable = frame.source or "image", "", 0
         for attempt in range(self.attempts):
             if self._fatal is not None:
-                raise TemporaryError(self._fatal)
+                raise RetryableError(self._fatal)
             self._pace.wait()
             wait = backoff(attempt, self.first_wait, self.longest_wait)
             try:
@@ -224,7 +224,7 @@ class GeminiDetector:
                 time.sleep(wait)
         if not self._reached:
             raise self._stop(f"cannot reach the service ({reason}): check the network, then label again")
-        raise TemporaryError(
+        raise RetryableError(
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
         )
 
@@ -250,9 +250,9 @@ class GeminiDetector:
         self._pace.hold(advised)
         return advised
 
-    def _stop(self, message: str) -> TemporaryError:
+    def _stop(self, message: str) -> RetryableError:
         self._fatal = f"Gemini, {self.model}: {message}"
-        return TemporaryError(self._fatal)
+        return RetryableError(self._fatal)
 
     def _count(self, tokens: Any = None) -> None:
         with self._lock:

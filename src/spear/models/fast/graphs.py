@@ -18,7 +18,7 @@ choice)."""
 _WARM_UPS = 3
 
 
-class Replay:
+class CudaGraphCache:
     """Runs functions of named tensors on a GPU as CUDA graphs. Safe to use from several threads.
 
     A function must launch the same work whatever is in its tensors: it may not look at their values.

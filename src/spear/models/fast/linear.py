@@ -64,7 +64,7 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_linear(model: nn.Module) -> None:
     """Make every linear layer in `model` a `FastLinear`, in place: the same weights under the same names."""
     for module in model.modules():
         if type(module) is nn.Linear:

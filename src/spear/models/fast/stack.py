@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spear.models.fast.graphs import Replay
+from spear.models.fast.graphs import CudaGraphCache
 from spear.models.fast.linear import Fused
 from spear.models.fast.prepared import Prepared
 from spear.models.gemma import Gemma, Gemma2
@@ -108,7 +108,7 @@ class Stack:
             # variants.
             limits: Any = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 32)
-        self.replay = Replay()
+        self.replay = CudaGraphCache()
 
     def memory(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> Memory:
         """Room for so many tokens."""

@@ -10,7 +10,7 @@ import torch
 
 from spear.data.images import JITTER_DRAWS, jitter
 from spear.labels.fit import rle
-from spear.models.patch_classification import CELLS, PatchNaming
+from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, fit_image, window
 from spear.train.optimize import Batch
 from spear.types import Array, LabeledImage
@@ -21,7 +21,7 @@ LEAST = 0.01
 
 
 class NamingTask:
-    """Batches of labelled images with what each patch shows, and the loss of `PatchNaming`.
+    """Batches of labelled images with what each patch shows, and the loss of `PatchClassification`.
 
     labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every
             fourth batch is of the wrist camera when there is one.
@@ -29,7 +29,7 @@ class NamingTask:
 
     def __init__(
         self,
-        model: PatchNaming,
+        model: PatchClassification,
         processor: Processor,
         names: Sequence[str],
         labels: Mapping[str, Sequence[LabeledImage]],
@@ -44,7 +44,7 @@ class NamingTask:
         }
 
     def batch(self, step: int) -> Batch:
-        """Arguments of `PatchNaming.forward`."""
+        """Arguments of `PatchClassification.forward`."""
         rng = np.random.default_rng((self.seed, 2, step))
         view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
         rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
@@ -76,7 +76,7 @@ def _targets(
     label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
 ) -> tuple[bytes, Array, Array, Array, Array]:
     """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
-    largest [P] bool of `PatchNaming.forward`, for the image fitted to `size` (width, height)."""
+    largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
     rows, columns = size[1] // patch, size[0] // patch
     left, top, across, _ = window((label.width, label.height), size)
     side = patch // CELLS
