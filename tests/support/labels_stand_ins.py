@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError, RetryableError
+from spear.errors import RetryableError, SpearError
 from spear.labels.engine import Graph, run_local
 from spear.labels.fit.camera import unproject
 from spear.labels.inputs import Item, find

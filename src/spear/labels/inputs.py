@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import SpearError, RetryableError
+from spear.errors import RetryableError, SpearError
 from spear.labels.images import load_image
 from spear.labels.pipeline import Work, admit
 from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos

@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from spear.errors import SpearError, RetryableError
+from spear.errors import RetryableError, SpearError
 from spear.labels.fit.points import noise_level, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter

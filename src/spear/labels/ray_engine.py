@@ -1,6 +1,6 @@
 """The Ray engine: the stages of the local one as a streaming Ray Data pipeline, on one machine or a cluster.
 
-read → detect → segment → locate → finish. The three networks are agents that keep their component; reading
+read → detect → segment → locate → finish. The three networks are actors that keep their component; reading
 and finishing are tasks. Batches come back in order, and this process writes them. On a cluster, inputs must
 be at the same paths on every node.
 """
@@ -97,7 +97,7 @@ def _apply(call: Callable[[Any], Any], row: Row) -> Row:
 
 
 class _Network:
-    """An agent with a component, made when the first batch comes, through which batches go."""
+    """An actor with a component, made when the first batch comes, through which batches go."""
 
     def __init__(self, make: Callable[[], Any], stage: Callable[[list[Work], Any], None]) -> None:
         self.make, self.stage = make, stage

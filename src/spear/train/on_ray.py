@@ -1,6 +1,6 @@
 """`torchrun` on the nodes of a Ray cluster: python -m spear.train.on_ray --nodes 4 --gpus 8 -- COMMAND …
 
-The driver of the job that `spear train … --launch ray` submits. Ray chooses the nodes; on each, one agent
+The driver of the job that `spear train … --launch ray` submits. Ray chooses the nodes; on each, one actor
 starts `torchrun` with a process per GPU. When a process fails or a node is lost, all are stopped and started
 again, on the nodes that there are then; the command is expected to continue where it was.
 """
@@ -92,9 +92,9 @@ def _attempt(ray: Any, command: Sequence[str], nodes: int, gpus: int, folder: st
     where = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(nodes)]
     # Two calls at once: one waits for the processes, the other may stop them.
     options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 2}
-    agents = [ray.remote(_Node).options(**options, scheduling_strategy=place).remote() for place in where]
+    actors = [ray.remote(_Node).options(**options, scheduling_strategy=place).remote() for place in where]
     try:
-        endpoint = ray.get(agents[0].address.remote())
+        endpoint = ray.get(actors[0].address.remote())
         words = [
             f"--nnodes={nodes}",
             f"--nproc-per-node={max(gpus, 1)}",
@@ -107,7 +107,7 @@ def _attempt(ray: Any, command: Sequence[str], nodes: int, gpus: int, folder: st
         holds = [f"--rdzv-conf=is_host={str(i == 0).lower()}" for i in range(nodes)]
         waiting = [
             each.run.remote([*words, hold, "--no-python", *command], folder)
-            for each, hold in zip(agents, holds, strict=True)
+            for each, hold in zip(actors, holds, strict=True)
         ]
         while waiting:
             done, waiting = ray.wait(waiting)
@@ -119,7 +119,7 @@ def _attempt(ray: Any, command: Sequence[str], nodes: int, gpus: int, folder: st
         print(f"a node was lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return 1
     finally:
-        for each in agents:
+        for each in actors:
             try:
                 ray.get(each.stop.remote(), timeout=2 * PATIENCE)
             except ray.exceptions.RayError:  # it went with its node

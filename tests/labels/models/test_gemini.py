@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
-from spear.errors import SpearError, RetryableError
+from spear.errors import RetryableError, SpearError
 from spear.labels.models.gemini import PROMPT, GeminiDetector
 from spear.labels.models.gemini_answer import Unusable, parse
 from spear.labels.models.ground_truth import GroundTruthPointMap

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.errors import SpearError, RetryableError
+from spear.errors import RetryableError, SpearError
 from spear.labels.models.gemini_answer import PROMPT, SCHEMA, VOCABULARY, Unusable, answer_text, parse
 from spear.labels.models.protocols import Detection
 from spear.labels.models.remote import PRICES_READ, AnswerCache, Pace, Usage, advised_wait, backoff, price
