@@ -1,22 +1,28 @@
-# make demo   sets up .venv and does the main job: one HTML page, images -> 3D -> actions
-# make test   sets up .venv and passes everything
+# make demo        sets up .venv with what a demo needs and does the main job: one HTML page, images -> 3D -> actions
+# make test        sets up .venv with everything and passes linter, type checker and tests
+# make test-avx2   the tests that compute, once more as an older processor would
+# make docs        builds the documentation as a site with search: site/index.html
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 OUT ?= runs/demo
 
-.PHONY: demo test setup lint types pytest clean
+.PHONY: demo test test-avx2 docs setup lint types pytest clean
 
-demo: setup
+demo: $(VENV)/.ready-demo
 	$(BIN)/spear demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: setup lint types pytest
 
-setup: $(VENV)/.ready
+docs: $(VENV)/.ready-docs
+	$(BIN)/mkdocs build --strict
 
-$(VENV)/.ready: pyproject.toml scripts/setup.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh
+setup: $(VENV)/.ready-dev
+
+# .ready-NAME: the extra NAME of pyproject.toml is installed.
+$(VENV)/.ready-%: pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh $*
 	touch $@
 
 lint:
@@ -26,7 +32,12 @@ types:
 	$(BIN)/mypy
 
 pytest:
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+# The networks, the losses and the memory plan on other instructions than this processor's newest.
+test-avx2: setup
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	    $(BIN)/python -m pytest -n 2 tests/models tests/train/test_memory.py tests/test_flow.py tests/test_geometry.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

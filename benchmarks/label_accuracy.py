@@ -1,6 +1,6 @@
 """How true the labeller's boxes are, against the simulator's, and against plain Open3D oriented boxes.
 
-    pip install "spear[dev]"    # Open3D, which also needs the system's libusb-1.0
+    pip install "spear-vla[dev]"    # Open3D, which also needs the system's libusb-1.0
     python benchmarks/label_accuracy.py
 
 The first table has exact masks and depth, and the direction of gravity. The second has neither gravity nor,

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Sets up the virtual environment, once: `make` runs this when .venv is missing or pyproject.toml changed.
+# Sets up the virtual environment: scripts/setup.sh [EXTRA]. EXTRA is one of pyproject.toml's: demo, dev (default), docs.
+# `make` runs this when .venv is missing or pyproject.toml has changed.
 set -eu
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
+EXTRA=${1:-dev}
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "setup: Python 3.11 or newer is needed, found $("$PYTHON" --version 2>&1): run make PYTHON=/path/to/python3.11" >&2
@@ -14,9 +16,10 @@ VENV=${VENV:-.venv}
 }
 # PyTorch first and pinned: later resolution then keeps the build that is there (a CPU build where one is configured).
 "$VENV/bin/python" -c 'import torch' 2>/dev/null || "$VENV/bin/pip" install --quiet torch==2.13.0
-"$VENV/bin/pip" install --quiet --editable '.[dev]'
+"$VENV/bin/pip" install --quiet --editable ".[$EXTRA]"
 
-# Rendering without a screen needs EGL from the system.
+# Rendering without a screen needs EGL from the system. The documentation renders nothing.
+[ "$EXTRA" = docs ] && exit 0
 if ! MUJOCO_GL=egl "$VENV/bin/python" -c 'import mujoco; mujoco.GLContext(16, 16).make_current()' 2>/dev/null; then
     packages="libegl1 libgl1 libgl1-mesa-dri"
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -136,7 +136,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate"))]:
         monkeypatch.delitem(sys.modules, name)
-    assert "pip install 'spear[sim]'" in fails(capsys, "evaluate", "--policy", "expert", "--scenes", "1")
+    assert "pip install 'spear-vla[sim]'" in fails(capsys, "evaluate", "--policy", "expert", "--scenes", "1")
 
 
 def test_interrupting_leaves_with_130(

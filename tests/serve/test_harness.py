@@ -22,7 +22,7 @@ from spear.cli import main
 from spear.errors import SpearError
 from spear.serve.service import Service
 
-pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'spear[vla-eval]'")
+pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'spear-vla[vla-eval]'")
 
 ROBOT = embodiments.load("maniskill2_widowx")
 

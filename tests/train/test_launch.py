@@ -208,4 +208,4 @@ def test_ray_is_named_when_it_is_missing(
 
     monkeypatch.setitem(sys.modules, "ray", None)
     assert on_ray.main(["--nodes", "1", "--gpus", "1", "--", "true"]) == 2
-    assert 'pip install "spear[ray]"' in capsys.readouterr().err
+    assert 'pip install "spear-vla[ray]"' in capsys.readouterr().err

@@ -109,7 +109,7 @@ def _run(argv: Sequence[str] | None) -> int:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        hint = f"run pip install 'spear[{extra}]'"
+        hint = f"run pip install 'spear-vla[{extra}]'"
         print(f"error: this command needs {error.name}, which is not installed: {hint}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough

@@ -30,7 +30,7 @@ def evaluate_simpler(
 ) -> None:
     """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
 
-    Needs pip install 'spear[simpler]', ManiSkill's assets and a Vulkan driver: see docs/simpler.md. Prints
+    Needs pip install 'spear-vla[simpler]', ManiSkill's assets and a Vulkan driver: see docs/simpler.md. Prints
     success per task with 95 % intervals beside the paper's numbers; writes OUT/results.json and films. The
     same command continues an evaluation that was stopped.
 

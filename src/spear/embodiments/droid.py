@@ -105,7 +105,7 @@ def _kinematics() -> Any:
         from spear.sim.control import kinematics
     except ModuleNotFoundError as error:
         raise SpearError(
-            f'droid: {error.name} is not installed: run pip install "spear[sim]", whose kinematics it needs'
+            f'droid: {error.name} is not installed: run pip install "spear-vla[sim]", whose kinematics it needs'
         ) from error
     return kinematics()
 

@@ -53,7 +53,7 @@ def check() -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise SpearError("films need PyAV: it is not installed: run pip install 'spear[report]'") from None
+        raise SpearError("films need PyAV: it is not installed: run pip install 'spear-vla[report]'") from None
 
 
 def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 1.0) -> tuple[bytes, str]:

@@ -202,7 +202,7 @@ def _read(path: Path) -> Array:
     try:
         import h5py
     except ImportError as error:
-        raise SpearError('Hypersim needs h5py: pip install "spear[label]"') from error
+        raise SpearError('Hypersim needs h5py: pip install "spear-vla[label]"') from error
     try:
         with h5py.File(path, "r") as file:
             dataset: Any = file["dataset"]

@@ -51,7 +51,7 @@ def run_ray(
     try:
         import ray
     except ImportError as error:
-        raise SpearError('the ray engine needs Ray Data: pip install "spear[ray]"') from error
+        raise SpearError('the ray engine needs Ray Data: pip install "spear-vla[ray]"') from error
     rows = [{"data": pickle.dumps(list(batch))} for batch in batches]
     if not rows:
         return

@@ -114,7 +114,7 @@ def _open(path: str) -> Any:
     try:
         import av
     except ImportError as error:
-        raise SpearError(f'{path}: videos need PyAV: pip install "spear[label]"') from error
+        raise SpearError(f'{path}: videos need PyAV: pip install "spear-vla[label]"') from error
     try:
         container = av.open(path)
     except (av.FFmpegError, OSError) as error:

@@ -32,7 +32,7 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
     try:
         import rerun as rr
     except ImportError as error:
-        raise SpearError('the Rerun viewer needs rerun-sdk: pip install "spear[view]"') from error
+        raise SpearError('the Rerun viewer needs rerun-sdk: pip install "spear-vla[view]"') from error
     stream = rr.RecordingStream("spear labels")
     try:
         stream.save(out)

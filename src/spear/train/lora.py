@@ -67,5 +67,5 @@ def _config(rank: int, alpha: float) -> LoraConfig:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise SpearError('LoRA needs PEFT, which is not installed: run pip install "spear[lora]"') from error
+        raise SpearError('LoRA needs PEFT, which is not installed: run pip install "spear-vla[lora]"') from error
     return LoraConfig(r=int(rank), lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def run(command: Sequence[str], nodes: int, gpus: int, restarts: int = 10, folde
     try:
         import ray
     except ImportError as error:
-        raise SpearError('launching on Ray needs Ray: pip install "spear[ray]"') from error
+        raise SpearError('launching on Ray needs Ray: pip install "spear-vla[ray]"') from error
     begun = not ray.is_initialized()
     if begun:
         ray.init(log_to_driver=True)

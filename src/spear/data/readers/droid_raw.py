@@ -137,7 +137,7 @@ def _read_h5(path: Path) -> dict[str, Any]:
     try:
         import h5py
     except ImportError:
-        raise SpearError("raw DROID needs h5py, which is not installed: pip install 'spear[data]'") from None
+        raise SpearError("raw DROID needs h5py, which is not installed: pip install 'spear-vla[data]'") from None
 
     def arrays(group: Any) -> dict[str, Any]:
         return {

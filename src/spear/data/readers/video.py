@@ -131,6 +131,6 @@ def _av() -> Any:
         import av
         import av.logging
     except ImportError:
-        raise SpearError("videos need PyAV, which is not installed: pip install 'spear[data]'") from None
+        raise SpearError("videos need PyAV, which is not installed: pip install 'spear-vla[data]'") from None
     av.logging.set_level(av.logging.ERROR)
     return av

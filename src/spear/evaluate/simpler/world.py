@@ -72,7 +72,7 @@ def check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("mani_skill") is None:
-        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear[simpler]'")
+        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
 
 
 class SimplerWorld:

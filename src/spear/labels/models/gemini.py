@@ -110,7 +110,7 @@ class GeminiDetector:
         try:
             genai = importlib.import_module("google.genai")
         except ImportError as error:
-            raise SpearError('Gemini needs google-genai: pip install "spear[label]"') from error
+            raise SpearError('Gemini needs google-genai: pip install "spear-vla[label]"') from error
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         if key is None:
             raise SpearError(f"Gemini: no key: set {KEYS[0]} (get one at https://aistudio.google.com/apikey)")
