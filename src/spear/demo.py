@@ -19,7 +19,7 @@ from spear.evaluate.agents import NOTHING, Agent, ConstantActor, ExpertActor, Po
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.held_out import held_out_frames
+from spear.evaluate.vqa.images import held_out_frames
 from spear.labels.fit.accuracy import compare
 from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate

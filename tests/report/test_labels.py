@@ -18,8 +18,8 @@ from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
-from spear.labels.store import LabelStore, write_shards
-from spear.report.labels import choose, label_page
+from spear.labels.store import LabelStore, choose, write_shards
+from spear.report.labels import label_page
 from spear.report.rerun import write_rerun
 from spear.tokens import CoordinateTokenizer
 from spear.types import Frame, LabeledImage

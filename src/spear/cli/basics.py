@@ -59,7 +59,10 @@ def ask(
     answer = asking.ask(bundle, picture, question, family, decode)
     print(asking.words(answer, picture))
     if draw:
-        write_bytes(draw, encode_picture(asking.draw(answer, picture), str(draw)))
+        from spear.report.drawing import draw_answer
+
+        drawn = draw_answer(answer.segments, picture.image, picture.intrinsics)
+        write_bytes(draw, encode_picture(drawn, str(draw)))
 
 
 def record(

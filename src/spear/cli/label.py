@@ -232,8 +232,8 @@ def show(
             here.
         rerun: Also write the images, boxes and point clouds to this file, for the Rerun viewer.
     """
-    from spear.labels.store import LabelStore
-    from spear.report.labels import choose, label_page
+    from spear.labels.store import LabelStore, choose
+    from spear.report.labels import label_page
 
     at_least(1, images=images)
     folder = _shards(labels)

@@ -160,6 +160,12 @@ class LabelStore:
         return {**self.__dict__, "_files": {}, "_cache": OrderedDict()}
 
 
+def choose(store: LabelStore, images: int) -> list[LabeledImage]:
+    """At most `images` labels, spread evenly over a store."""
+    shown = min(images, len(store))
+    return [store[i * len(store) // shown] for i in range(shown)]
+
+
 def shards_in(path: str | Path) -> list[Path]:
     """The shards of a folder in order, or the one shard given."""
     path = Path(path)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from spear.errors import SpearError
 from spear.evaluate.vqa.measures import Segments, image_points, numbers
 from spear.labels.fit.box3d import EDGES
 from spear.labels.fit.camera import project
@@ -30,6 +31,25 @@ def where(answer: Segments, width: int, height: int, intrinsics: Array | None) -
         corners = values.reshape(-1, 3)
         return None if (corners[:, 2] <= 1e-3).any() else project(corners, intrinsics)
     return points if len(points) else None
+
+
+def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, scale: int = 3) -> Array:
+    """The image, `scale` times as large, with the answer's box or points: [scale·h, scale·w, 3] uint8.
+
+    Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
+    """
+    height, width = image.shape[:2]
+    in_3d = len(numbers(answer)) in (3, 24)
+    if in_3d and intrinsics is None:
+        raise SpearError(
+            "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
+            "object appear in the image (--family back_projection)"
+        )
+    points = where(answer, width, height, intrinsics)
+    if points is None:
+        wrong = "lies behind the camera" if in_3d else "has no box, point or image location"
+        raise SpearError(f"cannot draw: the answer {wrong}")
+    return mark(image, [(points, PREDICTION)], scale)
 
 
 def mark(image: Array, marks: Sequence[Mark], scale: int = 3) -> Array:

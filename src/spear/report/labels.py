@@ -16,7 +16,7 @@ from spear.labels.card import rejects
 from spear.labels.questions.generate import spoken, why_not_asked
 from spear.labels.questions.statistics import Histogram, Statistics, statistics, token_use
 from spear.labels.questions.store import ask, read_questions
-from spear.labels.store import LabelStore, read
+from spear.labels.store import read
 from spear.report.draw import draw_label
 from spear.report.page import Section, data_uri, page, paragraph, table
 from spear.tokens import CoordinateTokenizer
@@ -29,12 +29,6 @@ SHOWN_BINS = 64
 """Bars of the chart of token use; each stands for as many neighbouring tokens."""
 Asked = dict[str, list[Question]]
 """Source of an image → the questions about it."""
-
-
-def choose(store: LabelStore, images: int) -> list[LabeledImage]:
-    """So many labels, spread evenly over a store."""
-    shown = min(images, len(store))
-    return [store[i * len(store) // shown] for i in range(shown)]
 
 
 def label_page(

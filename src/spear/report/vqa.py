@@ -7,22 +7,18 @@ import dataclasses
 from collections.abc import Sequence
 from html import escape
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spear.evaluate.vqa.calibration import LEVELS
 from spear.evaluate.vqa.measures import MEASURES
-from spear.evaluate.vqa.scores import Scores
+from spear.evaluate.vqa.scores import Asked, Scores
 from spear.labels.questions.generate import spoken
 from spear.report.drawing import PREDICTION, TRUTH, mark, where
 from spear.report.page import Section, data_uri, grid, page, paragraph, table
 from spear.report.plot import Line, plot
 from spear.types import Array
 from spear.util.images import decode_image, encode_jpeg
-
-if TYPE_CHECKING:
-    from spear.evaluate.vqa.run import Asked
 
 WIDTH = 576
 """Pixels across of a drawing, at least."""

@@ -142,7 +142,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "data/robots/widowx").mkdir(parents=True)
     assert check_assets(None) == tmp_path
     monkeypatch.setitem(sys.modules, "mani_skill", None)
-    with pytest.raises(SpearError, match=r"pip install 'spear\[simpler\]'"):
+    with pytest.raises(SpearError, match=r"pip install 'spear-vla\[simpler\]'"):
         check_installed()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.held_out import held_out_labels
+from spear.evaluate.vqa.images import held_out_labels
 from spear.policy import SHIPPED, Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES

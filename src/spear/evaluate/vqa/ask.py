@@ -1,17 +1,16 @@
-"""One question about one image, for people: an answer in words and numbers, and a drawing of it."""
+"""One question about one image, for people: an answer in words and numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from spear.errors import SpearError, unknown_name
-from spear.evaluate.vqa.held_out import held_out_frames
+from spear.evaluate.vqa.images import held_out_frames
 from spear.evaluate.vqa.measures import numbers
 from spear.labels.images import load_image
 from spear.labels.questions.generate import FAMILIES
 from spear.models.readout import Decode
 from spear.policy import Answer, VlmBundle
-from spear.report.drawing import PREDICTION, mark, where
 from spear.sim.render import Size
 from spear.types import Array, Pixel
 
@@ -69,25 +68,6 @@ def words(answer: Answer, picture: Picture) -> str:
         else:
             parts.append(f"{segment:.3f} {unit}" if isinstance(segment, float) else segment.strip())
     return " ".join(parts) or "(no answer)"
-
-
-def draw(answer: Answer, picture: Picture, scale: int = 3) -> Array:
-    """The image, `scale` times as large, with the answer's box or points: [scale·h, scale·w, 3] uint8.
-
-    Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
-    """
-    height, width = picture.image.shape[:2]
-    in_3d = len(numbers(answer.segments)) in (3, 24)
-    if in_3d and picture.intrinsics is None:
-        raise SpearError(
-            "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
-            "object appear in the image (--family back_projection)"
-        )
-    points = where(answer.segments, width, height, picture.intrinsics)
-    if points is None:
-        wrong = "lies behind the camera" if in_3d else "has no box, point or image location"
-        raise SpearError(f"cannot draw: the answer {wrong}")
-    return mark(picture.image, [(points, PREDICTION)], scale)
 
 
 def _point(v: Array) -> str:

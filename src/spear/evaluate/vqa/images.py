@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from spear.errors import SpearError, unknown_name
-from spear.labels.store import LabelStore
+from spear.labels.scenes import label_frames
+from spear.labels.store import LabelStore, choose
 from spear.models.processing import Processor
-from spear.report.labels import choose
-from spear.types import LabeledImage
+from spear.sim.frames import clutter_frame
+from spear.sim.render import Renderer, Size
+from spear.sim.scene import TRAIN_SEED
+from spear.types import Frame, LabeledImage
 
 
 def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:
@@ -28,8 +32,6 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     if view not in processor.image_sizes:
         raise unknown_name("view", view, processor.image_sizes)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
-        from spear.evaluate.vqa.held_out import held_out_labels
-
         seed = where.partition(":")[2] or "0"
         if not seed.isdecimal():
             raise SpearError(f"questions {where!r}: write sim:SEED with a number, for example sim:100")
@@ -48,3 +50,23 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
             "images with a point map of that unit, or ask another model"
         )
     return labels
+
+
+def held_out_frames(scenes: int, first_seed: int, size: Size, camera: str = "external") -> Iterator[Frame]:
+    """Scenes first_seed, first_seed + 1, … as seen by a camera of `size` (width, height), with their truth.
+
+    Raises SpearError for seeds that training uses (10,000 and above).
+    """
+    if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:
+        raise SpearError(
+            f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "
+            "choose --scenes and --first-seed within them"
+        )
+    renderer = Renderer()
+    for seed in range(first_seed, first_seed + scenes):
+        yield clutter_frame(seed, camera, size, renderer)
+
+
+def held_out_labels(scenes: int, first_seed: int, size: Size, camera: str = "external") -> list[LabeledImage]:
+    """The same scenes with 3D labels."""
+    return list(label_frames(held_out_frames(scenes, first_seed, size, camera)))

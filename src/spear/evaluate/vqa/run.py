@@ -8,17 +8,15 @@ bins in three ways (`models.readout`): those of one way are scored, the others a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.evaluate.vqa.calibration import Certainty
-from spear.evaluate.vqa.measures import Segments, grammatical, measure, numbers, scales
-from spear.evaluate.vqa.scores import Scores, summarize
+from spear.evaluate.vqa.measures import Segments, grammatical, numbers, scales
+from spear.evaluate.vqa.scores import Asked, Scores, summarize
 from spear.labels.questions.generate import FAMILIES, generate
 from spear.models.readout import DECODES, Decode, Distribution, with_numbers
 from spear.types import Array, LabeledImage, Question
@@ -53,46 +51,6 @@ class Answerer(Protocol):
         distributions  also what it held possible for each number.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question about a labelled image, number `image` of those that were asked about, and the answer.
-
-    readings   the answer, as each way of reading its numbers has it; "mode" alone where the model did not say
-               what it held possible.
-    decode     the reading that is scored.
-    certainty  how sure it was of its numbers, and whether rightly; None where it did not say, for answers
-               without numbers and for those with the wrong grammar.
-    """
-
-    image: int
-    label: LabeledImage = field(repr=False)
-    question: Question
-    readings: Mapping[Decode, Segments]
-    decode: Decode = "mode"
-    certainty: Certainty | None = None
-
-    @property
-    def answer(self) -> Segments:
-        """The reading that is scored."""
-        return self.readings[self.decode]
-
-    @property
-    def grammatical(self) -> bool:
-        """Whether the answer has as many numbers and image points as the truth."""
-        return grammatical(self.question, self.answer)
-
-    @cached_property
-    def measures(self) -> dict[str, float]:
-        """See `evaluate.measures`."""
-        return measure(self.question, self.answer, self.label)
-
-    def error_read(self, decode: Decode) -> float | None:
-        """The relative error of one reading; None where the grammar is wrong."""
-        if decode == self.decode:
-            return self.measures.get("relative")
-        return measure(self.question, self.readings[decode], self.label).get("relative")
 
 
 def evaluate(

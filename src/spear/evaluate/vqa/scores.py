@@ -5,24 +5,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spear.evaluate.stats import Estimate, bootstrap, wilson
-from spear.evaluate.vqa import baselines as baselines
-from spear.evaluate.vqa.calibration import Calibration, by_image, calibrate
-from spear.evaluate.vqa.measures import MEASURES, Segments, measure
+from spear.evaluate.vqa import baselines
+from spear.evaluate.vqa.calibration import Calibration, Certainty, by_image, calibrate
+from spear.evaluate.vqa.measures import MEASURES, Segments, grammatical, measure
 from spear.models.readout import DECODES, Decode
-from spear.types import LabeledImage, Unit
+from spear.types import LabeledImage, Question, Unit
 from spear.util.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from spear.evaluate.vqa.run import Asked
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a labelled image, number `image` of those that were asked about, and the answer.
+
+    readings   the answer, as each way of reading its numbers has it; "mode" alone where the model did not say
+               what it held possible.
+    decode     the reading that is scored.
+    certainty  how sure it was of its numbers, and whether rightly; None where it did not say, for answers
+               without numbers and for those with the wrong grammar.
+    """
+
+    image: int
+    label: LabeledImage = field(repr=False)
+    question: Question
+    readings: Mapping[Decode, Segments]
+    decode: Decode = "mode"
+    certainty: Certainty | None = None
+
+    @property
+    def answer(self) -> Segments:
+        """The reading that is scored."""
+        return self.readings[self.decode]
+
+    @property
+    def grammatical(self) -> bool:
+        """Whether the answer has as many numbers and image points as the truth."""
+        return grammatical(self.question, self.answer)
+
+    @cached_property
+    def measures(self) -> dict[str, float]:
+        """See `evaluate.measures`."""
+        return measure(self.question, self.answer, self.label)
+
+    def error_read(self, decode: Decode) -> float | None:
+        """The relative error of one reading; None where the grammar is wrong."""
+        if decode == self.decode:
+            return self.measures.get("relative")
+        return measure(self.question, self.readings[decode], self.label).get("relative")
 
 
 @dataclass(frozen=True)
