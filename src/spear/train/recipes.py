@@ -249,7 +249,7 @@ RECIPES: dict[str, Recipe] = {
             _NANO_VLA,
             name="nano-vla-no-3d",
             description="The comparison: as nano-vla, without 3D before it or beside it, at equal compute.",
-            # As many operations as everything that has 3D takes (benchmarks/train_flops.py).
+            # As many operations as everything that has 3D takes (benchmarks/train/flops.py).
             optimization=dataclasses.replace(
                 _NANO_VLA.optimization, steps=14_000, frozen=("vlm.vision_tower.embeddings",)
             ),

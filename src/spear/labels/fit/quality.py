@@ -14,7 +14,7 @@ from spear.types import Array, Box3D
 @dataclass(frozen=True)
 class QualityBar:
     """The least good object that 3D questions are asked about (all our choice, from
-    benchmarks/label_accuracy.py).
+    benchmarks/labels/accuracy.py).
 
     visible    at least this fraction of its outline is its own. Below 0.7 the median error of the centre is
                three times that of the others.

@@ -40,7 +40,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     processors leaves half of the vector units idle. Measured there, one thread, against PyTorch's own: 2.1
     times as fast for 560 rows and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6 times, packed 5 times
     (bfloat16: 1.2, 2.3). On Intel's MKL is the faster one, but for packed weights that no cache holds:
-    `benchmarks/products.py`.
+    `benchmarks/models/products.py`.
     """
     if (
         not _ONEDNN

@@ -2,7 +2,7 @@
 
     spear label --scenes 64 --out runs/labels
     spear record --episodes 8 --out runs/episodes
-    python benchmarks/train_flops.py --labels runs/labels --episodes runs/episodes
+    python benchmarks/train/flops.py --labels runs/labels --episodes runs/episodes
 
 Counted by PyTorch (`FlopCounterMode`: matrix products, convolutions, attention) in whole training steps,
 forward and backward, on random weights; the mean of a few batches, whose texts differ in length. A count, so

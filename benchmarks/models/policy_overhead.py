@@ -3,7 +3,7 @@
 Both run on the same observation (two 640 x 480 cameras), one after the other, many times, on one thread.
 Processor time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.1.
 
-    python benchmarks/policy_overhead.py [POLICY] [RUNS]
+    python benchmarks/models/policy_overhead.py [POLICY] [RUNS]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Half an hour of mixed clients: well-behaved, malformed, coming and going, dying in the middle. Memory stays
 flat.
 
-    python benchmarks/serve_soak.py [SECONDS] [CHECKPOINT] [--quick]
+    python benchmarks/serve/soak.py [SECONDS] [POLICY] [--quick]
 
 Prints the server's memory and open files over time. Fails when memory grew by more than 2 % in the second
 half, when files stayed open, when a good client was not answered or when a malformed message was. --quick
@@ -20,7 +20,7 @@ import tyro
 from tyro.conf import Positional
 from websockets.asyncio.client import connect
 
-from serve_process import Server, server
+from process import Server, server
 from spear import embodiments
 from spear.serve import wire
 
@@ -76,19 +76,18 @@ async def load(served: Server, seconds: float) -> list[float]:
             await asyncio.sleep(seconds / 60)
             sizes.append(served.memory())
             print(
-                f"{max(0.0, until - time.monotonic()):6.0f} s left: {sizes[-1]:7.1f} MiB, {served.files()} files, "
+                f"{max(0.0, until - time.monotonic()):6.0f} s left: {sizes[-1]:7.1f} MiB, "
+                f"{served.files()} files, "
                 f"{dict(counts)}",
                 flush=True,
             )
     return sizes
 
 
-def main(
-    seconds: Positional[float] = 1800.0, checkpoint: Positional[str] = "nano", quick: bool = False
-) -> None:
+def main(seconds: Positional[float] = 1800.0, policy: Positional[str] = "nano", quick: bool = False) -> None:
     """Starts a server, loads it, judges its memory and its open files."""
     seconds = min(seconds, 6.0) if quick else seconds
-    with server(checkpoint) as served:
+    with server(policy) as served:
         files = served.files()
         sizes = asyncio.run(load(served, seconds))
         time.sleep(1)  # the last connections are closed by then

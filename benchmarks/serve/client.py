@@ -1,7 +1,6 @@
-"""Clients of benchmarks/serve.py, in a process of their own: N of them ask again and again until the time is
-over.
+"""Clients of benchmarks/serve/load.py, in a process of their own: N of them ask until the time is over.
 
-    python benchmarks/serve_bench_client.py URL CLIENTS SECONDS
+    python benchmarks/serve/client.py URL CLIENTS SECONDS
 
 Prints JSON: round trips and server times, milliseconds, and requests per second.
 """

@@ -1,4 +1,4 @@
-"""Made-up episodes for `benchmarks/loader.py`, and one batch after the other out of them in five ways."""
+"""Made-up episodes for `benchmarks/data/loader.py`, and batches of them in five ways."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ one buffer with one read-back, taking turns from the same states. Processor time
 together, so that other work on the machine does not count. The claim: at most 15 % over bare MuJoCo. Also
 printed: how fast demonstrations are recorded, by the clock.
 
-    python benchmarks/sim_speed.py [--scenes 12] [--width 192 --height 128 --wrist 96]
+    python benchmarks/sim/speed.py [--scenes 12] [--width 192 --height 128 --wrist 96]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Start-up of training on a mixture of the paper's size: 24 datasets, 45 million frames (goal: under 10 s).
 
-    python benchmarks/loader_index.py
+    python benchmarks/data/loader_index.py
 
 Writes the indices of such prepared datasets, with made-up numbers: everything that `spear data prepare`
 writes but the images (their files are as long as they would be, and empty: sparse). Then a fresh process

@@ -1,9 +1,8 @@
 """The loader's speed on two cores: ours ÷ bare JPEG decoding (goal 0.8), and ours ÷ other ways (goal 3 each).
 
-    python benchmarks/loader.py
-    python benchmarks/loader.py --tensorflow-python /path/to/venv/bin/python     # with tensorflow and pyarrow
-                                                                                 in it
-    python benchmarks/loader.py --memory-samples 100000                   # memory, instead of speed
+    python benchmarks/data/loader.py
+    python benchmarks/data/loader.py --tensorflow-python …/bin/python   # one with tensorflow and pyarrow
+    python benchmarks/data/loader.py --memory-samples 100000            # memory, instead of speed
 
 Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 480, 10 Hz as recorded, and as
 `spear data prepare` makes them for SPEAR-1, 280 x 210 and 112 x 112, 5 Hz. Two processes or threads each.
@@ -17,7 +16,7 @@ Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 
                      seeks in an open file and decodes from the key frame before it.
     video recorded   the recorded dataset as LeRobot writes it, frames made smaller after decoding.
     tf               tf.data over TFRecords of whole episodes with the prepared JPEGs
-                     (`benchmarks/loader_tf.py`).
+                     (`benchmarks/data/loader_tf.py`).
     tf recorded      the way of Octo and openpi: the same with the recorded JPEGs, made smaller after
                      decoding.
 
@@ -86,7 +85,8 @@ def make_data(root: Path, episodes: int, steps: int) -> None:
     frames = int(EpisodeStore(root / "prepared").lengths.sum())
     size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())
     print(
-        f"prepared {frames} steps of {episodes} episodes, two cameras each, {size / frames / 1024:.1f} KiB a step,"
+        f"prepared {frames} steps of {episodes} episodes, two cameras each, "
+        f"{size / frames / 1024:.1f} KiB a step,"
     )
     print(f"in {took:.1f} s: {frames / took:.0f} steps/s", flush=True)
 
@@ -166,7 +166,8 @@ def main(
     print(table(taken, "ours", GOALS))
     missing = "" if tensorflow_python else "; tf.data was left out (--tensorflow-python)"
     print(
-        f"medians (and ranges) of {rounds} rounds in turn, {seconds:g} s each; batches of {batch_size}{missing}"
+        f"medians (and ranges) of {rounds} rounds in turn, {seconds:g} s each; batches of "
+        f"{batch_size}{missing}"
     )
     print(f"all of it took {time.perf_counter() - begun:.0f} s")
 

@@ -1,8 +1,8 @@
 """Answers of 24 3D tokens (a box) per second: ours against Transformers' `generate` on the same random
 weights.
 
-    python benchmarks/vlm_decode.py --presets nano small
-    python benchmarks/vlm_decode.py --device cuda --presets spear1 --dtypes bfloat16
+    python benchmarks/models/vlm_decode.py --presets nano small
+    python benchmarks/models/vlm_decode.py --device cuda --presets spear1 --dtypes bfloat16
 
 PaliGemma on both sides, MoGe off, the preset's whole vocabulary, one square image and a prompt of 16 tokens,
 images included. Ours holds the answer to its form, so every token is one of the 1,024 3D tokens; `generate`

@@ -1,7 +1,7 @@
 """Memory that a conversion needs: the peak of the process, beside the size of the new weights.
 
-    python benchmarks/convert_memory.py
-    python benchmarks/convert_memory.py --sizes large full --dtypes bfloat16
+    python benchmarks/models/convert_memory.py
+    python benchmarks/models/convert_memory.py --sizes large full --dtypes bfloat16
 
 Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary folder,
 converts them in a process of their own, and prints how much more memory that process needed at its peak than

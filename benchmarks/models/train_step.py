@@ -1,8 +1,8 @@
 """A training step of the policy: ours against Transformers' π0, same geometry, same weights, same frozen
 parts.
 
-    python benchmarks/train_step.py --presets nano small
-    python benchmarks/train_step.py --device cuda --presets spear1 --dtype bfloat16 --batch-size 16
+    python benchmarks/models/train_step.py --presets nano small
+    python benchmarks/models/train_step.py --device cuda --presets spear1 --dtype bfloat16 --batch-size 16
 
 Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in float32, runs
 in turn. One flow sample per observation on both sides. MFU: 6 operations per learning weight and token (4
@@ -84,7 +84,8 @@ def main(
         torch.set_num_threads(threads)
     limit = machine(device, getattr(torch, dtype), processor_time)
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch {batch_size};"
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch "
+        f"{batch_size};"
     )
     print(f"peak {limit.peak / 1e12:.3f} T operations/s; milliseconds\n")
     names = ["preset", "frozen", "ours", "π0", "π0 / ours", "MFU of ours", "MFU of π0"]
@@ -108,7 +109,11 @@ def main(
                         time=time,  # noqa: B023
                     ).loss
                 ),
-                "π0": lambda: theirs(**given, actions=target, timestep=1 - time[:, 0]).loss.mean(),  # noqa: B023
+                "π0": lambda: theirs(  # noqa: B023
+                    **given,  # noqa: B023
+                    actions=target,  # noqa: B023
+                    timestep=1 - time[:, 0],  # noqa: B023
+                ).loss.mean(),
             }
             runs = {}
             for side, model in (("ours", ours), ("π0", theirs)):

@@ -1,6 +1,6 @@
 """Training speed: the loop with its data pipeline ÷ the bare network (goal: at least 0.95).
 
-    python benchmarks/train_loop.py --episodes runs/episodes --labels runs/labels
+    python benchmarks/train/loop.py --episodes runs/episodes --labels runs/labels
 
 Both sides do the same work on the same model: forward, backward, gradient clipping, optimiser step,
 averaging, on the same batches, whose prompts differ in length. The loop decodes, augments and tokenises them
@@ -93,10 +93,12 @@ def main(
     print("| | samples/s | |\n|---|---|---|")
     print(f"| bare network | {rate / statistics.median(bare):.1f} | |")
     print(
-        f"| training loop | {rate / statistics.median(whole):.1f} | waits for data {statistics.median(waited):.1%} |"
+        f"| training loop | {rate / statistics.median(whole):.1f} | waits for data "
+        f"{statistics.median(waited):.1%} |"
     )
     print(
-        f"| loop ÷ bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} … {max(ratios):.3f}, {rounds} rounds |"
+        f"| loop ÷ bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} … {max(ratios):.3f}, "
+        f"{rounds} rounds |"
     )
 
 

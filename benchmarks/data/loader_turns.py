@@ -154,7 +154,8 @@ def spread(values: Sequence[float]) -> str:
 def table(taken: Mapping[str, Sequence[Turn]], ours: str, goals: Mapping[str, str]) -> str:
     """A Markdown table: rates, costs, and the ratio of ours to each way, round by round."""
     lines = [
-        "| way | samples/s | processor ms per sample | ours ÷ it, samples/s | its ÷ our processor time | goal |",
+        "| way | samples/s | processor ms per sample | ours ÷ it, samples/s | its ÷ our processor "
+        "time | goal |",
         "|---|---|---|---|---|---|",
     ]
     for name, turns in taken.items():

@@ -7,7 +7,7 @@ that bad and good ones meet in a batch. After every hundred of a client, and aft
 limit, which ends its connection, a good observation must be answered, where it has a seed as at the start.
 The server is a process of its own, whose memory and open files are watched (Linux).
 
-    python benchmarks/serve_fuzz.py [FRAMES] [CHECKPOINT] [--embodiment NAME] [--seed N] [--quick]
+    python benchmarks/serve/fuzz.py [FRAMES] [POLICY] [--embodiment NAME] [--seed N] [--quick]
 
 --quick sends 320 frames only.
 """
@@ -27,7 +27,7 @@ from tyro.conf import Positional
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from serve_process import Server, server
+from process import Server, server
 from spear import embodiments
 from spear.embodiments import Embodiment
 from spear.errors import SpearError
@@ -44,11 +44,11 @@ GROWTH_MIB = 25.0
 """How much a server's memory may grow after the first tenth: less than 300 bytes per frame at 100,000 (our
 choice)."""
 WRONG: list[Any] = [
-    None, True, -1, 2**63, 0.5, float("nan"), "", "x", "x" * 5000, "x " * 450, b"", b"\0" * 99, [], [[1], [2, 3]], {},
-    {"a": {"b": []}}, np.zeros(0, np.float32), np.zeros((0, 0, 3), np.uint8), np.zeros((5, 3, 3), np.uint8),
+    None, True, -1, 2**63, 0.5, float("nan"), "", "x", "x" * 5000, "x " * 450, b"", b"\0" * 99, [], [[1], [2, 3]],
+    {}, {"a": {"b": []}}, np.zeros(0, np.float32), np.zeros((0, 0, 3), np.uint8), np.zeros((5, 3, 3), np.uint8),
     np.zeros((300, 20, 3), np.uint8), np.zeros((112, 112), np.uint8), np.zeros((112, 112, 4), np.uint8),
-    np.zeros((112, 112, 3), np.float32), np.zeros((3, 112, 112), np.uint8), np.full(8, np.nan), np.full(8, np.inf),
-    np.full(7, np.nan), np.full(8, 1e30), np.full(7, 1e30), np.zeros(7), np.zeros(8), np.zeros(8, np.int64),
+    np.zeros((112, 112, 3), np.float32), np.zeros((3, 112, 112), np.uint8), np.full(8, np.nan),
+    np.full(8, np.inf), np.full(7, np.nan), np.full(8, 1e30), np.full(7, 1e30), np.zeros(7), np.zeros(8), np.zeros(8, np.int64),
     np.zeros((1, 8)), np.zeros((1,) * 8), np.bool_(True), np.float16(0), np.uint8(3),
     np.zeros((4200, 600, 3), np.uint8),
 ]  # fmt: skip
@@ -224,7 +224,7 @@ async def run(served: Server, fuzz: Fuzz, seed: int, frames: int) -> list[float]
 
 def main(
     frames: Positional[int] = 100_000,
-    checkpoint: Positional[str] = "nano",
+    policy: Positional[str] = "nano",
     embodiment: str = "generic",
     seed: int = 0,
     quick: bool = False,
@@ -233,7 +233,7 @@ def main(
     frames = 320 if quick else CLIENTS * -(-frames // CLIENTS)
     fuzz = Fuzz(embodiments.load(embodiment))
     started = time.perf_counter()
-    with server(checkpoint, "--embodiment", embodiment) as served:
+    with server(policy, "--embodiment", embodiment) as served:
         files = served.files()
         sizes = asyncio.run(run(served, fuzz, seed, frames))
         time.sleep(1)  # the last connections are closed by then

@@ -5,7 +5,7 @@ latency counts in whole steps of 200 ms, rounded up. Every cell is a folder of `
 stopped at any moment, the same command goes on, more SCENES add to those that are there, and `spear evaluate
 compare` compares any two.
 
-    python benchmarks/latency_study.py [CHECKPOINT] [SCENES] [OUT] [--rows ROW …] [--quick]
+    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--quick]
 
 --rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side; without it
 whatever is missing is run, and the table printed. --quick tries the script on one scene of one family; its
@@ -60,7 +60,7 @@ def cell(
 
 
 def main(
-    checkpoint: Positional[str] = "nano",
+    policy: Positional[str] = "nano",
     scenes: Positional[int] = 100,
     out: Positional[Path] = Path("runs/latency"),
     rows: tuple[str, ...] = (),
@@ -70,7 +70,7 @@ def main(
     families = FAMILIES[:1] if quick else FAMILIES
     scenes = 1 if quick else scenes
     out = out / "quick" if quick else out
-    agent, sizes = load_agent(checkpoint)
+    agent, sizes = load_agent(policy)
     found: dict[tuple[str, int], Results] = {}
     for row in rows or ROWS:
         for latency in LATENCIES_MS:

@@ -1,6 +1,6 @@
 """Processor time of what is done with an image, in preparing and in loading: one core, no disk.
 
-python benchmarks/loader_parts.py photo.png
+python benchmarks/data/loader_parts.py photo.png
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096 of them.
 
-    python benchmarks/tokenizer_study.py quantise --labels runs/labels      # what rounding alone costs, at
-                                                                            once
-    python benchmarks/tokenizer_study.py commands --labels runs/labels      # prints what to train and
-                                                                            evaluate
-    python benchmarks/tokenizer_study.py table --out runs/tokenizer         # puts what they found side by
-                                                                            side
+    python benchmarks/train/tokenizer_study.py quantise --labels runs/labels    # what rounding alone costs
+    python benchmarks/train/tokenizer_study.py commands --labels runs/labels    # what to train and evaluate
+    python benchmarks/train/tokenizer_study.py table --out runs/tokenizer       # the results, side by side
 
 All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data and
 steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other counts. A command
@@ -58,10 +55,12 @@ def quantise(labels: Labels = Path("runs/labels/external"), images: int = 1000, 
     fitted = np.concatenate([q.values for some in asked[::2] for _, q in some])
     tested = [pair for some in asked[1::2] for pair in some]
     print(
-        f"{len(fitted):,} numbers fitted, {sum(len(q.values) for _, q in tested):,} tested, {len(found):,} images\n"
+        f"{len(fitted):,} numbers fitted, {sum(len(q.values) for _, q in tested):,} tested, "
+        f"{len(found):,} images\n"
     )
     print(
-        "| bins | 3D tokens | number, median | mean | 99 % below | point, median | of the distance | IoU of boxes "
+        "| bins | 3D tokens | number, median | mean | 99 % below | point, median | of the distance | "
+        "IoU of boxes "
         "| tokens used evenly | outside |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -131,7 +130,8 @@ def commands(
             )
         if not (two / "final").is_dir():
             print(
-                f"spear train nano-vlm-2 --labels {labels} --out {two} --init {one} --steps {steps} --set {smooth}"
+                f"spear train nano-vlm-2 --labels {labels} --out {two} --init {one} --steps {steps} "
+                f"--set {smooth}"
             )
         if not (out / name / "scores.json").is_file():
             print(f"spear evaluate vqa {two} sim --images {images} --out {out / name}")

@@ -1,6 +1,6 @@
 """Labelling: time per image with all that is not a network ÷ the networks alone (goal: at most 1.1).
 
-    python benchmarks/label_overhead.py
+    python benchmarks/labels/overhead.py
 
 Detector, segmenter and point map are stand-ins that keep a core busy for a fixed time per image and give back
 5 objects in images of 840×630. The one side only calls them, in batches of 8. The other labels a folder of
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import tyro
 
-from label_stand_ins import StandIn, photos
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import find, read
 from spear.labels.pipeline import detect, locate, segment
 from spear.labels.run import label_folder
+from stand_ins import StandIn, photos
 
 
 def main(

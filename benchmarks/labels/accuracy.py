@@ -1,7 +1,7 @@
 """How true the labeller's boxes are, against the simulator's, and against plain Open3D oriented boxes.
 
-    pip install "spear-vla[dev]"    # Open3D, which also needs the system's libusb-1.0
-    python benchmarks/label_accuracy.py
+    pip install -e ".[bench]"    # Open3D, which also needs the system's libusb-1.0
+    python benchmarks/labels/accuracy.py
 
 The first table has exact masks and depth, and the direction of gravity. The second has neither gravity nor,
 row by row, exact masks and depth, and compares the labeller with Open3D's two oriented boxes, given the same
@@ -192,7 +192,8 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
             frames = frames_of(camera, size)
             a = compare(list(label_frames(iter(frames))), frames)
             print(
-                f"| {camera} {size[0]}×{size[1]} | {a.n} | {1000 * a.center:.1f} mm | {1000 * a.vertex:.1f} mm "
+                f"| {camera} {size[0]}×{size[1]} | {a.n} | {1000 * a.center:.1f} mm | "
+                f"{1000 * a.vertex:.1f} mm "
                 f"| {a.iou:.2f} |"
             )
     if open3d:

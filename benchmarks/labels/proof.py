@@ -1,14 +1,14 @@
 """What estimated labels cost SPEAR-VLM: the same scenes, labelled from the truth and by the estimated path.
 
-    python benchmarks/label_proof.py make --scenes 13056 --out runs/proof    # prints what to run next
-    python benchmarks/label_proof.py table --out runs/proof
+    python benchmarks/labels/proof.py make --scenes 13056 --out runs/proof    # prints what to run next
+    python benchmarks/labels/proof.py table --out runs/proof
 
 `make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path is the
 pipeline that labels photographs, fed with stand-ins for its models, whose errors depend on the image alone:
 
     boxes   some objects are not found, the edges of the others are off by about a pixel
     masks   grown or shrunk by a pixel, the same all over an image
-    depth   blurred over outlines, noisy, bent, and of a scale that is off: see `label_accuracy.wrong_depth`
+    depth   blurred over outlines, noisy, bent, and of a scale that is off: see `accuracy.wrong_depth`
     gravity unknown, as in a photograph
 
 Names are true: a detector that mixes things up is not part of this. Labels are in metres, as MoGe-2 gives
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tyro.extras import SubcommandApp
 
-from label_accuracy import WrongMasks, wrong_depth
+from accuracy import WrongMasks, wrong_depth
 from spear.errors import SpearError
 from spear.labels.fit.accuracy import compare
 from spear.labels.fit.boxes2d import clip
@@ -141,7 +141,8 @@ def make(
         for arm in ARMS:
             a = compare(islice(read(out / arm / view), len(frames)), frames, BAR.visible)
             print(
-                f"| {arm} | {view} | {a.n} | {1000 * a.center:.1f} mm | {1000 * a.vertex:.1f} mm | {a.iou:.2f} "
+                f"| {arm} | {view} | {a.n} | {1000 * a.center:.1f} mm | {1000 * a.vertex:.1f} mm | "
+                f"{a.iou:.2f} "
                 f"| {a.missed} |"
             )
     print("\nspear train and evaluate, for each:")

@@ -1,7 +1,7 @@
 """The same numbers as Transformers' PaliGemma and π0 at the widths of each preset, and what bfloat16 changes.
 
-    python benchmarks/parity.py
-    python benchmarks/parity.py --presets small mid --layers 99      # whole; 12 GB
+    python benchmarks/models/parity.py
+    python benchmarks/models/parity.py --presets small mid --layers 99      # whole; 12 GB
 
 Random weights in float32, without MoGe, encoders with patch convolutions, a vocabulary of 2,048, and so many
 layers that it fits a laptop (printed). Differences are the largest over the largest value: "logits" of
@@ -95,7 +95,8 @@ def main(
         presets: widths. layers: at most so many per network; else as many as fit a laptop.
     """
     print(
-        "| widths of | layers SigLIP/Gemma | parameters | logits | velocity | actions | bf16 logits | bf16 velocity |"
+        "| widths of | layers SigLIP/Gemma | parameters | logits | velocity | actions | bf16 logits "
+        "| bf16 velocity |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in presets:

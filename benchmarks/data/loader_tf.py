@@ -1,4 +1,4 @@
-"""The rival of `benchmarks/loader.py`: robot episodes through tf.data, as Octo and openpi read RLDS.
+"""The rival of `benchmarks/data/loader.py`: robot episodes through tf.data, as Octo and openpi read RLDS.
 
     python loader_tf.py FOLDER BATCH_SIZE THREADS CAMERA=WIDTHxHEIGHT …
 

@@ -1,6 +1,6 @@
 """Labelling: peak memory at many images ÷ at few (goal: at most 1.1).
 
-    python benchmarks/label_memory.py
+    python benchmarks/labels/memory.py
 
 Labels folders of JPEG files with networks that cost nothing, in a process of its own, and adds up the peak
 resident memory of that process and of its workers.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import tyro
 
-from label_stand_ins import StandIn, photos
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import find
 from spear.labels.run import label_folder
+from stand_ins import StandIn, photos
 
 
 def main(few: int = 1000, many: int = 20_000, width: int = 420, height: int = 315, workers: int = 2) -> None:

@@ -5,7 +5,7 @@ Observations have a 280 x 210 and a 112 x 112 image. Overhead is round trip minu
 measured it: messages, sockets, queue and conversions; goal p50 <= 2 ms with one client. Batching is the
 throughput of 16 clients with batches of up to 16 against batches of 1; goal >= 3 (nano, two cores).
 
-    python benchmarks/serve.py [CHECKPOINT] [SECONDS] [OUT.json] [--quick]
+    python benchmarks/serve/load.py [POLICY] [SECONDS] [OUT.json] [--quick]
 
 --quick tries the script in seconds; its numbers say little.
 """
@@ -21,14 +21,14 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
-from serve_process import server
+from process import server
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def ask(url: str, clients: int, seconds: float) -> dict[str, Any]:
     """What so many clients measure, printed as a row of the table."""
-    script = Path(__file__).with_name("serve_bench_client.py")
+    script = Path(__file__).with_name("client.py")
     command = [sys.executable, str(script), url, str(clients), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -43,7 +43,7 @@ def ask(url: str, clients: int, seconds: float) -> dict[str, Any]:
 
 
 def main(
-    checkpoint: Positional[str] = "nano",
+    policy: Positional[str] = "nano",
     seconds: Positional[float] = 15.0,
     out: Positional[str | None] = None,
     quick: bool = False,
@@ -53,10 +53,10 @@ def main(
     seconds = min(seconds, 1.0) if quick else seconds
     print("| clients | p50 (ms) | p99 (ms) | requests/s | overhead p50 (ms) | requests |")
     print("|---|---|---|---|---|---|", flush=True)
-    with server(checkpoint, "--queue", "64") as served:
+    with server(policy, "--queue", "64") as served:
         rows = [ask(served.url, clients, seconds) for clients in counts]
     print("\nThe same without batching (--max-batch 1):\n")
-    with server(checkpoint, "--max-batch", "1") as served:
+    with server(policy, "--max-batch", "1") as served:
         single = ask(served.url, many, seconds)
     together = next(row for row in rows if row["clients"] == many)
     ratio = together["per_second"] / single["per_second"]

@@ -1,8 +1,8 @@
 """From images to actions: ours, Transformers' π0, openpi's, and the roofline, in one run on one machine.
 
-    python benchmarks/policy_latency.py --presets nano small --dtypes float32 bfloat16
-    python benchmarks/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --compiled
-    python benchmarks/policy_latency.py --openpi openpi-venv/bin/python
+    python benchmarks/models/policy_latency.py --presets nano small --dtypes float32 bfloat16
+    python benchmarks/models/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --compiled
+    python benchmarks/models/policy_latency.py --openpi openpi-venv/bin/python
 
 Everybody has the same geometry and random weights, 10 flow steps, square images, a prompt of 48 tokens; no
 MoGe, which π0 has not (`--moge` adds SPEAR-1 as it is, with MoGe and its own image sizes). "plain" is our
