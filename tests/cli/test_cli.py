@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spear.cli import COMMANDS, main
+from spear.cli import load as load_command
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -42,7 +43,7 @@ def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert f"    spear {name}" in said
-    if inspect.signature(COMMANDS[name]).parameters:
+    if inspect.signature(load_command(name)).parameters:
         assert "(required)" in said or "default" in said
 
 
@@ -161,5 +162,5 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch
         def full(error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setitem(COMMANDS, "data datasets", full)
+        monkeypatch.setattr("spear.cli.data.datasets", full)
         assert "the disk is full: free some space" in fails(capsys, "data", "datasets")

@@ -15,7 +15,7 @@ from spear.labels.scenes import label_scenes
 from spear.labels.store import LabelStore
 from spear.models.presets import preset
 from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
-from spear.util.fingerprint import add_files
+from spear.util.ledger import add_files
 
 SCENES = 13_056
 FIRST_SCENE = 200_000

@@ -1,49 +1,58 @@
-"""The command line: `spear COMMAND …`. Commands are functions whose docstrings are their help; what is heavy
-is imported inside them."""
+"""The command line: `spear COMMAND …`.
+
+A command is a function of one argument, a dataclass of options (`spear.util.options`); its docstring is its
+help. Only the module of the command that is asked for is imported, and what is heavy inside the function.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import os
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import tyro
-
 import spear
-from spear.cli.ablations import ABLATION_COMMANDS
-from spear.cli.basics import COMMANDS as BASIC_COMMANDS
-from spear.cli.convert import WEIGHT_COMMANDS
-from spear.cli.data import DATA_COMMANDS
-from spear.cli.evaluate import EVALUATE_COMMANDS
-from spear.cli.label import LABEL_COMMANDS
-from spear.cli.plan import PLAN_COMMANDS
-from spear.cli.serve import SERVE_COMMANDS
-from spear.cli.train import TRAIN_COMMANDS
-from spear.cli.vla_eval import HARNESS_COMMANDS
-from spear.cli.vqa import VQA_COMMANDS
 from spear.errors import Notice, SpearError, unknown_name
 from spear.util.files import FULL, FULL_DISK
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    **LABEL_COMMANDS,
-    **BASIC_COMMANDS,
-    **TRAIN_COMMANDS,
-    **EVALUATE_COMMANDS,
-    **VQA_COMMANDS,
-    **ABLATION_COMMANDS,
-    **SERVE_COMMANDS,
-    **HARNESS_COMMANDS,
-    **DATA_COMMANDS,
-    **WEIGHT_COMMANDS,
-    **PLAN_COMMANDS,
+COMMANDS: dict[str, str] = {
+    "label": "label:label",
+    "label show": "label:show",
+    "questions": "label:ask_about",
+    "ask": "basics:ask",
+    "record": "basics:record",
+    "demo": "basics:demo",
+    "train": "train:train",
+    "evaluate": "evaluate:evaluate",
+    "evaluate data": "evaluate:evaluate_data",
+    "evaluate simpler": "simpler:evaluate_simpler",
+    "evaluate compare": "evaluate:compare",
+    "evaluate merge": "evaluate:merge",
+    "evaluate reference": "evaluate:reference",
+    "evaluate vqa": "vqa:evaluate_vqa",
+    "evaluate ablations": "ablations:ablations",
+    "serve": "serve:serve",
+    "vla-eval": "vla_eval:vla_eval",
+    "data inspect": "data:inspect",
+    "data prepare": "data:prepare",
+    "data export": "data:export",
+    "data audit": "data:audit",
+    "data datasets": "data:datasets",
+    "convert backbones": "convert:convert_backbones",
+    "convert vlm": "convert:convert_vlm",
+    "convert policy": "convert:convert_policy",
+    "plan": "plan:plan",
 }
-"""Every command by its words, in the order of the help."""
+"""Every command by its words, in the order of the help: where it is, as FILE:FUNCTION of this folder."""
 
 ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it."
 
@@ -54,11 +63,13 @@ EXTRAS = {
     "google": "rlds",
     "peft": "lora",
     "tensorboard": "train",
-    "matplotlib": "report",
     "av": "report",
     "websockets": "serve",
     "msgpack": "serve",
+    "prometheus_client": "serve",
+    "pycocotools": "label",
     "vla_eval": "vla-eval",
+    "rerun": "view",
 }
 """Module that may be absent -> the extra of this package that brings it."""
 
@@ -72,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)  # each is given once already
         warnings.showwarning = functools.partial(_show, warnings.showwarning)
-        return _run(argv)
+        return _run(list(sys.argv[1:] if argv is None else argv))
 
 
 def _show(otherwise: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
@@ -83,35 +94,23 @@ def _show(otherwise: Callable[..., None], message: Warning | str, *where: Any, *
         otherwise(message, *where, **more)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    args = list(sys.argv[1:] if argv is None else argv)
+def _run(args: list[str]) -> int:
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(_overview(ABOUT, list(COMMANDS)))
-            return 0
-        if args[0] == "--version":
+        elif args[0] == "--version":
             print(spear.__version__)
-            return 0
-        if args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
+        elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
             print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
-            return 0
-        name = _command(args)
-        rest = args[len(name.split()) :]
-        command = COMMANDS[name]
-        _check_options(command, rest)
-        arguments = _parse(name, command, rest)
-        command(*arguments.args, **arguments.kwargs)
+        else:
+            name = _command(args)
+            function = load(name)
+            if options_of(function) is None and inspect.signature(function).parameters:
+                bound = _parse(name, function, args[len(name.split()) :])
+                function(*bound.args, **bound.kwargs)
+            else:
+                function(*_options(name, function, args[len(name.split()) :]))
         return 0
-    except SpearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").split(".")[0])
-        if extra is None:
-            raise
-        hint = f"run pip install 'spear-vla[{extra}]'"
-        print(f"error: this command needs {error.name}, which is not installed: {hint}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -119,15 +118,21 @@ def _run(argv: Sequence[str] | None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        line = _disk_error(error)
+        line = _one_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
 
 
-def _disk_error(error: Exception) -> str | None:
-    """The line for an error of reading or writing files; None for another one."""
+def _one_line(error: Exception) -> str | None:
+    """What to say of an error of the user's or of the machine; None for one of ours."""
+    if isinstance(error, SpearError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        hint = f"run pip install 'spear-vla[{extra}]'"
+        return f"this command needs {error.name}, which is not installed: {hint}" if extra else None
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
         return FULL_DISK if full else f"weights: {error}: check the file and the disk"
@@ -138,8 +143,31 @@ def _disk_error(error: Exception) -> str | None:
     return None if error.filename is None else f"{error.filename}: {error.strerror}: check the path"
 
 
+def load(name: str) -> Callable[..., None]:
+    """The function of a command."""
+    module, _, function = COMMANDS[name].partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(f"spear.cli.{module}"), function)
+    return found
+
+
+def options_of(function: Callable[..., None]) -> type | None:
+    """The dataclass of options that a command takes; None for a command without."""
+    if "options" not in inspect.signature(function).parameters:
+        return None
+    found: type = typing.get_type_hints(function)["options"]
+    return found
+
+
 def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> inspect.BoundArguments:
-    """The arguments of a command; tyro's complaint about them as one `SpearError` line."""
+    """The arguments of a command that has no dataclass of options yet."""
+    import tyro
+
+    known = ["help", *(p.replace("_", "-") for p in inspect.signature(command).parameters)]
+    for word in args:
+        if word.startswith("--"):
+            given = word[2:].partition("=")[0].replace("_", "-")
+            if given not in known:
+                raise unknown_name("option", f"--{given}", [f"--{k}" for k in known])
 
     @functools.wraps(command)
     def collect(*values: Any, **named: Any) -> inspect.BoundArguments:
@@ -152,11 +180,40 @@ def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> insp
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [line.strip(" │╭╮╰╯─") for line in complaint.getvalue().splitlines()]
+    raise _complaint(name, complaint.getvalue())
+
+
+def _options(name: str, function: Callable[..., None], args: Sequence[str]) -> list[Any]:
+    """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
+    import tyro
+
+    from spear.util.options import option_names
+
+    options = options_of(function)
+    known = ["--help", *(option_names(options) if options else ())]
+    for word in args:
+        if word.startswith("--") and (given := word.partition("=")[0].replace("_", "-")) not in known:
+            raise unknown_name("option", given, known)
+    target: Any = options or (lambda: None)
+    described = {"prog": f"spear {name}", "description": _description(name)}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
+        return [made] if options else []
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise _complaint(name, complaint.getvalue())
+
+
+def _complaint(name: str, text: str) -> SpearError:
+    """tyro's complaint about arguments, as one line."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
     more = f"spear {name} --help"
     said = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", more)))
     reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
-    raise SpearError(f"{reason}: see `{more}`")
+    return SpearError(f"{reason}: see `{more}`")
 
 
 def _command(args: Sequence[str]) -> str:
@@ -168,21 +225,23 @@ def _command(args: Sequence[str]) -> str:
     raise unknown_name("command", " ".join(words) or args[0], COMMANDS)
 
 
-def _check_options(command: Callable[..., None], args: Sequence[str]) -> None:
-    known = ["help", *(p.replace("_", "-") for p in inspect.signature(command).parameters)]
-    for word in args:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("_", "-")
-            if name not in known:
-                raise unknown_name("option", f"--{name}", [f"--{k}" for k in known])
-
-
 def _description(name: str) -> str:
-    """The docstring up to its arguments, which tyro explains one by one, and the commands that begin with the
-    name."""
-    own = inspect.cleandoc(COMMANDS[name].__doc__ or "").partition("\nArgs:")[0].strip()
-    group = _group(name)
+    """The command's docstring, and the commands that begin with its name."""
+    own, group = _help(name).partition("\nArgs:")[0].strip(), _group(name)
     return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
+
+
+def _help(name: str) -> str:
+    """The docstring of a command, read without importing what the command imports."""
+    module, _, function = COMMANDS[name].partition(":")
+    tree = _tree(Path(__file__).with_name(f"{module}.py"))
+    found = next(f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == function)
+    return inspect.cleandoc(ast.get_docstring(found) or "")
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def _group(word: str) -> list[str]:
@@ -198,4 +257,4 @@ def _overview(title: str, names: Sequence[str]) -> str:
 def _lines(names: Sequence[str]) -> list[str]:
     """Commands, each with the first line of its help."""
     width = max(map(len, names)) + 1
-    return [f"  spear {name:<{width}} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
+    return [f"  spear {name:<{width}} {_help(name).splitlines()[0]}" for name in names]

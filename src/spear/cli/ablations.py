@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -145,6 +144,3 @@ def _steps(minutes: int, plan: Plan, out: Path, data: Data) -> int:
 
 def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
-
-
-ABLATION_COMMANDS: dict[str, Callable[..., None]] = {"evaluate ablations": ablations}

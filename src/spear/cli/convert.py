@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,10 +220,3 @@ def _coordinates(path: Path, bins: int, seed: int) -> Any:
             f"vocabulary mismatch: {path} has {tokens.bins} 3D tokens, the preset {bins}: fit them again"
         )
     return tokens
-
-
-WEIGHT_COMMANDS: dict[str, Callable[..., None]] = {
-    "convert backbones": convert_backbones,
-    "convert vlm": convert_vlm,
-    "convert policy": convert_policy,
-}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -239,12 +239,3 @@ def datasets() -> None:
 def _report(reasons: Sequence[str]) -> None:
     for reason in reasons[:5]:
         print(f"set aside: {reason}", file=sys.stderr)
-
-
-DATA_COMMANDS: dict[str, Callable[..., None]] = {
-    "data inspect": inspect,
-    "data prepare": prepare,
-    "data export": export,
-    "data audit": audit,
-    "data datasets": datasets,
-}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +9,6 @@ from tyro.conf import Positional, arg
 
 from spear.cli.arguments import File, Folder, Name, open_episodes
 from spear.cli.results import films_wanted, report
-from spear.cli.simpler import evaluate_simpler
 from spear.errors import SpearError, notice, unknown_name
 from spear.util.files import check_own, write_bytes, write_text
 
@@ -274,13 +272,3 @@ def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
         raise unknown_name("table", table, known)
     for name in [table] if table else known:
         show(known[name].table())
-
-
-EVALUATE_COMMANDS: dict[str, Callable[..., None]] = {
-    "evaluate": evaluate,
-    "evaluate data": evaluate_data,
-    "evaluate simpler": evaluate_simpler,
-    "evaluate compare": compare,
-    "evaluate merge": merge,
-    "evaluate reference": reference,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -282,10 +282,3 @@ def _point_maps(folder: Path, labels: Sequence[LabeledImage]) -> list[PointMapRe
     locate(works, build("point map", run["pointmap"], Choice()))
     located = {work.source: work.geometry for work in works}
     return [located.get(label.source) for label in labels]
-
-
-LABEL_COMMANDS: dict[str, Callable[..., None]] = {
-    "label": label,
-    "label show": show,
-    "questions": ask_about,
-}

@@ -172,6 +172,3 @@ def _table(size: str) -> str:
         ]
         lines.append(f"| acting, {str(dtype).removeprefix('torch.')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-PLAN_COMMANDS: dict[str, Callable[..., None]] = {"plan": plan}

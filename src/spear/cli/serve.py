@@ -138,6 +138,3 @@ def load_policy(
     return Spear1Policy.load(
         checkpoint, choose_device(device), steps, dataset=dataset, dtype=getattr(torch, dtype)
     )
-
-
-SERVE_COMMANDS = {"serve": serve}

@@ -125,6 +125,3 @@ def train(
         **changes,
     )
     print(f"trained: {final}")
-
-
-TRAIN_COMMANDS = {"train": train}

@@ -78,6 +78,3 @@ def vla_eval(
         raise SpearError(
             f"cannot listen on {host}:{port}: {error}: choose another --port or --host"
         ) from error
-
-
-HARNESS_COMMANDS = {"vla-eval": vla_eval}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,6 +81,3 @@ def evaluate_vqa(
     for table in scores.tables():
         show(table)
     print(f"page: {out / 'index.html'}")
-
-
-VQA_COMMANDS: dict[str, Callable[..., None]] = {"evaluate vqa": evaluate_vqa}

@@ -27,7 +27,7 @@ from spear.train.allocator import keep_freed_memory
 from spear.train.build import build
 from spear.train.devices import choose_device, for_device
 from spear.train.recipes import Recipe, recipe
-from spear.util.fingerprint import add_files
+from spear.util.ledger import add_files
 
 
 def train(

@@ -1,0 +1,141 @@
+"""Resumable work: who may write to a folder, with which settings it was begun, and how much of it may go wrong.
+
+What is finished is a matter of the work itself: a file counts from the moment when it has its name (`files`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from spear.errors import SpearError
+from spear.util.files import write_text, writing
+
+END = 65536
+"""Bytes of each file that `add_files` reads: its end, where Parquet, Arrow and growing files change."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock file `path`; gives whether this process has it (always, after waiting, with `wait`).
+
+    The lock ends with the process, however that ends.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also where a worker process has inherited the file
+
+
+@contextlib.contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Makes `folder`, and lets one process at a time work in it.
+
+    Raises `SpearError` when another one does. doing: what, for the message: "labelling into".
+    """
+    with lock(folder / ".lock") as ours:
+        if not ours:
+            raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+        yield
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: tuples become lists."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """In what two settings differ, in words: "size is 840 there, 560 here". Empty when they are the same."""
+    theirs, ours = plain(theirs), plain(ours)
+    keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    return "; ".join(
+        f"{key} is {json.dumps(theirs.get(key))} there, {json.dumps(ours.get(key))} here" for key in keys
+    )
+
+
+def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
+    """Keeps the settings of new work in the file `path`; refuses to continue work of other settings.
+
+    begun: whether there is work to continue; if not, an earlier file of settings is replaced. Raises
+    `SpearError`, naming what differs.
+    """
+    if not begun or not path.is_file():
+        write_text(path, json.dumps(plain(settings), indent=2) + "\n")
+        return
+    try:
+        theirs = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SpearError(f"{path}: cannot be read ({error}): choose another folder") from error
+    if words := difference(theirs, settings):
+        raise SpearError(
+            f"{path.parent}: was begun with other settings: {words}: use the same ones, or another folder"
+        )
+
+
+@dataclass
+class Skipped:
+    """Items that are left out because they are bad, each with its reason; too many of them end the work.
+
+    limit     the largest share of bad items that is put up with.
+    unit      what is counted, as a plural.
+    patience  how many items to see before the share means anything; the end of the work is always judged.
+    """
+
+    limit: float
+    unit: str = "episodes"
+    patience: int = 20
+    reasons: list[str] = field(default_factory=list)
+
+    def __call__(self, reason: SpearError | str) -> None:
+        """Leaves one item out. The same reason twice in a row counts once: whoever reads behind the end of a
+        broken file meets its error again."""
+        if str(reason) not in self.reasons[-1:]:
+            self.reasons.append(str(reason))
+
+    def check(self, good: int, finished: bool = False) -> None:
+        """Raises `SpearError` when, with so many good items beside them, too many were bad."""
+        bad, seen = len(self.reasons), good + len(self.reasons)
+        if bad > self.limit * seen and (finished or seen >= self.patience):
+            raise SpearError(
+                f"too many bad {self.unit}: {bad} of {seen} (more than {self.limit:.0%}); the last one: "
+                f"{self.reasons[-1]}: check the input, or allow a larger share"
+            )
+
+
+def fingerprint(*values: Any) -> str:
+    """SHA-256 of values that JSON knows, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+def add_files(digest: Digest, folder: Path, kinds: Sequence[str]) -> None:
+    """Adds names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below to a hash.
+
+    Large files are not read whole.
+    """
+    for path in sorted(p for kind in kinds for p in folder.rglob(kind)):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - END))
+            digest.update(file.read())

@@ -1,0 +1,131 @@
+"""Options of commands: dataclasses that stand beside what they configure, from which the command line is made.
+
+Each field is followed by a docstring, which is its help; what several commands take has its one description
+here. Ranges are annotations and are checked whenever options are made, from the command line or in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Both ends of the range that a number, or each number of a tuple, must lie in. None is always allowed."""
+
+    least: float
+    most: float = float("inf")
+
+    def check(self, option: str, value: Any) -> None:
+        """Raises `SpearError`, naming the option, for a number outside."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None or self.least <= number <= self.most:
+                continue
+            most = f" and at most {self.most:g}" if self.most < float("inf") else ""
+            raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")
+
+
+def AtLeast(least: float) -> Within:
+    """A number of at least this."""
+    return Within(least)
+
+
+class Options:
+    """What the dataclasses of options inherit: ranges are checked when one is made.
+
+    Raises `SpearError` for a number outside its range, naming the field as the command line does.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            for mark in getattr(hint, "__metadata__", ()):
+                if isinstance(mark, Within):
+                    mark.check(option_name(name), getattr(self, name))
+
+
+def option_name(field: str) -> str:
+    """A field as the command line has it: first_seed is --first-seed."""
+    return "--" + field.replace("_", "-")
+
+
+def option_names(options: type) -> list[str]:
+    """The options of a dataclass, with those of dataclasses inside it. Positional arguments are no options."""
+    found = []
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        inner = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        if dataclasses.is_dataclass(inner):
+            found += option_names(typing.cast(type, inner))
+        elif Positional[int].__metadata__[0] not in getattr(hint, "__metadata__", ()):  # type: ignore[attr-defined]
+            found.append(option_name(field.name))
+            if inner is bool:
+                found.append(option_name("no_" + field.name))
+    return found
+
+
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+Name = Annotated[str | None, arg(metavar="NAME")]
+Number = Annotated[int | None, arg(metavar="INT")]
+Seed = Annotated[int, AtLeast(0), arg(help="The same seed gives the same result.")]
+Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"],
+    arg(help="Precision of the weights: bfloat16 takes half the memory of float32."),
+]
+Policy = Annotated[str, arg(help="nano (comes with this package) or a folder with a trained policy.")]
+Model = Annotated[
+    str, arg(help="The SPEAR-VLM: nano (comes with this package) or a folder with a trained one.")
+]
+Dataset = Annotated[
+    str | None,
+    arg(
+        metavar="NAME",
+        help="Of a policy whose training datasets were normalised each by itself: the one whose units to use.",
+    ),
+]
+Layout = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE",
+        help="What the dataset's columns mean, as JSON, when its folder has no spear.json.",
+    ),
+]
+Split = Annotated[str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")]
+Changes = Annotated[
+    tuple[str, ...], arg(help="Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.")
+]
+
+
+def key_values(items: Sequence[str], option: str) -> dict[str, Any]:
+    """KEY=VALUE words; a value is read as JSON (numbers, true, lists …) where it is some, else it is a string.
+
+    Raises `SpearError`, naming the option, for a word without =.
+    """
+    found = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise SpearError(f"{option} {item}: write it as KEY=VALUE")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def choose(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    """`known[name]`. Raises `SpearError`, suggesting the nearest name, where there is none."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return known[name]

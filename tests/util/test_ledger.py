@@ -1,0 +1,59 @@
+"""Locks, settings and shares of bad items."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from spear.errors import SpearError
+from spear.util.ledger import Skipped, alone, difference, lock, same_settings
+
+
+def _hold(path: Path, ready: object, end: object) -> None:
+    with lock(path):
+        ready.set()  # type: ignore[attr-defined]
+        end.wait()  # type: ignore[attr-defined]
+
+
+def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, end = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / ".lock", ready, end))
+    other.start()
+    assert ready.wait(60)
+    with lock(tmp_path / ".lock") as ours:
+        assert not ours
+    with pytest.raises(SpearError, match=tmp_path.name), alone(tmp_path, "labelling into"):
+        pass
+    other.kill()
+    with lock(tmp_path / ".lock", wait=True) as ours:
+        assert ours
+    other.join()
+
+
+def test_settings_are_kept_and_held_to(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    same_settings(file, {"size": (8, 4)}, begun=False)
+    same_settings(file, {"size": [8, 4]}, begun=True)
+    with pytest.raises(SpearError, match="size"):
+        same_settings(file, {"size": 5}, begun=True)
+    same_settings(file, {"size": 5}, begun=False)
+    same_settings(file, {"size": 5}, begun=True)
+    assert difference({"a": 1, "b": (2,)}, {"a": 1, "b": [2]}) == ""
+
+
+def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
+    skipped = Skipped(limit=0.5, patience=4)
+    skipped("broken: 1")
+    skipped("broken: 1")  # the same error, met again
+    assert skipped.reasons == ["broken: 1"]
+    skipped.check(good=0)
+    with pytest.raises(SpearError, match="1 of 1"):
+        skipped.check(good=0, finished=True)
+    skipped("broken: 2")
+    skipped.check(good=2)
+    skipped("broken: 3")
+    with pytest.raises(SpearError, match="3 of 5"):
+        skipped.check(good=2)

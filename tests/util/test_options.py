@@ -1,0 +1,46 @@
+"""Options: ranges are checked when they are made, and the command line knows their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import pytest
+from tyro.conf import Positional
+
+from spear.errors import SpearError
+from spear.util.options import AtLeast, Options, Within, key_values, option_names
+
+
+@dataclass(frozen=True)
+class Inner(Options):
+    quality: Annotated[int, Within(1, 100)] = 95
+
+
+@dataclass(frozen=True)
+class Outer(Options):
+    name: Positional[str] = "a"
+    first_seed: Annotated[int | None, AtLeast(0)] = None
+    pairs: Annotated[tuple[int, int], AtLeast(1)] = (1, 2)
+    dry: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_names_are_those_of_the_command_line() -> None:
+    assert option_names(Outer) == ["--first-seed", "--pairs", "--dry", "--no-dry", "--quality"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "key"), [({"first_seed": -1}, "--first-seed -1"), ({"pairs": (1, 0)}, "--pairs 0")]
+)
+def test_a_number_outside_its_range_is_named(bad: dict[str, object], key: str) -> None:
+    with pytest.raises(SpearError, match=key):
+        Outer(**bad)  # type: ignore[arg-type]
+    with pytest.raises(SpearError, match="--quality 101"):
+        Inner(quality=101)
+
+
+def test_key_values_are_json_where_they_are_some() -> None:
+    assert key_values(["a=1", "b=[1]", "c=x=y"], "--set") == {"a": 1, "b": [1], "c": "x=y"}
+    with pytest.raises(SpearError, match="--set a"):
+        key_values(["a"], "--set")
