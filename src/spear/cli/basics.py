@@ -55,7 +55,7 @@ def ask(options: AskOptions) -> None:
     answer = asking.ask(bundle, picture, options.question, options.family, options.decode)
     print(asking.words(answer, picture))
     if options.draw:
-        from spear.report.drawing import draw_answer
+        from spear.report.draw import draw_answer
 
         drawn = draw_answer(answer.segments, picture.image, picture.intrinsics)
         write_bytes(options.draw, encode_picture(drawn, str(options.draw)))

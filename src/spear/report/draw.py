@@ -1,4 +1,4 @@
-"""Draw labels on their image: masks, projected 3D boxes and names, in distinct colours."""
+"""Draw on images: labels as masks, 3D boxes and names; answers as boxes and points."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from spear.errors import SpearError
+from spear.evaluate.vqa.measures import Segments, image_points, numbers
 from spear.labels.fit import rle
 from spear.labels.fit.box3d import EDGES
 from spear.labels.fit.camera import project
@@ -15,74 +17,135 @@ from spear.labels.fit.masks import erode
 from spear.types import Array, LabeledImage
 from spear.util.images import decode_image
 
+Colour = tuple[int, int, int]
+TRUTH, PREDICTION = (74, 222, 128), (255, 176, 32)
+"""Green is the truth, orange the answer."""
+RIM = (16, 18, 22)
+"""The dark rim of lines, so that they can be seen on any ground, and the ground of names."""
 
-def colors(n: int) -> list[tuple[int, int, int]]:
+
+def colors(n: int) -> list[Colour]:
     """n bright colours that differ in hue as much as they can."""
     return [
-        tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, 0.85, 1.0))  # type: ignore[misc]
+        tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, 0.7, 1.0))  # type: ignore[misc]
         for i in range(n)
     ]
 
 
-def draw_boxes(
-    image: Array,
-    vertices: Sequence[Array],
-    names: Sequence[str],
-    intrinsics: Array,
-    palette: Sequence[tuple[int, int, int]] | None = None,
-    scale: int = 3,
-) -> Array:
-    """The image [h, w, 3], `scale` times as large, with 3D boxes on it.
+def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
+    """A labelled image with its 3D boxes and names, and its masks if wanted: [scale·h, scale·w, 3] uint8.
 
-    Args:
-        image: [h, w, 3] uint8 RGB.
-        vertices: per box [8, 3], camera frame, in `box3d.order_vertices` order; boxes that reach behind the
-            camera are left out.
-        names: per box.
-        intrinsics: [3, 3] pixels of the unscaled image.
-        palette: RGB per box; `colors` by default.
-
-    Returns:
-        [scale·h, scale·w, 3] uint8. The near face is drawn thicker.
+    Boxes that reach behind the camera are left out. No name covers another: one for which the image has no
+    room left is left out.
     """
-    height, width = image.shape[:2]
-    canvas = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=max(10, 5 * scale, width * scale // 36))
-    thick = max(1, scale, width * scale // 280)
-    for box, name, color in zip(
-        vertices, names, palette if palette is not None else colors(len(names)), strict=True
-    ):
-        if (np.asarray(box)[:, 2] <= 1e-3).any():
+    image, palette = decode_image(label.image, label.source), colors(len(label.objects))
+    if masks:
+        for o, colour in zip(label.objects, palette, strict=True):
+            mask = rle.decode(o.mask, label.height, label.width)
+            image[mask] = (0.65 * image[mask] + 0.35 * np.array(colour)).astype(np.uint8)
+            image[mask & ~erode(mask, 1)] = colour
+    canvas = _enlarge(image, scale)
+    names = []
+    for o, colour in zip(label.objects, palette, strict=True):
+        if o.box3d is None or (o.box3d.vertices[:, 2] <= 1e-3).any():
             continue
-        corners = project(np.asarray(box), intrinsics) * scale
-        for i, j in EDGES:
-            front = {i, j} <= {0, 1, 4, 5}
-            line = [tuple(corners[i].tolist()), tuple(corners[j].tolist())]
-            pen.line(line, fill=color, width=thick if front else max(1, thick // 2))
-        x, y = corners[:, 0].mean(), corners[:, 1].min()
-        place = (float(np.clip(x, 0, width * scale)), float(np.clip(y, 6 * scale, height * scale)))
-        pen.text(place, name, fill=color, font=font, anchor="mb", stroke_width=2, stroke_fill=(0, 0, 0))
+        corners = project(o.box3d.vertices, label.intrinsics) * scale
+        _mark(canvas, corners, colour)
+        names.append((o.name, colour, corners))
+    _write_names(canvas, names, max(10, 5 * scale, canvas.width // 44))
     return np.asarray(canvas)
 
 
-def draw_masks(image: Array, masks: Sequence[Array], palette: Sequence[tuple[int, int, int]]) -> Array:
-    """The image [h, w, 3] uint8, tinted where the masks [h, w] bool are: each with a colour and an
-    outline."""
-    tinted = image.copy()
-    for mask, color in zip(masks, palette, strict=True):
-        tinted[mask] = (0.65 * tinted[mask] + 0.35 * np.array(color)).astype(np.uint8)
-        tinted[mask & ~erode(mask, 1)] = color
-    return tinted
+def draw_answers(
+    image: Array, intrinsics: Array | None, answers: Sequence[tuple[Segments, Colour]], scale: int = 3
+) -> Array:
+    """The image [h, w, 3] uint8, `scale` times as large, with the boxes and points of answers on it.
+
+    An answer that has no place in the image (see `places`) is left out.
+    """
+    canvas = _enlarge(image, scale)
+    for segments, colour in answers:
+        points = places(segments, image.shape[1], image.shape[0], intrinsics)
+        if points is not None:
+            _mark(canvas, points * scale, colour)
+    return np.asarray(canvas)
 
 
-def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
-    """A labelled image with all its 3D boxes and names, and its masks if wanted: [scale·h, scale·w, 3]
-    uint8."""
-    image, palette = decode_image(label.image), colors(len(label.objects))
-    if masks:
-        outlines = [rle.decode(o.mask, label.height, label.width) for o in label.objects]
-        image = draw_masks(image, outlines, palette)
-    boxed = [(o.box3d.vertices, o.name, c) for o, c in zip(label.objects, palette, strict=True) if o.box3d]
-    vertices, names, chosen = zip(*boxed, strict=True) if boxed else ((), (), ())
-    return draw_boxes(image, vertices, names, label.intrinsics, chosen, scale)
+def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, scale: int = 3) -> Array:
+    """`draw_answers` of a single answer.
+
+    Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
+    """
+    in_3d = len(numbers(answer)) in (3, 24)
+    if in_3d and intrinsics is None:
+        raise SpearError(
+            "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
+            "object appear in the image (--family back_projection)"
+        )
+    if places(answer, image.shape[1], image.shape[0], intrinsics) is None:
+        wrong = "lies behind the camera" if in_3d else "has no box, point or image location"
+        raise SpearError(f"cannot draw: the answer {wrong}")
+    return draw_answers(image, intrinsics, [(answer, PREDICTION)], scale)
+
+
+def places(answer: Segments, width: int, height: int, intrinsics: Array | None) -> Array | None:
+    """[n, 2] pixels at which an answer's vertices or points appear, in an image of that size.
+
+    None for an answer without any, for one in 3D without `intrinsics` [3, 3], and for one behind the camera.
+    """
+    values = numbers(answer)
+    if len(values) in (3, 24) and intrinsics is not None:
+        corners = values.reshape(-1, 3)
+        return None if (corners[:, 2] <= 1e-3).any() else project(corners, intrinsics)
+    points = image_points(answer) * (width, height)
+    return points if len(points) else None
+
+
+def _enlarge(image: Array, scale: int) -> Image.Image:
+    height, width = image.shape[:2]
+    return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+
+
+def _mark(canvas: Image.Image, points: Array, colour: Colour) -> None:
+    """Eight points [8, 2] as a box with a thick near face, any others as rings. Pixels of the canvas."""
+    pen, thick = ImageDraw.Draw(canvas), max(2, canvas.width // 250)
+    at = [(float(x), float(y)) for x, y in points]
+    for rim, ink in ((2, RIM), (0, colour)):
+        for a, b in EDGES if len(at) == 8 else ():
+            near = {a, b} <= {0, 1, 4, 5}
+            pen.line([at[a], at[b]], fill=ink, width=(thick if near else (thick + 1) // 2) + rim)
+        for x, y in at if len(at) != 8 else ():
+            reach = 3 * thick + rim // 2
+            pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=ink, width=thick + rim)
+
+
+def _write_names(canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]], size: int) -> None:
+    """Names on dark tabs, as near as there is room to the top of their boxes (corners [8, 2]).
+
+    Tabs lie inside the image and do not overlap. A line leads from a tab that had to move away to its box.
+    """
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
+    pad = size // 4
+    taken: list[tuple[int, int, int, int]] = []
+    centres = [corners.mean(0) for _, _, corners in names]
+    for name, colour, corners in sorted(names, key=lambda n: float(np.ptp(n[2][:, 0]))):
+        width, height = round(font.getlength(name)) + 2 * pad, size + 2 * pad
+        left, top = np.meshgrid(
+            np.arange(0, canvas.width - width + 1, 3), np.arange(0, canvas.height - height + 1, 3)
+        )
+        anchor = np.clip([corners[:, 0].mean(), corners[:, 1].min() - 3], 0, canvas.size)
+        away = np.hypot(left + width / 2 - anchor[0], top + height - anchor[1])
+        for x, y in centres:  # rather a little further away than on another object
+            away += 2 * height * ((left < x) & (x < left + width) & (top < y) & (y < top + height))
+        for x0, y0, x1, y1 in taken:
+            away[(left < x1) & (left + width > x0) & (top < y1) & (top + height > y0)] = np.inf
+        if not np.isfinite(away).any():
+            continue
+        best = np.unravel_index(away.argmin(), away.shape)
+        x, y = int(left[best]), int(top[best])
+        taken.append((x, y, x + width, y + height))
+        end = (min(max(anchor[0], x), x + width), y + height if anchor[1] > y + height else y)
+        if np.hypot(end[0] - anchor[0], end[1] - anchor[1]) > height:
+            pen.line([(float(anchor[0]), float(anchor[1])), end], fill=colour, width=max(1, size // 10))
+        pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), pad, fill=RIM)
+        pen.text((x + pad, y + height / 2), name, fill=colour, font=font, anchor="lm")

@@ -14,7 +14,7 @@ from spear.evaluate.vqa.calibration import LEVELS
 from spear.evaluate.vqa.measures import MEASURES
 from spear.evaluate.vqa.scores import Asked, Scores
 from spear.labels.questions.generate import spoken
-from spear.report.drawing import PREDICTION, TRUTH, mark, where
+from spear.report.draw import PREDICTION, TRUTH, draw_answers
 from spear.report.page import Section, data_uri, grid, page, paragraph, table
 from spear.report.plot import Line, plot
 from spear.types import Array
@@ -49,13 +49,9 @@ def draw(asked: Asked, scale: int | None = None) -> Array:
     What lies behind the camera, or has no place in the image, is left out.
     """
     label = asked.label
+    answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
     image = decode_image(label.image, label.source)
-    found = [
-        (where(segments, label.width, label.height, label.intrinsics), colour)
-        for segments, colour in ((asked.question.segments, TRUTH), (asked.answer, PREDICTION))
-    ]
-    marks = [(points, colour) for points, colour in found if points is not None]
-    return mark(image, marks, scale or max(1, round(WIDTH / label.width)))
+    return draw_answers(image, label.intrinsics, answers, scale or max(1, round(WIDTH / label.width)))
 
 
 def caption(asked: Asked) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from spear.evaluate.vqa.ask import Picture, words
 from spear.policy import Answer
-from spear.report.drawing import draw_answer
+from spear.report.draw import draw_answer
 from spear.types import Pixel, Unit
 
 PICTURE = Picture(np.zeros((60, 80, 3), np.uint8), None)

@@ -21,7 +21,7 @@ from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box
 from spear.labels.store import write_shards
 from spear.models.readout import Distribution
-from spear.report.drawing import PREDICTION, TRUTH
+from spear.report.draw import PREDICTION, TRUTH
 from spear.report.vqa import draw, vqa_page
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, LabeledImage, Pixel, Question
