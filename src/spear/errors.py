@@ -30,6 +30,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     return SpearError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(names)})")
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message; its type when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Notice(UserWarning):
     """What was done with an input that could be better, in one line. The CLI shows it as "note: …"."""
 

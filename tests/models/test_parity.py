@@ -13,8 +13,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from models_tiny import TEXT, TINY
 from parity import logits, relative
-from spear.models.attention import grouped_attention
 from spear.models.gemma import FastRMSNorm
+from spear.models.layers import grouped_attention
 from spear.models.presets import spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration

@@ -250,10 +250,10 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
         places = torch.arange(7).expand(2, 7)
         results = []
         for layers in (plain, compiled):
-            memory = layers.memory(2, 7, x.dtype, x.device)
-            window = memory.window(0, [(3, 3), (4, 7)])
+            cache = layers.cache(2, 7, x.dtype, x.device)
+            window = cache.window(0, [(3, 3), (4, 7)])
             results.append(layers(x, layers.rotations(places, x.dtype), window))
-            results.append(torch.stack(memory.layers))
+            results.append(torch.stack(cache.layers))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])
     assert len(graphs) == 2

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models import decode, losses
-from spear.models.mask import positions, prefix_lm_mask
+from spear.models.layers import positions, prefix_lm_mask
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import PRESETS, preset, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -111,8 +111,6 @@ def test_loss_weighs_3d_tokens_by_lambda() -> None:
 
 
 def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
-    config = vlm_config(TINY)
-    config.coordinate_smoothing = 1.5
     labels = torch.tensor([START + 10, START, 5])
     logits = torch.randn(3, START + TINY.bins, dtype=torch.float64).float()
     bins = torch.arange(TINY.bins)
@@ -122,7 +120,7 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
         target[row, START:] = gauss / gauss.sum()
     target[2, 5] = 1
     each = -(target * logits.log_softmax(-1)).sum(-1)
-    loss, _ = losses.token_loss(logits, labels, config)
+    loss, _ = losses.token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
     torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
 
 

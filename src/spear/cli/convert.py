@@ -178,11 +178,10 @@ def _precision(name: str | None) -> torch.dtype | None:
 
 def _folder(name: str, what: str) -> Path:
     """A checkpoint's folder: local, a run's, one that comes with the package, or from the Hub."""
-    from spear.models.weights import hub
-    from spear.models.weights.shards import find
+    from spear.models.weights.shards import find, is_hub_name
     from spear.policy import locate
 
-    if hub.is_name(name) and not Path(name).exists():
+    if is_hub_name(name) and not Path(name).exists():
         return find(name, what)
     return locate(name)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from spear.errors import SpearError
 from spear.models.fast.graphs import Inputs
-from spear.models.fast.prefill import read
+from spear.models.fast.prefill import prefill
 from spear.models.fast.stack import STACK, Stack, can_compile
-
-if TYPE_CHECKING:
-    from spear.models.vlm import SpearVLMForConditionalGeneration
 
 Range = tuple[int, int]
 """Token ids [first, last)."""
@@ -22,20 +19,14 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Worded:
-    """Answers in free words with exactly `count` 3D tokens between them, the first after a word, and a word
-    last.
+    """The grammar of answers in free words with exactly `count` 3D tokens between them.
 
-    words, numbers  the ids of either; the end token is not a word.
+    The first and the last token is a word. words, numbers: the ids of either; the end token is not a word.
     """
 
     count: int
     words: tuple[Range, ...]
     numbers: Range
-
-    @property
-    def shortest(self) -> int:
-        """Tokens of the shortest answer, its end included."""
-        return self.count + 3
 
 
 Grammar = Sequence[Range] | Worded
@@ -54,9 +45,24 @@ class Watched:
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
-@torch.no_grad()
+class AnsweringModel(Protocol):
+    """What decoding reads of a `SpearVLMForConditionalGeneration`."""
+
+    config: Any
+    language_model: Any
+
+    def encode_images(
+        self, pixel_values: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+
+    def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor: ...
+
+
+@torch.inference_mode()
 def greedy(
-    vlm: SpearVLMForConditionalGeneration,
+    vlm: AnsweringModel,
     pixel_values: Mapping[str, torch.Tensor],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -94,24 +100,45 @@ def greedy(
     for name, optional in (("attention_mask", attention_mask), ("image_index", image_index)):
         if optional is not None:
             inputs[name] = optional
-    with torch.inference_mode():
-        if any(g is None or isinstance(g, Worded) for g in rows):
-            words = _Words(rows, max_new_tokens, config, device)
-            answer = _decode(vlm, layers, inputs, spans, words, watched)
-        elif device.type == "cuda" and watched is None:
-            key = tuple(tuple(step) for step in spans)
-            answer = layers.replay(lambda given: _decode(vlm, layers, given, spans, None), inputs, key)
-        else:
-            answer = _decode(vlm, layers, inputs, spans, None, watched)
-    return answer.clone()
+    if any(g is None or isinstance(g, Worded) for g in rows):
+        words = _Words(rows, max_new_tokens, config, device)
+        answer = _decode(vlm, layers, inputs, spans, words, watched)
+    elif device.type == "cuda" and watched is None:
+        key = tuple(tuple(step) for step in spans)
+        answer = layers.replay(lambda given: _decode(vlm, layers, given, spans), inputs, key)
+    else:
+        answer = _decode(vlm, layers, inputs, spans, None, watched)
+    with torch.inference_mode(False):
+        return answer.clone()
+
+
+def _shortest(grammar: Grammar) -> int:
+    """Tokens of the shortest answer, its end included."""
+    return grammar.count + 3 if isinstance(grammar, Worded) else len(grammar) + 1
+
+
+def _spans(rows: Sequence[Grammar | None], most: int, config: Any) -> list[list[Range]]:
+    """The range of every row's token at every step; all ids where no list of ranges says it."""
+    end, pad = config.eos_token_id, config.pad_token_id
+    free = any(g is None or isinstance(g, Worded) for g in rows)
+    steps = most if free else max(_shortest(g) for g in rows if g is not None)
+
+    def at(grammar: Grammar | None, step: int) -> Range:
+        if grammar is None or isinstance(grammar, Worded):
+            return 0, config.vocab_size
+        if step < len(grammar):
+            return grammar[step]
+        return (end, end + 1) if step == len(grammar) else (pad, pad + 1)
+
+    return [[at(grammar, step) for grammar in rows] for step in range(steps)]
 
 
 def _decode(
-    vlm: SpearVLMForConditionalGeneration,
+    vlm: AnsweringModel,
     layers: Stack,
     inputs: Inputs,
     spans: list[list[Range]],
-    words: _Words | None,
+    words: _Words | None = None,
     watched: Watched | None = None,
 ) -> torch.Tensor:
     """Answers [N, T]. inputs: as `greedy` makes them. words: None where the spans say all."""
@@ -119,31 +146,32 @@ def _decode(
     features, _ = vlm.encode_images(pixels)
     if "image_index" in inputs:
         features = features[inputs["image_index"]]
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    reading = read(vlm, layers, features, None, ids, mask, room=len(spans) - 1)
-    hidden = reading.hidden
+    text = vlm.embed_text(inputs["input_ids"])
+    prefix = prefill(layers, features, text, None, inputs.get("attention_mask"), room=len(spans) - 1)
+    hidden = prefix.hidden
     assert hidden is not None
-    start, dtype = reading.valid.shape[1], hidden.dtype
-    bias = reading.bias(len(spans), layers.groups, dtype)
-    places = reading.places[:, None] + torch.arange(len(spans), device=ids.device)
+    start, dtype = prefix.valid.shape[1], hidden.dtype
+    bias = prefix.bias(len(spans), layers.groups, dtype)
+    places = prefix.places[:, None] + torch.arange(len(spans), device=hidden.device)
     cos, sin = layers.rotations(places, dtype)
     choices = [step for step, row in enumerate(spans) if any(b - a > 1 for a, b in row)]
+    last_choice = choices[-1] if choices else -1
     answer: list[torch.Tensor] = []
     for step, row in enumerate(spans):
-        if watched is not None and choices and step <= choices[-1]:
+        if watched is not None and step <= last_choice:
             watched.logits.append(vlm.head(hidden, *watched.ids).float())
         token = _choose(vlm, hidden, row, inputs["bounds"][step], words)
         if words is not None:
             token = words.say(token)
         answer.append(token)
-        if not choices or step >= choices[-1]:
-            continue  # what is still to be said is given
+        if step >= last_choice:
+            continue  # the grammar gives the remaining tokens
         if words is not None and words.ended():
             break
         hidden = layers(
-            vlm.language_model.embed_tokens(token[:, None]).to(dtype),
+            vlm.embed_text(token[:, None]).to(dtype),
             (cos[:, step : step + 1], sin[:, step : step + 1]),
-            reading.memory.window(start + step, [(1, start + step + 1)]),
+            prefix.cache.window(start + step, [(1, start + step + 1)]),
             bias,
         )[:, 0]
     whole = torch.stack(answer, dim=1)
@@ -151,14 +179,13 @@ def _decode(
 
 
 def _choose(
-    vlm: SpearVLMForConditionalGeneration,
+    vlm: AnsweringModel,
     hidden: torch.Tensor,
     row: list[Range],
     bounds: torch.Tensor,
     words: _Words | None,
 ) -> torch.Tensor:
-    """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the ranges
-    again."""
+    """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the same ranges."""
     if all(b - a == 1 for a, b in row):
         return bounds[:, 0]
     low, high = min(a for a, _ in row), max(b for _, b in row)
@@ -181,10 +208,10 @@ class _Words:
         self.done = torch.zeros(len(rows), dtype=torch.bool, device=device)
         if not self.some:
             return
-        is_worded, owed = [isinstance(g, Worded) for g in rows], [0] * len(rows)
-        # Of each row: the ids of words, and of numbers. What is no `Worded` row may say any "word".
+        # Of each row: the ids of words, and of numbers. In rows without `Worded` every id is a word.
         words = torch.zeros(len(rows), config.vocab_size, dtype=torch.bool)
         numbers = torch.zeros_like(words)
+        owed = torch.zeros(len(rows), dtype=torch.long)
         for index, grammar in enumerate(rows):
             if isinstance(grammar, Worded):
                 owed[index] = grammar.count
@@ -193,13 +220,12 @@ class _Words:
                     words[index, slice(*span)] = True
             else:
                 words[index] = True
-        self.worded = torch.tensor(is_worded, device=device)
-        self.owed = torch.tensor(owed, device=device)
-        self.words, self.numbers = words.to(device), numbers.to(device)
+        self.worded = torch.tensor([isinstance(g, Worded) for g in rows], device=device)
+        self.owed, self.words, self.numbers = owed.to(device), words.to(device), numbers.to(device)
         self.after_word = torch.zeros_like(self.done)
 
     def forbidden(self) -> torch.Tensor:
-        """[N, vocabulary] what may not be said now."""
+        """[N, vocabulary] the ids that may not come next."""
         left = self.most - self.step
         closing = (self.owed == 0) & self.after_word & self.worded
         number = (self.owed > 0) & (self.step > 0)
@@ -209,7 +235,7 @@ class _Words:
         return ~allowed
 
     def say(self, token: torch.Tensor) -> torch.Tensor:
-        """Take note of the tokens [N]; padding where the answer had ended."""
+        """Take note of the tokens [N], and return them; padding where the answer had ended."""
         token = token.masked_fill(self.done, self.pad)
         self.done = self.done | (token == self.end)
         if self.some:
@@ -220,8 +246,7 @@ class _Words:
         return token
 
     def ended(self) -> bool:
-        """Whether all answers have. On a GPU to look is to wait, and done at every eighth token (our
-        choice)."""
+        """Whether all answers have ended. On a GPU, which must wait to tell, only every eighth token asks."""
         look = self.done.device.type == "cpu" or self.step % 8 == 0
         return look and bool(self.done.all())
 
@@ -230,23 +255,3 @@ class _Words:
         ends = answer == self.end
         lengths = torch.where(ends.any(1), ends.long().argmax(1) + 1, answer.shape[1])
         return answer[:, : int(lengths.max())]
-
-
-def _shortest(grammar: Grammar) -> int:
-    return grammar.shortest if isinstance(grammar, Worded) else len(grammar) + 1
-
-
-def _spans(rows: Sequence[Grammar | None], most: int, config: Any) -> list[list[Range]]:
-    """The range of every row's token at every step; all ids where no list of ranges says it."""
-    end, pad = config.eos_token_id, config.pad_token_id
-    free = any(g is None or isinstance(g, Worded) for g in rows)
-    steps = most if free else max(_shortest(g) for g in rows if g is not None)
-
-    def at(grammar: Grammar | None, step: int) -> Range:
-        if grammar is None or isinstance(grammar, Worded):
-            return 0, config.vocab_size
-        if step < len(grammar):
-            return grammar[step]
-        return (end, end + 1) if step == len(grammar) else (pad, pad + 1)
-
-    return [[at(grammar, step) for grammar in rows] for step in range(steps)]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-
-if TYPE_CHECKING:
-    from spear.models.vlm import SpearVLMConfig
 
 IGNORE = -100
 """The label of a place that is not to be learned."""
 
 
 def token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, config: SpearVLMConfig
+    logits: torch.Tensor, labels: torch.Tensor, coordinates: range, weight: float, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, with w = λ on 3D tokens and 1 elsewhere.
 
-    logits [M, vocabulary], labels [M]. Returns the loss and the plain means over "text" and "coordinates".
+    logits [M, vocabulary], labels [M]. coordinates: the ids of the 3D tokens; weight: λ; smoothing: the
+    standard deviation, in bins, of the Gaussian that a 3D token's target is spread over.
+    Returns the loss and the plain means over "text" and "coordinates".
     """
     log_p = logits.float().log_softmax(-1)
-    start, bins = config.coordinate_start, config.coordinate_bins
-    is_coordinate = (labels >= start) & (labels < start + bins)
+    is_coordinate = (labels >= coordinates.start) & (labels < coordinates.stop)
     score = log_p.gather(-1, labels[:, None])[:, 0]
-    if config.coordinate_smoothing > 0:
-        smooth = _smoothed_score(log_p[:, start : start + bins], labels - start, config.coordinate_smoothing)
+    if smoothing > 0:
+        of_coordinates = log_p[:, coordinates.start : coordinates.stop]
+        smooth = _smoothed_score(of_coordinates, labels - coordinates.start, smoothing)
         score = torch.where(is_coordinate, smooth, score)
     losses = -score
     coordinate = is_coordinate.float()
     text = 1 - coordinate
-    weights = text + config.coordinate_loss_weight * coordinate
+    weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
     parts = {
         "text": (losses.detach() * text).sum() / text.sum().clamp_min(1),

@@ -11,16 +11,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from spear.errors import SpearError, notice, unknown_name
+from spear.errors import SpearError, first_line, notice, unknown_name
 from spear.models.decode import Worded
 from spear.models.losses import IGNORE
 from spear.models.presets import Preset
-from spear.models.tokenizer import LOCATION_FORMAT, LOCATIONS, train_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question
 
+LOCATIONS = 1024
+LOCATION_FORMAT = "<loc{:04d}>"
+"""PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
 Segments = Sequence[str | float | Pixel]
 How = Literal["pad", "crop"]
 SIZES_TOLD = 32
@@ -255,8 +258,9 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             return Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SpearError(f"broken processor: {folder}: {reason}: save the model again") from error
+            raise SpearError(
+                f"broken processor: {folder}: {first_line(error)}: save the model again"
+            ) from error
 
     def _prompt(self, text: str) -> list[int]:
         words = " ".join(text.split())
@@ -284,3 +288,30 @@ class Processor:
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `vocabulary` tokens for small models, which any text goes through and back.
+
+    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, and last the
+    location tokens, which are part of the count. The same texts give the same tokenizer.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - LOCATIONS,
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(LOCATIONS)])
+    return tokenizer

@@ -1,44 +1,54 @@
-"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with all that is constant
-at hand.
+"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with all constants at hand.
 
 The same actions as `flow.integrate` around `Spear1ForActionPrediction.predict` gives, up to rounding, without
-what nobody reads: the VLM's last layer stops at its keys and values, and the state, which no action changes,
-goes through the expert in the first flow step alone.
+the work whose result nobody reads: the VLM's last layer stops at its keys and values, and the state, which no
+action changes, goes through the expert in the first flow step only.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from spear import flow
 from spear.models.fast.graphs import Inputs
-from spear.models.fast.linear import Fused, linear
-from spear.models.fast.prefill import read
-from spear.models.fast.prepared import Prepared
+from spear.models.fast.linear import Fused, Prepared, linear
+from spear.models.fast.prefill import prefill
 from spear.models.fast.stack import Stack, can_compile
-from spear.models.sinusoids import sinusoids
+from spear.models.gemma import Gemma
+from spear.models.layers import sinusoids
 from spear.types import Action
 
-if TYPE_CHECKING:
-    from spear.models.spear1 import Spear1ForActionPrediction
+
+class ActionModel(Protocol):
+    """What sampling reads of a `Spear1ForActionPrediction`."""
+
+    config: Any
+    flow: flow.FlowConfig
+    vlm: Any
+    expert: Gemma
+    state_proj: nn.Linear
+    action_in_proj: nn.Linear
+    action_time_mlp_in: nn.Linear
+    action_time_mlp_out: nn.Linear
+    action_out_proj: nn.Linear
 
 
 class Sampler:
-    """What sampling needs of a SPEAR-1's weights, worked out.
+    """What sampling needs of a SPEAR-1's weights, computed in advance.
 
-    Noisy actions and time are embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂: W₁ W and W₁ t are
-    made here.
+    Noisy actions a and time t are embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂. The products of
+    W₁ with W and with the time are made here.
     """
 
-    def __init__(self, model: Spear1ForActionPrediction, packed: bool) -> None:
-        compiled = can_compile(model.device)
-        self.reader = Stack(model.vlm.language_model, compiled=compiled)
+    def __init__(self, model: ActionModel, packed: bool) -> None:
+        inner, hidden = model.action_in_proj, model.action_time_mlp_in
+        compiled = can_compile(inner.weight.device)
+        self.vlm = Stack(model.vlm.language_model, compiled=compiled)
         # The expert reads all its weights at every flow step, for a few rows.
         self.expert = Stack(model.expert, packed, compiled)
-        hidden, inner = model.action_time_mlp_in, model.action_in_proj
         self.dtype, self.width = hidden.weight.dtype, inner.out_features
         of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
         self._into = (of_actions @ inner.weight.detach().float()).to(self.dtype)
@@ -48,7 +58,7 @@ class Sampler:
         self._moments: dict[int, torch.Tensor] = {}
 
     def moments(self, steps: int) -> torch.Tensor:
-        """What the time adds to the embedding's hidden layer, for each of the flow steps: [steps, width]."""
+        """What the time adds to the embedding's hidden layer, at each of the flow steps: [steps, width]."""
         if steps not in self._moments:
             with torch.inference_mode(False), torch.no_grad():
                 time = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
@@ -71,62 +81,64 @@ SAMPLER = Prepared(
         model.action_time_mlp_out,
     ],
 )
+"""`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample(model: Spear1ForActionPrediction, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
+def sample(model: ActionModel, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
     """Actions [B, H, 8], normalised units, rotations unit and canonical.
 
     inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
             "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8].
     graphs  on a GPU: record all of it as a CUDA graph per set of shapes, and replay that.
     """
-    # Packed weights cannot be cast on the way, as autocast does it.
-    sampler = SAMPLER(model, not torch.is_autocast_enabled(inputs["noise"].device.type))
+    on = inputs["noise"].device.type
+    module: Any = model
+    sampler = SAMPLER(module, not torch.is_autocast_enabled(on))  # autocast cannot cast packed weights
     with torch.inference_mode():
-        if graphs and inputs["noise"].device.type == "cuda":
-            sampler.moments(steps)
+        if graphs and on == "cuda":
+            sampler.moments(steps)  # made before a graph is recorded
             result = sampler.expert.replay(lambda given: _sample(model, sampler, given, steps), inputs, steps)
         else:
             result = _sample(model, sampler, inputs, steps)
     return result.clone()
 
 
-def _sample(model: Spear1ForActionPrediction, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
+def _sample(model: ActionModel, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
     pixels, present = (
         {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
         for kind in ("pixels/", "present/")
     )
-    noise, expert = inputs["noise"], sampler.expert
+    noise, expert, dtype = inputs["noise"], sampler.expert, sampler.dtype
     horizon = noise.shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
-    prefix = read(
-        model.vlm,
-        sampler.reader,
+    prefix = prefill(
+        sampler.vlm,
         features,
+        model.vlm.embed_text(inputs["input_ids"]),
         image_valid if present else None,
-        inputs["input_ids"],
         inputs.get("attention_mask"),
         room=1 + horizon,
         keys_only=True,
     )
-    memory, start = prefix.memory.to(sampler.dtype), prefix.valid.shape[1]
-    bias = prefix.bias(1 + horizon, expert.groups, sampler.dtype)
+    cache, start = prefix.cache.to(dtype), prefix.valid.shape[1]
+    end = start + 1 + horizon
+    bias = prefix.bias(1 + horizon, expert.groups, dtype)
     ahead = torch.arange(1 + horizon, device=noise.device)
-    cos, sin = expert.rotations(prefix.places[:, None] + ahead, sampler.dtype)
-    first = memory.window(start, [(1, start + 1), (horizon, start + 1 + horizon)])
-    later = cos[:, 1:], sin[:, 1:]
-    others = memory.window(start + 1, [(horizon, start + 1 + horizon)])
+    cos, sin = expert.rotations(prefix.places[:, None] + ahead, dtype)
+    # The first step runs the state and the actions, later steps the actions alone.
+    with_state = cache.window(start, [(1, start + 1), (horizon, end)])
+    actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
-    state = model.state_proj(inputs["state"].to(sampler.dtype))[:, None]
+    state = model.state_proj(inputs["state"].to(dtype))[:, None]
 
     def predict(noisy: Action, time: torch.Tensor) -> Action:
         nonlocal state
         tokens = sampler.embed(noisy.to_vector(), next(moments))
         if state is not None:
-            hidden = expert(torch.cat([state, tokens], dim=1), (cos, sin), first, bias)[:, 1:]
+            hidden = expert(torch.cat([state, tokens], dim=1), (cos, sin), with_state, bias)[:, 1:]
             state = None
         else:
-            hidden = expert(tokens, later, others, bias)
+            hidden = expert(tokens, (cos[:, 1:], sin[:, 1:]), actions_only, bias)
         return Action.from_vector(model.action_out_proj(hidden).to(noise.dtype))
 
     return flow.integrate(predict, Action.from_vector(noise), steps, model.flow).to_vector()

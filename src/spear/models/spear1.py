@@ -6,27 +6,29 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
-from spear.models.attention import choose_attention
 from spear.models.fast.linear import use_fast_linear
 from spear.models.gemma import Gemma
-from spear.models.mask import positions, suffix_mask
-from spear.models.recompute import RecomputesLayers
+from spear.models.layers import (
+    PortableConfig,
+    RecomputesLayers,
+    choose_attention,
+    positions,
+    sinusoids,
+    suffix_mask,
+)
 from spear.models.sampling import sample
-from spear.models.sinusoids import sinusoids
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
-from spear.models.weights.saving import WithoutFolders
 from spear.types import ACTION_DIM, Action
 
 STATE_FEATURES = 10
@@ -34,11 +36,12 @@ STATE_FEATURES = 10
 quaternion of a gripper that points down sits where its sign flips (our choice)."""
 
 
-class Spear1Config(WithoutFolders, PreTrainedConfig):
+class Spear1Config(PortableConfig):
     """SPEAR-1's parts.
 
-    vlm_config      SPEAR-VLM's. expert_config: the action expert's Gemma, with as many layers, key-value
-                    heads and head dimensions as the VLM's.
+    vlm_config      SPEAR-VLM's.
+    expert_config   the action expert's Gemma, with as many layers, key-value heads and head dimensions as the
+                    VLM's.
     horizon         actions per chunk (the paper: 5, at 5 Hz).
     flow            fields of `spear.flow.FlowConfig`.
     min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
@@ -119,29 +122,8 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         if module is self.action_out_proj:
             init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
             if self.flow.prediction == "clean":
-                # The first guess is to stay: a rotation of (1, 0, 0, 0), which normalises safely.
-                init.copy_(module.bias, Action(*_identity(module.bias)).to_vector())
-
-    @classmethod
-    def from_vlm(
-        cls,
-        vlm: SpearVLMForConditionalGeneration | Path | str,
-        expert: Path | str | None = None,
-        size: str = "spear1",
-        flow: Mapping[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> Spear1ForActionPrediction:
-        """A SPEAR-1 to be trained, from a SPEAR-VLM and a new action expert or π0's published one.
-
-        dtype: None keeps the VLM's. A VLM in memory shares its weights with the result unless they are
-            converted.
-        seed: of the new weights. For the other arguments, the errors, and a report on every weight see
-        `spear.models.weights.action_expert.plan_policy`.
-        """
-        from spear.models.weights.action_expert import plan_policy
-
-        return plan_policy(vlm, expert, size, flow).run(dtype, seed)
+                # The first guess is to stay: no step, the rotation (1, 0, 0, 0), a gripper half open.
+                init.copy_(module.bias, torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0], device=module.bias.device))
 
     def get_input_embeddings(self) -> nn.Module:
         """The VLM's token embeddings."""
@@ -214,13 +196,13 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
     ) -> Spear1Output:
         """The flow loss of a batch of demonstrations.
 
-        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where the image is
-        missing. input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
+        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
+        input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
         state           [B, 10], see `STATE_FEATURES`.
-        actions         [B, H, ·] in the model's normalised units; action_mask [B, H] bool, the steps that
-        count. flow_samples    K draws of noise and time per observation, which share its prefix (our choice:
-                        a cheap way to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the
-                        drawing.
+        actions         [B, H, ·] in the model's normalised units.
+        action_mask     [B, H] bool, the steps that count.
+        flow_samples    K draws of noise and time per observation, which share its prefix (our choice: a cheap
+                        way to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the drawing.
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
@@ -252,12 +234,11 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         generator: torch.Generator | None = None,
         graphs: bool = True,
     ) -> Action:
-        """Actions [B, H, ·], normalised units, rotations unit and canonical: `steps` Euler steps from noise.
-        The paper does not give their number; 10 is our choice (π0's).
+        """Actions [B, H, ·], normalised units, rotations unit and canonical, by `steps` Euler steps from noise.
 
-        The prefix runs once. Arguments as in `forward`; noise [B, H, ·] overrides the drawing. Without
-        padding and missing images, attention_mask=None and view_mask=None spare the masks. graphs: see
-        `spear.models.sampling`.
+        The paper does not give the number of steps; 10 is our choice (π0's). Arguments as in `forward`; noise
+        [B, H, ·] overrides the drawing. Without padding and missing images, attention_mask=None and
+        view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
         """
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)
@@ -272,13 +253,6 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         return Action.from_vector(sample(self, inputs, steps, graphs))
-
-
-def _identity(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The parts of the action that does nothing: no step, the rotation (1, 0, 0, 0), a gripper half open."""
-    rotation = torch.zeros(4, dtype=like.dtype, device=like.device)
-    rotation[0] = 1
-    return torch.zeros_like(rotation[:3]), rotation, torch.zeros_like(rotation[:1])
 
 
 AutoConfig.register(Spear1Config.model_type, Spear1Config, exist_ok=True)

@@ -4,41 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipVisionConfig,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import Dinov2Config as MogeConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, unknown_name
 from spear.models import decode, losses
-from spear.models.attention import choose_attention
-from spear.models.cache import KeyValues
 from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.gemma import language_model
-from spear.models.mask import positions, prefix_lm_mask
+from spear.models.layers import (
+    KVCache,
+    PortableConfig,
+    RecomputesLayers,
+    choose_attention,
+    positions,
+    prefix_lm_mask,
+)
 from spear.models.moge.encoder import LAST_LAYERS, MogeEncoder
-from spear.models.recompute import RecomputesLayers
 from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
-from spear.models.weights.saving import WithoutFolders
 
 
-class SpearVLMConfig(WithoutFolders, PreTrainedConfig):
+class SpearVLMConfig(PortableConfig):
     """The parts of SPEAR-VLM and how it learns.
 
-    vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says. moge_config:
-        DINOv2's, or None for a plain PaliGemma. An extra field `stem` = "conv" in either visual config swaps
-        the patch embedding for a `ConvStem`.
+    vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says.
+    moge_config             DINOv2's, or None for a plain PaliGemma. An extra field `stem` = "conv" in either
+                            visual config swaps the patch embedding for a `ConvStem`.
     views                   camera names in the order of their tokens.
     image_sizes             view -> [width, height] in pixels, multiples of the patch size.
     coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
@@ -77,6 +73,11 @@ class SpearVLMConfig(WithoutFolders, PreTrainedConfig):
                 "both must cut the image into the same grid"
             )
 
+    @property
+    def coordinate_ids(self) -> range:
+        """The ids of the 3D tokens."""
+        return range(self.coordinate_start, self.coordinate_start + self.coordinate_bins)
+
 
 @dataclass
 class SpearVLMOutput(ModelOutput):
@@ -85,17 +86,18 @@ class SpearVLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
-    past_key_values: KeyValues | None = None
+    past_key_values: KVCache | None = None
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a prefix leaves for later tokens: every layer's keys and values, and which places are valid.
+    """What images and text leave for later tokens.
 
-    valid [N, S] bool. hidden [N, L, D]: the last layer's output at the text positions.
+    cache   keys and values of every layer; valid [N, S] bool: which of their places are not padding.
+    hidden  [N, L, D] the last layer's output at the text positions.
     """
 
-    cache: KeyValues
+    cache: KVCache
     valid: torch.Tensor
     hidden: torch.Tensor
 
@@ -134,25 +136,6 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         self.language_model = language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
-
-    @classmethod
-    def from_backbones(
-        cls,
-        paligemma: Path | str,
-        moge: Path | str | None,
-        size: str = "spear1",
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> SpearVLMForConditionalGeneration:
-        """A SPEAR-VLM to be trained, from published PaliGemma and MoGe weights.
-
-        dtype: None keeps PaliGemma's. seed: of the new weights. For the other arguments, the errors, and a
-            report
-        on every weight see `spear.models.weights.backbones.plan_backbones`.
-        """
-        from spear.models.weights.backbones import plan_backbones
-
-        return plan_backbones(paligemma, moge, size).run(dtype, seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings, which are also the output head."""
@@ -195,17 +178,14 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         for names in by_size.values():
             together = self.image_features(names[0], torch.cat([pixel_values[name] for name in names]))
             encoded.update(zip(names, together.chunk(len(names)), strict=True))
-        features, valid = [], []
-        for name in given:
-            tokens = encoded[name]
-            present = (view_mask or {}).get(name)
-            if present is None:
-                present = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            features.append(tokens)
-            valid.append(present[:, None].expand(-1, tokens.shape[1]))
-        if not features:
+        if not given:
             raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
-        return torch.cat(features, dim=1), torch.cat(valid, dim=1)
+        features = torch.cat([encoded[name] for name in given], dim=1)
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        for name, part in zip(given, valid.split([encoded[n].shape[1] for n in given], dim=1), strict=True):
+            if view_mask is not None and name in view_mask:
+                part.copy_(view_mask[name][:, None])
+        return features, valid
 
     def prefix(
         self,
@@ -215,15 +195,14 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
-        keep_cache: bool = True,
     ) -> Prefix:
         """Run images and text through the network; see `forward` for the arguments."""
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is not None:
             features, image_valid = features[image_index], image_valid[image_index]
-        return self.read(features, image_valid, input_ids, attention_mask, token_type_ids, keep_cache)
+        return self.run_text(features, image_valid, input_ids, attention_mask, token_type_ids)
 
-    def read(
+    def run_text(
         self,
         features: torch.Tensor,
         image_valid: torch.Tensor,
@@ -233,16 +212,14 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         keep_cache: bool = True,
     ) -> Prefix:
         """Visual tokens (of `encode_images`, one row per text) and text through the language model."""
-        text = self.language_model.embed_tokens(input_ids)
-        if torch.is_autocast_enabled(text.device.type):
-            text = text.float()  # frozen embeddings may be kept in bfloat16; the residual stream is not
+        text = self.embed_text(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
         causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
-        cache = KeyValues()
+        cache = KVCache()
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
             attention_mask=prefix_lm_mask(valid, causal),
@@ -252,12 +229,24 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of tokens, [..., width]: float32 under autocast, also where they are kept in bfloat16."""
+        text = self.language_model.embed_tokens(input_ids)
+        return text.float() if torch.is_autocast_enabled(text.device.type) else text
+
     def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Logits of the tokens first … last − 1 (all of them), by the embedding matrix. [..., D] -> [...,
-        tokens]."""
+        """Logits of the tokens first … last − 1, by the embedding matrix. [..., D] -> [..., tokens]."""
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
         return logits if cap is None else cap * (logits / cap).tanh()
+
+    def token_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and its parts (`losses.token_loss`) of tokens [M], read off `hidden` [M, D]."""
+        c = self.config
+        weighing = c.coordinate_loss_weight, c.coordinate_smoothing
+        return losses.token_loss(self.head(hidden), labels, c.coordinate_ids, *weighing)
 
     def forward(
         self,
@@ -275,9 +264,9 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         pixel_values    view -> [B, 3, h, w] uint8.
         input_ids       [N, L] text, padded on the right; attention_mask [N, L], 0 on padding.
         token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal).
-        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image, in
-        order. labels          [N, L] the token that stands at each place, −100 where it is not to be learned.
-                        Only the places that have one go through the head.
+        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image.
+        labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only
+                        the places that have one go through the head.
         length_groups   with `labels`: the texts run in so many groups of similar length, to save padding. The
                         loss is the same.
         """
@@ -296,7 +285,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         hidden, targets = [], []
         for rows, length in _by_length(attention_mask, length_groups):
             owners = image_index[rows]
-            state = self.read(
+            state = self.run_text(
                 features[owners],
                 image_valid[owners],
                 input_ids[rows, :length],
@@ -308,10 +297,9 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             wanted = target != losses.IGNORE
             hidden.append(state.hidden[:, :-1][wanted])
             targets.append(target[wanted])
-        loss, parts = losses.token_loss(self.head(torch.cat(hidden)), torch.cat(targets), self.config)
+        loss, parts = self.token_loss(torch.cat(hidden), torch.cat(targets))
         return SpearVLMOutput(loss=loss, parts=parts)
 
-    @torch.no_grad()
     def answer(
         self,
         pixel_values: Mapping[str, torch.Tensor],

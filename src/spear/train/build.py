@@ -19,9 +19,8 @@ from spear.labels.questions.generate import FAMILIES_PIXEL, all_texts
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.patch_classification import PatchClassification
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.processing import Processor, fit_image
+from spear.models.processing import LOCATIONS, Processor, fit_image
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.tokenizer import LOCATIONS
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings

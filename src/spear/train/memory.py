@@ -27,9 +27,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from spear.errors import SpearError
 from spear.models.fast.stack import STACK
 from spear.models.gemma import FastRMSNorm
-from spear.models.losses import token_loss
+from spear.models.layers import recompute_layers
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.recompute import recompute_layers
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -314,10 +313,10 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     features, valid = vlm.encode_images({view: _pixels(size, images)[view]})
     owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
     ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
-    read = vlm.read(features[owners], valid[owners], ids, keep_cache=False)
-    hidden = read.hidden[:, -ANSWER:].flatten(0, 1)
+    hidden = vlm.run_text(features[owners], valid[owners], ids, keep_cache=False).hidden
+    hidden = hidden[:, -ANSWER:].flatten(0, 1)
     labels = torch.zeros(len(hidden), dtype=torch.long)
-    return token_loss(vlm.head(hidden), labels, vlm.config)[0]
+    return vlm.token_loss(hidden, labels)[0]
 
 
 Fits = tuple[dict[str, Any], Memory]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from spear.errors import SpearError
-from spear.models.recompute import recompute_layers
+from spear.models.layers import recompute_layers
 from spear.train import parallel, sharding
 from spear.train.adamw import HalfStateAdamW
 from spear.train.lora import is_adapter
@@ -66,7 +66,7 @@ class Optimization:
                       (`spear.train.parallel`).
     max_skipped       steps whose loss or gradient is not finite are skipped; one more than so many ends the
                       run.
-    gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.recompute`).
+    gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.layers`).
     """
 
     steps: int

@@ -9,7 +9,7 @@ import torch
 
 from moge_reference import arrays, error
 from spear.labels.fit import camera
-from spear.models.moge.geometry import (
+from spear.models.moge.infer import (
     centred_intrinsics,
     focal_of,
     intrinsics_from_fov,

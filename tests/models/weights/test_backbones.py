@@ -53,7 +53,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, layout: str, text: str) -> None:
     folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
-    ours = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    ours = plan_backbones(folder, None, "tiny14").run()
     mine, expected = logits(ours, theirs, 280, 210)
     assert mine.shape[-1] == ROWS + TINY14.bins
     assert relative(mine[:, :ROWS], expected) < 1e-5
@@ -65,7 +65,7 @@ def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, la
 def test_the_3d_path_adds_exactly_the_average_of_the_two_projections(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "moge" / "model.pt")
-    model = SPEAR_VLM.from_backbones(folder, moge, "tiny14")
+    model = plan_backbones(folder, moge, "tiny14").run()
     image = torch.randint(0, 256, (B, 3, 210, 280), dtype=torch.uint8)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
     siglip = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
@@ -113,7 +113,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
 def test_new_tokens_are_drawn_from_the_known_ones_and_change_none_of_them(tmp_path: Path) -> None:
     published = paligemma()
     folder = publish_paligemma(published, tmp_path / "paligemma")
-    models = [SPEAR_VLM.from_backbones(folder, None, "tiny14", seed=seed) for seed in (3, 3, 4)]
+    models = [plan_backbones(folder, None, "tiny14").run(seed=seed) for seed in (3, 3, 4)]
     tables = [model.language_model.embed_tokens.weight for model in models]
     known = published.model.language_model.embed_tokens.weight
     assert torch.equal(tables[0][:ROWS], known)
@@ -144,7 +144,7 @@ def test_3d_tokens_follow_the_tokenizer_not_the_padding_of_the_embeddings(
 def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
     moge = publish_moge(tmp_path / "model.pt")
-    full, half = (SPEAR_VLM.from_backbones(folder, moge, "tiny14", dtype) for dtype in (None, torch.bfloat16))
+    full, half = (plan_backbones(folder, moge, "tiny14").run(dtype) for dtype in (None, torch.bfloat16))
     expected = full.state_dict()
     for name, weight in half.state_dict().items():
         assert weight.dtype == torch.bfloat16
@@ -160,9 +160,9 @@ def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
     published = paligemma()
     published.model.load_state_dict(theirs.model.vlm.state_dict())
     folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
-    vlm = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    vlm = plan_backbones(folder, None, "tiny14").run()
     expert = publish_pi0(theirs, tmp_path / "pi0", layout)
-    return Spear1ForActionPrediction.from_vlm(vlm, expert, "tiny14", {"rotation": "linear"}), theirs
+    return plan_policy(vlm, expert, "tiny14", {"rotation": "linear"}).run(), theirs
 
 
 @pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
@@ -287,7 +287,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
-    vlm = SPEAR_VLM.from_backbones(folder, None, "tiny14")
+    vlm = plan_backbones(folder, None, "tiny14").run()
     refused("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
     refused("another architecture: .* says 'paligemma': give one of 'spear_vlm'", plan_policy, folder)
     refused("another architecture: .* says 'paligemma': give one of 'spear1'", plan_inner_vlm, folder)

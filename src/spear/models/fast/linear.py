@@ -1,18 +1,25 @@
-"""Linear layers as inference runs them: by oneDNN on a CPU, several as one, packed where they are read
-often."""
+"""Linear layers as inference runs them: by oneDNN on a CPU, several as one, packed where they are read often.
+
+What is worked out of a network's weights is kept by `Prepared` until they change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+Value = TypeVar("Value")
+Places = list[tuple[dict[str, Any], str]]
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU computes in bfloat16. One with AVX2 alone does not: oneDNN refuses, PyTorch is many times
+"""Whether this CPU computes in bfloat16. On one with AVX2 alone oneDNN refuses, and PyTorch is many times
 slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 _CACHED = 2**19
@@ -26,20 +33,16 @@ def _on_intel() -> bool:
         return False
 
 
+# PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
 _MKL_IS_FAST = torch.backends.mkl.is_available() and _on_intel()
-"""Whether MKL, to which PyTorch gives float32 products on a CPU, knows this one: it does not use all of
-AMD's."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`; on a CPU by oneDNN, where no gradients are wanted. [..., in] -> [...,
-    out].
+    """`torch.nn.functional.linear`, on a CPU by oneDNN where no gradients are wanted. [..., in] -> [..., out].
 
-    weight: [out, in], or that in oneDNN's own layout. PyTorch gives float32 products on a CPU to MKL, which
-        on AMD's
-    processors leaves half of the vector units idle. Measured there, one thread, against PyTorch's own: 2.1
+    weight: [out, in], or that in oneDNN's own layout. Measured on AMD, one thread, against PyTorch's own: 2.1
     times as fast for 560 rows and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6 times, packed 5 times
-    (bfloat16: 1.2, 2.3). On Intel's MKL is the faster one, but for packed weights that no cache holds:
+    (bfloat16: 1.2, 2.3). On Intel MKL is faster, except for packed weights that no cache holds:
     `benchmarks/models/products.py`.
     """
     if (
@@ -74,79 +77,54 @@ def use_fast_linear(model: nn.Module) -> None:
 class Fused:
     """Linear layers that read the same input, as one, for inference.
 
-    On a GPU their weights become parts of one tensor, which takes no memory: they stay the layers' own, are
-    trained and saved as before. On a CPU that gains nothing, unless `packed`: then this keeps a copy of them,
-    in oneDNN's own layout where that is faster, for layers that have few rows and run often. Layers that are
-    not plain (a LoRA's) run one by one, and so do fake tensors, on which memory is planned: these only take
-    what the real ones would (`_plan`).
+    On a GPU their weights become parts of one tensor, which takes no memory: they stay the layers' own, and
+    are trained and saved as before. On a CPU that gains nothing, unless `packed`: then this keeps a copy of
+    them, in oneDNN's own layout where that is faster, for layers that have few rows and run often. Layers
+    that are not plain (a LoRA's), and fake tensors, run one by one.
     """
 
     def __init__(self, *layers: nn.Module, packed: bool = False) -> None:
         self.layers = layers
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        self.planned: torch.Tensor | None = None
         plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        first = plain[0].weight if plain else None
-        alike = first is not None and all(
-            (m.weight.dtype, m.weight.device, m.bias is None)
-            == (first.dtype, first.device, plain[0].bias is None)
-            for m in plain
-        )
-        if first is None or not alike or len(plain) < len(layers):
+        kinds = {(m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
+        if len(plain) < len(layers) or len(kinds) > 1:
             return
+        weights = [m.weight for m in plain]
+        first = weights[0]
         if isinstance(first, FakeTensor):
-            self.planned = _plan([m.weight for m in plain], packed)
+            if len(weights) > 1:
+                torch.cat(weights)  # memory is planned: while weights are moved, they exist twice
             return
-        if first.device.type == "cpu":
-            if not packed or not _ONEDNN or first.dtype not in _DTYPES:
-                return
-            whole = torch.cat([m.weight for m in plain]) if len(plain) > 1 else first.contiguous()
-            self.weight = (
-                torch.ops.mkldnn._reorder_linear_weight(whole, None)
-                if _own_layout(whole)
-                else whole.T.contiguous().T  # for few rows MKL reads [in, out] the faster: 5 to 8 rows, 0.8 of the time
-            )
+        if first.device.type != "cpu":
+            self.weight = _share_storage(weights)
+        elif packed and _ONEDNN and first.dtype in _DTYPES:
+            self.weight = _pack(torch.cat(weights) if len(weights) > 1 else first.contiguous())
         else:
-            self.weight = _share_storage([m.weight for m in plain])
+            return
         if plain[0].bias is not None:
             self.bias = torch.cat([m.bias for m in plain])
         self.sizes = [m.out_features for m in plain]
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """[..., in] -> what each layer says, [..., out]."""
+        """[..., in] -> each layer's output, [..., out]."""
         if self.weight is None:
             return [layer(x) for layer in self.layers]
-        together = self.whole(x)
-        return (together,) if len(self.sizes) == 1 else together.split(self.sizes, dim=-1)
+        return self.concatenated(x).split(self.sizes, dim=-1)
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> what all layers say, one after the other, [..., sum of out]."""
+    def concatenated(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> all layers' outputs side by side, [..., sum of out]."""
         if self.weight is None:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)
         return linear(x, self.weight, self.bias)
 
 
-def _own_layout(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's layout is the faster one for few rows."""
-    return not (_MKL_IS_FAST and weight.dtype == torch.float32 and weight.numel() < _CACHED)
-
-
-def _plan(weights: Sequence[torch.Tensor], packed: bool) -> torch.Tensor | None:
-    """Take, of memory that is planned, what `Fused` takes: a copy to keep where it packs, else one for a
-    moment.
-
-    Where oneDNN is switched off (`torch.backends.mkldnn`) a GPU is planned: there weights are moved, not
-    copied, but while they are, old and new ones exist.
-    """
-    if torch.backends.mkldnn.enabled:
-        if not packed or not _ONEDNN or weights[0].dtype not in _DTYPES:
-            return None
-        whole = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
-        return torch.empty_like(whole)
-    if len(weights) > 1:
-        torch.cat(list(weights))
-    return None
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] in the layout that is fastest for few rows."""
+    if _MKL_IS_FAST and weight.dtype == torch.float32 and weight.numel() < _CACHED:
+        return weight.T.contiguous().T  # MKL reads [in, out] faster: 0.8 of the time for 5 to 8 rows
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -161,8 +139,54 @@ def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     if not apart:
         return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
     whole = torch.cat([weight.detach() for weight in weights])
-    start = 0
-    for weight in weights:
-        weight.data = whole[start : start + weight.shape[0]]
-        start += weight.shape[0]
+    for weight, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = part
     return whole
+
+
+class Prepared(Generic[Value]):
+    """`make(module, *options)`, kept as long as the module lives and its weights stay what and where they are.
+
+    watch  the parts whose weights count; by default all of the module.
+    The result must not refer to the module itself. It is kept beside the module, not in it: copies and
+    checkpoints of the module know nothing of it.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Value],
+        watch: Callable[[Any], Sequence[nn.Module]] = lambda module: [module],
+    ) -> None:
+        self._make, self._watch = make, watch
+        self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Places, list[int], Value]]]
+        self._kept = WeakKeyDictionary()
+
+    def __call__(self, module: nn.Module, *options: Hashable) -> Value:
+        """The result for a module, as its weights are now."""
+        kept = self._kept.get(module, {}).get(options)
+        if kept is not None and _stamp(kept[0]) == kept[1]:
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = self._make(module, *options)
+        parts = {part for watched in self._watch(module) for part in watched.modules()}
+        if not any(isinstance(p, FakeTensor) for part in parts for p in part._parameters.values()):
+            places = [
+                (parent._modules, name)
+                for parent in module.modules()
+                for name, child in parent._modules.items()
+                if child in parts and child is not None and child._parameters
+            ]
+            self._kept.setdefault(module, {})[options] = (places, _stamp(places), value)
+        return value
+
+
+def _stamp(places: Places) -> list[int]:
+    """Numbers that change when a layer is replaced, or a weight is replaced, moved or written to."""
+    stamp = []
+    for modules, name in places:
+        module = modules[name]
+        stamp.append(id(module))
+        for weight in module._parameters.values():
+            if weight is not None:
+                stamp += (weight.data_ptr(), weight._version)
+    return stamp

@@ -1,5 +1,4 @@
-"""The layers of a Gemma as inference runs them: keys and values in buffers that are made once, and no step
-too many.
+"""The layers of a Gemma as inference runs them, with keys and values in buffers that are made once.
 
 The same numbers as the model's own layers give, up to rounding; `tests/models/test_sampling.py` holds them
 together.
@@ -16,14 +15,12 @@ import torch
 from torch import nn
 
 from spear.models.fast.graphs import CudaGraphCache
-from spear.models.fast.linear import Fused
-from spear.models.fast.prepared import Prepared
+from spear.models.fast.linear import Fused, Prepared
 from spear.models.gemma import Gemma, Gemma2
 
 
-class Memory:
-    """Keys and values of every layer, [2, B, kv heads, places, head_dim] each, to be written place by
-    place."""
+class StaticKVCache:
+    """Keys and values of every layer in buffers of a fixed size, [2, B, kv heads, places, head_dim] each."""
 
     def __init__(
         self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
@@ -31,19 +28,19 @@ class Memory:
         self.layers = torch.empty(layers, 2, *shape, dtype=dtype, device=device).unbind(0)
         self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
 
-    def to(self, dtype: torch.dtype) -> Memory:
+    def to(self, dtype: torch.dtype) -> StaticKVCache:
         """Itself, or a copy in another precision."""
         first = self.layers[0]
         if first.dtype == dtype:
             return self
         _, batch, groups, places, width = first.shape
-        copy = Memory(len(self.layers), (batch, groups, places, width), dtype, first.device)
+        copy = StaticKVCache(len(self.layers), (batch, groups, places, width), dtype, first.device)
         for new, old in zip(copy.layers, self.layers, strict=True):
             new.copy_(old)
         return copy
 
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
-        """Where new tokens go and what they see; see `Window`. To be made once for many steps."""
+        """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
         return Window(
             [held[:, :, :, start : start + sum(queries)] for held in self.layers],
@@ -54,11 +51,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Window:
-    """Views of a `Memory` for tokens in a row, in blocks of (tokens, places that they see: all before this
-    one).
+    """Views of a `StaticKVCache` for consecutive tokens, in blocks of (tokens, end): each sees all places < end.
 
-    places  per layer: where the new tokens' keys and values go. queries: tokens per block.
-    seen  per layer and block: keys and values, [B · kv heads, places seen, head_dim].
+    places   per layer: where the new tokens' keys and values go.
+    queries  tokens per block.
+    seen     per layer and block: keys and values, [B · kv heads, places seen, head_dim].
     """
 
     places: list[torch.Tensor]
@@ -83,8 +80,7 @@ class Layer:
 class Stack:
     """All layers of a Gemma or Gemma 2 and its last norm.
 
-    packed: see `Fused`. compiled: what is before attention and after it by `torch.compile`, once for all
-        layers.
+    packed: see `Fused`. compiled: the work before and after attention by `torch.compile`, once for all layers.
     """
 
     def __init__(self, model: Gemma | Gemma2, packed: bool = False, compiled: bool = False) -> None:
@@ -102,21 +98,19 @@ class Stack:
         self._before: Any = self._project
         self._after: Any = self._finish
         if compiled:
-            # Where rows are few, small kernels are most of the time on a GPU: compiled, they become one.
+            # With few rows, small kernels take most of the time on a GPU; compiled, they become one.
             self._before, self._after = torch.compile(self._project), torch.compile(self._finish)
-            # One length, then any; the VLM and the expert; prompts and single tokens: more than the usual 8
-            # variants.
+            # One length, then any; the VLM and the expert; prompts and single tokens: more variants than 8.
             limits: Any = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 32)
         self.replay = CudaGraphCache()
 
-    def memory(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> Memory:
-        """Room for so many tokens."""
-        return Memory(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
+    def cache(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> StaticKVCache:
+        """Room for the keys and values of so many tokens."""
+        return StaticKVCache(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
     def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """What rotates queries and keys at the positions [B, S]: cosines, and sines with their signs, [B, S,
-        1, d]."""
+        """What rotates queries and keys at positions [B, S]: cosines, and signed sines, [B, S, 1, d] each."""
         cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=places.device), places)
         first, second = sin.chunk(2, dim=-1)
         return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
@@ -130,16 +124,14 @@ class Stack:
         keys_only: bool = False,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings [B, S, D] of the window's tokens -> the last layer's output, normed; their keys and
-        values are left in the memory.
+        """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm.
 
-        bias  [B · kv heads, 1, places] to be added to all scores, or None: `hidden_places` of what is not
-              valid.
-        keys_only  nothing but keys and values is wanted: the last layer stops at them, and the result is its
-                   input.
-        wanted [B]  of each row this token's output alone is wanted, of a window of one block: the last layer
-                    does
-            for it alone what comes after keys and values, and the result is [B, 1, D].
+        The tokens' keys and values are left in the cache.
+
+        bias       [B · kv heads, 1, places] added to all scores, or None: `hidden_places` of padding.
+        keys_only  the last layer stops at its keys and values, and the result is its input.
+        wanted     [B] the one token of each row whose output is needed, of a window of one block: the result
+                   is [B, 1, D].
         """
         for index, layer in enumerate(self.layers):
             query, held = self._before(layer, x, *rotations)
@@ -159,9 +151,11 @@ class Stack:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
         batch, length, _ = x.shape
-        found = layer.qkv.whole(self._norm(x, layer.before_attention)).view(batch, length, -1, self.width)
-        both, value = found.tensor_split((self.heads + self.groups,), dim=2)
-        query, key = _rotate(both, cos, sin).tensor_split((self.heads,), dim=2)
+        qkv = layer.qkv.concatenated(self._norm(x, layer.before_attention))
+        both, value = qkv.view(batch, length, -1, self.width).tensor_split((self.heads + self.groups,), dim=2)
+        # Rotary position embeddings, of queries and keys together: [B, S, heads, d].
+        rotated = torch.addcmul(both * cos, both.roll(self.width // 2, dims=-1), sin)
+        query, key = rotated.tensor_split((self.heads,), dim=2)
         held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
@@ -169,20 +163,20 @@ class Stack:
     def _only(
         self, wanted: torch.Tensor, query: torch.Tensor, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of queries as `_project` gives them and of embeddings those of one token [B] per row."""
+        """The queries, as `_project` gives them, and the embeddings of one token [B] per row."""
         batch, length, _ = x.shape
         rows = torch.arange(batch, device=x.device)
         each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
         return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
     def _finish(self, layer: Layer, x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-        """What attention found, [B · kv heads, S · query heads per kv head, d], and the rest of the layer."""
+        """The rest of the layer, after attention found [B · kv heads, S · query heads per kv head, d]."""
         batch, length, _ = x.shape
         found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
         out = layer.out(found.reshape(batch, length, self.heads * self.width))[0]
-        x = x + self._normed(out, layer.after_attention)
+        x = x + self._norm(out, layer.after_attention)
         gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
-        return x + self._normed(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
+        return x + self._norm(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
 
     def _attend(
         self,
@@ -191,14 +185,18 @@ class Stack:
         queries: list[int],
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The query heads of a key-value head are rows of one product."""
+        """Attention in which the query heads of a key-value head are rows of one product."""
         each = self.heads // self.groups
         parts = [query] if len(queries) == 1 else query.split([q * each for q in queries], dim=1)
         out = []
         for part, (keys, values) in zip(parts, seen, strict=True):
             hidden = None if bias is None else bias[:, :, : keys.shape[1]]
             if part.device.type != "cpu" and self.softcap is None:
-                out.append(self._sdpa(part, keys, values, hidden))
+                # PyTorch's fused attention sees one head: so it needs no copies of keys and values.
+                mask = None if hidden is None else hidden[:, None]
+                qkv = (part[:, None], keys[:, None], values[:, None])
+                fused = nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=self.scale)
+                out.append(fused[:, 0])
                 continue
             if self.softcap is None:
                 nothing = part.new_zeros(1) if hidden is None else hidden
@@ -210,24 +208,10 @@ class Stack:
             out.append(torch.bmm(scores.softmax(-1), values))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def _sdpa(
-        self, part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """PyTorch's fused attention, on what looks to it like one head: it needs no copies of keys and
-        values."""
-        return nn.functional.scaled_dot_product_attention(
-            part[:, None],
-            keys[:, None],
-            values[:, None],
-            attn_mask=None if bias is None else bias[:, None],
-            scale=self.scale,
-        )[:, 0]
-
-    def _normed(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return x if scale is None else self._norm(x, scale)
-
-    def _norm(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Gemma's RMSNorm: x / rms(x) · scale, in float32."""
+    def _norm(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """Gemma's RMSNorm: x / rms(x) · scale, in float32; x itself where there is no norm."""
+        if scale is None:
+            return x
         full = x if x.dtype == torch.float32 else x.float()
         if x.device.type != "cpu":
             return nn.functional.rms_norm(full, full.shape[-1:], scale, self.eps).to(x.dtype)
@@ -241,11 +225,6 @@ def hidden_places(valid: torch.Tensor, groups: int, dtype: torch.dtype) -> torch
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
     bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
     return bias.repeat_interleave(groups, dim=0)[:, None]
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embeddings. [B, S, heads, d]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _layer(layer: Any, packed: bool) -> Layer:
@@ -268,7 +247,7 @@ def _scale(norm: nn.Module) -> torch.Tensor:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether layers are to be compiled: on a GPU that PyTorch's compiler can write kernels for."""
+    """Whether layers are compiled: on a GPU that PyTorch's compiler can write kernels for."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 

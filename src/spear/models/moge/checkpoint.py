@@ -24,7 +24,7 @@ from spear.models.moge.layers import ENCODERS, dinov2_config
 from spear.models.moge.v1 import MogeV1, MogeV1Config
 from spear.models.moge.v2 import HEADS, MogeV2, MogeV2Config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
-from spear.models.weights import hub
+from spear.models.weights.shards import download, is_hub_name
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -141,12 +141,12 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     """Read a local file, or one from the Hub; see `load_moge`."""
     path = Path(name)
     if not path.is_file():
-        if path.exists() or path.suffix in (".pt", ".safetensors") or not hub.is_name(str(name)):
+        if path.exists() or path.suffix in (".pt", ".safetensors") or not is_hub_name(str(name)):
             raise SpearError(
                 f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub such as "
                 "Ruicheng/moge-vitl"
             )
-        path = hub.download(str(name), "a local model.pt", file="model.pt")
+        path = download(str(name), "a local model.pt", file="model.pt")
     weights, config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     prefix = _BACKBONE[version]

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from spear.models.attention import choose_attention
+from spear.models.layers import PortableConfig, choose_attention
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_pixels, normalize_pixels
-from spear.models.weights.saving import WithoutFolders
 
 LAST_LAYERS = 4
 """MoGe reads the last four layers of its backbone, and so does SPEAR-VLM (the paper, SPEAR-VLM)."""
@@ -55,7 +54,7 @@ class MogeEncoder(nn.Module):
         return found
 
 
-class MogeDepthConfig(WithoutFolders, PreTrainedConfig):
+class MogeDepthConfig(PortableConfig):
     """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
 
     model_type = "spear_moge_depth"

@@ -6,6 +6,7 @@ published checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from torch import nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, unknown_name
-from spear.models.moge.geometry import view_plane
 
 PATCH = 14
 ENCODERS = {"dinov2_vits14": (384, 12, 6), "dinov2_vitb14": (768, 12, 12), "dinov2_vitl14": (1024, 24, 16)}
@@ -97,6 +97,21 @@ def learned_upsample(width: int, out: int) -> nn.Sequential:
 def bilinear_upsample(width: int, out: int) -> nn.Sequential:
     """[B, width, h, w] -> [B, out, 2h, 2w], bilinear, then a convolution."""
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), conv3(width, out))
+
+
+def view_plane(
+    width: int, height: int, aspect: float | None = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
+
+    MoGe measures the view plane in half diagonals of the image. u runs to the right and v down; both are 0 at
+    the image's centre. aspect: width / height of the image that the grid covers, when its cells are not square.
+    """
+    ratio = width / height if aspect is None else aspect
+    diagonal = math.sqrt(1 + ratio**2)
+    ends = [(n - 1) / n * span / diagonal for n, span in ((width, ratio), (height, 1.0))]
+    u, v = (torch.linspace(-end, end, n, device=device) for end, n in zip(ends, (width, height), strict=True))
+    return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
 def uv_channels(batch: int, width: int, height: int, aspect: float, like: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spear.errors import SpearError
-from spear.models.weights import hub
+from spear.errors import SpearError, first_line
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+"""The files of a repository on the Hub that belong to a checkpoint."""
 _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
@@ -105,11 +108,35 @@ def find(name: Path | str, what: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if folder.exists() or not hub.is_name(str(name)):
+    if folder.exists() or not is_hub_name(str(name)):
         raise SpearError(
             f"{what} not found: {folder}: give its folder (config.json and safetensors), or its name on the Hub"
         )
-    return hub.download(str(name), "a local folder")
+    return download(str(name), "a local folder")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224"."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def download(name: str, instead: str, file: str | None = None) -> Path:
+    """One file of a repository, or (file None) the folder of its checkpoint, from the local cache if there.
+
+    instead: what to give when there is no network. Raises `SpearError`, naming the reason.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(name, file))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client's errors and its transport's have no common base
+        reason = first_line(error)
+        raise SpearError(
+            f"cannot get {name} from the Hugging Face Hub: {reason}: check the name and the network, or give "
+            f"{instead}"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
