@@ -44,13 +44,13 @@ GROWTH_MIB = 25.0
 """How much a server's memory may grow after the first tenth: less than 300 bytes per frame at 100,000 (our
 choice)."""
 WRONG: list[Any] = [
-    None, True, -1, 2**63, 0.5, float("nan"), "", "x", "x" * 5000, "x " * 450, b"", b"\0" * 99, [], [[1], [2, 3]],
-    {}, {"a": {"b": []}}, np.zeros(0, np.float32), np.zeros((0, 0, 3), np.uint8), np.zeros((5, 3, 3), np.uint8),
-    np.zeros((300, 20, 3), np.uint8), np.zeros((112, 112), np.uint8), np.zeros((112, 112, 4), np.uint8),
-    np.zeros((112, 112, 3), np.float32), np.zeros((3, 112, 112), np.uint8), np.full(8, np.nan),
-    np.full(8, np.inf), np.full(7, np.nan), np.full(8, 1e30), np.full(7, 1e30), np.zeros(7), np.zeros(8), np.zeros(8, np.int64),
-    np.zeros((1, 8)), np.zeros((1,) * 8), np.bool_(True), np.float16(0), np.uint8(3),
-    np.zeros((4200, 600, 3), np.uint8),
+    None, True, -1, 2**63, 0.5, float("nan"), "", "x", "x" * 5000, "x " * 450, b"", b"\0" * 99, [],
+    [[1], [2, 3]], {}, {"a": {"b": []}}, np.zeros(0, np.float32), np.zeros((0, 0, 3), np.uint8),
+    np.zeros((5, 3, 3), np.uint8), np.zeros((300, 20, 3), np.uint8), np.zeros((112, 112), np.uint8),
+    np.zeros((112, 112, 4), np.uint8), np.zeros((112, 112, 3), np.float32),
+    np.zeros((3, 112, 112), np.uint8), np.full(8, np.nan), np.full(8, np.inf), np.full(7, np.nan),
+    np.full(8, 1e30), np.full(7, 1e30), np.zeros(7), np.zeros(8), np.zeros(8, np.int64), np.zeros((1, 8)),
+    np.zeros((1,) * 8), np.bool_(True), np.float16(0), np.uint8(3), np.zeros((4200, 600, 3), np.uint8),
 ]  # fmt: skip
 
 
