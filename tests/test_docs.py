@@ -1,43 +1,75 @@
-"""What the README and the pages show works when pasted: its Python, and the words and options of its
-commands."""
+"""What the README and the pages show works when pasted: the commands with their options, the links, the Python,
+and the tutorial."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spear.cli import COMMANDS
+from spear import cli
+from spear.util.options import option_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^[ $]*|`|\.venv/bin/|=\S+ )spear ([a-z][^`#\n]*)", re.MULTILINE)
+FIRST = {name.split()[0] for name in cli.COMMANDS}
 
 
-def commands(page: Path) -> list[str]:
-    """What stands after `spear` at the start of a line or of a span of code."""
-    text = page.read_text().replace("\\\n", " ")
-    return [line for line in COMMAND.findall(text) if line.split()[0] in {n.split()[0] for n in COMMANDS}]
+def joined(page: Path) -> str:
+    """A page, with lines that end in a backslash joined to the next."""
+    return page.read_text().replace("\\\n", " ")
+
+
+def options(name: str) -> set[str]:
+    """The options of a command, as they are written."""
+    function = cli.load(name)
+    known = cli.options_of(function)
+    if known is not None:
+        return {*option_names(known), "--help"}
+    return {"--" + p.replace("_", "-") for p in inspect.signature(function).parameters} | {"--help"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    for line in commands(page):
+    for line in COMMAND.findall(joined(page)):
         words = line.split()
-        name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+        if words[0] not in FIRST:
+            continue
+        name = next((n for n in (" ".join(words[:2]), words[0]) if n in cli.COMMANDS), None)
         if name is None:
             assert words[1:] in ([], ["…"]), f"spear {line}"  # the group by itself
             continue
-        known = {parameter.replace("_", "-") for parameter in inspect.signature(COMMANDS[name]).parameters}
-        for option in re.findall(r"(?<=\s--)[a-z][a-z-]*", line.partition(" & ")[0]):
-            assert option.removeprefix("no-") in known | {"help"}, f"spear {line}"
+        for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line.partition(" & ")[0]):
+            assert option.replace("--no-", "--") in options(name), f"spear {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_blocks_are_understood(page: Path) -> None:
+    """Read as the command line reads them, values and positional arguments included."""
+    for block in re.findall(r"```sh\n(.*?)```", joined(page), re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line.partition(" & ")[0].removeprefix(".venv/bin/"), comments=True)
+            if words[:1] != ["spear"] or "…" in line or "*" in line:
+                continue
+            name = cli._command(words[1:])
+            function, rest = cli.load(name), words[1 + len(name.split()) :]
+            if cli.options_of(function) is None and inspect.signature(function).parameters:
+                cli._parse(name, function, rest)
+            else:
+                cli._options(name, function, rest)
 
 
 def test_commands_are_found() -> None:
-    assert sum(len(commands(page)) for page in PAGES) > 150
+    assert sum(len(COMMAND.findall(joined(page))) for page in PAGES) > 120
 
 
 def anchors(page: Path) -> set[str]:
@@ -46,7 +78,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         where, _, anchor = link.partition("#")
@@ -57,8 +89,29 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = r"(?<![\w/])((?:benchmarks|tests|scripts|examples|src)/[\w./-]+\.\w+)"
+    names = [name for name in re.findall(named, page.read_text()) if "NAME" not in name]
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 def test_the_python_of_the_readme_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["actions"].shape == (5, 8)
+
+
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Its cells in order, in a process of their own, with few scenes and steps."""
+    pytest.importorskip("mujoco")
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    program = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    here = {**os.environ, "SPEAR_QUICK": "1", "SPEAR_TUTORIAL": str(tmp_path / "out")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=here, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "(5, 8)" in ran.stdout and (tmp_path / "out" / "mine" / "final").is_dir()

@@ -150,7 +150,7 @@ def test_the_config_in_the_docs_is_one_of_the_harness(tmp_path: Path) -> None:
 
     from spear.serve.harness import NEEDED
 
-    page = (Path(__file__).parents[2] / "docs" / "vla-eval.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "simpler.md").read_text()
     path = tmp_path / "simpler_widowx.yaml"
     path.write_text(page.split("```yaml\n")[1].split("```")[0])
     config = load_config(str(path))

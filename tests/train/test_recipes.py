@@ -23,7 +23,7 @@ from spear.policy import Spear1Policy
 from spear.train.recipes import RECIPES, VLM_1, recipe
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 
 
 def test_the_papers_numbers() -> None:

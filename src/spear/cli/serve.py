@@ -64,7 +64,7 @@ def serve(
         dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to
             use.
         ui: Also serve a page for people, at the address that is printed: watch and steer the policy in the
-            built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/ui.md).
+            built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md).
     """
     import asyncio
 

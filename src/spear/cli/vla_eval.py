@@ -29,7 +29,7 @@ def vla_eval(
     """Serve a policy to AllenAI's vla-eval harness, which evaluates it in its benchmarks.
 
     Then, where the harness is: vla-eval run -c BENCHMARK.yaml, with server.url ws://HOST:PORT (see
-    docs/vla-eval.md).
+    docs/simpler.md).
 
     Examples:
         spear vla-eval runs/my_policy

@@ -3,7 +3,7 @@
 The recipes of the paper (`vlm-stage1`, `vlm-stage2`, `vla-pretrain`, `post-train-*`) carry its numbers where
 it states them; learning rates, schedules, AdamW's settings, the averages' decay and the batch of
 post-training are not stated there and are our choice, as are `finetune-*`. The `nano-*` recipes are ours,
-sized for two CPU cores. docs/recipes.md has all of them as tables.
+sized for two CPU cores. docs/train.md has all of them as tables.
 """
 
 from __future__ import annotations
