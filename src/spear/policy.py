@@ -19,7 +19,7 @@ from spear.models.decode import Watched
 from spear.models.processing import Processor
 from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import STATE_DIM, Action, Array, Pixel, Unit
 
@@ -150,7 +150,7 @@ def load_vlm(
     else:
         model = weights.load(SpearVLMForConditionalGeneration, folder, dtype)
     torch.nn.Module.to(model, device)
-    return VlmBundle(model, _processor(folder, model.config))
+    return VlmBundle(model, Processor.load(folder, model.config))
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Spear1Policy:
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         normalizer = normalizer.of(dataset)
-        processor = _processor(folder, model.config.vlm_config)
+        processor = Processor.load(folder, model.config.vlm_config)
         return Spear1Policy(model, processor, normalizer, steps, seed)
 
     def reset(self) -> None:
@@ -267,26 +267,6 @@ class Spear1Policy:
 def _camera(view: str) -> str:
     """The key of a view's image in an observation."""
     return "observation/image" if view == "external" else f"observation/{view}_image"
-
-
-def _processor(folder: Path, config: SpearVLMConfig) -> Processor:
-    """The processor of a checkpoint. Raises `SpearError` when it is broken or another network's."""
-    processor = Processor.load(folder)
-    of_words = processor.coordinate_start, processor.coordinates.bins
-    of_network = config.coordinate_start, config.coordinate_bins
-    if of_words != of_network or sum(of_words) > config.text_config.vocab_size:
-        raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has {of_words[1]} 3D tokens from id {of_words[0]}, its "
-            f"network {of_network[1]} from {of_network[0]} of {config.text_config.vocab_size}: take both from the same "
-            "checkpoint"
-        )
-    for view in processor.image_sizes:
-        if view not in config.views:
-            raise SpearError(
-                f"views do not match: {folder}: its processor has {view!r}, its network {', '.join(config.views)}: "
-                "take both from the same checkpoint"
-            )
-    return processor
 
 
 def _state(state: Any) -> Array:

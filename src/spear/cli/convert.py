@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional, arg
-
-from spear.cli.arguments import Name
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
+from spear.models.weights.options import BackbonesOptions, ConvertOptions, InnerVlmOptions, PolicyOptions
 
 if TYPE_CHECKING:
-    import torch
-
     from spear.models.processing import Processor
     from spear.models.weights.conversion import Conversion
-
-Some = Annotated[Path | None, arg(metavar="PATH")]
-PRECISIONS = ("float32", "bfloat16", "float16")
+    from spear.tokens import CoordinateTokenizer
 
 
-def convert_backbones(
-    paligemma: Annotated[Positional[str], arg(metavar="PALIGEMMA")],
-    moge: Annotated[Positional[str], arg(metavar="MOGE")],
-    /,
-    out: Path = Path("runs/spear-vlm"),
-    coordinates: Some = None,
-    preset: str = "spear1",
-    dtype: Name = None,
-    shard: str = "5GB",
-    seed: int = 0,
-    dry_run: bool = False,
-) -> None:
+def convert_backbones(options: BackbonesOptions) -> None:
     """Make a SPEAR-VLM, ready to be trained, from published PaliGemma and MoGe weights.
 
     Prints where each weight comes from, and the parameters per part.
@@ -40,50 +22,25 @@ def convert_backbones(
     Examples:
         spear convert backbones google/paligemma-3b-pt-224 Ruicheng/moge-vitl --coordinates runs/labels
         spear convert backbones ./paligemma-3b-pt-224 ./moge-vitl/model.pt --dry-run
-
-    Args:
-        paligemma: Folder of a PaliGemma 1 or 2 (config.json and safetensors), or its name on the Hugging Face
-            Hub.
-        moge: A MoGe file (model.pt), or its name on the Hub; none leaves the 3D encoder out.
-        out: New folder to write to.
-        coordinates: What the 3D tokens shall mean: a coordinates.json, or a folder of labelled images to fit
-            them to. Without it the model is written without a processor, which training needs.
-        preset: Preset whose views, image sizes and number of 3D tokens the model gets (spear1 is the
-            paper's).
-        dtype: Precision of the result: float32, bfloat16 or float16; without it that of PaliGemma.
-        shard: The most that one file holds.
-        seed: Of the new weights.
-        dry_run: Only say what would be done; nothing is written.
     """
-    from spear.models.presets import preset as find_preset
+    from spear.models.presets import preset
+    from spear.models.processing import Processor
     from spear.models.weights.backbones import plan_backbones
 
-    size = find_preset(preset)
-    plan = plan_backbones(paligemma, None if moge == "none" else moge, preset)
+    size = preset(options.preset)
+    moge = None if options.moge == "none" else options.moge
+    plan = plan_backbones(options.paligemma, moge, options.preset)
     processor = None
-    if coordinates is not None:
-        from spear.models.processing import Processor
-
+    if options.coordinates is not None:
         if plan.tokenizer is None:
-            raise SpearError(
-                f"--coordinates needs a tokenizer, and {paligemma} has none: copy tokenizer.json there"
-            )
-        meaning = _coordinates(coordinates, size.bins, seed)
+            where = options.paligemma
+            raise SpearError(f"--coordinates needs a tokenizer: {where} has none: copy tokenizer.json there")
+        meaning = _coordinates(options.coordinates, size.bins, options.seed)
         processor = Processor(plan.tokenizer, meaning, dict(size.image_sizes), size.prompt_tokens)
-    _finish(plan, processor, out, dtype, shard, seed, dry_run)
+    _finish(plan, processor, options)
 
 
-def convert_vlm(
-    vlm: Annotated[Positional[str], arg(metavar="VLM")],
-    /,
-    out: Path = Path("runs/spear1"),
-    expert: Name = None,
-    preset: str = "spear1",
-    dtype: Name = None,
-    shard: str = "5GB",
-    seed: int = 0,
-    dry_run: bool = False,
-) -> None:
+def convert_vlm(options: PolicyOptions) -> None:
     """Make a SPEAR-1 policy, ready to be trained, from a SPEAR-VLM and an action expert.
 
     Prints where each weight comes from, and the parameters per part.
@@ -91,89 +48,44 @@ def convert_vlm(
     Examples:
         spear convert vlm runs/vlm-stage2/final --out runs/spear1
         spear convert vlm runs/vlm-stage2/final --expert lerobot/pi0_base --dry-run
-
-    Args:
-        vlm: Folder of a SPEAR-VLM, or its name on the Hugging Face Hub.
-        out: New folder to write to.
-        expert: Folder of a π0 in safetensors, or its name on the Hub; without it the action expert is new.
-        preset: Preset of the chunk length, the flow and a new expert (spear1 is the paper's).
-        dtype: Precision of the result: float32, bfloat16 or float16; without it that of the SPEAR-VLM.
-        shard: The most that one file holds.
-        seed: Of the new weights.
-        dry_run: Only say what would be done; nothing is written.
     """
     from spear.models.weights.action_expert import plan_policy
 
-    folder = _folder(vlm, "SPEAR-VLM")
-    plan = plan_policy(folder, expert, preset)
-    _finish(plan, _processor(folder, plan.config.vlm_config), out, dtype, shard, seed, dry_run)
+    folder = _folder(options.vlm, "SPEAR-VLM")
+    plan = plan_policy(folder, options.expert, options.preset)
+    _finish(plan, _processor(folder, plan.config.vlm_config), options)
 
 
-def convert_policy(
-    policy: Annotated[Positional[str], arg(metavar="POLICY")],
-    /,
-    out: Path = Path("runs/spear-vlm"),
-    dtype: Name = None,
-    shard: str = "5GB",
-    dry_run: bool = False,
-) -> None:
+def convert_policy(options: InnerVlmOptions) -> None:
     """Take the SPEAR-VLM out of a SPEAR-1 policy, as a checkpoint of its own.
 
     Example:
         spear convert policy nano --out runs/nano-vlm
-
-    Args:
-        policy: Folder of a SPEAR-1, its name on the Hugging Face Hub, or nano for the one that comes with
-            this package.
-        out: New folder to write to.
-        dtype: Precision of the result: float32, bfloat16 or float16; without it that of the policy.
-        shard: The most that one file holds.
-        dry_run: Only say what would be done; nothing is written.
     """
     from spear.models.weights.backbones import plan_inner_vlm
 
-    folder = _folder(policy, "SPEAR-1")
+    folder = _folder(options.policy, "SPEAR-1")
     plan = plan_inner_vlm(folder)
-    _finish(plan, _processor(folder, plan.config), out, dtype, shard, 0, dry_run)
+    _finish(plan, _processor(folder, plan.config), options)
 
 
-def _finish(
-    plan: Conversion[Any],
-    processor: Processor | None,
-    out: Path,
-    dtype: str | None,
-    shard: str,
-    seed: int,
-    dry_run: bool,
-) -> None:
+def _finish(plan: Conversion[Any], processor: Processor | None, options: ConvertOptions) -> None:
     """Print what becomes of each weight and, unless it is a dry run, write the model."""
-    precision = _precision(dtype)
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard):
-        raise SpearError(f"--shard {shard}: write it as 5GB or 500MB")
-    print(plan.report)
-    plan.check()
-    if dry_run:
-        print(f"nothing written (dry run); it would be {_size(plan, precision)} in {out}")
-        return
-    plan.save(out, precision, seed, shard, processor.save if processor is not None else None)
-    print(f"written: {out} ({_size(plan, precision)})")
-    if processor is None:
-        print("without a processor: training needs one, see --coordinates of `spear convert backbones`")
-
-
-def _size(plan: Conversion[Any], precision: torch.dtype | None) -> str:
-    kind = precision or plan.dtype
-    return f"{plan.report.parameters() * kind.itemsize / 1e9:.2f} GB, {str(kind).removeprefix('torch.')}"
-
-
-def _precision(name: str | None) -> torch.dtype | None:
     import torch
 
-    if name is None:
-        return None
-    if name not in PRECISIONS:
-        raise unknown_name("precision", name, PRECISIONS)
-    return getattr(torch, name)
+    kind = plan.dtype if options.dtype is None else getattr(torch, options.dtype)
+    name = str(kind).removeprefix("torch.")
+    size = f"{plan.report.parameters() * kind.itemsize / 1e9:.2f} GB, {name}"
+    print(plan.report)
+    plan.check()
+    if options.dry_run:
+        print(f"nothing written (dry run); it would be {size} in {options.out}")
+        return
+    also = processor.save if processor is not None else None
+    plan.save(options.out, kind, options.seed, options.shard, also)
+    print(f"written: {options.out} ({size})")
+    if processor is None:
+        print("without a processor: training needs one, see --coordinates of `spear convert backbones`")
 
 
 def _folder(name: str, what: str) -> Path:
@@ -190,29 +102,18 @@ def _processor(folder: Path, config: Any) -> Processor | None:
     """The processor beside a model, None where there is none. Raises `SpearError` when it is another's."""
     from spear.models.processing import Processor
 
-    if not (folder / "processor.json").is_file():
-        return None
-    processor = Processor.load(folder)
-    found = (processor.coordinate_start, processor.coordinates.bins)
-    wanted = (config.coordinate_start, config.coordinate_bins)
-    if found != wanted:
-        raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has {found[1]} 3D tokens from {found[0]} on, its model "
-            f"{wanted[1]} from {wanted[0]} on: take both from the same checkpoint"
-        )
-    return processor
+    return Processor.load(folder, config) if (folder / "processor.json").is_file() else None
 
 
-def _coordinates(path: Path, bins: int, seed: int) -> Any:
+def _coordinates(path: Path, bins: int, seed: int) -> CoordinateTokenizer:
     """3D tokens from a file, a folder that holds one, or fitted to labelled images."""
     from spear.tokens import CoordinateTokenizer
+    from spear.train.tasks.questions import fit_coordinates, load_labels
 
     file = path / "coordinates.json" if path.is_dir() else path
     if file.is_file():
         tokens = CoordinateTokenizer.load(file)
     else:
-        from spear.train.tasks.questions import fit_coordinates, load_labels
-
         tokens = fit_coordinates(load_labels(path, ["external"])["external"], bins, seed)
     if tokens.bins != bins:
         raise SpearError(

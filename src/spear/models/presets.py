@@ -187,18 +187,25 @@ def preset(name: str) -> Preset:
 
 
 def vlm_config(
-    size: Preset, vocabulary: int | None = None, coordinate_start: int | None = None
+    size: Preset,
+    vocabulary: int | None = None,
+    coordinate_start: int | None = None,
+    networks: Mapping[str, Any] | None = None,
 ) -> SpearVLMConfig:
     """The SPEAR-VLM config of a preset.
 
     vocabulary: all tokens of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By
-    default the 3D tokens follow the preset's own text vocabulary.
+    default the 3D tokens follow the preset's own text vocabulary. networks: the fields `vision_config`,
+    `moge_config` and `text_config` instead of the preset's.
     """
     stem = {"stem": size.stem}
+    own = {
+        "vision_config": {**size.vision, **stem, "vision_use_head": False},
+        "moge_config": None if size.moge is None else {**size.moge, **stem, "use_mask_token": False},
+        "text_config": {**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **TOKEN_IDS},
+    }
     return SpearVLMConfig(
-        vision_config={**size.vision, **stem, "vision_use_head": False},
-        moge_config=None if size.moge is None else {**size.moge, **stem, "use_mask_token": False},
-        text_config={**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **TOKEN_IDS},
+        **(networks or own),
         views=list(size.image_sizes),
         image_sizes={view: list(wh) for view, wh in size.image_sizes.items()},
         coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,

@@ -18,6 +18,7 @@ from spear.errors import SpearError, first_line, notice, unknown_name
 from spear.models.decode import Worded
 from spear.models.losses import IGNORE
 from spear.models.presets import Preset
+from spear.models.vlm import SpearVLMConfig
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question
 
@@ -115,6 +116,11 @@ class Processor:
         """A preset's processor, with a tokenizer trained on `texts`."""
         tokenizer = train_tokenizer(texts, size.vocabulary)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
+
+    @property
+    def coordinate_ids(self) -> range:
+        """The ids of the 3D tokens."""
+        return range(self.coordinate_start, self.coordinate_start + self.coordinates.bins)
 
     @property
     def vocabulary(self) -> int:
@@ -249,18 +255,38 @@ class Processor:
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path) -> Processor:
-        """Read what `save` wrote; SpearError when something is missing or broken."""
+    def load(folder: Path, config: SpearVLMConfig | None = None) -> Processor:
+        """Read what `save` wrote. config: of the model that it shall fit.
+
+        Raises SpearError when something is missing or broken, or belongs to another model.
+        """
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         try:
             content = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
             sizes = {name: (int(w), int(h)) for name, w, h in content["image_sizes"]}
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            return Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
+            processor = Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SpearError(f"broken processor: {folder}: {first_line(error)}: save it again") from error
+        if config is not None:
+            processor._check_fits(config, folder)
+        return processor
+
+    def _check_fits(self, config: SpearVLMConfig, folder: Path) -> None:
+        ours, wanted = self.coordinate_ids, config.coordinate_ids
+        both = "take both from the same checkpoint"
+        if ours != wanted or ours.stop > config.text_config.vocab_size:
             raise SpearError(
-                f"broken processor: {folder}: {first_line(error)}: save the model again"
-            ) from error
+                f"vocabulary mismatch: {folder}: its tokenizer's 3D tokens are the ids {ours.start} … "
+                f"{ours.stop - 1}, its model's {wanted.start} … {wanted.stop - 1} of "
+                f"{config.text_config.vocab_size}: {both}"
+            )
+        for view in self.image_sizes:
+            if view not in config.views:
+                known = ", ".join(config.views)
+                raise SpearError(
+                    f"views do not match: {folder}: its processor has {view!r}, its model {known}: {both}"
+                )
 
     def _prompt(self, text: str) -> list[int]:
         words = " ".join(text.split())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PaliGemmaConfig, PreTrainedConfig
 
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.models.moge.checkpoint import (
     Checkpoint,
     encoder_config,
@@ -25,10 +25,10 @@ from spear.models.moge.checkpoint import (
     read_checkpoint,
 )
 from spear.models.moge.encoder import MogeEncoder
-from spear.models.presets import TOKEN_IDS, Preset, preset
+from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
 from spear.models.spear1 import Spear1Config
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
-from spear.models.weights.conversion import Conversion, match
+from spear.models.weights.conversion import Conversion, left_over, match
 from spear.models.weights.keys import Key, KeyReport
 from spear.models.weights.shards import Part, Shards, reading
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
@@ -40,10 +40,16 @@ _UNUSED = {
     r"vision_tower\.embeddings\.position_ids": "computed, not learned",
     r".*\.rotary_emb\.inv_freq": "computed, not learned",
 }
-"""Weights that may lie in a PaliGemma's file and are of no use, by our names -> why."""
-_TEXT = ("gemma", "gemma2")
+"""Weights that may lie in a PaliGemma's file and are of no use, by patterns of our names -> why."""
+_RENAMED = (
+    (r"^model\.", ""),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+)
+"""PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one after the other."""
 _NOT_OURS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_bidirectional_attention")
-"""Fields of a part's config that are about the file it came from, or said by our masks."""
+"""Fields of a part's config that describe the file it came from, or what our masks say."""
 
 
 def plan_backbones(
@@ -53,8 +59,7 @@ def plan_backbones(
 
     paligemma  a folder as `PaliGemmaForConditionalGeneration` saves it (PaliGemma 1 or 2), or its name on the
                Hub.
-    moge       a MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None: without the 3D encoder, a plain
-               PaliGemma.
+    moge       a MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None: a plain PaliGemma, no 3D encoder.
     size       the preset whose views, image sizes and number of 3D tokens the model gets; the sizes of the
                networks are those of the checkpoints.
 
@@ -73,11 +78,12 @@ def plan_backbones(
         stored[EMBEDDINGS], head = head, None
     if EMBEDDINGS not in stored:
         raise SpearError(f"checkpoint incomplete: {shards.folder} has no token embeddings: copy it again")
-    rows = shards.weights[stored[EMBEDDINGS]].shape[0]
+    table = stored[EMBEDDINGS]
+    rows = shards.weights[table].shape[0]
     if rows != published.text_config.vocab_size:
         raise SpearError(
-            f"vocabulary mismatch: {shards.folder}: its config says {published.text_config.vocab_size} tokens, its "
-            f"embeddings have {rows} rows: take both from the same checkpoint"
+            f"vocabulary mismatch: {shards.folder}: its config says {published.text_config.vocab_size} "
+            f"tokens, its embeddings have {rows} rows: take both from the same checkpoint"
         )
     tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.bins)
     encoder = None if moge is None else read_checkpoint(moge)
@@ -89,29 +95,23 @@ def plan_backbones(
     wanted = model.state_dict()
     plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
     keys, names = match(plain, shards, stored, "PaliGemma")
-    keys = [
-        *_vocabulary_keys(stored[EMBEDDINGS], rows, start, numbers.bins, wanted[EMBEDDINGS].shape[1]),
-        *keys,
-    ]
-    parts: list[Part] = [_growing(shards, stored[EMBEDDINGS], config, start), reading(shards, names)]
+    keys += _vocabulary_keys(table, rows, start, numbers.bins, wanted[EMBEDDINGS].shape[1])
+    parts: list[Part] = [_growing(shards, table, config, start), reading(shards, names)]
     sources = {"PaliGemma": str(paligemma)}
     if encoder is not None and model.moge is not None:
         keys += _moge_keys(model.moge, encoder_names(model.moge, encoder), encoder.weights)
-        std = config.initializer_range
-        keys.append(_new("moge_projector.linear.weight", wanted, f"N(0, {std}²)"))
-        keys.append(_new("moge_projector.linear.bias", wanted, "0"))
+        for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
+            name = f"moge_projector.linear.{part}"
+            keys.append(Key(name, tuple(wanted[name].shape), "new", how))
         parts.insert(0, _moge_part(config, encoder.path))  # first, while there is room for its float32 copy
         sources["MoGe"] = str(moge)
-    keys += _left_over(shards, {n: t for n, t in stored.items() if n not in wanted}, head)
-    return Conversion(
-        SpearVLMForConditionalGeneration,
-        config,
-        _ordered(keys, wanted),
-        parts,
-        shards.dtype(stored[EMBEDDINGS]),
-        sources,
-        tokenizer,
-    )
+    if head is not None:
+        keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
+    rest = {ours: name for ours, name in stored.items() if ours not in wanted}
+    keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
+    dtype = shards.dtype(table)
+    report = _ordered(keys, wanted)
+    return Conversion(SpearVLMForConditionalGeneration, config, report, parts, dtype, sources, tokenizer)
 
 
 def plan_inner_vlm(policy: Path | str) -> Conversion[SpearVLMForConditionalGeneration]:
@@ -125,20 +125,13 @@ def plan_inner_vlm(policy: Path | str) -> Conversion[SpearVLMForConditionalGener
         wanted = SpearVLMForConditionalGeneration(copy.deepcopy(config)).state_dict()
     inside = {n.removeprefix("vlm."): n for n in shards.weights if n.startswith("vlm.")}
     keys, names = match(wanted, shards, inside, "SPEAR-1")
-    for ours, name in inside.items():
-        if ours not in wanted:
-            keys.append(Key(name, shards.weights[name].shape, "refused", "SPEAR-VLM has no such weight"))
-    for name, weight in shards.weights.items():
-        if name not in inside.values():
-            keys.append(Key(name, weight.shape, "left out", "the action expert's"))
+    keys += left_over({o: n for o, n in inside.items() if o not in wanted}, shards, {}, "SPEAR-VLM")
+    others = {name: name for name in shards.weights if not name.startswith("vlm.")}
+    keys += left_over(others, shards, {"": "the action expert's"}, "SPEAR-VLM")
     dtype = shards.dtype(inside[EMBEDDINGS]) if EMBEDDINGS in inside else torch.float32
+    parts, report = [reading(shards, names)], _ordered(keys, wanted)
     return Conversion(
-        SpearVLMForConditionalGeneration,
-        config,
-        _ordered(keys, wanted),
-        [reading(shards, names)],
-        dtype,
-        {"SPEAR-1": str(policy)},
+        SpearVLMForConditionalGeneration, config, report, parts, dtype, {"SPEAR-1": str(policy)}
     )
 
 
@@ -146,42 +139,35 @@ def own_config(shards: Shards, kind: type[PreTrainedConfig]) -> Any:
     """The config of one of our own checkpoints. Raises `SpearError` when it is of another architecture."""
     found = shards.config.get("model_type")
     if found != kind.model_type:
-        raise SpearError(
-            f"another architecture: {shards.folder / 'config.json'} says {found!r}: give one of "
-            f"{kind.model_type!r}"
-        )
+        where = shards.folder / "config.json"
+        raise SpearError(f"another architecture: {where} says {found!r}: give one of {kind.model_type!r}")
     return kind.from_dict(dict(shards.config))
 
 
 def _our_name(name: str) -> str:
-    """What PaliGemma's weight is called in SPEAR-VLM, whichever Transformers wrote it."""
-    name = name.removeprefix("model.")
-    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-    name = re.sub(r"^language_model\.model\.", "language_model.", name)
-    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+    """What PaliGemma's weight is called in SPEAR-VLM."""
+    for theirs, ours in _RENAMED:
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def _paligemma_config(shards: Shards) -> Any:
     """The `PaliGemmaConfig` of a folder, checked to be one that SPEAR-VLM can be made from."""
     kind = shards.config.get("model_type")
     where = shards.folder / "config.json"
+    other = f"another architecture: {where}"
     if kind != PaliGemmaConfig.model_type:
-        raise SpearError(
-            f"another architecture: {where} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')"
-        )
+        raise SpearError(f"{other} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')")
     try:
         config: Any = PaliGemmaConfig.from_dict(dict(shards.config))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpearError(f"checkpoint without a readable config: {where}: {reason}") from error
+        raise SpearError(f"checkpoint without a readable config: {where}: {first_line(error)}") from error
     text = config.text_config.model_type
-    if text not in _TEXT:
-        raise SpearError(
-            f"another architecture: {where}: its language model is {text!r}: give a PaliGemma 1 or 2"
-        )
+    if text not in ("gemma", "gemma2"):
+        raise SpearError(f"{other}: its language model is {text!r}: give a PaliGemma 1 or 2")
     if shards.config.get("tie_word_embeddings") is False:
         raise SpearError(
-            f"{where}: its head is not tied to its embeddings: SPEAR-VLM has one matrix for both"
+            f"{other}: its head is not tied to its embeddings: SPEAR-VLM has one matrix for both"
         )
     return config
 
@@ -193,16 +179,13 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpearError(f"broken tokenizer: {folder}: {reason}: copy it again") from error
+        raise SpearError(f"broken tokenizer: {folder}: {first_line(error)}: copy it again") from error
+    mismatch = f"vocabulary mismatch: {folder}: its tokenizer has"
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
-        raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has 3D tokens already: give a PaliGemma's own"
-        )
+        raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
     if len(tokenizer) > rows + 1:  # the image token may lie one past the embeddings: it is never embedded
         raise SpearError(
-            f"vocabulary mismatch: {folder}: its tokenizer has {len(tokenizer)} tokens, its embeddings {rows} rows: "
-            "take both from the same checkpoint"
+            f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: take both from the same checkpoint"
         )
     return tokenizer, extend_tokenizer(tokenizer, bins)
 
@@ -210,52 +193,48 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
 def _vlm_config(
     size: Preset, published: Any, vocabulary: int, start: int, moge: Checkpoint | None
 ) -> SpearVLMConfig:
+    """The preset's config, with networks of the checkpoints' sizes."""
     text, vision = (
         {k: v for k, v in part.to_dict().items() if k not in _NOT_OURS}
         for part in (published.text_config, published.vision_config)
     )
-    return SpearVLMConfig(
-        vision_config={**vision, "vision_use_head": False},
-        moge_config=None if moge is None else encoder_config(moge),
-        text_config={**text, "vocab_size": vocabulary, **TOKEN_IDS},
-        views=list(size.image_sizes),
-        image_sizes={view: list(wh) for view, wh in size.image_sizes.items()},
-        coordinate_start=start,
-        coordinate_bins=size.bins,
-        coordinate_smoothing=size.coordinate_smoothing,
-    )
+    networks = {
+        "vision_config": {**vision, "vision_use_head": False},
+        "moge_config": None if moge is None else encoder_config(moge),
+        "text_config": {**text, "vocab_size": vocabulary, **TOKEN_IDS},
+    }
+    return vlm_config(size, coordinate_start=start, networks=networks)
 
 
 def _check_grid(size: Preset, patch: int) -> None:
     for view, (width, height) in size.image_sizes.items():
         if width % patch or height % patch:
             raise SpearError(
-                f"preset {size.name} does not fit: its {view} images of {width}×{height} are no multiple of the "
-                f"checkpoint's patch of {patch}: choose another preset"
+                f"preset {size.name} does not fit: its {view} images of {width}×{height} are no multiple of "
+                f"the checkpoint's patch of {patch}: choose another preset"
             )
 
 
 def _vocabulary_keys(source: str, rows: int, start: int, bins: int, width: int) -> list[Key]:
-    """The embeddings as what they are: known rows, the new 3D tokens, and known rows after those."""
-    known = min(rows, start)
-    drawn = f"N(mean, covariance) of rows 0:{known} (the paper)"
+    """The embeddings in their parts: known rows, the new 3D tokens, and known rows after those."""
+    known, end = min(rows, start), start + bins
+    loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
     keys = [
-        Key(f"{EMBEDDINGS}[:{known}]", (known, width), "loaded", f"PaliGemma: {source}"),
-        Key(f"{EMBEDDINGS}[{known}:{start + bins}]", (start + bins - known, width), "new", drawn),
+        Key(f"{EMBEDDINGS}[:{known}]", (known, width), "loaded", loaded),
+        Key(f"{EMBEDDINGS}[{known}:{end}]", (end - known, width), "new", drawn),
     ]
-    if rows > start + bins:
-        rest = (rows - start - bins, width)
-        keys.append(Key(f"{EMBEDDINGS}[{start + bins}:]", rest, "loaded", f"PaliGemma: {source}"))
+    if rows > end:
+        keys.append(Key(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
     return keys
 
 
 def _growing(shards: Shards, source: str, config: SpearVLMConfig, start: int) -> Part:
     """The token embeddings with rows for the 3D tokens."""
-    rows = shards.weights[source].shape[0]
+    rows, width = shards.weights[source].shape
     known, end = min(rows, start), start + config.coordinate_bins
 
     def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        table = torch.empty(max(rows, end), shards.weights[source].shape[1], dtype=dtype)
+        table = torch.empty(max(rows, end), width, dtype=dtype)
         shards.read_into(source, table[:rows])
         table[known:end] = init_new_embeddings(table[:known], end - known, generator)
         return {EMBEDDINGS: table}
@@ -276,39 +255,22 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
 def _moge_keys(
     encoder: MogeEncoder, names: Mapping[str, str], weights: Mapping[str, torch.Tensor]
 ) -> list[Key]:
-    keys = []
-    for ours, weight in encoder.state_dict().items():
-        keys.append(Key(f"moge.{ours}", tuple(weight.shape), "loaded", f"MoGe: {names[ours]}"))
+    keys = [
+        Key(f"moge.{ours}", tuple(weight.shape), "loaded", f"MoGe: {names[ours]}")
+        for ours, weight in encoder.state_dict().items()
+    ]
     used = set(names.values())
     for name, weight in weights.items():
-        if name not in used:
-            why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
-            if name.endswith(("image_mean", "image_std")):
-                why = "ImageNet's, checked"
-            keys.append(Key(name, tuple(weight.shape), "left out", why))
+        if name in used:
+            continue
+        why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
+        if name.endswith(("image_mean", "image_std")):
+            why = "ImageNet's, checked"
+        keys.append(Key(name, tuple(weight.shape), "left out", why))
     return keys
 
 
-def _left_over(shards: Shards, stored: Mapping[str, str], head: str | None) -> list[Key]:
-    """What of a PaliGemma's file has no place in SPEAR-VLM."""
-    keys = []
-    if head is not None:
-        keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
-    for ours, name in stored.items():
-        shape = shards.weights[name].shape
-        why = next((reason for pattern, reason in _UNUSED.items() if re.match(pattern, ours)), None)
-        if why is None:
-            keys.append(Key(name, shape, "refused", "SPEAR-VLM has no such weight"))
-        else:
-            keys.append(Key(name, shape, "left out", why))
-    return keys
-
-
-def _new(name: str, wanted: Mapping[str, torch.Tensor], how: str) -> Key:
-    return Key(name, tuple(wanted[name].shape), "new", how)
-
-
-def _ordered(keys: list[Key], wanted: Mapping[str, Any]) -> KeyReport:
+def _ordered(keys: Sequence[Key], wanted: Mapping[str, Any]) -> KeyReport:
     """The report, in the order of the model."""
     place = {name: i for i, name in enumerate(wanted)}
     return KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))

@@ -3,78 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from spear.models.weights.keys import KeyReport
 
-_NAMES = {"spear_vlm": "SPEAR-VLM", "spear1": "SPEAR-1"}
-_CLASSES = {
-    "spear_vlm": ("spear.models.vlm", "SpearVLMForConditionalGeneration"),
-    "spear1": ("spear.models.spear1", "Spear1ForActionPrediction"),
+_KINDS = {
+    "spear_vlm": {
+        "title": "SPEAR-VLM",
+        "cls": "SpearVLMForConditionalGeneration",
+        "module": "spear.models.vlm",
+        "pipeline": "image-text-to-text",
+        "use": "It answers 3D questions about images once it is trained",
+    },
+    "spear1": {
+        "title": "SPEAR-1",
+        "cls": "Spear1ForActionPrediction",
+        "module": "spear.models.spear1",
+        "pipeline": "robotics",
+        "use": "It controls a robot once it is trained",
+    },
 }
-_USE = {
-    "spear_vlm": "It answers 3D questions about images once it is trained: `spear train list` shows the recipes.",
-    "spear1": "It controls a robot once it is trained: `spear train list` shows the recipes.",
-}
+_CARD = """---
+license: gemma
+library_name: spear
+pipeline_tag: {pipeline}
+tags:
+- spear-1
+---
+
+# {name}
+
+{title} ([arXiv 2511.17411](https://arxiv.org/abs/2511.17411)), converted, not trained further. \
+{use}: `spear train list` shows the recipes.
+
+## Made of
+
+{made}
+
+{fresh}
+
+## Parameters
+
+```
+{table}
+```
+
+## Loading
+
+```python
+from spear.models.weights import load as weights
+from {module} import {cls}
+
+model = weights.load({cls}, "{name}")
+```
+"""
 
 
-def card(name: str, config: Any, report: KeyReport, sources: Mapping[str, str]) -> str:
-    """The README.md of a checkpoint folder, with the header that the Hub reads.
+def card(name: str, kind: str, report: KeyReport, sources: Mapping[str, str]) -> str:
+    """The README.md of a checkpoint folder, with the header that the Hub reads. kind: the model's type.
 
     The licence is that of PaliGemma's weights, which every such model holds.
     """
-    kind = config.model_type
-    module, cls = _CLASSES[kind]
-    new = report.of("new")
-    untrained = [
-        f"- `{key.name}` {list(key.shape)}: {key.note}" for key in report.folded() if key.status == "new"
-    ]
-    made = [f"- {role}: `{source}`" for role, source in sources.items()]
-    header = [
-        "---",
-        "license: gemma",
-        "library_name: spear",
-        "pipeline_tag: robotics",
-        "tags:",
-        "- spear-1",
-        "---",
-    ]
-    if kind == "spear_vlm":
-        header[3] = "pipeline_tag: image-text-to-text"
-    fresh = (
-        ["These weights are new and untrained:", "", *untrained]
-        if new
-        else ["Every weight was loaded; none is new."]
-    )
-    return "\n".join(
-        [
-            *header,
-            "",
-            f"# {name}",
-            "",
-            f"{_NAMES[kind]} ([arXiv 2511.17411](https://arxiv.org/abs/2511.17411)), converted, not trained further. "
-            f"{_USE[kind]}",
-            "",
-            "## Made of",
-            "",
-            *made,
-            "",
-            *fresh,
-            "",
-            "## Parameters",
-            "",
-            "```",
-            report.module_table(),
-            "```",
-            "",
-            "## Loading",
-            "",
-            "```python",
-            "from spear.models import weights",
-            f"from {module} import {cls}",
-            "",
-            f'model = weights.load({cls}, "{name}")',
-            "```",
-            "",
-        ]
-    )
+    fresh = "Every weight was loaded; none is new."
+    new = [key for key in report.folded() if key.status == "new"]
+    if new:
+        lines = [f"- `{key.name}` {list(key.shape)}: {key.note}" for key in new]
+        fresh = "\n".join(["These weights are new and untrained:", "", *lines])
+    made = "\n".join(f"- {role}: `{source}`" for role, source in sources.items())
+    table = report.module_table()
+    return _CARD.format(name=name, made=made, fresh=fresh, table=table, **_KINDS[kind])

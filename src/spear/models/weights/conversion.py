@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.models.weights.card import card
 from spear.models.weights.keys import Key, KeyReport
 from spear.models.weights.load import quiet
@@ -80,8 +81,7 @@ class Conversion(Generic[Model]):
         """`run`, and write the model as sharded safetensors with a model card, whole or not at all.
 
         The tokenizer is written where there is one; `recipe.json` says what the model was made of.
-        shard  the most that one file holds. also: writes more files into the folder, such as
-               `Processor.save`.
+        shard: the most that one file holds. also: writes more files into the folder (`Processor.save`).
         Raises `SpearError` as `run` does, for a folder that holds something already, and when it cannot be
         written.
         """
@@ -93,40 +93,31 @@ class Conversion(Generic[Model]):
             with _writing(folder):
                 _make_room(part, self.report.parameters() * (dtype or self.dtype).itemsize)
             model = self.run(dtype, seed)
-            with _writing(folder):
-                self._write(model, part, folder.name, seed, shard, also)
+            with _writing(folder), quiet():
+                model.save_pretrained(part, max_shard_size=shard)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(part)
+                if also is not None:
+                    also(part)
+                precision = str(model.dtype).removeprefix("torch.")
+                made = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
+                (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+                about = card(folder.name, self.config.model_type, self.report, self.sources)
+                (part / "README.md").write_text(about, encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 part.replace(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return model
 
-    def _write(
-        self, model: Model, part: Path, name: str, seed: int, shard: str, also: Callable[[Path], Any] | None
-    ) -> None:
-        with quiet():
-            model.save_pretrained(part, max_shard_size=shard)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(part)
-        if also is not None:
-            also(part)
-        made = {
-            "converted": dict(self.sources),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": seed,
-        }
-        (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-        (part / "README.md").write_text(card(name, self.config, self.report, self.sources), encoding="utf-8")
-
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What cannot be written as one line."""
+    """Turns the errors of writing into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise SpearError(f"cannot write {folder}: {reason}: give another folder") from error
+        raise SpearError(f"cannot write {folder}: {first_line(error)}: give another folder") from error
 
 
 def _make_room(part: Path, size: int) -> None:
@@ -136,8 +127,8 @@ def _make_room(part: Path, size: int) -> None:
     free = shutil.disk_usage(part).free
     if free < size:
         raise SpearError(
-            f"no room for {part.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: make room, or "
-            "give a folder elsewhere"
+            f"no room for {part.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: "
+            "make room, or give a folder elsewhere"
         )
 
 
@@ -160,12 +151,26 @@ def match(
             keys.append(Key(ours, shape, "missing", f"not in {where}"))
             continue
         theirs = stored[ours]
-        found = shards.weights[theirs].shape
         shards.dtype(theirs)
+        found = shards.weights[theirs].shape
         if found != shape:
             note = f"its shape is {list(found)}, its config says {list(shape)}"
             keys.append(Key(theirs, found, "refused", note))
-            continue
-        keys.append(Key(ours, shape, "loaded", f"{where}: {theirs}"))
-        names[ours] = theirs
+        else:
+            keys.append(Key(ours, shape, "loaded", f"{where}: {theirs}"))
+            names[ours] = theirs
     return keys, names
+
+
+def left_over(
+    stored: Mapping[str, str], shards: Shards, unused: Mapping[str, str], what: str
+) -> Iterator[Key]:
+    """The keys of weights that the new model has no place for: left out where it is known why, else refused.
+
+    stored: names as ours would be -> names in `shards`. unused: patterns of the former's beginnings -> why
+    they are of no use. what: the model, for the note of refused ones.
+    """
+    for ours, name in stored.items():
+        why = next((reason for pattern, reason in unused.items() if re.match(pattern, ours)), None)
+        note = f"{what} has no such weight" if why is None else why
+        yield Key(name, shards.weights[name].shape, "refused" if why is None else "left out", note)

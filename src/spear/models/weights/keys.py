@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from spear.errors import SpearError
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS = ("missing", "refused")
+_EXPERT = ("expert", "state_proj", "action_")
+"""Beginnings of the names of weights that are the action expert's."""
+_NUMBER = re.compile(r"\b\d+\b")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeyReport:
-    """Every weight of a conversion, those of the new model and those of the checkpoints. Prints as a
-    table."""
+    """Every weight of a conversion: the new model's and the checkpoints'. Prints as a table."""
 
     keys: Sequence[Key]
 
@@ -48,22 +50,27 @@ class KeyReport:
 
     def check(self, where: str) -> None:
         """Raise `SpearError`, naming the first key, when a weight is missing or refused."""
-        for status, verb in (("missing", "missing"), ("refused", "refused")):
+        for status in PROBLEMS:
             keys = [key for key in self.keys if key.status == status]
             if keys:
-                first = keys[0]
+                first = f"{keys[0].name} ({keys[0].note})"
                 raise SpearError(
-                    f"checkpoint does not fit: {where}: {len(keys)} weights {verb}, first {first.name} ({first.note})"
+                    f"checkpoint does not fit: {where}: {len(keys)} weights {status}, first {first}"
                 )
 
     def folded(self) -> list[Key]:
         """The keys with the numbered layers of a stack as one line, unless something is wrong with them."""
         groups: dict[tuple[str, ...], list[Key]] = {}
         for key in self.keys:
-            shape = str(key.shape)
-            place = key.name if key.status in PROBLEMS else _without_numbers(key.name)
-            groups.setdefault((place, shape, key.status, _without_numbers(key.note)), []).append(key)
-        return [_fold(keys) for keys in groups.values()]
+            place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
+            like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
+            groups.setdefault(like, []).append(key)
+        folded = []
+        for keys in groups.values():
+            first, last = keys[0], keys[-1]
+            names = _span(first.name, last.name), _span(first.note, last.note)
+            folded.append(Key(names[0], first.shape, first.status, names[1], len(keys)))
+        return folded
 
     def modules(self) -> list[tuple[str, int, int]]:
         """Module -> parameters loaded and new, in the model's order."""
@@ -79,33 +86,24 @@ class KeyReport:
 
     def module_table(self) -> str:
         """Parameters per module, and of each model as a whole."""
-        rows = [("module", "parameters", "loaded", "new")]
         modules = self.modules()
-        for name, loaded, new in modules:
-            rows.append((name, f"{loaded + new:,}", f"{loaded:,}", f"{new:,}"))
         vlm = [m for m in modules if not m[0].startswith(_EXPERT)]
         expert = [m for m in modules if m[0].startswith(_EXPERT)]
+        lines = list(modules)
         for name, part in (("SPEAR-VLM", vlm), ("action expert", expert), ("all", modules)):
-            loaded, new = sum(m[1] for m in part), sum(m[2] for m in part)
             if part and (expert or name != "all"):
-                rows.append((name, f"{loaded + new:,}", f"{loaded:,}", f"{new:,}"))
-        return _columns(rows, right=(1, 2, 3))
+                lines.append((name, sum(m[1] for m in part), sum(m[2] for m in part)))
+        numbers = [(name, f"{loaded + new:,}", f"{loaded:,}", f"{new:,}") for name, loaded, new in lines]
+        return _columns([("module", "parameters", "loaded", "new"), *numbers], right=(1, 2, 3))
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
         for key in self.folded():
             shape = " × ".join(map(str, key.shape)) or "1"
             rows.append((key.status, key.name, shape, str(key.count), key.note))
-        total = ", ".join(
-            f"{len(keys)} {status}"
-            for status in _ORDER
-            if (keys := self.of(status)) or status in ("loaded", "new")
-        )
+        counts = {status: len(self.of(status)) for status in get_args(Status)}
+        total = ", ".join(f"{n} {s}" for s, n in counts.items() if n or s in ("loaded", "new"))
         return f"{_columns(rows, right=(3,))}\n\n{self.module_table()}\n\n{total}"
-
-
-_ORDER: tuple[Status, ...] = ("loaded", "new", "left out", "missing", "refused")
-_EXPERT = ("expert", "state_proj", "action_")
 
 
 def _module(name: str) -> str:
@@ -116,33 +114,20 @@ def _module(name: str) -> str:
     return name[: len(name) - len(inside)] + ".".join(parts[:depth])
 
 
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)
-
-
-def _fold(keys: Sequence[Key]) -> Key:
-    first, last = keys[0], keys[-1]
-    if len(keys) == 1:
-        return first
-    return Key(
-        _span(first.name, last.name), first.shape, first.status, _span(first.note, last.note), len(keys)
-    )
-
-
 def _span(first: str, last: str) -> str:
     """ "layers.0.x" and "layers.17.x" -> "layers.0…17.x"."""
-    ends = iter(re.findall(r"\b\d+\b", last))
+    ends = iter(_NUMBER.findall(last))
 
     def both(match: re.Match[str]) -> str:
         end = next(ends)
         return match[0] if match[0] == end else f"{match[0]}…{end}"
 
-    return re.sub(r"\b\d+\b", both, first)
+    return _NUMBER.sub(both, first)
 
 
-def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
-    """Rows as lines with aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    """Rows as lines with aligned columns; those of `right` are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [

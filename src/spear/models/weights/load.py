@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from spear.errors import SpearError, unknown_name
-from spear.models.weights.shards import Shards
+from spear.errors import SpearError, first_line, unknown_name
+from spear.models.weights.shards import Shards, read_config
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _KINDS = {"spear_vlm": "a SPEAR-VLM", "spear1": "a policy"}
@@ -33,9 +32,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     """
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
-        raise SpearError(
-            f"wrong dtype: {dtype}: weights are floating-point numbers: give float32 or bfloat16"
-        )
+        raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     _check(cls, folder)
     try:
         with quiet():
@@ -47,15 +44,13 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
                 ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SpearError(f"cannot load checkpoint: {folder}: {str(error).splitlines()[0]}") from error
+        raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
-            raise SpearError(
-                f"checkpoint does not fit its config: {folder}: {len(names)} {problem.replace('_', ' ')}, "
-                f"first {names[0]}: save the model again"
-            )
+            what = f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
+            raise SpearError(f"checkpoint does not fit its config: {folder}: {what}: save the model again")
     return model.eval()
 
 
@@ -75,27 +70,20 @@ def quiet() -> Iterator[None]:
 
 def architecture(folder: Path) -> str:
     """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
-    try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise SpearError(
-            f"checkpoint without a readable config: {folder / 'config.json'}: {error}"
-        ) from error
+    return str(read_config(folder).get("model_type"))
 
 
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     """Refuse a folder that is not a whole checkpoint of `cls`."""
     if not folder.is_dir():
-        raise SpearError(
-            f"checkpoint not found: {folder}: give a folder with config.json and model.safetensors"
-        )
+        raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and safetensors")
     kind = architecture(folder)
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if kind != wanted and kind in _KINDS and wanted in _KINDS:
         raise SpearError(f"{folder}: is {_KINDS[kind]}; {_KINDS[wanted]} is needed: {_INSTEAD[wanted]}")
     if kind != wanted:
-        raise unknown_name(f"architecture in {folder / 'config.json'}:", str(kind), [wanted])
+        raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
     shards = Shards.open(folder, wanted)
     for key in shards.weights:
         shards.dtype(key)  # refuses quantised ones

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: what a folder holds, and its weights a piece at a time."""
+"""Checkpoints in safetensors: what a folder holds, and its weights a piece at a time; names on the Hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Shards:
         """
         folder = find(name, what)
         weights: dict[str, Stored] = {}
-        for file in weight_files(folder):
+        for file in _weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
@@ -55,15 +55,16 @@ class Shards:
                         weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
-        return Shards(folder, _config(folder), weights)
+        config = read_config(folder) if (folder / "config.json").is_file() else {}
+        return Shards(folder, config, weights)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
         stored = self.weights[key]
         if stored.dtype not in _FLOATS:
             raise SpearError(
-                f"wrong dtype: {key} in {stored.file} is {stored.dtype}: use a checkpoint in float32, bfloat16 or "
-                "float16, not a quantised one"
+                f"wrong dtype: {key} in {stored.file} is {stored.dtype}: use a checkpoint in float32, "
+                "bfloat16 or float16, not a quantised one"
             )
         return _FLOATS[stored.dtype]
 
@@ -81,8 +82,7 @@ class Shards:
             with safe_open(stored.file, framework="pt") as opened:
                 out.copy_(opened.get_tensor(key))
             return
-        width = max(1, out[0].numel()) * 4
-        rows = max(1, _PIECE // width)
+        rows = max(1, _PIECE // max(1, out[0].numel() * 4))
         for first in range(0, stored.shape[0], rows):
             with safe_open(stored.file, framework="pt") as opened:
                 out[first : first + rows].copy_(opened.get_slice(key)[first : first + rows])
@@ -132,14 +132,25 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
             return Path(hf_hub_download(name, file))
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the client's errors and its transport's have no common base
-        reason = first_line(error)
         raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {reason}: check the name and the network, or give "
-            f"{instead}"
+            f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name and the "
+            f"network, or give {instead}"
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises `SpearError` when it is missing or broken."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError) as error:
+        raise SpearError(f"checkpoint without a readable config: {path}: {error}") from error
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -152,16 +163,3 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
     return [folder / name for name in names]
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpearError(f"checkpoint without a readable config: {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise SpearError(f"checkpoint without a readable config: {path}: it is not an object")
-    return config
