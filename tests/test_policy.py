@@ -1,4 +1,4 @@
-"""Observations from outside: what is refused, with which words, and what is quietly put right."""
+"""Observations from outside: what is refused, and what is put right."""
 
 from __future__ import annotations
 
@@ -45,27 +45,26 @@ def observation(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key"),
     [
-        ({"state": None}, "observation without 'observation/state'"),
-        ({"state": STATE[:7]}, r"shape \(7,\): give 8 numbers"),
-        ({"state": STATE * np.nan}, "not finite"),
-        ({"state": STATE * 1.1}, "not a unit quaternion: observation/state"),
-        ({"image": None}, "observation without 'observation/image'"),
-        ({"image": np.zeros((210, 280, 3), np.float32)}, "wrong image type: float32"),
-        ({"wrist": np.zeros((3, 112, 112), np.uint8)}, "wrong image type: uint8"),
-        (
-            {"observation/left_image": np.zeros((9, 9, 3), np.uint8)},
-            "not trained with: 'observation/left_image'",
-        ),
-        ({"prompt": "  "}, "empty instruction"),
-        ({"prompt": "put " * 200}, "prompt too long"),
+        ({"state": None}, "observation/state"),
+        ({"state": STATE[:7]}, "observation/state"),
+        ({"state": STATE * np.nan}, "observation/state"),
+        ({"state": STATE * [1, 1, 1, 1, 1.1, 1, 1, 1]}, r"observation/state\[3:7\]"),
+        ({"state": STATE + 100}, r"observation/state\[0:3\]"),
+        ({"image": None}, "observation/image"),
+        ({"image": np.zeros((210, 280, 3), np.float32)}, "observation/image"),
+        ({"wrist": np.zeros((3, 112, 112), np.uint8)}, "observation/wrist_image"),
+        ({"observation/left_image": np.zeros((99, 99, 3), np.uint8)}, "observation/left_image"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": "put " * 200}, "prompt"),
+        ({"seed": 0.5}, "seed"),
     ],
 )
-def test_what_cannot_be_acted_on_is_refused(
-    policy: Spear1Policy, changes: dict[str, Any], message: str
+def test_what_cannot_be_acted_on_is_refused_by_its_key(
+    policy: Spear1Policy, changes: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(SpearError, match=message):
+    with pytest.raises(SpearError, match=key):
         policy.infer(observation(**changes))
 
 
@@ -75,24 +74,22 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
     whole = Normalizer.load(folder / "normalizer.json")
     twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
     dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(folder / "normalizer.json")
-    with pytest.raises(SpearError, match=r"say which one the robot is like \(--dataset\): slow, fast"):
+    with pytest.raises(SpearError, match=r"slow, fast"):
         load_agent(str(folder))
-    with pytest.raises(SpearError, match="did you mean 'fast'"):
+    with pytest.raises(SpearError, match="fst"):
         load_agent(str(folder), dataset="fst")
     slow, fast = (load_agent(str(folder), dataset=name)[0] for name in ("slow", "fast"))
     assert slow.weights != fast.weights
     assert Spear1Policy.load(folder, dataset="fast").normalizer == twice
-    with pytest.raises(SpearError, match="same units for all datasets: leave out --dataset fast"):
+    with pytest.raises(SpearError, match="--dataset fast"):
         Spear1Policy.load("nano", dataset="fast")
-    with pytest.raises(SpearError, match="leave it out for expert"):
+    with pytest.raises(SpearError, match="expert"):
         load_agent("expert", dataset="fast")
 
 
 def test_a_vlm_is_no_policy(tmp_path: Path) -> None:
     load_vlm("nano").model.save_pretrained(tmp_path)
-    with pytest.raises(
-        SpearError, match="is a SPEAR-VLM; a policy is needed: train one from it with `spear tr"
-    ):
+    with pytest.raises(SpearError, match="SPEAR-VLM"):
         Spear1Policy.load(tmp_path)
 
 
@@ -106,17 +103,12 @@ def test_a_quaternion_that_is_nearly_unit_is_normalised(policy: Spear1Policy) ->
     )
 
 
-def test_the_wrist_camera_may_be_missing(policy: Spear1Policy) -> None:
-    without = policy.infer(observation(wrist=None))["actions"]
-    assert without.shape == (5, 8) and np.isfinite(without).all()
-    assert not np.allclose(without, policy.infer(observation())["actions"])
-
-
-def test_who_has_which_camera_matters_to_nobody_else(policy: Spear1Policy) -> None:
+def test_the_wrist_camera_may_be_missing_which_matters_to_nobody_else(policy: Spear1Policy) -> None:
     both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
-    together = policy.infer_batch(both)
-    for one, result in zip(both, together, strict=True):
-        np.testing.assert_allclose(policy.infer(one)["actions"], result["actions"], atol=1e-5)
+    alone = [policy.infer(one)["actions"] for one in both]
+    for one, result in zip(alone, policy.infer_batch(both), strict=True):
+        np.testing.assert_allclose(one, result["actions"], atol=1e-5)
+    assert not np.allclose(alone[0], policy.infer(observation())["actions"])
 
 
 def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -> None:
@@ -124,9 +116,7 @@ def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -
     with warnings.catch_warnings(), suppress_notices():
         warnings.simplefilter("error")
         policy.infer(observation(image=tall))  # an example of ours, of which users need not hear
-    with pytest.warns(
-        Notice, match=r"'external': 200×300 shown in 192×128 with black bars left and right, 56%"
-    ):
+    with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
         policy.infer(observation(image=tall))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -168,16 +158,16 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
     spear1().save_pretrained(
         tmp_path, state_dict={**state, "state_proj.weight": state["state_proj.weight"].char()}
     )
-    with pytest.raises(SpearError, match=r"wrong dtype: state_proj.weight in .*model.safetensors is I8"):
+    with pytest.raises(SpearError, match=r"state_proj\.weight in .*model\.safetensors"):
         weights.load(Spear1ForActionPrediction, tmp_path)
-    with pytest.raises(SpearError, match=r"wrong dtype: torch.int8"):
+    with pytest.raises(SpearError, match=r"torch\.int8"):
         weights.load(Spear1ForActionPrediction, tmp_path, torch.int8)
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(SpearError, match=r"no model 'nanno'.*nano"):
+    with pytest.raises(SpearError, match="nanno"):
         locate("nanno")
-    with pytest.raises(SpearError, match="no model"):
+    with pytest.raises(SpearError, match="nowhere/at/all"):
         load_vlm("nowhere/at/all")
 
 

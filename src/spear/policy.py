@@ -12,8 +12,8 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
+from spear.embodiments.tools import Checked, check
 from spear.errors import SpearError
-from spear.geometry import unit_quat
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched
 from spear.models.processing import Processor
@@ -21,7 +21,7 @@ from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.types import STATE_DIM, Action, Array, Pixel, Unit
+from spear.types import Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
 """Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
@@ -216,22 +216,23 @@ class Spear1Policy:
         return self.model.sample_actions(**inputs, steps=self.steps)
 
     def inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Observations as the network's arguments, checked."""
+        """Observations as the network's arguments. What is not `Checked` yet is checked first."""
         device = self.model.device
-        states = torch.from_numpy(np.stack([_state(o.get("observation/state")) for o in observations]))
+        observations = [
+            o if isinstance(o, Checked) else check({k: v for k, v in o.items() if v is not None})
+            for o in observations
+        ]
+        states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
         keys = {_camera(view): view for view in self.processor.image_sizes}
         for key in (key for observation in observations for key in observation):
             if key.startswith("observation/") and key.endswith("image") and key not in keys:
-                raise SpearError(
-                    f"a camera that the model was not trained with: {key!r} (it knows {', '.join(keys)}): leave it out"
-                )
+                known = ", ".join(keys)
+                raise SpearError(f"{key}: not a camera of the model (it knows {known}): leave it out")
         pixels: dict[str, torch.Tensor] = {}
         present: dict[str, torch.Tensor] = {}
         for key, view in keys.items():
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
-            if view == "external" and not all(there):
-                raise SpearError(f"observation without {key!r}: give the external camera's image")
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = self.processor.image_sizes[view]
@@ -241,7 +242,7 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        text = self.processor.prompts([o.get("prompt", "") for o in observations])
+        text = self.processor.prompts([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
             "pixel_values": pixels,
@@ -267,21 +268,3 @@ class Spear1Policy:
 def _camera(view: str) -> str:
     """The key of a view's image in an observation."""
     return "observation/image" if view == "external" else f"observation/{view}_image"
-
-
-def _state(state: Any) -> Array:
-    """[8] float32 with a unit quaternion, or a `SpearError` that says what is wrong."""
-    if state is None:
-        raise SpearError(
-            "observation without 'observation/state': give position, quaternion (w x y z), gripper"
-        )
-    array = np.asarray(state, np.float32)
-    if array.shape != (STATE_DIM,):
-        raise SpearError(
-            f"observation/state has shape {array.shape}: give {STATE_DIM} numbers (position 3, quaternion 4, gripper 1)"
-        )
-    if not np.isfinite(array).all():
-        raise SpearError(f"observation/state is not finite: {array.tolist()}: check the robot's state")
-    array = array.copy()
-    array[3:7] = unit_quat(torch.from_numpy(array[3:7]), "observation/state[3:7]").numpy()
-    return array

@@ -84,14 +84,8 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
         robot = embodiments.load("droid")
         seen = {**robot.example(), "observation/exterior_image_1_left": np.zeros((360, 640, 3), np.uint8)}
         np.savez(tmp_path / "seen.npz", **seen)
-        client = [
-            str(openpi_python),
-            "-c",
-            CLIENT,
-            found[1],
-            str(tmp_path / "seen.npz"),
-            str(tmp_path / "out.npz"),
-        ]
+        files = [str(tmp_path / name) for name in ("seen.npz", "out.npz")]
+        client = [str(openpi_python), "-c", CLIENT, found[1], *files]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         done = subprocess.run(client, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
@@ -102,8 +96,8 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
         server.wait()
     said = json.loads(done.stdout)
     assert said["metadata"]["embodiment"] == "droid" and said["metadata"]["rate_hz"] == 15
-    assert "observation/joint_position: not finite" in said["errors"][0]
-    assert "observation without 'observation/exterior_image_1_left'" in said["errors"][1]
+    assert "observation/joint_position" in said["errors"][0]
+    assert "observation/exterior_image_1_left" in said["errors"][1]
     assert said["timing"][0]["infer_ms"] > 0 and said["timing"][1]["prev_total_ms"] > 0
     got = np.load(tmp_path / "out.npz")
     sent = {key: got[key] for key in got.files if key.startswith("observation/")}

@@ -9,13 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosedOK
+from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import connect
 
 from serve_here import Homing, homing, serving, stop
@@ -23,7 +24,8 @@ from spear.embodiments import load
 from spear.errors import Notice, SpearError, notice
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
-from spear.serve.server import PolicyServer, Settings
+from spear.serve.options import ServeOptions
+from spear.serve.server import PolicyServer
 from spear.serve.service import Service
 
 GENERIC = load("generic")
@@ -47,7 +49,7 @@ def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
 
 
 def test_metadata_then_actions_with_timings_and_counts() -> None:
-    with serving() as server:
+    with serving() as server, serving():  # each server counts its own
         assert get(server, "/healthz") == "ok\n"
         policy = RemotePolicy(url(server))
         assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
@@ -58,17 +60,13 @@ def test_metadata_then_actions_with_timings_and_counts() -> None:
         assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
         with pytest.raises(SpearError):
             policy.infer(seen(prompt=""))
-        counts = dict(
-            line.rsplit(" ", 1) for line in get(server, "/metrics").splitlines() if not line.startswith("#")
-        )
-        assert counts['spear_requests_total{outcome="ok"}'] == "2"
-        assert counts['spear_requests_total{outcome="refused"}'] == "1"
-        assert (
-            counts["spear_request_seconds_count"] == counts['spear_request_seconds_bucket{le="+Inf"}'] == "3"
-        )
-        assert counts['spear_batch_size_bucket{le="1"}'] == "3"
-        assert (counts["spear_clients"], counts["spear_queue"]) == ("1", "0")
-        assert float(counts["spear_gpu_memory_bytes"]) >= 0
+        lines = [line for line in get(server, "/metrics").splitlines() if not line.startswith("#")]
+        counts = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        assert counts['spear_requests_total{outcome="ok"}'] == 2
+        assert counts['spear_requests_total{outcome="refused"}'] == 1
+        assert counts["spear_request_seconds_count"] == counts['spear_batch_size_bucket{le="1.0"}'] == 3
+        assert counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
+        assert (counts["spear_clients"], counts["spear_queue"]) == (1, 0)
         policy.close()
 
 
@@ -76,13 +74,13 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
     rng = np.random.default_rng(0)
     good = wire.encode(seen())
     bad: list[tuple[bytes | str, str]] = [
-        ("text", "in binary"),
-        (good[:1000], "not msgpack"),
-        (wire.encode({"x": 1}), "unknown observation key 'x'"),
-        (wire.encode(seen(**{"observation/state": np.full(8, np.nan)})), "observation/state: not finite"),
-        (wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})), "observation/image: uint8"),
+        ("text", "message"),
+        (good[:1000], "message"),
+        (wire.encode({"x": 1}), "'x'"),
+        (wire.encode(seen(**{"observation/state": np.full(8, np.nan)})), "observation/state"),
+        (wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})), "observation/image"),
         (wire.encode(seen(prompt="explode")), "explode"),
-        (wire.encode(seen(prompt="bug")), "the server failed: ZeroDivisionError"),
+        (wire.encode(seen(prompt="bug")), "ZeroDivisionError"),
     ]
     bad += [(rng.bytes(int(n)), "message") for n in rng.integers(0, 400, 20)]
     for place in rng.integers(0, 700, 40):
@@ -101,14 +99,13 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
 
 
 def test_a_message_beyond_the_limit_ends_its_connection_alone() -> None:
-    with serving(max_bytes=300_000) as server:
-        with connect(url(server), compression=None) as other:
+    with serving(bounds={"max_bytes": 300_000}) as server:
+        with connect(url(server), compression=None) as other, connect(url(server), compression=None) as raw:
+            raw.recv()
             other.recv()
-            with connect(url(server), compression=None) as raw:
+            raw.send(b"\0" * 300_001)
+            with pytest.raises(ConnectionClosedError, match="1009"):
                 raw.recv()
-                raw.send(b"\0" * 300_001)
-                with pytest.raises(Exception, match="1009"):
-                    raw.recv()
             other.send(wire.encode(seen()))
             assert isinstance(other.recv(), bytes)
 
@@ -117,22 +114,23 @@ def test_the_token_is_asked_for() -> None:
     with serving(token="secret") as server:
         assert get(server, "/healthz") == "ok\n"
         for wrong in (None, "Secret"):
-            with pytest.raises(SpearError, match=r"401.*send the token"):
+            with pytest.raises(SpearError, match="401"):
                 RemotePolicy(url(server), token=wrong)
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            get(server, "/metrics")
+        for headers, path, status in (
+            ({}, "/metrics", "401"),
+            ({"Authorization": "Api-Key s\xe9cret"}, "/metrics", "401"),
+            ({"Authorization": "Api-Key secret"}, "/nowhere", "404"),
+        ):
+            with pytest.raises(urllib.error.HTTPError, match=status):
+                get(server, path, **headers)
         assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            get(server, "/metrics", Authorization="Api-Key s\xe9cret")
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            get(server, "/nowhere", Authorization="Api-Key secret")
         RemotePolicy(url(server), token="secret").infer(seen())
 
 
 def test_connections_are_bounded() -> None:
-    with serving(max_clients=1) as server:
+    with serving(bounds={"max_clients": 1}) as server:
         first = RemotePolicy(url(server))
-        with pytest.raises(SpearError, match=r"503.*busy: 1 clients"):
+        with pytest.raises(SpearError, match="503"):
             RemotePolicy(url(server))
         assert get(server, "/healthz") == "ok\n"
         first.close()
@@ -170,20 +168,20 @@ def test_one_bad_observation_spoils_only_its_own_answer() -> None:
 
 
 def test_a_full_queue_says_busy_at_once() -> None:
-    with serving(Homing(seconds=0.5), max_batch=1, queue=2) as server:
-        clients = [connect(url(server), compression=None) for _ in range(8)]
+    with serving(Homing(seconds=0.2), max_batch=1, queue=2) as server:
+        clients = [connect(url(server), compression=None) for _ in range(6)]
         for client in clients:
             client.recv()
         for client in clients:
             client.send(wire.encode(seen()))
         replies = [client.recv() for client in clients]
         busy = [r for r in replies if isinstance(r, str)]
-        assert busy and all(r.startswith("busy: 2 requests wait already") for r in busy)
+        assert busy and all(r.startswith("busy: 2 ") for r in busy)
         assert len(replies) - len(busy) >= 2
         for client in clients:
             client.close()
         patient = RemotePolicy(url(server))
-        assert len(patient.infer_batch([seen()] * 5)) == 5
+        assert len(patient.infer_batch([seen()] * 4)) == 4
 
 
 def test_dead_and_slow_clients_hold_nobody_up() -> None:
@@ -204,7 +202,7 @@ def test_dead_and_slow_clients_hold_nobody_up() -> None:
 
 
 def test_stopping_answers_what_is_under_way() -> None:
-    model = Homing(seconds=1.0)
+    model = Homing(seconds=0.3)
     with serving(model) as server:
         policy = RemotePolicy(url(server))
         with ThreadPoolExecutor(1) as pool:
@@ -215,32 +213,30 @@ def test_stopping_answers_what_is_under_way() -> None:
             np.testing.assert_array_equal(asked.result(60)["actions"], homing(seen()["observation/state"]))
         with pytest.raises(SpearError, match=r"gone|busy"):
             policy.infer(seen())
-    with pytest.raises(SpearError, match="start one with"):
+    with pytest.raises(SpearError, match=url(server)):
         RemotePolicy(url(server))
 
 
 def test_warming_up_tells_nobody_of_the_examples_images() -> None:
     class Noticing(Homing):
-        said: bool | None = None
-
         def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
-            self.said = notice("images have another aspect")
+            notice("images have another aspect")
             return super().infer_batch(observations)
 
-    policy = Noticing()
-    service = Service(policy, GENERIC)
-    service.warm_up()
-    assert policy.said is False
+    service = Service(Noticing(), GENERIC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        service.warm_up()
     with pytest.warns(Notice, match="another aspect"):
         service.answer([seen()])
-    assert policy.said is True
 
 
 SLOW = """
 import asyncio
 from serve_here import Homing
 from spear.embodiments import load
-from spear.serve.server import PolicyServer, Settings
+from spear.serve.options import ServeOptions
+from spear.serve.server import PolicyServer
 from spear.serve.service import Service
 
 class Slow(Homing):
@@ -248,14 +244,14 @@ class Slow(Homing):
         print("asked", flush=True)
         return super().infer_batch(observations)
 
-server = PolicyServer(Service(Slow(seconds=1.0), load("generic")), Settings(port=0))
+server = PolicyServer(Service(Slow(seconds=0.3), load("generic")), ServeOptions("test", port=0))
 asyncio.run(server.run(lambda server: print(server.port, flush=True)))
 """
 
 
 def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
-    here = Path(__file__).parent
-    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=here, stdout=subprocess.PIPE, text=True)
+    support = Path(__file__).parents[1] / "support"
+    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=support, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
@@ -280,6 +276,6 @@ def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
 
 def test_a_port_that_is_taken_is_said() -> None:
     with serving() as server:
-        second = PolicyServer(Service(Homing(), GENERIC), Settings(port=server.port))
-        with pytest.raises(SpearError, match="choose another --port"):
+        second = PolicyServer(Service(Homing(), GENERIC), ServeOptions("test", port=server.port))
+        with pytest.raises(SpearError, match=str(server.port)):
             asyncio.run(second.run())

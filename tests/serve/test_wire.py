@@ -38,43 +38,38 @@ def packed(**changes: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "where"),
     [
-        (b"", "not msgpack"),
-        (b"\xc1", "not msgpack"),
-        (encode({"a": 1})[:-1], "not msgpack"),
-        (encode({"a": 1}) + b"\0", "not msgpack"),
-        (b"\x91" * 3000 + b"\xc0", "not msgpack"),
-        (b"\x81\xa1a" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
-        (b"\x81\xa1a" + b"\x91" * 500 + b"\xc0", "^a: maps or lists more than 8 deep"),
-        (b"\xdf\xff\xff\xff\xff", "not msgpack"),
+        (b"", "message: not msgpack"),
+        (encode({"a": 1})[:-1], "message: not msgpack"),
+        (encode({"a": 1}) + b"\0", "message: not msgpack"),
+        (b"\x91" * 3000 + b"\xc0", "message: not msgpack"),
+        (b"\x81\xa1a" * 500 + b"\xc0", "a: .* 8 deep"),
+        (b"\x81\xa1a" + b"\x91" * 500 + b"\xc0", "a: .* 8 deep"),
+        (b"\xdf\xff\xff\xff\xff", "message: not msgpack"),
         (msgpack.packb([1, 2]), "message: a list"),
-        (msgpack.packb({b"a": 1}), "keys must be texts"),
-        (msgpack.packb({1: 1}), "not msgpack"),
-        (msgpack.packb({"t": msgpack.Timestamp(0)}), "^t: a msgpack extension"),
-        (msgpack.packb({"a\nb": {b"__ndarray__": 1, b"dtype": "|O"}}), r"^'a\\nb': an array of type"),
-        (msgpack.packb({"a": {"b\n": msgpack.Timestamp(0)}}), r"^a/'b\\n': a msgpack extension"),
-        (packed(shape="2\n2"), r"^image: an array of shape '2\\n2'"),
-        (packed(data="text"), "^image: an array without bytes"),
-        (packed(data=b"\0" * 11), "^image: 11 bytes for an array uint8"),
-        (packed(shape=[2, -2, -3]), "^image: an array of shape"),
-        (packed(shape=[2**40, 2**40]), "^image: 12 bytes"),
-        (packed(shape=[0, 2**63]), "^image: "),
-        (packed(shape="2"), "^image: an array of shape"),
-        (packed(shape=[1] * 40), "^image: an array of shape"),
-        (packed(dtype="|O"), r"^image: an array of type '\|O'"),
-        (packed(dtype="2u1"), "^image: an array of type"),
-        (packed(dtype="u1,u1"), "^image: an array of type"),
-        (packed(dtype=5), "^image: an array of type"),
-        (msgpack.packb({"s": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}), "^s: a numpy scalar"),
-        (
-            msgpack.packb({"s": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
-            "^s: 300 does not fit",
-        ),
+        (msgpack.packb({b"a": 1}), "message: key"),
+        (msgpack.packb({1: 1}), "message: not msgpack"),
+        (msgpack.packb({"t": msgpack.Timestamp(0)}), "t: "),
+        (msgpack.packb({"a\nb": {b"__ndarray__": 1, b"dtype": "|O"}}), r"'a\\nb': "),
+        (msgpack.packb({"a": {"b\n": msgpack.Timestamp(0)}}), r"a/'b\\n': "),
+        (packed(shape="2\n2"), r"image: .*'2\\n2'"),
+        (packed(data="text"), "image: "),
+        (packed(data=b"\0" * 11), "image: 11 bytes"),
+        (packed(shape=[2, -2, -3]), "image: "),
+        (packed(shape=[2**40, 2**40]), "image: 12 bytes"),
+        (packed(shape=[0, 2**63]), "image: "),
+        (packed(shape=[1] * 40), "image: "),
+        (packed(dtype="|O"), r"image: .*'\|O'"),
+        (packed(dtype="f1"), "image: .*'f1'"),
+        (packed(dtype="u1,u1"), "image: .*'u1,u1'"),
+        (packed(dtype=5), "image: .*'5'"),
+        (msgpack.packb({"s": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}), "s: "),
+        (msgpack.packb({"s": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}), "s: 300"),
     ],
 )
-def test_what_is_no_message_is_refused_by_name(data: bytes, said: str) -> None:
-    with pytest.raises(SpearError, match=said) as caught:
+def test_what_is_no_message_is_refused_by_name(data: bytes, where: str) -> None:
+    with pytest.raises(SpearError, match=f"^{where}") as caught:
         decode(data)
     assert "\n" not in str(caught.value)
 

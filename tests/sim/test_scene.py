@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.sim.instructions import SYNONYMS, TEMPLATES
 from spear.sim.objects import CUBES, GRASPABLE, KINDS
-from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, START, clutter_scene, sample_scene
+from spear.sim.scene import (
+    FAMILIES,
+    IN_BASKET,
+    PUT_ON,
+    START,
+    SYNONYMS,
+    TEMPLATES,
+    clutter_scene,
+    sample_scene,
+)
 from spear.sim.world import World
 
 

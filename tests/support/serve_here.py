@@ -13,7 +13,8 @@ import numpy as np
 
 from spear import embodiments
 from spear.errors import SpearError
-from spear.serve.server import PolicyServer, Settings
+from spear.serve.options import ServeOptions
+from spear.serve.server import PolicyServer
 from spear.serve.service import Service
 
 
@@ -54,15 +55,19 @@ def stop(server: PolicyServer) -> None:
 
 @contextmanager
 def serving(
-    policy: Any = None, robot: str = "generic", page: Any = None, **settings: Any
+    policy: Any = None,
+    robot: str = "generic",
+    page: Any = None,
+    bounds: Mapping[str, int] | None = None,
+    **options: Any,
 ) -> Iterator[PolicyServer]:
-    """A server on a free port of this machine, stopped at the end."""
+    """A server on a free port of this machine, stopped at the end. bounds: of clients and messages."""
     service = Service(policy or Homing(), embodiments.load(robot), "test", robot)
     started = threading.Event()
     held: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, Settings(port=0, **settings), page)
+        server = PolicyServer(service, ServeOptions("test", port=0, **options), page, **(bounds or {}))
         held["server"] = server
         LOOPS[server] = asyncio.get_running_loop()
         await server.run(lambda _: started.set())

@@ -10,6 +10,7 @@ import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
 from spear.embodiments import generic
+from spear.embodiments.tools import check
 from spear.sim import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
@@ -52,7 +53,7 @@ class Tabletop(StepBenchmark):
 
 
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
-    return generic.observe(
+    return check(
         {
             "observation/image": observation["images"]["primary"],
             "observation/state": observation["states"],

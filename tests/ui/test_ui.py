@@ -50,7 +50,7 @@ def policy() -> Spear1Policy:
 
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
-    with serving(policy, page=Page(policy, "nano", None, LIMIT), max_bytes=LIMIT) as running:
+    with serving(policy, page=Page(policy, "nano", None, LIMIT), bounds={"max_bytes": LIMIT}) as running:
         yield running
 
 

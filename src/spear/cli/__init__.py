@@ -41,7 +41,7 @@ COMMANDS: dict[str, str] = {
     "evaluate vqa": "vqa:evaluate_vqa",
     "evaluate ablations": "ablations:ablations",
     "serve": "serve:serve",
-    "vla-eval": "vla_eval:vla_eval",
+    "vla-eval": "serve:vla_eval",
     "data inspect": "data:inspect",
     "data prepare": "data:prepare",
     "data export": "data:export",

@@ -1,39 +1,22 @@
-"""`spear serve`: a policy for robots to connect to."""
+"""`spear serve` and `spear vla-eval`: a policy for robots, or a benchmark, to connect to."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional, arg
-
-from spear.cli.arguments import Name
-from spear.errors import SpearError
+from spear.serve.options import ServeOptions, ServiceOptions, VlaEvalOptions
 
 if TYPE_CHECKING:
     from spear.policy import Spear1Policy
+    from spear.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
-    /,
-    port: int = 8000,
-    host: str = "127.0.0.1",
-    embodiment: str = "generic",
-    control: Annotated[str | None, arg(metavar="NAME")] = None,
-    token: Annotated[str | None, arg(metavar="TEXT")] = None,
-    device: str = "auto",
-    steps: int = 10,
-    max_batch: int = 16,
-    wait_ms: float = 5.0,
-    queue: int = 64,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    dataset: Name = None,
-    ui: bool = False,
-) -> None:
+def serve(options: ServeOptions) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
 
     Several robots may connect; what they ask at the same time is answered together. GET /healthz says whether
@@ -44,97 +27,82 @@ def serve(
         spear serve nano
         spear serve nano --ui
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
-
-    Args:
-        checkpoint: nano (comes with this package) or a folder with a trained policy.
-        port: Where to listen; 0 takes a free port.
-        host: Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine.
-        embodiment: The robot: generic, sim, droid, widowx, simpler_widowx, or a Python file that describes
-            yours (see docs/robots.md).
-        control: How the robot is commanded, where it has several ways (droid: joint_velocity, joint_position,
-            cartesian_position). Without it, the robot's usual one.
-        token: What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users
-            of this machine do not see it.
-        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
-        steps: Euler steps of the flow: fewer are faster and coarser.
-        max_batch: At most so many observations are answered together.
-        wait_ms: For so long, at most, a batch waits for more observations.
-        queue: So many observations may wait; further ones are told that the server is busy.
-        dtype: Precision of the weights: bfloat16 takes half the memory (see docs/memory.md).
-        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to
-            use.
-        ui: Also serve a page for people, at the address that is printed: watch and steer the policy in the
-            built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md).
     """
     import asyncio
 
-    from spear import embodiments
-    from spear.serve.server import PolicyServer, Settings
-    from spear.serve.service import Service
+    from spear.serve.server import LARGEST_MESSAGE, PolicyServer
 
-    check_numbers(wait_ms, max_batch=max_batch, queue=queue, steps=steps)
-    token = os.environ.get("SPEAR_TOKEN") if token is None else token
-    check_token(token)
-    robot = embodiments.load(embodiment)
-    robot.control(control)
-    policy = load_policy(checkpoint, device, steps, dtype, dataset)
-    service = Service(policy, robot, checkpoint, embodiment, control)
-    service.warm_up()
-    policy.reset()
-
-    def ready(server: PolicyServer) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        print(
-            f"serving {checkpoint} for {embodiment} ({service.metadata['control']}) at ws://{shown}:{server.port}",
-            flush=True,
-        )
-        if page:
-            print(f"page at http://{shown}:{server.port}/", flush=True)
-        if host not in LOOPBACK and not token:
-            print("warning: other machines may connect and there is no --token", file=sys.stderr, flush=True)
-
-    settings = Settings(host, port, token, max_batch, wait_ms, queue)
+    if options.token is None:
+        options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
+    policy, service = _warm(options)
     page = None
-    if ui:
+    if options.ui:
         from spear.ui.page import Page
 
-        page = Page(policy, checkpoint, token, settings.max_bytes)
-    asyncio.run(PolicyServer(service, settings, page).run(ready))
+        page = Page(policy, options.policy, options.token, LARGEST_MESSAGE)
+
+    def ready(server: PolicyServer) -> None:
+        shown = f"[{options.host}]" if ":" in options.host else options.host
+        what = f"{options.policy} for {options.embodiment} ({service.metadata['control']})"
+        print(f"serving {what} at ws://{shown}:{server.port}", flush=True)
+        if page:
+            print(f"page at http://{shown}:{server.port}/", flush=True)
+        if not options.token:
+            _warn_of_others(options, "there is no --token")
+
+    asyncio.run(PolicyServer(service, options, page).run(ready))
 
 
-def check_numbers(wait_ms: float, **counts: int) -> None:
-    """Raises `SpearError` for options of a server that make no sense; `counts` are named as their options
-    are."""
-    for name, value in counts.items():
-        if value < 1:
-            raise SpearError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    if not 0 <= wait_ms <= 10_000:
-        raise SpearError(f"--wait-ms {wait_ms:g}: give 0 to 10000")
+def vla_eval(options: VlaEvalOptions) -> None:
+    """Serve a policy to AllenAI's vla-eval harness, which evaluates it in its benchmarks.
 
+    Then, where the harness is: vla-eval run -c BENCHMARK.yaml, with server.url ws://HOST:PORT (see
+    docs/simpler.md).
 
-def check_token(token: str | None) -> None:
-    """Raises `SpearError` for a token that no client could send in an HTTP header, an empty one above all: it
-    would leave a server open that was meant to be closed. None: no token."""
-    if token is not None and not (token.strip() == token != "" and token.isascii() and token.isprintable()):
-        raise SpearError(
-            "--token (or SPEAR_TOKEN): empty, or with spaces at its ends or characters beyond ASCII: give another one, "
-            "or leave it out"
-        )
-
-
-def load_policy(
-    checkpoint: str, device: str, steps: int, dtype: str = "float32", dataset: str | None = None
-) -> Spear1Policy:
-    """A policy on a device; "auto" takes a GPU when there is one. Raises `SpearError` when either is not
-    there.
-
-    dataset: whose units it uses, see `Spear1Policy.load`.
+    Examples:
+        spear vla-eval runs/my_policy
+        spear vla-eval nano --embodiment my_benchmark.py --host 0.0.0.0 --port 8001
     """
+    from vla_eval.model_servers.serve import serve
+
+    from spear.serve.harness import HarnessServer
+    from spear.serve.server import cannot_listen
+
+    _, service = _warm(options)
+    address = f"ws://{options.host}:{options.port}"
+    print(f"serving {options.policy} for {options.embodiment} to vla-eval at {address}", flush=True)
+    _warn_of_others(options, "the harness's protocol has no token")
+    try:
+        serve(HarnessServer(service, options), options.host, options.port)
+    except* OSError as group:
+        raise cannot_listen(options, group.exceptions[0]) from group
+
+
+def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
+    """The policy and its service, which has answered once. Raises `SpearError` for an unknown robot, control,
+    device or policy."""
     import torch
 
+    from spear import embodiments
     from spear.policy import Spear1Policy
+    from spear.serve.service import Service
     from spear.train.devices import choose_device
 
-    return Spear1Policy.load(
-        checkpoint, choose_device(device), steps, dataset=dataset, dtype=getattr(torch, dtype)
+    robot = embodiments.load(options.embodiment)
+    robot.control(options.control)  # an unknown one is refused before the weights are read
+    policy = Spear1Policy.load(
+        options.policy,
+        choose_device(options.device),
+        options.steps,
+        dataset=options.dataset,
+        dtype=getattr(torch, options.dtype),
     )
+    service = Service(policy, robot, options.policy, options.embodiment, options.control)
+    service.warm_up()
+    policy.reset()
+    return policy, service
+
+
+def _warn_of_others(options: ServiceOptions, why: str) -> None:
+    if options.host not in LOOPBACK:
+        print(f"warning: other machines may connect and {why}", file=sys.stderr, flush=True)

@@ -1,5 +1,4 @@
-"""Robots, one file each: what the robot observes as SPEAR-1 wants it, SPEAR-1's actions as the robot takes
-them.
+"""Robots, one file each: their observations as SPEAR-1 wants them, SPEAR-1's actions as they take them.
 
 A file in this folder (all but tools.py), or any Python file of yours, that has an `EMBODIMENT` is a robot;
 its name is the file's. docs/robots.md shows how to write one.
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spear.embodiments.tools import Checked
 from spear.errors import SpearError, unknown_name
 from spear.types import Array
 
@@ -55,9 +55,8 @@ class Embodiment:
     example: Callable[[], dict[str, Any]]
     optional: Mapping[str, str]
 
-    def read(self, observation: Any) -> dict[str, Any]:
-        """The robot's observation as SPEAR-1 wants it, keys checked. Raises `SpearError` naming what is
-        wrong."""
+    def read(self, observation: Any) -> Checked:
+        """The robot's observation as SPEAR-1 wants it. Raises `SpearError` naming the key that is wrong."""
         if not isinstance(observation, Mapping):
             raise SpearError(f"observation: a {type(observation).__name__}: send a map of keys to values")
         known = [*self.required, *self.optional]
@@ -67,7 +66,7 @@ class Embodiment:
         for key, about in self.required.items():
             if key not in observation:
                 raise SpearError(f"observation without {key!r}: send {about}")
-        return self.observe(observation)
+        return Checked(self.observe(observation))
 
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""

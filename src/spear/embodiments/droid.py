@@ -25,7 +25,6 @@ from spear.geometry import (
     matrix_to_quat,
     pose_compose,
     pose_inverse,
-    quat_canonical,
     quat_slerp,
     quat_to_euler,
 )
@@ -52,9 +51,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     return {
         "observation/image": read.image(observation, IMAGE),
         "observation/wrist_image": read.image(observation, WRIST),
-        "observation/state": read.state(
-            position, quat_canonical(torch.from_numpy(rotation)).numpy(), 1 - closed
-        ),
+        "observation/state": read.state(position, rotation, 1 - closed),
         "prompt": read.prompt(observation),
     }
 
@@ -105,7 +102,7 @@ def _kinematics() -> Any:
         from spear.sim.control import kinematics
     except ModuleNotFoundError as error:
         raise SpearError(
-            f'droid: {error.name} is not installed: run pip install "spear-vla[sim]", whose kinematics it needs'
+            f'droid: {error.name} is not installed: its kinematics need pip install "spear-vla[sim]"'
         ) from error
     return kinematics()
 

@@ -29,16 +29,9 @@ def observe(observation: Observation) -> dict[str, Any]:
     if not isinstance(images, Mapping) or "primary" not in images:
         raise SpearError("images: no 'primary' in it: send a map of camera names to images")
     values = read.numbers(observation, "states", 8)
-    rotation = maniskill3.orientation(values[3:7], "states[3:7]")
-    opening = read.opening(observation, "states[7]", values[7])
-    ours = {
-        "observation/image": read.image({"images/primary": images["primary"]}, "images/primary"),
-        "observation/state": read.state(read.position(values[:3], "states[0:3]"), rotation, opening),
-        "prompt": read.prompt(observation, "task_description"),
-    }
-    if "seed" in observation:
-        ours["seed"] = read.seed(observation)
-    return ours
+    seen = {**observation, "images/primary": images["primary"]}
+    rotation = maniskill3.orientation(values[3:7])
+    return read.arm(seen, "states", values, rotation, "images/primary", "task_description")
 
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
@@ -61,21 +54,20 @@ EMBODIMENT = Embodiment(
     about="WidowX of SIMPLER in ManiSkill 2 (SimplerEnv), in the vla-eval harness",
     required={
         "images": "a map whose 'primary' is the third-view camera's image, uint8 [height, width, 3]",
-        "states": "position (m) and quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers "
-        "(the benchmark's send_state: true)",
+        "states": maniskill3.LINK_POSE + " (the benchmark's send_state: true)",
         "task_description": "the instruction in words",
     },
     optional={
         "task_name": "not looked at",
         "base_pose": "not looked at",
         "tcp_pose": "not looked at",
-        "seed": "a whole number that fixes what is random in the answer",
+        "seed": read.ANY_SEED,
     },
     observe=observe,
     controls={
         "maniskill2_rotation_vector": Control(
-            "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed), for the harness, "
-            "which hands them to ManiSkill 2's arm_pd_ee_target_delta_pose_align2",
+            "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed), for the "
+            "harness, which hands them to ManiSkill 2's arm_pd_ee_target_delta_pose_align2",
             5.0,
             controller_actions,
         )

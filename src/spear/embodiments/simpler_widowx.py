@@ -24,19 +24,18 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
-from spear.geometry import matrix_to_quat, quat_canonical, quat_conjugate, quat_multiply, quat_to_euler
+from spear.geometry import matrix_to_quat, quat_conjugate, quat_multiply, quat_to_euler
 from spear.types import Array
 
 POSE = "maniskill3/eef_pos"
+LINK_POSE = "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
 LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
 """Orientation of the link where our end-effector frame is parallel to the base frame."""
 
 
-def orientation(values: Array, what: str) -> Array:
-    """[4]: the link's orientation [4] as that of our end-effector frame. Raises `SpearError` naming
-    `what`."""
-    link = torch.from_numpy(read.quaternion(values, what))
-    return quat_canonical(quat_multiply(link, quat_conjugate(LINK))).numpy()
+def orientation(link: Array) -> Array:
+    """[4]: the link's orientation [4] as that of our end-effector frame."""
+    return quat_multiply(torch.from_numpy(link), quat_conjugate(LINK)).numpy()
 
 
 def command(actions: Array, turns: torch.Tensor, closed: float) -> Array:
@@ -49,7 +48,7 @@ def command(actions: Array, turns: torch.Tensor, closed: float) -> Array:
 def observe(observation: Observation) -> dict[str, Any]:
     """The link's orientation as that of our end-effector frame."""
     values = read.numbers(observation, POSE, 8)
-    return read.arm(observation, POSE, values, orientation(values[3:7], f"{POSE}[3:7]"))
+    return read.arm(observation, POSE, values, orientation(values[3:7]))
 
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
@@ -72,15 +71,15 @@ EMBODIMENT = Embodiment(
     about="WidowX of SIMPLER in ManiSkill 3",
     required={
         "observation/image": "the third-view camera's image, uint8 [height, width, 3]",
-        POSE: "position (m) and quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers",
+        POSE: LINK_POSE,
         "prompt": "the instruction in words",
     },
     optional={},
     observe=observe,
     controls={
         "maniskill3_euler_angles": Control(
-            "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed), for ManiSkill 3's "
-            "arm_pd_ee_target_delta_pose_align2",
+            "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed), for "
+            "ManiSkill 3's arm_pd_ee_target_delta_pose_align2",
             5.0,
             controller_actions,
         )

@@ -1,4 +1,9 @@
-"""What robots' files are made of: reading an observation strictly, and following a chunk of actions."""
+"""What robots' files are made of: reading an observation strictly, and following a chunk of actions.
+
+This is the one place where observations are checked. A robot reads its own keys with the functions below;
+`check` does it for an observation that is in SPEAR-1's own words already. The result is a `Checked`, which is
+not looked at again on its way to the network.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,45 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.geometry import UNIT_TOLERANCE, apply_step, quat_canonical, quat_conjugate, quat_multiply
-from spear.types import Array
+from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
+from spear.types import STATE_DIM, Array
 
-LONGEST_SIDE = 4096
+IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
+REQUIRED = {
+    IMAGE: "the external camera's image, uint8 [height, width, 3]",
+    STATE: "end-effector position (m, base frame), quaternion (w x y z), gripper opening 0 … 1: 8 numbers",
+    PROMPT: "the instruction in words",
+}
+"""What every observation of `spear.types.Policy` has."""
+ANY_SEED = "a whole number that fixes what is random in the answer"
+
 SHORTEST_SIDE = 16
-"""Images have sides of so many pixels, and none is more than `WIDEST` times longer than the other (our
-choice)."""
+LONGEST_SIDE = 4096
 WIDEST = 8
+"""Images have sides of so many pixels, none more than `WIDEST` times longer than the other (our choice)."""
+REACH = 10.0
+"""Metres from the base that no arm exceeds (our choice)."""
 LONGEST_PROMPT = 1000
 """Characters of an instruction (our choice; the model's own limit, in tokens, is smaller)."""
+
+
+class Checked(dict[str, Any]):
+    """An observation of `spear.types.Policy` whose values have all been checked."""
+
+
+def check(observation: Mapping[str, Any]) -> Checked:
+    """Check an observation of `spear.types.Policy`. Raises `SpearError` naming the key.
+
+    Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Other keys stay as they are.
+    """
+    for key, about in REQUIRED.items():
+        if key not in observation:
+            raise SpearError(f"observation without {key!r}: send {about}")
+    values = numbers(observation, STATE, STATE_DIM)
+    for key in observation:
+        if key.startswith("observation/") and key.endswith("image"):
+            image(observation, key)
+    return Checked({**observation, **arm(observation, STATE, values, values[3:7])})
 
 
 def image(observation: Mapping[str, Any], key: str) -> Array:
@@ -36,8 +70,7 @@ def image(observation: Mapping[str, Any], key: str) -> Array:
 
 
 def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
-    """[count] float64, finite. Raises `SpearError` naming the key. A single number may come without a
-    shape."""
+    """[count] float64, finite; one number may come without a shape. Raises `SpearError` naming the key."""
     try:
         array = np.asarray(observation[key])
     except ValueError:
@@ -50,8 +83,8 @@ def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
 
 
 def position(values: Array, what: str) -> Array:
-    """[3] metres of a point within 10 m of the base, which no arm exceeds; `SpearError` naming `what`."""
-    if np.abs(values).max() > 10:
+    """[3] metres of a point within `REACH` of the base. Raises `SpearError` naming `what`."""
+    if np.abs(values).max() > REACH:
         raise SpearError(f"{what}: {values.tolist()} is beyond any arm's reach: send metres")
     return values
 
@@ -63,15 +96,7 @@ def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
-def quaternion(values: Array, what: str) -> Array:
-    """[4] unit quaternion (w, x, y, z) with w ≥ 0 of one that is nearly so; `SpearError` naming `what`."""
-    norm = float(np.linalg.norm(values))
-    if abs(norm - 1) > UNIT_TOLERANCE:
-        raise SpearError(f"{what}: norm {norm:.4g}: send a unit quaternion (w, x, y, z)")
-    return quat_canonical(torch.from_numpy(values / norm)).numpy()
-
-
-def prompt(observation: Mapping[str, Any], key: str = "prompt") -> str:
+def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
     """The instruction. Raises `SpearError` naming the key."""
     value = observation[key]
     if not isinstance(value, str) or not value.strip():
@@ -81,7 +106,7 @@ def prompt(observation: Mapping[str, Any], key: str = "prompt") -> str:
     return value
 
 
-def seed(observation: Mapping[str, Any], key: str = "seed") -> int:
+def seed(observation: Mapping[str, Any], key: str = SEED) -> int:
     """What fixes the random part of an answer: a whole number. Raises `SpearError` naming the key."""
     value = observation[key]
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -89,36 +114,51 @@ def seed(observation: Mapping[str, Any], key: str = "seed") -> int:
     return int(value)
 
 
-def state(position: Array, rotation: Array, gripper: float) -> Array:
-    """[8] float32 as `spear.types.Policy` has it: position (m), quaternion, opening."""
-    return np.concatenate([position, rotation, [gripper]]).astype(np.float32)
+def state(position: Array, rotation: Array, gripper: float, what: str = "the orientation") -> Array:
+    """[8] float32 as `spear.types.Policy` has it: position (m), canonical unit quaternion, opening.
+
+    Raises `SpearError` naming `what` for a quaternion whose norm is not nearly 1.
+    """
+    array = np.concatenate([position, rotation, [gripper]]).astype(np.float32)
+    array[3:7] = unit_quat(torch.from_numpy(array[3:7]), what).numpy()
+    return array
 
 
-def arm(observation: Mapping[str, Any], key: str, values: Array, rotation: Array) -> dict[str, Any]:
-    """What our policy takes from a robot with one camera, whose numbers `values` (under `key`) begin with the
-    position (m) and end with the opening; rotation [4] is that of our end-effector frame."""
+def arm(
+    observation: Mapping[str, Any],
+    key: str,
+    values: Array,
+    rotation: Array,
+    camera: str = IMAGE,
+    instruction: str = PROMPT,
+) -> dict[str, Any]:
+    """What SPEAR-1 takes from a robot with one camera. Raises `SpearError` naming the key that is wrong.
+
+    `values`, the robot's numbers under `key`, begin with the position (m) and end with the gripper's opening;
+    `rotation` [4] is the orientation of our end-effector frame.
+    """
     last = len(values) - 1
-    return {
-        "observation/image": image(observation, "observation/image"),
-        "observation/state": state(
+    found = {
+        IMAGE: image(observation, camera),
+        STATE: state(
             position(values[:3], f"{key}[0:3]"),
             rotation,
             opening(observation, f"{key}[{last}]", values[last]),
+            f"{key}[3:{last}]",
         ),
-        "prompt": prompt(observation),
+        PROMPT: prompt(observation, instruction),
     }
+    return found if SEED not in observation else {**found, SEED: seed(observation)}
 
 
 def targets(start: Array, actions: Array) -> tuple[Array, Array]:
-    """Where a chunk leads: positions [H, 3] (m) and orientations [H, 4] after each action, base frame,
-    float64.
+    """Where a chunk leads: positions [H, 3] (m), orientations [H, 4] after each action, base frame, float64.
 
     start [8] is the state that the chunk [H, 8] starts from.
     """
     position, rotation = torch.from_numpy(np.float64(start[:3])), torch.from_numpy(np.float64(start[3:7]))
-    moves = torch.from_numpy(np.float64(actions))
     where, turned = [], []
-    for move in moves:
+    for move in torch.from_numpy(np.float64(actions)):
         position, rotation = apply_step(position, rotation, move[:3], move[3:7])
         where.append(position)
         turned.append(rotation)

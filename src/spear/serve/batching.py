@@ -1,7 +1,7 @@
-"""Requests of many clients, answered together: a bounded queue, first come, first served, under a deadline.
+"""Requests of many clients, answered together: a bounded queue, first come, first served.
 
-A connection's next request is read only when its last one is answered, so that a client has at most one place
-in the queue however fast it sends, and first come, first served is fair.
+The server reads a connection's next request only when the last one is answered: a client has at most one
+place in the queue, however fast it sends, so that first come, first served is fair.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from spear.errors import SpearError
-from spear.serve.metrics import Metrics
 
 RECENT = 1.0
 """A client that asked within so many seconds is expected to ask again (our choice)."""
@@ -48,14 +47,19 @@ class Batcher:
     wait_s     the longest that a batch waits for more requests once the last batch is done. It starts at once
                when it is full, or when every client that was active within the last second is in it.
     capacity   the most requests that wait; further ones are refused with `Busy`.
+    done       called after each batch with its size and the seconds that it took.
     """
 
     def __init__(
-        self, answer: Answer, max_batch: int, wait_s: float, capacity: int, metrics: Metrics | None = None
+        self,
+        answer: Answer,
+        max_batch: int,
+        wait_s: float,
+        capacity: int,
+        done: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        self._answer = answer
-        self.max_batch, self.wait_s, self.capacity = max_batch, wait_s, capacity
-        self.metrics = metrics or Metrics()
+        self._answer, self._done = answer, done
+        self._max_batch, self._wait_s, self._capacity = max_batch, wait_s, capacity
         self._queue: deque[_Waiting] = deque()
         self._seen: dict[Hashable, float] = {}
         self._arrived = asyncio.Event()
@@ -74,10 +78,11 @@ class Batcher:
     async def submit(self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
         """The result for one request of `client`. Raises `Busy` at once when the queue is full.
 
-        alive  says whether somebody still wants the result; asked just before it is computed, else `Gone`.
+        alive  whether somebody still wants the result: asked just before it is computed, where False raises
+               `Gone`.
         """
-        if len(self._queue) >= self.capacity:
-            raise Busy(f"busy: {self.capacity} requests wait already: try again in a moment")
+        if len(self._queue) >= self._capacity:
+            raise Busy(f"busy: {self._capacity} requests wait already: try again in a moment")
         waiting = _Waiting(client, request, alive, asyncio.get_running_loop().create_future())
         self._seen[client] = time.perf_counter()
         self._queue.append(waiting)
@@ -94,13 +99,12 @@ class Batcher:
         try:
             while True:
                 batch = await self._collect()
-                if not batch:
+                if not batch:  # everyone who asked has left
                     continue
                 self._running = len(batch)
                 started = time.perf_counter()
                 results = await loop.run_in_executor(self._thread, self._safely, [w.request for w in batch])
-                self.metrics.inference.observe(time.perf_counter() - started)
-                self.metrics.batch_size.observe(len(batch))
+                self._done(len(batch), time.perf_counter() - started)
                 self._running = 0
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
@@ -118,7 +122,7 @@ class Batcher:
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
-        deadline = time.perf_counter() + self.wait_s
+        deadline = time.perf_counter() + self._wait_s
         while len(self._queue) < self._expected():
             self._arrived.clear()
             try:
@@ -127,7 +131,7 @@ class Batcher:
             except TimeoutError:
                 break
         batch: list[_Waiting] = []
-        while self._queue and len(batch) < self.max_batch:
+        while self._queue and len(batch) < self._max_batch:
             waiting = self._queue.popleft()
             if waiting.result.done():
                 continue
@@ -140,7 +144,7 @@ class Batcher:
     def _expected(self) -> int:
         """How many requests are worth waiting for."""
         now = time.perf_counter()
-        return min(self.max_batch, sum(now - seen < RECENT for seen in self._seen.values()))
+        return min(self._max_batch, sum(now - seen < RECENT for seen in self._seen.values()))
 
     def _safely(self, requests: Sequence[Any]) -> Sequence[Any]:
         try:

@@ -1,7 +1,7 @@
 """A served policy as a `spear.types.Policy`, so that whatever runs a policy here runs one elsewhere.
 
-For programs that have this package. A robot's own computer needs only openpi-client, which pins numpy < 2 and
-so lives in an environment of its own.
+This is for programs that have this package. A robot's own computer needs only openpi-client, which pins
+numpy < 2 and so lives in an environment of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ PAUSE = 0.05
 class RemotePolicy:
     """A policy at "ws://host:port".
 
-    A batch is sent on as many connections at once, so that the server can answer it together. `token` is the
-    server's
-    --token. A busy server is asked again for `patience` seconds. Raises `SpearError` with the server's words
-    for a bad observation, and when the server cannot be reached.
+    The observations of a batch are sent on as many connections at once, so that the server can answer them
+    together. `token` is the server's --token. A busy server is asked again for `patience` seconds. Raises
+    `SpearError` with the server's words for a bad observation, and when the server cannot be reached.
     """
 
     def __init__(self, url: str, token: str | None = None, patience: float = 30.0) -> None:
@@ -43,18 +42,18 @@ class RemotePolicy:
         """Several observations, one result each, in order."""
         messages = [wire.encode(o) for o in observations]
         self._open(len(messages))
+        sent = list(zip(self._connections, messages, strict=False))
+        deadline = time.monotonic() + self._patience
         try:
-            for connection, message in zip(self._connections, messages, strict=False):
+            for connection, message in sent:
                 connection.send(message)
             # every answer is read, so that a refused one leaves nothing behind for the next call
-            replies = [c.recv() for c, _ in zip(self._connections, messages, strict=False)]
-            deadline = time.monotonic() + self._patience
-            for index, reply in enumerate(replies):
-                while isinstance(reply, str) and reply.startswith("busy: ") and time.monotonic() < deadline:
+            replies = [connection.recv() for connection, _ in sent]
+            for index, (connection, message) in enumerate(sent):
+                while _busy(replies[index]) and time.monotonic() < deadline:
                     time.sleep(PAUSE)
-                    self._connections[index].send(messages[index])
-                    reply = self._connections[index].recv()
-                replies[index] = reply
+                    connection.send(message)
+                    replies[index] = connection.recv()
         except ConnectionClosed as error:
             self.close()
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
@@ -87,3 +86,7 @@ class RemotePolicy:
                 raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
             self.metadata = wire.decode(greeting)
             self._connections.append(connection)
+
+
+def _busy(reply: str | bytes) -> bool:
+    return isinstance(reply, str) and reply.startswith("busy: ")

@@ -1,7 +1,7 @@
 """The websocket server, in the openpi convention: metadata first, then observation in, actions out.
 
 Messages are binary msgpack (`spear.serve.wire`); an error is a text message, after which the connection goes
-on. `GET /healthz` says "ok"; `GET /metrics` has the counts for Prometheus.
+on. `GET /healthz` says "ok"; `GET /metrics` has counts for Prometheus.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -24,67 +24,89 @@ from websockets.protocol import State
 from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.batching import Batcher, Busy, Gone
-from spear.serve.metrics import Metrics, gpu_memory
+from spear.serve.options import ServeOptions, ServiceOptions
 from spear.serve.service import Service
 
 LOG = logging.getLogger("spear.serve")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to serve.
-
-    host, port   where; port 0 takes a free one.
-    token        what clients must send as "Authorization: Api-Key TOKEN" (openpi-client's api_key); None:
-                 nothing.
-    max_batch, wait_ms, queue  see `spear.serve.batching.Batcher`; wait_ms in milliseconds.
-    max_clients  connections at a time; further ones get 503.
-    max_bytes    the largest message; a larger one ends its connection (1009).
-    drain_s      how long, when stopping, answers under way may take.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    max_batch: int = 16
-    wait_ms: float = 5.0
-    queue: int = 64
-    max_clients: int = 256
-    max_bytes: int = 16 * 2**20
-    drain_s: float = 30.0
+QUIET = logging.getLogger("spear.serve.websockets")
+"""For what broken clients do: the metrics count it, the terminal does not show it."""
+QUIET.setLevel(logging.CRITICAL)
+LARGEST_MESSAGE = 16 * 2**20
+"""Bytes (our choice)."""
+DRAIN_S = 30.0
+"""How long requests under way may take when the server stops."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Page(Protocol):
-    """Something for people beside the policy: requests of its own, with its own answers and websocket."""
+    """Something for people beside the policy, with requests and a websocket of its own."""
 
     def owns(self, request: Request) -> bool:
-        """Whether a request is the page's; all below is for such requests alone."""
-        ...
+        """Whether a request is the page's. The other methods are called for such requests only."""
 
     def request(self, request: Request) -> Response | None:
         """The answer to a GET request; None lets a websocket in."""
-        ...
 
     async def talk(self, connection: ServerConnection) -> None:
         """One websocket, from its first message to its last."""
-        ...
 
     async def close(self) -> None:
-        """When the server stops."""
-        ...
+        """Called when the server stops."""
+
+
+class Metrics:
+    """What one server counts, in a registry of its own.
+
+    requests count by outcome: ok, refused (a bad observation), busy, failed (an error of ours), gone (the
+    client left). `queue` and `clients` are read when somebody asks.
+    """
+
+    def __init__(self, queue: Callable[[], float], clients: Callable[[], float]) -> None:
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("spear_requests", "Requests by outcome.", ["outcome"], registry=own)
+        for outcome in ("ok", "refused", "busy", "failed", "gone"):
+            self.requests.labels(outcome)  # shown from the start
+        about = "From a request's arrival to its answer being ready."
+        self.latency = Histogram("spear_request_seconds", about, buckets=SECONDS, registry=own)
+        about = "Inference of one batch."
+        self.inference = Histogram("spear_inference_seconds", about, buckets=SECONDS, registry=own)
+        self.size = Histogram("spear_batch_size", "Requests answered together.", buckets=SIZES, registry=own)
+        gpu = "Memory that PyTorch holds on GPUs."
+        Gauge("spear_queue", "Requests that wait.", registry=own).set_function(queue)
+        Gauge("spear_clients", "Open connections.", registry=own).set_function(clients)
+        Gauge("spear_gpu_memory_bytes", gpu, registry=own).set_function(gpu_memory)
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Count a batch."""
+        self.size.observe(size)
+        self.inference.observe(seconds)
 
 
 class PolicyServer:
-    """Serves one `Service`, and a page if there is one, until it is stopped."""
+    """Serves one `Service`, and a page if there is one, until it is stopped.
 
-    def __init__(self, service: Service, settings: Settings | None = None, page: Page | None = None) -> None:
-        self.service, self.page = service, page
-        self.settings = settings or Settings()
-        self.metrics = Metrics()
-        self.port = self.settings.port
+    max_clients  connections at a time; further ones get 503.
+    max_bytes    the largest message; a larger one ends its connection (1009).
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        options: ServeOptions,
+        page: Page | None = None,
+        max_clients: int = 256,
+        max_bytes: int = LARGEST_MESSAGE,
+    ) -> None:
+        self.options, self.page, self.port = options, page, options.port
+        self._max_clients, self._max_bytes = max_clients, max_bytes
+        self._metadata = wire.encode(service.metadata)
+        self._clients: set[ServerConnection] = set()
+        self._metrics = Metrics(lambda: len(self._batcher), lambda: len(self._clients))
+        wait_s = options.wait_ms / 1000
+        self._batcher = Batcher(service.answer, options.max_batch, wait_s, options.queue, self._metrics.batch)
         self._stop = asyncio.Event()
         self._draining = False
-        self._clients: set[ServerConnection] = set()
         self._answering = 0
 
     def stop(self) -> None:
@@ -94,11 +116,8 @@ class PolicyServer:
     async def run(self, ready: Callable[[PolicyServer], None] | None = None) -> None:
         """Serve until `stop`, SIGTERM or SIGINT. `ready` is called once clients can connect.
 
-        Raises SpearError when the port cannot be had.
+        Raises `SpearError` when the port cannot be had.
         """
-        s = self.settings
-        self._batcher = Batcher(self.service.answer, s.max_batch, s.wait_ms / 1000, s.queue, self.metrics)
-        self._metadata = wire.encode(self.service.metadata)
         loop = asyncio.get_running_loop()
         signals = []
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -123,28 +142,25 @@ class PolicyServer:
                 loop.remove_signal_handler(number)
 
     async def _listen(self) -> Server:
-        s = self.settings
         try:
             return await serve(
                 self._client,
-                s.host,
-                s.port,
+                self.options.host,
+                self.options.port,
                 process_request=self._request,
                 compression=None,
-                max_size=s.max_bytes,
+                max_size=self._max_bytes,
                 max_queue=1,
                 server_header=None,
-                logger=_quiet(),
+                logger=QUIET,
             )
-        except (OSError, OverflowError) as error:
-            raise SpearError(
-                f"cannot listen on {s.host}:{s.port}: {error}: choose another --port or --host"
-            ) from error
+        except OSError as error:
+            raise cannot_listen(self.options, error) from error
 
     async def _drain(self, server: Server) -> None:
         self._draining = True
         server.close(close_connections=False)
-        deadline = time.monotonic() + self.settings.drain_s
+        deadline = time.monotonic() + DRAIN_S
         while (self._answering or not self._batcher.idle) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await asyncio.gather(*(c.close(1001, "the server stops") for c in self._clients))
@@ -182,9 +198,8 @@ class PolicyServer:
                 raise Busy("busy: the server is stopping: connect to another one")
             if isinstance(message, str):
                 raise SpearError("message: a text: send one map packed as openpi-client does, in binary")
-            observation = wire.decode(message)
-            result: dict[str, Any] = await self._batcher.submit(
-                connection, observation, lambda: connection.state is State.OPEN
+            result = await self._batcher.submit(
+                connection, wire.decode(message), lambda: connection.state is State.OPEN
             )
             timing = {"infer_ms": 1000 * (time.perf_counter() - arrived)}
             if previous is not None:
@@ -192,11 +207,8 @@ class PolicyServer:
             reply = wire.encode({**result, "server_timing": timing})
             outcome = "ok"
             return reply
-        except Busy as error:
-            outcome = "busy"
-            return str(error)
         except SpearError as error:
-            outcome = "refused"
+            outcome = "busy" if isinstance(error, Busy) else "refused"
             return str(error)
         except Gone:
             outcome = "gone"
@@ -205,8 +217,8 @@ class PolicyServer:
             LOG.exception("request failed")
             return f"the server failed: {type(error).__name__}: see its log"
         finally:
-            self.metrics.requests[outcome] += 1
-            self.metrics.latency.observe(time.perf_counter() - arrived)
+            self._metrics.requests.labels(outcome).inc()
+            self._metrics.latency.observe(time.perf_counter() - arrived)
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers GET requests; None lets a websocket in."""
@@ -216,41 +228,34 @@ class PolicyServer:
             if answer := self.page.request(request):
                 return answer
         elif not self._allowed(request):
-            return connection.respond(
-                http.HTTPStatus.UNAUTHORIZED,
-                "send the token: Authorization: Api-Key TOKEN (openpi-client: api_key)\n",
-            )
+            how = "send the token: Authorization: Api-Key TOKEN (openpi-client: api_key)\n"
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, how)
         if request.path == "/metrics":
-            return connection.respond(http.HTTPStatus.OK, self._metrics())
+            return connection.respond(http.HTTPStatus.OK, generate_latest(self._metrics.registry).decode())
         if "upgrade" not in request.headers:
-            return connection.respond(
-                http.HTTPStatus.NOT_FOUND, "there is /healthz, /metrics and a websocket\n"
-            )
-        if len(self._clients) >= self.settings.max_clients:
-            return connection.respond(
-                http.HTTPStatus.SERVICE_UNAVAILABLE, f"busy: {len(self._clients)} clients: try again later\n"
-            )
+            there = "there is /healthz, /metrics and a websocket\n"
+            return connection.respond(http.HTTPStatus.NOT_FOUND, there)
+        if len(self._clients) >= self._max_clients:
+            busy = f"busy: {len(self._clients)} clients: try again later\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, busy)
         return None
 
     def _allowed(self, request: Request) -> bool:
-        if self.settings.token is None:
+        if self.options.token is None:
             return True
         sent = request.headers.get_all("Authorization")
-        right = f"Api-Key {self.settings.token}".encode()
+        right = f"Api-Key {self.options.token}".encode()
         return len(sent) == 1 and hmac.compare_digest(sent[0].encode(errors="surrogateescape"), right)
 
-    def _metrics(self) -> str:
-        return self.metrics.text(
-            {
-                "spear_queue": ("Requests that wait.", lambda: len(self._batcher)),
-                "spear_clients": ("Open connections.", lambda: len(self._clients)),
-                "spear_gpu_memory_bytes": ("Memory that PyTorch holds on GPUs.", gpu_memory),
-            }
-        )
+
+def cannot_listen(options: ServiceOptions, error: BaseException) -> SpearError:
+    """The error for an address that is taken or does not exist."""
+    where = f"{options.host}:{options.port}"
+    return SpearError(f"cannot listen on {where}: {error}: choose another --port or --host")
 
 
-def _quiet() -> logging.Logger:
-    """A logger that keeps what broken clients do out of the terminal: it is counted, not shouted."""
-    logger = logging.getLogger("spear.serve.websockets")
-    logger.setLevel(logging.CRITICAL)
-    return logger
+def gpu_memory() -> float:
+    """Bytes that PyTorch holds on all GPUs together; 0 without one."""
+    import torch
+
+    return float(sum(torch.cuda.memory_reserved(i) for i in range(torch.cuda.device_count())))

@@ -17,7 +17,7 @@ import numpy as np
 from spear.errors import SpearError
 
 _KINDS = "biuf"
-_TYPE = re.compile(r"[<>=|]?[biuf][1248]")
+_TYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _DIMENSIONS = 8
 _DEPTH = 8
 
@@ -29,15 +29,12 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse of `encode`; arrays are read-only views of `data`. Raises `SpearError` naming the bad
-    key."""
+    """The inverse of `encode`; arrays are read-only views. Raises `SpearError` naming the bad key."""
     try:
         message = msgpack.unpackb(data, strict_map_key=True)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise SpearError(
-            f"message: not msgpack ({reason}): send one map packed as openpi-client does"
-        ) from error
+        raise SpearError(f"message: not msgpack ({reason}): pack one map as openpi-client does") from error
     if not isinstance(message, dict):
         raise SpearError(f"message: a {type(message).__name__}: send a map of keys to values")
     return {_key(key, "message"): _value(value, _shown(key)) for key, value in message.items()}
@@ -83,9 +80,8 @@ def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
             f"{where}: an array of shape {_shown(shape)}: give up to {_DIMENSIONS} whole numbers"
         )
     if math.prod(sizes) * dtype.itemsize != len(data):
-        raise SpearError(
-            f"{where}: {len(data)} bytes for an array {dtype} {str(sizes)[:80]}: the message was cut or mispacked"
-        )
+        given = f"{len(data)} bytes for an array {dtype} {str(sizes)[:80]}"
+        raise SpearError(f"{where}: {given}: the message was cut or mispacked")
     try:
         return np.frombuffer(data, dtype).reshape(sizes)
     except ValueError as error:  # an empty array with absurd other sizes
@@ -93,29 +89,21 @@ def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
 
 
 def _scalar(packed: dict[Any, Any], where: str) -> np.generic:
-    value = packed.get(b"data")
-    dtype = _dtype(packed, where)
+    value, dtype = packed.get(b"data"), _dtype(packed, where)
     if not isinstance(value, bool | int | float):
         raise SpearError(f"{where}: a numpy scalar that is a {type(value).__name__}: send a number")
     try:
         scalar: np.generic = dtype.type(value)
     except (ValueError, OverflowError) as error:
-        raise SpearError(
-            f"{where}: {str(value)[:40]} does not fit {dtype}: send it in a wider type"
-        ) from error
+        raise SpearError(f"{where}: {str(value)[:40]} does not fit {dtype}: send a wider type") from error
     return scalar
 
 
 def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
     name = packed.get(b"dtype")
-    try:
-        if not isinstance(name, str) or not _TYPE.fullmatch(name):
-            raise TypeError
-        return np.dtype(name)
-    except (TypeError, ValueError):
-        raise SpearError(
-            f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats"
-        ) from None
+    if not isinstance(name, str) or not _TYPE.fullmatch(name):
+        raise SpearError(f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats")
+    return np.dtype(name)
 
 
 def _pack(value: Any) -> Any:

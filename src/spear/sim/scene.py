@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
-from spear.sim.instructions import instruct
-from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS
-from spear.sim.parts import Color, Vec3
+from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS, Color, Vec3
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TRAIN_SEED = 10_000
@@ -37,6 +35,77 @@ PUT_ON: dict[str, Sequence[str]] = {
 """put_on: what may be put on each target. A spoon on a towel is a family of its own."""
 IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
 DISTRACTORS = (*GRASPABLE, "bottle")
+
+_INTO = (
+    "put the {source} in the {target}",
+    "place the {source} into the {target}",
+    "pick up the {source} and put it in the {target}",
+    "drop the {source} in the {target}",
+    "move the {source} into the {target}",
+    "take the {source} and place it in the {target}",
+)
+TEMPLATES: dict[str, Sequence[str]] = {
+    "put_on": (
+        "put the {source} on the {target}",
+        "place the {source} on the {target}",
+        "pick up the {source} and put it on the {target}",
+        "move the {source} onto the {target}",
+        "set the {source} down on the {target}",
+        "take the {source} and place it on the {target}",
+        "the {source} goes on the {target}",
+    ),
+    "put_in_bowl": _INTO,
+    "put_in_basket": (*_INTO, "the {source} belongs in the {target}"),
+    "spoon_on_towel": (
+        "put the {source} on the {target}",
+        "place the {source} on the {target}",
+        "lay the {source} down on the {target}",
+        "pick up the {source} and put it on the {target}",
+        "move the {source} onto the {target}",
+        "take the {source} and lay it on the {target}",
+    ),
+    "stack_cube": (
+        "stack the {source} on the {target}",
+        "put the {source} on top of the {target}",
+        "place the {source} on the {target}",
+        "pick up the {source} and stack it on the {target}",
+        "set the {source} on top of the {target}",
+        "move the {source} onto the {target}",
+    ),
+}
+SYNONYMS: dict[str, Sequence[str]] = {
+    "red cube": ("red cube", "red block"),
+    "green cube": ("green cube", "green block"),
+    "blue cube": ("blue cube", "blue block"),
+    "yellow cube": ("yellow cube", "yellow block"),
+    "can": ("can", "soda can"),
+    "eggplant": ("eggplant", "aubergine"),
+    "towel": ("towel", "cloth"),
+    "plate": ("plate", "dish"),
+}
+"""Other words for some objects."""
+
+TABLE_COLORS: Sequence[Color] = (
+    (0.72, 0.54, 0.36),
+    (0.56, 0.40, 0.27),
+    (0.84, 0.76, 0.64),
+    (0.62, 0.63, 0.62),
+    (0.86, 0.86, 0.84),
+    (0.38, 0.42, 0.46),
+    (0.50, 0.58, 0.56),
+)
+FLOOR_COLORS: Sequence[Color] = (
+    (0.55, 0.55, 0.57),
+    (0.45, 0.36, 0.28),
+    (0.70, 0.68, 0.62),
+    (0.30, 0.33, 0.37),
+)
+WALL_COLORS: Sequence[Color] = (
+    (0.88, 0.87, 0.83),
+    (0.68, 0.76, 0.80),
+    (0.80, 0.74, 0.66),
+    (0.60, 0.64, 0.60),
+)
 
 Quat = tuple[float, float, float, float]
 
@@ -93,7 +162,7 @@ class SceneSpec:
 
 
 def check_families(families: Iterable[str]) -> None:
-    """Raises `SpearError` for one that is not in `FAMILIES`."""
+    """Raises `SpearError` for a task family that is not in `FAMILIES`."""
     for family in families:
         if family not in FAMILIES:
             raise unknown_name("task family", family, FAMILIES)
@@ -112,7 +181,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     return SceneSpec(
         family=family,
         seed=seed,
-        instruction=instruct(family, source, target, rng),
+        instruction=_instruct(family, source, target, rng),
         things=tuple(things),
         source=1,
         target=0,
@@ -136,7 +205,7 @@ def clutter_scene(seed: int) -> SceneSpec:
     things = _place([*supports, *names], rng, must=2)
     held = None
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-    graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].graspable]
+    graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].grasp]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
         near = things[int(rng.choice(graspable))].position
@@ -184,29 +253,6 @@ def sample_look(rng: np.random.Generator) -> Look:
     )
 
 
-TABLE_COLORS: Sequence[Color] = (
-    (0.72, 0.54, 0.36),
-    (0.56, 0.40, 0.27),
-    (0.84, 0.76, 0.64),
-    (0.62, 0.63, 0.62),
-    (0.86, 0.86, 0.84),
-    (0.38, 0.42, 0.46),
-    (0.50, 0.58, 0.56),
-)
-FLOOR_COLORS: Sequence[Color] = (
-    (0.55, 0.55, 0.57),
-    (0.45, 0.36, 0.28),
-    (0.70, 0.68, 0.62),
-    (0.30, 0.33, 0.37),
-)
-WALL_COLORS: Sequence[Color] = (
-    (0.88, 0.87, 0.83),
-    (0.68, 0.76, 0.80),
-    (0.80, 0.74, 0.66),
-    (0.60, 0.64, 0.60),
-)
-
-
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise SpearError(f"seed {seed}: scenes are numbered from 0: give a seed >= 0")
@@ -225,6 +271,18 @@ def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str
     else:
         source, target = (str(name) for name in rng.choice(CUBES, 2, replace=False))
     return source, target, [name for name in DISTRACTORS if name not in (source, target)]
+
+
+def _instruct(family: str, source: str, target: str, rng: np.random.Generator) -> str:
+    """One wording at random of "`source` to `target`"."""
+    templates = TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family]
+    template = templates[int(rng.integers(len(templates)))]
+    return template.format(source=_synonym(source, rng), target=_synonym(target, rng))
+
+
+def _synonym(name: str, rng: np.random.Generator) -> str:
+    names = SYNONYMS.get(name, (name,))
+    return names[int(rng.integers(len(names)))]
 
 
 def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0) -> list[str]:

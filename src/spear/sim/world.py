@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from spear.sim import arm
 from spear.sim.control import Servo, length
-from spear.sim.objects import KINDS
-from spear.sim.parts import Kind, Part
+from spear.sim.objects import KINDS, Kind, Part
 from spear.sim.scene import SceneSpec
 
 TIMESTEP = 0.004

@@ -1,0 +1,76 @@
+"""Options of the servers: light, so that the command line knows them without what a server needs to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError
+from spear.util.options import AtLeast, Dataset, Device, Dtype, Name, Number, Options, Policy, Within
+
+
+@dataclass(frozen=True)
+class ServiceOptions(Options):
+    """A policy, the robot that it is served to, and where."""
+
+    policy: Positional[Annotated[Policy, arg(metavar="POLICY")]]
+    port: Annotated[int, Within(0, 65535)] = 8000
+    """Where to listen; 0 takes a free port."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine, such as
+    benchmarks in Docker."""
+    embodiment: str = "generic"
+    """The robot: generic, sim, droid, widowx, simpler_widowx, maniskill2_widowx, or a Python file that
+    describes yours (see docs/robots.md)."""
+    control: Name = None
+    """How the robot is commanded, where it has several ways (droid: joint_velocity, joint_position,
+    cartesian_position). Default: the robot's usual one."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    steps: Annotated[int, AtLeast(1)] = 10
+    """Euler steps of the flow: fewer are faster and coarser."""
+    dataset: Dataset = None
+    max_batch: Annotated[int, AtLeast(1)] = 16
+    """At most so many observations are answered together."""
+    wait_ms: Annotated[float, Within(0, 10_000)] = 5.0
+    """For so long, at most, a batch waits for more observations."""
+
+
+@dataclass(frozen=True)
+class ServeOptions(ServiceOptions):
+    """What `spear serve` takes."""
+
+    token: Annotated[str | None, arg(metavar="TEXT")] = None
+    """What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users of this
+    machine do not see it."""
+    queue: Annotated[int, AtLeast(1)] = 64
+    """So many observations may wait; further ones are told that the server is busy."""
+    ui: bool = False
+    """Also serve a page for people, at the address that is printed: watch and steer the policy in the
+    built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
+
+    def __post_init__(self) -> None:
+        """Refuses a token that no client could send in an HTTP header, above all an empty one: it would leave
+        a server open that was meant to be closed."""
+        super().__post_init__()
+        token = self.token
+        if token is not None and not (
+            token.strip() == token != "" and token.isascii() and token.isprintable()
+        ):
+            raise SpearError(
+                "--token (or SPEAR_TOKEN): empty, or with spaces at its ends or characters beyond ASCII: "
+                "give another one, or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class VlaEvalOptions(ServiceOptions):
+    """What `spear vla-eval` takes."""
+
+    embodiment: str = "maniskill2_widowx"
+    """The benchmark's robot: maniskill2_widowx, or a Python file that describes another one (see
+    docs/robots.md; its observations are those of the benchmark)."""
+    replan: Annotated[Number, AtLeast(1)] = None
+    """Of each predicted chunk, so many actions are executed before the next look; default: 1."""
