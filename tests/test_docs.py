@@ -1,5 +1,4 @@
-"""What the README and the pages show works when pasted: the commands with their options, the links, the Python,
-and the tutorial."""
+"""What the README and the pages show works when pasted: commands, links, the Python, the tutorial."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from spear.errors import SpearError
 from spear.geometry import random_quat
 from spear.types import Array
 
-DOCS = Path(__file__).parents[2] / "docs" / "robots.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_robot.py"
 ROBOTS = ["droid", "generic", "simpler_widowx", "widowx"]
 REFERENCE = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
 
@@ -191,12 +191,8 @@ def test_the_simulator_speaks_our_language() -> None:
     np.testing.assert_allclose(ours["observation/state"], seen["observation/state"], atol=1e-6)
 
 
-def test_a_robot_is_one_file(tmp_path: Path) -> None:
-    code = re.search(r"```python\n(# my_robot\.py\n.*?)```", DOCS.read_text(), re.DOTALL)
-    assert code, "docs/robots.md has lost its worked example"
-    path = tmp_path / "my_robot.py"
-    path.write_text(code[1])
-    robot = embodiments.load(str(path))
+def test_a_robot_is_one_file() -> None:
+    robot = embodiments.load(str(EXAMPLE))
     state = robot.read(robot.example())["observation/state"]
     rows = robot.control(None)[1].convert(chunk(), state, robot.example())
     positions, turns = walked(state, chunk())
