@@ -3,18 +3,17 @@
 An action is a translation delta in the base frame, a rotation delta in the end-effector frame (unit
 quaternion) and an absolute gripper command (1 open, 0 closed), as `spear.types.Action` has them. Here they
 are numpy rows [8], because a dataset holds millions. Logged commands are used when an episode has them;
-otherwise actions are derived from the states: the step that was in fact made.
+otherwise actions are derived from the states: the step that was made in fact. That happens once, when an
+episode is written (`with_actions`); whoever reads a store finds them there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from spear.data.episode import EpisodeStore
 from spear.geometry import quat_canonical, quat_normalize, quat_slerp, step_action
 from spear.types import ACTION_DIM, Array, Episode
 
@@ -58,14 +57,24 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 def episode_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
-    Without logged actions the gripper command is the next measured opening, made binary with hysteresis.
+    Without logged actions the gripper command is the next measured opening, made binary with hysteresis, and
+    the last action is not known.
     """
-    valid = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask.copy()
+    known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
     if episode.action is not None:
-        return episode.action, valid
-    valid[-1] = False
+        return episode.action, known
     command = binarize_gripper(np.append(episode.gripper[1:], episode.gripper[-1]))
-    return derive_actions(episode.position, episode.rotation, command), valid
+    return derive_actions(episode.position, episode.rotation, command), known & _all_but_last(len(episode))
+
+
+def _all_but_last(steps: int) -> Array:
+    return np.arange(steps) < steps - 1
+
+
+def with_actions(episode: Episode) -> Episode:
+    """The episode with its canonical actions and their mask, as files keep it."""
+    actions, known = episode_actions(episode)
+    return dataclasses.replace(episode, action=actions, action_mask=known)
 
 
 def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tuple[Array, Array]:
@@ -122,28 +131,3 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
         action=action,
         action_mask=mask,
     )
-
-
-class StoreActions(NamedTuple):
-    """Everything but images and words of a store, its episodes one after the other; N steps in all.
-
-    actions [N, 8], valid [N] bool, states [N, 8] (position, rotation, gripper opening), starts [E + 1].
-    """
-
-    actions: Array
-    valid: Array
-    states: Array
-    starts: Array
-
-
-def store_actions(store: EpisodeStore) -> StoreActions:
-    """Canonical actions and states of all episodes of a store."""
-    actions, valid, states = [], [], []
-    for index in range(len(store)):
-        episode = store.without_images(index)
-        acted, known = episode_actions(episode)
-        actions.append(acted)
-        valid.append(known)
-        states.append(np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1))
-    starts = np.concatenate([[0], np.cumsum(store.lengths)])
-    return StoreActions(np.concatenate(actions), np.concatenate(valid), np.concatenate(states), starts)

@@ -8,7 +8,7 @@ does than the best lies above, or the others' lie above, `MARGIN`; else the data
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from spear.data.actions import derive_actions
+from spear.data.episode import check_norm
 from spear.data.hypotheses import (
     LENGTH_UNITS,
     UNSCALED,
@@ -27,14 +29,26 @@ from spear.data.hypotheses import (
     state_quaternions,
     translation_fits,
 )
-from spear.data.logged import BELIEVED, logged_steps, recording
-from spear.data.readers.formats import episode_counts
-from spear.data.readers.layout import FASTEST, to_quaternion
-from spear.data.readers.spec import ANGLES, DatasetSpec, Layout
+from spear.data.readers.formats import episode_counts, open_dataset, open_split
+from spear.data.readers.layout import FASTEST, Steps, column, recorded_pose
+from spear.data.readers.rotations import to_quaternion
+from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Layout
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import apply_step
 from spear.types import Array
 
+BELIEVED = (*RECORDED_ONLY, "euler_zyx")
+"""Formats of recorded orientations that are not judged, but made quaternions first (see
+`hypotheses.state_forms`)."""
+STORE = DatasetSpec(
+    "store",
+    position="position",
+    rotation="rotation",
+    rotation_format="quat_wxyz",
+    action="action",
+    action_mask="action_mask",
+)
 EPISODES, STEPS = 50, 3000
 """How much of a dataset to read."""
 MARGIN = 0.01
@@ -94,9 +108,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the audit found. `states` are remarks on the recorded states; `closure` is how far the
-    converted actions, integrated over whole episodes, end from the recorded states (largest, m and rad);
-    `aside` says which episodes were left out, and why."""
+    """All that the audit found.
+
+    states   remarks on the recorded states.
+    closure  how far the converted actions, integrated over whole episodes, end from the recorded states
+             (largest, m and rad).
+    skipped  which episodes were left out, and why.
+    """
 
     path: str
     episodes: int
@@ -105,7 +123,7 @@ class Report:
     states: Sequence[str]
     closure: tuple[float, float]
     recordings: Sequence[Recording]
-    aside: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     @property
     def agrees(self) -> bool:
@@ -116,33 +134,85 @@ class Report:
 def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
     """Audit some episodes of a folder in any format that keeps its logged actions.
 
-    split is the first one where None; layout is the dataset's own where None. Bad episodes are set aside.
+    split is the first one where None; layout is the dataset's own where None. Bad episodes are skipped.
     Raises SpearError for a layout that names no logged actions, when all episodes are bad, and when none is
     long enough (five steps).
     """
-    aside: list[str] = []
-    spec, found = logged_steps(
-        path, split or next(iter(episode_counts(path))), layout, lambda e: aside.append(str(e))
-    )
+    spec, found = _logged_steps(path, split or next(iter(episode_counts(path))), layout)
+    skipped: list[str] = []
     recordings: list[Recording] = []
     closure = np.zeros(2)
-    columns = spec
-    if spec.rotation_format in BELIEVED:
-        spec = replace(spec, rotation_format="quat_wxyz")
+    judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     for source, steps in found:
         try:
-            episode = recording(steps, columns, source)
-            closure = np.maximum(closure, _closure(episode, spec))
+            if isinstance(steps, SpearError):
+                raise steps
+            episode = _recording(steps, spec, source)
+            closure = np.maximum(closure, _closure(episode, judged))
         except SpearError as error:
-            aside.append(str(error))
+            skipped.append(str(error))
             continue
         recordings.append(episode)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
     if not recordings:
-        raise SpearError(f"no good episode: {path}: {aside[-1] if aside else 'the split is empty'}")
-    report = judge(recordings, claims(spec), str(path), (float(closure[0]), float(closure[1])))
-    return replace(report, aside=aside)
+        raise SpearError(f"no good episode: {path}: {skipped[-1] if skipped else 'the split is empty'}")
+    report = judge(recordings, claims(judged), str(path), (float(closure[0]), float(closure[1])))
+    return replace(report, skipped=skipped)
+
+
+def _logged_steps(
+    path: str | Path, split: str, layout: Layout
+) -> tuple[DatasetSpec, Iterator[tuple[str, Steps | SpearError]]]:
+    """The layout of a dataset and the steps of its episodes, without images where possible.
+
+    Raises SpearError for a layout that names no logged actions.
+    """
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
+        store = open_split(path, split)
+        episodes = (store.without_images(index) for index in range(len(store)))
+        return replace(STORE, rate_hz=store.rate_hz(0)), ((e.source, vars(e)) for e in episodes)
+    spec = folder.spec(layout)
+    if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
+        raise SpearError(
+            f"nothing to audit: {spec.name}: its layout names no logged actions; add logged_translation and "
+            'logged_rotation to its spear.json, for example "logged_translation": "action[0:3]"'
+        )
+    return spec, folder.steps(split, images=())
+
+
+def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
+    """One episode's states and logged actions. Raises SpearError for lengths that differ, NaN and infinity."""
+    assert spec.rate_hz is not None
+    names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
+    if spec.action is not None:
+        names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
+    logged = [None if n is None else np.asarray(column(steps, n, source), np.float64) for n in names]
+    position, rotation, form = recorded_pose(steps, spec, source)
+    valid = np.ones(len(position), bool)
+    if spec.action_mask is not None:
+        valid = np.asarray(column(steps, spec.action_mask, source), bool).reshape(-1)
+    numbers = {
+        "position": position,
+        "rotation": rotation,
+        "logged translation": logged[0],
+        "logged turn": logged[1],
+    }
+    for what, values in numbers.items():
+        if values is not None and len(values) != len(valid):
+            raise SpearError(
+                f"lengths differ: {source}: {what} has {len(values)} rows, position {len(valid)}"
+            )
+        if values is not None and not np.isfinite(values).all():
+            raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
+    if not len(valid):
+        raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
+    if form in BELIEVED:
+        rotation = to_quaternion(rotation, form, source)
+    elif form.startswith("quat"):
+        check_norm(rotation, source, "rotation")
+    return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
 
 
 def judge(
@@ -196,8 +266,6 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
 
 def _closure(recording: Recording, spec: DatasetSpec) -> Array:
     """[2] how far the converted actions lead from the last recorded state, m and rad."""
-    from spear.data.actions import derive_actions
-
     assert spec.rotation_format is not None
     quaternions = to_quaternion(recording.rotation, spec.rotation_format, recording.source)
     if spec.action is not None and recording.translation is not None and recording.turn is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spear.data.episode import SHARD_GLOB, EpisodeStore, write_episodes
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.sim.record import record
 from spear.sim.render import Size

@@ -1,39 +1,15 @@
-"""The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
-
-Knows how an `Episode` is checked, written and found again, and nothing of where it came from or what is
-trained on it. There are two kinds of folder, with one way to read them:
-
-    recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes
-                append (`write_episodes`); episodes may differ in rate, cameras and image sizes.
-    prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.store.prepare`), for training.
-
-Why Arrow IPC (uncompressed): training draws random single frames. Parquet has to decode a column chunk to
-reach one row; an uncompressed Arrow file is its own index, so a frame is a slice of mapped memory, and the
-operating system caches what is used. The images are compressed already (JPEG or PNG).
-"""
+"""What an `Episode` must be: one check, whose errors name the episode and the step."""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from spear.data.store.index import INDEX, open_index
-from spear.data.store.shard import Shard, corrupt, image_columns, number_columns
 from spear.errors import SpearError
 from spear.geometry import UNIT_TOLERANCE
 from spear.types import ACTION_DIM, Array, Episode
-
-FORMAT = "spear.episodes.1"
-SHARD_GLOB = "episodes-*.arrow"
 
 
 def check_episode(episode: Episode) -> Episode:
@@ -57,20 +33,28 @@ def check_episode(episode: Episode) -> Episode:
         for step, image in enumerate(images):
             if not image:
                 raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave the episode out")
-    parts: dict[str, Any] = {
-        "position": _array(name, "position", episode.position, (steps, 3)),
-        "rotation": _unit(name, "rotation", _array(name, "rotation", episode.rotation, (steps, 4))),
-        "gripper": _opening(name, "gripper", _array(name, "gripper", episode.gripper, (steps,))),
-    }
+    return check_actions(
+        dataclasses.replace(
+            episode,
+            position=_array(name, "position", episode.position, (steps, 3)),
+            rotation=_array(name, "rotation", episode.rotation, (steps, 4)),
+            gripper=_opening(name, "gripper", _array(name, "gripper", episode.gripper, (steps,))),
+        )
+    )
+
+
+def check_actions(episode: Episode) -> Episode:
+    """The part of `check_episode` that can go wrong after the states and images have been checked."""
+    name, steps = episode.source, len(episode)
+    parts: dict[str, Any] = {"rotation": _unit(name, "rotation", episode.rotation)}
     if episode.action is not None:
         action = _array(name, "action", episode.action, (steps, ACTION_DIM)).copy()
         action[:, 3:7] = _unit(name, "action rotation", action[:, 3:7])
         action[:, 7] = _opening(name, "action gripper", action[:, 7])
         parts["action"] = action
     if episode.action_mask is not None:
-        mask = np.asarray(episode.action_mask, bool)
-        _check_length(name, "action_mask", mask.shape[0], steps)
-        parts["action_mask"] = mask
+        parts["action_mask"] = np.asarray(episode.action_mask, bool)
+        _check_length(name, "action_mask", len(parts["action_mask"]), steps)
     return dataclasses.replace(episode, **parts)
 
 
@@ -117,160 +101,3 @@ def _opening(name: str, what: str, opening: Array) -> Array:
             f"gripper out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
         )
     return np.clip(opening, 0, 1)
-
-
-def write_episodes(
-    episodes: Iterable[Episode], out_dir: str | Path, shard_size: int = 256, append: bool = False
-) -> int:
-    """Write checked episodes as shards of `shard_size`; returns how many were written.
-
-    A shard appears complete or not at all, and takes the next free number, so several processes may append
-    to one folder. Raises SpearError for a bad episode, for a folder that has episodes already (unless
-    `append`), and when the disk is full (what is already written stays readable).
-    """
-    folder = Path(out_dir)
-    if not append and any(folder.glob(SHARD_GLOB)):
-        raise SpearError(f"episodes exist: {folder}: choose another folder, remove it, or append to it")
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[Episode] = []
-    written = 0
-    for episode in episodes:
-        waiting.append(check_episode(episode))
-        if len(waiting) == shard_size:
-            written += _write_shard(waiting, folder)
-            waiting = []
-    return written + (_write_shard(waiting, folder) if waiting else 0)
-
-
-def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
-    table = pa.RecordBatch.from_pydict(number_columns(episodes) | image_columns(episodes))
-    table = table.replace_schema_metadata({"format": FORMAT})
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=".episodes-", suffix=".tmp", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_batch(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        number = len(list(folder.glob(SHARD_GLOB)))
-        while True:
-            try:
-                os.link(temporary, folder / f"episodes-{number:05d}.arrow")
-                return len(episodes)
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise SpearError(
-            f"cannot write: {folder}: {error}; free some space or choose another folder"
-        ) from error
-    finally:
-        if temporary:
-            os.unlink(temporary)
-
-
-class EpisodeStore:
-    """Random access to the episodes of a folder, and to single frames, by memory mapping.
-
-    Opening maps the files and reads their indices; nothing is loaded until asked for. `whole` is False for a
-    `subset`. Raises SpearError for a folder without episodes, and for a corrupt or truncated file, naming it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.whole = True
-        self._shards = _open(self.path)
-        self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
-        self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
-
-    def subset(self, indices: Sequence[int]) -> EpisodeStore:
-        """A store of only these episodes, in this order, sharing the mapped files."""
-        store = object.__new__(EpisodeStore)
-        store.path, store._shards, store._bounds = self.path, self._shards, self._bounds
-        store.whole, store._ids = False, self._ids[np.asarray(indices, np.int64)]
-        return store
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> Episode:
-        """Episode `index`, its images as encoded bytes."""
-        shard, row = self._find(index)
-        return shard.episode(row, with_images=True)
-
-    def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
-
-    def _find(self, index: int) -> tuple[Shard, int]:
-        number = int(self._ids[index])
-        shard = bisect.bisect_right(self._bounds, number) - 1
-        return self._shards[shard], number - self._bounds[shard]
-
-    @functools.cached_property
-    def lengths(self) -> Array:
-        """[E] number of steps of each episode."""
-        return np.concatenate([np.diff(shard.offsets) for shard in self._shards])[self._ids]
-
-    @functools.cached_property
-    def known(self) -> Array:
-        """[E] how many steps of each episode have a known action (see `episode_actions`)."""
-        return np.concatenate([shard.known for shard in self._shards])[self._ids]
-
-    @functools.cached_property
-    def rates_hz(self) -> Array:
-        """[E] steps per second of each episode."""
-        return np.concatenate([shard.rates_hz for shard in self._shards])[self._ids]
-
-    @property
-    def cameras(self) -> list[str]:
-        """Names of all cameras that occur."""
-        return sorted({camera for shard in self._shards for camera in shard.images})
-
-    def image(self, index: int, step: int, camera: str) -> bytes | None:
-        """The encoded image of one step, or None when this episode has no such camera."""
-        shard, row = self._find(index)
-        return shard.image(row, step, camera)
-
-    def instruction(self, index: int) -> str:
-        """What the robot was asked to do in episode `index`."""
-        shard, row = self._find(index)
-        return shard.instruction(row)
-
-    def source(self, index: int) -> str:
-        """Where episode `index` came from."""
-        shard, row = self._find(index)
-        return shard.source(row)
-
-    def rate_hz(self, index: int) -> float:
-        """Steps per second of episode `index`."""
-        return float(self.rates_hz[index])
-
-    def without_images(self, index: int) -> Episode:
-        """Episode `index` with its states and actions only (`images` is empty): cheap."""
-        shard, row = self._find(index)
-        return shard.episode(row, with_images=False)
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether `path` is a folder that `EpisodeStore` opens."""
-    return (Path(path) / INDEX).is_file() or any(Path(path).glob(SHARD_GLOB))
-
-
-def _open(folder: Path) -> list[Shard]:
-    if (folder / INDEX).is_file():
-        return open_index(folder / INDEX, folder)
-    files = sorted(folder.glob(SHARD_GLOB))
-    if not files:
-        raise SpearError(f"no episodes: {folder}: no {SHARD_GLOB} in it; record or convert some")
-    return [_open_recording(file) for file in files]
-
-
-def _open_recording(path: Path) -> Shard:
-    try:
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-            if (reader.schema.metadata or {}).get(b"format") != FORMAT.encode():
-                raise SpearError(f"not an episode shard: {path}: expected {FORMAT!r}; record it again")
-            return Shard(path, reader.get_batch(0))
-    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-        raise corrupt(path, error) from error

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spear.data.actions import store_actions
-from spear.data.episode import EpisodeStore
-from spear.data.readers.formats import FORMATS, episode_counts, need_format, read_episodes
-from spear.data.readers.lerobot import open_lerobot
-from spear.data.readers.rlds import open_rlds, read_raw
-from spear.data.readers.spec import REGISTRY, SPEC_FILE, find_spec, missing
+from spear.data.readers.formats import open_dataset
+from spear.data.readers.layout import Steps
+from spear.data.readers.lerobot import LeRobotFolder
+from spear.data.readers.rlds import RldsFolder
+from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import read_stats
 from spear.errors import SpearError
 from spear.util.images import decode_image
@@ -33,14 +33,13 @@ def inspect(path: str | Path) -> str:
 
     Raises SpearError when it is in none, or is broken.
     """
-    folder, name = Path(path), need_format(path)
-    if name == "store":
-        return _describe_store(EpisodeStore(folder))
-    if name == "rlds":
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
+        return _describe_store(folder)
+    if isinstance(folder, RldsFolder):
         return _describe_rlds(folder)
-    if name == "lerobot":
-        return _describe_lerobot(folder)
-    return _describe_raw(folder, FORMATS[name].title)
+    assert isinstance(folder, LeRobotFolder)
+    return _describe_lerobot(folder)
 
 
 def _describe_store(store: EpisodeStore) -> str:
@@ -54,17 +53,17 @@ def _describe_store(store: EpisodeStore) -> str:
     if len(store) > LOOKED_AT:
         store = store.subset(np.linspace(0, len(store) - 1, LOOKED_AT).round().astype(int).tolist())
         lines.append(f"looked at     {LOOKED_AT} episodes, spread over all")
-    actions, valid, states, _ = store_actions(store)
-    count = len(store)
-    success = Counter(store.without_images(i).success for i in range(count))
+    episodes = [store.without_images(i) for i in range(len(store))]
+    success = Counter(episode.success for episode in episodes)
     lines += [
         *(f"camera        {camera}: {_store_camera(store, camera)}" for camera in store.cameras),
         f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown",
-        f"position, m   {_ranges(states[:, :3])}",
+        f"position, m   {_ranges(np.concatenate([e.position for e in episodes]))}",
     ]
-    if valid.any():
-        lines.append(f"step, mm      {_ranges(1000 * actions[valid, :3])}")
-    return "\n".join([*lines, *_instructions(store.instruction(i) for i in range(count))])
+    steps = np.concatenate([np.asarray(e.action)[e.action_mask, :3] for e in episodes])
+    if len(steps):
+        lines.append(f"step, mm      {_ranges(1000 * steps)}")
+    return "\n".join([*lines, *_instructions(episode.instruction for episode in episodes)])
 
 
 def _store_camera(store: EpisodeStore, camera: str) -> str:
@@ -76,55 +75,50 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
     return f"{width} x {height} pixels, in {len(have)} of {len(store)} episodes"
 
 
-def _describe_rlds(path: Path) -> str:
-    folder = open_rlds(path)
-    splits = {name: sum(n for _, n in shards) for name, shards in folder.splits.items()}
-    if not splits:
+def _describe_rlds(folder: RldsFolder) -> str:
+    if not folder.splits:
         raise SpearError(f"no episodes: {folder.path}: its dataset_info.json names no split")
-    first = next(iter(splits))
-    reasons: list[str] = []
-    read = read_raw(folder, first, lambda error: reasons.append(str(error)))
-    examples = [example for _, example in itertools.islice(read, LOOKED_AT)]
-    steps = [example["steps"] for example in examples if "steps" in example]
+    first = next(iter(folder.splits))
+    # A broken record in the middle of a file does not hide the good ones behind it.
+    examples = list(itertools.islice((example for _, example in folder.examples(first)), LOOKED_AT))
+    reasons = [str(example) for example in examples if isinstance(example, SpearError)]
+    steps = [example["steps"] for example in examples if not isinstance(example, SpearError)]
     if not steps:
-        why = reasons[-1] if reasons else f"split {first!r} has no examples with steps"
-        raise SpearError(f"no episodes: {folder.path}: {why}")
+        raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
-        f"rate          {_rate_of(folder.name, folder.path)}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in splits.items())}",
+        f"rate          {_rate_of(folder)}",
+        f"episodes      {', '.join(f'{name} {sum(n)}' for name, n in folder.lengths.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
-        *(f"set aside     {reason}" for reason in reasons[:SHOWN]),
+        *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
     words = [dict(leaves(s)).get("language_instruction") for s in steps]
     return "\n".join([*lines, *_instructions(bytes(w[0]).decode("utf-8", "replace") for w in words if w)])
 
 
-def _describe_lerobot(path: Path) -> str:
-    folder = open_lerobot(path)
+def _describe_lerobot(folder: LeRobotFolder) -> str:
+    info = folder.info
     lengths = np.array([episode.length for episode in folder.episodes])
     if not len(lengths):
         raise SpearError(f"no episodes: {folder.path}: its metadata list none")
     lines = [
-        f"{folder.path}: a LeRobot dataset, {folder.info['codebase_version']}",
-        f"robot         {folder.info.get('robot_type') or 'not named'}",
+        f"{folder.path}: a LeRobot dataset, {info.codebase_version}",
+        f"robot         {info.robot_type or 'not named'}",
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"episodes      {', '.join(f'{name} {sum(n)}' for name, n in folder.lengths.items())}, "
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
-        f"rate          {folder.rate_hz:g} Hz",
+        f"rate          {info.fps:g} Hz",
     ]
     stats = read_stats(folder.path)
-    for name, feature in folder.info["features"].items():
-        shape = feature["shape"]
+    for name, feature in info.features.items():
         if name in folder.cameras:
-            kind = "images in video" if feature["dtype"] == "video" else "images"
-            lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(str(n) for n in shape)}")
+            kind = "images in video" if feature.dtype == "video" else "images"
+            lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(map(str, feature.shape))}")
         else:
-            axes = _axes(feature.get("names"))
-            lines.append(f"  {name.replace('.', '/'):<34} {feature['dtype']} {list(shape)}{axes}")
-            lines += _ends(stats.get(name, {}))
+            what = f"{feature.dtype} {feature.shape}{_axes(feature.names)}"
+            lines += [f"  {name.replace('.', '/'):<34} {what}", *_ends(stats.get(name, {}))]
     return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
 
 
@@ -145,45 +139,19 @@ def _axes(names: Any) -> str:
     return ": " + ", ".join(str(n) for n in names) if isinstance(names, list) and names else ""
 
 
-def _describe_raw(path: Path, title: str) -> str:
-    reasons: list[str] = []
-    counts = episode_counts(path)
-    read = read_episodes(path, next(iter(counts)), on_bad=lambda error: reasons.append(str(error)))
-    episodes = list(itertools.islice(read, LOOKED_AT))
-    lines = [
-        f"{path}: {title}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in counts.items())}",
-        f"looked at     {len(episodes)} good episodes, {len(reasons)} bad ones among them",
-        *(f"set aside     {reason}" for reason in reasons[:SHOWN]),
-    ]
-    if not episodes:
-        return "\n".join(lines)
-    first = episodes[0]
-    lines += [
-        f"steps         {_spread(np.array([len(e) for e in episodes]))} each",
-        f"rate          {first.rate_hz:g} Hz",
-    ]
-    for camera, images in first.images.items():
-        height, width = decode_image(images[0], f"{first.source} camera {camera!r}").shape[:2]
-        lines.append(f"camera        {camera}: {width} x {height} pixels")
-    lines.append(f"position, m   {_ranges(np.concatenate([e.position for e in episodes]))}")
-    return "\n".join([*lines, *_instructions(e.instruction for e in episodes)])
-
-
-def _rate_of(name: str, folder: Path) -> str:
+def _rate_of(folder: RldsFolder) -> str:
     """RLDS does not hold the rate: the layout does."""
     try:
-        return f"{find_spec(name, folder).rate_hz:g} Hz, by the layout"
+        return f"{folder.spec().rate_hz:g} Hz, by the layout"
     except SpearError:
         return "not known"
 
 
 def layout_known(path: str | Path) -> bool:
     """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
-    name = need_format(path)
-    if name not in ("rlds", "lerobot"):
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
         return True
-    folder: Any = open_rlds(path) if name == "rlds" else open_lerobot(path)
     spec = REGISTRY.get(folder.name)
     return (folder.path / SPEC_FILE).is_file() or (spec is not None and not missing(spec))
 
@@ -198,7 +166,7 @@ def _layout_of(name: str, folder: Path) -> str:
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 
 
-def leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(column, values) of nested step arrays."""
     for key, value in sorted(steps.items()):
         if isinstance(value, Mapping):
@@ -207,7 +175,7 @@ def leaves(steps: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _columns(steps: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
     for name, values in leaves(steps):
         if isinstance(values, np.ndarray):
             low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
@@ -221,7 +189,7 @@ def _columns(steps: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, "text"
 
 
-def _length(steps: Mapping[str, Any]) -> int:
+def _length(steps: Steps) -> int:
     return len(next(values for _, values in leaves(steps)))
 
 
@@ -241,7 +209,7 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{name} ({n})" for name, n in counts.most_common())
 
 
-def _instructions(texts: Iterator[str]) -> list[str]:
+def _instructions(texts: Iterable[str]) -> list[str]:
     counts = Counter(text.strip() or "(none)" for text in texts)
     shown = [f"  {n:>6} × {text}" for text, n in counts.most_common(SHOWN)]
     more = [f"         … and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []

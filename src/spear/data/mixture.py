@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.data.actions import HORIZON, RATE_HZ, chunk, episode_actions
-from spear.data.episode import EpisodeStore
-from spear.data.images import JITTER_DRAWS, FitImage, jitter_table
+from spear.data.actions import HORIZON, RATE_HZ, chunk
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array, Episode
-from spear.util.images import open_image
+from spear.util.images import FitImage, open_image
 
 EPISODES_KEPT = 4096
-"""Episodes, without images, that are kept in memory: of some the actions have to be derived (our choice)."""
+"""Episodes, without images, that are kept in memory (our choice)."""
+JITTER_DRAWS = 5
+"""Random numbers that `jitter` takes."""
 
 
 def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore]:
@@ -93,26 +94,24 @@ class Mixture:
         """The sample of a dataset's valid step `index`."""
         begin = self._begin[source]
         episode = int(np.searchsorted(begin, index, side="right")) - 1
-        _, _, valid = self._episode(source, episode)
-        step = int(np.flatnonzero(valid)[index - int(begin[episode])])
+        known = self._episode(source, episode).action_mask
+        step = int(np.flatnonzero(known)[index - int(begin[episode])])
         return Sample(source, episode, step, int(self._starts[source][episode]) + step, draws)
 
-    def _read(self, source: int, episode: int) -> tuple[Episode, Array, Array]:
-        """An episode without images, its canonical actions [T, 8] and which of them are known [T]."""
-        bare = self.stores[source].without_images(episode)
-        return bare, *episode_actions(bare)
+    def _read(self, source: int, episode: int) -> Episode:
+        return self.stores[source].without_images(episode)
 
     def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
         """State [8], action chunk [H, 8] and its mask [H] of a sample."""
-        episode, actions, valid = self._episode(sample.source, sample.episode)
-        acted, mask = chunk(actions, valid, sample.step, horizon)
-        t = sample.step
+        episode, t = self.episode(sample), sample.step
+        assert episode.action is not None and episode.action_mask is not None  # a store has them
+        acted, mask = chunk(episode.action, episode.action_mask, t, horizon)
         state = np.concatenate([episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]])
         return state, acted, mask
 
     def episode(self, sample: Sample) -> Episode:
         """The episode that a sample is of, without images."""
-        return self._episode(sample.source, sample.episode)[0]
+        return self._episode(sample.source, sample.episode)
 
 
 @dataclass(frozen=True)
@@ -204,3 +203,22 @@ class TrainingSamples:
         for plane, band in zip(out, image.split(), strict=True):
             plane[...] = np.asarray(band)
         return True
+
+
+def jitter(image: Array, draws: Array, strength: float) -> Array:
+    """Another exposure of the same scene: brightness, contrast and colour balance, by five draws in [0, 1).
+
+    It is the one change of an image that keeps geometry true. image [h, w, 3] uint8 -> the same shape. At
+    strength 1: brightness ± 10 % of the range, contrast ± 20 %, each channel's gain ± 5 % (our choice). The
+    same draws give the same change in every view.
+    """
+    return np.asarray(Image.fromarray(image).point(jitter_table(draws, strength)))
+
+
+def jitter_table(draws: Array, strength: float) -> list[int]:
+    """What `jitter` makes of each of the 256 values of red, then green, then blue."""
+    offset, contrast, *gains = (2 * draws - 1) * strength
+    level = np.arange(256, dtype=np.float32)[:, None]
+    gain = 1 + 0.05 * np.array(gains, np.float32)
+    table = ((level - 128) * (1 + 0.2 * contrast) + 128 + 25.5 * offset) * gain  # [256, 3]
+    return [int(value) for value in np.clip(np.rint(table), 0, 255).T.ravel()]

@@ -18,9 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from spear.data.actions import episode_actions
-from spear.data.episode import EpisodeStore
 from spear.data.sketch import QuantileSketch, weighted_quantile
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, unknown_name
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
@@ -176,8 +175,9 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     sketches = [QuantileSketch() for _ in range(6)]
     for index in range(len(store)):
         episode = store.without_images(index)
-        actions, valid = episode_actions(episode)
-        known = np.concatenate([actions[valid, :3], episode.position[valid]], axis=1)
+        assert episode.action is not None and episode.action_mask is not None  # a store has them
+        rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
+        known = rows[episode.action_mask]
         for sketch, column in zip(sketches, known.T, strict=True):
             sketch.add(column)
     return sketches

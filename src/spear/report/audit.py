@@ -16,7 +16,7 @@ from spear.report.dataset import plot, write_html
 PATHS = 3
 """Episodes whose path is drawn."""
 SHOWN = 5
-"""Reasons why episodes were set aside that are shown."""
+"""Reasons why episodes were skipped that are shown."""
 QUESTIONS = {
     "kind": "change or target",
     "frame": "frame",
@@ -34,8 +34,8 @@ def text(report: Report) -> str:
         f"{report.path}: {report.episodes} episodes, {report.steps} steps",
         f"converted actions, integrated over each episode, end {1000 * report.closure[0]:.3g} mm and "
         f"{np.degrees(report.closure[1]):.3g}° from the last state (largest)",
-        *(f"set aside: {reason}" for reason in report.aside[:SHOWN]),
-        *([f"set aside: {len(report.aside) - SHOWN} more"] if len(report.aside) > SHOWN else []),
+        *(f"skipped: {reason}" for reason in report.skipped[:SHOWN]),
+        *([f"skipped: {len(report.skipped) - SHOWN} more"] if len(report.skipped) > SHOWN else []),
         *(f"states: {remark}" for remark in report.states),
     ]
     for part in report.parts:

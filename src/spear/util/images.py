@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.types import Array
+
+FitImage = Callable[[Array, int, int], Array]
+"""(image [h, w, 3] uint8, height, width) -> [height, width, 3] uint8, aspect kept by cropping or padding."""
 
 
 def open_image(encoded: bytes, where: str = "an image") -> Image.Image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,33 +12,26 @@ import torch
 from PIL import Image
 
 from spear.data.actions import binarize_gripper, derive_actions
-from spear.data.episode import check_episode
-from spear.data.readers.bad import OnBad, each
-from spear.data.readers.franka import franka_pose
-from spear.data.readers.rotations import FORMS, pose_matrix
-from spear.data.readers.spec import (
-    ANGLE_UNITS,
-    ANGLES,
-    LENGTH_UNITS,
-    DatasetSpec,
-    RotationFormat,
-    column,
-    require,
-)
+from spear.data.episode import check_actions, check_episode
+from spear.data.readers.rotations import franka_pose, to_quaternion
+from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply
 from spear.types import Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
+Steps = Mapping[str, Any]
+"""The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes."""
 FASTEST = 3.0
 """Metres per second that an end-effector can move and still be believed (our choice; a Franka does 1.7)."""
 FASTEST_TURN = 10.0
 """Radians per second that it can turn and still be believed (our choice; a Franka's wrist does 2.6)."""
 _ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """What a whole JPEG and a whole PNG end with."""
+_COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
 
 
-def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Episode:
+def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     """Our `Episode` from the nested step arrays of a dataset laid out as `spec` says.
 
     Canonical actions are taken as they are where `spec.action` names their column. Otherwise motions come
@@ -45,49 +39,66 @@ def episode_from(steps: Mapping[str, Any], spec: DatasetSpec, source: str) -> Ep
     nowhere known and is masked. Raises SpearError for a missing column or a bad episode, among them one whose
     pose jumps (more than 3 m/s or 10 rad/s between two steps), or one of whose images is cut off.
     """
-    *_, gripper_column, span, rate_hz = require(spec)
-    position, rotation, layout = recorded_pose(steps, spec, source)
+    assert spec.gripper is not None and spec.gripper_range is not None and spec.rate_hz is not None
+    position, rotation, form = recorded_pose(steps, spec, source)
     episode = check_episode(
         Episode(
             images={
-                camera: unsquash(_pictures(steps, key, source), spec.image_aspect.get(camera))
+                camera: unsquash(_images(steps, key, source), spec.image_aspect.get(camera))
                 for camera, key in spec.images.items()
             },
             position=position,
-            rotation=to_quaternion(rotation, layout, source),
-            gripper=to_opening(_numbers(steps, gripper_column, source), *span),
+            rotation=to_quaternion(rotation, form, source),
+            gripper=to_opening(_numbers(steps, spec.gripper, source), *spec.gripper_range),
             instruction=_instruction(column(steps, spec.instruction, source)),
-            rate_hz=rate_hz,
+            rate_hz=spec.rate_hz,
             source=source,
         )
     )
     _check_jumps(episode)
     tool = torch.tensor(spec.tool_rotation, dtype=torch.float32)
-    rotation = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
-    episode = dataclasses.replace(episode, rotation=rotation)
+    turned = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
+    episode = dataclasses.replace(episode, rotation=turned)
     if spec.action is not None:
-        return _with_actions(episode, steps, spec)
+        return check_actions(_with_own_parts(episode, steps, spec))
     if spec.command is None:
         return episode
-    logged = _numbers(steps, spec.command, source)
-    command = binarize_gripper(to_opening(logged, *spec.command_range))
-    mask = np.arange(len(episode)) < len(episode) - 1
-    action = derive_actions(episode.position, rotation, command)
-    return check_episode(dataclasses.replace(episode, action=action, action_mask=mask))
+    command = binarize_gripper(to_opening(_numbers(steps, spec.command, source), *spec.command_range))
+    action = derive_actions(episode.position, turned, command)
+    known = np.arange(len(episode)) < len(episode) - 1
+    return check_actions(dataclasses.replace(episode, action=action, action_mask=known))
 
 
-def episodes_from(
-    found: Iterable[tuple[str, Mapping[str, Any]]], spec: DatasetSpec, on_bad: OnBad | None
-) -> Iterator[Episode]:
-    """`episode_from` of every (source, step arrays); bad episodes as `spear.data.readers.bad.each` has it."""
-    return each(lambda one: episode_from(one[1], spec, one[0]), found, on_bad)
+def column(steps: Steps, where: str, source: str) -> Any:
+    """The rows of a column, e.g. "observation/state[0:3]" -> [T, 3], "action[6]" -> [T].
+
+    Raises SpearError naming the column and what there is instead.
+    """
+    match = _COLUMN.match(where)
+    if not match:
+        raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
+    node: Any = steps
+    parts = match["path"].split("/")
+    while parts:
+        # A name may have slashes in it itself: the longest that is there is meant.
+        names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        name = next((n for n in names if isinstance(node, Mapping) and n in node), None)
+        if name is None:
+            there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
+            raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
+        node, parts = node[name], parts[name.count("/") + 1 :]
+    if match["first"] is None:
+        return node
+    first = int(match["first"])
+    end = first + 1 if match["end"] is None else int(match["end"])
+    if getattr(node, "ndim", 0) != 2 or node.shape[1] < end:
+        shape = getattr(node, "shape", "no array")
+        raise SpearError(f"no column {where!r}: {source}: {match['path']} is {shape}")
+    return node[:, first:end] if match["end"] else node[:, first]
 
 
-def recorded_pose(
-    steps: Mapping[str, Any], spec: DatasetSpec, source: str
-) -> tuple[Array, Array, RotationFormat]:
-    """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written, by the
-    layout."""
+def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
+    """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written."""
     assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
     position = _numbers(steps, spec.position, source)
     turn = ANGLE_UNITS[spec.angle_unit]
@@ -99,7 +110,7 @@ def recorded_pose(
     return position * LENGTH_UNITS[spec.length_unit], rotation, spec.rotation_format
 
 
-def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec) -> Episode:
+def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episode:
     """The episode with what else its dataset holds in our own terms."""
     assert spec.action is not None
     name = episode.source
@@ -111,10 +122,10 @@ def _with_actions(episode: Episode, steps: Mapping[str, Any], spec: DatasetSpec)
         parts["success"] = None if last < 0 else bool(last)
     if spec.source is not None:
         parts["source"] = bytes(column(steps, spec.source, name)[0]).decode("utf-8", "replace")
-    return check_episode(dataclasses.replace(episode, **parts))
+    return dataclasses.replace(episode, **parts)
 
 
-def _numbers(steps: Mapping[str, Any], where: str, source: str) -> Array:
+def _numbers(steps: Steps, where: str, source: str) -> Array:
     """A column of numbers, [T] or [T, d] float64."""
     try:
         return np.asarray(column(steps, where, source), np.float64)
@@ -122,9 +133,8 @@ def _numbers(steps: Mapping[str, Any], where: str, source: str) -> Array:
         raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
 
 
-def _pictures(steps: Mapping[str, Any], where: str, source: str) -> Sequence[bytes]:
-    """A column of encoded images. One that does not end as it should is decoded, to see whether it is
-    whole."""
+def _images(steps: Steps, where: str, source: str) -> Sequence[bytes]:
+    """A column of encoded images. One that does not end as it should is decoded, to see whether it is whole."""
     images: Sequence[bytes] = column(steps, where, source)
     for step, image in enumerate(images):
         if not isinstance(image, bytes):
@@ -145,50 +155,22 @@ def _instruction(rows: Any) -> str:
 
 
 def _check_jumps(episode: Episode) -> None:
+    """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
+    cosine = np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1)
+    turned = 2 * np.arccos(cosine)
     if len(moved) and moved.max() * episode.rate_hz > FASTEST:
         step = int(moved.argmax())
         raise SpearError(
             f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where it was "
             "a step before; leave the episode out, or check the column and its unit (length_unit)"
         )
-    cosine = np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1)
-    turned = 2 * np.arccos(cosine)
     if len(turned) and turned.max() * episode.rate_hz > FASTEST_TURN:
         step = int(turned.argmax())
         raise SpearError(
-            f"jump: {episode.source} step {step + 1}: the end-effector is turned by {np.degrees(turned[step]):.3g}° "
-            "from a step before; leave the episode out, or check the column and how its rotations are written"
-        )
-
-
-def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Array:
-    """Orientations [T, d] in a dataset's layout, angles in rad, to quaternions [T, 4] (w, x, y, z).
-
-    Raises SpearError when d is not what the layout has (see `RotationFormat`).
-    """
-    tensor = torch.as_tensor(np.asarray(values, np.float64))
-    width, convert = FORMS[layout]
-    if tensor.ndim != 2 or tensor.shape[1] != width:
-        shape = tuple(tensor.shape)
-        raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
-    if layout.startswith("matrix4"):
-        _check_pose(tensor, layout, source)
-    return convert(tensor).numpy()
-
-
-def _check_pose(values: torch.Tensor, layout: RotationFormat, source: str) -> None:
-    columns = layout == "matrix4_columns"
-    pose = pose_matrix(values, columns)
-    matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
-    error = (matrix @ matrix.transpose(1, 2) - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
-    row = (pose[:, 3] - last).abs().amax(1)
-    bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
-    if bad.any():
-        step, line = int(bad.int().argmax()), "column" if columns else "row"
-        raise SpearError(
-            f"not a rotation: {source} step {step}: the 16 numbers are no pose written {line} after {line}; "
-            "leave it out, or check the layout"
+            f"jump: {episode.source} step {step + 1}: the end-effector is turned by "
+            f"{np.degrees(turned[step]):.3g}° from a step before; leave the episode out, or check the column and "
+            "how its rotations are written"
         )
 
 
@@ -199,7 +181,7 @@ def to_opening(values: Array, closed: float, opened: float) -> Array:
 
 
 def unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
-    """Give images that were squeezed into another shape their camera's width to height back.
+    """Give images that were squeezed into another shape their camera's width / height back.
 
     aspect None leaves them as they are. The height is kept; depth depends on the true proportions.
     """

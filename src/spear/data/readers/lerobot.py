@@ -6,9 +6,9 @@
     data/**.parquet                           the rows of the steps, images among them or
     videos/**.mp4                             in videos
 
-`read_lerobot` gives `Episode`s in our conventions by a `DatasetSpec`: what the columns mean is told by the
-`spear.json` in the folder, as for RLDS (our own writer puts one there). LeRobot's names become paths:
-"observation.state" is the column "observation/state"; "task" is the instruction.
+What the columns mean is told by the `spear.json` in the folder, as for RLDS (our own writer puts one there).
+LeRobot's names become paths: "observation.state" is the column "observation/state"; "task" is the
+instruction.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.readers.bad import OnBad, each
-from spear.data.readers.layout import episodes_from
-from spear.data.readers.spec import Layout, find_spec
+from spear.data.readers.layout import Steps
+from spear.data.readers.spec import DatasetSpec, Layout, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError
-from spear.types import Episode
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
@@ -39,6 +38,28 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE = 0.25
 """How far a frame may be from its row in time, as part of a step (our choice)."""
+
+
+class Feature(BaseModel):
+    """A column; names are those of its components, in whatever form."""
+
+    dtype: str
+    shape: list[int]
+    names: Any = None
+
+
+class Info(BaseModel):
+    """What we need of `meta/info.json`; fps is the rate in Hz."""
+
+    codebase_version: Annotated[str, Field(pattern=r"^v?[23]\.")]
+    fps: Positive
+    features: Annotated[dict[str, Feature], Field(min_length=1)]
+    data_path: str
+    video_path: str | None = None
+    chunks_size: int = 1000
+    robot_type: str | None = None
+    total_episodes: int | None = None
+    splits: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +80,13 @@ class LeRobotEpisode:
 class LeRobotFolder:
     """What the metadata of a dataset folder say.
 
-    info      `meta/info.json`; features name -> {"dtype", "shape", "names"}.
     splits    split name -> (first episode, end).
     tasks     task index -> instruction.
     """
 
     path: Path
     name: str
-    info: Mapping[str, Any]
+    info: Info
     splits: Mapping[str, tuple[int, int]]
     tasks: Mapping[int, str]
     episodes: Sequence[LeRobotEpisode]
@@ -77,14 +97,65 @@ class LeRobotFolder:
         return {name: [end - first] for name, (first, end) in self.splits.items()}
 
     @property
-    def rate_hz(self) -> float:
-        """Steps per second."""
-        return float(self.info["fps"])
-
-    @property
     def cameras(self) -> list[str]:
         """Features that are images or videos."""
-        return [name for name, f in self.info["features"].items() if f["dtype"] in ("image", "video")]
+        return [name for name, f in self.info.features.items() if f.dtype in ("image", "video")]
+
+    def spec(self, given: Layout = None) -> DatasetSpec:
+        """What its columns mean; see `find_spec`."""
+        return find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
+
+    def steps(
+        self, split: str, images: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Steps | SpearError]]:
+        """(source, step arrays) of each episode of a split, in order, or the reason why it cannot be read.
+
+        images  the columns of images to read, such as "observation/images/top"; None for all.
+        """
+        for name, first, end in split_ranges(self.lengths, split, self.path):
+            start = self.splits[name][0]
+            for index in range(start + first, start + end):
+                try:
+                    yield f"{self.name}/{name}#{index}", self.read(index, images)
+                except SpearError as error:
+                    yield f"{self.name}/{name}#{index}", error
+
+    def read(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
+        """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
+
+        images as in `steps`; those in videos are decoded, and encoded as JPEG. Raises SpearError, naming the
+        episode, when its rows or frames are missing, too many or broken.
+        """
+        wanted = {name for name in self.cameras if images is None or _column(name) in images}
+        try:
+            return self._read(self.episodes[index], wanted)
+        except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise SpearError(f"broken rows: {self.name}#{index}: {reason}; leave the episode out") from error
+
+    def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
+        rows = _rows(episode, self.name)
+        steps = {
+            _column(name): _values(rows.column(name), self.path)
+            for name in rows.column_names
+            if name not in self.cameras or name in wanted
+        }
+        times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float).reshape(-1)
+        if not np.isfinite(times).all():
+            raise ValueError("a timestamp is missing")
+        for name, (file, first, end) in episode.videos.items():
+            if name in wanted:
+                source = f"{self.name}#{episode.index}"
+                steps[_column(name)] = _frames(file, first, end, times, 1 / self.info.fps, source)
+        if "task_index" in steps:
+            steps[TASK] = [self.tasks.get(int(i), "").encode() for i in np.ravel(steps["task_index"])]
+        else:
+            steps[TASK] = [" ".join(episode.tasks[:1]).encode()] * len(rows)
+        return steps
+
+
+def _column(feature: str) -> str:
+    return feature.replace(".", "/")
 
 
 def is_lerobot(path: str | Path) -> bool:
@@ -103,58 +174,53 @@ def open_lerobot(path: str | Path) -> LeRobotFolder:
 
 @functools.lru_cache(maxsize=4)
 def _open(folder: Path, changed: int) -> LeRobotFolder:
-    """Metadata are read once: those of many episodes take a while."""
+    """Metadata are read once, as those of many episodes take a while; again when their file has changed."""
     where = folder / INFO
     try:
-        info = json.loads(where.read_text())
-        version = str(info["codebase_version"])
-        if not re.match(r"^v?(2\.|3\.)", version):
-            raise SpearError(f"unknown LeRobot version {version!r}: {where}: convert it to v2.1 or v3.0")
-        if not (info["features"] and float(info["fps"]) > 0):
-            raise ValueError("it names no features or no rate")
-        old = version.lstrip("v").startswith("2.")
+        info = Info.model_validate_json(where.read_text())
         where = folder / "meta"
+        old = info.codebase_version.lstrip("v").startswith("2.")
         tasks, episodes = _read_v2(folder, info) if old else _read_v3(folder, info)
-    except (OSError, KeyError, TypeError, ValueError, IndexError, pa.ArrowException) as error:
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
+        raise SpearError(f"unreadable: {where}: {key} {said(error)}{hint}") from error
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise SpearError(f"unreadable: {where}: {reason}; copy the dataset again") from error
-    if len(episodes) != info.get("total_episodes", len(episodes)):
-        total = info["total_episodes"]
+    if info.total_episodes not in (None, len(episodes)):
         raise SpearError(
-            f"episodes missing: {folder}: {INFO} says {total}, {len(episodes)} are listed; copy it again"
+            f"episodes missing: {folder}: {INFO} says {info.total_episodes}, {len(episodes)} are listed; copy it again"
         )
     return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
 
 
-def _splits(info: Mapping[str, Any], count: int) -> dict[str, tuple[int, int]]:
+def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
     found = {}
-    for name, text in (info.get("splits") or {}).items():
+    for name, text in (info.splits or {}).items():
         match = re.match(r"^(\d+):(\d+)$", str(text))
         if match and int(match[1]) <= int(match[2]) <= count:
             found[name] = (int(match[1]), int(match[2]))
     return found or {"train": (0, count)}
 
 
-def _read_v2(folder: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _videos(info: Info) -> list[str]:
+    return [name for name, feature in info.features.items() if feature.dtype == "video"]
+
+
+def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
     tasks = {row["task_index"]: row["task"] for row in _json_lines(folder / "meta/tasks.jsonl")}
-    videos = [name for name, f in info["features"].items() if f["dtype"] == "video"]
     episodes = []
     for row in _json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
-        place = {"episode_index": index, "episode_chunk": index // int(info.get("chunks_size", 1000))}
-        episodes.append(
-            LeRobotEpisode(
-                index=index,
-                length=int(row["length"]),
-                tasks=row.get("tasks") or [],
-                data=folder / info["data_path"].format(**place),
-                videos={
-                    name: (folder / info["video_path"].format(video_key=name, **place), 0.0, np.inf)
-                    for name in videos
-                },
-            )
-        )
+        place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+        videos = {
+            name: (folder / str(info.video_path).format(video_key=name, **place), 0.0, np.inf)
+            for name in _videos(info)
+        }
+        data = folder / info.data_path.format(**place)
+        episodes.append(LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos))
     return tasks, episodes
 
 
@@ -162,7 +228,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _read_v3(folder: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
     table = pq.read_table(folder / "meta/tasks.parquet").to_pydict()
     # The task is the index of a pandas table: its column has whatever name pandas gave it.
     words = next(values for name, values in table.items() if name != "task_index")
@@ -170,72 +236,26 @@ def _read_v3(folder: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], lis
     files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise ValueError("no meta/episodes/*/*.parquet")
-    videos = [name for name, f in info["features"].items() if f["dtype"] == "video"]
+
+    def place(template: str, row: Mapping[str, Any], prefix: str, video: str = "") -> Path:
+        chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
+        return folder / template.format(video_key=video, chunk_index=chunk, file_index=file)
+
     episodes = []
     for file in files:
         names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
         for row in pq.read_table(file, columns=names).to_pylist():
-            episodes.append(
-                LeRobotEpisode(
-                    index=row["episode_index"],
-                    length=row["length"],
-                    tasks=row.get("tasks") or [],
-                    data=folder / _place(info["data_path"], row, "data"),
-                    videos={
-                        name: (
-                            folder / _place(info["video_path"], row, f"videos/{name}", name),
-                            float(row[f"videos/{name}/from_timestamp"]),
-                            float(row[f"videos/{name}/to_timestamp"]),
-                        )
-                        for name in videos
-                    },
+            videos = {
+                name: (
+                    place(str(info.video_path), row, f"videos/{name}", name),
+                    float(row[f"videos/{name}/from_timestamp"]),
+                    float(row[f"videos/{name}/to_timestamp"]),
                 )
-            )
+                for name in _videos(info)
+            }
+            data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
+            episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
     return tasks, sorted(episodes, key=lambda episode: episode.index)
-
-
-def _place(template: str, row: Mapping[str, Any], prefix: str, video: str = "") -> str:
-    chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
-    return template.format(video_key=video, chunk_index=chunk, file_index=file)
-
-
-def read_raw(
-    folder: LeRobotFolder, episode: LeRobotEpisode, cameras: Collection[str] | None = None
-) -> dict[str, Any]:
-    """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
-
-    cameras  the features of images to read (those in videos are decoded, and encoded as JPEG); None for all.
-    Raises SpearError, naming the episode, when its rows or frames are missing, too many or broken.
-    """
-    try:
-        return _read_raw(folder, episode, cameras)
-    except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise SpearError(
-            f"broken rows: {folder.name}#{episode.index}: {reason}; leave the episode out"
-        ) from error
-
-
-def _read_raw(
-    folder: LeRobotFolder, episode: LeRobotEpisode, cameras: Collection[str] | None
-) -> dict[str, Any]:
-    rows = _rows(episode, folder.name)
-    steps: dict[str, Any] = {}
-    for name in rows.column_names:
-        if name not in folder.cameras or cameras is None or name in cameras:
-            steps[name.replace(".", "/")] = _values(rows.column(name), folder.path)
-    times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / folder.rate_hz), float).reshape(-1)
-    if not np.isfinite(times).all():
-        raise ValueError("a timestamp is missing")
-    for name, (file, first, end) in episode.videos.items():
-        if cameras is None or name in cameras:
-            source = f"{folder.name}#{episode.index}"
-            steps[name.replace(".", "/")] = _frames(file, first, end, times, 1 / folder.rate_hz, source)
-    if "task_index" in steps:
-        steps[TASK] = [folder.tasks.get(int(i), "").encode() for i in np.ravel(steps["task_index"])]
-    else:
-        steps[TASK] = [" ".join(episode.tasks[:1]).encode()] * len(rows)
-    return steps
 
 
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
@@ -251,9 +271,9 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         groups = np.unique(np.searchsorted(starts, where, side="right") - 1)
-        inside = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups] or [where])
         if not len(groups):
             return file.schema_arrow.empty_table()
+        inside = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups])
         return file.read_row_groups(groups.tolist()).take(np.flatnonzero(np.isin(inside, where)))
     except (OSError, KeyError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
@@ -313,58 +333,3 @@ def _frames(file: Path, first: float, end: float, times: Any, step: float, sourc
             f"{late[row]:.3f} s away; leave the episode out"
         )
     return [encode_jpeg(image) for _, image in found]
-
-
-def read_lerobot(
-    path: str | Path,
-    split: str = "train",
-    dataset: Layout = None,
-    on_bad: OnBad | None = None,
-    episodes: Sequence[int] | None = None,
-) -> Iterator[Episode]:
-    """Episodes of a LeRobot dataset in our conventions, at their own rate, checked (see `check_episode`).
-
-    split     which episodes: "train", "train[:20%]", … (see `spear.data.readers.splits`).
-    dataset   the layout; without it, the folder's own `spear.json`, else the registry's entry of that name.
-    episodes  the indices of the episodes wanted, in this order, instead of `split`.
-    Whatever is wrong with an episode raises SpearError naming it, or, with `on_bad`, is reported there and
-    the episode is left out.
-    """
-    folder = open_lerobot(path)
-    defaults = {"instruction": TASK, "rate_hz": folder.rate_hz}
-    spec = find_spec(folder.name, folder.path, defaults, dataset)
-    wanted = {column.partition("[")[0].replace("/", ".") for column in spec.images.values()}
-    steps = read_steps(folder, split, wanted, on_bad, episodes)
-    yield from episodes_from(steps, spec, on_bad)
-
-
-def read_steps(
-    folder: LeRobotFolder,
-    split: str = "train",
-    cameras: Collection[str] | None = None,
-    on_bad: OnBad | None = None,
-    episodes: Sequence[int] | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(source, step arrays) of the episodes of a split, or of those wanted, as they are; see `read_raw`.
-
-    An episode that cannot be read raises SpearError, or, with `on_bad`, is reported there and left out.
-    """
-
-    def read(place: tuple[str, int]) -> tuple[str, dict[str, Any]]:
-        name, index = place
-        return f"{folder.name}/{name}#{index}", read_raw(folder, folder.episodes[index], cameras)
-
-    yield from each(read, _chosen(folder, split, episodes), on_bad)
-
-
-def _chosen(folder: LeRobotFolder, split: str, episodes: Sequence[int] | None) -> Iterator[tuple[str, int]]:
-    if episodes is not None:
-        count = len(folder.episodes)
-        for index in episodes:
-            if not 0 <= index < count:
-                raise SpearError(f"no episode {index}: {folder.path} has {count}, counted from 0")
-            yield "train", index
-        return
-    for name, first, end in split_ranges(folder.lengths, split, folder.path):
-        start = folder.splits[name][0]
-        yield from ((name, start + i) for i in range(first, end))

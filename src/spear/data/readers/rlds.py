@@ -1,27 +1,31 @@
 """RLDS datasets as TFDS writes them (Open X-Embodiment): read without TensorFlow.
 
 A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested types) and
-TFRecord shards; one record is one episode, its steps flattened into lists. `read_rlds` gives `Episode`s in
-our conventions by a `DatasetSpec`; `read_raw` gives the nested arrays that tensorflow_datasets would, images
-still encoded. Shards are read one after the other, in order.
+TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
+flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
+of varying length ("ragged") come with their row lengths. Here they become the nested arrays that
+tensorflow_datasets would give, images still encoded. Shards are read one after the other, in order.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear.data.readers.bad import OnBad
-from spear.data.readers.layout import episodes_from
-from spear.data.readers.spec import Layout, find_spec
+import numpy as np
+
+from spear.data.readers.layout import Steps
+from spear.data.readers.spec import DatasetSpec, Layout, find_spec
 from spear.data.readers.splits import split_ranges
-from spear.data.readers.tfds_features import unflatten
-from spear.data.readers.tfrecord import parse_example, read_records
+from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError
-from spear.types import Episode
+from spear.types import Array
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,42 @@ class RldsFolder:
         """Split name -> number of episodes in each of its shards."""
         return {name: [length for _, length in shards] for name, shards in self.splits.items()}
 
+    def spec(self, given: Layout = None) -> DatasetSpec:
+        """What its columns mean; see `find_spec`."""
+        return find_spec(self.name, self.path, given)
+
+    def steps(
+        self, split: str, images: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Steps | SpearError]]:
+        """(source, step arrays) of each episode of a split, in order, or the reason why it cannot be read.
+
+        images plays no part: a record holds them all.
+        """
+        for source, example in self.examples(split):
+            yield source, example if isinstance(example, SpearError) else example["steps"]
+
+    def examples(self, split: str = "train") -> Iterator[tuple[str, dict[str, Any] | SpearError]]:
+        """(source, example) of each episode of a split, nested as in `features.json`.
+
+        Below "steps" each array has the steps as its first dimension; images and texts are bytes (lists of
+        bytes below "steps"). In the place of a broken record comes the SpearError that names it.
+        """
+        for name, first, end in split_ranges(self.lengths, split, self.path):
+            before = 0
+            for file, length in self.splits[name]:
+                low, high = max(first - before, 0), min(end - before, length)
+                for index, record in read_records(file, low, high) if low < high else ():
+                    yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
+                before += length
+
+    def _parse(self, record: bytes | SpearError, file: Path, index: int) -> dict[str, Any] | SpearError:
+        if isinstance(record, SpearError):
+            return record
+        try:
+            return dict(_unflatten(self.features, parse_example(record)))
+        except (ValueError, KeyError) as error:
+            return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+
 
 def is_rlds(path: str | Path) -> bool:
     """Whether `path` is an RLDS folder, or holds one version folder that is."""
@@ -56,7 +96,8 @@ def _version_folders(path: Path) -> list[Path]:
 
 
 def open_rlds(path: str | Path) -> RldsFolder:
-    """Read the description of an RLDS folder (or of the one version folder in it)."""
+    """Read the description of an RLDS folder (or of the one version folder in it). Raises SpearError, naming
+    the file, when it is missing or is something else."""
     found = _version_folders(Path(path))
     if not found:
         raise SpearError(
@@ -91,65 +132,99 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[Path, int]]:
     lengths = [int(n) for n in split.get("shardLengths", [])]
     template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    count = len(lengths)
-    return [
-        (
-            folder
-            / template.format(
-                DATASET=dataset,
-                SPLIT=split["name"],
-                FILEFORMAT="tfrecord",
-                SHARD_X_OF_Y=f"{index:05d}-of-{count:05d}",
-                SHARD_INDEX=f"{index:05d}",
-                NUM_SHARDS=f"{count:05d}",
-            ),
-            length,
+    shards = []
+    for index, length in enumerate(lengths):
+        name = template.format(
+            DATASET=dataset,
+            SPLIT=split["name"],
+            FILEFORMAT="tfrecord",
+            SHARD_X_OF_Y=f"{index:05d}-of-{len(lengths):05d}",
+            SHARD_INDEX=f"{index:05d}",
+            NUM_SHARDS=f"{len(lengths):05d}",
         )
-        for index, length in enumerate(lengths)
-    ]
+        shards.append((folder / name, length))
+    return shards
 
 
-def read_raw(
-    path: str | Path | RldsFolder, split: str = "train", on_bad: OnBad | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(source, example) of each episode of a split, in order.
+def _unflatten(
+    description: Mapping[str, Any], features: Mapping[str, Feature], name: str = "", depth: int = 0
+) -> Any:
+    """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
 
-    An example is nested as in `features.json`; below "steps" each array has the steps as its first dimension;
-    images and texts are bytes (lists of bytes below "steps"). A broken record, or a shard with fewer records
-    than it should have, raises SpearError, or is reported to `on_bad` and passed over.
+    description  a node of `features.json`; features the flat lists of one example; name the path so far;
+    depth the number of sequences above. Raises KeyError or ValueError for what does not fit the description.
     """
-    folder = path if isinstance(path, RldsFolder) else open_rlds(path)
-    for name, first, end in split_ranges(folder.lengths, split, folder.path):
-        before = 0
-        for file, length in folder.splits[name]:
-            low, high = max(first - before, 0), min(end - before, length)
-            for index, record in read_records(file, low, high, on_bad) if low < high else ():
-                try:
-                    example = unflatten(folder.features, parse_example(record))
-                except (ValueError, KeyError) as error:
-                    broken = SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
-                    if on_bad is None:
-                        raise broken from error
-                    on_bad(broken)
-                else:
-                    yield f"{folder.name}/{name}#{before + index}", example
-            before += length
+    if "featuresDict" in description:
+        children = description["featuresDict"]["features"]
+        return {
+            key: _unflatten(child, features, f"{name}/{key}" if name else key, depth)
+            for key, child in children.items()
+        }
+    if "sequence" in description:
+        return _unflatten(description["sequence"]["feature"], features, name, depth + 1)
+    if depth > 1:
+        return _ragged(description, features, name, depth)
+    if name not in features:
+        raise ValueError(f"feature {name!r} is missing")
+    values = _leaf(description, features[name], name)
+    if depth and -1 in _shape(description):
+        raise ValueError(f"feature {name!r} has another shape at every step, which cannot be read")
+    if not depth and len(values) != 1:
+        raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
+    return values if depth else values[0]
 
 
-def read_rlds(
-    path: str | Path,
-    split: str = "train",
-    dataset: Layout = None,
-    on_bad: OnBad | None = None,
-) -> Iterator[Episode]:
-    """Episodes of an RLDS split in our conventions, at their own rate, checked (see `check_episode`).
+def _shape(description: Mapping[str, Any]) -> list[int]:
+    return [int(n) for n in description.get("tensor", {}).get("shape", {}).get("dimensions", [])]
 
-    The layout is `dataset`, else the folder's own `spear.json`, else the registry's entry of that name (see
-    `spear.data.readers.spec`). Motions are derived from the states (see `episode_from`). Whatever is wrong
-    with an episode raises SpearError naming it, or, with `on_bad`, is reported there and the episode is left
-    out.
-    """
-    folder = open_rlds(path)
-    spec = find_spec(folder.name, folder.path, given=dataset)
-    found = ((source, example["steps"]) for source, example in read_raw(folder, split, on_bad))
-    yield from episodes_from(found, spec, on_bad)
+
+def _ragged(description: Mapping[str, Any], features: Mapping[str, Feature], name: str, depth: int) -> Any:
+    """Lists in lists: split the flat values by the row lengths, from the innermost outwards."""
+    key = f"{name}/ragged_flat_values"
+    if key not in features:
+        raise ValueError(f"feature {name!r} is missing")
+    rows: Any = _leaf(description, features[key], name)
+    for level in reversed(range(depth - 1)):
+        lengths = features.get(f"{name}/ragged_row_lengths_{level}")
+        if lengths is None or sum(lengths) != len(rows):
+            raise ValueError(f"feature {name!r} has row lengths that do not add up")
+        ends = np.cumsum([0, *lengths])
+        rows = [rows[a:b] for a, b in itertools.pairwise(ends)]
+    return rows
+
+
+def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array:
+    """All values of one feature, the first dimension running over whatever sequence it is in."""
+    if "tensor" not in description:
+        numbers = "classLabel" in description and not isinstance(values, list)
+        if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
+            return values
+        raise ValueError(
+            f"feature {name!r} is of a kind that cannot be read: {description.get('pythonClassName')}"
+        )
+    tensor = description["tensor"]
+    shape = _shape(description)
+    dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")
+    if dtype in ("string", "object"):
+        if shape or not isinstance(values, list):
+            raise ValueError(f"feature {name!r} is an array of texts, which cannot be read")
+        return values
+    if encoding in ("bytes", "zlib"):
+        if not isinstance(values, list):
+            raise ValueError(f"feature {name!r} should be encoded as {encoding}")
+        return np.stack([_decode(value, encoding, dtype, name).reshape(shape) for value in values])
+    if isinstance(values, list) and values:
+        raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
+    flat = np.asarray(values, dtype)
+    if -1 in shape:
+        return flat.reshape(1, *shape)
+    if len(flat) % math.prod(shape):
+        raise ValueError(f"feature {name!r} has {len(flat)} values, which do not fill {shape}")
+    return flat.reshape(-1, *shape)
+
+
+def _decode(value: bytes, encoding: str, dtype: str, name: str) -> Array:
+    try:
+        return np.frombuffer(zlib.decompress(value) if encoding == "zlib" else value, dtype)
+    except zlib.error as error:
+        raise ValueError(f"feature {name!r} cannot be decompressed: {error}") from error

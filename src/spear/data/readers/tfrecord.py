@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.readers.bad import OnBad
 from spear.errors import SpearError
 from spear.types import Array
 
@@ -22,59 +21,50 @@ Feature = list[bytes] | Array
 
 
 def read_records(
-    path: Path, start: int = 0, stop: int | None = None, on_bad: OnBad | None = None
-) -> Iterator[tuple[int, bytes]]:
+    path: Path, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, bytes | SpearError]]:
     """(index, bytes) of records `start` to `stop` of a file, checked; those before are passed over unread.
 
-    A record whose bytes do not match its checksum raises SpearError naming file and record, or, with
-    `on_bad`, is passed over and reported there. After a broken length, or where the file ends before `stop`
-    records, nothing more can be found in it: that is raised too, or reported once.
+    In the place of a record whose bytes do not match its checksum comes the SpearError that names file and
+    record. After a broken length, or where the file ends before `stop` records, nothing more can be found in
+    it: that error is the last item. Raises SpearError for a file that cannot be opened.
     """
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
             index = 0
             while index < stop if stop is not None else file.tell() < size:
-                length = _checked_length(file.read(12), size - file.tell(), path, index)
+                header = file.read(12)
+                why = _broken_length(header, size - file.tell())
+                if why:
+                    yield index, _broken(path, index, why)
+                    return
+                length = struct.unpack("<Q", header[:8])[0]
                 if index < start:
                     file.seek(length + 4, 1)
                 else:
                     body = file.read(length)
                     if _masked_crc(body) == struct.unpack("<I", file.read(4))[0]:
                         yield index, body
-                    elif on_bad is None:
-                        raise _broken(path, index, "its checksum does not match")
                     else:
-                        on_bad(_broken(path, index, "its checksum does not match"))
+                        yield index, _broken(path, index, "its checksum does not match")
                 index += 1
     except OSError as error:
         raise SpearError(f"cannot read: {path}: {error.strerror}; is the download complete?") from error
-    except _EndOfRecords as end:
-        if on_bad is None:
-            raise end.error from None
-        on_bad(end.error)
 
 
-class _EndOfRecords(Exception):
-    def __init__(self, error: SpearError) -> None:
-        self.error = error
-
-
-def _checked_length(header: bytes, left: int, path: Path, index: int) -> int:
+def _broken_length(header: bytes, left: int) -> str:
+    """What is wrong with the header of a record, of which so many bytes should follow; "" if nothing is."""
     if len(header) < 12:
-        raise _EndOfRecords(_broken(path, index, "the file ends before it"))
+        return "the file ends before it"
     length, crc = struct.unpack("<QI", header)
     if _masked_crc(header[:8]) != crc:
-        raise _EndOfRecords(_broken(path, index, "the checksum of its length does not match"))
-    if length + 4 > left:
-        raise _EndOfRecords(_broken(path, index, f"the file ends {length + 4 - left} bytes too early"))
-    return int(length)
+        return "the checksum of its length does not match"
+    return f"the file ends {length + 4 - left} bytes too early" if length + 4 > left else ""
 
 
 def _broken(path: Path, index: int, why: str) -> SpearError:
-    return SpearError(
-        f"broken record: {path} record {index}: {why}; copy the file again, or skip bad records"
-    )
+    return SpearError(f"broken record: {path} record {index}: {why}; copy the file again")
 
 
 def _masked_crc(data: bytes) -> int:
@@ -87,7 +77,7 @@ def _masked_crc(data: bytes) -> int:
 
 
 def parse_example(data: bytes) -> dict[str, Feature]:
-    """The features of a serialised `tf.train.Example`. Raises ValueError when it is not one."""
+    """The features of a serialised `tf.train.Example`. Raises ValueError or KeyError when it is not one."""
     features: dict[str, Feature] = {}
     view = memoryview(data)
     for number, features_message in _fields(view):

@@ -1,4 +1,4 @@
-"""Frames of a stretch of a video file, by PyAV, and a video file of frames: what LeRobot and DROID need."""
+"""Frames of a stretch of a video file, by PyAV, and a video file of frames: for LeRobot."""
 
 from __future__ import annotations
 

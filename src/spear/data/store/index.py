@@ -33,8 +33,7 @@ MOST_MAPPED = 256
 
 
 def index_batch(folder: Path, number: int, episodes: Sequence[Episode]) -> pa.RecordBatch:
-    """The index of file `number` of `data`, which is complete and holds these checked episodes in this
-    order."""
+    """The index of file `number` of `data`, which is complete and holds these episodes in this order."""
     path = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(number))
     count = len(episodes)
     columns = {
@@ -106,7 +105,7 @@ def open_index(path: Path, folder: Path) -> list[Shard]:
     """
     batches, _ = read_batches(path)
     try:
-        return [Shard(path, batch, functools.partial(_images, folder)) for batch in batches]
+        return [Shard(batch, functools.partial(_images, folder)) for batch in batches]
     except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
         raise corrupt(path, error) from error
 

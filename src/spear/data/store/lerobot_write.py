@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.actions import episode_actions
+from spear.data.actions import with_actions
 from spear.data.episode import check_episode
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.video import VideoWriter
@@ -56,7 +56,7 @@ def write_lerobot(
     writer: LeRobotWriter | None = None
     try:
         for episode in episodes:
-            episode = check_episode(episode)
+            episode = with_actions(check_episode(episode))
             looks = look(episode)
             if writer is None:
                 sizes = {camera: looks[camera].size for camera in looks}
@@ -179,14 +179,13 @@ class LeRobotWriter:
     def _columns(self, episode: Episode) -> dict[str, Any]:
         """Everything but images, as arrays [T] or [T, d]."""
         length = len(episode)
-        action, mask = episode_actions(episode)
         task = self.tasks.setdefault(episode.instruction, len(self.tasks))
         success = -1 if episode.success is None else int(episode.success)
         state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1)
         return {
             "observation.state": state.astype(np.float32),
-            "action": np.asarray(action, np.float32),
-            "action_mask": mask,
+            "action": np.asarray(episode.action, np.float32),
+            "action_mask": np.asarray(episode.action_mask),
             "success": np.full(length, success, np.int64),
             "source": [episode.source] * length,
             "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),

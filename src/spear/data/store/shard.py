@@ -21,11 +21,8 @@ IMAGE_PREFIX = "image:"
 
 
 def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
-    """Everything but the images of checked episodes, as columns."""
+    """Everything but the images of checked episodes with actions (see `with_actions`), as columns."""
     offsets = np.cumsum([0] + [len(e) for e in episodes])
-    empty = np.zeros((0, ACTION_DIM), np.float32)
-    actions = [empty if e.action is None else e.action for e in episodes]
-    masks = [np.ones(len(e)) if e.action_mask is None else e.action_mask for e in episodes]
     return {
         "instruction": pa.array([e.instruction for e in episodes], pa.large_string()),
         "source": pa.array([e.source for e in episodes], pa.large_string()),
@@ -33,9 +30,9 @@ def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
         "success": pa.array([e.success for e in episodes], pa.bool_()),
         "position": lists(offsets, np.concatenate([e.position for e in episodes])),
         "rotation": lists(offsets, np.concatenate([e.rotation for e in episodes])),
-        "gripper": lists(offsets, np.concatenate([e.gripper for e in episodes])[:, None]),
-        "action": lists(np.cumsum([0] + [len(a) for a in actions]), np.concatenate(actions)),
-        "action_mask": lists(offsets, np.concatenate(masks).astype(np.uint8)[:, None]),
+        "gripper": lists(offsets, np.concatenate([e.gripper for e in episodes])),
+        "action": lists(offsets, np.concatenate([np.asarray(e.action, np.float32) for e in episodes])),
+        "action_mask": lists(offsets, np.concatenate([np.asarray(e.action_mask, np.uint8) for e in episodes])),
     }
 
 
@@ -51,9 +48,9 @@ def image_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
 
 
 def lists(offsets: Array, rows: Array) -> pa.Array:
-    """[N, d] rows as one list per episode of N_e · d numbers."""
+    """[N] or [N, d] rows as one list per episode of N_e · d numbers."""
     values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-    return pa.LargeListArray.from_arrays(pa.array(offsets * rows.shape[1], pa.int64()), values)
+    return pa.LargeListArray.from_arrays(pa.array(offsets * (rows.size // len(rows)), pa.int64()), values)
 
 
 def flat_rows(column: pa.Array, width: int, steps: int) -> Array:
@@ -108,11 +105,10 @@ class Shard:
     """One record batch: numpy views of its columns, no copies.
 
     offsets [E + 1] of the steps; rates_hz [E]; known [E], how many steps of each episode have a known action.
-    Raises SpearError, naming the file, when it is broken.
+    Raises ValueError, KeyError or an error of Arrow when it is broken.
     """
 
-    def __init__(self, path: Path, batch: pa.RecordBatch, find_images: FindImages = images_inside) -> None:
-        self.path = path
+    def __init__(self, batch: pa.RecordBatch, find_images: FindImages = images_inside) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         self._instructions, self._sources = columns["instruction"], columns["source"]
@@ -123,38 +119,30 @@ class Shard:
         self.position = flat_rows(columns["position"], 3, steps)
         self.rotation = flat_rows(columns["rotation"], 4, steps)
         self.gripper = flat_rows(columns["gripper"], 1, steps)[:, 0]
+        self.action = flat_rows(columns["action"], ACTION_DIM, steps)
         self.action_mask = flat_rows(columns["action_mask"], 1, steps)[:, 0]
-        self.action_offsets = columns["action"].offsets.to_numpy() // ACTION_DIM
-        self.action = flat_rows(columns["action"], ACTION_DIM, int(self.action_offsets[-1]))
         self.images = find_images(columns, self.offsets)
-        self.known = self._count_known()
+        self.known = np.add.reduceat(self.action_mask != 0, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rates_hz)
 
-    def _count_known(self) -> Array:
-        """As `spear.data.actions.episode_actions` has it, for all episodes at once."""
-        masked = self.action_mask == 0
-        derived = np.diff(self.action_offsets) == 0
-        if derived.any():  # the last step of these leads nowhere known
-            masked = masked.copy()
-            masked[self.offsets[1:][derived] - 1] = True
-        return np.diff(self.offsets) - np.add.reduceat(masked, self.offsets[:-1], dtype=np.int64)
-
     def instruction(self, row: int) -> str:
+        """What the robot was asked to do."""
         return str(self._instructions[row].as_py())
 
     def source(self, row: int) -> str:
+        """Where the episode came from."""
         return str(self._sources[row].as_py())
 
     def image(self, row: int, step: int, camera: str) -> bytes | None:
+        """The encoded image of one step, or None when the episode has no such camera."""
         found = self.images.get(camera)
         return None if found is None else found.find(row, step)
 
     def episode(self, row: int, with_images: bool) -> Episode:
         """The episode in a row, its images as encoded bytes."""
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        acted = slice(int(self.action_offsets[row]), int(self.action_offsets[row + 1]))
         images: dict[str, Sequence[bytes]] = {}
         for camera in self.images if with_images else ():
             found = [self.image(row, step, camera) for step in range(rows.stop - rows.start)]
@@ -168,7 +156,7 @@ class Shard:
             instruction=self.instruction(row),
             rate_hz=float(self.rates_hz[row]),
             source=self.source(row),
-            action=self.action[acted] if acted.stop > acted.start else None,
+            action=self.action[rows],
             action_mask=self.action_mask[rows].astype(bool),
             success=self._successes[row].as_py(),
         )

@@ -1,0 +1,79 @@
+"""Options of the commands on robot data: plain values, so that asking for help loads nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError
+from spear.util.options import AtLeast, File, Layout, Number, Options, Split, Within
+
+Source = Annotated[
+    Positional[Path],
+    arg(metavar="FOLDER", help="An RLDS or LeRobot dataset, or episodes written by this program."),
+]
+MOST_PIXELS = 8192
+"""The largest side of an image that is asked for."""
+
+
+@dataclass(frozen=True)
+class InspectOptions(Options):
+    path: Source
+    out: File = None
+    """Write a page to this file."""
+    layout: Layout = None
+
+
+@dataclass(frozen=True)
+class PrepareOptions(Options):
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
+    """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
+    out: Path
+    """Folder to write to."""
+    split: Split = "train"
+    size: tuple[str, ...] = ()
+    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all cameras, or
+    CAMERA=WIDTHxHEIGHT. Bars are added rather than stretching. Without it they stay as they are."""
+    rate: Annotated[float, Within(0.01, 1000)] = 5.0
+    """Steps per second (training takes 5)."""
+    quality: Annotated[int, Within(1, 100)] = 95
+    """JPEG quality of images that are changed."""
+    workers: Annotated[Number, AtLeast(0)] = None
+    """Processes that read and resize; one for each processor by default. The result is the same."""
+    layout: Layout = None
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Camera -> (width, height), "" for all others. Raises `SpearError` for a size in other words."""
+        sizes = {}
+        for word in self.size:
+            camera, _, text = word.rpartition("=")
+            numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
+            if len(numbers) != 2 or not all(0 < n <= MOST_PIXELS for n in numbers):
+                raise SpearError(f"--size {word}: write it as 280x210, or for one camera as wrist=112x112")
+            sizes[camera] = (numbers[0], numbers[1])
+        return sizes
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    path: Source
+    out: Path
+    """Folder to write to; it must not exist yet."""
+    split: Split = "train"
+    images: Literal["image", "video"] = "image"
+    """Keep the images as they are (image), or encode them as AV1 video (video), which is much smaller and a little
+    blurred."""
+    layout: Layout = None
+
+
+@dataclass(frozen=True)
+class AuditOptions(Options):
+    path: Source
+    out: File = None
+    """Write a page with plots to this file."""
+    split: Annotated[str | None, arg(metavar="SPLIT")] = None
+    """Which episodes: train, val, train[:90%] … (the first 50 of them are read); by default the first split."""
+    layout: Layout = None
