@@ -38,10 +38,11 @@ import tyro
 
 from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
 from loader_turns import Command, Forked, Way, in_turn, table
-from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.mixture import Mixture
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
+from spear.data.store.ready import Conversion
 from spear.models.processing import fit_image
 from spear.train import loop
 
@@ -80,7 +81,8 @@ def make_data(root: Path, episodes: int, steps: int) -> None:
     write_episodes(ordered, root / "recorded", shard_size=8)
     sizes = {camera: (width, height) for camera, (height, width) in VIEWS.items()}
     begun = time.perf_counter()
-    prepare(root / "recorded", root / "prepared", sizes=sizes, fit_image=fit_image, workers=CORES)
+    how = Conversion(sizes=sizes, fit_image=fit_image)
+    prepare(root / "recorded", root / "prepared", how=how, workers=CORES)
     took = time.perf_counter() - begun
     frames = int(EpisodeStore(root / "prepared").lengths.sum())
     size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from spear.data.actions import HORIZON, RATE_HZ
-from spear.data.episode import EpisodeStore
 from spear.data.mixture import Mixture, Sample, TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.data.readers.lerobot import open_lerobot
+from spear.data.store.episode_store import EpisodeStore
 from spear.models.presets import preset
 from spear.models.processing import Processor, fit_image
 from spear.tokens import CoordinateTokenizer

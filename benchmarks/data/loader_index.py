@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from spear.data.episode import EpisodeStore
 from spear.data.mixture import Mixture
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.sketch import QuantileSketch
 from spear.data.store import schema as lerobot
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.index import INDEX, PLACE_PREFIX, write_batches
 from spear.data.store.shard import lists, number_columns
 from spear.types import Episode

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.train.allocator import keep_freed_memory
 from spear.train.build import build
 from spear.train.optimize import Stepper

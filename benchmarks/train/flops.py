@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.recipes import recipe

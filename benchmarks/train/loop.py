@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.train.build import build
 from spear.train.log import Logger

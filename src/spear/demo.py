@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from spear.data.episode import EpisodeStore
 from spear.data.readers.formats import episode_counts
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop

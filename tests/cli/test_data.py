@@ -12,9 +12,9 @@ import pytest
 
 from data_tiny import make
 from spear.cli import main
-from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.readers.lerobot import read_lerobot
+from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.labels.sources import items
 
 
@@ -30,7 +30,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "set"
     assert main(["data", "export", str(store), "--out", str(out), "--split", "train[:2]"]) == 0
     assert "2 episodes in" in capsys.readouterr().out
-    assert [e.source for e in read_lerobot(out)] == ["made#0", "made#1"]
+    assert [e.source for e in read_episodes(out)] == ["made#0", "made#1"]
     assert main(["data", "export", str(store), "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["data", "inspect", str(out)]) == 0
@@ -126,25 +126,11 @@ def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(line for line in lines if "bridge_dataset" in line).split()[:2] == ["18.0", "%"]
 
 
-def test_training_takes_a_lerobot_folder(shared: Path, tmp_path: Path) -> None:
-    """What `spear train --episodes` opens: prepared once, then taken as it is."""
-    from spear.cli.arguments import open_episodes
-
-    folder = tmp_path / "arm"
-    shutil.copytree(shared / "data" / "lerobot" / "v2.1_video", folder)
-    folder.chmod(0o755)
-    layout = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
-    (folder / "spear.json").write_text(json.dumps(layout))
-    assert len(open_episodes(folder, tmp_path / "run")) == 8
-    shutil.rmtree(folder / "videos", ignore_errors=True)
-    assert len(open_episodes(folder, tmp_path / "run")) == 8
-
-
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        *(("--rate", rate, "give more than 0 and at most 1000") for rate in ("0", "-5", "nan", "inf")),
-        *(("--quality", quality, "give 1 to 100") for quality in ("500", "-3", "0")),
+        *(("--rate", rate, "give at least 0.01 and at most 1000") for rate in ("0", "-5", "nan", "inf")),
+        *(("--quality", quality, "give at least 1 and at most 100") for quality in ("500", "-3", "0")),
         ("--workers", "-1", "give at least 0"),
     ],
 )
@@ -170,7 +156,7 @@ def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.C
     shutil.copy(exported / "spear.json", layout)
     for name, *rest in commands:
         assert main(["data", name, str(store), *rest, "--layout", str(layout)]) == 2
-        assert "is a store of episodes and needs no layout: leave it out" in capsys.readouterr().err
+        assert "needs no layout" in capsys.readouterr().err
     assert main(["data", "inspect", str(exported), "--layout", str(layout)]) == 2
     assert "is for the page: give --out as well" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

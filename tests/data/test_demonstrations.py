@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spear.data.demonstrations import demonstrate
-from spear.data.episode import SHARD_GLOB, EpisodeStore, write_episodes
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}

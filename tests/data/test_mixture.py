@@ -15,8 +15,8 @@ from PIL import Image
 
 from data_tiny import make as tiny
 from spear.data.actions import episode_actions
-from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.mixture import Mixture, TrainingSamples, split
+from spear.data.mixture import Mixture, TrainingSamples, jitter, split
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.train import loop, parallel
 from spear.types import Episode
@@ -69,18 +69,6 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 VIEWS = {"external": (12, 16), "wrist": (6, 6)}
-
-
-def test_a_batch_is_a_function_of_seed_and_step(mixture: Mixture) -> None:
-    samples = TrainingSamples(mixture, VIEWS, fit_by_crop, augment=1.0)
-    run = [samples.batch(step, 8) for step in range(6)]
-    resumed = Mixture([("a", mixture.stores[0], 3.0), ("b", mixture.stores[1], 1.0)], seed=7)
-    again = TrainingSamples(resumed, VIEWS, fit_by_crop, augment=1.0)
-    for step in (5, 3, 4):  # any order: nothing is replayed
-        assert_equal(again.batch(step, 8), run[step])
-    other = Mixture([("a", mixture.stores[0], 3.0), ("b", mixture.stores[1], 1.0)], seed=8)
-    assert [s.flat for s in other.draw(0, 64)] != [s.flat for s in mixture.draw(0, 64)]
-    assert [s.flat for s in mixture.draw(1, 64)] != [s.flat for s in mixture.draw(0, 64)]
 
 
 def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
@@ -246,3 +234,12 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert_equal(a, b)
+
+
+def test_jitter_is_photometric_and_bounded() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (10, 11, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(jitter(image, np.full(5, 0.5), 1.0), image)
+    brighter = jitter(image, np.array([1, 0.5, 0.5, 0.5, 0.5]), 1.0)
+    np.testing.assert_array_equal(brighter, np.clip(np.rint(image + 25.5), 0, 255))
+    flat = jitter(np.full((4, 4, 3), 100, np.uint8), np.random.default_rng(1).random(5), 1.0)
+    assert (flat == flat[0, 0]).all() and np.abs(flat.astype(int) - 100).max() < 45

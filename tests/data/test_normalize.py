@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.train.tasks.vla import robot_inputs
 from spear.types import Action, Episode

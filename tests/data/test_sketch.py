@@ -1,4 +1,4 @@
-"""Quantile sketches: the error in rank stays within its bound, however the stream is cut or merged."""
+"""Quantile sketches: the error in rank stays within its bound, however the stream is cut."""
 
 from __future__ import annotations
 
@@ -39,20 +39,13 @@ KINDS = st.sampled_from(["normal", "sorted", "reversed", "few values", "heavy ta
 
 
 @settings(max_examples=25)
-@given(KINDS, st.integers(1, 6000), st.integers(0, 9), st.lists(st.floats(0, 1), max_size=5), st.booleans())
-def test_rank_error_is_within_the_bound_for_one_pass_and_for_merges(
-    kind: str, count: int, seed: int, cuts: list[float], merging: bool
-) -> None:
+@given(KINDS, st.integers(1, 6000), st.integers(0, 9), st.lists(st.floats(0, 1), max_size=5))
+def test_rank_error_is_within_the_bound(kind: str, count: int, seed: int, cuts: list[float]) -> None:
     values = made(kind, count, seed)
     pieces = np.split(values, sorted(int(c * count) for c in cuts))
     sketch = QuantileSketch(256)
     for piece in pieces:
-        if merging:
-            part = QuantileSketch(256)
-            part.add(piece)
-            sketch.merge(part)
-        else:
-            sketch.add(piece)
+        sketch.add(piece)
     assert sketch.count == count and sketch.weighted()[1].sum() == count
     assert worst_rank(sketch, values) <= sketch.rank_error + 1e-12
     assert sketch.rank_error <= 6 / 256
@@ -63,22 +56,18 @@ def test_rank_error_is_within_the_bound_for_one_pass_and_for_merges(
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 60))
 def test_nothing_is_lost_while_it_fits(values: list[float], q: float, cut: int) -> None:
-    first, second = QuantileSketch(64), QuantileSketch(64)
-    first.add(np.array(values[:cut]))
-    second.add(np.array(values[cut:]))
-    first.merge(second)
-    assert first.rank_error == 0
-    assert weighted_quantile(*first.weighted(), q) == pytest.approx(np.quantile(values, q), abs=1e-9)
+    sketch = QuantileSketch(64)
+    sketch.add(np.array(values[:cut]))
+    sketch.add(np.array(values[cut:]))
+    assert sketch.rank_error == 0
+    assert weighted_quantile(*sketch.weighted(), q) == pytest.approx(np.quantile(values, q), abs=1e-9)
 
 
 def test_a_million_values_to_a_thousandth_of_rank_in_little_memory() -> None:
     values = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)
-    parts = [QuantileSketch(), QuantileSketch()]
-    for part, half in zip(parts, np.split(values, 2), strict=True):
-        for piece in np.array_split(half, 40):
-            part.add(piece)
-    parts[0].merge(parts[1])
-    sketch = parts[0]
+    sketch = QuantileSketch()
+    for piece in np.array_split(values, 80):
+        sketch.add(piece)
     assert sketch.rank_error <= 1e-3
     assert worst_rank(sketch, values) <= 1e-3
     assert len(sketch.weighted()[0]) < 130_000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spear.data.episode import write_episodes
+from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.labels.inputs import read
 from spear.labels.sources import items

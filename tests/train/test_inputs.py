@@ -11,7 +11,7 @@ import pytest
 
 from data_tiny import make
 from spear.cli import main
-from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.policy import locate
 from spear.train import loop

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_tiny import make
-from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights

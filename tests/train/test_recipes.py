@@ -13,8 +13,8 @@ import pytest
 from data_tiny import make
 from spear.cli import main
 from spear.cli.launching import dataset_name, shares
-from spear.data.episode import EpisodeStore, write_episodes
 from spear.data.readers.spec import REGISTRY
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import SpearError

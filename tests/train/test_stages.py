@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from spear.data.episode import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.labels.scenes import label_scenes
 from spear.models.presets import PRESETS

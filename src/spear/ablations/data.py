@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spear.data.demonstrations import demonstrate
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.labels.scenes import label_scenes
 from spear.labels.store import LabelStore
 from spear.models.presets import preset

@@ -15,7 +15,7 @@ import torch
 from spear.ablations.data import Data
 from spear.ablations.plan import POLICY, Plan, Scoring, Training
 from spear.ablations.run import Job, done, left
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.agents import PolicyActor
 from spear.evaluate.closed_loop import evaluate

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from spear.ablations.data import Data
 from spear.ablations.plan import Plan, Scoring, Training, Weights
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal

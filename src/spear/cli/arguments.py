@@ -14,7 +14,7 @@ from tyro.conf import arg
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
-    from spear.data.episode import EpisodeStore
+    from spear.data.store.episode_store import EpisodeStore
 
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 File = Annotated[Path | None, arg(metavar="FILE")]
@@ -29,9 +29,9 @@ def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
 
     store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
     for reason in reasons[:5]:
-        print(f"set aside: {reason}", file=sys.stderr)
+        print(f"skipped: {reason}", file=sys.stderr)
     if reasons:
-        print(f"{path}: {len(store)} episodes, {len(reasons)} set aside", file=sys.stderr)
+        print(f"{path}: {len(store)} episodes, {len(reasons)} skipped", file=sys.stderr)
     return store
 
 

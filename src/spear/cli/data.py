@@ -82,7 +82,9 @@ def _check_layout(path: Path, layout: Path | None) -> None:
     if not layout.is_file():
         raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
     if need_format(path) == "store":
-        raise SpearError(f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout: leave it out")
+        raise SpearError(
+            f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout: leave it out"
+        )
 
 
 def export(options: ExportOptions) -> None:
@@ -94,16 +96,16 @@ def export(options: ExportOptions) -> None:
     Example:
         spear data export runs/episodes --out my_lerobot_dataset --images video
     """
-    from spear.data.readers.formats import episode_lengths
+    from spear.data.readers.formats import episode_counts
     from spear.data.readers.splits import split_ranges
     from spear.data.store.lerobot_write import write_lerobot
-    from spear.data.store.prepare import good_episodes
+    from spear.data.store.prepare import MOST_BAD, good_episodes
     from spear.util.ledger import Skipped
     from spear.util.progress import ProgressBar, tracked
 
-    path, split, skipped = options.path, options.split, Skipped(0.5)
+    path, split, skipped = options.path, options.split, Skipped(MOST_BAD)
     _check_layout(path, options.layout)
-    total = sum(end - first for _, first, end in split_ranges(episode_lengths(path), split, path))
+    total = sum(end - first for _, first, end in split_ranges(episode_counts(path), split, path))
     bar = ProgressBar("writing", total, "episodes")
     episodes = good_episodes(path, split, options.layout, skipped)
     written = write_lerobot(tracked(episodes, bar), options.out, options.images)
@@ -133,7 +135,9 @@ def audit(options: AuditOptions) -> None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
     if not report.agrees:
-        raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json (or --layout)")
+        raise SpearError(
+            f"{options.path}: {conclusion(report)}: say what fits in its spear.json (or --layout)"
+        )
 
 
 def datasets() -> None:

@@ -15,7 +15,7 @@ from spear.cli.arguments import key_values
 from spear.errors import SpearError
 
 if TYPE_CHECKING:
-    from spear.data.episode import EpisodeStore
+    from spear.data.store.episode_store import EpisodeStore
     from spear.train.launch import Cluster
     from spear.train.recipes import Recipe
 

@@ -183,7 +183,7 @@ def _logged_steps(
 
 
 def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
-    """One episode's states and logged actions. Raises SpearError for lengths that differ, NaN and infinity."""
+    """One episode's states and logged actions. Raises SpearError where lengths differ, or one is NaN."""
     assert spec.rate_hz is not None
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
@@ -201,9 +201,7 @@ def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     }
     for what, values in numbers.items():
         if values is not None and len(values) != len(valid):
-            raise SpearError(
-                f"lengths differ: {source}: {what} has {len(values)} rows, position {len(valid)}"
-            )
+            raise SpearError(f"lengths differ: {source}: {what} has {len(values)} rows, not {len(valid)}")
         if values is not None and not np.isfinite(values).all():
             raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
@@ -292,14 +290,13 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
     elif len(steps) and np.quantile(steps, 0.99) > FASTEST:
-        remarks.append(
-            f"positions change by {np.quantile(steps, 0.99):.3g} per second: faster than an arm in metres"
-        )
+        remarks.append(f"positions change by {np.quantile(steps, 0.99):.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])
     _, unit = state_quaternions(rotation)
     if unit == "deg":
         remarks.append(
-            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians (angle_unit)"
+            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians "
+            "(angle_unit)"
         )
     return remarks
 

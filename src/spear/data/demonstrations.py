@@ -39,7 +39,7 @@ def demonstrate(
     check_families(families)
     if first_seed < TRAIN_SEED:
         raise SpearError(
-            f"--first-seed {first_seed}: scenes below {TRAIN_SEED} are kept for testing: raise it"
+            f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing: raise it"
         )
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
     check_own(out, SHARD_GLOB, "record")
@@ -59,8 +59,8 @@ def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size]) -> tuple[
         place = places.get(store.source(index), -1)
         if place <= last:
             raise SpearError(
-                f"{out} holds demonstrations of other settings ({store.source(index)} is not the next of these): "
-                "give the settings that it was recorded with, or another folder"
+                f"{out} holds demonstrations of other settings ({store.source(index)} is not the next of "
+                "these): give the settings that it was recorded with, or another folder"
             )
         last = place
     for camera, (width, height) in sizes.items():
@@ -68,7 +68,7 @@ def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size]) -> tuple[
         shape = None if image is None else decode_image(image, store.source(0)).shape[1::-1]
         if shape != (width, height):
             raise SpearError(
-                f"{out} holds demonstrations with other images ({camera}: {shape}, not {(width, height)}): give the "
-                "--preset that it was recorded with, or another folder"
+                f"{out} holds demonstrations with other images ({camera}: {shape}, not {(width, height)}): "
+                "give the --preset that it was recorded with, or another folder"
             )
     return len(store), last + 1

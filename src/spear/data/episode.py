@@ -70,7 +70,7 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
     bad = ~np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
     if bad.any():
         raise SpearError(
-            f"not a number: {name} step {int(bad.argmax())}: {what} is {array[bad.argmax()].tolist()}"
+            f"not a number: {name} step {bad.argmax()}: {what} is {array[bad.argmax()].tolist()}"
         )
     return array
 
@@ -97,7 +97,5 @@ def _opening(name: str, what: str, opening: Array) -> Array:
     bad = (opening < -1e-3) | (opening > 1 + 1e-3)
     if bad.any():
         step = int(bad.argmax())
-        raise SpearError(
-            f"gripper out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
-        )
+        raise SpearError(f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1")
     return np.clip(opening, 0, 1)

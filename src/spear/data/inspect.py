@@ -89,7 +89,7 @@ def _describe_rlds(folder: RldsFolder) -> str:
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {_rate_of(folder)}",
-        f"episodes      {', '.join(f'{name} {sum(n)}' for name, n in folder.lengths.items())}",
+        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
@@ -107,7 +107,7 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         f"{folder.path}: a LeRobot dataset, {info.codebase_version}",
         f"robot         {info.robot_type or 'not named'}",
         f"layout        {_layout_of(folder.name, folder.path)}",
-        f"episodes      {', '.join(f'{name} {sum(n)}' for name, n in folder.lengths.items())}, "
+        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}, "
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
         f"rate          {info.fps:g} Hz",
     ]

@@ -94,7 +94,7 @@ class Mixture:
         """The sample of a dataset's valid step `index`."""
         begin = self._begin[source]
         episode = int(np.searchsorted(begin, index, side="right")) - 1
-        known = self._episode(source, episode).action_mask
+        known = np.asarray(self._episode(source, episode).action_mask)
         step = int(np.flatnonzero(known)[index - int(begin[episode])])
         return Sample(source, episode, step, int(self._starts[source][episode]) + step, draws)
 
@@ -130,8 +130,8 @@ def _check_rate(name: str, store: EpisodeStore) -> None:
     if wrong.any():
         index = int(wrong.argmax())
         raise SpearError(
-            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rate_hz(index):g} Hz, training is at "
-            f"{RATE_HZ:g}; prepare it (see `spear data prepare`)"
+            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rate_hz(index):g} Hz, training "
+            f"is at {RATE_HZ:g}; prepare it (see `spear data prepare`)"
         )
 
 

@@ -35,8 +35,9 @@ class PrepareOptions(Options):
     """Folder to write to."""
     split: Split = "train"
     size: tuple[str, ...] = ()
-    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all cameras, or
-    CAMERA=WIDTHxHEIGHT. Bars are added rather than stretching. Without it they stay as they are."""
+    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
+    cameras, or CAMERA=WIDTHxHEIGHT. Bars are added rather than stretching. Without it they stay as they
+    are."""
     rate: Annotated[float, Within(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95
@@ -64,8 +65,8 @@ class ExportOptions(Options):
     """Folder to write to; it must not exist yet."""
     split: Split = "train"
     images: Literal["image", "video"] = "image"
-    """Keep the images as they are (image), or encode them as AV1 video (video), which is much smaller and a little
-    blurred."""
+    """Keep the images as they are (image), or encode them as AV1 video (video), which is much smaller and a
+    little blurred."""
     layout: Layout = None
 
 
@@ -75,5 +76,5 @@ class AuditOptions(Options):
     out: File = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None
-    """Which episodes: train, val, train[:90%] … (the first 50 of them are read); by default the first split."""
+    """Which episodes, of which the first 50 are read: train, val, train[:90%] … Default: the first split."""
     layout: Layout = None

@@ -1,4 +1,4 @@
-"""Quantiles of a stream in one pass: mergeable, of bounded size, with a proven bound on the error in rank.
+"""Quantiles of a stream in one pass, of bounded size, with a proven bound on the error in rank.
 
 Values wait in a buffer. A full one is sorted and every second value kept, which then stands for two; those
 that stand for two wait in the next buffer, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two is
@@ -39,22 +39,14 @@ class QuantileSketch:
             piece = values[first : first + self.capacity]
             mean = float(piece.mean())
             squares = float(((piece - mean) ** 2).sum())
-            self._moments(len(piece), mean, squares, float(piece.min()), float(piece.max()))
+            # Of two parts, the moments of the whole (Chan, Golub and LeVeque, 1979).
+            total, apart = self.count + len(piece), mean - self.mean
+            self.mean += apart * len(piece) / total
+            self.squares += squares + apart**2 * self.count * len(piece) / total
+            self.low, self.high = min(self.low, float(piece.min())), max(self.high, float(piece.max()))
+            self.count = total
             self._levels[0] = np.concatenate([self._levels[0], piece])
             self._compact()
-
-    def merge(self, other: QuantileSketch) -> None:
-        """Take in what another sketch has seen; the bounds on the errors add up."""
-        if other.count == 0:
-            return
-        self._moments(other.count, other.mean, other.squares, other.low, other.high)
-        self._lost += other._lost
-        while len(self._levels) < len(other._levels):
-            self._levels.append(np.zeros(0))
-            self._keep_odd.append(False)
-        for level, values in enumerate(other._levels):
-            self._levels[level] = np.concatenate([self._levels[level], values])
-        self._compact()
 
     @property
     def rank_error(self) -> float:
@@ -82,14 +74,6 @@ class QuantileSketch:
         sketch._keep_odd = arrays["keep_odd"].tolist()
         sketch._levels = [arrays[f"level {i}"] for i in range(len(sketch._keep_odd))]
         return sketch
-
-    def _moments(self, count: int, mean: float, squares: float, low: float, high: float) -> None:
-        """Of two parts, those of the whole (Chan, Golub and LeVeque, 1979)."""
-        total = self.count + count
-        apart = mean - self.mean
-        self.mean += apart * count / total
-        self.squares += squares + apart**2 * self.count * count / total
-        self.count, self.low, self.high = total, min(self.low, low), max(self.high, high)
 
     def _compact(self) -> None:
         level = 0

@@ -17,7 +17,7 @@ import torch
 
 from spear.chunks import mean_action
 from spear.data.actions import HORIZON, binarize_gripper, chunk, episode_actions, resample
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance

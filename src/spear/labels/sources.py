@@ -124,7 +124,7 @@ def read_episodes(folder: str, places: Sequence[tuple[int, int, int]]) -> Iterat
 
 @lru_cache(maxsize=1)
 def _store(folder: str) -> Any:
-    from spear.data.episode import EpisodeStore
+    from spear.data.store.episode_store import EpisodeStore
 
     return EpisodeStore(folder)
 

@@ -7,8 +7,7 @@ of some episodes, in the order of their columns. With a layout there is more to 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from spear.data.inspect import inspect, leaves
-from spear.data.readers.bad import OnBad
-from spear.data.readers.formats import episode_counts, need_format
-from spear.data.readers.lerobot import open_lerobot, read_steps
-from spear.data.readers.rlds import open_rlds, read_raw
+from spear.data.readers.formats import open_dataset
+from spear.data.readers.layout import Steps
 from spear.data.readers.spec import SPEC_FILE
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.report.dataset import plot, strip, write_html
 
@@ -38,11 +36,20 @@ def write_columns_page(path: str | Path, out: Path) -> None:
 
     Raises SpearError when no episode can be read, and for a file that cannot be written.
     """
+    folder = open_dataset(path)
+    assert not isinstance(folder, EpisodeStore)  # a store's columns are known
     reasons: list[str] = []
-    episodes = list(itertools.islice(_read(path, lambda error: reasons.append(str(error))), EPISODES))
+    episodes: list[tuple[str, Steps]] = []
+    for source, steps in folder.steps(next(iter(folder.lengths))):
+        if isinstance(steps, SpearError):
+            reasons.append(str(steps))
+        else:
+            episodes.append((source, steps))
+        if len(episodes) == EPISODES:
+            break
     if not episodes:
         raise SpearError(f"no good episode: {path}: {reasons[-1] if reasons else 'it is empty'}")
-    bad = "".join(f'<p class="bad">set aside: {escape(reason)}</p>' for reason in reasons)
+    bad = "".join(f'<p class="bad">skipped: {escape(reason)}</p>' for reason in reasons)
     say = (
         f"<p>What these columns mean is not known: a file {SPEC_FILE} in the folder says it (docs/data.md). "
         "They are shown as they are.</p>"
@@ -51,14 +58,7 @@ def write_columns_page(path: str | Path, out: Path) -> None:
     write_html(out, Path(path).resolve().name, f"<pre>{escape(inspect(path))}</pre>{say}{bad}{shown}")
 
 
-def _read(path: str | Path, on_bad: OnBad) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    split = next(iter(episode_counts(path)))
-    if need_format(path) == "lerobot":
-        return read_steps(open_lerobot(path), split, None, on_bad)
-    return ((source, example["steps"]) for source, example in read_raw(open_rlds(path), split, on_bad))
-
-
-def _episode(source: str, steps: Mapping[str, Any]) -> str:
+def _episode(source: str, steps: Steps) -> str:
     pictures, plots = [], []
     for name, values in leaves(steps):
         if isinstance(values, np.ndarray):

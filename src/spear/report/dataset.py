@@ -49,7 +49,7 @@ def write_page(path: str | Path, out: Path, dataset: Layout = None) -> None:
     """Write a page on the dataset in `path` to the file `out`; `dataset` is its layout, if it has none
     itself.
 
-    The episodes shown are the first good ones; those set aside on the way are listed. Raises SpearError when
+    The episodes shown are the first good ones; those skipped on the way are listed. Raises SpearError when
     there is no good one among the first, and for a file that cannot be written.
     """
     reasons: list[str] = []
@@ -59,7 +59,7 @@ def write_page(path: str | Path, out: Path, dataset: Layout = None) -> None:
     if not episodes:
         why = f": {reasons[-1]}" if reasons else " (it is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
-    bad = "".join(f'<p class="bad">set aside: {escape(reason)}</p>' for reason in reasons)
+    bad = "".join(f'<p class="bad">skipped: {escape(reason)}</p>' for reason in reasons)
     body = f"<pre>{escape(inspect(path))}</pre>{bad}{''.join(_episode(e) for e in episodes)}"
     write_html(out, Path(path).resolve().name, body)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from spear.data.episode import EpisodeStore
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, unknown_name
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import FAMILIES_PIXEL, all_texts

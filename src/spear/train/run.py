@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import spear
-from spear.data.episode import EpisodeStore
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.train import loop, parallel, sharding
 from spear.train.allocator import keep_freed_memory

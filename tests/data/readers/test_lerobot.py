@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spear.data.readers.formats import episode_counts, find_format, read_episodes
-from spear.data.readers.lerobot import open_lerobot, read_lerobot, read_raw
-from spear.data.readers.rlds import read_raw as read_raw_rlds
-from spear.data.readers.rlds import read_rlds
+from spear.data.readers.lerobot import open_lerobot
+from spear.data.readers.rlds import open_rlds
 from spear.data.store.prepare import prepare
 from spear.data.store.stats import read_stats
 from spear.errors import SpearError
@@ -34,7 +33,9 @@ def lerobot(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def raw(shared: Path) -> list[dict[str, Any]]:
     """The same episodes as the RLDS folder has them."""
-    return [example["steps"] for _, example in read_raw_rlds(shared / "data/bridge_v2_sample", "train[:8]")]
+    return [
+        example["steps"] for _, example in open_rlds(shared / "data/bridge_v2_sample").examples("train[:8]")
+    ]
 
 
 def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
@@ -49,11 +50,11 @@ def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_the_library_wrote_is_read_exactly(lerobot: Path, raw: list[Any], version: str) -> None:
     folder = open_lerobot(lerobot / version)
-    assert folder.info["codebase_version"] == version[:4] and folder.rate_hz == 5
-    assert folder.lengths == {"train": [8]} and folder.cameras == ["observation.images.image_0"]
+    assert folder.info.codebase_version == version[:4] and folder.info.fps == 5
+    assert folder.lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
     assert [e.length for e in folder.episodes] == [10] * 8 and len(folder.tasks) == 4
     for episode, steps in zip(folder.episodes, raw, strict=True):
-        got = read_raw(folder, episode)
+        got = folder.read(episode.index)
         np.testing.assert_array_equal(got["observation/state"], steps["observation"]["state"])
         np.testing.assert_array_equal(got["action"], steps["action"])
         np.testing.assert_array_equal(got["frame_index"], np.arange(10))
@@ -77,16 +78,12 @@ def test_the_same_episodes_as_from_rlds(lerobot: Path, shared: Path, tmp_path: P
     folder = copied(lerobot / version, tmp_path / "set")
     assert find_format(folder) == "lerobot" and episode_counts(folder) == {"train": 8}
     ours = list(read_episodes(folder, "train[2:4]"))
-    theirs = list(read_rlds(shared / "data/bridge_v2_sample", "train[2:4]"))
+    theirs = list(read_episodes(shared / "data/bridge_v2_sample", "train[2:4]"))
     for a, b in zip(ours, theirs, strict=True):
         for part in ("position", "rotation", "gripper", "action", "action_mask"):
             np.testing.assert_array_equal(getattr(a, part), getattr(b, part))
         assert a.instruction == b.instruction and a.rate_hz == 5 and len(a.images["external"]) == 10
     assert [e.source for e in ours] == ["set/train#2", "set/train#3"]
-    chosen = [e.source for e in read_lerobot(folder, episodes=[7, 0])]
-    assert chosen == ["set/train#7", "set/train#0"]
-    with pytest.raises(SpearError, match=r"no episode 8: .* has 8"):
-        next(read_lerobot(folder, episodes=[8]))
 
 
 def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) -> None:
@@ -107,17 +104,17 @@ def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) 
 
 def test_a_folder_without_a_layout_says_how_to_give_one(lerobot: Path, tmp_path: Path) -> None:
     with pytest.raises(SpearError, match=r"unknown dataset 'v3.0_image'.*describe yours in .*spear\.json"):
-        next(read_lerobot(lerobot / "v3.0_image"))
+        next(read_episodes(lerobot / "v3.0_image"))
     (tmp_path / "layout.json").write_text(json.dumps(LAYOUT))
-    episode = next(read_lerobot(lerobot / "v3.0_image", dataset=tmp_path / "layout.json"))
+    episode = next(read_episodes(lerobot / "v3.0_image", dataset=tmp_path / "layout.json"))
     assert episode.source == "v3.0_image/train#0"
     with pytest.raises(SpearError, match=r"unreadable: .*nothing\.json"):
-        next(read_lerobot(lerobot / "v3.0_image", dataset=tmp_path / "nothing.json"))
+        next(read_episodes(lerobot / "v3.0_image", dataset=tmp_path / "nothing.json"))
     folder = copied(lerobot / "v3.0_image", tmp_path / "set", {**LAYOUT, "position": "observation/pose[0:3]"})
     with pytest.raises(
         SpearError, match=r"no column 'observation/pose\[0:3\]'.*there is: .*observation/state"
     ):
-        next(read_lerobot(folder))
+        next(read_episodes(folder))
 
 
 def change_rows(file: Path, change: Any) -> None:
@@ -134,7 +131,7 @@ def with_state(table: pa.Table, row: int, values: dict[int, float]) -> pa.Table:
     return table.set_column(at, field, pa.array(state.tolist(), field.type))
 
 
-def test_bad_episodes_are_set_aside_by_name(lerobot: Path, tmp_path: Path) -> None:
+def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
     change_rows(data / "episode_000000.parquet", lambda t: with_state(t, 3, {0: float("nan")}))
@@ -150,7 +147,7 @@ def test_bad_episodes_are_set_aside_by_name(lerobot: Path, tmp_path: Path) -> No
     short.write_text("\n".join(json.dumps(line) for line in lines))
     change_rows(data / "episode_000006.parquet", lambda t: t.slice(0, 9))
     reasons: list[str] = []
-    good = list(read_lerobot(folder, on_bad=lambda error: reasons.append(str(error))))
+    good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
     assert [e.source for e in good] == ["set/train#7"]
     expected = (
         "not a number: set/train#0 step 3: position",
@@ -164,22 +161,8 @@ def test_bad_episodes_are_set_aside_by_name(lerobot: Path, tmp_path: Path) -> No
     assert len(reasons) == len(expected)
     for reason, start in zip(reasons, expected, strict=True):
         assert start in reason and "\n" not in reason, reason
-    written, aside = prepare(folder, tmp_path / "store", most_bad=1.0)
-    assert written == 1 and len(aside) == 7
-
-
-def test_empty_instructions_and_wrong_quaternions(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v3.0_image", tmp_path / "set")
-    tasks = pq.read_table(folder / "meta/tasks.parquet")
-    emptied = pa.array(["", *tasks["__index_level_0__"].to_pylist()[1:]], pa.large_string())
-    pq.write_table(tasks.set_column(1, tasks.schema.field(1), emptied), folder / "meta/tasks.parquet")
-    reasons: list[str] = []
-    good = list(read_lerobot(folder, on_bad=lambda error: reasons.append(str(error))))
-    assert len(good) == 7 and "empty instruction: set/train#0" in reasons[0]
-    layout = {**LAYOUT, "rotation": "observation/state[3:7]", "rotation_format": "quat_xyzw"}
-    (folder / "spear.json").write_text(json.dumps(layout))
-    with pytest.raises(SpearError, match=r"not a rotation: set/train#1 step 0: rotation quaternion has norm"):
-        list(read_lerobot(folder, "train[1:]"))
+    written, aside = prepare(folder, tmp_path / "store", "train[7:]")
+    assert written == 1 and not aside
 
 
 def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
@@ -188,10 +171,10 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v3.0_image", tmp_path / "set")
     info = json.loads((folder / "meta/info.json").read_text())
     for change, message in (
-        ({"codebase_version": "v1.6"}, "unknown LeRobot version 'v1.6'"),
+        ({"codebase_version": "v1.6"}, "info.json: codebase_version "),
         ({"total_episodes": 9}, "info.json says 9, 8 are listed"),
-        ({"fps": 0}, "unreadable: .*info.json: it names no features or no rate"),
-        ({"features": None}, "unreadable: .*info.json"),
+        ({"fps": 0}, "unreadable: .*info.json: fps "),
+        ({"features": None}, "unreadable: .*info.json: features "),
     ):
         (folder / "meta/info.json").write_text(json.dumps({**info, **change}))
         with pytest.raises(SpearError, match=message):
@@ -214,7 +197,7 @@ def test_a_video_with_other_frames_than_rows_is_named(lerobot: Path, tmp_path: P
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         out.mux(stream.encode())
     reasons: list[str] = []
-    good = list(read_lerobot(folder, on_bad=lambda error: reasons.append(str(error))))
+    good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
     assert len(good) == 7 and "frames and rows differ: set#7" in reasons[0] and "5 frames" in reasons[0]
 
 
@@ -222,4 +205,4 @@ def test_a_file_without_episode_numbers_is_named(lerobot: Path, tmp_path: Path) 
     folder = copied(lerobot / "v3.0_image", tmp_path / "set")
     change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
     with pytest.raises(SpearError, match=r"cannot read: .*file-000\.parquet: no column 'episode_index'"):
-        next(read_lerobot(folder))
+        next(read_episodes(folder))

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spear.data.episode import EpisodeStore
 from spear.data.inspect import inspect
-from spear.data.readers.rlds import open_rlds, read_raw, read_rlds
+from spear.data.readers.formats import read_episodes
+from spear.data.readers.rlds import open_rlds
 from spear.data.readers.splits import split_ranges
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.util.images import decode_image
@@ -52,7 +53,7 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
     """
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
     truth = json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
-    read = list(read_raw(bridge))
+    read = list(open_rlds(bridge).examples())
     assert len(read) == len(truth) == 25
     for index, ((source, example), expected) in enumerate(zip(read, truth, strict=True)):
         assert source == f"bridge_dataset/train#{index}"
@@ -85,15 +86,13 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         "train[-3:]": [("train", 22, 25)],
         "train[-10%:]": [("train", 23, 25)],
         "train[3:8]": [("train", 3, 8)],
-        "train[1shard:]": [("train", 10, 25)],
-        "train[0shard]": [("train", 0, 10)],
         "train[:2]+val": [("train", 0, 2), ("val", 0, 4)],
         "all": [("train", 0, 25), ("val", 0, 4)],
     }
     for split, ranges in expected.items():
         assert split_ranges(folder.lengths, split, copy) == ranges, split
     assert folder.splits["train"][1][0].name == "bridge_dataset-train.tfrecord-00001-of-00002"
-    for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2shard]", ""):
+    for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2]", ""):
         with pytest.raises(SpearError, match="unreadable split"):
             split_ranges(folder.lengths, bad, copy)
     with pytest.raises(SpearError, match="did you mean 'train'"):
@@ -104,13 +103,13 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
 
 
 def test_a_slice_reads_only_its_episodes(bridge: Path) -> None:
-    sources = [source for source, _ in read_raw(bridge, "train[20%:28%]+train[-1:]")]
+    sources = [source for source, _ in open_rlds(bridge).examples("train[20%:28%]+train[-1:]")]
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
 
 
 def test_bridge_episodes_are_canonical(bridge: Path) -> None:
-    episodes = list(read_rlds(bridge))
-    raw = [example["steps"] for _, example in read_raw(bridge)]
+    episodes = list(read_episodes(bridge))
+    raw = [example["steps"] for _, example in open_rlds(bridge).examples()]
     assert len(episodes) == 25
     for episode, steps in zip(episodes, raw, strict=True):
         state = steps["observation"]["state"]
@@ -128,50 +127,13 @@ def test_bridge_episodes_are_canonical(bridge: Path) -> None:
         assert decode_image(episode.images["external"][0]).shape == (64, 85, 3)  # 4:3 again
 
 
-def test_bridge_conventions_fit_its_states(bridge: Path) -> None:
-    """Which reading of the logged actions leads from state to state best? And is it good enough to use?
-
-    Base-frame translations, rotations about base axes, "xyz" Euler angles and no time shift fit best: the
-    registry's reading of the states is right. But integrated over nine steps the logged actions end 13 mm
-    away of 63 mm moved (median), as they are relative to targets that the arm does not reach: motions are
-    derived from the states. An object often holds the fingers above half open: commands are needed.
-    """
-    raw = [example["steps"] for _, example in read_raw(bridge)]
-    state = np.stack([steps["observation"]["state"] for steps in raw]).astype(float)
-    action = np.stack([steps["action"] for steps in raw]).astype(float)
-    moved = np.diff(state[..., :3], axis=1)
-
-    def turn(values: np.ndarray, convention: str) -> Rotation:
-        return Rotation.from_euler(convention, values.reshape(-1, 3))
-
-    def median(distances: np.ndarray) -> float:
-        return float(np.median(distances))
-
-    translation, rotation = {}, {}
-    for convention in ("xyz", "XYZ"):
-        now, then = turn(state[:, :-1, 3:6], convention), turn(state[:, 1:, 3:6], convention)
-        logged = turn(action[:, :-1, 3:6], "xyz")
-        rotation[convention, "base"] = median((logged.inv() * (then * now.inv())).magnitude())
-        rotation[convention, "ee"] = median((logged.inv() * (now.inv() * then)).magnitude())
-        in_base = now.apply(action[:, :-1, :3].reshape(-1, 3)).reshape(moved.shape)
-        translation[convention, "ee"] = median(np.linalg.norm(in_base - moved, axis=-1))
-    translation["base"] = median(np.linalg.norm(action[:, :-1, :3] - moved, axis=-1))
-    translation["base, late"] = median(np.linalg.norm(action[:, :-2, :3] - moved[:, 1:], axis=-1))
-    assert min(rotation, key=rotation.__getitem__) == ("xyz", "base")
-    assert min(translation, key=translation.__getitem__) == "base"
-    drift = np.linalg.norm(action[:, :-1, :3].sum(1) - moved.sum(1), axis=-1)
-    assert median(drift) > 0.01
-    held = (action[..., 6] < 0.1) & (np.arange(10) == 9)
-    assert np.mean(state[..., 6][held] > 0.5) > 0.5
-
-
 def test_broken_records_are_named_or_set_aside(copy: Path, tmp_path: Path) -> None:
     data = bytearray((copy / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / SHARD).write_bytes(data)
     with pytest.raises(SpearError, match=rf"broken record: .*{re.escape(SHARD)} record \d+: its checksum"):
-        list(read_rlds(copy))
-    assert re.search(r"looked at +24 episodes.*\nset aside +broken record: ", inspect(copy))
+        list(read_episodes(copy))
+    assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", inspect(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
     assert len(EpisodeStore(tmp_path / "store")) == 24
@@ -186,19 +148,19 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     data = (copy / SHARD).read_bytes()
     (copy / SHARD).write_bytes(data[: len(data) // 3])
     with pytest.raises(SpearError, match=r"record 8: the file ends .* copy the file again"):
-        list(read_rlds(copy))
+        list(read_episodes(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 8 and len(reasons) == 1
     (copy / SHARD).unlink()
     with pytest.raises(SpearError, match=r"cannot read: .*No such file"):
-        list(read_rlds(copy))
+        list(read_episodes(copy))
 
 
 def test_too_many_bad_episodes_stop_the_run_and_leave_nothing(copy: Path, tmp_path: Path) -> None:
     spec = {"like": "bridge_dataset", "rotation": "observation/state[0:4]", "rotation_format": "quat_wxyz"}
     (copy / "spear.json").write_text(json.dumps(spec))
     with pytest.raises(SpearError, match=r"train#0 step 0: rotation quaternion has norm 0\.\d+"):
-        list(read_rlds(copy))
+        list(read_episodes(copy))
     with pytest.raises(SpearError, match=r"(too many bad|no good) episode"):
         prepare(copy, tmp_path / "store")
     assert not any("store" in path.name for path in tmp_path.iterdir())
@@ -211,7 +173,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
 
     edit(copy / "dataset_info.json", rename)
     with pytest.raises(SpearError, match=r"unknown dataset 'my_arm'.*describe yours in .*spear\.json"):
-        next(read_rlds(copy))
+        next(read_episodes(copy))
     mine = {
         "images": {"external": "observation/image_1"},
         "instruction": "language_instruction",
@@ -224,8 +186,8 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         "rate_hz": 10,
     }
     (copy / "spear.json").write_text(json.dumps(mine))
-    episode = next(read_rlds(copy))
-    steps = next(read_raw(copy))[1]["steps"]
+    episode = next(read_episodes(copy))
+    steps = next(open_rlds(copy).examples())[1]["steps"]
     state = steps["observation"]["state"]
     assert episode.action is None and episode.rate_hz == 10 and episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
@@ -235,21 +197,21 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     assert (half_turn.inv() * got).magnitude().max() < 1e-5
     for change, message in (
         ({"rate_hz": None}, r"incomplete: .*: add rate_hz"),
-        ({"rate_hz": "5"}, r"rate_hz must look like 5\.0"),
-        ({"images": "observation/image_0"}, r"images must look like {\"external"),
-        ({"gripper_range": [1]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
-        ({"gripper_range": [0.0, "1"]}, r"gripper_range must look like \[0\.0, 1\.0\]"),
+        ({"rate_hz": "5"}, "rate_hz is .*number"),
+        ({"images": "observation/image_0"}, "images is .*dictionary"),
+        ({"gripper_range": [1]}, "gripper_range is "),
+        ({"gripper_range": [0.0, "1"]}, "gripper_range is "),
         ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
-        ({"gripper_range": [0.0, math.nan]}, r"gripper_range is \[0\.0, nan\]: give finite numbers"),
-        ({"command_range": [1, 1]}, r"command_range is \[1, 1\]: give two readings"),
-        ({"rate_hz": math.inf}, "rate_hz is inf: give finite numbers"),
-        ({"rate_hz": -5}, "rate_hz is -5: give more than 0"),
-        ({"image_aspect": {"external": 0}}, "image_aspect is .*: give more than 0"),
+        ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
+        ({"command_range": [1, 1]}, r"command_range is \[1, 1\]: give two"),
+        ({"rate_hz": math.inf}, "rate_hz is Infinity: .*finite"),
+        ({"rate_hz": -5}, "rate_hz is -5: .*greater than 0"),
+        ({"image_aspect": {"external": 0}}, "image_aspect is .*: .*greater than 0"),
         ({"tool_rotation": [0, 0, 0, 0]}, "tool_rotation is .*: give a unit quaternion"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
         ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),
-        ({"angle_unit": 5}, "angle_unit must look like"),
+        ({"angle_unit": 5}, "angle_unit is 5"),
         (
             {"logged_rotation_format": "euler_zxy"},
             "only recorded orientations are ever in euler_zxy",
@@ -261,14 +223,14 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     ):
         (copy / "spear.json").write_text(json.dumps({**mine, **change}))
         with pytest.raises(SpearError, match=message):
-            next(read_rlds(copy))
+            next(read_episodes(copy))
     del mine["position"], mine["images"]
     (copy / "spear.json").write_text(json.dumps(mine))
     with pytest.raises(SpearError, match=r"incomplete: .*: add images, position, or name a similar dataset"):
-        next(read_rlds(copy))
+        next(read_episodes(copy))
     (copy / "spear.json").write_text("{")
     with pytest.raises(SpearError, match=r"unreadable: .*spear\.json"):
-        next(read_rlds(copy))
+        next(read_episodes(copy))
 
 
 def test_descriptions_that_do_not_fit(copy: Path) -> None:
@@ -279,8 +241,7 @@ def test_descriptions_that_do_not_fit(copy: Path) -> None:
         steps["action"]["tensor"]["shape"]["dimensions"] = ["9"]
 
     edit(copy / "features.json", wrong_shape)
-    with pytest.raises(SpearError, match=r"record 0: feature 'steps/action' has 70 values.*fill \[9\]"):
-        next(read_raw(copy))
+    assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(next(open_rlds(copy).examples())[1]))
     (copy / "features.json").write_text("[]")
     with pytest.raises(SpearError, match="no JSON object"):
         open_rlds(copy)

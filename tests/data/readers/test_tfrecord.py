@@ -112,36 +112,30 @@ def damage(path: Path, at: int) -> None:
 def test_a_broken_record_is_named_or_passed_over(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.tfrecord", [b"zero", b"one", b"two"])
     damage(path, 12 + 4 + 4 + 12 + 1)  # a byte of "one"
-    with pytest.raises(SpearError, match=r"a\.tfrecord record 1: its checksum does not match"):
-        list(read_records(path))
-    bad: list[SpearError] = []
-    assert list(read_records(path, on_bad=bad.append)) == [(0, b"zero"), (2, b"two")]
-    assert len(bad) == 1
+    zero, one, two = read_records(path)
+    assert zero == (0, b"zero") and two == (2, b"two")
+    assert "a.tfrecord record 1: its checksum" in str(one[1])
     assert list(read_records(path, start=2)) == [(2, b"two")]
 
 
 def test_a_broken_length_ends_the_file(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.tfrecord", [b"zero", b"one", b"two"])
     damage(path, 12 + 4 + 4)
-    with pytest.raises(SpearError, match=r"record 1: the checksum of its length"):
-        list(read_records(path))
-    bad: list[SpearError] = []
-    assert list(read_records(path, on_bad=bad.append)) == [(0, b"zero")]
-    assert len(bad) == 1
+    zero, one = read_records(path)
+    assert zero == (0, b"zero") and "record 1: the checksum of its length" in str(one[1])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 18, 19])
 def test_a_truncated_file_is_named(tmp_path: Path, cut: int) -> None:
     path = write_records(tmp_path / "a.tfrecord", [b"zero", b"one"])
     os.truncate(path, path.stat().st_size - cut)
-    with pytest.raises(SpearError, match=r"a\.tfrecord record 1: the file ends .*copy the file again"):
-        list(read_records(path, 0, 2))
+    zero, one = read_records(path, 0, 2)
+    assert zero == (0, b"zero") and "a.tfrecord record 1: the file ends" in str(one[1])
 
 
 def test_fewer_records_than_expected_and_no_file(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.tfrecord", [b"zero"])
-    with pytest.raises(SpearError, match="record 1: the file ends before it"):
-        list(read_records(path, 0, 2))
+    assert "record 1: the file ends before it" in str(list(read_records(path, 0, 2))[1][1])
     with pytest.raises(SpearError, match=r"cannot read: .*b\.tfrecord"):
         list(read_records(tmp_path / "b.tfrecord"))
 

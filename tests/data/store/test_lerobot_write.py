@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tiny import make
-from spear.data.episode import EpisodeStore
-from spear.data.readers.lerobot import open_lerobot, read_lerobot
+from spear.data.readers.formats import read_episodes
+from spear.data.readers.lerobot import open_lerobot
 from spear.data.store import lerobot_write
 from spear.data.store import schema as lerobot_schema
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.data.store.stats import Rows
@@ -35,8 +36,8 @@ def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera, "image_aspect": {}}))
     out = tmp_path_factory.mktemp("ours")
     for kind in ("image", "video"):
-        episodes = read_lerobot(theirs / "v3.0_image", dataset=layout)
-        assert write_lerobot(episodes, out / f"v3.0_{kind}", images=kind, robot="widowx") == 8
+        episodes = read_episodes(theirs / "v3.0_image", dataset=layout)
+        assert write_lerobot(episodes, out / f"v3.0_{kind}", images=kind) == 8
     return theirs, out, layout
 
 
@@ -51,7 +52,7 @@ def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path],
     assert files(ours) == sorted([*files(theirs), "spear.json"])
     a, b = (json.loads((folder / "meta/info.json").read_text()) for folder in (theirs, ours))
     assert list(a) == list(b)
-    for key in set(a) - {"features"}:
+    for key in set(a) - {"features", "robot_type"}:
         assert a[key] == b[key], key
     features = {name.replace("image_0", "external"): f for name, f in a["features"].items()}
     assert [name for name in b["features"] if name not in EXTRA] == list(features)
@@ -104,8 +105,8 @@ def test_what_is_written_is_read_back_without_a_layout(
     rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
 ) -> None:
     theirs, ours, layout = rewritten
-    before = list(read_lerobot(theirs / "v3.0_image", dataset=layout))
-    for a, b in zip(before, read_lerobot(ours / f"v3.0_{kind}"), strict=True):
+    before = list(read_episodes(theirs / "v3.0_image", dataset=layout))
+    for a, b in zip(before, read_episodes(ours / f"v3.0_{kind}"), strict=True):
         for part in ("position", "rotation", "gripper", "action", "action_mask"):
             np.testing.assert_allclose(getattr(a, part), getattr(b, part), atol=1e-7)
         assert (a.instruction, a.rate_hz, a.success, a.source) == (
@@ -142,7 +143,7 @@ def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pyte
         assert write_lerobot(episodes, folder, kind) == 4
         assert (folder / "data/chunk-001/file-001.parquet").is_file()
         assert (folder / "meta/episodes/chunk-000/file-001.parquet").is_file()
-        read = list(read_lerobot(folder))
+        read = list(read_episodes(folder))
         assert [e.success for e in read] == [True, False, None, None]
         assert [len(e) for e in read] == [6, 5, 1, 5]
         np.testing.assert_array_equal(read[1].action, action)

@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ from hypothesis import strategies as st
 from data_tiny import make
 from spear.cli import main
 from spear.data.actions import episode_actions, resample
-from spear.data.episode import EpisodeStore, write_episodes
-from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.readers.formats import find_format, read_episodes
-from spear.data.readers.lerobot import open_lerobot, read_lerobot
+from spear.data.readers.layout import episode_from
+from spear.data.readers.lerobot import open_lerobot
 from spear.data.store import parts, ready
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.index import INDEX, index_batch
 from spear.data.store.lerobot_write import LeRobotWriter
 from spear.data.store.prepare import open_store, prepare
+from spear.data.store.ready import Conversion
 from spear.data.store.stats import look
 from spear.errors import SpearError
 from spear.models.processing import fit_image
@@ -63,6 +64,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready, "BLOCK", 2)
+    monkeypatch.setattr("spear.data.store.prepare.PART_MB", 0.0)
 
 
 SIZES = {"": (48, 40), "wrist": (24, 24)}
@@ -70,7 +72,14 @@ SIZES = {"": (48, 40), "wrist": (24, 24)}
 
 def run(recorded: Path, out: Path, **changes: Any) -> tuple[int, list[str]]:
     """Prepare in parts of one block each."""
-    return prepare(recorded, out, **{"sizes": SIZES, "fit_image": fit_image, "part_mb": 0.0, **changes})
+    how = Conversion(sizes=changes.pop("sizes", SIZES), fit_image=fit_image)
+    return prepare(recorded, out, how=how, **changes)
+
+
+def lerobot_episodes(folder: Path) -> Iterator[Episode]:
+    """What other tools see of a prepared dataset, which we open as a store."""
+    found = open_lerobot(folder)
+    return (episode_from(steps, found.spec(), source) for source, steps in found.steps("train"))  # type: ignore
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -83,10 +92,11 @@ def whole(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "arm"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ready, "BLOCK", 2)
+        patch.setattr("spear.data.store.prepare.PART_MB", 0.0)
         written, reasons = run(recorded, out)
     assert written == COUNT - 1
     assert len(reasons) == 1 and "no camera 'wrist': made#4" in reasons[0]
-    assert json.loads((out / "set_aside.json").read_text()) == reasons
+    assert json.loads((out / "skipped.json").read_text()) == reasons
     assert [p.name for p in out.parent.iterdir()] == ["arm"]
     return out
 
@@ -96,7 +106,7 @@ def test_every_reader_finds_the_same_episodes(recorded: Path, whole: Path) -> No
     store = EpisodeStore(whole)
     assert find_format(whole) == "store" and len(open_lerobot(whole).episodes) == len(store) == COUNT - 1
     assert store.cameras == ["external", "wrist"] and store.whole and not store.subset([0]).whole
-    for i, (old, ours, theirs) in enumerate(zip(before, store, read_lerobot(whole), strict=True)):
+    for i, (old, ours, theirs) in enumerate(zip(before, store, lerobot_episodes(whole), strict=True)):
         expected = resample(old)
         action, mask = episode_actions(expected)
         np.testing.assert_array_equal(store.known[i], mask.sum())
@@ -115,23 +125,6 @@ def test_every_reader_finds_the_same_episodes(recorded: Path, whole: Path) -> No
                 assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
                 target = fit_image(decode_image(expected.images[camera][step]), height, width)
                 assert np.abs(decode_image(encoded).astype(int) - target).mean() < 1.5
-
-
-def test_training_draws_the_same_from_both_kinds_of_folder(whole: Path, tmp_path: Path) -> None:
-    prepared = EpisodeStore(whole)
-    write_episodes(prepared, tmp_path / "recorded", shard_size=3)
-    batches = []
-    for store in (prepared, EpisodeStore(tmp_path / "recorded")):
-        mixture = Mixture([("arm", store, 1.0)], seed=3)
-        samples = TrainingSamples(mixture, {"external": (40, 48), "wrist": (16, 16)}, fit_image)
-        batches.append(samples.batch(2, 12))
-    a, b = batches
-    assert a["instruction"] == b["instruction"] and a["action_mask"].any()
-    for name in ("position", "rotation", "gripper", "action", "action_mask"):
-        np.testing.assert_array_equal(a[name], b[name])
-    for camera in ("external", "wrist"):
-        np.testing.assert_array_equal(a["images"][camera], b["images"][camera])
-        assert a["images"][camera].any(axis=(1, 2, 3)).all()
 
 
 def test_the_images_lie_open_in_parquet(whole: Path) -> None:
@@ -213,7 +206,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     read = []
     with pytest.MonkeyPatch.context() as patch:
         real = ready.make_ready
-        patch.setattr(ready, "make_ready", lambda wanted, split: (read.append(split), real(wanted, split))[1])
+        patch.setattr(ready, "make_ready", lambda *given: (read.append(given), real(*given))[1])
         written, reasons = run(recorded, out)
     assert len(read) == 6 - finished  # nothing is done twice
     assert written == COUNT - 1 and len(reasons) == 1
@@ -251,13 +244,13 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
         run(recorded, out)
 
     killed(die)
-    with pytest.raises(SpearError, match=r"another preparation was begun in .*\.arm\.part: with other sizes"):
+    with pytest.raises(SpearError, match=r"\.arm\.part: was begun with other settings: sizes is"):
         run(recorded, out, sizes={"": (40, 40)})
-    with pytest.raises(SpearError, match="with other episodes"):
+    with pytest.raises(SpearError, match="other settings: episodes is"):
         run(recorded, out, split="train[:4]")
-    with open(tmp_path / ".arm.part/lock", "w") as lock:
+    with open(tmp_path / ".arm.part/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SpearError, match="being prepared by another process"):
+        with pytest.raises(SpearError, match="another process is preparing"):
             run(recorded, out)
     assert run(recorded, out)[0] == COUNT - 1
 
@@ -278,7 +271,7 @@ def test_what_has_changed_behind_the_index_is_named(whole: Path, recorded: Path,
         EpisodeStore(copy)
 
 
-def test_bad_images_and_odd_episodes_are_set_aside_by_name(tmp_path: Path) -> None:
+def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:
     broken = make(1)
     broken = dataclasses.replace(broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]})
     write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1)], tmp_path / "arm")
@@ -290,37 +283,19 @@ def test_bad_images_and_odd_episodes_are_set_aside_by_name(tmp_path: Path) -> No
         in reasons[1]
     )
     assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
-    written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", sizes={"": (32, 32)}, fit_image=fit_image)
+    written, reasons = prepare(
+        tmp_path / "arm", tmp_path / "fit", how=Conversion(sizes={"": (32, 32)}, fit_image=fit_image)
+    )
     assert written == 3 and len(reasons) == 1
     with pytest.raises(
         SpearError, match=r"no good episode: .*no camera 'wirst': made#\d: its cameras are external"
     ):
-        prepare(tmp_path / "arm", tmp_path / "no", sizes={"wirst": (32, 32)}, fit_image=fit_image)
+        prepare(
+            tmp_path / "arm", tmp_path / "no", how=Conversion(sizes={"wirst": (32, 32)}, fit_image=fit_image)
+        )
     with pytest.raises(SpearError, match="sizes without a way"):
-        prepare(tmp_path / "arm", tmp_path / "no", sizes={"": (32, 32)})
+        prepare(tmp_path / "arm", tmp_path / "no", how=Conversion(sizes={"": (32, 32)}))
     assert not any("no" in p.name for p in tmp_path.iterdir())
-
-
-def test_the_command(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = tmp_path / "other"
-    write_episodes([make(0, size=(60, 90))], other)
-    out = tmp_path / "deep" / "data"
-    base = ["data", "prepare", str(other), "--out", str(out), "--workers", "0"]
-    assert main([*base, "--size", "30x20", "external=48x32"]) == 0
-    assert f"1 episodes in {out}, 0 set aside" in capsys.readouterr().out
-    assert decode_image(EpisodeStore(out).image(0, 0, "external") or b"").shape == (32, 48, 3)
-    assert main(["data", "inspect", str(out)]) == 0
-    assert "48 x 32 pixels, in 1 of 1 episodes" in capsys.readouterr().out
-    for words, message in (
-        ([*base, "--size", "30"], "--size 30: write it as 280x210"),
-        (base, "prepared from other episodes"),
-        (
-            ["data", "prepare", str(other), str(other), "--out", "x"],
-            "datasets of the same name: other, other",
-        ),
-    ):
-        assert main(words) == 2
-        assert message in capsys.readouterr().err
 
 
 def test_several_datasets_continue_behind_those_that_are_done(
@@ -340,10 +315,15 @@ def test_several_datasets_continue_behind_those_that_are_done(
     before = {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")}
     assert main(command) == 0
     assert sorted(p.name for p in out.iterdir()) == ["arm", "other"]
-    assert f"1 episodes in {out / 'other'}, 0 set aside" in capsys.readouterr().out
+    assert f"1 episodes in {out / 'other'}, 0 skipped" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")} == before
-    assert main([*command, "--size", "30x20"]) == 2  # what is there was made for something else
-    assert "prepared from other episodes" in capsys.readouterr().err
+    for words, message in (
+        ([*command, "--size", "30x20"], "prepared from other episodes"),
+        ([*command, "--size", "30"], "--size 30: "),
+        (["data", "prepare", str(other), str(other), "--out", "x"], "same name: other, other"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
 
 
 _finish = parts.Parts.finish

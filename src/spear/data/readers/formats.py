@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
-from spear.data.readers.layout import Steps, episode_from
-from spear.data.readers.lerobot import is_lerobot, open_lerobot
-from spear.data.readers.rlds import is_rlds, open_rlds
-from spear.data.readers.spec import DatasetSpec, Layout
+from spear.data.readers.layout import episode_from
+from spear.data.readers.lerobot import LeRobotFolder, is_lerobot, open_lerobot
+from spear.data.readers.rlds import RldsFolder, is_rlds, open_rlds
+from spear.data.readers.spec import Layout
 from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
@@ -26,36 +25,8 @@ FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool]]] = {
 """Name -> what it is called and known by, and whether a path is in it."""
 
 
-class Dataset(Protocol):
-    """A folder that other people's tools wrote: its metadata are read, its episodes are not yet."""
-
-    @property
-    def name(self) -> str:
-        """What the dataset is called: by it, the registry knows its layout."""
-        ...
-
-    @property
-    def path(self) -> Path:
-        """Its folder, in which a `spear.json` may be."""
-        ...
-
-    @property
-    def lengths(self) -> Mapping[str, list[int]]:
-        """Split name -> episodes in each of its files."""
-        ...
-
-    def spec(self, given: Layout = None) -> DatasetSpec:
-        """What its columns mean; see `find_spec`."""
-        ...
-
-    def steps(
-        self, split: str, images: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Steps | SpearError]]:
-        """(source, step arrays) of each episode of a split, or the reason why it cannot be read.
-
-        images  the columns of images that are needed, None for all; others may be left out.
-        """
-        ...
+Dataset = RldsFolder | LeRobotFolder
+"""A folder that other people's tools wrote: its metadata are read, its episodes are not yet."""
 
 
 def find_format(path: str | Path) -> str | None:
@@ -64,19 +35,22 @@ def find_format(path: str | Path) -> str | None:
 
 
 def need_format(path: str | Path) -> str:
-    """The name of the format that a path is in. Raises SpearError, saying what is known, when it is in none."""
+    """`find_format`. Raises SpearError, saying which formats there are, for a path in none."""
     if not Path(path).exists():
         raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
     found = find_format(path)
     if found is None:
-        raise SpearError(f"no robot data: {path}: none of: {'; '.join(title for title, _ in FORMATS.values())}")
+        known = "; ".join(title for title, _ in FORMATS.values())
+        raise SpearError(f"no robot data: {path}: none of: {known}")
     return found
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
-    """Open a folder in any format we know. Raises SpearError when it is in none, or its metadata are broken."""
+    """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
     name = need_format(path)
-    return EpisodeStore(path) if name == "store" else open_rlds(path) if name == "rlds" else open_lerobot(path)
+    if name == "store":
+        return EpisodeStore(path)
+    return open_rlds(path) if name == "rlds" else open_lerobot(path)
 
 
 def read_episodes(
@@ -112,21 +86,17 @@ def read_episodes(
 def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     """The episodes of a store that a split names; all of them are "train"."""
     store = EpisodeStore(path)
-    chosen = [i for _, first, end in split_ranges({"train": [len(store)]}, split, path) for i in range(first, end)]
+    ranges = split_ranges({"train": len(store)}, split, path)
+    chosen = [i for _, first, end in ranges for i in range(first, end)]
     if not chosen:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
     return store.subset(chosen)
 
 
-def episode_lengths(path: str | Path) -> Mapping[str, list[int]]:
-    """Split name -> number of episodes in each of its files."""
-    folder = open_dataset(path)
-    return {"train": [len(folder)]} if isinstance(folder, EpisodeStore) else folder.lengths
-
-
-def episode_counts(path: str | Path) -> dict[str, int]:
+def episode_counts(path: str | Path) -> Mapping[str, int]:
     """Split name -> number of episodes."""
-    return {name: sum(files) for name, files in episode_lengths(path).items()}
+    folder = open_dataset(path)
+    return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
 
 
 def dataset_name(path: str | Path) -> str:

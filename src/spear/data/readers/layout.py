@@ -134,7 +134,7 @@ def _numbers(steps: Steps, where: str, source: str) -> Array:
 
 
 def _images(steps: Steps, where: str, source: str) -> Sequence[bytes]:
-    """A column of encoded images. One that does not end as it should is decoded, to see whether it is whole."""
+    """A column of encoded images. One that does not end as it should is decoded, to see if it is whole."""
     images: Sequence[bytes] = column(steps, where, source)
     for step, image in enumerate(images):
         if not isinstance(image, bytes):
@@ -162,15 +162,15 @@ def _check_jumps(episode: Episode) -> None:
     if len(moved) and moved.max() * episode.rate_hz > FASTEST:
         step = int(moved.argmax())
         raise SpearError(
-            f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where it was "
-            "a step before; leave the episode out, or check the column and its unit (length_unit)"
+            f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where "
+            "it was a step before; leave the episode out, or check the column and its unit (length_unit)"
         )
     if len(turned) and turned.max() * episode.rate_hz > FASTEST_TURN:
         step = int(turned.argmax())
         raise SpearError(
             f"jump: {episode.source} step {step + 1}: the end-effector is turned by "
-            f"{np.degrees(turned[step]):.3g}° from a step before; leave the episode out, or check the column and "
-            "how its rotations are written"
+            f"{np.degrees(turned[step]):.3g}° from a step before; leave the episode out, or check the "
+            "column and how its rotations are written"
         )
 
 

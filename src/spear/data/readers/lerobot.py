@@ -92,9 +92,9 @@ class LeRobotFolder:
     episodes: Sequence[LeRobotEpisode]
 
     @property
-    def lengths(self) -> dict[str, list[int]]:
-        """Split name -> number of its episodes."""
-        return {name: [end - first] for name, (first, end) in self.splits.items()}
+    def lengths(self) -> dict[str, int]:
+        """Split name -> number of episodes."""
+        return {name: end - first for name, (first, end) in self.splits.items()}
 
     @property
     def cameras(self) -> list[str]:
@@ -190,7 +190,8 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         raise SpearError(f"unreadable: {where}: {reason}; copy the dataset again") from error
     if info.total_episodes not in (None, len(episodes)):
         raise SpearError(
-            f"episodes missing: {folder}: {INFO} says {info.total_episodes}, {len(episodes)} are listed; copy it again"
+            f"episodes missing: {folder}: {INFO} says {info.total_episodes}, {len(episodes)} are listed; "
+            "copy it again"
         )
     return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
 
@@ -329,7 +330,7 @@ def _frames(file: Path, first: float, end: float, times: Any, step: float, sourc
     if len(late) and late.max() > slack:
         row = int(late.argmax())
         raise SpearError(
-            f"frames and rows differ: {source}: row {row} is at {times[row]:.3f} s, but its frame in {file} is "
-            f"{late[row]:.3f} s away; leave the episode out"
+            f"frames and rows differ: {source}: row {row} is at {times[row]:.3f} s, but its frame in "
+            f"{file} is {late[row]:.3f} s away; leave the episode out"
         )
     return [encode_jpeg(image) for _, image in found]

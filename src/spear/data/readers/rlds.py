@@ -43,9 +43,9 @@ class RldsFolder:
     features: Mapping[str, Any]
 
     @property
-    def lengths(self) -> dict[str, list[int]]:
-        """Split name -> number of episodes in each of its shards."""
-        return {name: [length for _, length in shards] for name, shards in self.splits.items()}
+    def lengths(self) -> dict[str, int]:
+        """Split name -> number of episodes."""
+        return {name: sum(length for _, length in shards) for name, shards in self.splits.items()}
 
     def spec(self, given: Layout = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`."""
@@ -101,7 +101,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
     found = _version_folders(Path(path))
     if not found:
         raise SpearError(
-            f"not an RLDS folder: {path}: no features.json in it; give the folder of one version"
+            f"not an RLDS folder: {path}: it has no features.json; give the folder of one version"
         )
     if len(found) > 1:
         raise SpearError(f"several datasets: {path}: choose one of {', '.join(p.name for p in found)}")
@@ -199,9 +199,7 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
         numbers = "classLabel" in description and not isinstance(values, list)
         if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
             return values
-        raise ValueError(
-            f"feature {name!r} is of a kind that cannot be read: {description.get('pythonClassName')}"
-        )
+        raise ValueError(f"feature {name!r} cannot be read: it is a {description.get('pythonClassName')}")
     tensor = description["tensor"]
     shape = _shape(description)
     dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")

@@ -94,9 +94,7 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     if joints.ndim != 2 or joints.shape[1] != 7:
         raise SpearError(f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7")
     if len(joints) and np.abs(joints).max() > 2 * math.pi:
-        raise SpearError(
-            f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected; check the column"
-        )
+        raise SpearError(f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected")
     pose = np.tile(np.eye(4), (len(joints), 1, 1))
     for (a, d, alpha), angle in zip(_DH, joints.T, strict=True):
         pose = pose @ _link(a, d, alpha, angle)

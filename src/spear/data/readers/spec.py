@@ -86,6 +86,7 @@ def _unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
 Positive = Annotated[float, Field(gt=0)]
 Range = Annotated[tuple[float, float], AfterValidator(_two_readings)]
 """The readings of closed and of open."""
+Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_unit_norm)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -127,7 +128,7 @@ class DatasetSpec:
     rotation_format: RotationFormat | None = None
     length_unit: Literal["m", "cm", "mm"] = "m"
     angle_unit: Literal["rad", "deg"] = "rad"
-    tool_rotation: Annotated[tuple[float, float, float, float], AfterValidator(_unit_norm)] = (1.0, 0.0, 0.0, 0.0)
+    tool_rotation: Quaternion = (1.0, 0.0, 0.0, 0.0)
     gripper: str | None = None
     gripper_range: Range | None = None
     command: str | None = None
@@ -179,9 +180,7 @@ def find_spec(
         raise SpearError(f"{unknown_name('dataset', name, REGISTRY)}; {hint}")
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
-        raise SpearError(
-            f"not enough is known of dataset {spec.name!r}: {why}: say it in a {SPEC_FILE} in its folder"
-        )
+        raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in its {SPEC_FILE}")
     return spec
 
 
@@ -207,9 +206,11 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
 
 
 def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
-    """A `DatasetSpec` of fields as JSON or TOML have them. Raises SpearError, naming the key, for a bad value."""
+    """A `DatasetSpec` of fields as JSON or TOML have them; the SpearError for a bad value names its key."""
     names = [f.name for f in dataclasses.fields(DatasetSpec) if f.name in fields]
-    values = {k: tuple(fields[k]) if isinstance(fields[k], list) else fields[k] for k in names}
+    values: dict[str, Any] = {
+        k: tuple(fields[k]) if isinstance(fields[k], list) else fields[k] for k in names
+    }
     try:
         return DatasetSpec(**values)
     except ValidationError as error:
@@ -217,8 +218,8 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         key = str(first["loc"][0])
         if key == "logged_rotation_format" and fields[key] in RECORDED_ONLY:
             raise SpearError(
-                f"wrong value: {path}: only recorded orientations are ever in {fields[key]}: give {key} how the "
-                f"logged rotations are written ({', '.join(get_args(LoggedFormat))}), or leave it out"
+                f"wrong value: {path}: only recorded orientations are ever in {fields[key]}: give {key} "
+                f"how the logged rotations are written ({', '.join(get_args(LoggedFormat))}), or leave it out"
             ) from error
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):

@@ -3,69 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from spear.errors import SpearError, unknown_name
 
-_SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<selector>[\d_:%a-z-]+)\])?$")
-_BOUND = re.compile(r"^(?P<value>-?[\d_]+)?(?P<unit>%|shard)?$")
+_SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 
-def split_ranges(
-    lengths: Mapping[str, Sequence[int]], split: str, where: str | Path
-) -> list[tuple[str, int, int]]:
+def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> list[tuple[str, int, int]]:
     """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them.
 
-    "train", "train[:20%]", "train[5:]", "train[-3:]", "train[1shard:2shard]", "train+val[:50%]", "all".
+    "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]", "all".
 
-    lengths  split name -> number of episodes in each of its files; where is the dataset, for messages.
-    Raises SpearError for what is not such a text, an unknown split, and a range beyond the episodes.
+    lengths  split name -> number of episodes; where is the dataset, for messages. Raises SpearError for what
+    is not such a text, an unknown split, and a range beyond the episodes.
     """
     ranges = []
     for part in re.split(r"\s*\+\s*", split.strip()):
         if part == "all":
-            ranges += [(name, 0, sum(files)) for name, files in lengths.items()]
+            ranges += [(name, 0, total) for name, total in lengths.items()]
             continue
         match = _SPLIT.match(part)
-        if not match:
-            raise _bad_split(split, where)
+        bounds = [] if match is None else [b for b in (match["first"], match["end"]) if b]
+        if match is None or part.endswith("[:]") or len({b.endswith("%") for b in bounds}) > 1:
+            raise SpearError(f"unreadable split {split!r}: {where}: write it like train or train[:20%]")
         name = match["name"]
         if name not in lengths:
             raise unknown_name(f"split (of {where})", name, lengths)
-        ranges.append((name, *_range(lengths[name], match["selector"], split, where)))
+        total = lengths[name]
+        first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
+        if not (0 <= first <= total and 0 <= end <= total):
+            raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {where}")
+        ranges.append((name, first, end))
     return ranges
 
 
-def _range(files: Sequence[int], selector: str | None, split: str, where: str | Path) -> tuple[int, int]:
-    total = sum(files)
-    if selector is None:
-        return 0, total
-    bounds = [_BOUND.match(bound) for bound in selector.split(":")]
-    units = {bound["unit"] for bound in bounds if bound and bound["unit"]}
-    if not all(bounds) or len(units) > 1 or len(bounds) > 2 or selector == ":":
-        raise _bad_split(split, where)
-    unit = units.pop() if units else ""
-    values = [None if not b or b["value"] is None else int(b["value"]) for b in bounds]
-    if len(values) == 1:
-        if unit != "shard" or values[0] is None:
-            raise _bad_split(split, where)
-        values = [values[0], values[0] + 1 or None]
-    first, end = (_absolute(value, unit, files) for value in values)
-    first, end = first or 0, total if end is None else end
-    beyond = unit == "%" and any(abs(value or 0) > 100 for value in values)
-    if beyond or abs(first) > total or abs(end) > total:
-        raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {where}")
-    return first + total if first < 0 else first, end + total if end < 0 else end
-
-
-def _absolute(value: int | None, unit: str, files: Sequence[int]) -> int | None:
-    if value is None or unit == "":
-        return value
-    if unit == "%":
-        return round(value * sum(files) / 100)
-    return sum(files[:value])
-
-
-def _bad_split(split: str, where: str | Path) -> SpearError:
-    return SpearError(f"unreadable split {split!r}: {where}: write it like train, train[:20%] or train[5:]")
+def _place(bound: str | None, otherwise: int, total: int) -> int:
+    """A bound like 5, -3 or 20% as the number of an episode; what is beyond the episodes stays beyond."""
+    if not bound:
+        return otherwise
+    value = int(bound.removesuffix("%"))
+    if bound.endswith("%"):
+        value = round(value * total / 100) if abs(value) <= 100 else total + 1
+    return value + total if value < 0 else value

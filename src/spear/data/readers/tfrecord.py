@@ -71,7 +71,7 @@ def _masked_crc(data: bytes) -> int:
     try:
         from crc32c import crc32c
     except ImportError as error:
-        raise SpearError("reading TFRecord needs the crc32c package: pip install 'spear-vla[rlds]'") from error
+        raise SpearError("TFRecord needs the crc32c package: pip install 'spear-vla[rlds]'") from error
     crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 

@@ -49,14 +49,12 @@ class VideoWriter:
     def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
         if height % 2 or width % 2 or min(height, width) < 64:
             raise SpearError(
-                f"cannot make a video: {width} x {height} pixels: AV1 needs even sides of at least 64 pixels; "
-                "write images instead"
+                f"cannot make a video: {width} x {height} pixels: AV1 needs even sides of at least 64 "
+                "pixels; write images instead"
             )
         av = _av()
         if "libsvtav1" not in av.codecs_available:
-            raise SpearError(
-                "this PyAV has no AV1 encoder: write images instead, or pip install --upgrade av"
-            )
+            raise SpearError("this PyAV has no AV1 encoder: write images, or pip install --upgrade av")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.frames = self.bytes = 0
         os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise

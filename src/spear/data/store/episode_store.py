@@ -79,7 +79,7 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
                 number += 1
     except OSError as error:
         raise SpearError(
-            f"cannot write: {folder}: {error}; free some space or choose another folder"
+            f"cannot write: {folder}: {error}; free some space, or take another folder"
         ) from error
     finally:
         if temporary:
@@ -152,12 +152,12 @@ class EpisodeStore:
     def instruction(self, index: int) -> str:
         """What the robot was asked to do in episode `index`."""
         shard, row = self._find(index)
-        return shard.instruction(row)
+        return str(shard.words["instruction"][row].as_py())
 
     def source(self, index: int) -> str:
         """Where episode `index` came from."""
         shard, row = self._find(index)
-        return shard.source(row)
+        return str(shard.words["source"][row].as_py())
 
     def rate_hz(self, index: int) -> float:
         """Steps per second of episode `index`."""

@@ -118,9 +118,7 @@ def _images(folder: Path, columns: Mapping[str, pa.Array], offsets: Array) -> di
     except OSError as error:
         raise SpearError(f"missing file: {file}: {error.strerror}; copy the dataset again") from error
     if found.st_size != size:
-        raise SpearError(
-            f"truncated or changed: {file}: {found.st_size} bytes, not {size}; copy the dataset again"
-        )
+        raise SpearError(f"truncated or changed: {file}: {found.st_size} bytes, not {size}; copy it again")
     key = (str(file), found.st_mtime_ns)
     return {
         name.removeprefix(PLACE_PREFIX): _Placed(key, offsets, flat_rows(column, 2, int(offsets[-1])))

@@ -39,12 +39,10 @@ def write_lerobot(
     episodes: Iterable[Episode],
     folder: str | Path,
     images: Literal["image", "video"] = "image",
-    robot: str = "unknown",
 ) -> int:
     """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
 
     images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
-    robot   LeRobot's `robot_type`.
 
     The folder appears when everything is in it. Raises SpearError when it exists already with something in
     it, for a bad episode, when no episode comes, and when episodes differ in cameras, image size or rate.
@@ -60,7 +58,7 @@ def write_lerobot(
             looks = look(episode)
             if writer is None:
                 sizes = {camera: looks[camera].size for camera in looks}
-                writer = LeRobotWriter(part, sizes, episode.rate_hz, images, robot)
+                writer = LeRobotWriter(part, sizes, episode.rate_hz, images)
             writer.check(episode, looks)
             if writer.data_bytes > lerobot.DATA_MB << 20:
                 writer.end_file()
@@ -74,7 +72,7 @@ def write_lerobot(
         return writer.episodes
     except OSError as error:
         raise SpearError(
-            f"cannot write: {target}: {error}; free some space or choose another folder"
+            f"cannot write: {target}: {error}; free some space, or take another folder"
         ) from error
     finally:
         if writer is not None:
@@ -103,9 +101,8 @@ class LeRobotWriter:
         sizes: Mapping[str, tuple[int, int]],
         rate_hz: float,
         images: str = "image",
-        robot: str = "unknown",
     ) -> None:
-        self.folder, self.images, self.robot, self.rate_hz = folder, images, robot, rate_hz
+        self.folder, self.images, self.rate_hz = folder, images, rate_hz
         self.sizes = {camera: sizes[camera] for camera in sorted(sizes)}
         self.features = lerobot.make_features(self.sizes, images, self.rate_hz)
         self.schema = lerobot.make_schema(self.features)
@@ -125,7 +122,8 @@ class LeRobotWriter:
         name = episode.source
         if set(episode.images) != set(self.sizes):
             raise SpearError(
-                f"cameras differ: {name} has {sorted(episode.images)}, the first episode {sorted(self.sizes)}: "
+                f"cameras differ: {name} has {sorted(episode.images)}, the first episode "
+                f"{sorted(self.sizes)}: "
                 "a LeRobot dataset has the same cameras throughout; leave the episode out"
             )
         for camera, size in self.sizes.items():
@@ -249,9 +247,7 @@ class LeRobotWriter:
             image = decode_image(encoded, where)
             if image.shape[:2] != self.sizes[camera]:
                 (h, w), (h0, w0) = image.shape[:2], self.sizes[camera]
-                raise SpearError(
-                    f"image sizes differ: {where} is {w} x {h} pixels, the first one {w0} x {h0}"
-                )
+                raise SpearError(f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}")
             video.write(image)
         return {
             **lerobot.place_of(f"videos/{name}", self.video_files[camera]),
@@ -296,7 +292,7 @@ class LeRobotWriter:
     def _info(self) -> dict[str, Any]:
         return {
             "codebase_version": "v3.0",
-            "robot_type": self.robot,
+            "robot_type": "unknown",
             "total_episodes": self.episodes,
             "total_frames": self.frames,
             "total_tasks": len(self.tasks),

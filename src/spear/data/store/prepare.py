@@ -35,6 +35,8 @@ from spear.util.progress import ProgressBar
 
 PART_MB = 100
 """Images in a part: the size that LeRobot gives its files."""
+MOST_BAD = 0.5
+"""The share of bad episodes above which preparing is given up (our choice)."""
 MARK = "request"
 """The note in the index that tells for which request a dataset was prepared."""
 
@@ -45,22 +47,16 @@ def prepare(
     split: str = "train",
     how: Conversion | None = None,
     workers: int = 0,
-    most_bad: float = 0.5,
-    part_mb: float = PART_MB,
-    quiet: bool = False,
 ) -> tuple[int, list[str]]:
     """Make a dataset ready for training (see above); returns how many episodes it has, and why not the rest.
 
     path       in any format that `spear.data.readers.formats` knows; split says which of its episodes.
     how        what is made of them; by default at 5 Hz, images as they are.
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
-    most_bad   the share of bad episodes at which it is given up.
-    part_mb    images, in MB, after which a part ends.
-    quiet      show no progress.
 
     A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
-    that differs from the first in its cameras or image sizes is skipped. Raises SpearError when more than the
-    share `most_bad` is bad, or nothing good is left; when `out_dir` holds something else (also other
+    that differs from the first in its cameras or image sizes is skipped. Raises SpearError when more than
+    half are bad, or nothing good is left; when `out_dir` holds something else (also other
     episodes); and when it cannot be written (a full disk): then, as after any interruption, the same call
     continues. `out_dir` appears when everything is in it; the same call then finds it there, and does
     nothing.
@@ -76,28 +72,28 @@ def prepare(
         "sizes": {name: list(size) for name, size in sorted(how.sizes.items())},
         "rate_hz": how.rate_hz,
         "quality": how.quality,
-        "part_mb": part_mb,
+        "part_mb": PART_MB,
     }
     mark = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     if (out / INDEX).is_file() and (out / SKIPPED).is_file():
         if read_batches(out / INDEX)[1].get(MARK) == mark:
             return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
         raise SpearError(
-            f"{out} was prepared from other episodes, or in another way: {path} or its layout may have changed "
-            "since: remove that folder, or choose another --out"
+            f"{out} was prepared from other episodes, or in another way: {path} or its layout may have "
+            "changed since: remove that folder, or choose another --out"
         )
     check_free(out)
     work = out.with_name(f".{out.name}.part")
-    skipped = Skipped(most_bad)
+    skipped = Skipped(MOST_BAD)
     try:
         with alone(work, "preparing data in"), _kept_if_of_use(work):
             same_settings(work / "request.json", request, begun=any(work.glob("parts/*.arrow")))
-            parts = Parts(work, how.rate_hz, part_mb, skipped)
+            parts = Parts(work, how.rate_hz, PART_MB, skipped)
             try:
                 parts.resume()
                 before = sum(length for _, length in todo[: parts.blocks])
                 total = sum(length for _, length in todo)
-                bar = ProgressBar(f"preparing {path.name}", total, "episodes", before, quiet)
+                bar = ProgressBar(f"preparing {path.name}", total, "episodes", before)
                 left = todo[parts.blocks :]
                 results = ready_blocks(path, how, [block for block, _ in left], workers)
                 with bar, contextlib.closing(results):
@@ -114,8 +110,8 @@ def prepare(
             return parts.episodes, skipped.reasons
     except OSError as error:
         raise SpearError(
-            f"cannot write: {out}: {error}; free some space and give the same command again (it continues), or "
-            "choose another folder"
+            f"cannot write: {out}: {error}; free some space and give the same command again (it "
+            "continues), or choose another folder"
         ) from error
 
 

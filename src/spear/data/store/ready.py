@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from spear.data.actions import RATE_HZ, resample, with_actions
-from spear.data.readers.formats import episode_lengths, read_episodes
+from spear.data.readers.formats import episode_counts, read_episodes
 from spear.data.readers.spec import Layout
 from spear.data.readers.splits import split_ranges
 from spear.data.store.stats import Look, look
@@ -52,9 +52,9 @@ class Ready:
 
 
 def blocks(path: Path, split: str) -> list[tuple[str, int]]:
-    """A split in pieces of at most `BLOCK` episodes: each as a split that the readers take, and its length."""
+    """A split in pieces of at most `BLOCK` episodes: (a split that the readers take, its length) of each."""
     pieces = []
-    for name, start, end in split_ranges(episode_lengths(path), split, path):
+    for name, start, end in split_ranges(episode_counts(path), split, path):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
             pieces.append((f"{name}[{first}:{last}]", last - first))
@@ -77,7 +77,8 @@ def _ready(episode: Episode, how: Conversion) -> Ready:
     unknown = set(how.sizes) - {"", *episode.images}
     if unknown:
         raise SpearError(
-            f"no camera {min(unknown)!r}: {episode.source}: its cameras are {', '.join(sorted(episode.images))}"
+            f"no camera {min(unknown)!r}: {episode.source}: its cameras are "
+            f"{', '.join(sorted(episode.images))}"
         )
     episode = with_actions(resample(episode, how.rate_hz))
     images = {camera: _fit(episode, camera, how) for camera in episode.images}

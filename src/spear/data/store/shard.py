@@ -32,7 +32,9 @@ def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
         "rotation": lists(offsets, np.concatenate([e.rotation for e in episodes])),
         "gripper": lists(offsets, np.concatenate([e.gripper for e in episodes])),
         "action": lists(offsets, np.concatenate([np.asarray(e.action, np.float32) for e in episodes])),
-        "action_mask": lists(offsets, np.concatenate([np.asarray(e.action_mask, np.uint8) for e in episodes])),
+        "action_mask": lists(
+            offsets, np.concatenate([np.asarray(e.action_mask, np.uint8) for e in episodes])
+        ),
     }
 
 
@@ -104,15 +106,15 @@ def images_inside(columns: Mapping[str, pa.Array], offsets: Array) -> dict[str, 
 class Shard:
     """One record batch: numpy views of its columns, no copies.
 
-    offsets [E + 1] of the steps; rates_hz [E]; known [E], how many steps of each episode have a known action.
+    offsets [E + 1] of the steps; rates_hz [E]; known [E], how many steps of each episode have a known action;
+    words: column -> instruction, source or success of each episode, as Arrow has them.
     Raises ValueError, KeyError or an error of Arrow when it is broken.
     """
 
     def __init__(self, batch: pa.RecordBatch, find_images: FindImages = images_inside) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
-        self._instructions, self._sources = columns["instruction"], columns["source"]
-        self._successes = columns["success"]
+        self.words = {name: columns[name] for name in ("instruction", "source", "success")}
         self.rates_hz = columns["rate_hz"].to_numpy()
         self.offsets = columns["gripper"].offsets.to_numpy()
         steps = int(self.offsets[-1])
@@ -126,14 +128,6 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.rates_hz)
-
-    def instruction(self, row: int) -> str:
-        """What the robot was asked to do."""
-        return str(self._instructions[row].as_py())
-
-    def source(self, row: int) -> str:
-        """Where the episode came from."""
-        return str(self._sources[row].as_py())
 
     def image(self, row: int, step: int, camera: str) -> bytes | None:
         """The encoded image of one step, or None when the episode has no such camera."""
@@ -153,12 +147,10 @@ class Shard:
             position=self.position[rows],
             rotation=self.rotation[rows],
             gripper=self.gripper[rows],
-            instruction=self.instruction(row),
             rate_hz=float(self.rates_hz[row]),
-            source=self.source(row),
             action=self.action[rows],
             action_mask=self.action_mask[rows].astype(bool),
-            success=self._successes[row].as_py(),
+            **{name: column[row].as_py() for name, column in self.words.items()},
         )
 
 

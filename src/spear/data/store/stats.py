@@ -108,9 +108,7 @@ def look(episode: Episode) -> dict[str, Look]:
             size = size or (image.shape[0], image.shape[1])
             if image.shape[:2] != size:
                 (h, w), (h0, w0) = image.shape[:2], size
-                raise SpearError(
-                    f"image sizes differ: {where} is {w} x {h} pixels, the first one {w0} x {h0}"
-                )
+                raise SpearError(f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}")
             histogram += [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
         assert size is not None  # an episode has steps
         looks[camera] = Look(size, histogram, len(steps))

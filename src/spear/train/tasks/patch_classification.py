@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from spear.data.images import JITTER_DRAWS, jitter
+from spear.data.mixture import JITTER_DRAWS, jitter
 from spear.labels.fit import rle
 from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, fit_image, window

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spear.data.images import JITTER_DRAWS, jitter
+from spear.data.mixture import JITTER_DRAWS, jitter
 from spear.errors import SpearError
 from spear.labels.depth import DepthImages
 from spear.labels.questions.generate import FAMILIES_PIXEL, generate
