@@ -111,7 +111,7 @@ def test_bad_input_is_one_line(argv: list[str], hint: str, capsys: pytest.Captur
     assert hint in fails(capsys, *argv)
 
 
-def test_a_broken_record_is_set_aside_and_a_folder_of_them_refused(
+def test_a_broken_record_is_skipped_and_a_folder_of_them_refused(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "rlds"
@@ -123,7 +123,7 @@ def test_a_broken_record_is_set_aside_and_a_folder_of_them_refused(
     assert main(["data", "prepare", str(folder), "--out", str(tmp_path / "most")]) == 0
     said = capsys.readouterr()
     assert "24 episodes" in said.out
-    assert "1 set aside" in said.out
+    assert "1 skipped" in said.out
     assert record.name in said.err
     record.write_bytes(whole[:5000])
     line = fails(capsys, "data", "prepare", str(folder), "--out", str(tmp_path / "none"))

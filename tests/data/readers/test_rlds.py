@@ -127,7 +127,7 @@ def test_bridge_episodes_are_canonical(bridge: Path) -> None:
         assert decode_image(episode.images["external"][0]).shape == (64, 85, 3)  # 4:3 again
 
 
-def test_broken_records_are_named_or_set_aside(copy: Path, tmp_path: Path) -> None:
+def test_broken_records_are_named_or_skipped(copy: Path, tmp_path: Path) -> None:
     data = bytearray((copy / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / SHARD).write_bytes(data)
