@@ -41,8 +41,7 @@ from loader_turns import Command, Forked, Way, in_turn, table
 from spear.data.mixture import Mixture
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import prepare
-from spear.data.store.ready import Conversion
+from spear.data.store.prepare import Conversion, prepare
 from spear.models.processing import fit_image
 from spear.train import loop
 

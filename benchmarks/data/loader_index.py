@@ -27,8 +27,7 @@ from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.sketch import QuantileSketch
 from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.index import INDEX, PLACE_PREFIX, write_batches
-from spear.data.store.shard import lists, number_columns
+from spear.data.store.index import INDEX, PLACE_PREFIX, lists, number_columns, write_batches
 from spear.types import Episode
 
 CAMERAS = ("external", "wrist")

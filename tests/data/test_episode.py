@@ -119,7 +119,7 @@ def test_nearly_unit_quaternions_are_normalised_and_others_refused() -> None:
         ({"images": {}}, "no camera"),
         ({"images": {"external": [b"x"] * 5}}, "camera 'external' has 5 rows but there are 6"),
         ({"images": {"external": [b"x"] * 5 + [b""]}}, "empty image: test 1 step 5"),
-        ({"gripper": np.full(6, 1.5)}, "gripper out of range: test 1 step 0"),
+        ({"gripper": np.full(6, 1.5)}, "out of range: test 1 step 0"),
         ({"rotation": np.zeros((6, 3))}, r"rotation is \(6, 3\), expected \(6, 4\)"),
         ({"position": np.zeros((0, 3))}, "empty episode"),
         ({"action_mask": np.ones(3, bool)}, "action_mask has 3 rows"),

@@ -53,8 +53,8 @@ def prepare(options: PrepareOptions) -> None:
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
     """
     from spear.data.readers.formats import dataset_name
+    from spear.data.store.prepare import Conversion
     from spear.data.store.prepare import prepare as run
-    from spear.data.store.ready import Conversion
     from spear.models.processing import fit_image
 
     if not options.paths:

@@ -193,13 +193,8 @@ def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = np.asarray(column(steps, spec.action_mask, source), bool).reshape(-1)
-    numbers = {
-        "position": position,
-        "rotation": rotation,
-        "logged translation": logged[0],
-        "logged turn": logged[1],
-    }
-    for what, values in numbers.items():
+    names_of = ("position", "rotation", "logged translation", "logged turn")
+    for what, values in zip(names_of, (position, rotation, *logged), strict=True):
         if values is not None and len(values) != len(valid):
             raise SpearError(f"lengths differ: {source}: {what} has {len(values)} rows, not {len(valid)}")
         if values is not None and not np.isfinite(values).all():
@@ -233,32 +228,18 @@ def judge(
 
 
 def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
-    """What a layout says of its logged translations and rotations: question -> answer, None if it does
-    not."""
+    """What a layout says of its logged actions: part -> question -> answer, None where it does not say."""
     kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
     own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
     # Of what the layout does not say at all (signs, shift), the plain answer is taken to be meant.
-    shared: dict[str, str | None] = {
-        "kind": kind,
-        "signs": "+++",
-        "shift": "0",
-        "state": spec.rotation_format,
-    }
+    shared = {"kind": kind, "signs": "+++", "shift": "0", "state": spec.rotation_format}
     rate = "/s" if kind == "velocity" else ""
+    unit = spec.angle_unit + rate if form in ANGLES else UNSCALED
+    frames = [own.get(part, frame) for part in ("translation", "rotation")]
     return {
-        "translation": {
-            **shared,
-            "frame": own.get("translation", frame),
-            "unit": spec.length_unit + rate,
-            "form": "-",
-        },
-        "rotation": {
-            **shared,
-            "frame": own.get("rotation", frame),
-            "unit": spec.angle_unit + rate if form in ANGLES else UNSCALED,
-            "form": form,
-        },
+        "translation": {**shared, "frame": frames[0], "unit": spec.length_unit + rate, "form": "-"},
+        "rotation": {**shared, "frame": frames[1], "unit": unit, "form": form},
     }
 
 

@@ -334,8 +334,7 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
 def _added(
     angles: Array, logged: Array, at: torch.Tensor, scales: Sequence[Scale], stretches: Stretches, shift: int
 ) -> Iterator[tuple[Reading, Array]]:
-    """Readings by which logged numbers are added to the recorded ones, which is no composition; their
-    errors."""
+    """Readings by which logged angles are added to the recorded ones, which is no composition."""
     start = angles[stretches.rows[:, :1]]
     total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
     for (kind, unit, factor), (signs, flip) in itertools.product(scales, zip(SIGNS, FLIPS, strict=True)):

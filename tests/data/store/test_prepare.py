@@ -27,12 +27,12 @@ from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.readers.formats import find_format, read_episodes
 from spear.data.readers.layout import episode_from
 from spear.data.readers.lerobot import open_lerobot
-from spear.data.store import parts, ready
+from spear.data.store import parts
+from spear.data.store import prepare as preparing
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.index import INDEX, index_batch
 from spear.data.store.lerobot_write import LeRobotWriter
-from spear.data.store.prepare import open_store, prepare
-from spear.data.store.ready import Conversion
+from spear.data.store.prepare import Conversion, open_store, prepare
 from spear.data.store.stats import look
 from spear.errors import SpearError
 from spear.models.processing import fit_image
@@ -63,7 +63,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ready, "BLOCK", 2)
+    monkeypatch.setattr(preparing, "BLOCK", 2)
     monkeypatch.setattr("spear.data.store.prepare.PART_MB", 0.0)
 
 
@@ -91,7 +91,7 @@ def whole(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "arm"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ready, "BLOCK", 2)
+        patch.setattr(preparing, "BLOCK", 2)
         patch.setattr("spear.data.store.prepare.PART_MB", 0.0)
         written, reasons = run(recorded, out)
     assert written == COUNT - 1
@@ -205,8 +205,8 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert finished == min(6, kill_at // 3)
     read = []
     with pytest.MonkeyPatch.context() as patch:
-        real = ready.make_ready
-        patch.setattr(ready, "make_ready", lambda *given: (read.append(given), real(*given))[1])
+        real = preparing.make_ready
+        patch.setattr(preparing, "make_ready", lambda *given: (read.append(given), real(*given))[1])
         written, reasons = run(recorded, out)
     assert len(read) == 6 - finished  # nothing is done twice
     assert written == COUNT - 1 and len(reasons) == 1
@@ -279,7 +279,7 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert written == 2 and len(reasons) == 2
     assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
     assert (
-        "image sizes differ: made#2 step 0 camera 'external' is 48 x 48 pixels, the first one 80 x 64"
+        "image sizes differ: made#2 step 0 camera 'external' is 48 x 48 pixels, the first 80 x 64"
         in reasons[1]
     )
     assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]

@@ -100,7 +100,6 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
 
 
 def dataset_name(path: str | Path) -> str:
-    """What a dataset is called: RLDS says it itself (its folder is a version), others are called like their
-    folder."""
+    """What a dataset is called: as RLDS says (its folder is a version), or else like its folder."""
     folder = open_dataset(path)
     return Path(path).resolve().name if isinstance(folder, EpisodeStore) else folder.name

@@ -164,8 +164,7 @@ def is_lerobot(path: str | Path) -> bool:
 
 
 def open_lerobot(path: str | Path) -> LeRobotFolder:
-    """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are not in
-    order."""
+    """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
     folder = Path(path)
     if not is_lerobot(folder):
         raise SpearError(f"not a LeRobot dataset: {folder}: no {INFO} in it")
@@ -293,25 +292,21 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     """A column as an array with the steps first, or as a list of bytes for images and texts."""
     kind = column.type
     if pa.types.is_struct(kind):
-        cells = [row or {} for row in column.to_pylist()]
-        return [
-            cell["bytes"] if cell.get("bytes") is not None else _image_file(folder, cell.get("path"))
-            for cell in cells
-        ]
+        return [_image(row or {}, folder) for row in column.to_pylist()]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [(text or "").encode() for text in column.to_pylist()]
     values = column.combine_chunks()
-    if (
-        pa.types.is_fixed_size_list(kind)
-        and not pa.types.is_nested(kind.value_type)
-        and not values.null_count
-    ):
+    flat = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
+    if flat and not values.null_count:
         return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), kind.list_size)
     return np.array(column.to_pylist())
 
 
-def _image_file(folder: Path, path: str | None) -> bytes:
-    file = folder / (path or "")
+def _image(cell: Mapping[str, Any], folder: Path) -> bytes:
+    """The bytes of an image that is in its cell, or in a file that the cell names."""
+    if cell.get("bytes") is not None:
+        return bytes(cell["bytes"])
+    file = folder / (cell.get("path") or "")
     if not file.is_file():
         raise SpearError(f"missing image: {file}: copy the dataset again, or leave the episode out")
     return file.read_bytes()

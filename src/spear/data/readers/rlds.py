@@ -96,8 +96,7 @@ def _version_folders(path: Path) -> list[Path]:
 
 
 def open_rlds(path: str | Path) -> RldsFolder:
-    """Read the description of an RLDS folder (or of the one version folder in it). Raises SpearError, naming
-    the file, when it is missing or is something else."""
+    """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
     found = _version_folders(Path(path))
     if not found:
         raise SpearError(

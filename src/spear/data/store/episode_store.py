@@ -26,8 +26,7 @@ import pyarrow as pa
 
 from spear.data.actions import with_actions
 from spear.data.episode import check_episode
-from spear.data.store.index import INDEX, open_index
-from spear.data.store.shard import Shard, corrupt, image_columns, number_columns
+from spear.data.store.index import INDEX, Shard, corrupt, image_columns, number_columns, open_index
 from spear.errors import SpearError
 from spear.types import Array, Episode
 

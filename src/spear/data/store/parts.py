@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,20 @@ from spear.data.normalize import save_sketches
 from spear.data.store import schema as lerobot
 from spear.data.store.index import INDEX, index_batch, open_index, read_batches, write_batches
 from spear.data.store.lerobot_write import LeRobotWriter
-from spear.data.store.ready import Ready
 from spear.data.store.stats import Images, Look
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped
 
 SKIPPED = "skipped.json"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An episode with canonical actions, and what its images look like (see `look`)."""
+
+    episode: Episode
+    looks: Mapping[str, Look]
 
 
 class Parts:

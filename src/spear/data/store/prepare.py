@@ -14,31 +14,60 @@ last one, and what was begun is written again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from spear.data.readers.formats import need_format, open_split, read_episodes
+from spear.data.actions import RATE_HZ, resample, with_actions
+from spear.data.readers.formats import episode_counts, need_format, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE, Layout
+from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.index import INDEX, read_batches
 from spear.data.store.lerobot_write import check_free
-from spear.data.store.parts import SKIPPED, Parts
-from spear.data.store.ready import Conversion, blocks, ready_blocks
+from spear.data.store.parts import SKIPPED, Parts, Ready
+from spear.data.store.stats import look
 from spear.errors import SpearError
 from spear.types import Episode
+from spear.util import processes
+from spear.util.images import FitImage, decode_image, encode_jpeg
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.progress import ProgressBar
 
+BLOCK = 16
+"""Episodes that are made ready at a time (our choice)."""
+QUALITY = 95
+"""Of the JPEGs that are written; colour is kept at full resolution (our choice)."""
 PART_MB = 100
 """Images in a part: the size that LeRobot gives its files."""
 MOST_BAD = 0.5
 """The share of bad episodes above which preparing is given up (our choice)."""
 MARK = "request"
 """The note in the index that tells for which request a dataset was prepared."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is made of episodes.
+
+    layout     what their columns mean, as for `read_episodes`.
+    rate_hz    steps per second.
+    sizes      camera -> (width, height) in pixels, "" for all others; those that have none stay as they are.
+    fit_image  brings an image to its size, aspect kept.
+    quality    of the JPEGs, for images that are changed.
+    """
+
+    layout: Layout = None
+    rate_hz: float = RATE_HZ
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fit_image: FitImage | None = None
+    quality: int = QUALITY
 
 
 def prepare(
@@ -144,6 +173,64 @@ def _check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> No
     if good == 0:
         why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
+
+
+def blocks(path: Path, split: str) -> list[tuple[str, int]]:
+    """A split in pieces of at most `BLOCK` episodes: (a split that the readers take, its length) of each."""
+    pieces = []
+    for name, start, end in split_ranges(episode_counts(path), split, path):
+        for first in range(start, end, BLOCK):
+            last = min(first + BLOCK, end)
+            pieces.append((f"{name}[{first}:{last}]", last - first))
+    return pieces
+
+
+def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Ready], list[str]]:
+    """The good episodes of a split, and why not the others."""
+    good: list[Ready] = []
+    reasons: list[str] = []
+    for episode in read_episodes(path, split, how.layout, lambda error: reasons.append(str(error))):
+        try:
+            good.append(_ready(episode, how))
+        except SpearError as error:
+            reasons.append(str(error))
+    return good, reasons
+
+
+def _ready(episode: Episode, how: Conversion) -> Ready:
+    unknown = set(how.sizes) - {"", *episode.images}
+    if unknown:
+        raise SpearError(
+            f"no camera {min(unknown)!r}: {episode.source}: its cameras are "
+            f"{', '.join(sorted(episode.images))}"
+        )
+    episode = with_actions(resample(episode, how.rate_hz))
+    images = {camera: _fit(episode, camera, how) for camera in episode.images}
+    episode = dataclasses.replace(episode, images=images)
+    return Ready(episode, look(episode))
+
+
+def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
+    """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte."""
+    size = how.sizes.get(camera, how.sizes.get(""))
+    if size is None or how.fit_image is None:
+        return episode.images[camera]
+    fitted = []
+    for step, encoded in enumerate(episode.images[camera]):
+        image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
+        if image.shape[1::-1] != size or encoded[:2] != b"\xff\xd8":
+            encoded = encode_jpeg(how.fit_image(image, size[1], size[0]), how.quality)
+        fitted.append(encoded)
+    return fitted
+
+
+def ready_blocks(
+    path: Path, how: Conversion, splits: Sequence[str], workers: int
+) -> Generator[tuple[list[Ready], list[str]], None, None]:
+    """`make_ready` of each split, in order, by so many processes (0: this one). Close it to stop them."""
+    advice = "use fewer --workers, and run the same command again: it continues"
+    with processes.pool(workers, __name__, advice) as pool:
+        yield from processes.in_order(pool, partial(make_ready, path, how), splits, workers)
 
 
 def _layout_text(path: Path, how: Conversion) -> str:

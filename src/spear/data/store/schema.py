@@ -15,9 +15,8 @@ CHUNK_FILES, DATA_MB, VIDEO_MB = 1000, 100, 200
 STATE_NAMES = ["x", "y", "z", "qw", "qx", "qy", "qz", "gripper"]
 ACTION_NAMES = ["dx", "dy", "dz", "dqw", "dqx", "dqy", "dqz", "gripper"]
 _OURS = {"action_mask": "bool", "success": "int64", "source": "string"}
-_INDEX = {"timestamp": "float32"} | dict.fromkeys(
-    ("frame_index", "episode_index", "index", "task_index"), "int64"
-)
+_INDEX = dict.fromkeys(("timestamp", "frame_index", "episode_index", "index", "task_index"), "int64")
+_INDEX["timestamp"] = "float32"
 _ARROW = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -93,21 +92,19 @@ def picture_rows(images: Sequence[bytes]) -> list[dict[str, Any]]:
 def write_tasks(path: Path, tasks: list[str]) -> None:
     """The tasks as pandas would write them, with the task as the index of the table."""
     index = "__index_level_0__"
-    entry = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+
+    def column(
+        name: str | None, field: str | None, kind: str, numpy: str, note: Any = None
+    ) -> dict[str, Any]:
+        names = {"name": name, "field_name": field}
+        return {**names, "pandas_type": kind, "numpy_type": numpy, "metadata": note}
+
     pandas = {
         "index_columns": [index],
-        "column_indexes": [
-            {
-                "name": None,
-                "field_name": None,
-                "pandas_type": "unicode",
-                "numpy_type": "object",
-                "metadata": {"encoding": "UTF-8"},
-            }
-        ],
+        "column_indexes": [column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
         "columns": [
-            {"name": "task_index", "field_name": "task_index", **entry},
-            {"name": None, "field_name": index, **entry, "pandas_type": "unicode", "numpy_type": "object"},
+            column("task_index", "task_index", "int64", "int64"),
+            column(None, index, "unicode", "object"),
         ],
         "attributes": {},
         "creator": {"library": "pyarrow", "version": pa.__version__},
