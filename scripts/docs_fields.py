@@ -1,0 +1,32 @@
+"""For `make docs`: lists of fields in docstrings (a name, spaces, what it is) keep their columns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+FIELD = re.compile(r"\w[\w, .\[\]]*?  +\S|\S+(, \S+)*  \S")
+"""A line that begins with one name or several, and has its text in a column."""
+
+
+def columns_kept(text: str) -> str:
+    """A docstring whose paragraphs in columns are blocks of code."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.split("\n")
+        fields = FIELD.match(lines[0]) and not lines[0].startswith(" ")
+        aligned = [line for line in lines[1:] if line.startswith("      ")]
+        if fields and (len(lines) == 1 or aligned or all(FIELD.match(line) for line in lines)):
+            paragraph = f"```text\n{paragraph}\n```"
+        paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
+
+
+class Fields(Extension):
+    """Applies `columns_kept` to every docstring."""
+
+    def on_instance(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = columns_kept(obj.docstring.value)
