@@ -17,7 +17,7 @@ import torch
 from models_tiny import spear1
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, suppress_notices
-from spear.evaluate.load import load_agent
+from spear.evaluate.agents import load_agent
 from spear.models.processing import SIZES_TOLD
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
@@ -78,7 +78,7 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
         load_agent(str(folder))
     with pytest.raises(SpearError, match="fst"):
         load_agent(str(folder), dataset="fst")
-    slow, fast = (load_agent(str(folder), dataset=name)[0] for name in ("slow", "fast"))
+    slow, fast = (load_agent(str(folder), dataset=name) for name in ("slow", "fast"))
     assert slow.weights != fast.weights
     assert Spear1Policy.load(folder, dataset="fast").normalizer == twice
     with pytest.raises(SpearError, match="--dataset fast"):

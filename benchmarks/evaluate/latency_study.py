@@ -20,10 +20,10 @@ import tyro
 from tyro.conf import Positional
 
 from spear.chunks import Mode
-from spear.evaluate.agents import Agent
+from spear.evaluate.agents import Agent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.compare import cells, compare
-from spear.evaluate.load import Cameras, load_agent
+from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results
 from spear.sim.scene import FAMILIES
 
@@ -41,22 +41,15 @@ early as the last inference allows."""
 
 
 def cell(
-    agent: Agent, sizes: Cameras, row: str, latency_ms: int, scenes: int, out: Path, families: tuple[str, ...]
+    agent: Agent, row: str, latency_ms: int, scenes: int, out: Path, families: tuple[str, ...]
 ) -> Results:
     """One cell of the table: what its folder holds already is not run again."""
     mode, replan = ROWS[row]
-    results, _ = evaluate(
-        agent,
-        families,
-        scenes,
-        replan=replan,
-        execution=mode,
-        latency_ms=latency_ms,
-        quiet=True,
-        out=out / f"{row.replace('/', '-')}-{latency_ms}ms",
-        **sizes,
+    folder = out / f"{row.replace('/', '-')}-{latency_ms}ms"
+    options = TabletopOptions(
+        scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
     )
-    return results
+    return evaluate(agent, options, quiet=True)[0]
 
 
 def main(
@@ -70,11 +63,11 @@ def main(
     families = FAMILIES[:1] if quick else FAMILIES
     scenes = 1 if quick else scenes
     out = out / "quick" if quick else out
-    agent, sizes = load_agent(policy)
+    agent = load_agent(policy)
     found: dict[tuple[str, int], Results] = {}
     for row in rows or ROWS:
         for latency in LATENCIES_MS:
-            found[row, latency] = cell(agent, sizes, row, latency, scenes, out, families)
+            found[row, latency] = cell(agent, row, latency, scenes, out, families)
             mean = found[row, latency].mean()
             print(f"{row:9} {latency:4} ms: {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}")
     if rows:

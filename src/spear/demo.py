@@ -15,7 +15,8 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
-from spear.evaluate.agents import NOTHING, Agent, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate.agents import NOTHING, Agent, ConstantAgent, ExpertAgent, PolicyAgent
+from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
 from spear.evaluate.vqa import run as vqa
@@ -26,6 +27,7 @@ from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report import page
 from spear.report import vqa as vqa_page
 from spear.report.draw import draw_label
+from spear.report.open_loop import plot
 from spear.report.page import Section
 from spear.sim.scene import FAMILIES
 from spear.train.run import train
@@ -116,7 +118,7 @@ def labelled_scenes() -> Part:
 def answers(vlm: VlmBundle) -> Part:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
     labels = list(label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])))
-    scores = vqa.evaluate(vlm, labels)
+    scores = vqa.evaluate(vlm, labels, QuestionOptions())
     boxes = [a for a in scores.asked if a.question.family == "box_vertices" and a.grammatical]
     shown = {a.image: a for a in reversed(boxes)}
     pictures = [page.picture(vqa_page.draw(a), vqa_page.caption(a)) for _, a in sorted(shown.items())[:6]]
@@ -143,23 +145,15 @@ def answers(vlm: VlmBundle) -> Part:
 
 def robot_at_work(policy: Spear1Policy) -> Part:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
-    sizes = policy.processor.image_sizes
     agents: tuple[Agent, ...] = (
-        PolicyActor(policy, "SPEAR-1 nano"),
-        ExpertActor(),
-        ConstantActor("nothing", NOTHING),
+        PolicyAgent(policy, "SPEAR-1 nano", image_sizes=policy.processor.image_sizes),
+        ExpertAgent(),
+        ConstantAgent("nothing", NOTHING),
     )
     results: list[Results] = []
     films: list[closed_loop.Film] = []
     for index, agent in enumerate(agents):
-        result, made = closed_loop.evaluate(
-            agent,
-            families=FAMILIES,
-            scenes=SCENES,
-            image_size=sizes["external"],
-            wrist_size=sizes["wrist"],
-            films=0 if index else 1,
-        )
+        result, made = closed_loop.evaluate(agent, TabletopOptions(SCENES, films=0 if index else 1))
         results.append(result)
         films += made
     groups = [(f.replace("_", " "), [(r.policy, r.summary(f).success) for r in results]) for f in FAMILIES]
@@ -247,7 +241,7 @@ def real_episodes(out: Path, data: Path | None) -> Part:
         )
         + page.table(["mean error [95 %]", *(s.name for s in scores)], rows)
         + "<h3>Predictions on held-out episodes</h3>"
-        + page.picture(open_loop.plot(scores[0], scores[1]), "the first action of each predicted chunk")
+        + page.picture(plot(scores[0], scores[1]), "the first action of each predicted chunk")
     )
     fact = (
         f"{ours.value:.1f} mm",

@@ -135,7 +135,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate"))]:
+    for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate.closed"))]:
         monkeypatch.delitem(sys.modules, name)
     assert "pip install 'spear-vla[sim]'" in fails(capsys, "evaluate", "--policy", "expert", "--scenes", "1")
 

@@ -9,8 +9,9 @@ import pytest
 
 from serve_here import Homing, serving
 from spear.cli import main
-from spear.evaluate.agents import PolicyActor
+from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.options import TabletopOptions
 from spear.serve.client import RemotePolicy
 
 
@@ -57,10 +58,11 @@ def test_a_token_that_is_set_but_empty_leaves_no_server_open(
 
 
 def test_a_served_policy_does_as_it_does_here() -> None:
-    small = {"scenes": 2, "image_size": (48, 32), "wrist_size": (24, 24), "quiet": True}
-    here, _ = evaluate(PolicyActor(Homing(), "here"), ("put_on",), **small)
+    options = TabletopOptions(scenes=2, families=("put_on",))
+    sizes = {"external": (48, 32), "wrist": (24, 24)}
+    here, _ = evaluate(PolicyAgent(Homing(), "here", image_sizes=sizes), options, quiet=True)
     with serving(robot="sim") as server:
         remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
-        there, _ = evaluate(PolicyActor(remote, "there"), ("put_on",), **small)
+        there, _ = evaluate(PolicyAgent(remote, "there", image_sizes=sizes), options, quiet=True)
         remote.close()
     assert here.outcomes == there.outcomes

@@ -11,13 +11,41 @@ import av
 import numpy as np
 import pytest
 
-from spear.chunks import mean_action
+from spear.cli import load, options_of
 from spear.errors import SpearError
-from spear.evaluate.agents import NOTHING, ConstantActor, ExpertActor, PolicyActor
+from spear.evaluate import film as video
+from spear.evaluate.agents import NOTHING, Agent, ConstantAgent, ExpertAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.options import SimplerOptions, TabletopOptions
+from spear.evaluate.results import SCENES, Outcome, Results
+from spear.evaluate.simpler.tasks import TASKS
 from spear.types import Array
 
-SMALL: dict[str, Any] = {"image_size": (48, 32), "wrist_size": (24, 24), "quiet": True}
+SMALL = {"external": (48, 32), "wrist": (24, 24)}
+IDLE = ConstantAgent("nothing", NOTHING)
+
+
+def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
+    return evaluate(agent, TabletopOptions(scenes, families=families or ("put_on",), **options), quiet=True)[
+        0
+    ]
+
+
+class Half(ExpertAgent):
+    """The expert in even scenes, idle in odd ones; Ctrl-C after so many steps."""
+
+    image_sizes = SMALL
+
+    def __init__(self, steps: int = 10**6) -> None:
+        self.steps, self.scenes = steps, set[int]()
+
+    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        self.steps -= 1
+        if self.steps < 0:
+            raise KeyboardInterrupt
+        self.scenes |= {e.world.spec.seed for e in envs}
+        pairs = zip(super().act(envs, observations), envs, strict=True)
+        return [a if e.world.spec.seed % 2 == 0 else NOTHING[None] for a, e in pairs]
 
 
 class Wander:
@@ -27,8 +55,7 @@ class Wander:
         self.shapes: set[tuple[int, ...]] = set()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        for key in ("observation/image", "observation/wrist_image"):
-            self.shapes.add(observation[key].shape)
+        self.shapes |= {observation[f"observation/{key}"].shape for key in ("image", "wrist_image")}
         state = observation["observation/state"]
         step = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
         return {"actions": np.tile([*step, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)}
@@ -38,103 +65,91 @@ class Wander:
 
 
 def test_the_expert_succeeds_and_doing_nothing_does_not() -> None:
-    expert, _ = evaluate(ExpertActor(), ("put_on", "stack_cube"), scenes=3, quiet=True)
-    nothing, _ = evaluate(ConstantActor("nothing", NOTHING), ("put_on",), scenes=2, quiet=True)
+    expert = run(ExpertAgent(), 3, "put_on", "stack_cube")
     assert expert.mean_success >= 0.8
+    scenes = [(f, s) for f in ("put_on", "stack_cube") for s in range(3)]
+    assert [(o.family, o.seed) for o in expert.outcomes] == scenes
+    assert run(ExpertAgent(), 3, "put_on", "stack_cube", execution="ensemble").outcomes == expert.outcomes
+    nothing = run(IDLE, 2)
     assert nothing.mean_success == 0
     assert all(o.steps == 60 and not o.wrong_object_moved for o in nothing.outcomes)
-    assert [(o.family, o.seed) for o in expert.outcomes] == [
-        (f, s) for f in ("put_on", "stack_cube") for s in range(3)
-    ]
 
 
 def test_outcomes_do_not_depend_on_the_batch() -> None:
-    runs = []
+    runs: list[Sequence[Outcome]] = []
     for batch in (1, 3):
         policy = Wander()
-        runs.append(evaluate(PolicyActor(policy, "x"), ("put_on",), 4, 20, batch=batch, **SMALL)[0].outcomes)
+        agent = PolicyAgent(policy, "x", image_sizes=SMALL)
+        runs.append(run(agent, 3, first_seed=20, batch=batch, replan=5).outcomes)
         assert policy.shapes == {(32, 48, 3), (24, 24, 3)}
     assert runs[0] == runs[1]
 
 
-def test_films_show_the_first_success_and_the_first_failure() -> None:
-    class Mixed(ExpertActor):
-        """The expert in even scenes, nothing in odd ones."""
-
-        def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-            acted = super().act(envs, observations)
-            return [
-                a if e.world.spec.seed % 2 == 0 else NOTHING[None] for a, e in zip(acted, envs, strict=True)
-            ]
-
-    results, films = evaluate(Mixed(), ("put_on",), scenes=4, batch=4, films=1, **SMALL)
-    assert [o.success for o in results.outcomes] == [True, False, True, False]
-    assert [f.outcome.success for f in films] == [True, False]
+def test_films_are_made_in_both_runs_of_an_evaluation_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "HEIGHT", 60)
+    one = TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
+    results, films = evaluate(Half(), one, quiet=True)
+    assert [o.success for o in results.outcomes] == [True, False]
+    assert [f.outcome for f in films] == results.outcomes
     for film in films:
         with av.open(io.BytesIO(film.data)) as container:
-            count = sum(1 for _ in container.decode(video=0))
-        assert count == film.outcome.steps + 1 + 5
+            assert sum(1 for _ in container.decode(video=0)) == film.outcome.steps + 1 + 5
+    (tmp_path / "put_on-success-0.mp4").unlink()
+    again, films = evaluate(Half(), one, quiet=True)
+    assert again.outcomes == results.outcomes and [f.outcome.seed for f in films] == [0]
+    assert evaluate(Half(), one, quiet=True)[1] == []
 
 
-def test_every_failure_is_filmed_also_those_of_an_earlier_run(tmp_path: Path) -> None:
-    idle = ConstantActor("nothing", NOTHING)
-    common: dict[str, Any] = {**SMALL, "out": tmp_path, "films": "failures"}
-    _, made = evaluate(idle, ("put_on",), 1, **common)
-    assert [p.suffix for p in tmp_path.glob("put_on-failure-0.*")] == [".mp4"]
-    film = made[0].data
-    (tmp_path / "put_on-failure-0.mp4").unlink()
-    results, made = evaluate(idle, ("put_on",), 1, **common)
-    assert [(f.outcome, f.data) for f in made] == [(results.outcomes[0], film)]
-    assert evaluate(idle, ("put_on",), 1, **common)[1] == []
+def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = run(Half(), 4)
+    common = {"batch": 1, "out": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        run(Half(whole.outcomes[0].steps + 1), 4, shard="1/2", **common)
+    rest = Half()
+    first = run(rest, 4, shard="1/2", **common)
+    assert rest.scenes == {2}  # scene 0 was done
+    assert [first.outcomes, run(Half(), 4, shard="2/2", **common).outcomes] == [
+        whole.outcomes[::2],
+        whole.outcomes[1::2],
+    ]
+    assert run(Half(0), 4, **common).outcomes == whole.outcomes
 
 
-def test_only_held_out_scenes_and_known_families() -> None:
-    with pytest.raises(SpearError, match="held-out seeds are 0 … 9999"):
-        evaluate(ExpertActor(), scenes=10, first_seed=9_995)
-    with pytest.raises(SpearError, match="did you mean 'stack_cube'"):
-        evaluate(ExpertActor(), ("stack_cubes",))
-    with pytest.raises(SpearError, match="batch 0"):
-        evaluate(ExpertActor(), batch=0)
-
-
-def test_mean_action_ignores_quaternion_signs() -> None:
-    rng = np.random.default_rng(0)
-    actions = np.zeros((50, 8))
-    actions[:, :3] = rng.normal(0.01, 0.001, (50, 3))
-    actions[:, 3:7] = np.array([np.cos(0.2), 0, 0, np.sin(0.2)]) + 0.01 * rng.normal(size=(50, 4))
-    actions[:, 3:7] /= np.linalg.norm(actions[:, 3:7], axis=1, keepdims=True)
-    actions[:, 7] = rng.random(50) < 0.8
-    mean = mean_action(actions)
-    actions[::2, 3:7] *= -1
-    np.testing.assert_allclose(mean, mean_action(actions), atol=1e-6)
-    np.testing.assert_allclose(mean[3:7], [np.cos(0.2), 0, 0, np.sin(0.2)], atol=0.01)
-    assert mean[7] > 0.5
-
-
-def test_latency_costs_steps_and_each_way_of_executing_works() -> None:
-    class Planner(ExpertActor):
-        """The expert, who says its next action five times over: a chunk to execute while the next is
-        awaited."""
+def test_latency_costs_steps() -> None:
+    class Planner(ExpertAgent):
+        """The expert, who says its next action five times over: a chunk to execute while the next is awaited."""
 
         def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
             return [np.repeat(a, 5, axis=0) for a in super().act(envs, observations)]
 
-    steps = {}
-    for latency in (0.0, 200.0):
-        done, _ = evaluate(Planner(), ("put_on",), 2, replan=1, quiet=True, latency_ms=latency)
-        assert done.settings["latency_ms"] == latency and done.settings["execution"] == "sync"
-        steps[latency] = sum(o.steps for o in done.outcomes)
-    assert steps[200.0] > 1.5 * steps[0.0]
-    still, _ = evaluate(ConstantActor("nothing", NOTHING), ("put_on",), 1, quiet=True, execution="async")
-    assert still.outcomes[0].steps == 60
-    mean, _ = evaluate(ExpertActor(), ("put_on",), 2, quiet=True, execution="ensemble")
-    plain, _ = evaluate(ExpertActor(), ("put_on",), 2, quiet=True)
-    assert mean.outcomes == plain.outcomes  # one action per chunk: nothing to average
-    with pytest.raises(SpearError, match="latency -1"):
-        evaluate(ExpertActor(), scenes=1, latency_ms=-1.0)
+    soon, late = (run(Planner(), 2, latency_ms=ms) for ms in (0.0, 200.0))
+    assert sum(o.steps for o in late.outcomes) > 1.5 * sum(o.steps for o in soon.outcomes)
+    assert late.settings["latency_ms"] == 200 and late.settings["execution"] == "sync"
+    assert run(IDLE, 1, execution="async").outcomes[0].steps == 60
 
 
-def test_a_refused_evaluation_leaves_no_journal(tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match="replan 0"):
-        evaluate(ExpertActor(), ("put_on",), 1, replan=0, quiet=True, out=tmp_path / "out")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"scenes": 10, "first_seed": 9_995}, "9995 … 10004"),
+        ({"families": ("stack_cubes",)}, "stack_cube"),
+        ({"batch": 0}, "--batch 0"),
+        ({"replan": 0}, "--replan 0"),
+        ({"latency_ms": -1.0}, "--latency-ms -1"),
+        ({"shard": "2/2", "scenes": 1}, "2/2"),
+    ],
+)
+def test_what_is_refused_leaves_no_journal(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(SpearError, match=named):
+        evaluate(IDLE, TabletopOptions(**options, out=tmp_path / "out"), quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
+    assert TabletopOptions().scenes == SCENES <= SimplerOptions().scenes
+    assert all(SimplerOptions().scenes % task.starts == 0 for task in TASKS.values())
+    for command in ("evaluate", "evaluate simpler"):
+        made = options_of(load(command))()  # type: ignore[misc]
+        assert (made.loop.films, made.loop.shard) == (1, "1/1") and made.loop.out is not None

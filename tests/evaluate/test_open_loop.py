@@ -14,7 +14,8 @@ from PIL import Image
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.evaluate.open_loop import observations, plot, score, score_last_action, score_mean_action
+from spear.evaluate.open_loop import observations, score, score_last_action, score_mean_action
+from spear.report.open_loop import plot
 from spear.types import Array, Episode
 
 

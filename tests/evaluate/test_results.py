@@ -1,87 +1,163 @@
-"""Results: summaries, comparison on shared scenes, a faithful file."""
+"""Results: summaries, a faithful file, journals that go on after any cut, parts that come together."""
 
 from __future__ import annotations
 
-import inspect
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from spear.cli import main
 from spear.errors import SpearError
-from spear.evaluate.results import SCENES, Outcome, Results
+from spear.evaluate.agents import fingerprint
+from spear.evaluate.journal import Journal, load, missing_parts, parse_shard
+from spear.evaluate.results import SCENES, Outcome, Results, merge
 
 
-def outcome(family: str, seed: int, success: bool, steps: int = 10) -> Outcome:
-    return Outcome(family, seed, "put it there", success, True, success, False, 0, steps)
+def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
+    return Outcome(family, seed, "put it there", success, True, success, False, 0, 10 + seed)
 
 
-def results(name: str, wins: dict[str, list[bool]]) -> Results:
-    outcomes = [outcome(f, seed, won, 10 + seed) for f, row in wins.items() for seed, won in enumerate(row)]
-    return Results(name, {"scenes": 4}, outcomes, 1.5)
+def results(wins: dict[str, list[bool]]) -> Results:
+    outcomes = [outcome(seed, won, f) for f, row in wins.items() for seed, won in enumerate(row)]
+    return Results("x", {"scenes": 4}, outcomes, 1.5)
+
+
+def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
+    written = Journal(folder, "me", {"replan": 5, "weights": "x"}, shard)
+    for seed in seeds:
+        written.add(outcome(seed, success=seed < 3), 1.5)
+    return written
 
 
 def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> None:
-    r = results("x", {"a": [True, False, True, True], "b": [False, False]})
+    r = results({"a": [True, False, True, True], "b": [False, False]})
     assert r.families == ["a", "b"]
-    assert r.summary("a").success.value == 0.75
+    assert r.summary("a").success.value == r.summary("a").grasped.value == 0.75
     assert r.summary("a").steps == pytest.approx((10 + 12 + 13) / 3)
-    assert r.summary("b").steps is None
+    assert r.summary("b").steps is None and r.summary("b").reached.value == 1
     assert r.summary().success.n == 6
     assert r.mean_success == pytest.approx(0.375)
 
 
 def test_save_and_load_give_the_same_results(tmp_path: Path) -> None:
-    r = results("x", {"a": [True, False], "b": [False, True]})
+    r = results({"a": [True, False], "b": [False, True]})
     path = tmp_path / "deep" / "r.json"
     r.save(path)
     assert Results.load(path) == r
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}'])
-def test_a_broken_results_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}', None])
+def test_a_broken_results_file_is_named(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "r.json"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(SpearError, match=r"r\.json"):
         Results.load(path)
-    with pytest.raises(SpearError, match="no such file"):
-        Results.load(tmp_path / "absent.json")
 
 
-def test_table_shows_every_family_with_its_interval() -> None:
-    buffer = io.StringIO()
-    Console(file=buffer, width=120).print(results("me", {"carrot": [True] * 4}).table())
-    assert "carrot" in buffer.getvalue()
-    assert "[51%, 100%]" in buffer.getvalue()
-
-
-def test_the_mean_has_an_interval_and_the_table_says_how_wide() -> None:
-    few = results("x", {"a": [True] * 12 + [False] * 12, "b": [True] * 6 + [False] * 18})
-    assert few.mean().value == 0.375
-    assert 0.12 < few.mean().half_width < 0.14  # 48 scenes
-    assert "up to ±18.6 for a family (n = 24)" in few.width()
-    assert "need up to 381 scenes" in few.width()
-    assert (
-        "need up to 381 scenes" in results("x", {"a": [True, True]}).width()
-    )  # two wins say little of the rate
-    sure = results("x", {"a": [True] * 95 + [False] * 5 + [True] * 9})
-    assert "need" not in sure.width()
-    many = results("x", {"a": [i % 2 == 0 for i in range(SCENES)]})
-    assert "need" not in many.width()
+def test_the_table_says_how_wide_the_intervals_are_and_how_many_scenes_are_enough() -> None:
+    few = results({"a": [True] * 12 + [False] * 12, "b": [True] * 6 + [False] * 18})
+    assert few.mean().value == 0.375 and 0.12 < few.mean().half_width < 0.14  # 48 scenes
+    assert "381" in few.width() and "381" in results({"a": [True, True]}).width()  # two wins say little
+    assert "need" not in results({"a": [True] * 95 + [False] * 5 + [True] * 9}).width()
+    assert "need" not in results({"a": [i % 2 == 0 for i in range(SCENES)]}).width()
     buffer = io.StringIO()
     Console(file=buffer, width=120).print(few.table())
-    assert "±18.6" in buffer.getvalue()
-    assert "37.5% [25%, 52%]" in buffer.getvalue()
+    assert all(text in buffer.getvalue() for text in ("±18.6", "37.5% [25%, 52%]", "50% [31%, 69%]"))
 
 
-def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
-    from spear.cli import COMMANDS
-    from spear.evaluate.simpler.run import EPISODES
-    from spear.evaluate.simpler.tasks import TASKS
+def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -> None:
+    journal(tmp_path, range(3))
+    path = tmp_path / "episodes-1-of-1.jsonl"
+    whole = path.read_bytes()
+    for cut in range(1, len(whole.splitlines()[-1]) + 2):
+        path.write_bytes(whole[:-cut])
+        again = journal(tmp_path, range(0))
+        assert sorted(seed for _, seed in again.done) == [0, 1]
+    again.add(outcome(2), 1.5)
+    assert path.read_bytes() == whole
+    assert load(tmp_path).outcomes == [outcome(0), outcome(1), outcome(2)]
+    path.write_bytes(whole[:5])  # in its head
+    journal(tmp_path, range(1))
+    assert load(tmp_path).outcomes == [outcome(0)] and load(tmp_path).seconds == 1.5
 
-    assert inspect.signature(COMMANDS["evaluate"]).parameters["scenes"].default == SCENES
-    simpler = inspect.signature(COMMANDS["evaluate simpler"]).parameters["scenes"].default
-    assert simpler >= SCENES and all(simpler % task.starts == 0 for task in TASKS.values())
-    assert simpler == EPISODES
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "named"),
+    [
+        ("you", {"replan": 5, "weights": "x"}, "policy"),
+        ("me", {"replan": 2, "weights": "x"}, "replan"),
+        ("me", {"replan": 5, "weights": "y"}, "weights"),
+        ("me", {"weights": "x"}, "replan"),
+    ],
+)
+def test_results_of_another_policy_or_settings_do_not_mix(
+    policy: str, settings: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    journal(tmp_path, range(1))
+    with pytest.raises(SpearError, match=f"{named} is"):
+        Journal(tmp_path, policy, settings, (2, 2))
+    with pytest.raises(SpearError, match=f"{named} is"):
+        merge([load(tmp_path), Results(policy, settings, [outcome(1)], 1.0)])
+
+
+def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> None:
+    one, two = (Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0)))
+    assert [o.seed for o in merge([one, two]).outcomes] == [0, 1, 2]
+    with pytest.raises(SpearError, match="scene 0"):
+        merge([one, replace(two, outcomes=[outcome(0, success=False)])])
+    (tmp_path / "episodes-2-of-2.jsonl").write_text("nonsense\n")
+    with pytest.raises(SpearError, match="episodes-2-of-2"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
+def test_a_shard_is_k_of_n(text: str) -> None:
+    with pytest.raises(SpearError, match=f"--shard {text}"):
+        parse_shard(text)
+    assert parse_shard("2/5") == (2, 5)
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
+    found = []
+    for weights in (b"1", b"2", b"1"):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        found.append(fingerprint(tmp_path))
+    assert found[0] == found[2] != found[1]
+
+
+def test_merging_says_which_parts_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in (1, 3):
+        journal(tmp_path / f"part-{index}", range(index - 1, index), (index, 3))
+    parts = [str(tmp_path / f"part-{index}") for index in (1, 3)]
+    assert main(["evaluate", "merge", *parts, "--out", str(tmp_path / "all")]) == 0
+    assert "2/3" in capsys.readouterr().err
+    assert missing_parts([tmp_path / "part-1"]) == ["2/3", "3/3"]
+    journal(tmp_path / "part-1", range(1, 2), (2, 3))
+    assert missing_parts([tmp_path / "part-1", tmp_path / "part-3", tmp_path / "all"]) == []
+
+
+def test_merging_takes_films_along_and_only_a_new_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("one", 0), ("two", 2)):
+        journal(tmp_path / name, range(seed, seed + 2))
+        (tmp_path / name / f"a-success-{seed}.mp4").write_bytes(b"film")
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+
+    def merged(*parts: str, out: str) -> int:
+        return main(["evaluate", "merge", *(str(tmp_path / p) for p in parts), "--out", str(tmp_path / out)])
+
+    for _ in range(2):  # the second time over what the first wrote
+        assert merged("one", "two", out="all") == 0
+    assert "75%" in capsys.readouterr().out
+    films = ["a-success-0.mp4", "a-success-2.mp4"]
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [*films, "results.json"]
+    assert len(load(tmp_path / "all").outcomes) == 4
+    assert merged("all", "two", out="one") == merged("all", out="data") == merged(out="new") == 2
+    assert len(load(tmp_path / "one").outcomes) == 2

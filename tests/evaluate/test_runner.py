@@ -1,5 +1,4 @@
-"""The runner that all simulators share: films as episodes end, and of what was not filmed in the first
-run."""
+"""The runner that all simulators share: films as episodes end, and of what was not filmed in the first run."""
 
 from __future__ import annotations
 
@@ -10,84 +9,68 @@ from pathlib import Path
 
 import pytest
 
-from spear.evaluate.agents import NOTHING, Agent, ConstantActor
-from spear.evaluate.journal import Shard
+from spear.errors import SpearError
+from spear.evaluate.agents import NOTHING, Agent, ConstantAgent
+from spear.evaluate.options import EpisodeOptions, Films
 from spear.evaluate.results import Outcome
-from spear.evaluate.runner import Film, Films, run_evaluation
+from spear.evaluate.runner import Film, run_evaluation
+from spear.util.ledger import lock
+
+IDLE = ConstantAgent("nothing", NOTHING)
+
+
+class Track(str):
+    """What a film is made of: pictures, in SIMPLER some 100 MB per episode."""
 
 
 class Parity:
-    """A simulator in which even seeds succeed. ran: (seed, whether it was filmed) of each episode."""
+    """A simulator in which even seeds succeed.
+
+    ran: (seed, whether it was filmed) of each episode. most: tracks that were alive when an episode began.
+    """
 
     films_are_free = False
 
     def __init__(self) -> None:
         self.ran: list[tuple[int, bool]] = []
+        self.tracks: weakref.WeakSet[Track] = weakref.WeakSet()
+        self.most = 0
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, str]]:
         for seed in seeds:
             self.ran.append((seed, filming))
+            self.most = max(self.most, len(self.tracks))
             ended = Outcome(family, seed, "go", seed % 2 == 0, True, True, False, 0, 9)
-            yield ended, f"{family} {seed}" if filming else ""
+            track = Track(f"{family} {seed}" if filming else "")
+            self.tracks.add(track)
+            yield ended, track
+            del track
 
     def film(self, outcome: Outcome, track: str) -> Film:
         return Film(outcome, track.encode(), "video/mp4")
 
 
 @pytest.mark.parametrize(
-    ("films", "ran"),
+    ("films", "ran", "made"),
     [
-        (0, [(0, False), (1, False), (2, False), (3, False)]),
-        (1, [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)]),
-        ("failures", [(0, True), (1, True), (2, True), (3, True)]),
-        ("all", [(0, True), (1, True), (2, True), (3, True)]),
+        (0, [(s, False) for s in range(20)], 0),
+        (1, [*((s, False) for s in range(20)), (0, True), (1, True)], 2),
+        ("failures", [(s, True) for s in range(20)], 10),
+        ("all", [(s, True) for s in range(20)], 20),
     ],
 )
-def test_films_that_cost_are_made_of_few_episodes(
-    films: Films, ran: list[tuple[int, bool]], tmp_path: Path
+def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
+    films: Films, ran: list[tuple[int, bool]], made: int, tmp_path: Path
 ) -> None:
-    simulator, idle = Parity(), ConstantActor("nothing", NOTHING)
-    results, made = run_evaluation(simulator, idle, {"a": range(4)}, {}, films, quiet=True, out=tmp_path)
-    assert simulator.ran == ran
+    simulator = Parity()
+    options = EpisodeOptions(films=films, out=tmp_path)
+    results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options, quiet=True)
+    assert simulator.ran == ran and simulator.most <= 3
     assert results.mean_success == 0.5
-    assert {f.data.decode() for f in made} == {f"a {o.seed}" for o in (f.outcome for f in made)}
-    assert len(list(tmp_path.glob("*.mp4"))) == {0: 0, 1: 2, "failures": 2, "all": 4}[films]
-
-
-@pytest.mark.parametrize(("free", "films"), [(False, "failures"), (False, "all"), (True, 1)])
-def test_few_episodes_are_held_in_memory_at_a_time(free: bool, films: Films, tmp_path: Path) -> None:
-    class Track(str):
-        """What a film is made of: pictures, in SIMPLER some 100 MB per episode."""
-
-    class Heavy(Parity):
-        """Notes how many tracks are alive when an episode begins."""
-
-        films_are_free = free
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.tracks: weakref.WeakSet[Track] = weakref.WeakSet()
-            self.most = 0
-
-        def run(
-            self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-        ) -> Iterator[tuple[Outcome, str]]:
-            for seed in seeds:
-                self.most = max(self.most, len(self.tracks))
-                for ended, text in super().run(agent, family, [seed], filming):
-                    track = Track(text)
-                    self.tracks.add(track)
-                    yield ended, track
-                    del track
-
-    simulator = Heavy()
-    _, made = run_evaluation(
-        simulator, ConstantActor("x", NOTHING), {"a": range(40)}, {}, films, quiet=True, out=tmp_path
-    )
-    assert len(made) == {"failures": 20, "all": 40, 1: 2}[films]
-    assert simulator.most <= 3
+    assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
+    assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
 
 
 def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
@@ -102,17 +85,18 @@ def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
             for ended, track in super().run(agent, family, seeds, filming):
                 yield replace(ended, success=filming), track
 
-    results, made = run_evaluation(
-        Fickle(), ConstantActor("x", NOTHING), {"a": range(3)}, {}, 1, out=tmp_path
-    )
+    options = EpisodeOptions(films=1, out=tmp_path)
+    results, made = run_evaluation(Fickle(), IDLE, {"a": range(3)}, {}, options)
     assert results.mean_success == 0 and made == []
-    assert "no film of a 0: it ended differently" in capsys.readouterr().err
+    assert "no film of a 0" in capsys.readouterr().err
 
 
 def test_each_family_has_its_own_scenes_and_shards_share_them_out(tmp_path: Path) -> None:
-    simulator, idle = Parity(), ConstantActor("nothing", NOTHING)
-    scenes = {"a": range(5), "b": range(2)}
-    part, _ = run_evaluation(simulator, idle, scenes, {}, quiet=True, out=tmp_path, shard=Shard(2, 2))
+    simulator, scenes = Parity(), {"a": range(5), "b": range(2)}
+    second = EpisodeOptions(out=tmp_path, shard="2/2")
+    part, _ = run_evaluation(simulator, IDLE, scenes, {}, second, quiet=True)
     assert [(o.family, o.seed) for o in part.outcomes] == [("a", 1), ("a", 3), ("b", 1)]
-    whole, _ = run_evaluation(simulator, idle, scenes, {}, quiet=True, out=tmp_path)
+    whole, _ = run_evaluation(simulator, IDLE, scenes, {}, EpisodeOptions(out=tmp_path), quiet=True)
     assert len(simulator.ran) == len(whole.outcomes) == 7
+    with lock(tmp_path / ".episodes-2-of-2.lock"), pytest.raises(SpearError, match="2/2"):
+        run_evaluation(simulator, IDLE, scenes, {}, second, quiet=True)

@@ -10,13 +10,15 @@ from scipy.stats import binomtest
 
 from spear.evaluate.stats import (
     bootstrap,
+    difference_over_seeds,
     mcnemar,
+    mean_over_seeds,
     paired_difference,
-    paired_mean_difference,
     samples_for,
     wilson,
     wilson_mean,
 )
+from spear.types import Array
 
 
 @given(st.integers(1, 400), st.floats(0, 1))
@@ -29,31 +31,37 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     assert ours.low <= ours.value <= ours.high
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 4)])
-def test_wilson_refuses_nonsense(k: int, n: int) -> None:
-    with pytest.raises(ValueError, match="wilson"):
-        wilson(k, n)
+def test_nonsense_is_refused() -> None:
+    for k, n in ((0, 0), (3, 2), (-1, 4)):
+        with pytest.raises(ValueError, match="wilson"):
+            wilson(k, n)
+    with pytest.raises(ValueError, match="samples_for"):
+        samples_for(0.0)
+    with pytest.raises(ValueError, match="no strata"):
+        paired_difference([])
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap([np.array([])])
+    for bad in ([], [np.zeros((0, 4), bool)], [np.zeros((2, 4), bool), np.zeros((3, 4), bool)]):
+        with pytest.raises(ValueError, match="seeds and scenes"):
+            mean_over_seeds(bad)
+    with pytest.raises(ValueError, match="against"):
+        difference_over_seeds([np.zeros((2, 4))], [np.zeros((2, 5))])
 
 
-def test_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
+def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
     rng = np.random.default_rng(0)
     covered, widths = 0, []
     for _ in range(400):
         hard = rng.random(60)  # scenes differ much; both policies fail on the same hard ones
         a, b = hard + 0.05 * rng.standard_normal(60) < 0.7, hard + 0.05 * rng.standard_normal(60) < 0.6
-        d = paired_difference(a.tolist(), b.tolist())
+        d = paired_difference([(a.tolist(), b.tolist())])
         assert d.low <= d.value <= d.high
         covered += d.low <= 0.1 <= d.high
         widths.append(d.high - d.low)
     assert covered / 400 >= 0.93
-    separate = wilson(42, 60).high - wilson(42, 60).low
-    assert np.mean(widths) < separate
-
-
-def test_paired_difference_of_equal_policies_is_zero_with_an_interval() -> None:
-    d = paired_difference([True] * 30, [True] * 30)
-    assert d.value == 0
-    assert d.low < 0 < d.high
+    assert np.mean(widths) < wilson(42, 60).high - wilson(42, 60).low
+    same = paired_difference([([True] * 30, [True] * 30)])
+    assert same.value == 0 and same.low < 0 < same.high
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -64,76 +72,106 @@ def test_mcnemar_agrees_with_scipy(a: int, b: int) -> None:
 
 def test_mcnemar_raises_no_more_false_alarms_than_it_says() -> None:
     rng = np.random.default_rng(3)
-    a, b = rng.random((2, 2000, 40)) < 0.4  # two equal policies, 2,000 times, on 40 scenes
+    a, b = rng.random((2, 500, 40)) < 0.4  # two equal policies, 500 times, on 40 scenes
     alarms = [mcnemar(int((x & ~y).sum()), int((~x & y).sum())) < 0.05 for x, y in zip(a, b, strict=True)]
     assert 0 < np.mean(alarms) <= 0.05
 
 
-def test_the_mean_difference_covers_the_truth_over_unlike_families() -> None:
+def test_means_over_unlike_families_cover_the_truth() -> None:
     rng = np.random.default_rng(4)
     rates = [(0.9, 0.8, 40), (0.5, 0.2, 25), (0.05, 0.05, 10)]
-    truth = np.mean([p - q for p, q, _ in rates])
-    covered = 0
+    truth, mean = np.mean([p - q for p, q, _ in rates]), np.mean([p for p, _, _ in rates])
+    covered = inside = 0
     for _ in range(400):
-        d = paired_mean_difference(
-            [((rng.random(n) < p).tolist(), (rng.random(n) < q).tolist()) for p, q, n in rates]
-        )
-        assert d.low <= d.value <= d.high
-        assert d.n == 75
+        drawn = [(rng.random(n) < p, rng.random(n) < q) for p, q, n in rates]
+        d = paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
+        e = wilson_mean([(int(a.sum()), a.size) for a, _ in drawn])
+        assert d.n == e.n == 75
         covered += d.low <= truth <= d.high
-    assert 0.93 <= covered / 400 < 1
-    one = ([True, True, False], [False, True, True])
-    assert paired_mean_difference([one]) == paired_difference(*one)
-    with pytest.raises(ValueError, match="no strata"):
-        paired_mean_difference([])
-
-
-def test_the_mean_of_rates_weighs_them_equally_and_its_interval_covers() -> None:
+        inside += e.low <= mean <= e.high
+    assert 0.93 <= covered / 400 < 1 and inside / 400 >= 0.93
     assert wilson_mean([(3, 10), (9, 10)]) == wilson(12, 20)
     assert wilson_mean([(10, 10), (0, 1000)]).value == 0.5
-    rng = np.random.default_rng(5)
-    rates, sizes = np.array([0.5, 0.6, 0.3]), np.array([30, 60, 20])
-    covered = 0
-    for _ in range(400):
-        wins = rng.binomial(sizes, rates)
-        e = wilson_mean([(int(k), int(n)) for k, n in zip(wins, sizes, strict=True)])
-        covered += e.low <= rates.mean() <= e.high
-    assert covered / 400 >= 0.93
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_samples_for_is_the_smallest_number(rate: float) -> None:
     n = samples_for(0.05, rate)
-    widths = [
-        (e.high - e.low) / 2
-        for e in (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
-    ]
-    assert widths[0] < 0.05 < widths[1]
     assert samples_for(0.05) == 381
-    with pytest.raises(ValueError, match="samples_for"):
-        samples_for(0.0)
+    enough, few = (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
+    assert enough.high - enough.low < 0.1 < few.high - few.low
 
 
 def test_bootstrap_resamples_groups_not_values() -> None:
     rng = np.random.default_rng(1)
     groups = [np.full(50, rng.normal()) for _ in range(20)]  # 20 independent numbers, not 1000
-    together = bootstrap(groups, np.mean)
-    apart = bootstrap([np.array([v]) for g in groups for v in g], np.mean)
+    together = bootstrap([*groups, np.array([])], np.mean, 300)
+    apart = bootstrap([np.array([v]) for g in groups for v in g], np.mean, 300)
     assert together.value == pytest.approx(apart.value)
     assert together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
 
 
-def test_bootstrap_interval_of_a_median_covers_the_truth() -> None:
+def test_the_bootstrap_of_a_median_covers_the_truth() -> None:
     rng = np.random.default_rng(2)
     covered = 0
-    for seed in range(200):
-        e = bootstrap([rng.exponential(size=1) for _ in range(60)], np.median, resamples=300, seed=seed)
+    for seed in range(100):
+        e = bootstrap([rng.exponential(size=1) for _ in range(40)], np.median, resamples=100, seed=seed)
         covered += e.low <= np.log(2) <= e.high
-    assert covered / 200 >= 0.9
+    assert covered / 100 >= 0.88
 
 
-def test_bootstrap_ignores_empty_groups_and_refuses_none() -> None:
-    assert bootstrap([np.array([]), np.array([2.0])]).n == 1
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap([np.array([])])
+def draw(rng: np.random.Generator, rate: float, hard: Array, seeds: Array) -> Array:
+    """Success [seeds, scenes]: scenes differ in how hard they are, trainings in how good they are."""
+    logit = np.log(rate / (1 - rate)) + seeds[:, None] + hard[None]
+    return rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
+
+
+@pytest.mark.parametrize(("spread", "seeds"), [(0.0, 3), (0.4, 3), (0.4, 5), (1.0, 3)])
+def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> None:
+    """Two recipes alike: the truth is 0 whatever scenes and trainings are drawn."""
+    rng = np.random.default_rng(0)
+    covered, widths, runs = 0, [], 200
+    for _ in range(runs):
+        hard = [1.5 * rng.standard_normal(50) for _ in range(2)]
+        own = [spread * rng.standard_normal(seeds) for _ in range(2)]
+        d = difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
+        assert d.low <= d.value <= d.high
+        covered += d.low <= 0 <= d.high
+        widths.append(d.half_width)
+    assert covered / runs >= 0.93
+    # Where trainings do not differ, the interval is not much wider than of independent episodes.
+    assert spread > 0 or np.median(widths) < 0.12
+
+
+def test_independent_episodes_would_be_overconfident_where_trainings_differ() -> None:
+    rng = np.random.default_rng(1)
+    missed = 0
+    for _ in range(100):
+        a, b = (draw(rng, 0.5, np.zeros(200), rng.standard_normal(3)) for _ in range(2))
+        naive = paired_difference([(a.ravel(), b.ravel())])
+        ours = difference_over_seeds([a], [b])
+        missed += not naive.low <= 0 <= naive.high
+        assert ours.low <= naive.low and naive.high <= ours.high
+    assert missed > 25
+
+
+def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
+    rng = np.random.default_rng(2)
+    truth = 0.0
+    for rate in (0.9, 0.3):
+        truth += float(draw(rng, rate, rng.standard_normal(4000), 0.3 * rng.standard_normal(500)).mean()) / 2
+    covered = 0
+    for _ in range(200):
+        own = 0.3 * rng.standard_normal(3)
+        e = mean_over_seeds([draw(rng, rate, rng.standard_normal(60), own) for rate in (0.9, 0.3)])
+        covered += e.low <= truth <= e.high
+    assert covered / 200 >= 0.93
+
+
+def test_at_the_edges_seeds_give_the_interval_of_independent_episodes() -> None:
+    none = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
+    assert mean_over_seeds(none) == wilson_mean([(0, 60), (0, 60)])
+    same = difference_over_seeds(none, none)
+    assert same.value == 0 and same.low < 0 < same.high
+    assert mean_over_seeds([np.array([[True, False, True]])]).n == 3

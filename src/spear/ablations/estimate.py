@@ -17,9 +17,10 @@ from spear.ablations.plan import POLICY, Plan, Scoring, Training
 from spear.ablations.run import Job, done, left
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.evaluate.agents import PolicyActor
+from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
+from spear.evaluate.options import TabletopOptions
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
 from spear.train.build import build
@@ -128,13 +129,9 @@ def _scene(
     if policy is None:
         policy = _timed(next(job.policy for job in plan.scorings), data)[1]
     assert policy is not None
-    sizes = policy.processor.image_sizes
     results, _ = evaluate(
-        PolicyActor(policy, "untrained"),
-        plan.families[:1],
-        TRIAL,
-        image_size=sizes["external"],
-        wrist_size=sizes["wrist"],
+        PolicyAgent(policy, "untrained", image_sizes=policy.processor.image_sizes),
+        TabletopOptions(TRIAL, families=tuple(plan.families[:1])),
         quiet=True,
     )
     return results.seconds / TRIAL

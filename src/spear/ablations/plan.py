@@ -18,7 +18,7 @@ from typing import Any
 from spear.ablations.data import Data, settle
 from spear.ablations.rows import LENGTHS, SETTINGS, Row, Stage, Table
 from spear.errors import SpearError
-from spear.evaluate.load import fingerprint
+from spear.evaluate.agents import fingerprint
 from spear.flow import FlowConfig
 from spear.models.presets import preset
 from spear.policy import locate

@@ -19,9 +19,10 @@ from spear.ablations.data import Data
 from spear.ablations.plan import Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
+from spear.evaluate.agents import load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
-from spear.evaluate.load import load_agent
+from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, merge
 from spear.train.run import train
 
@@ -155,9 +156,10 @@ def _train(
 
 def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
     say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
-    agent, cameras = load_agent(str(final(out, job.policy)))
+    agent = load_agent(str(final(out, job.policy)))
     agent.name = job.policy.folder  # the folder may be moved
-    evaluate(agent, job.families, job.scenes, quiet=quiet, out=out / "scores" / job.folder, **cameras)
+    journal = out / "scores" / job.folder
+    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=tuple(job.families)), quiet)
 
 
 @contextlib.contextmanager

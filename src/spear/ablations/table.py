@@ -16,8 +16,7 @@ from spear.ablations.rows import Row, Table
 from spear.ablations.run import scored
 from spear.evaluate.reference import references
 from spear.evaluate.results import Results
-from spear.evaluate.seeds import difference, mean_success
-from spear.evaluate.stats import Estimate
+from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.types import Array
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
@@ -115,12 +114,12 @@ def _line(
     shared = sorted(set(own) & set(other))
     against = None
     if row != first and shared:
-        against = difference(_success(plan, own, shared), _success(plan, other, shared))
+        against = difference_over_seeds(_success(plan, own, shared), _success(plan, other, shared))
     published, base = means.get(row.published), means.get(first.published)
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,
-        mean_success(_success(plan, own, sorted(own))) if own else None,
+        mean_over_seeds(_success(plan, own, sorted(own))) if own else None,
         [own[seed].mean_success for seed in sorted(own)],
         against,
         published,

@@ -52,8 +52,8 @@ def ask(options: AskOptions) -> None:
         picture_format(str(options.draw))
     bundle = load_vlm(options.model, choose_device(options.device), getattr(torch, options.dtype))
     picture = asking.read_picture(options.image, bundle.processor.image_sizes["external"])
-    answer = asking.ask(bundle, picture, options.question, options.family, options.decode)
-    print(asking.words(answer, picture))
+    answer = asking.ask(bundle, picture.image, options.question, options.family, options.decode)
+    print(asking.words(answer, picture.image))
     if options.draw:
         from spear.report.draw import draw_answer
 

@@ -1,35 +1,40 @@
-"""Evaluating policies, comparing the results of two, putting parts together."""
+"""Evaluating policies and SPEAR-VLMs, comparing the results of two policies, putting parts together."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.cli.arguments import File, Folder, Name, open_episodes
-from spear.cli.results import films_wanted, report
+from spear.cli.arguments import open_episodes
 from spear.errors import SpearError, notice, unknown_name
+from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.util.files import check_own, write_bytes, write_text
+from spear.util.options import AtLeast, Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy
+
+if TYPE_CHECKING:
+    from spear.evaluate.agents import Agent
+    from spear.evaluate.results import Results
+
+Earlier = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE",
+        help="An earlier folder or results.json: also print the difference on the scenes that both have seen.",
+    ),
+]
 
 
-def evaluate(
-    policy: str = "nano",
-    families: tuple[str, ...] = (),
-    scenes: int = 381,
-    first_seed: int = 0,
-    replan: int = 1,
-    batch: int = 32,
-    films: str = "1",
-    out: Path = Path("runs/evaluate"),
-    compare: File = None,
-    execution: Literal["sync", "async", "ensemble"] = "sync",
-    latency_ms: float = 0.0,
-    shard: str = "1/1",
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    dataset: Name = None,
-) -> None:
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    agent: AgentOptions = field(default_factory=AgentOptions)
+    loop: TabletopOptions = field(default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate")))
+    compare: Earlier = None
+
+
+def evaluate(options: EvaluateOptions) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
     Prints success per task family with 95 % intervals; writes OUT/results.json and films of successes and
@@ -40,71 +45,64 @@ def evaluate(
         spear evaluate --policy nano --scenes 200
         spear evaluate --policy runs/my_policy --families stack_cube --compare runs/evaluate --out runs/mine
         spear evaluate --policy nano --shard 2/5 --films failures
-
-    Args:
-        policy: nano (comes with this package), a folder with a trained policy, the ws:// address of a policy
-            server, or a reference: expert or nothing.
-        families: Task families; all of them when none is given.
-        scenes: Scenes per family. 381 are enough to know each family's success rate to ±5 points.
-        first_seed: Scenes first-seed, first-seed + 1, … below 10000.
-        replan: How many of the predicted actions are executed before the policy looks again.
-        batch: Scenes that run at once.
-        films: Films of so many successes and failures per family; failures, for a film of every failure; or
-            all.
-        out: Folder for the results.
-        compare: An earlier folder or results.json: also print the difference on the scenes that both have
-            seen.
-        execution: sync waits for each chunk of actions; async moves on while the next one is computed;
-            ensemble looks at every step and averages what all chunks say about it.
-        latency_ms: Simulated time that the policy takes to answer, in milliseconds.
-        shard: Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come
-            together there; parts from other machines with `spear evaluate merge`.
-        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
-        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
-        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to
-            use.
     """
-    import torch
-
     from spear.evaluate.closed_loop import evaluate as run
-    from spear.evaluate.journal import Shard, load
-    from spear.evaluate.load import load_agent
-    from spear.sim.scene import FAMILIES
-    from spear.train.devices import choose_device
 
-    filmed = films_wanted(films)
-    part = Shard.parse(shard)
-    earlier = load(compare) if compare else None
-    agent, sizes = load_agent(policy, choose_device(device), getattr(torch, dtype), dataset)
-    run(
-        agent,
-        families or FAMILIES,
-        scenes,
-        first_seed,
-        replan,
-        batch,
-        films=filmed,
-        execution=execution,
-        latency_ms=latency_ms,
-        out=out,
-        shard=part,
-        **sizes,
-    )
-    report(policy, out, earlier)
+    earlier = _earlier(options.compare)
+    run(_load(options.agent), options.loop)
+    _report(options.agent.policy, options.loop.out, earlier)
 
 
-def evaluate_data(
-    policy: Annotated[Positional[str], arg(metavar="POLICY")],
-    data: Annotated[Positional[Path], arg(metavar="FOLDER")],
-    /,
-    split: str = "train",
-    train: Folder = None,
-    train_split: Name = None,
-    plot: File = None,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    dataset: Name = None,
-) -> None:
+@dataclass(frozen=True)
+class EvaluateSimplerOptions(Options):
+    agent: AgentOptions = field(default_factory=AgentOptions)
+    loop: SimplerOptions = field(default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler")))
+    compare: Earlier = None
+
+
+def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
+    """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
+
+    Needs pip install 'spear-vla[simpler]', ManiSkill's assets and a Vulkan driver: see docs/simpler.md.
+    Prints success per task with 95 % intervals beside the paper's numbers; writes OUT/results.json and films.
+    The same command continues an evaluation that was stopped.
+
+    Examples:
+        spear evaluate simpler --policy runs/my_policy
+        spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
+    """
+    from spear.evaluate.simpler.run import OracleAgent
+    from spear.evaluate.simpler.run import evaluate as run
+
+    policy = options.agent.policy
+    if policy == "expert":
+        raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
+    earlier = _earlier(options.compare)
+    oracle = policy == "oracle" and options.agent.dataset is None
+    run(OracleAgent() if oracle else _load(options.agent), options.loop)
+    _report(policy, options.loop.out, earlier)
+
+
+@dataclass(frozen=True)
+class EvaluateDataOptions(Options):
+    policy: Annotated[Positional[Policy], arg(metavar="POLICY")]
+    data: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Folder of held-out episodes, in any format (see `spear data inspect`)."""
+    split: str = "train"
+    """Which of its episodes are held out: train, val, train[90%:] …"""
+    train: Folder = None
+    """Folder of the training episodes, whose mean action is a reference (default: the same folder with
+    --train-split, or else the held-out episodes)."""
+    train_split: Name = None
+    """Which of the training folder's episodes were trained on."""
+    plot: File = None
+    """Save a plot of predictions and truth as PNG."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    dataset: Dataset = None
+
+
+def evaluate_data(options: EvaluateDataOptions) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
     Prints the errors, with 95 % intervals over episodes, beside those of two policies that see nothing:
@@ -113,19 +111,6 @@ def evaluate_data(
     Examples:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.png
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
-
-    Args:
-        policy: nano (comes with this package) or a folder with a trained policy.
-        data: Folder of held-out episodes, in any format (see `spear data inspect`).
-        split: Which of its episodes are held out: train, val, train[90%:] …
-        train: Folder of the training episodes, whose mean action is a reference (default: the same folder
-            with --train-split, or else the held-out episodes).
-        train_split: Which of the training folder's episodes were trained on.
-        plot: Save a plot of predictions and truth as PNG.
-        device: cpu, cuda, cuda:1 …; auto takes a GPU when there is one.
-        dtype: Precision of the weights: bfloat16 takes half the memory of float32.
-        dataset: Of a policy whose training datasets were normalised each by itself: the one whose units to
-            use.
     """
     from tempfile import TemporaryDirectory
 
@@ -133,37 +118,91 @@ def evaluate_data(
 
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
+    from spear.report.open_loop import plot
     from spear.train.devices import choose_device
 
-    place = choose_device(device)
+    o, place = options, choose_device(options.device)
     with TemporaryDirectory() as scratch:
-        held_out = open_episodes(data, Path(scratch) / "held-out", split)
-        model = Spear1Policy.load(policy, place, dataset=dataset, dtype=getattr(torch, dtype))
-        ours = open_loop.score(policy, model, held_out)
+        held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split)
+        model = Spear1Policy.load(o.policy, place, dataset=o.dataset, dtype=getattr(torch, o.dtype))
+        ours = open_loop.score(o.policy, model, held_out)
         learned = held_out
-        if train or train_split:
-            learned = open_episodes(train or data, Path(scratch) / "train", train_split or "train")
+        if o.train or o.train_split:
+            learned = open_episodes(o.train or o.data, Path(scratch) / "train", o.train_split or "train")
         reference = open_loop.score_mean_action(learned, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
-    print(
-        f"{len(held_out)} held-out episodes".ljust(24)
-        + "".join(f"{s.name[-26:]:<28}" for s in scores).rstrip()
-    )
+    names = "".join(f"{s.name[-26:]:<28}" for s in scores)
+    print(f"{len(held_out)} held-out episodes".ljust(24) + names.rstrip())
     summaries = [score.summary() for score in scores]
     for name in summaries[0]:
         cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
-    if plot:
-        write_bytes(plot, open_loop.plot(ours, reference))
+    if o.plot:
+        write_bytes(o.plot, plot(ours, reference))
 
 
-def compare(
-    first: Annotated[Positional[Path], arg(metavar="A")],
-    second: Annotated[Positional[Path], arg(metavar="B")],
-    /,
-    out: File = None,
-    films: int = 12,
-) -> None:
+@dataclass(frozen=True)
+class EvaluateVqaOptions(Options):
+    model: Annotated[Positional[Model], arg(metavar="MODEL")]
+    questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
+    """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes of
+    the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
+    images: Annotated[int, AtLeast(1)] = 300
+    """At most so many images; of a folder, spread evenly over it."""
+    asked: QuestionOptions = field(default_factory=QuestionOptions)
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    out: Path = Path("runs/evaluate-vqa")
+    """Folder for the results."""
+
+
+def evaluate_vqa(options: EvaluateVqaOptions) -> None:
+    """Measure what SPEAR-VLM knows in 3D: ask it about labelled images that it has not seen.
+
+    Prints, per kind of question, how far off the answers are, beside a constant guess and one that knows only
+    how far away the scene is; how well boxes overlap; which way of reading numbers off the model's
+    probabilities is best; and how well these probabilities are calibrated. Writes OUT/scores.json and a page
+    with drawn boxes, OUT/index.html.
+
+    Examples:
+        spear evaluate vqa nano sim --images 100
+        spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
+    """
+    import torch
+    from rich import print as show
+
+    from spear.evaluate.vqa.images import find_images
+    from spear.evaluate.vqa.run import evaluate as run
+    from spear.policy import load_vlm
+    from spear.report.vqa import vqa_page
+    from spear.train.devices import choose_device
+
+    o, asked = options, options.asked
+    bundle = load_vlm(o.model, choose_device(o.device), getattr(torch, o.dtype))
+    labels = find_images(o.questions, o.images, asked.view, bundle.processor)
+    scores = run(bundle, labels, asked)
+    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
+    scores.save(o.out / "scores.json", about)
+    write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
+    for table in scores.tables():
+        show(table)
+    print(f"page: {o.out / 'index.html'}")
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    first: Annotated[Positional[Path], arg(metavar="A")]
+    """Folder that spear evaluate wrote (or its results.json)."""
+    second: Annotated[Positional[Path], arg(metavar="B")]
+    """The folder (or results.json) to compare with."""
+    out: File = None
+    """Also write an HTML page with plots, and films of the same scenes side by side."""
+    films: Annotated[int, AtLeast(0)] = 12
+    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Both films
+    are there where both were evaluated with --films all."""
+
+
+def compare(options: CompareOptions) -> None:
     """Say which of two evaluated policies is better, on the scenes that both have seen.
 
     Prints both success rates per task family, the difference (A minus B, in percentage points) with its 95 %
@@ -172,13 +211,6 @@ def compare(
     Examples:
         spear evaluate compare runs/mine runs/evaluate
         spear evaluate compare runs/mine runs/evaluate --out compare.html
-
-    Args:
-        first: Folder that spear evaluate wrote (or its results.json).
-        second: The folder (or results.json) to compare with.
-        out: Also write an HTML page with plots, and films of the same scenes side by side.
-        films: At most so many pairs of films on the page; scenes that only one of the two solved come first.
-            Both films are there where both were evaluated with --films all.
     """
     from rich import print as show
 
@@ -187,6 +219,7 @@ def compare(
     from spear.evaluate.reference import beside
     from spear.report.comparison import comparison_page, reference_section
 
+    first, second = options.first, options.second
     results = load(first), load(second)
     same = results[0].policy == results[1].policy
     comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
@@ -200,36 +233,34 @@ def compare(
     published = beside(results[0])
     for table in published:
         show(table.table(ours))
-    if out:
-        folders = tuple(p if p.is_dir() else p.parent for p in (first, second))
+    if options.out:
+        folders = (_folder(first), _folder(second))
         extra = [reference_section(table, ours) for table in published]
-        write_text(out, comparison_page(comparison, (folders[0], folders[1]), films, extra))
-        print(f"page: {out}")
+        write_text(options.out, comparison_page(comparison, folders, options.films, extra))
+        print(f"page: {options.out}")
 
 
-def merge(
-    parts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")],
-    /,
-    out: Path = Path("runs/merged"),
-) -> None:
+@dataclass(frozen=True)
+class MergeOptions(Options):
+    parts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")] = ()
+    """Folders that spear evaluate wrote."""
+    out: Path = Path("runs/merged")
+    """Folder for the whole, a new one."""
+
+
+def merge(options: MergeOptions) -> None:
     """Put the parts of one evaluation together that ran with spear evaluate --shard on several machines.
 
     Prints the whole table; writes OUT/results.json and copies the films.
 
     Example:
         spear evaluate merge from-machine-1 from-machine-2 --out runs/evaluate
-
-    Args:
-        parts: Folders that spear evaluate wrote.
-        out: Folder for the whole, a new one.
     """
-    from rich import print as show
-
     from spear.evaluate.film import film_file
     from spear.evaluate.journal import journals, load, missing_parts
-    from spear.evaluate.reference import beside
     from spear.evaluate.results import merge as put_together
 
+    parts, out = options.parts, options.out
     if not parts:
         raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
     if journals(out):
@@ -239,19 +270,21 @@ def merge(
     if missing := missing_parts(parts):
         notice(f"not all of the evaluation: part {', '.join(missing)} is in none of these folders")
     results = put_together(found)
-    results.save(out / "results.json")
     for path, part in zip(parts, found, strict=True):
-        folder = path if path.is_dir() else path.parent
-        for film in filter(None, (film_file(folder, o.film_name) for o in part.outcomes)):
+        for film in filter(None, (film_file(_folder(path), o.film_name) for o in part.outcomes)):
             if film.parent.resolve() != out.resolve():
                 write_bytes(out / film.name, film.read_bytes())
-    show(results.table())
-    for published in beside(results):
-        show(published.table([(results.policy, results)]))
+    _save(results, out, results.policy)
     print(f"results in {out}")
 
 
-def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
+@dataclass(frozen=True)
+class ReferenceOptions(Options):
+    table: Name = None
+    """Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid."""
+
+
+def reference(options: ReferenceOptions) -> None:
     """Show the numbers that the SPEAR-1 paper published.
 
     They are theirs, not measured here. `spear evaluate` shows them beside results on the same tasks.
@@ -259,16 +292,62 @@ def reference(table: Annotated[str | None, arg(metavar="NAME")] = None) -> None:
     Examples:
         spear evaluate reference
         spear evaluate reference --table rotation
-
-    Args:
-        table: Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid.
     """
     from rich import print as show
 
     from spear.evaluate.reference import references
 
     known = references()
-    if table is not None and table not in known:
-        raise unknown_name("table", table, known)
-    for name in [table] if table else known:
+    if options.table is not None and options.table not in known:
+        raise unknown_name("table", options.table, known)
+    for name in [options.table] if options.table else known:
         show(known[name].table())
+
+
+def _load(options: AgentOptions) -> Agent:
+    import torch
+
+    from spear.evaluate.agents import load_agent
+    from spear.train.devices import choose_device
+
+    place, precision = choose_device(options.device), getattr(torch, options.dtype)
+    return load_agent(options.policy, place, precision, options.dataset)
+
+
+def _earlier(path: Path | None) -> Results | None:
+    """The results to compare with, read before anything is run."""
+    from spear.evaluate.journal import load
+
+    return load(path) if path else None
+
+
+def _folder(results: Path) -> Path:
+    """The folder of results that are given as a folder or as the file in it."""
+    return results if results.is_dir() else results.parent
+
+
+def _report(policy: str, out: Path | None, earlier: Results | None) -> None:
+    """Save and print the results in a folder, beside published ones and against `earlier` ones."""
+    from rich import print as show
+
+    from spear.evaluate.compare import compare as difference
+    from spear.evaluate.journal import load
+
+    assert out is not None
+    results = load(out)
+    _save(results, out, policy)
+    if earlier:
+        show(difference(results, earlier).table())
+    print(f"results in {out}")
+
+
+def _save(results: Results, out: Path, name: str) -> None:
+    """Write results.json, and print the table, beside published numbers."""
+    from rich import print as show
+
+    from spear.evaluate.reference import beside
+
+    results.save(out / "results.json")
+    show(results.table())
+    for published in beside(results):
+        show(published.table([(name, results)]))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from spear.errors import SpearError
 from spear.types import Array, Policy
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
+IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
+"""Sizes (width, height) of the pictures of an agent that does not say which it needs, in pixels."""
 
 
 class Scene(Protocol):
-    """A running scene: the seed that fixes it, and the control steps made in it. Actors that look at the true
+    """A running scene: the seed that fixes it, and the control steps made in it. Agents that look at the true
     state know the simulator, and so more of it."""
 
     @property
@@ -30,41 +37,44 @@ class Agent(Protocol):
     name         for reports.
     weights      tells trained weights apart (a hash of them); None where there are none, or out of sight.
     needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
+    image_sizes  camera -> (width, height) of its pictures in the embedded simulator.
     """
 
     name: str
-    weights: str | None
-    needs_images: bool
+    weights: str | None = None
+    needs_images: bool = False
+    image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene."""
         ...
 
 
-class PolicyActor:
+class PolicyAgent(Agent):
     """A policy, which sees only observations. Its noise is fixed by the scene's seed and the step, so that an
     outcome does not depend on which scenes run beside it."""
 
     needs_images = True
 
-    def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
-        self.policy = policy
-        self.name = name
-        self.weights = weights
+    def __init__(
+        self,
+        policy: Policy,
+        name: str,
+        weights: str | None = None,
+        image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES,
+    ) -> None:
+        self.policy, self.name, self.weights, self.image_sizes = policy, name, weights, image_sizes
 
     def act(self, envs: Sequence[Scene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        seeded = [
-            {**o, "seed": 1000 * env.seed + env.steps} for env, o in zip(envs, observations, strict=True)
-        ]
+        pairs = zip(envs, observations, strict=True)
+        seeded = [{**o, "seed": 1000 * env.seed + env.steps} for env, o in pairs]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
 
-class ExpertActor:
+class ExpertAgent(Agent):
     """The scripted expert, which sees the simulator's true state: what the arm and the time limit allow."""
 
     name = "expert"
-    weights: str | None = None
-    needs_images = False
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         from spear.sim import expert
@@ -72,11 +82,8 @@ class ExpertActor:
         return [expert.act(env.world)[None] for env in envs]
 
 
-class ConstantActor:
+class ConstantAgent(Agent):
     """The same action whatever is seen: doing nothing, or the demonstrations' mean action."""
-
-    weights: str | None = None
-    needs_images = False
 
     def __init__(self, name: str, action: Array) -> None:
         self.name = name
@@ -84,3 +91,44 @@ class ConstantActor:
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         return [self.action[None]] * len(envs)
+
+
+def load_agent(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    dataset: str | None = None,
+) -> Agent:
+    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address.
+
+    device, dtype: where a policy that is loaded here computes, and the precision of its weights.
+    dataset: whose units it uses, see `Spear1Policy.load`. Raises SpearError where no policy is loaded here.
+    """
+    from spear.policy import Spear1Policy, locate
+
+    remote = name.startswith(("ws://", "wss://"))
+    if dataset is not None and (remote or name in ("expert", "oracle", "nothing")):
+        raise SpearError(f"--dataset {dataset}: is for a policy that is loaded here: leave it out for {name}")
+    if name == "expert":
+        return ExpertAgent()
+    if name == "nothing":
+        return ConstantAgent("nothing", NOTHING)
+    if remote:
+        from spear.serve.client import RemotePolicy
+
+        return PolicyAgent(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name)
+    policy = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
+    # Outcomes in another precision or in other units are those of another policy.
+    which = fingerprint(locate(name)) + ("" if dtype == torch.float32 else f" {dtype}")
+    which += "" if dataset is None else f" {dataset}"
+    return PolicyAgent(policy, name, which, policy.processor.image_sizes)
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix with its
+    own."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

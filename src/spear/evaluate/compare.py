@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spear.errors import SpearError
-from spear.evaluate.results import Outcome, Results
-from spear.evaluate.stats import (
-    Estimate,
-    mcnemar,
-    paired_difference,
-    paired_mean_difference,
-    wilson,
-    wilson_mean,
-)
+from spear.evaluate.results import Outcome, Results, terminal_table
+from spear.evaluate.stats import Estimate, mcnemar, paired_difference, wilson_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,45 +57,28 @@ class Comparison:
         """The families and, below them, their mean."""
         return [*self.families, self.mean]
 
-    @property
-    def disagreements(self) -> list[Pair]:
-        """The scenes that only one of the two solved."""
-        return [(a, b) for a, b in self.pairs if a.success != b.success]
-
     def verdict(self) -> str:
         """The answer in one sentence, from the test over all families."""
         d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
-        gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
+        won, lost = self.mean.only_first, self.mean.only_second
         if self.mean.p >= ALPHA:
-            return f"No difference shown between {self.first} and {self.second}: {gap}, {chance}."
-        if (self.mean.only_first - self.mean.only_second) * d.value <= 0:
+            return f"No difference shown between {self.first} and {self.second}: {_gap(d)}, {chance}."
+        if (won - lost) * d.value <= 0:
             return (
-                f"No verdict between {self.first} and {self.second}: the mean of the families ({gap}) and the scenes "
-                f"that only one solved ({self.mean.only_first} : {self.mean.only_second}) speak for different ones. "
-                "The families have different numbers of scenes: judge each by its own row."
+                f"No verdict between {self.first} and {self.second}: the mean of the families ({_gap(d)}) and the "
+                f"scenes that only one solved ({won} : {lost}) speak for different ones. The families have different "
+                "numbers of scenes: judge each by its own row."
             )
-        if self.mean.only_first > self.mean.only_second:
-            better, worse = self.first, self.second
-        else:
-            better, worse = self.second, self.first
-            d = Estimate(-d.value, -d.high, -d.low, d.n)
-        gap = f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
-        return f"{better} is better than {worse}: {gap}, {chance}."
+        if won > lost:
+            return f"{self.first} is better than {self.second}: {_gap(d)}, {chance}."
+        turned = Estimate(-d.value, -d.high, -d.low, d.n)
+        return f"{self.second} is better than {self.first}: {_gap(turned)}, {chance}."
 
     def table(self) -> Table:
         """The rows for a terminal."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(title=f"{self.first} against {self.second}, {len(self.pairs)} shared scenes")
-        for column in ("family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"):
-            left = column == "family"
-            table.add_column(escape(column), justify="left" if left else "right", no_wrap=left)
-        for row in self.rows:
-            if row is self.mean:
-                table.add_section()
-            table.add_row(*map(escape, cells(row)))
-        return table
+        title = f"{self.first} against {self.second}, {len(self.pairs)} shared scenes"
+        headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
+        return terminal_table(title, headers, [cells(row) for row in self.rows], mean_last=True)
 
 
 def compare(first: Results, second: Results, names: tuple[str, str] | None = None) -> Comparison:
@@ -123,29 +99,13 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
                 f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and {two.instruction!r} for "
                 f"{b}: they come from different simulator versions: evaluate the older one again"
             )
-    families = []
-    for family in dict.fromkeys(x.family for x, _ in pairs):
-        ours = [(x.success, y.success) for x, y in pairs if x.family == family]
-        families.append(_row(family, [x for x, _ in ours], [y for _, y in ours]))
-    strata = [
-        (
-            [x.success for x, _ in pairs if x.family == f.name],
-            [y.success for x, y in pairs if x.family == f.name],
-        )
-        for f in families
-    ]
-    only_first, only_second = sum(f.only_first for f in families), sum(f.only_second for f in families)
-    mean = Row(
-        "mean of families",
-        wilson_mean([(sum(x), len(x)) for x, _ in strata]),
-        wilson_mean([(sum(y), len(y)) for _, y in strata]),
-        paired_mean_difference(strata),
-        only_first,
-        only_second,
-        mcnemar(only_first, only_second),
-    )
+    families: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        families.setdefault(pair[0].family, []).append(pair)
+    rows = [_row(name, [some]) for name, some in families.items()]
+    mean = _row("mean of families", list(families.values()))
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    return Comparison(a, b, families, mean, pairs, unshared, _differences(first.settings, second.settings))
+    return Comparison(a, b, rows, mean, pairs, unshared, _differences(first.settings, second.settings))
 
 
 def cells(row: Row) -> list[str]:
@@ -172,17 +132,24 @@ def p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
 
 
-def _row(name: str, first: Sequence[bool], second: Sequence[bool]) -> Row:
-    wins = sum(x and not y for x, y in zip(first, second, strict=True))
-    losses = sum(y and not x for x, y in zip(first, second, strict=True))
+def _gap(d: Estimate) -> str:
+    return f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
+
+
+def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
+    """Of one family, or of several, each counting the same."""
+    wins = [([x.success for x, _ in pairs], [y.success for _, y in pairs]) for pairs in strata]
+    decided = [x.success for pairs in strata for x, y in pairs if x.success != y.success]
+    only_first = sum(decided)
+    only_second = len(decided) - only_first
     return Row(
         name,
-        wilson(sum(first), len(first)),
-        wilson(sum(second), len(second)),
-        paired_difference(first, second),
-        wins,
-        losses,
-        mcnemar(wins, losses),
+        wilson_mean([(sum(x), len(x)) for x, _ in wins]),
+        wilson_mean([(sum(y), len(y)) for _, y in wins]),
+        paired_difference(wins),
+        only_first,
+        only_second,
+        mcnemar(only_first, only_second),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from fractions import Fraction
@@ -53,7 +54,9 @@ def check() -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise SpearError("films need PyAV: it is not installed: run pip install 'spear-vla[report]'") from None
+        raise SpearError(
+            "films need PyAV: it is not installed: run pip install 'spear-vla[report]'"
+        ) from None
 
 
 def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 1.0) -> tuple[bytes, str]:
@@ -86,14 +89,11 @@ def _scale(image: Array) -> Image.Image:
     return picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
 
 
+@functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
 def _fit(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font up to 24 in which the text fits the width."""
-    for size in range(24, 11, -1):
-        font = _font(size)
-        if font.getlength(text) <= width:
-            return font
-    return _font(11)
+    """The largest font up to 24 in which the text fits the width, or else the smallest, 11."""
+    return next((f for f in map(_font, range(24, 10, -1)) if f.getlength(text) <= width), _font(11))

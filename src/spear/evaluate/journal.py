@@ -9,61 +9,54 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, merge
 from spear.util.files import writing
+from spear.util.ledger import difference, plain
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The part of an evaluation that one process runs: every `of`-th scene, beginning with the `index`-th
-    (from 1)."""
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/5", the second of five parts of an evaluation, as (2, 5): every fifth scene from the second on.
 
-    index: int = 1
-    of: int = 1
-
-    @staticmethod
-    def parse(text: str) -> Shard:
-        """ "2/5" is the second of five. Raises `SpearError` for anything else than k/n with 1 <= k <= n."""
-        index, slash, of = text.partition("/")
-        if not (slash and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
-            raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
-        return Shard(int(index), int(of))
-
-
-WHOLE = Shard()
-"""All scenes in one process."""
+    Raises `SpearError` for anything else than k/n with 1 <= k <= n.
+    """
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
+    return int(index), int(of)
 
 
 class Journal:
     """The journal that this process writes. done: the outcomes that any journal of the folder holds."""
 
-    def __init__(self, folder: Path, policy: str, settings: Mapping[str, Any], shard: Shard) -> None:
+    def __init__(
+        self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int] = (1, 1)
+    ) -> None:
         """Opens a journal, or goes on with it.
 
         Raises `SpearError` when the folder has results of another policy or of other settings.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        head = json.loads(json.dumps({"policy": policy, "settings": settings}))
         self.done: dict[tuple[str, int], Outcome] = {}
         for path in journals(folder):
             earlier = read_journal(path)
-            if (earlier.policy, earlier.settings) != (head["policy"], head["settings"]):
+            heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
+            if other := difference(*heads):
                 raise SpearError(
-                    f"{folder}: holds results of {_difference(earlier, head)}: give another --out, or remove that "
-                    "folder to start anew"
+                    f"{folder}: holds other results: {other}: give another --out, or remove that folder to "
+                    "start anew"
                 )
             self.done |= {(o.family, o.seed): o for o in earlier.outcomes}
-        self._path = folder / f"episodes-{shard.index}-of-{shard.of}.jsonl"
+        self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
         if self._path.is_file():
             whole = self._path.read_bytes().rpartition(b"\n")[0]
             os.truncate(self._path, len(whole) + 1 if whole else 0)
         if not self._path.is_file() or not self._path.stat().st_size:
-            self._write(head)
+            self._write({"policy": policy, "settings": plain(settings)})
 
     def add(self, outcome: Outcome, seconds: float) -> None:
         """One more episode, on disk when this returns. seconds: wall time since the one before."""
@@ -122,15 +115,3 @@ def load(path: Path) -> Results:
             f"results: {path}: no episode has ended there yet: wait, or run `spear evaluate` again"
         )
     return results
-
-
-def _difference(earlier: Results, head: Mapping[str, Any]) -> str:
-    if earlier.policy != head["policy"]:
-        return f"{earlier.policy}, not {head['policy']}"
-    theirs, ours = earlier.settings, head["settings"]
-    words = [
-        f"other {k}" if k == "weights" else f"{k.replace('_', ' ')} {theirs.get(k)}, not {ours.get(k)}"
-        for k in sorted({*theirs, *ours})
-        if theirs.get(k) != ours.get(k)
-    ]
-    return f"{earlier.policy} with " + "; ".join(words)

@@ -7,8 +7,7 @@ training episodes, which is the best constant one, and the last action, repeated
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,7 @@ class OpenLoop:
     truth: Sequence[Array]
 
     def summary(self) -> dict[str, Estimate]:
-        """Means with intervals that resample whole episodes (steps of one episode hang together).
+        """Means with intervals that resample whole episodes (steps of one episode depend on each other).
 
         Raises SpearError where there is nothing to take a mean of.
         """
@@ -76,8 +75,8 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
     if "external" not in episode.images:
         raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
     names = {"external": "observation/image", "wrist": "observation/wrist_image"}
-    state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], 1).astype(
-        np.float32
+    state = np.concatenate(
+        [episode.position, episode.rotation, episode.gripper[:, None]], 1, dtype=np.float32
     )
     seen: list[dict[str, Any]] = []
     for step in range(len(episode)):
@@ -92,26 +91,24 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
 
 def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoop:
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
-    errors, predicted, truth = [], [], []
-    for episode in tracked(map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")):
-        seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
-        chunks: list[Array] = []
-        for start in range(0, len(seen), batch):
-            chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
-        errors.append(_errors(np.stack(chunks), episode))
-        predicted.append(np.stack([c[0] for c in chunks]))
-        truth.append(_truth(episode))
-    return OpenLoop(name, errors, predicted, truth)
+
+    def predictions() -> Iterator[tuple[Episode, Array]]:
+        for episode in tracked(map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")):
+            seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
+            chunks: list[Array] = []
+            for start in range(0, len(seen), batch):
+                chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
+            yield episode, np.stack(chunks)
+
+    return _score(name, predictions())
 
 
 def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
     """The same errors for always predicting the mean action of `train`."""
-    known = [action[valid] for action, valid in (episode_actions(resample(e)) for e in _states(train))]
+    known = [action[valid] for action, valid in map(episode_actions, _without_images(train))]
     constant = mean_action(np.concatenate(known))
-    episodes = [resample(e) for e in _states(held_out)]
-    errors = [_errors(np.tile(constant, (len(e), HORIZON, 1)), e) for e in episodes]
-    truth = [_truth(e) for e in episodes]
-    return OpenLoop("mean action", errors, [np.tile(constant, (len(t), 1)) for t in truth], truth)
+    chunks = ((e, np.tile(constant, (len(e), HORIZON, 1))) for e in _without_images(held_out))
+    return _score("mean action", chunks)
 
 
 def score_last_action(held_out: EpisodeStore) -> OpenLoop:
@@ -119,48 +116,9 @@ def score_last_action(held_out: EpisodeStore) -> OpenLoop:
 
     In an episode's first step, where nothing was done before: for standing still, the gripper as it is.
     """
-    episodes = [resample(e) for e in _states(held_out)]
-    before = [_previous_actions(e) for e in episodes]
-    errors = [
-        _errors(np.repeat(b[:, None], HORIZON, axis=1), e) for b, e in zip(before, episodes, strict=True)
-    ]
-    return OpenLoop("last action", errors, before, [_truth(e) for e in episodes])
-
-
-def plot(model: OpenLoop, reference: OpenLoop, episodes: int = 3, dpi: int = 110) -> bytes:
-    """PNG: predicted against true displacement per axis, and the gripper, over some held-out episodes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chosen = range(min(episodes, len(model.truth)))
-    names = ("forward (x), mm", "left (y), mm", "up (z), mm", "gripper opening")
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(4, len(chosen), sharex="col", sharey="row", squeeze=False)
-    for column, index in enumerate(chosen):
-        for row, name in enumerate(names):
-            scale, dimension = (1000, row) if row < 3 else (1, 7)
-            axis = axes[row][column]
-            axis.plot(scale * model.truth[index][:, dimension], "o-", color="#30363d", label="demonstrator")
-            axis.plot(scale * model.predicted[index][:, dimension], "o-", color="#2460c8", label=model.name)
-            axis.plot(
-                scale * reference.predicted[index][:, dimension], "--", color="#c8402f", label=reference.name
-            )
-            axis.grid(alpha=0.25)
-            axis.margins(y=0.15)
-            if column == 0:
-                axis.set_ylabel(name)
-        axes[0][column].set_title(f"held-out episode {index + 1}")
-        axes[3][column].set_xlabel("step (5 Hz)")
-    axes[0][0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def _truth(episode: Episode) -> Array:
-    actions, valid = episode_actions(episode)
-    return np.where(valid[:, None], actions, np.nan)
+    episodes = _without_images(held_out)
+    chunks = ((e, np.repeat(_previous_actions(e)[:, None], HORIZON, axis=1)) for e in episodes)
+    return _score("last action", chunks)
 
 
 def _previous_actions(episode: Episode) -> Array:
@@ -169,15 +127,24 @@ def _previous_actions(episode: Episode) -> Array:
     return np.concatenate([still, episode_actions(episode)[0][:-1]])
 
 
-def _states(store: EpisodeStore) -> list[Episode]:
-    return [store.without_images(i) for i in range(len(store))]
+def _without_images(store: EpisodeStore) -> list[Episode]:
+    return [resample(store.without_images(i)) for i in range(len(store))]
 
 
-def _errors(chunks: Array, episode: Episode) -> Errors:
-    """chunks [T, H, 8] predicted from each step of the episode."""
-    actions, valid = episode_actions(episode)
-    horizon = chunks.shape[1]
-    targets = [chunk(actions, valid, step, horizon) for step in range(len(episode))]
+def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoop:
+    """From episodes with the chunks [T, H, 8] that are predicted at each of their steps."""
+    errors, predicted, truth = [], [], []
+    for episode, chunks in predictions:
+        actions, valid = episode_actions(episode)
+        errors.append(_errors(chunks, actions, valid))
+        predicted.append(chunks[:, 0])
+        truth.append(np.where(valid[:, None], actions, np.nan))
+    return OpenLoop(name, errors, predicted, truth)
+
+
+def _errors(chunks: Array, actions: Array, valid: Array) -> Errors:
+    """Chunks [T, H, 8] against an episode's actions [T, 8], of which those that are `valid` [T] are known."""
+    targets = [chunk(actions, valid, step, chunks.shape[1]) for step in range(len(chunks))]
     truth, known = np.stack([t for t, _ in targets]), np.stack([k for _, k in targets])
     difference = 1000 * np.linalg.norm(chunks[..., :3] - truth[..., :3], axis=-1)
     angle = quat_distance(torch.as_tensor(chunks[..., 3:7]), torch.as_tensor(truth[..., 3:7]))

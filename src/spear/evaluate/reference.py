@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from spear.evaluate.results import Results
+from spear.evaluate.results import Results, terminal_table
+from spear.evaluate.stats import Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,40 +46,25 @@ class Reference:
 
     def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
         """The table as text, marked as published; below it our results (by name), as measured here."""
-        lines = [
-            [
-                f"{name} (published)",
-                *([f"{v:.1f}" for v in self.rows.get(name, ())] or ["–"] * len(self.columns)),
-                f"{mean:.1f}",
-            ]
-            for name, mean in self.means.items()
-        ]
+        lines = []
+        for name, mean in self.means.items():
+            row = [f"{v:.1f}" for v in self.rows.get(name, ())] or ["–"] * len(self.columns)
+            lines.append([f"{name} (published)", *row, f"{mean:.1f}"])
         for name, results in ours:
-            line, here = [f"{name} (measured here)"], set(results.families)
-            for family in self.families:
-                e = results.summary(family).success if family in here else None
-                line.append(
-                    "–" if e is None else f"{100 * e.value:.1f} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
-                )
-            mean = results.mean()
-            all_tasks = here == set(self.families)
-            line.append(
-                f"{100 * mean.value:.1f} [{100 * mean.low:.0f}, {100 * mean.high:.0f}]" if all_tasks else "–"
-            )
-            lines.append(line)
+            here = set(results.families)
+            found = [results.summary(family).success if family in here else None for family in self.families]
+            found.append(results.mean() if here == set(self.families) else None)
+            lines.append([f"{name} (measured here)", *map(_points, found)])
         return lines
 
     def table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
         """The same for a terminal."""
-        from rich.markup import escape
-        from rich.table import Table
+        caption = f"Published numbers: {self.source}. {self.note}".strip()
+        return terminal_table(self.title, self.headers(), self.cells(ours), caption)
 
-        table = Table(title=self.title, caption=f"Published numbers: {self.source}. {self.note}".strip())
-        for index, header in enumerate(self.headers()):
-            table.add_column(header, justify="right" if index else "left")
-        for line in self.cells(ours):
-            table.add_row(*map(escape, line))
-        return table
+
+def _points(e: Estimate | None) -> str:
+    return "–" if e is None else f"{100 * e.value:.1f} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
 
 
 def references() -> dict[str, Reference]:

@@ -13,6 +13,7 @@ import numpy as np
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
 from spear.util.files import write_text
+from spear.util.ledger import difference
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,12 +88,12 @@ class Results:
 
     def width(self) -> str:
         """In words: how wide the intervals are, and how many scenes make them ±5 points."""
-        widest = max((self.summary(f).success for f in self.families), key=lambda e: e.half_width)
+        rates = [self.summary(f).success for f in self.families]
+        widest = max(rates, key=lambda e: e.half_width)
         text = f"intervals: ±{100 * self.mean().half_width:.1f} points for the mean, "
         text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
         if widest.half_width <= HALF_WIDTH:
             return text
-        rates = [self.summary(f).success for f in self.families]
         need = max(samples_for(HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
         return f"{text}. ±{100 * HALF_WIDTH:.0f} points need up to {need} scenes per family"
 
@@ -100,17 +101,15 @@ class Results:
         """The numbers of one family, or of all episodes together."""
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
-        return Summary(
-            success=wilson(sum(o.success for o in chosen), len(chosen)),
-            reached=wilson(sum(o.reached for o in chosen), len(chosen)),
-            grasped=wilson(sum(o.grasped for o in chosen), len(chosen)),
-            wrong_object=wilson(sum(o.wrong_object_moved for o in chosen), len(chosen)),
-            steps=float(np.mean(steps)) if steps else None,
+        names = ("success", "reached", "grasped", "wrong_object_moved")
+        success, reached, grasped, wrong = (
+            wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in names
         )
+        return Summary(success, reached, grasped, wrong, float(np.mean(steps)) if steps else None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready data, the summaries first."""
-        return {
+    def save(self, path: Path) -> None:
+        """Writes JSON, the summaries first, whole or not at all."""
+        content = {
             "policy": self.policy,
             "settings": self.settings,
             "seconds": self.seconds,
@@ -118,10 +117,7 @@ class Results:
             "summary": {f: asdict(self.summary(f)) for f in self.families},
             "outcomes": [asdict(o) for o in self.outcomes],
         }
-
-    def save(self, path: Path) -> None:
-        """Writes JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_dict(), indent=1))
+        write_text(path, json.dumps(content, indent=1))
 
     @staticmethod
     def load(path: Path) -> Results:
@@ -137,28 +133,38 @@ class Results:
 
     def table(self) -> Table:
         """The summaries for a terminal."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
-        )
-        for column in ("family", "success [95 %]", "reached", "grasped", "wrong object", "steps"):
-            table.add_column(column, justify="left" if column == "family" else "right")
+        rows = []
         for family in self.families:
             s = self.summary(family)
-            table.add_row(
-                family,
-                f"{s.success.value:.0%} \\[{s.success.low:.0%}, {s.success.high:.0%}]",
-                f"{s.reached.value:.0%}",
-                f"{s.grasped.value:.0%}",
-                f"{s.wrong_object.value:.0%}",
-                "" if s.steps is None else f"{s.steps:.0f}",
-            )
-        table.add_section()
+            success = f"{s.success.value:.0%} [{s.success.low:.0%}, {s.success.high:.0%}]"
+            rates = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.wrong_object)]
+            rows.append([family, success, *rates, "" if s.steps is None else f"{s.steps:.0f}"])
         mean = self.mean()
-        table.add_row("mean of families", f"{mean.value:.1%} \\[{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4)
-        table.caption = self.width()
-        return table
+        rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4])
+        title = f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
+        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object", "steps"]
+        return terminal_table(title, headers, rows, self.width(), mean_last=True)
+
+
+def terminal_table(
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str = "",
+    mean_last: bool = False,
+) -> Table:
+    """A table for a terminal: names on the left, numbers on the right. mean_last: the last row stands apart."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), caption=escape(caption))
+    for index, header in enumerate(headers):
+        table.add_column(escape(header), justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        if mean_last and row is rows[-1]:
+            table.add_section()
+        table.add_row(*map(escape, row))
+    return table
 
 
 def merge(parts: Sequence[Results]) -> Results:
@@ -170,21 +176,13 @@ def merge(parts: Sequence[Results]) -> Results:
     first = parts[0]
     found: dict[tuple[str, int], Outcome] = {}
     for part in parts:
-        if part.policy != first.policy:
-            raise SpearError(
-                f"results: of {first.policy} and of {part.policy}: these do not merge: compare them"
-            )
-        differ = sorted(k for k, v in part.settings.items() if first.settings.get(k) != v)
-        if differ or part.settings.keys() != first.settings.keys():
-            raise SpearError(
-                f"results of {part.policy}: run with different {', '.join(differ) or 'settings'}: "
-                "only parts of one evaluation merge"
-            )
+        if other := difference(*({"policy": p.policy, **p.settings} for p in (first, part))):
+            raise SpearError(f"results of {part.policy}: {other}: only parts of one evaluation merge")
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
                 raise SpearError(
-                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: the policy "
-                    "or the simulator changed in between: evaluate again into a new folder"
+                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: the "
+                    "policy or the simulator changed in between: evaluate again into a new folder"
                 )
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))

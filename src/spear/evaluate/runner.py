@@ -1,26 +1,25 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, only what is missing is run,
-films."""
+"""What evaluations in every simulator share: outcomes on disk as they come, only what is missing is run, films."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
-from spear.evaluate.journal import WHOLE, Journal, Shard
+from spear.evaluate.journal import Journal, parse_shard
+from spear.evaluate.options import EpisodeOptions, Films
 from spear.evaluate.results import Outcome, Results
 from spear.util.files import write_bytes
+from spear.util.ledger import lock
 from spear.util.progress import ProgressBar
 
 Track = TypeVar("Track")
-Films = int | Literal["failures", "all"]
-"""Films to make per family: of so many successes and as many failures, lowest seeds first; of all failures;
-or of all episodes."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,12 @@ class Film:
     data: bytes
     mime: str
 
-    def save(self, folder: Path) -> None:
-        """Writes the film under its episode's name, whole or not at all."""
-        write_bytes(folder / f"{self.outcome.film_name}.{self.mime.removeprefix('video/')}", self.data)
-
 
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for
-                    where every episode may need one; the few others are run again for their film.
+    films_are_free  whether an episode's track costs next to nothing, to make and to keep. Otherwise tracks are
+                    only asked for where every episode may need one; the few others are run again for their film.
     """
 
     @property
@@ -63,59 +58,60 @@ def run_evaluation(
     agent: Agent,
     scenes: Mapping[str, Sequence[int]],
     settings: dict[str, Any],
-    films: Films = 0,
+    options: EpisodeOptions,
     quiet: bool = False,
-    out: Path | None = None,
-    shard: Shard = WHOLE,
 ) -> tuple[Results, list[Film]]:
-    """Runs an evaluation.
+    """Runs an evaluation, and gives its results and the films made now.
 
     scenes    family → the seeds of its scenes.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
-    out       folder that outcomes and films are written to as they come. Episodes that it already holds are
-              not run again (see `spear.evaluate.journal`), only filmed where a film is wanted and missing.
-    shard     run only this part of the scenes.
+    options   of which `films`, `out` and `shard` count here. Episodes that `out` already holds are not run again,
+              only filmed where a film is wanted and missing.
 
-    Raises SpearError for a folder with results of another policy or of other settings, and for a part without
-    scenes.
+    Raises SpearError for a folder with results of another policy or of other settings, for a part without scenes,
+    and for one that another process is running.
     """
+    index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
-    if most < shard.index:
+    if most < index:
         raise SpearError(
-            f"--shard {shard.index}/{shard.of}: holds no scene, as there are only {most}: give more --scenes, or make "
-            f"at most {most} parts"
+            f"--shard {index}/{of}: holds no scene, as there are only {most}: give more --scenes, or make at most "
+            f"{most} parts"
         )
-    studio = _Studio(simulator, films, out)
-    journal = Journal(out, agent.name, settings, shard) if out else None
-    started = last = time.perf_counter()
+    films = _FilmMaker(simulator, options.films, options.out)
+    journal = None
     outcomes: list[Outcome] = []
-    for family, everything in scenes.items():
-        seeds = everything[shard.index - 1 :: shard.of]
-        done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
-        todo = [s for s in seeds if s not in done]
-        with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
-            for outcome, track in simulator.run(agent, family, todo, studio.filming):
-                done[outcome.seed] = outcome
-                studio.add(outcome, track, [done[s] for s in seeds if s in done])
-                if journal:
-                    now = time.perf_counter()
-                    journal.add(outcome, now - last)
-                    last = now
-                bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
-            ended = [done[s] for s in seeds]
-            outcomes += ended
-            again = studio.finish(ended)
-            for outcome, track in simulator.run(agent, family, again, True):
-                if outcome == done[outcome.seed]:
-                    studio.make(outcome, track)
-                else:
-                    bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
-    return Results(agent.name, settings, outcomes, time.perf_counter() - started), studio.made
+    with contextlib.ExitStack() as stack:
+        if options.out:
+            if not stack.enter_context(lock(options.out / f".episodes-{index}-of-{of}.lock")):
+                raise SpearError(f"{options.out}: another process is running part {index}/{of}: wait for it")
+            journal = Journal(options.out, agent.name, settings, (index, of))
+        started = last = time.perf_counter()
+        for family, everything in scenes.items():
+            seeds = everything[index - 1 :: of]
+            done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
+            todo = [s for s in seeds if s not in done]
+            with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
+                for outcome, track in simulator.run(agent, family, todo, films.filming):
+                    done[outcome.seed] = outcome
+                    films.add(outcome, track)
+                    if journal:
+                        now = time.perf_counter()
+                        journal.add(outcome, now - last)
+                        last = now
+                    bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
+                ended = [done[s] for s in seeds]
+                outcomes += ended
+                for outcome, track in simulator.run(agent, family, films.finish(ended), True):
+                    if outcome == done[outcome.seed]:
+                        films.make(outcome, track)
+                    else:
+                        bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
+    return Results(agent.name, settings, outcomes, time.perf_counter() - started), films.made
 
 
-class _Studio(Generic[Track]):
-    """Makes the films that are wanted. Tracks can be large (every picture of an episode), so that each is
-    filmed as its episode ends, or kept only as long as it may be wanted.
+class _FilmMaker(Generic[Track]):
+    """Makes the films that are wanted.
 
     filming  whether the first run of an episode is to give its track. made: the films so far.
     """
@@ -128,24 +124,19 @@ class _Studio(Generic[Track]):
         self.made: list[Film] = []
         self._tracks: dict[int, Track] = {}
 
-    def add(self, outcome: Outcome, track: Track, ended: Sequence[Outcome]) -> None:
-        """An episode that has just ended; ended: those of its family so far, by seed."""
-        if not self.filming:
-            return
-        if isinstance(self._films, str):
-            if self._missing([outcome]):
-                self.make(outcome, track)
-            return
-        self._tracks[outcome.seed] = track
-        wanted = {o.seed for o in _wanted(ended, self._films)}
-        self._tracks = {seed: kept for seed, kept in self._tracks.items() if seed in wanted}
+    def add(self, outcome: Outcome, track: Track) -> None:
+        """An episode that has just ended."""
+        if isinstance(self._films, int):
+            self._tracks |= {outcome.seed: track} if self.filming else {}
+        elif self._missing(
+            [outcome]
+        ):  # at once: a track can be large, in SIMPLER every picture of an episode
+            self.make(outcome, track)
 
     def finish(self, ended: Sequence[Outcome]) -> list[int]:
-        """All episodes of a family have ended: the seeds of those that have to be run again for their
-        film."""
+        """All episodes of a family have ended: the seeds of those that have to be run again for their film."""
         tracks, self._tracks = self._tracks, {}
-        made = {(f.outcome.family, f.outcome.seed) for f in self.made}
-        missing = [o for o in self._missing(ended) if (o.family, o.seed) not in made]
+        missing = self._missing(ended)
         for outcome in missing:
             if outcome.seed in tracks:
                 self.make(outcome, tracks[outcome.seed])
@@ -153,20 +144,19 @@ class _Studio(Generic[Track]):
 
     def make(self, outcome: Outcome, track: Track) -> None:
         """One film, on disk when this returns."""
-        self.made.append(self._simulator.film(outcome, track))
+        film = self._simulator.film(outcome, track)
+        self.made.append(film)
         if self._out:
-            self.made[-1].save(self._out)
+            write_bytes(self._out / f"{outcome.film_name}.{film.mime.removeprefix('video/')}", film.data)
 
     def _missing(self, ended: Sequence[Outcome]) -> list[Outcome]:
-        wanted = _wanted(ended, self._films)
-        return [o for o in wanted if not (self._out and video.film_file(self._out, o.film_name))]
-
-
-def _wanted(ended: Sequence[Outcome], films: Films) -> list[Outcome]:
-    """The episodes of a family that are to be filmed."""
-    if films == "all":
-        return list(ended)
-    failures = [o for o in ended if not o.success]
-    if films == "failures":
-        return failures
-    return [o for o in ended if o.success][:films] + failures[:films]
+        """Those to film of a family's episodes of which there is no film yet."""
+        if isinstance(self._films, int):
+            count = self._films
+            wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
+            wanted = wins[:count] + failures[:count]
+        else:
+            wanted = [o for o in ended if self._films == "all" or not o.success]
+        made = {film.outcome.film_name for film in self.made}
+        new = [o for o in wanted if o.film_name not in made]
+        return [o for o in new if not (self._out and video.film_file(self._out, o.film_name))]

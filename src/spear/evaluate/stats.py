@@ -1,7 +1,17 @@
-"""Intervals: how far a measured number may be from the true one. All intervals are 95 %."""
+"""How far a measured number may be from the true one. All intervals are 95 %.
+
+Proportions have Wilson's interval, differences on the same scenes that of Agresti and Min (2005), anything
+else a bootstrap. Where a recipe was trained with several seeds and scored on the same scenes each time, two
+things are drawn by chance: the variance of the mean is that over seeds plus that over scenes minus what both
+contain (a two-way analysis of variance, as Cameron, Gelbach and Miller (2011) cluster by two things at once),
+with Student's t at Satterthwaite's degrees of freedom. That interval is wide when three seeds disagree, and
+never narrower than if all episodes were independent (our choice: a variance from three seeds can be small by
+chance). With one seed it speaks of that one training only.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,33 +74,24 @@ def samples_for(half_width: float, rate: float = 0.5) -> int:
     """
     if not 0 < half_width < 0.5 or not 0 <= rate <= 1:
         raise ValueError(f"samples_for: ±{half_width} around {rate}")
-    low, high = 0, 1
-    while _half_width(rate, high) > half_width:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _half_width(rate, middle) <= half_width else (middle, high)
-    return high
+    # With x = z² / n the half width h is sqrt(p(1-p)x + x²/4) / (1 + x): a x² + b x + h² = 0.
+    a, b = half_width**2 - 0.25, 2 * half_width**2 - rate * (1 - rate)
+    x = (-b - math.sqrt(b * b - 4 * a * half_width**2)) / (2 * a)
+    return math.ceil(Z95**2 / x)
 
 
-def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
+def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Estimate:
     """The difference of two success rates, first - second, measured on the same scenes.
 
+    strata  of task families, each counting the same: the successes of the first and of the second.
+
     Agresti and Min (2005): a Wald interval after adding half a scene to each cell of the 2x2 table, which
-    covers well for few scenes. Pairing removes the differences between scenes, so that it needs far fewer of
-    them than two separate intervals do.
-    """
-    return paired_mean_difference([(first, second)])
-
-
-def paired_mean_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Estimate:
-    """The mean over strata (task families), each counting the same, of the paired differences first - second.
-
-    As `paired_difference` for each, whose variances add up; the half scene per cell is spread over the strata
-    (our choice), so that one stratum gives the interval of Agresti and Min.
+    covers well for few scenes. The strata's variances add up, and the half scene is spread over them (our
+    choice). Pairing removes the differences between scenes, so that it needs far fewer of them than two
+    separate intervals do.
     """
     if not strata:
-        raise ValueError("paired_mean_difference: no strata")
+        raise ValueError("paired_difference: no strata")
     values, centres, variance, n = [], [], 0.0, 0
     extra = 0.5 / len(strata)
     for first, second in strata:
@@ -132,8 +133,8 @@ def bootstrap(
 ) -> Estimate:
     """A statistic of all values with a percentile-bootstrap interval that resamples whole groups.
 
-    groups  one array of values per independent unit (an image, an episode). Values of one unit hang together,
-            so that resampling single values would give intervals that are too narrow.
+    groups  one array of values per independent unit (an image, an episode). Values of one unit depend on each
+            other, so that resampling single values would give intervals that are too narrow.
     """
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
     if not units:
@@ -145,6 +146,26 @@ def bootstrap(
     return Estimate(float(statistic(np.concatenate(units))), float(low), float(high), len(units))
 
 
+def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
+    """The mean over strata (task families, each counting the same) of success [seeds, scenes] bool."""
+    tables = _checked(strata)
+    independent = wilson_mean([(int(table.sum()), table.size) for table in tables])
+    return _wider(_crossed(tables), independent, 0.0)
+
+
+def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
+    """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`.
+
+    Seeds are paired by their order, scenes by theirs.
+    """
+    a, b = _checked(first), _checked(second)
+    if [x.shape for x in a] != [y.shape for y in b]:
+        raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
+    crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
+    pairs = [(x.ravel().tolist(), y.ravel().tolist()) for x, y in zip(a, b, strict=True)]
+    return _wider(crossed, paired_difference(pairs), -1.0)
+
+
 def _score_interval(p: float, n: float) -> tuple[float, float]:
     """Wilson's interval around a proportion p of n samples."""
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
@@ -152,6 +173,41 @@ def _score_interval(p: float, n: float) -> tuple[float, float]:
     return float(max(0.0, min(p, centre - half))), float(min(1.0, max(p, centre + half)))
 
 
-def _half_width(rate: float, n: int) -> float:
-    low, high = _score_interval(rate, n)
-    return (high - low) / 2
+def _checked(strata: Sequence[Array]) -> list[Array]:
+    tables = [np.asarray(table, bool) for table in strata]
+    if not tables or any(t.ndim != 2 or not t.size or len(t) != len(tables[0]) for t in tables):
+        raise ValueError(f"seeds and scenes: {[t.shape for t in tables]}")
+    return tables
+
+
+def _crossed(tables: Sequence[Array]) -> tuple[float, float]:
+    """The mean of the strata's means and half its interval; the tables are [seeds, scenes]."""
+    from scipy.special import stdtrit
+
+    seeds, parts = len(tables[0]), len(tables)
+    mean = float(np.mean([table.mean() for table in tables]))
+    over_seeds = over_scenes = both = 0.0
+    scenes = 0
+    if seeds > 1:
+        over_seeds = float(np.mean([table.mean(1) for table in tables], axis=0).var(ddof=1)) / seeds
+    for table in tables:
+        count = table.shape[1]
+        if count < 2:
+            continue
+        scenes += count - 1
+        over_scenes += float(table.mean(0).var(ddof=1)) / count / parts**2
+        if seeds > 1:
+            rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+            both += float((rest**2).sum()) / ((seeds - 1) * (count - 1)) / table.size / parts**2
+    variance = max(over_seeds + over_scenes - both, over_seeds, over_scenes)
+    if variance == 0:
+        return mean, 0.0
+    spread = over_seeds**2 / max(seeds - 1, 1) + over_scenes**2 / max(scenes, 1)
+    return mean, float(stdtrit(max(1.0, variance**2 / spread), 0.975) * np.sqrt(variance))
+
+
+def _wider(crossed: tuple[float, float], independent: Estimate, least: float) -> Estimate:
+    """The wider of both intervals, around the value of the first, cut off at `least` and 1."""
+    value, half = crossed
+    low, high = min(value - half, independent.low), max(value + half, independent.high)
+    return Estimate(value, max(least, low), min(1.0, high), independent.n)

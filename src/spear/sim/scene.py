@@ -168,6 +168,16 @@ def check_families(families: Iterable[str]) -> None:
             raise unknown_name("task family", family, FAMILIES)
 
 
+def held_out_seeds(first: int, count: int) -> range:
+    """`count` seeds from `first` on. Raises `SpearError` where training uses one of them, or there is none."""
+    if count < 1 or first < 0 or first + count > TRAIN_SEED:
+        raise SpearError(
+            f"scenes {first} … {first + count - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes and "
+            "--first-seed within them"
+        )
+    return range(first, first + count)
+
+
 def sample_scene(family: str, seed: int) -> SceneSpec:
     """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
     check_families([family])

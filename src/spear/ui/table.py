@@ -195,14 +195,10 @@ class Table:
 
     def question(self, text: str) -> View:
         """SPEAR-VLM's answer to any question, in words."""
-        picture = ask.Picture(self._image(), None)
+        image = self._image()
         text = tools.prompt({"question": text}, "question")
-        return {
-            "answer": {
-                "question": text,
-                "text": ask.words(ask.ask(self._studio.vlm, picture, text), picture),
-            }
-        }
+        answer = ask.ask(self._studio.vlm, image, text)
+        return {"answer": {"question": text, "text": ask.words(answer, image)}}
 
     @property
     def _steps(self) -> int:

@@ -20,7 +20,7 @@ from spear.errors import SpearError, unknown_name
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """Both ends of the range that a number, or each number of a tuple, must lie in. None is always allowed."""
+    """The range that a number, or each number of a tuple, must lie in. None and words are always allowed."""
 
     least: float
     most: float = float("inf")
@@ -28,7 +28,7 @@ class Within:
     def check(self, option: str, value: Any) -> None:
         """Raises `SpearError`, naming the option, for a number outside."""
         for number in value if isinstance(value, tuple) else (value,):
-            if number is None or self.least <= number <= self.most:
+            if number is None or isinstance(number, str) or self.least <= number <= self.most:
                 continue
             most = f" and at most {self.most:g}" if self.most < float("inf") else ""
             raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from spear import embodiments
+from spear.evaluate.agents import load_agent
 from spear.evaluate.journal import load
-from spear.evaluate.load import load_agent
+from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.reference import beside
 from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler.process import SimplerProcess
-from spear.evaluate.simpler.run import OracleActor, Simpler
+from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer
 from spear.geometry import apply_step, quat_distance, random_quat
@@ -31,7 +32,7 @@ def simpler(shared: Path) -> Iterator[Simpler]:
     assets = shared / "assets" / "simpler"
     if not assets.is_dir():
         pytest.skip(f"SIMPLER's assets not found at {assets}")
-    simulator = Simpler(replan=5, assets=assets)
+    simulator = Simpler(SimplerOptions(replan=5, batch=1, assets=assets))
     try:
         simulator.open(TASK, 1)[0].reset(0, True)
     except NoRenderer as error:
@@ -79,7 +80,7 @@ def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> Non
 
 
 def test_the_oracle_stacks_the_cubes(simpler: Simpler) -> None:
-    results, _ = run_evaluation(simpler, OracleActor(), {TASK: [0]}, {}, quiet=True)
+    results, _ = run_evaluation(simpler, OracleAgent(), {TASK: [0]}, {}, EpisodeOptions(), quiet=True)
     (outcome,) = results.outcomes
     assert outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
     assert outcome.unreachable == 0 and outcome.steps < TASKS[TASK].steps
@@ -89,8 +90,8 @@ def test_the_nano_policy_runs_to_the_end_and_is_filmed(
     simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6))
-    agent = load_agent("nano")[0]
-    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, films=1, quiet=True, out=tmp_path)
+    agent = load_agent("nano")
+    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, EpisodeOptions(films=1, out=tmp_path), quiet=True)
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spear.evaluate.vqa.ask import Picture, words
+from spear.evaluate.vqa.ask import words
 from spear.policy import Answer
 from spear.report.draw import draw_answer
 from spear.types import Pixel, Unit
 
-PICTURE = Picture(np.zeros((60, 80, 3), np.uint8), None)
+PICTURE = np.zeros((60, 80, 3), np.uint8)
 
 
 @pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])
@@ -23,5 +23,5 @@ def test_numbers_are_said_in_the_unit_of_the_model(unit: Unit, said: str) -> Non
 def test_places_are_said_in_pixels_and_drawn() -> None:
     answer = Answer([Pixel(0.5, 0.25)], "metre")
     assert words(answer, PICTURE) == "(40, 15) px"
-    assert draw_answer(answer.segments, PICTURE.image, None).any()
+    assert draw_answer(answer.segments, PICTURE, None).any()
     assert words(Answer([], "metre"), PICTURE) == "(no answer)"

@@ -13,6 +13,7 @@ import pytest
 from labels_boxes import labelled
 from spear.cli import main
 from spear.errors import SpearError
+from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import baselines as baselines
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.calibration import Certainty, calibrate
@@ -86,7 +87,7 @@ def ask_oracle(
 
     with monkeypatch.context() as patch:
         patch.setattr(vqa, "generate", remember)
-        return vqa.evaluate(oracle, labels, per_image=2, **options)  # type: ignore[arg-type]
+        return vqa.evaluate(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
 
 
 def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +121,10 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(
     labels = [labelled(i) for i in range(3)]
     scores = ask_oracle(Oracle(drop_last=True), labels, monkeypatch)
     box = scores.families["box_vertices"]
-    assert box.grammar.value == 1 and box.free is not None and box.free.value == 0
-    scores.save(tmp_path / "s.json", checkpoint="x")
+    assert box.grammar.value == 1 and box.free.value == 0
+    scores.save(tmp_path / "s.json", {"model": "x"})
     saved = json.loads((tmp_path / "s.json").read_text())
-    assert saved["checkpoint"] == "x" and saved["families"]["box_vertices"]["free"]["value"] == 0
+    assert saved["model"] == "x" and saved["families"]["box_vertices"]["free"]["value"] == 0
     headers, rows = scores.rows()
     assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
     assert rows[0][headers.index("free")] == "0.0%"
@@ -144,11 +145,11 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
     assert "%" in scores.rows()[1][0][2]
     mixed = [labelled(0), labelled(1, unit="relative")]
     with pytest.raises(SpearError, match="labels mix units"):
-        vqa.evaluate(Oracle(), mixed)
+        vqa.evaluate(Oracle(), mixed, QuestionOptions())
     with pytest.raises(SpearError, match="no questions: 0 images"):
-        vqa.evaluate(Oracle(), [])
+        vqa.evaluate(Oracle(), [], QuestionOptions())
     with pytest.raises(SpearError, match="did you mean 'keypoint'"):
-        vqa.evaluate(Oracle(), [labelled(0)], families=("keypiont",))
+        vqa.evaluate(Oracle(), [labelled(0)], QuestionOptions(families=("keypiont",)))
 
 
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
@@ -247,9 +248,9 @@ def test_the_command_writes_scores_and_a_page(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
     assert main([*command, "--families", "keypoint", "distance", "--out", str(out)]) == 0
-    assert "Is it as sure as it may be?" in capsys.readouterr().out
+    assert "Calibration" in capsys.readouterr().out
     saved = json.loads((out / "scores.json").read_text())
-    assert (saved["images"], saved["checkpoint"]) == (2, "nano")
+    assert (saved["images"], saved["model"]) == (2, "nano")
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert (out / "index.html").stat().st_size > 5000
 

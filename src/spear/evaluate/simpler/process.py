@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,8 @@ class SimplerProcess:
             raise NoRenderer(no_renderer(reason)) from None
         if isinstance(answer, Exception):
             raise answer
-        moment: Moment = answer
-        return moment
+        assert isinstance(answer, Moment)
+        return answer
 
 
 def _serve(pipe: Connection, task: str, assets: Path | None) -> None:
@@ -66,14 +65,18 @@ def _serve(pipe: Connection, task: str, assets: Path | None) -> None:
     side."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads only stand in each other's way here
     os.environ.setdefault("LP_NUM_THREADS", "1")  # of the software renderer
-    make = _world(task, assets)
+    world: Any = None
     while True:
         try:
             call, arguments = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            answer: Any = getattr(make(), call)(*arguments)
+            if world is None:
+                from spear.evaluate.simpler.world import SimplerWorld
+
+                world = SimplerWorld(task, assets)
+            answer: Any = getattr(world, call)(*arguments)
         except KeyboardInterrupt:
             return
         except SpearError as error:
@@ -81,16 +84,3 @@ def _serve(pipe: Connection, task: str, assets: Path | None) -> None:
         except Exception as error:
             answer = SpearError(f"SIMPLER: {task}: {type(error).__name__}: {error}")
         pipe.send(answer)
-
-
-def _world(task: str, assets: Path | None) -> Callable[[], Any]:
-    made: list[Any] = []
-
-    def make() -> Any:
-        from spear.evaluate.simpler.world import SimplerWorld
-
-        if not made:
-            made.append(SimplerWorld(task, assets))
-        return made[0]
-
-    return make

@@ -11,40 +11,56 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spear import embodiments
-from spear.chunks import REPLAN, ChunkExecutor
-from spear.errors import SpearError, unknown_name
+from spear.chunks import ChunkExecutor
+from spear.errors import unknown_name
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
-from spear.evaluate.journal import WHOLE, Shard
-from spear.evaluate.results import SCENES, Outcome, Results
-from spear.evaluate.runner import Film, Films, run_evaluation
+from spear.evaluate.options import SimplerOptions
+from spear.evaluate.results import Outcome, Results
+from spear.evaluate.runner import Film, run_evaluation
+from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.process import SimplerProcess
-from spear.evaluate.simpler.tasks import RATE_HZ, STARTS, TASKS, Moment
+from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
 from spear.types import Array
 
 ROBOT = "simpler_widowx"
-EPISODES = -(-SCENES // STARTS) * STARTS
-"""Per task, unless told otherwise: enough for ±5 points, and each start of every task comes up equally
-often."""
 
 
-class OracleActor:
-    """The scripted reference, which sees the true state: what adapter, controller and time limit allow."""
+def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
+    """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
 
-    name = "oracle"
-    weights: str | None = None
-    needs_images = False
+    A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
+    other noise for the policy. References, which have none, see each start at most once.
 
-    def act(self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        from spear.evaluate.simpler import oracle
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown task, and where
+    ManiSkill, its assets or a renderer are missing.
+    """
+    from spear.evaluate.simpler.world import assets_hash, check_assets, check_installed
 
-        return [oracle.act(env.task, env.moment.truth)[None] for env in envs]
+    tasks = options.tasks or tuple(TASKS)
+    for task in tasks:
+        if task not in TASKS:
+            raise unknown_name("task", task, TASKS)
+    check_installed()
+    settings = {
+        "simulator": f"ManiSkill {version('mani_skill')}",
+        "assets": assets_hash(check_assets(options.assets)),
+        "replan": options.replan,
+        "weights": agent.weights,
+    }
+    first, scenes = options.first_seed, options.scenes
+    counts = {t: scenes if agent.needs_images else min(scenes, TASKS[t].starts) for t in tasks}
+    every = {t: range(first, first + count) for t, count in counts.items()}
+    simulator = Simpler(options)
+    try:
+        return run_evaluation(simulator, agent, every, settings, options, quiet)
+    finally:
+        simulator.close()
 
 
 @dataclass
@@ -70,14 +86,23 @@ class SimplerScene:
         return self.moment.steps
 
 
+class OracleAgent(Agent):
+    """The scripted reference, which sees the true state: what adapter, controller and time limit allow."""
+
+    name = "oracle"
+
+    def act(self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        return [oracle.act(env.task, env.moment.truth)[None] for env in envs]
+
+
 class Simpler:
     """The tasks as a `spear.evaluate.runner.Simulator`. A track is the camera's picture at each step."""
 
     films_are_free = False
 
-    def __init__(self, replan: int = REPLAN, batch: int = 1, assets: Path | None = None) -> None:
-        """batch: scenes that run at once, each in a process of its own."""
-        self._replan, self._batch, self._assets = replan, batch, assets
+    def __init__(self, options: SimplerOptions) -> None:
+        self._options = options
+        self._batch = options.batch or os.cpu_count() or 1
         self._robot = embodiments.load(ROBOT)
         self._processes: list[SimplerProcess] = []
         self._task = ""
@@ -109,10 +134,9 @@ class Simpler:
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
         """The pictures with the instruction, and the outcome on the last."""
-        last = len(track) - 1
+        ends = [None] * (len(track) - 1) + [outcome.success]
         frames = [
-            video.compose(picture, None, outcome.instruction, outcome.success if step == last else None)
-            for step, picture in enumerate(track)
+            video.compose(p, None, outcome.instruction, end) for p, end in zip(track, ends, strict=True)
         ]
         return Film(outcome, *video.encode(frames, RATE_HZ))
 
@@ -128,12 +152,12 @@ class Simpler:
             self.close()
             self._task = task
         while len(self._processes) < count:
-            self._processes.append(SimplerProcess(task, self._assets))
+            self._processes.append(SimplerProcess(task, self._options.assets))
         return self._processes[:count]
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
         moment = process.reset(seed % TASKS[task].starts, image)
-        scene = SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._replan))
+        scene = SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan))
         if image:
             scene.pictures = [moment.observation["observation/image"]]
         return scene
@@ -156,56 +180,6 @@ class Simpler:
         elif scene.achieved is None:
             scene.achieved = scene.steps
         return scene.steps >= TASKS[scene.task].steps
-
-
-def evaluate(
-    agent: Agent,
-    tasks: Sequence[str] = tuple(TASKS),
-    scenes: int = EPISODES,
-    first_seed: int = 0,
-    replan: int = REPLAN,
-    batch: int | None = None,
-    films: Films = 0,
-    quiet: bool = False,
-    out: Path | None = None,
-    shard: Shard = WHOLE,
-    assets: Path | None = None,
-) -> tuple[Results, list[Film]]:
-    """Success on the seeds first_seed … first_seed + scenes - 1 of each task.
-
-    A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
-    other noise for the policy. References, which have none, see each start at most once.
-
-    batch   scenes that run at once, each in a process: as many as there are cores for None.
-    assets  ManiSkill's asset folder, where it is not in MS_ASSET_DIR or ~/.maniskill.
-
-    replan, films, out and shard as in `spear.evaluate.closed_loop.evaluate`. Raises SpearError for an unknown
-    task, and where ManiSkill, its assets or a renderer are missing.
-    """
-    from spear.evaluate.simpler.world import assets_hash, check_assets, check_installed
-
-    for task in tasks:
-        if task not in TASKS:
-            raise unknown_name("task", task, TASKS)
-    if scenes < 1 or first_seed < 0:
-        raise SpearError(f"scenes {first_seed} … {first_seed + scenes - 1}: give at least one, from 0 on")
-    ChunkExecutor("sync", replan)  # raises for what it cannot do, before anything is written
-    check_installed()
-    settings = {
-        "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": assets_hash(check_assets(assets)),
-        "replan": replan,
-        "weights": agent.weights,
-    }
-    every = {
-        t: range(first_seed, first_seed + (scenes if agent.needs_images else min(scenes, TASKS[t].starts)))
-        for t in tasks
-    }
-    simulator = Simpler(replan, batch or os.cpu_count() or 1, assets)
-    try:
-        return run_evaluation(simulator, agent, every, settings, films, quiet, out, shard)
-    finally:
-        simulator.close()
 
 
 def _complete(observation: Mapping[str, Any]) -> dict[str, Any]:

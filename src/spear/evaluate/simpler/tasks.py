@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +31,6 @@ TASKS: dict[str, Task] = {
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60),
 }
 """ManiSkill's names, in the order of the paper's table."""
-STARTS = math.lcm(*(task.starts for task in TASKS.values()))
-"""With so many episodes per task, or a multiple, each start of every task comes up equally often."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,7 @@ class Moment:
     success      ManiSkill's own verdict on this moment.
     reached      the end-effector has been within 4 cm of the object to move (our choice).
     grasped      both fingers have pressed on it.
-    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the
-                        condition
+    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the condition
                  that ManiSkill describes for its flag of this name, which is always False in 3.0.1).
     unreachable  control steps so far for whose target the controller found no joint angles; it then stands
                  still.

@@ -1,10 +1,10 @@
 """One of SIMPLER's tasks in ManiSkill 3: scenes by number, observations and commands as the WidowX has them.
 
 Facts, from mani_skill 3.0.1's code and checked in it (docs/simpler.md): the arm's controller keeps a target
-pose of link `ee_gripper_link` and solves for joint angles at every command; the fingers' joints go from 0.015
-m (closed) to
-0.037 m (open), and a gripper command from -1 to 1 maps onto that range, 1 mm wider at either end. The
-photograph behind the scene is kept on ManiSkill's class, so that a process can hold one task only.
+pose of link `ee_gripper_link` and solves for joint angles at every command; the fingers' joints go from
+0.015 m (closed) to 0.037 m (open), and a gripper command from -1 to 1 maps onto that range, 1 mm wider at
+either end. The photograph behind the scene is kept on ManiSkill's class, so that a process can hold one task
+only.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def assets_hash(root: Path) -> str:
     digest = hashlib.sha256()
     for where in ASSETS.values():
         folder = root / "data" / where
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        for name in names:
+        for name in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()):
             if not any(part.startswith(".") for part in name.split("/")):  # what downloading left behind
                 with (folder / name).open("rb") as file:
                     digest.update(f"{where}/{name}".encode() + hashlib.file_digest(file, "sha256").digest())

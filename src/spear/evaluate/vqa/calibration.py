@@ -1,8 +1,8 @@
-"""Whether a model knows how sure it may be: predicted spreads and intervals against what is true.
+"""Calibration: predicted spreads and intervals against what is true.
 
 Of every number that was answered, the distribution over its bins says which interval holds 50, 80, 95 % of
-the probability. A calibrated model's truths fall into them as often. Too rarely means that it is surer than
-it may be.
+the probability. A calibrated model's truths fall into them as often; if they do so less often, the model is
+overconfident.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Certainty:
 
     @staticmethod
     def of(distribution: Distribution, truth: Array, scales: Array) -> Certainty:
-        """From a distribution over the numbers of an answer, the true ones, and the distances they relate
-        to."""
+        """From a distribution over the numbers of an answer, the true ones, and the distances they relate to."""
         off = np.abs(distribution.read("median") - truth) / scales
         return Certainty(distribution.below(truth), distribution.spread() / scales, off)
 
@@ -63,9 +62,8 @@ class Calibration:
     coverage  central interval ("50%") → fraction of the truths that lie in it; intervals resample images.
     curve     the same, without intervals, for every level of `LEVELS`.
     bands     in order of the spread.
-    surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread
-                      is
-              smaller, and of the other half.
+    surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread is
+                      smaller, and of the other half.
     """
 
     n: int

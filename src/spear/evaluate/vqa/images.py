@@ -9,9 +9,6 @@ from spear.errors import SpearError, unknown_name
 from spear.labels.scenes import label_frames
 from spear.labels.store import LabelStore, choose
 from spear.models.processing import Processor
-from spear.sim.frames import clutter_frame
-from spear.sim.render import Renderer, Size
-from spear.sim.scene import TRAIN_SEED
 from spear.types import Frame, LabeledImage
 
 
@@ -32,16 +29,12 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     if view not in processor.image_sizes:
         raise unknown_name("view", view, processor.image_sizes)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
-        seed = where.partition(":")[2] or "0"
-        if not seed.isdecimal():
-            raise SpearError(f"questions {where!r}: write sim:SEED with a number, for example sim:100")
-        labels = held_out_labels(images, int(seed), processor.image_sizes[view], view)
+        labels = held_out_labels(images, sim_seed(where), processor.image_sizes[view], view)
     else:
         folder = Path(where)
         if not folder.exists():
             raise SpearError(f"no such folder: {folder}: give one that `spear label` wrote, or sim")
-        store = LabelStore(folder / view if (folder / view).is_dir() else folder)
-        labels = choose(store, images)
+        labels = choose(LabelStore(folder / view if (folder / view).is_dir() else folder), images)
     unit = processor.coordinates.unit
     other = next((label for label in labels if label.unit != unit), None)
     if other is not None:
@@ -52,21 +45,32 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     return labels
 
 
-def held_out_frames(scenes: int, first_seed: int, size: Size, camera: str = "external") -> Iterator[Frame]:
+def sim_seed(where: str) -> int:
+    """The seed in "sim:SEED"; 0 of "sim". Raises SpearError where it is no number."""
+    seed = where.partition(":")[2] or "0"
+    if not seed.isdecimal():
+        raise SpearError(f"{where!r}: write sim:SEED with a number, for example sim:7")
+    return int(seed)
+
+
+def held_out_frames(
+    scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
+) -> Iterator[Frame]:
     """Scenes first_seed, first_seed + 1, … as seen by a camera of `size` (width, height), with their truth.
 
     Raises SpearError for seeds that training uses (10,000 and above).
     """
-    if scenes < 1 or first_seed < 0 or first_seed + scenes > TRAIN_SEED:
-        raise SpearError(
-            f"scenes {first_seed} … {first_seed + scenes - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: "
-            "choose --scenes and --first-seed within them"
-        )
-    renderer = Renderer()
-    for seed in range(first_seed, first_seed + scenes):
+    from spear.sim.frames import clutter_frame
+    from spear.sim.render import Renderer
+    from spear.sim.scene import held_out_seeds
+
+    seeds, renderer = held_out_seeds(first_seed, scenes), Renderer()
+    for seed in seeds:
         yield clutter_frame(seed, camera, size, renderer)
 
 
-def held_out_labels(scenes: int, first_seed: int, size: Size, camera: str = "external") -> list[LabeledImage]:
+def held_out_labels(
+    scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
+) -> list[LabeledImage]:
     """The same scenes with 3D labels."""
     return list(label_frames(held_out_frames(scenes, first_seed, size, camera)))

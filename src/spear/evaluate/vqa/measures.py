@@ -2,10 +2,10 @@
 
 relative         distance between the answer and the truth, in percent of how far from the camera the thing
                  is: between the centres (means of the eight vertices) for a box, between the points for a
-                     keypoint, between the
-                 offsets for an offset (percent of the mean distance of its two objects), the absolute
-                 difference for a distance, the mean of the two for a chain of thought. Back-projection: mean
-                 distance of the image points, in percent of the image (x of its width, y of its height).
+                 keypoint, between the offsets for an offset (percent of the mean distance of its two objects),
+                 the absolute difference for a distance, the mean of the two for a chain of thought.
+                 Back-projection: mean distance of the image points, in percent of the image (x of its width, y
+                 of its height).
 error            the same in millimetres, where the labels are metric.
 vertex_relative, vertex  mean distance of a box's vertices, in the order in which the question wants them.
 iou              3D intersection over union of the true box and the box nearest to the answered vertices.
@@ -111,10 +111,8 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
     if question.family == "back_projection":
         apart = image_points(answer) - image_points(question.segments)
         pixels = np.linalg.norm(apart * (label.width, label.height), axis=1)
-        return {
-            "relative": 100 * float(np.linalg.norm(apart, axis=1).mean()),
-            "pixels": float(pixels.mean()),
-        }
+        relative = 100 * float(np.linalg.norm(apart, axis=1).mean())
+        return {"relative": relative, "pixels": float(pixels.mean())}
     truth, said, far = numbers(question.segments), numbers(answer), scales(question, label)
     found: dict[str, float] = {}
     if question.family in ("distance", "chain_of_thought"):
@@ -157,9 +155,7 @@ def nearest_box(vertices: Array) -> Box3D:
 
     Its axes are the rotation nearest to the mean edges, its size their lengths along them (our choice).
     """
-    edges = np.stack(
-        [SIGNS[:, axis] @ vertices / 4 for axis in range(3)], axis=1
-    )  # columns: right, down, away
+    edges = np.stack([SIGNS[:, axis] @ vertices / 4 for axis in range(3)], axis=1)  # right, down, away
     lengths = np.linalg.norm(edges, axis=0)
     left, _, right = np.linalg.svd(edges / np.maximum(lengths, 1e-12))
     axes = left @ right

@@ -1,5 +1,4 @@
-"""SPEAR-VLM asked in 3D about labelled images that it has not seen; see `evaluate.measures` for what is
-scored.
+"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `evaluate.vqa.measures` says what is scored.
 
 Every question is asked twice: held to the grammar of its family, which is what is scored, and freely, which
 shows how often the grammar would have been right by itself. Each number is read off the probabilities of its
@@ -14,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
+from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.calibration import Certainty
 from spear.evaluate.vqa.measures import Segments, grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
@@ -54,57 +54,44 @@ class Answerer(Protocol):
 
 
 def evaluate(
-    model: Answerer,
-    labels: Sequence[LabeledImage],
-    families: Sequence[str] = FAMILIES,
-    per_image: int = 2,
-    seed: int = 0,
-    batch: int = 32,
-    free: bool = True,
-    decode: Decode = "mode",
-    view: str = "external",
-    quiet: bool = False,
+    model: Answerer, labels: Sequence[LabeledImage], options: QuestionOptions, quiet: bool = False
 ) -> Scores:
-    """Ask up to `per_image` questions of each family about each image, and score the answers.
+    """Ask questions of each family about each image, all in the model's unit, and score the answers.
 
-    Args:
-        model: to be asked.
-        labels: all in one unit, the model's.
-        families: of `labels.questions.FAMILIES`.
-        per_image: at most so many of each.
-        seed: of the questions.
-        batch: questions at once.
-        free: also ask without constraining the grammar.
-        decode: which reading of the numbers is scored; a model that gives no distributions has "mode" alone.
-        view: which of the model's cameras the images are from.
-        quiet: show no progress.
+    A model that gives no distributions has the reading "mode" alone.
 
     Raises:
         SpearError: an unknown family, labels of several units, or no image allows a question.
     """
+    families = options.families or FAMILIES
     for family in families:
         if family not in FAMILIES:
             raise unknown_name("family of 3D questions", family, FAMILIES)
     units = sorted({label.unit for label in labels})
     if len(units) > 1:
         raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")
-    questions = questions_about(labels, families, per_image, seed)
+    questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
         raise SpearError(
             f"no questions: {len(labels)} images, none has an object that is asked about (see `spear label show`)"
         )
     pictures = [decode_image(label.image, label.source) for label in labels]
+
+    def ask(part: Sequence[tuple[int, Question]], family: str | None, decode: Decode) -> list[Asked]:
+        images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
+        answers = model.answer(images, prompts, family, options.view, distributions=family is not None)
+        return [_asked(i, labels[i], q, a, decode) for (i, q), a in zip(part, answers, strict=True)]
+
     constrained: list[Asked] = []
-    open_ended: list[Asked] = []
+    free: list[Asked] = []
     with ProgressBar("asking", sum(map(len, questions.values())), "questions", quiet=quiet) as bar:
         for family, some in questions.items():
-            for start in range(0, len(some), batch):
-                part = some[start : start + batch]
-                constrained += _ask(model, labels, pictures, part, family, decode, view)
-                if free:
-                    open_ended += _ask(model, labels, pictures, part, None, "mode", view)
+            for start in range(0, len(some), options.batch):
+                part = some[start : start + options.batch]
+                constrained += ask(part, family, options.decode)
+                free += ask(part, None, "mode")
                 bar.update(bar.done + len(part), family)
-    return summarize(constrained, open_ended, labels)
+    return summarize(constrained, free, labels)
 
 
 def questions_about(
@@ -119,25 +106,6 @@ def questions_about(
             asked = generate(label, rng, (per_image, per_image), families=(family,))
             questions[family] += [(index, q) for q in asked]
     return questions
-
-
-def _ask(
-    model: Answerer,
-    labels: Sequence[LabeledImage],
-    pictures: Sequence[Array],
-    questions: Sequence[tuple[int, Question]],
-    family: str | None,
-    decode: Decode,
-    view: str,
-) -> list[Asked]:
-    answers = model.answer(
-        [pictures[i] for i, _ in questions],
-        [q.prompt for _, q in questions],
-        family,
-        view,
-        distributions=family is not None,
-    )
-    return [_asked(i, labels[i], q, a, decode) for (i, q), a in zip(questions, answers, strict=True)]
 
 
 def _asked(image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode) -> Asked:

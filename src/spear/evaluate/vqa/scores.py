@@ -1,5 +1,4 @@
-"""Answers to 3D questions summed up: per family, beside the baselines, per way of reading numbers,
-calibration."""
+"""Answers to 3D questions summed up: per family, beside the baselines, per way of reading numbers, calibration."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
 from spear.evaluate.vqa import baselines
 from spear.evaluate.vqa.calibration import Calibration, Certainty, by_image, calibrate
@@ -70,15 +70,15 @@ class FamilyScore:
 
     n, images   questions, and how many images they are about.
     grammar     fraction of grammatical answers, held to the grammar; free: without.
-    measures    of `evaluate.measures`, summed up as `MEASURES` says, with 95 % intervals: medians and means
-                resample images, rates are Wilson's.
-    constant, depth_only  the same of the baselines (`evaluate.baselines`); empty where there is none.
+    measures    summed up as `MEASURES` says, with 95 % intervals: medians and means resample images, rates are
+                Wilson's.
+    constant, depth_only  the same of the baselines; empty where there is none.
     """
 
     n: int
     images: int
     grammar: Estimate
-    free: Estimate | None
+    free: Estimate
     measures: Mapping[str, Estimate]
     constant: Mapping[str, float]
     depth_only: Mapping[str, float]
@@ -115,7 +115,7 @@ class Scores:
     calibration: Mapping[str, Calibration]
     asked: Sequence[Asked]
 
-    def save(self, path: Path, **about: str | int) -> None:
+    def save(self, path: Path, about: Mapping[str, object]) -> None:
         """Writes the scores (not the single answers) as JSON, whole or not at all; `about` comes first."""
         content = {
             **about,
@@ -131,10 +131,16 @@ class Scores:
     def tables(self) -> list[Table]:
         """The scores for a terminal."""
         return [
-            _rich(f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images", *self.rows()),
-            _rich("More about them", *self.detail_rows()),
-            *([_rich("Numbers read off their probabilities", *self.reading_rows())] if self.readings else []),
-            *([_rich("Is it as sure as it may be?", *self.certainty_rows())] if self.calibration else []),
+            terminal_table(
+                f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images", *self.rows()
+            ),
+            terminal_table("More about them", *self.detail_rows()),
+            *(
+                [terminal_table("Numbers read off their probabilities", *self.reading_rows())]
+                if self.readings
+                else []
+            ),
+            *([terminal_table("Calibration", *self.certainty_rows())] if self.calibration else []),
         ]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
@@ -142,21 +148,12 @@ class Scores:
         headers = ["question", "n", "median error [95 %]", "of the distance", "constant guess", "depth only"]
         rows = []
         for family, s in self.families.items():
-            main = (
-                "pixels" if family == "back_projection" else "error" if self.unit == "metre" else "relative"
-            )
-            rows.append(
-                [
-                    family.replace("_", " "),
-                    str(s.n),
-                    said(s.measures, main),
-                    said(s.measures, "relative"),
-                    guessed(s.constant, main),
-                    guessed(s.depth_only, main),
-                    f"{s.grammar.value:.1%}",
-                    "–" if s.free is None else f"{s.free.value:.1%}",
-                ]
-            )
+            main = "error" if self.unit == "metre" else "relative"
+            main = "pixels" if family == "back_projection" else main
+            errors = [said(s.measures, main), said(s.measures, "relative")]
+            guesses = [guessed(s.constant, main), guessed(s.depth_only, main)]
+            grammar = [f"{s.grammar.value:.1%}", f"{s.free.value:.1%}"]
+            rows.append([family.replace("_", " "), str(s.n), *errors, *guesses, *grammar])
         return [*headers, "grammar", "free"], rows
 
     def detail_rows(self) -> tuple[list[str], list[list[str]]]:
@@ -165,13 +162,9 @@ class Scores:
         for family, s in self.families.items():
             for name, estimate in s.measures.items():
                 if name not in ("relative", "error", "pixels"):
-                    m = MEASURES[name]
-                    cells = [
-                        m.say_with_interval(estimate),
-                        guessed(s.constant, name),
-                        guessed(s.depth_only, name),
-                    ]
-                    rows.append([family.replace("_", " "), m.title, *cells])
+                    value = MEASURES[name].say_with_interval(estimate)
+                    guesses = [guessed(s.constant, name), guessed(s.depth_only, name)]
+                    rows.append([family.replace("_", " "), MEASURES[name].title, value, *guesses])
         return ["question", "what", "value [95 %]", "constant guess", "depth only"], rows
 
     def reading_rows(self) -> tuple[list[str], list[list[str]]]:
@@ -199,8 +192,7 @@ class Scores:
 
 
 def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage]) -> Scores:
-    """Scores per question family, in the order in which families first appear; `free` are unconstrained
-    answers."""
+    """Scores per question family, in the order in which families first appear; `free`: unconstrained answers."""
     families: dict[str, list[Asked]] = {}
     for a in asked:
         families.setdefault(a.question.family, []).append(a)
@@ -211,7 +203,7 @@ def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[La
         sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
         if sure:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
-            calibration[family] = calibrate([(i, c, e) for i, c, e in sure if c is not None])
+            calibration[family] = calibrate(sure)
     decode = asked[0].decode if asked else "mode"
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)
 
@@ -237,7 +229,7 @@ def _score(rows: Sequence[Asked], free: Sequence[bool], labels: Sequence[Labeled
         n=len(rows),
         images=len({a.image for a in rows}),
         grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
-        free=wilson(sum(free), len(free)) if free else None,
+        free=wilson(sum(free), len(free)),
         measures={name: _estimate(name, found[name]) for name in ordered},
         constant=_guess(rows, baselines.constant([q for _, q in questions])),
         depth_only=_guess(rows, baselines.depth_only(questions, labels)),
@@ -268,14 +260,3 @@ def _readings(rows: Sequence[Asked]) -> Readings:
         pairs = by_image([(a.image, pair) for a, pair in zip(rows, both[d], strict=True)])
         gain[d] = bootstrap(pairs, lambda flat: 1 - flat[1::2].sum() / max(flat[::2].sum(), 1e-12))
     return Readings({d: float(np.median(e)) for d, e in errors.items()}, gain)
-
-
-def _rich(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title)
-    for index, header in enumerate(headers):
-        table.add_column(header.replace("[", "\\["), justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    return table

@@ -1,0 +1,98 @@
+"""What an evaluation can be told, from the command line or in Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from spear.util.options import AtLeast, Dataset, Device, Dtype, Folder, Options, Seed, Within
+
+Films = int | Literal["failures", "all"]
+"""Which episodes of a family are filmed: so many successes and as many failures, lowest seeds first; all
+failures; or all."""
+Decode = Literal["mode", "mean", "median"]
+
+
+@dataclass(frozen=True)
+class AgentOptions(Options):
+    """Who acts, and how it is loaded."""
+
+    policy: str = "nano"
+    """nano (comes with this package), a folder with a trained policy, the ws:// address of a policy server, or a
+    reference: expert (oracle for SIMPLER: a script that knows the true state) or nothing."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    dataset: Dataset = None
+
+
+@dataclass(frozen=True)
+class EpisodeOptions(Options):
+    """Which episodes, and what is kept of them: the same in every simulator."""
+
+    scenes: Annotated[int, AtLeast(1)] = 381
+    """Scenes per family. 381 are enough to know each family's success rate to ±5 points."""
+    first_seed: Annotated[int, AtLeast(0)] = 0
+    """Scenes first-seed, first-seed + 1, … In the embedded simulator those below 10000 are for testing."""
+    replan: Annotated[int, AtLeast(1)] = 1
+    """How many of the predicted actions are executed before the policy looks again: fewer react sooner and cost
+    more inferences."""
+    films: Annotated[Films, AtLeast(0)] = 0
+    """Films of so many successes and failures per family; failures, for a film of every failure; or all."""
+    out: Folder = None
+    """Folder for the results. Outcomes are written as they come, and those that it holds are not run again."""
+    shard: str = "1/1"
+    """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together there;
+    parts from other machines with `spear evaluate merge`."""
+
+
+@dataclass(frozen=True)
+class TabletopOptions(EpisodeOptions):
+    """A closed loop in the embedded simulator."""
+
+    families: tuple[str, ...] = ()
+    """Task families; all of them when none is given."""
+    batch: Annotated[int, AtLeast(1)] = 32
+    """Scenes that run at once: their observations go through the policy together."""
+    execution: Literal["sync", "async", "ensemble"] = "sync"
+    """sync waits for each chunk of actions; async moves on while the next one is computed; ensemble looks at
+    every step and averages what all chunks say about it."""
+    latency_ms: Annotated[float, Within(0, 1e6)] = 0.0
+    """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at its
+    next step: it counts in whole steps of 200 ms, rounded up."""
+
+
+@dataclass(frozen=True)
+class SimplerOptions(EpisodeOptions):
+    """A closed loop in SIMPLER's tasks."""
+
+    scenes: Annotated[int, AtLeast(1)] = 384
+    """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has 24 or 64
+    different starts: each comes up 16 or 6 times, with other noise for the policy; references, which have no
+    noise, see each once."""
+    tasks: tuple[str, ...] = ()
+    """ManiSkill's names; all four when none is given."""
+    batch: Annotated[int | None, AtLeast(1), arg(metavar="N")] = None
+    """Scenes that run at once, each in a process of its own; without it, as many as there are cores."""
+    assets: Folder = None
+    """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
+
+
+@dataclass(frozen=True)
+class QuestionOptions(Options):
+    """What a SPEAR-VLM is asked about labelled images, and what is scored."""
+
+    per_image: Annotated[int, AtLeast(1)] = 2
+    """At most so many questions of each kind about an image."""
+    families: tuple[str, ...] = ()
+    """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
+    chain_of_thought."""
+    decode: Decode = "mode"
+    """Which number is scored of those that the model holds possible: the likeliest (mode), the expected value
+    (mean), or the one in the middle (median). The others are compared with it in any case."""
+    seed: Seed = 0
+    view: str = "external"
+    """The camera that the images are from, external or wrist."""
+    batch: Annotated[int, AtLeast(1)] = 32
+    """Questions that are answered at once."""
