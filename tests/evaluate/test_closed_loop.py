@@ -119,7 +119,7 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
 
 def test_latency_costs_steps() -> None:
     class Planner(ExpertAgent):
-        """The expert, who says its next action five times over: a chunk to execute while the next is awaited."""
+        """The expert, who says its next action five times over: a chunk to execute meanwhile."""
 
         def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
             return [np.repeat(a, 5, axis=0) for a in super().act(envs, observations)]

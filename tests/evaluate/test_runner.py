@@ -1,4 +1,4 @@
-"""The runner that all simulators share: films as episodes end, and of what was not filmed in the first run."""
+"""The runner that all simulators share: films as episodes end, or of episodes run again."""
 
 from __future__ import annotations
 

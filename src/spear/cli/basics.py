@@ -34,8 +34,8 @@ class AskOptions(Options):
 def ask(options: AskOptions) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
 
-    Numbers in the answer are metres from the camera (for a model of relative labels, their unit): x to the right, y
-    down, z forward.
+    Numbers in the answer are metres from the camera (for a model of relative labels, their unit): x to the
+    right, y down, z forward.
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"

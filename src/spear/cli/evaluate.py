@@ -22,7 +22,7 @@ Earlier = Annotated[
     Path | None,
     arg(
         metavar="FILE",
-        help="An earlier folder or results.json: also print the difference on the scenes that both have seen.",
+        help="An earlier folder or results.json: also print the difference on the scenes seen by both.",
     ),
 ]
 
@@ -145,8 +145,8 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 class EvaluateVqaOptions(Options):
     model: Annotated[Positional[Model], arg(metavar="MODEL")]
     questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
-    """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes of
-    the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
+    """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes
+    of the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
     images: Annotated[int, AtLeast(1)] = 300
     """At most so many images; of a folder, spread evenly over it."""
     asked: QuestionOptions = field(default_factory=QuestionOptions)
@@ -198,8 +198,8 @@ class CompareOptions(Options):
     out: File = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
     films: Annotated[int, AtLeast(0)] = 12
-    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Both films
-    are there where both were evaluated with --films all."""
+    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Both
+    films are there where both were evaluated with --films all."""
 
 
 def compare(options: CompareOptions) -> None:

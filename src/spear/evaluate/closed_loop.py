@@ -25,8 +25,8 @@ from spear.types import Array
 def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family; the films made now.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family and for
-    seeds that are not held out.
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family
+    and for seeds that are not held out.
     """
     families = options.families or FAMILIES
     check_families(families)

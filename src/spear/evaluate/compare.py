@@ -65,9 +65,9 @@ class Comparison:
             return f"No difference shown between {self.first} and {self.second}: {_gap(d)}, {chance}."
         if (won - lost) * d.value <= 0:
             return (
-                f"No verdict between {self.first} and {self.second}: the mean of the families ({_gap(d)}) and the "
-                f"scenes that only one solved ({won} : {lost}) speak for different ones. The families have different "
-                "numbers of scenes: judge each by its own row."
+                f"No verdict between {self.first} and {self.second}: the mean of the families ({_gap(d)}) "
+                f"and the scenes that only one solved ({won} : {lost}) speak for different ones. The "
+                "families have different numbers of scenes: judge each by its own row."
             )
         if won > lost:
             return f"{self.first} is better than {self.second}: {_gap(d)}, {chance}."
@@ -96,8 +96,9 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     for one, two in pairs:
         if one.instruction != two.instruction:
             raise SpearError(
-                f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and {two.instruction!r} for "
-                f"{b}: they come from different simulator versions: evaluate the older one again"
+                f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and "
+                f"{two.instruction!r} for {b}: they come from different simulator versions: evaluate the older "
+                "one again"
             )
     families: dict[str, list[Pair]] = {}
     for pair in pairs:

@@ -20,8 +20,8 @@ class AgentOptions(Options):
     """Who acts, and how it is loaded."""
 
     policy: str = "nano"
-    """nano (comes with this package), a folder with a trained policy, the ws:// address of a policy server, or a
-    reference: expert (oracle for SIMPLER: a script that knows the true state) or nothing."""
+    """nano (comes with this package), a folder with a trained policy, the ws:// address of a policy server,
+    or a reference: expert (oracle for SIMPLER: a script that knows the true state) or nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: Dataset = None
@@ -36,15 +36,15 @@ class EpisodeOptions(Options):
     first_seed: Annotated[int, AtLeast(0)] = 0
     """Scenes first-seed, first-seed + 1, … In the embedded simulator those below 10000 are for testing."""
     replan: Annotated[int, AtLeast(1)] = 1
-    """How many of the predicted actions are executed before the policy looks again: fewer react sooner and cost
-    more inferences."""
+    """How many of the predicted actions are executed before the policy looks again: fewer react sooner and
+    cost more inferences."""
     films: Annotated[Films, AtLeast(0)] = 0
     """Films of so many successes and failures per family; failures, for a film of every failure; or all."""
     out: Folder = None
-    """Folder for the results. Outcomes are written as they come, and those that it holds are not run again."""
+    """Folder for the results. Outcomes are written as they come; those that it holds are not run again."""
     shard: str = "1/1"
-    """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together there;
-    parts from other machines with `spear evaluate merge`."""
+    """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
+    there; parts from other machines with `spear evaluate merge`."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class TabletopOptions(EpisodeOptions):
     """sync waits for each chunk of actions; async moves on while the next one is computed; ensemble looks at
     every step and averages what all chunks say about it."""
     latency_ms: Annotated[float, Within(0, 1e6)] = 0.0
-    """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at its
-    next step: it counts in whole steps of 200 ms, rounded up."""
+    """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at
+    its next step: it counts in whole steps of 200 ms, rounded up."""
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def terminal_table(
     caption: str = "",
     mean_last: bool = False,
 ) -> Table:
-    """A table for a terminal: names on the left, numbers on the right. mean_last: the last row stands apart."""
+    """A table for a terminal, names on the left, numbers on the right. mean_last: the last row is set off."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -181,8 +181,8 @@ def merge(parts: Sequence[Results]) -> Results:
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
                 raise SpearError(
-                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: the "
-                    "policy or the simulator changed in between: evaluate again into a new folder"
+                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: "
+                    "the policy or the simulator changed in between: evaluate again into a new folder"
                 )
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))

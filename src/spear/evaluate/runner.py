@@ -1,4 +1,4 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, only what is missing is run, films."""
+"""What evaluations in every simulator share: outcomes on disk as they come, what is missing is run, films."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing, to make and to keep. Otherwise tracks are
-                    only asked for where every episode may need one; the few others are run again for their film.
+    films_are_free  whether an episode's track costs next to nothing, to make and to keep. Otherwise tracks
+                    are only asked for where every episode may need one; the few others are run again for
+                    their film.
     """
 
     @property
@@ -65,18 +66,18 @@ def run_evaluation(
 
     scenes    family → the seeds of its scenes.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
-    options   of which `films`, `out` and `shard` count here. Episodes that `out` already holds are not run again,
-              only filmed where a film is wanted and missing.
+    options   of which `films`, `out` and `shard` count here. Episodes that `out` already holds are not run
+              again, only filmed where a film is wanted and missing.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for a part without scenes,
-    and for one that another process is running.
+    Raises SpearError for a folder with results of another policy or of other settings, for a part without
+    scenes, and for one that another process is running.
     """
     index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
     if most < index:
         raise SpearError(
-            f"--shard {index}/{of}: holds no scene, as there are only {most}: give more --scenes, or make at most "
-            f"{most} parts"
+            f"--shard {index}/{of}: holds no scene, as there are only {most}: give more --scenes, or make "
+            f"at most {most} parts"
         )
     films = _FilmMaker(simulator, options.films, options.out)
     journal = None
@@ -134,7 +135,7 @@ class _FilmMaker(Generic[Track]):
             self.make(outcome, track)
 
     def finish(self, ended: Sequence[Outcome]) -> list[int]:
-        """All episodes of a family have ended: the seeds of those that have to be run again for their film."""
+        """A family's episodes have all ended: the seeds of those that must run again for their film."""
         tracks, self._tracks = self._tracks, {}
         missing = self._missing(ended)
         for outcome in missing:

@@ -91,7 +91,9 @@ def test_the_nano_policy_runs_to_the_end_and_is_filmed(
 ) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6))
     agent = load_agent("nano")
-    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, EpisodeOptions(films=1, out=tmp_path), quiet=True)
+    run_evaluation(
+        simpler, agent, {TASK: range(30, 31)}, {}, EpisodeOptions(films=1, out=tmp_path), quiet=True
+    )
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

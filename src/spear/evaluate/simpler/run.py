@@ -37,8 +37,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
     other noise for the policy. References, which have none, see each start at most once.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown task, and where
-    ManiSkill, its assets or a renderer are missing.
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown task,
+    and where ManiSkill, its assets or a renderer are missing.
     """
     from spear.evaluate.simpler.world import assets_hash, check_assets, check_installed
 

@@ -65,8 +65,9 @@ class Moment:
     success      ManiSkill's own verdict on this moment.
     reached      the end-effector has been within 4 cm of the object to move (our choice).
     grasped      both fingers have pressed on it.
-    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the condition
-                 that ManiSkill describes for its flag of this name, which is always False in 3.0.1).
+    wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the
+                        condition that ManiSkill describes for its flag of this name, which is always False in
+                        3.0.1).
     unreachable  control steps so far for whose target the controller found no joint angles; it then stands
                  still.
     steps        control steps so far.

@@ -48,8 +48,9 @@ def check_assets(folder: Path | None) -> Path:
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
             raise SpearError(
-                f"SIMPLER's assets: {root}: has no data/{where}: run python -m mani_skill.utils.download_asset {name}, "
-                "or give the folder that has it (--assets or MS_ASSET_DIR)"
+                f"SIMPLER's assets: {root}: has no data/{where}: run python -m "
+                f"mani_skill.utils.download_asset {name}, or give the folder that has it (--assets or "
+                "MS_ASSET_DIR)"
             )
     return root
 
@@ -220,6 +221,7 @@ def _make(task: str) -> Any:
 def no_renderer(reason: str) -> str:
     """What to tell a user whose machine cannot draw."""
     return (
-        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU Mesa's lavapipe "
-        "24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see docs/simpler.md)"
+        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU "
+        "Mesa's lavapipe 24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see "
+        "docs/simpler.md)"
     )

@@ -26,7 +26,7 @@ def read_picture(where: str, size: tuple[int, int]) -> Frame:
 def ask(
     model: VlmBundle, image: Array, question: str, family: str | None = None, decode: Decode = "mode"
 ) -> Answer:
-    """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says (`models.readout`).
+    """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says.
 
     Raises SpearError for an unknown question family or an empty question.
     """
@@ -38,8 +38,8 @@ def ask(
 
 
 def words(answer: Answer, image: Array) -> str:
-    """An answer to read: 3D numbers in the model's unit, image points in pixels of `image`, a box by its centre
-    and vertices."""
+    """An answer to read: 3D numbers in the model's unit, image points in pixels of `image`, a box by its
+    centre and vertices."""
     unit = "m" if answer.unit == "metre" else "units"
     values = numbers(answer.segments)
     if len(values) == 24 and len(answer.segments) == 24:

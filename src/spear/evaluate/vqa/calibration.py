@@ -38,7 +38,7 @@ class Certainty:
 
     @staticmethod
     def of(distribution: Distribution, truth: Array, scales: Array) -> Certainty:
-        """From a distribution over the numbers of an answer, the true ones, and the distances they relate to."""
+        """From a distribution over an answer's numbers, the true ones, and the distances they relate to."""
         off = np.abs(distribution.read("median") - truth) / scales
         return Certainty(distribution.below(truth), distribution.spread() / scales, off)
 
@@ -62,8 +62,8 @@ class Calibration:
     coverage  central interval ("50%") → fraction of the truths that lie in it; intervals resample images.
     curve     the same, without intervals, for every level of `LEVELS`.
     bands     in order of the spread.
-    surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread is
-                      smaller, and of the other half.
+    surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread
+                      is smaller, and of the other half.
     """
 
     n: int

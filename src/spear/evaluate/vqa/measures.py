@@ -2,10 +2,10 @@
 
 relative         distance between the answer and the truth, in percent of how far from the camera the thing
                  is: between the centres (means of the eight vertices) for a box, between the points for a
-                 keypoint, between the offsets for an offset (percent of the mean distance of its two objects),
-                 the absolute difference for a distance, the mean of the two for a chain of thought.
-                 Back-projection: mean distance of the image points, in percent of the image (x of its width, y
-                 of its height).
+                 keypoint, between the offsets for an offset (percent of the mean distance of its two
+                 objects), the absolute difference for a distance, the mean of the two for a chain of thought.
+                 Back-projection: mean distance of the image points, in percent of the image (x of its width,
+                 y of its height).
 error            the same in millimetres, where the labels are metric.
 vertex_relative, vertex  mean distance of a box's vertices, in the order in which the question wants them.
 iou              3D intersection over union of the true box and the box nearest to the answered vertices.

@@ -1,4 +1,5 @@
-"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `evaluate.vqa.measures` says what is scored.
+"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `evaluate.vqa.measures` says what is
+scored.
 
 Every question is asked twice: held to the grammar of its family, which is what is scored, and freely, which
 shows how often the grammar would have been right by itself. Each number is read off the probabilities of its
@@ -73,7 +74,8 @@ def evaluate(
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
         raise SpearError(
-            f"no questions: {len(labels)} images, none has an object that is asked about (see `spear label show`)"
+            f"no questions: {len(labels)} images, none has an object that is asked about (see `spear label "
+            "show`)"
         )
     pictures = [decode_image(label.image, label.source) for label in labels]
 

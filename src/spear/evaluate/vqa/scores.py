@@ -1,4 +1,4 @@
-"""Answers to 3D questions summed up: per family, beside the baselines, per way of reading numbers, calibration."""
+"""Answers to 3D questions summed up: per family, per way of reading numbers, beside baselines, calibration."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class FamilyScore:
 
     n, images   questions, and how many images they are about.
     grammar     fraction of grammatical answers, held to the grammar; free: without.
-    measures    summed up as `MEASURES` says, with 95 % intervals: medians and means resample images, rates are
-                Wilson's.
+    measures    summed up as `MEASURES` says, with 95 % intervals: medians and means resample images, rates
+                are Wilson's.
     constant, depth_only  the same of the baselines; empty where there is none.
     """
 
@@ -192,7 +192,7 @@ class Scores:
 
 
 def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage]) -> Scores:
-    """Scores per question family, in the order in which families first appear; `free`: unconstrained answers."""
+    """Scores per question family, in the order of their first appearance; `free`: unconstrained answers."""
     families: dict[str, list[Asked]] = {}
     for a in asked:
         families.setdefault(a.question.family, []).append(a)
