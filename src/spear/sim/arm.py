@@ -1,8 +1,7 @@
 """The arm: seven joints with the published Franka kinematics, a parallel gripper and a wrist camera.
 
-Everything is made of primitives (capsules, cylinders, boxes): no mesh is downloaded. Joint origins and
-limits are the manufacturer's published ones; shapes, masses and gains are our choice. The base stands at the
-origin of the base frame, on the table surface (z = 0).
+It is made of primitives. Joint origins and limits are the manufacturer's; the rest is our choice.
+The base stands at the origin of the base frame, on the table surface (z = 0).
 
 The end-effector frame (site "ee") lies between the finger tips and is parallel to the base frame when the
 gripper points straight down: x forward, y along the closing direction, z up, away from the finger tips (our
@@ -17,7 +16,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-JOINT_ORIGINS: tuple[tuple[tuple[float, float, float], float], ...] = (
+JOINT_ORIGINS = (
     ((0.0, 0.0, 0.333), 0.0),
     ((0.0, 0.0, 0.0), -math.pi / 2),
     ((0.0, -0.316, 0.0), math.pi / 2),
@@ -55,67 +54,46 @@ DARK = (0.17, 0.18, 0.20, 1.0)
 ACCENT = (0.20, 0.45, 0.72, 1.0)
 PAD = (0.10, 0.10, 0.11, 1.0)
 
-_Shape = tuple[
-    str, tuple[float, ...], tuple[float, float, float], tuple[float, float, float], tuple[float, ...]
-]
-"""kind, size, from (or centre), to (capsules, cylinders) or nothing, colour."""
+_Vec3 = tuple[float, float, float]
+_Shape = tuple[str, tuple[float, ...], _Vec3, _Vec3, tuple[float, ...]]
+"""kind, size, from, to, colour."""
 
-_Y = (0.0, 1.0, 0.0)
-_LINKS: tuple[tuple[float, tuple[_Shape, ...]], ...] = (
+_MASSES = (1.2, 1.2, 1.0, 1.0, 0.8, 0.5, 0.3)
+"""Of the links, kg."""
+_LINKS: tuple[tuple[_Shape, ...], ...] = (
     (  # link 1: shoulder column
-        1.2,
-        (
-            ("capsule", (0.058,), (0, 0, -0.16), (0, 0, -0.02), WHITE),
-            ("cylinder", (0.0605,), (0, -0.075, 0), (0, 0.075, 0), WHITE),
-            ("cylinder", (0.048,), (0, -0.088, 0), (0, 0.088, 0), GREY),
-        ),
+        ("capsule", (0.058,), (0, 0, -0.16), (0, 0, -0.02), WHITE),
+        ("cylinder", (0.0605,), (0, -0.075, 0), (0, 0.075, 0), WHITE),
+        ("cylinder", (0.048,), (0, -0.088, 0), (0, 0.088, 0), GREY),
     ),
     (  # link 2: upper arm
-        1.2,
-        (
-            ("capsule", (0.056,), (0, -0.02, 0), (0, -0.19, 0), WHITE),
-            ("cylinder", (0.0575,), (0, -0.192, 0), (0, -0.202, 0), GREY),
-        ),
+        ("capsule", (0.056,), (0, -0.02, 0), (0, -0.19, 0), WHITE),
+        ("cylinder", (0.0575,), (0, -0.192, 0), (0, -0.202, 0), GREY),
     ),
     (  # link 3: elbow
-        1.0,
-        (
-            ("capsule", (0.054,), (0, 0, -0.10), (0, 0, -0.055), WHITE),
-            ("capsule", (0.050,), (0, 0, -0.06), (0.0825, 0, 0), WHITE),
-            ("cylinder", (0.055,), (0.0825, -0.065, 0), (0.0825, 0.065, 0), WHITE),
-            ("cylinder", (0.043,), (0.0825, -0.077, 0), (0.0825, 0.077, 0), GREY),
-        ),
+        ("capsule", (0.054,), (0, 0, -0.10), (0, 0, -0.055), WHITE),
+        ("capsule", (0.050,), (0, 0, -0.06), (0.0825, 0, 0), WHITE),
+        ("cylinder", (0.055,), (0.0825, -0.065, 0), (0.0825, 0.065, 0), WHITE),
+        ("cylinder", (0.043,), (0.0825, -0.077, 0), (0.0825, 0.077, 0), GREY),
     ),
     (  # link 4: forearm, upper half
-        1.0,
-        (
-            ("capsule", (0.050,), (0, 0, 0), (-0.0825, 0.075, 0), WHITE),
-            ("capsule", (0.052,), (-0.0825, 0.075, 0), (-0.0825, 0.125, 0), WHITE),
-            ("cylinder", (0.0535,), (-0.0825, 0.135, 0), (-0.0825, 0.145, 0), GREY),
-        ),
+        ("capsule", (0.050,), (0, 0, 0), (-0.0825, 0.075, 0), WHITE),
+        ("capsule", (0.052,), (-0.0825, 0.075, 0), (-0.0825, 0.125, 0), WHITE),
+        ("cylinder", (0.0535,), (-0.0825, 0.135, 0), (-0.0825, 0.145, 0), GREY),
     ),
     (  # link 5: forearm, lower half
-        0.8,
-        (
-            ("capsule", (0.050,), (0, 0, -0.235), (0, 0.035, -0.13), WHITE),
-            ("capsule", (0.044,), (0, 0.035, -0.13), (0, 0.0, 0.0), WHITE),
-            ("cylinder", (0.050,), (0, -0.062, 0), (0, 0.062, 0), WHITE),
-            ("cylinder", (0.040,), (0, -0.072, 0), (0, 0.072, 0), GREY),
-        ),
+        ("capsule", (0.050,), (0, 0, -0.235), (0, 0.035, -0.13), WHITE),
+        ("capsule", (0.044,), (0, 0.035, -0.13), (0, 0.0, 0.0), WHITE),
+        ("cylinder", (0.050,), (0, -0.062, 0), (0, 0.062, 0), WHITE),
+        ("cylinder", (0.040,), (0, -0.072, 0), (0, 0.072, 0), GREY),
     ),
     (  # link 6: wrist
-        0.5,
-        (
-            ("capsule", (0.044,), (0, 0, 0), (0.088, 0, 0), WHITE),
-            ("cylinder", (0.050,), (0.088, -0.048, 0), (0.088, 0.050, 0), WHITE),
-        ),
+        ("capsule", (0.044,), (0, 0, 0), (0.088, 0, 0), WHITE),
+        ("cylinder", (0.050,), (0.088, -0.048, 0), (0.088, 0.050, 0), WHITE),
     ),
     (  # link 7: flange
-        0.3,
-        (
-            ("cylinder", (0.044,), (0, 0, 0.048), (0, 0, 0.085), GREY),
-            ("cylinder", (0.038,), (0, 0, 0.085), (0, 0, FLANGE), ACCENT),
-        ),
+        ("cylinder", (0.044,), (0, 0, 0.048), (0, 0, 0.085), GREY),
+        ("cylinder", (0.038,), (0, 0, 0.085), (0, 0, FLANGE), ACCENT),
     ),
 )
 
@@ -137,8 +115,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
     _shape(body, "cylinder", (0.072,), (0, 0, 0.03), (0, 0, 0.14), WHITE)
     _shape(body, "box", (0.055, 0.05, 0.03), (-0.08, 0, 0.03), None, WHITE)
     _shape(body, "cylinder", (0.064,), (0, 0, 0.14), (0, 0, 0.16), GREY)
-    for i, (mass, shapes) in enumerate(_LINKS):
-        pos, turn = JOINT_ORIGINS[i]
+    for i, ((pos, turn), mass, shapes) in enumerate(zip(JOINT_ORIGINS, _MASSES, _LINKS, strict=True)):
         body = body.add_body(name=f"link{i + 1}", pos=pos, quat=quat_about("x", turn), gravcomp=1.0)
         body.add_joint(
             name=f"joint{i + 1}",
@@ -204,8 +181,8 @@ def _shape(
     body: mujoco.MjsBody,
     kind: str,
     size: tuple[float, ...],
-    start: tuple[float, float, float],
-    end: tuple[float, float, float] | None,
+    start: _Vec3,
+    end: _Vec3 | None,
     rgba: tuple[float, ...],
     mass: float = 0.0,
     collide: bool = False,
@@ -233,7 +210,7 @@ def bare_model() -> mujoco.MjModel:
 
 
 def ee_from_flange() -> NDArray[np.float64]:
-    """[4, 4] pose of the EE frame in the flange frame (our choice of axes, see the module's first lines)."""
+    """[4, 4] pose of the EE frame in the flange frame."""
     pose = np.eye(4)
     c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
     hand = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])

@@ -1,8 +1,8 @@
 """From end-effector actions to joint motion: inverse kinematics and the servo that follows it.
 
-A damped-least-squares solver turns end-effector targets into joint angles; stiff position servos follow
-them over the 0.2 s of a control step. Targets accumulate on the previous target, which is kept close to where
-the arm really is, so that a blocked arm does not wind up.
+A damped-least-squares solver turns end-effector targets into joint angles, which stiff position servos follow
+during the 0.2 s of a control step. Each target adds to the one before, which is kept close to where the arm
+really is, so that a blocked arm does not wind up.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ class Kinematics:
         return q
 
     def _least_squares(self, error: Floats, home: Floats) -> Floats:
-        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home): what `home` leaves of the error [6], at the pose last
-        asked for.
+        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home), at the pose last asked for.
 
-        By MuJoCo's own routines: NumPy's differ in the last bit from one kind of processor to another, and
+        MuJoCo's own routines compute it: NumPy's differ in the last bit between kinds of processors, and
         contacts make a different episode of a last bit.
         """
         mujoco.mj_comPos(self._model, self._data)
@@ -140,10 +139,6 @@ class Servo:
         self._data.ctrl[7:9] = opening * arm.FINGER_TRAVEL
         mujoco.mj_kinematics(self._model, self._data)
         self._position, self._rotation = kinematics().pose(self._command)
-
-    def hold(self, substeps: int) -> None:
-        """Stay put for some physics steps."""
-        mujoco.mj_step(self._model, self._data, substeps)
 
     def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> Motion:
         """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
@@ -206,7 +201,7 @@ def rotation_vector(start: Floats, end: Floats) -> Floats:
 
 
 def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
-    """Translation [3], unit quaternion [4] and opening of an action [8]; `SpearError` when it is not one."""
+    """Translation [3], unit quaternion [4] and opening of an action [8]. Raises `SpearError`."""
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
         raise SpearError(f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper")

@@ -64,21 +64,16 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         render_mode: str | None = "rgb_array",
     ) -> None:
         sample_scene(family, 0)  # refuses unknown families
-        self.family = family
+        self.family, self.images, self.render_mode = family, images, render_mode
         self.image_size, self.wrist_size = image_size, wrist_size
-        self.images = images
-        self.render_mode = render_mode
         self._renderer = renderer
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
             "prompt": gymnasium.spaces.Text(200, min_length=0, charset=_LETTERS),
         }
-        if images:
-            for key, (width, height) in (
-                ("observation/image", image_size),
-                ("observation/wrist_image", wrist_size),
-            ):
-                spaces[key] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
+        sizes = {"observation/image": image_size, "observation/wrist_image": wrist_size}
+        for key, (width, height) in sizes.items() if images else ():
+            spaces[key] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space: gymnasium.Space[NDArray[Any]] = ActionSpace(-1.0, 1.0, (8,), np.float32)
 
@@ -152,8 +147,4 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
-gymnasium.register(
-    id="spear/Tabletop-v0",
-    entry_point="spear.sim.env:TabletopEnv",
-    kwargs={"family": FAMILIES[0]},
-)
+gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv", kwargs={"family": FAMILIES[0]})

@@ -1,10 +1,9 @@
 """The scripted expert: looks at the true state, acts through the policy's own eight numbers.
 
-It is reactive: its action depends on the present state only, so it recovers from whatever happens. Heights
-form a funnel: the gripper hovers while it is off to the side or turned wrongly and comes down as it aligns.
+Its action depends on the present state only, so it recovers from whatever happens. Heights form a funnel: the
+gripper hovers while it is off to the side or turned wrongly and comes down as it aligns.
 
-Sums are written out, because NumPy's matrix products differ in the last bit from one kind of processor to
-another.
+Sums are written out: NumPy's matrix products differ in the last bit between kinds of processors.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Demonstrations: the expert at work, with disturbances that it recovers from, as `Episode`s.
 
 At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes
-its gripper on nothing and lifts it as if it held something. Those steps are part of the episode (the pictures
-and poses are real) but masked: they are never a training target. What follows shows how to recover.
+its gripper on nothing and lifts it as if it held something. Those steps are part of the episode, but masked:
+they are never a training target. What follows them shows how to recover.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -64,12 +65,12 @@ def record(
     Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
     the work; the episodes are the same whatever their number.
     """
-    jobs = ((family, seed, image_size, wrist_size, disturbance) for family, seed in tasks)
+    job = functools.partial(_job, image_size, wrist_size, disturbance)
     if workers <= 1:
-        yield from map(_job, jobs)
+        yield from map(job, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(_job, jobs)
+        yield from pool.imap(job, tasks)
 
 
 def record_episode(
@@ -120,16 +121,14 @@ def record_episode(
     )
 
 
-_renderer: Renderer | None = None
+_renderer = functools.cache(Renderer)
 """This process's rendering context."""
 
 
-def _job(job: tuple[str, int, Size, Size, Disturbance | None]) -> Episode:
-    global _renderer
-    if _renderer is None:
-        _renderer = Renderer()
-    family, seed, image_size, wrist_size, disturbance = job
-    return record_episode(family, seed, _renderer, image_size, wrist_size, disturbance)
+def _job(
+    image_size: Size, wrist_size: Size, disturbance: Disturbance | None, task: tuple[str, int]
+) -> Episode:
+    return record_episode(*task, _renderer(), image_size, wrist_size, disturbance)
 
 
 def _push(

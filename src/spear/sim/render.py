@@ -103,18 +103,15 @@ class Renderer:
         """One [h, w, 3] uint8 image per (camera name, size), in the order asked for."""
         rectangles = self._layout([size for _, size in views])
         self._update(world, views[0][0])
-        for k, ((name, _), rectangle) in enumerate(zip(views, rectangles, strict=True)):
-            if k:
-                self._look(world, name)
+        for (name, _), rectangle in zip(views, rectangles, strict=True):
+            self._camera.fixedcamid = world.model.camera(name).id
+            mujoco.mjv_updateCamera(world.model, world.data, self._camera, self._scene)
             mujoco.mjr_render(rectangle, self._scene, self._context)
         width, height = max(r.left + r.width for r in rectangles), max(r.height for r in rectangles)
         pixels = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, mujoco.MjrRect(0, 0, width, height), self._context)
-        return [
-            np.ascontiguousarray(pixels[r.height - 1 :: -1, r.left : r.left + r.width])
-            if r.height == height
-            else np.ascontiguousarray(pixels[: r.height][::-1, r.left : r.left + r.width])
-            for r in rectangles
+        return [  # OpenGL's rows go from the bottom up
+            np.ascontiguousarray(pixels[: r.height][::-1, r.left : r.left + r.width]) for r in rectangles
         ]
 
     def layers(self, world: World, camera: str, size: Size) -> Layers:
@@ -154,19 +151,9 @@ class Renderer:
 
     def _update(self, world: World, camera: str) -> None:
         self._camera.fixedcamid = world.model.camera(camera).id
-        mujoco.mjv_updateScene(
-            world.model,
-            world.data,
-            self._option,
-            self._nothing,
-            self._camera,
-            mujoco.mjtCatBit.mjCAT_ALL,
-            self._scene,
-        )
-
-    def _look(self, world: World, camera: str) -> None:
-        self._camera.fixedcamid = world.model.camera(camera).id
-        mujoco.mjv_updateCamera(world.model, world.data, self._camera, self._scene)
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        given = self._option, self._nothing, self._camera, everything, self._scene
+        mujoco.mjv_updateScene(world.model, world.data, *given)
 
     def _metric(self, world: World, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
         """Metres from a depth buffer that is 1 at the near and 0 at the far plane."""

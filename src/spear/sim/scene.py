@@ -1,7 +1,6 @@
 """What a scene contains, as pure data, and how scenes are drawn at random from a seed.
 
-The same seed gives the same scene, always. Seeds 0 … 9,999 are held out for evaluation; training data uses
-seeds from `TRAIN_SEED` on.
+The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out for evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS, Colo
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TRAIN_SEED = 10_000
-"""Training seeds start here; everything below is held out."""
+"""The first seed of training data."""
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
 FOVY = 36.5

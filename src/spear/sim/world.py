@@ -1,7 +1,7 @@
 """A scene as a compiled MuJoCo model: bodies, surfaces, light, cameras, and questions about its state.
 
-Only the objects of the scene are in the model. Textures and materials are the same in every model, so that
-one rendering context serves them all (see `spear.sim.render`).
+The model has the objects of the scene only. Textures and materials are the same in every model, so that one
+rendering context serves them all (see `spear.sim.render`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class World:
         self.bodies = tuple(self._body(i) for i in range(len(spec.things)))
         self.servo = Servo(self.model, self.data)
         self.instance_of_geom = self._instances()
-        self._geom_body = self.model.geom_bodyid
         self._fingers = tuple(self.model.body(f"finger{k}").id for k in (1, 2))
         self._robot_bodies = range(self.model.body("link0").id, self.model.body("finger2").id + 1)
         self.reset()
@@ -78,14 +77,14 @@ class World:
         if spec.family == "clutter":
             self._pose_clutter()
         else:
-            self.servo.hold(SUBSTEPS)
+            mujoco.mj_step(self.model, self.data, SUBSTEPS)
         self.start = np.array([self.position(i) for i in range(len(self.bodies))])
 
     def _pose_clutter(self) -> None:
         """Lift the gripper until it touches nothing, then put the held object between the fingers."""
         position, rotation = self.servo.pose()
         for _ in range(20):
-            if not self._robot_touches():
+            if not np.isin(self._contact_bodies(), self._robot_bodies).any():
                 break
             position[2] += 0.02
             self.servo.place(position, rotation, self.spec.opening)
@@ -103,16 +102,10 @@ class World:
             self.data.qpos[body.qpos + 3 : body.qpos + 7] = turn
             mujoco.mj_forward(self.model, self.data)
 
-    def _robot_touches(self) -> bool:
-        pairs = self._contact_bodies()
-        first = np.isin(pairs, self._robot_bodies)
-        return bool(first.any())
-
     def _contact_bodies(self) -> NDArray[np.int32]:
         """[n, 2] body ids of the contacts."""
         contact = self.data.contact
-        active = contact.dist < 0.0005
-        return self._geom_body[contact.geom[active]]
+        return self.model.geom_bodyid[contact.geom[contact.dist < 0.0005]]
 
     def position(self, index: int) -> Floats:
         """[3] position of object `index`."""
@@ -266,15 +259,11 @@ def _add_materials(spec: mujoco.MjSpec) -> None:
 def _compile(scene: SceneSpec) -> mujoco.MjModel:
     spec = base_spec().copy()
     look = scene.look
-    for name, material, color in (
-        ("table", look.table, look.table_color),
-        ("floor", look.floor, look.floor_color),
-        ("wall", look.wall, look.wall_color),
-        ("wall_side", look.wall, look.wall_color),
-    ):
+    for name in ("table", "floor", "wall", "wall_side"):
+        surface = name.partition("_")[0]
         geom = spec.geom(name)
-        geom.material = material
-        geom.rgba = [*color, 1.0]
+        geom.material = getattr(look, surface)
+        geom.rgba = [*getattr(look, f"{surface}_color"), 1.0]
     for i, thing in enumerate(scene.things):
         kind = KINDS[thing.kind]
         body = spec.worldbody.add_body(name=f"object{i}", pos=thing.position, quat=thing.rotation)

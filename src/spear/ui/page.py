@@ -1,8 +1,8 @@
 """The page's side of HTTP: its files, who may see them, and its websocket.
 
-The page puts this machine to work for whoever opens it, and other web sites must not: a websocket is taken
-only from a page of this server, and without a token the page is only found under an address or localhost,
-never under a name that somebody else could point here.
+The page puts this machine to work for whoever opens it. Other web sites must not do that: a websocket is
+taken only from a page of this server, and without a token the page is found only under an address or
+localhost, never under a name that somebody else could point here.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class="primary">Open</button></form></main>
 
 
 class Page:
-    """A page for people beside the websocket for robots. `token` is the server's; `max_bytes` its largest
-    message."""
+    """A page for people beside the websocket for robots. `token`, `max_bytes` (a message's): the server's."""
 
     def __init__(self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int) -> None:
         self._studio = Studio(policy, name)
@@ -58,27 +57,24 @@ class Page:
         self._files = {path: (folder.joinpath(f).read_bytes(), kind) for path, (f, kind) in FILES.items()}
 
     def owns(self, request: Request) -> bool:
-        """Whether a request is for the page, and not for the policy, whose websocket is at "/" (and anywhere
-        else)."""
+        """Whether a request is for the page, and not for the policy, whose websocket is everywhere else."""
         path = urlsplit(request.path).path
         return path == SOCKET or (path in FILES and "Upgrade" not in request.headers)
 
     def request(self, request: Request) -> Response | None:
         """The answer to a request that the page owns; None lets its websocket in."""
         parts = urlsplit(request.path)
-        if said := self._stranger(request):
-            return _text(http.HTTPStatus.FORBIDDEN, said)
+        if why := self._stranger(request):
+            return _response(http.HTTPStatus.FORBIDDEN, why)
         if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):
             return self._enter(request, sent[-1])
         if not self._known(request) and parts.path != "/ui.css":
-            return _html(
-                http.HTTPStatus.UNAUTHORIZED, ASK.format(said="This page asks for the server's token.")
-            )
+            return _ask("This page asks for the server's token.")
         if parts.path != SOCKET:
-            body, kind = self._files[parts.path]
-            return _response(http.HTTPStatus.OK, kind, body)
+            return _response(http.HTTPStatus.OK, *self._files[parts.path])
         if self._tabs >= MOST_TABS:
-            return _text(http.HTTPStatus.SERVICE_UNAVAILABLE, f"busy: {self._tabs} tabs are open: close one")
+            busy = f"busy: {self._tabs} tabs are open: close one"
+            return _response(http.HTTPStatus.SERVICE_UNAVAILABLE, busy)
         return None
 
     async def talk(self, connection: ServerConnection) -> None:
@@ -105,31 +101,26 @@ class Page:
         return None
 
     def _known(self, request: Request) -> bool:
-        if self._token is None:
-            return True
-        cookies = "; ".join(request.headers.get_all("Cookie")).split("; ")
-        name, value = self._cookie(request, self._token)
-        return any(
-            hmac.compare_digest(c.encode(errors="surrogateescape"), f"{name}={value}".encode())
-            for c in cookies
+        right = self._cookie(request).encode()
+        sent = "; ".join(request.headers.get_all("Cookie")).split("; ")
+        return self._token is None or any(
+            hmac.compare_digest(cookie.encode(errors="surrogateescape"), right) for cookie in sent
         )
 
     def _enter(self, request: Request, sent: str) -> Response:
-        if self._token is None or hmac.compare_digest(sent.encode(), self._token.encode()):
-            response = _text(http.HTTPStatus.SEE_OTHER, "")
-            response.headers["Location"] = "/"
-            if self._token is not None:
-                name, value = self._cookie(request, self._token)
-                response.headers["Set-Cookie"] = f"{name}={value}; Path=/; HttpOnly; SameSite=Strict"
-            return response
-        return _html(http.HTTPStatus.UNAUTHORIZED, ASK.format(said="That is not the token: try again."))
+        if self._token is not None and not hmac.compare_digest(sent.encode(), self._token.encode()):
+            return _ask("That is not the token: try again.")
+        response = _response(http.HTTPStatus.SEE_OTHER, "")
+        response.headers["Location"] = "/"
+        if self._token is not None:
+            response.headers["Set-Cookie"] = f"{self._cookie(request)}; Path=/; HttpOnly; SameSite=Strict"
+        return response
 
-    def _cookie(self, request: Request, token: str) -> tuple[str, str]:
-        """Cookies do not know ports: the name does."""
+    def _cookie(self, request: Request) -> str:
+        """What a browser that knows the token sends. Cookies do not know ports: the name does."""
         port = request.headers.get("Host", "").rpartition(":")[2]
-        return f"spear_{port if port.isdecimal() else 80}", hmac.new(
-            token.encode(), b"spear page", hashlib.sha256
-        ).hexdigest()
+        value = hmac.new((self._token or "").encode(), b"spear page", hashlib.sha256).hexdigest()
+        return f"spear_{port if port.isdecimal() else 80}={value}"
 
 
 def _address(host: str) -> bool:
@@ -141,19 +132,17 @@ def _address(host: str) -> bool:
     return True
 
 
-def _text(status: http.HTTPStatus, text: str) -> Response:
-    return _response(status, "text/plain", f"{text}\n".encode())
+def _ask(why: str) -> Response:
+    """The page that asks for the token."""
+    return _response(http.HTTPStatus.UNAUTHORIZED, ASK.format(said=why), "text/html")
 
 
-def _html(status: http.HTTPStatus, text: str) -> Response:
-    return _response(status, "text/html", text.encode())
-
-
-def _response(status: http.HTTPStatus, kind: str, body: bytes) -> Response:
+def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plain") -> Response:
+    data = body.encode() if isinstance(body, str) else body
     headers = Headers(
         {
             "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
+            "Content-Length": str(len(data)),
             "Connection": "close",
             "Cache-Control": "no-store",
             "Content-Security-Policy": POLICY,
@@ -161,4 +150,4 @@ def _response(status: http.HTTPStatus, kind: str, body: bytes) -> Response:
             "Referrer-Policy": "no-referrer",
         }
     )
-    return Response(status.value, status.phrase, headers, body)
+    return Response(status.value, status.phrase, headers, data)

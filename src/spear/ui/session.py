@@ -1,7 +1,7 @@
 """One tab of the page: what it asks for, in order, and the rollout that runs beside it.
 
-The page sends JSON {"do": NAME, …}, or the bytes of an image file; it is sent parts of its view. Whatever is
-wrong becomes {"problem": one line}. All work is done in the studio's thread, never in the event loop.
+The page sends JSON {"do": one of `REQUESTS`, …}, or the bytes of an image file; it is sent parts of its view.
+Whatever is wrong becomes {"problem": one line}. The studio's thread does all the work, never the event loop.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from spear.util.threads import release_workers
 
 LOG = logging.getLogger("spear.ui")
 LARGEST_SEED = 2**31 - 1
+REQUESTS = ("reset", "instruct", "predict", "step", "start", "stop", "boxes", "question", "follow")
+"""What the page may ask for: each is a method of `Session`, with _ before its name."""
 
 
 class Session:
     """One tab. `thread` is the one thread that the studio belongs to."""
 
     def __init__(self, connection: ServerConnection, studio: Studio, thread: Executor) -> None:
-        self._connection, self._thread = connection, thread
-        self._studio = studio
+        self._connection, self._studio, self._thread = connection, studio, thread
         self._table = Table(studio)
         self._rollout: asyncio.Task[None] | None = None
         self._instruction = ""
-        self._follow = False
+        self._following = False
 
     async def talk(self, about: View) -> None:
-        """Until the tab is closed; the first scene is there at once. `about` is sent first."""
+        """Serve the tab until it is closed. `about` is sent first, then the first scene."""
         try:
             await self._send({**about, **self._studio.about(), "running": False, "problem": None})
             await self._safely(self._reset, {"family": self._studio.about()["families"][0], "seed": 0})
@@ -54,14 +55,14 @@ class Session:
             return
         try:
             request = json.loads(message)
-            do = DO[request["do"]]
+            name = REQUESTS[REQUESTS.index(request["do"])]
         except (ValueError, TypeError, KeyError, RecursionError):
             await self._send({"problem": f"{message[:60]!r}: no request of this page: reload it"})
             return
-        await self._safely(lambda r: do(self, r), request)
+        await self._safely(getattr(self, f"_{name}"), request)
 
     async def _safely(self, do: Callable[[Mapping[str, Any]], Any], request: Mapping[str, Any]) -> None:
-        """Does it; what is wrong goes to the page."""
+        """Do it; what goes wrong is said to the page."""
         try:
             await do(request)
             await self._send({"problem": None})
@@ -95,7 +96,7 @@ class Session:
 
     async def _step(self, request: Mapping[str, Any]) -> None:
         await self._stop({})
-        await self._send(await self._work(self._table.step, self._instruction, self._follow))
+        await self._send(await self._work(self._table.step, self._instruction, self._following))
 
     async def _start(self, request: Mapping[str, Any]) -> None:
         if self._rollout is None or self._rollout.done():
@@ -114,7 +115,7 @@ class Session:
         try:
             due = time.monotonic()
             while True:
-                view = await self._work(self._table.step, self._instruction, self._follow)
+                view = await self._work(self._table.step, self._instruction, self._following)
                 await self._send(view)
                 if not self._table.moves:
                     break
@@ -132,34 +133,20 @@ class Session:
     async def _question(self, request: Mapping[str, Any]) -> None:
         await self._send(await self._work(self._table.question, request.get("text")))
 
-    async def _set_follow(self, request: Mapping[str, Any]) -> None:
-        self._follow = request.get("on") is True
+    async def _follow(self, request: Mapping[str, Any]) -> None:
+        self._following = request.get("on") is True
 
     async def _work(self, job: Callable[..., View], *args: Any) -> View:
         return await asyncio.get_running_loop().run_in_executor(self._thread, _alone, job, *args)
 
     async def _send(self, view: View) -> None:
-        with contextlib.suppress(ConnectionClosed):  # `talk` notices
+        with contextlib.suppress(ConnectionClosed):  # `talk` notices it
             await self._connection.send(json.dumps(view))
 
 
 def _alone(job: Callable[..., View], *args: Any) -> View:
-    """A job that leaves no threads behind that would slow the robots' inference."""
+    """Does a job and leaves no threads behind, which would slow the robots' inference."""
     try:
         return job(*args)
     finally:
         release_workers()
-
-
-DO: Mapping[str, Callable[[Session, Mapping[str, Any]], Any]] = {
-    "reset": Session._reset,
-    "instruct": Session._instruct,
-    "predict": Session._predict,
-    "step": Session._step,
-    "start": Session._start,
-    "stop": Session._stop,
-    "boxes": Session._boxes,
-    "question": Session._question,
-    "follow": Session._set_follow,
-}
-"""What the page may ask for."""

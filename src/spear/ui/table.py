@@ -1,8 +1,8 @@
 """What one tab of the page works with: a scene of the simulator or a photo, and a model that looks at it.
 
-Everything here blocks and belongs to one thread (`spear.sim.render.Renderer` does). Results are parts of the
-page's view, as plain JSON: the page keeps them by key and draws what it has. Metres; `vertices` are in the
-camera frame, all else in the base frame.
+Everything here blocks and belongs to one thread, as `spear.sim.render.Renderer` does. Results are parts of
+the page's view, as plain JSON, which the page keeps by key. Metres; `vertices` are in the camera frame, all
+else in the base frame.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ NEUTRAL = np.array([*START, 1, 0, 0, 0, 1], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
 
 
+NOTHING_YET: View = {"chunk": None, "boxes": [], "answer": None}
+
+
 class Studio:
     """The model and the rendering context that all tabs share."""
 
@@ -54,8 +57,7 @@ class Studio:
 
     @property
     def renderer(self) -> Renderer:
-        """Made on first use, by the thread that uses it. Raises `SpearError` where rendering is
-        impossible."""
+        """Made by the thread that first uses it. Raises `SpearError` where rendering is impossible."""
         if self._renderer is None:
             self._renderer = Renderer()
         return self._renderer
@@ -93,27 +95,23 @@ class Table:
     @property
     def moves(self) -> bool:
         """Whether there is a robot that can act: not in a photo, and not once the episode is over."""
-        return self._env is not None and not self._over()
+        return self._env is not None and self._outcome() is None
 
     def reset(self, family: str, seed: int) -> View:
         """The start of a scene. Raises `SpearError` for an unknown family or a bad seed."""
         sizes = self._studio.policy.processor.image_sizes
         env = TabletopEnv(family, sizes["external"], sizes["wrist"], self._studio.renderer)
         env.reset(seed=seed)
-        self._env, self._photo = env, None
+        self._env, self._photo, self._info = env, None, {}
         self._executor = ChunkExecutor()
         self._trail, self._asked = [], []
-        self._info = {}
-        world = env.world
         return {
+            **NOTHING_YET,
             "source": "simulator",
             "family": family,
             "seed": seed,
-            "instruction": world.spec.instruction,
-            "objects": [body.name for body in world.bodies],
-            "chunk": None,
-            "boxes": [],
-            "answer": None,
+            "instruction": env.world.spec.instruction,
+            "objects": [body.name for body in env.world.bodies],
             **self._look(),
         }
 
@@ -134,11 +132,9 @@ class Table:
         shown = Image.fromarray(self._photo)
         shown.thumbnail(LARGEST_SHOWN)
         return {
+            **NOTHING_YET,
             "source": "photo",
             "objects": [],
-            "chunk": None,
-            "boxes": [],
-            "answer": None,
             "images": {"external": _jpeg(np.asarray(shown)), "wrist": None},
             "camera": {"aspect": self._photo.shape[1] / self._photo.shape[0], "focal": None, "pose": None},
             "step": 0,
@@ -161,7 +157,7 @@ class Table:
         """
         if self._env is None:
             raise SpearError("a photo does not move: choose a scene of the simulator")
-        if self._over():
+        if self._outcome():
             raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
         if self._executor.wants():
@@ -174,8 +170,10 @@ class Table:
         return view
 
     def boxes(self, names: Sequence[str]) -> View:
-        """SPEAR-VLM's 3D boxes of objects, all asked for at once; in the simulator also how far off their
-        centres are. Raises `SpearError` for no name, too many of them, or bad ones."""
+        """SPEAR-VLM's 3D boxes of objects, asked for at once; in the simulator also how far off they are.
+
+        Raises `SpearError` for no name, too many of them, or bad ones.
+        """
         if not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"{len(names)} objects: ask for 1 to {MOST_BOXES}")
         names = [tools.prompt({"object": name}, "object") for name in names]
@@ -203,9 +201,6 @@ class Table:
     @property
     def _steps(self) -> int:
         return 0 if self._env is None else self._env.steps
-
-    def _over(self) -> bool:
-        return self._outcome() is not None
 
     def _outcome(self) -> str | None:
         if self._info.get("success"):
@@ -235,11 +230,11 @@ class Table:
         started = time.perf_counter()
         actions = self._studio.policy.infer(observation)["actions"]
         elapsed = time.perf_counter() - started
-        state = observation["observation/state"]
+        state: Array = observation["observation/state"]
         positions, rotations = tools.targets(state, actions)
         return actions, {
-            "positions": np.concatenate([state[None, :3], positions]).tolist(),
-            "rotations": np.concatenate([state[None, 3:7], rotations]).tolist(),
+            "positions": [state[:3].tolist(), *positions.tolist()],
+            "rotations": [state[3:7].tolist(), *rotations.tolist()],
             "openings": [float(state[7]), *(float(g) for g in actions[:, 7])],
             "ms": 1000 * elapsed,
         }
@@ -282,11 +277,7 @@ def _boxes(world: World) -> dict[str, Array]:
 
 
 def _gripper(state: Array) -> View:
-    return {
-        "position": state[:3].tolist(),
-        "rotation": state[3:7].tolist(),
-        "opening": float(state[7]),
-    }
+    return {"position": state[:3].tolist(), "rotation": state[3:7].tolist(), "opening": float(state[7])}
 
 
 def _shown(size: Size, width: int) -> Size:
