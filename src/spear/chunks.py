@@ -1,14 +1,14 @@
-"""Executing predicted chunks: how many of the H actions, what while the next chunk is being computed.
+"""Executing predicted chunks: how many of the H actions, and what to do while the next chunk is computed.
 
 Time counts in ticks of the control loop (5 Hz). A chunk is predicted from what was observed at one tick and
 can be used from a later one, when inference is done.
 
 sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
-          then made other steps than the new chunk assumed; the difference is made up for along the chunk, so
-          that there is no jump at the seam and the arm ends where the new chunk wants it (our choice).
+          then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
+          there is no jump at the seam and the arm ends where the new chunk wants it (our choice).
 ensemble  look at every tick, and execute the weighted mean of what all chunks at hand say about now: temporal
-          ensembling (ACT, arXiv 2304.13705), with the newest weighing most and rotations averaged on S³.
+          ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from spear.util.threads import release_workers
 Mode = Literal["sync", "async", "ensemble"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
-say; the nano policy succeeds more often than when it executes 2, and far more often than with all 5
-(docs/nano.md)."""
+say; the nano policy succeeds more often than with 2 or more (docs/nano.md)."""
 REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
 
@@ -85,8 +84,10 @@ class ChunkExecutor:
         return len(self._left) <= (self._spare if self.mode == "async" else 0)
 
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
-        """A chunk [H, 8], from the observation of tick `observed` (default: now), usable from tick `arrives`
-        on (default: now)."""
+        """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
+
+        Both are the present tick by default.
+        """
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
         self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
@@ -94,8 +95,7 @@ class ChunkExecutor:
         self._delay = arrives - observed
 
     def next(self) -> Array:
-        """The action [8] for this tick, which ends it. With nothing to execute: no motion, gripper as it
-        was."""
+        """The action [8] for this tick, which ends it. With none left: no motion, gripper as it was."""
         arrived = [c for c in self._waiting if c.arrives <= self.tick]
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
         action = self._ensembled(arrived) if self.mode == "ensemble" else self._following(arrived)
@@ -116,8 +116,7 @@ class ChunkExecutor:
 
     @property
     def _spare(self) -> int:
-        """Actions left of a chunk when it is time for the next look: those after the k-th, at least as many
-        as inference takes."""
+        """Actions left when it is time for the next look: those after the k-th, at least inference's time."""
         return max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
 
     def _ensembled(self, arrived: Sequence[_Chunk]) -> Array | None:
@@ -140,8 +139,8 @@ class ChunkExecutor:
 class Pilot:
     """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
 
-    With mode "async" or "ensemble" inference runs beside the robot: `step` never waits but for the first
-    chunk. Raises what the policy raises.
+    With mode "async" or "ensemble" inference runs beside the robot: `step` waits for the first chunk only.
+    Raises what the policy raises.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = 3, decay: float = 0.5) -> None:
@@ -187,8 +186,7 @@ def mean_action(actions: Array, weights: Array | None = None) -> Array:
 
 
 def _joined(actions: Array, made: Sequence[Array]) -> Array:
-    """What is left of a chunk [H, 8] when the steps `made` were made since its observation: [H - len(made),
-    8].
+    """[H - len(made), 8]: what is left of a chunk [H, 8] after the steps `made` since its observation.
 
     The chunk's path runs through targets P_j (the sum of translations, the product of rotations). The robot
     is at E instead of P_n-1; that offset fades linearly to zero until the chunk's last action, so the steps

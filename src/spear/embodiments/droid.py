@@ -58,14 +58,15 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 8] float32: joint angles (rad) and gripper."""
-    path = np.concatenate([_joints(observation)[None], _solve(actions, state, observation)])
-    return _with_gripper(np.concatenate([_between(a, b) for a, b in itertools.pairwise(path)]), actions)
+    part = np.arange(1, ROWS + 1)[:, None]
+    pairs = itertools.pairwise(_path(actions, state, observation))
+    return _with_gripper(np.concatenate([a + (b - a) * part / ROWS for a, b in pairs]), actions)
 
 
 def joint_velocities(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 8] float32: joint velocities in the platform's unit, within -1 … 1, and gripper."""
-    path = np.concatenate([_joints(observation)[None], _solve(actions, state, observation)])
-    velocity = np.repeat(np.diff(path, axis=0) / (ROWS * JOINT_STEP), ROWS, axis=0)
+    steps = np.diff(_path(actions, state, observation), axis=0)
+    velocity = np.repeat(steps / (ROWS * JOINT_STEP), ROWS, axis=0)
     return _with_gripper(velocity / np.maximum(1.0, np.abs(velocity).max(axis=1, keepdims=True)), actions)
 
 
@@ -107,22 +108,12 @@ def _kinematics() -> Any:
     return kinematics()
 
 
-def _joints(observation: Observation) -> Array:
-    return read.numbers(observation, JOINTS, 7)
-
-
-def _solve(actions: Array, state: Array, observation: Observation) -> Array:
-    """[H, 7] joint angles after each action."""
-    arm, joints, path = _kinematics(), _joints(observation), []
+def _path(actions: Array, state: Array, observation: Observation) -> Array:
+    """[H + 1, 7] joint angles before and after each action."""
+    arm, path = _kinematics(), [read.numbers(observation, JOINTS, 7)]
     for position, rotation in zip(*read.targets(state, actions), strict=True):
-        joints = arm.solve(joints, position, rotation)
-        path.append(joints)
+        path.append(arm.solve(path[-1], position, rotation))
     return np.stack(path)
-
-
-def _between(start: Array, end: Array) -> Array:
-    """[3, n] points on the way, the end included."""
-    return start + (end - start) * np.arange(1, ROWS + 1)[:, None] / ROWS
 
 
 def _with_gripper(rows: Array, actions: Array) -> Array:
@@ -136,7 +127,7 @@ EMBODIMENT = Embodiment(
         WRIST: "the wrist camera's image, uint8 [height, width, 3]",
         JOINTS: "the joint angles: 7 numbers, rad",
         GRIPPER: "the gripper's position: 0 open … 1 closed",
-        "prompt": "the instruction in words",
+        "prompt": read.REQUIRED["prompt"],
     },
     optional={},
     observe=observe,
