@@ -68,16 +68,6 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     assert np.abs(heights).max() < 2e-3
 
 
-def test_object_centres_project_into_their_masks(renderer: Renderer) -> None:
-    frame = frame_of(World(sample_scene("stack_cube", 8)), "external", SIZE, renderer)
-    assert frame.instances is not None and frame.boxes is not None and frame.intrinsics is not None
-    for index, name in frame.names.items():
-        if not name.endswith("cube"):
-            continue
-        x, y, z = frame.intrinsics @ frame.boxes[index].mean(axis=0)
-        assert frame.instances[int(y / z), int(x / z)] == index
-
-
 def test_names_masks_and_boxes_agree(renderer: Renderer) -> None:
     scene = clutter_scene(1)
     world = World(scene)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.sim.objects import CUBES, GRASPABLE, KINDS
+from spear.sim.objects import CUBES, KINDS
 from spear.sim.scene import (
     FAMILIES,
     IN_BASKET,
@@ -46,25 +46,19 @@ def test_objects_lie_apart_inside_the_workspace_and_stay_where_they_are_put(fami
             np.testing.assert_allclose(world.start, placed, atol=2e-3)
 
 
-def test_each_family_casts_its_roles() -> None:
-    for seed in range(40):
-        kinds = {f: [t.kind for t in sample_scene(f, seed).things] for f in FAMILIES}
+def test_each_family_casts_its_roles_and_names_them() -> None:
+    assert all(len(set(templates)) >= 6 for templates in TEMPLATES.values())
+    for seed in range(30):
+        scenes = {f: sample_scene(f, seed) for f in FAMILIES}
+        kinds = {f: [t.kind for t in scene.things] for f, scene in scenes.items()}
         assert kinds["put_on"][1] in PUT_ON[kinds["put_on"][0]]
         assert kinds["put_in_basket"][0] == "basket" and kinds["put_in_basket"][1] in IN_BASKET
         assert kinds["spoon_on_towel"][:2] == ["towel", "spoon"]
         assert {*kinds["stack_cube"][:2]} <= {*CUBES} and kinds["stack_cube"][0] != kinds["stack_cube"][1]
-        for names in kinds.values():
+        for family, names in kinds.items():
             assert 2 <= len(names) <= 5 and len(set(names)) == len(names)
-
-
-def test_instructions_name_source_and_target_in_six_wordings_or_more() -> None:
-    assert all(len(set(templates)) >= 6 for templates in TEMPLATES.values())
-    for family in FAMILIES:
-        for seed in range(20):
-            scene = sample_scene(family, seed)
-            for thing in scene.things[:2]:
-                names = SYNONYMS.get(thing.kind, (thing.kind,))
-                assert any(name in scene.instruction for name in names), scene.instruction
+            for name in names[:2]:
+                assert any(word in scenes[family].instruction for word in SYNONYMS.get(name, (name,)))
 
 
 def test_the_gripper_starts_tilted_near_the_middle() -> None:
@@ -75,16 +69,6 @@ def test_the_gripper_starts_tilted_near_the_middle() -> None:
     tilt = np.degrees(np.arccos(1 - 2 * (x * x + y * y)))
     assert tilt.max() <= 18.01 and tilt.max() > 14 and (w > 0).all()
     assert np.ptp(np.degrees(2 * np.arctan2(z, w))) > 40
-
-
-def test_long_objects_do_not_fit_between_the_fingers_lengthwise() -> None:
-    long = [name for name in GRASPABLE if KINDS[name].elongated]
-    assert {"carrot", "spoon", "eggplant", "banana"} <= set(long)
-    for name in GRASPABLE:
-        _, half = KINDS[name].grasp or ((0, 0, 0), (0, 0, 0))
-        assert 2 * min(half[:2]) < 0.075
-        if name in long:
-            assert 2 * max(half[:2]) > 0.08
 
 
 def test_clutter_is_varied() -> None:

@@ -147,7 +147,6 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
 
     def image_features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
-        check_pixels(name, pixels)
         x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
         siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
         features = self.multi_modal_projector(siglip)
