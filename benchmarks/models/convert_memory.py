@@ -22,7 +22,7 @@ import tyro
 from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, _published
+from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, published_name
 from spear.models.moge.v1 import MogeV1, MogeV1Config
 from spear.models.weights.backbones import plan_backbones
 
@@ -113,7 +113,7 @@ def write_moge(path: Path, size: str) -> None:
     encoder = "dinov2_vitl14" if size == "full" else "dinov2_vits14"
     weights: dict[str, torch.Tensor] = {}
     for ours, weight in MogeV1(MogeV1Config(encoder=encoder)).state_dict().items():
-        name = _published(ours, _PREFIXES[1])
+        name = published_name(ours, _PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
     for name, values in _CONSTANTS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)

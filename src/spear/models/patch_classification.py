@@ -1,5 +1,4 @@
-"""Naming patches: what stands in for SigLIP's own pretraining at nano size, where no SigLIP exists (our
-choice)."""
+"""Naming patches: in place of SigLIP's own pretraining at nano size, where no SigLIP exists (our choice)."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ CELLS = 4
 
 @dataclass
 class NamingOutput(ModelOutput):
-    """loss and its parts: "names" and "cells" (sigmoid losses, nats), "centres" (mean absolute error,
-    patches)."""
+    """loss and its parts: "names" and "cells" (sigmoid losses, nats), "centres" (mean error, patches)."""
 
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None
@@ -31,11 +29,10 @@ class PatchClassification(nn.Module):
 
     SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token
     shall point towards the text embeddings of what the patch shows, as the language model will see both. Two
-    linear heads, thrown away afterwards, make the token know places finer than patches: one tells which of
-    `CELLS` × `CELLS` cells of the patch shows how much of which object, the other where the centre of its
-    largest object lies.
+    linear heads, thrown away afterwards, teach the token places finer than patches: how much of each object
+    each of its `CELLS` × `CELLS` cells shows, and where the centre of its largest object lies.
 
-    names  token ids of each object name.
+    names: token ids of each object name.
     """
 
     def __init__(self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]) -> None:
@@ -71,14 +68,17 @@ class PatchClassification(nn.Module):
         names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
         directions = nn.functional.normalize(tokens.float(), dim=-1)
         logits = self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
-        naming = nn.functional.binary_cross_entropy_with_logits(logits, shown.float(), reduction="none")
-        naming = naming.sum(-1).mean()
-        covered = self.cells(tokens).float().view(cells.shape)
-        filling = nn.functional.binary_cross_entropy_with_logits(covered, cells / 255, reduction="none")
-        filling = filling.sum(-1).mean()
+        naming = _sigmoid_loss(logits, shown.float())
+        filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
         return NamingOutput(
             loss=naming + placing + filling,
             parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
         )
+
+
+def _sigmoid_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed over classes, averaged over the rest."""
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.sum(-1).mean()

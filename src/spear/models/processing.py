@@ -28,7 +28,7 @@ LOCATION_FORMAT = "<loc{:04d}>"
 Segments = Sequence[str | float | Pixel]
 How = Literal["pad", "crop"]
 SIZES_TOLD = 32
-"""Image sizes that a processor remembers to have warned about: ever new ones take no memory."""
+"""Image sizes that a processor warns about at most, so that ever new ones take no memory."""
 
 
 def window(
@@ -57,15 +57,16 @@ def fit_image(image: Array, height: int, width: int, how: How = "pad") -> Array:
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
+    picture = Image.fromarray(image)
     if how == "crop":
         left, top, ww, wh = window((w, h), (width, height), how)
         box = (max(left, 0), max(top, 0), min(left + ww, w), min(top + wh, h))
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box))
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
     scale = min(width / w, height / h)
     inner = (max(1, round(w * scale)), max(1, round(h * scale)))
     fitted = Image.new("RGB", (width, height))
     corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-    fitted.paste(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR), corner)
+    fitted.paste(picture.resize(inner, Image.Resampling.BILINEAR), corner)
     return np.asarray(fitted)
 
 
@@ -76,11 +77,12 @@ def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:
     """
     _, _, width, height = window(source, target, "pad")
     across, down = 1 - source[0] / width, 1 - source[1] / height
-    if max(across, down) < 0.01:
+    bars = max(across, down)
+    if bars < 0.01:
         return None
     where = "left and right" if across > down else "above and below"
     (w, h), (tw, th) = source, target
-    return f"{w}×{h} shown in {tw}×{th} with black bars {where}, {max(across, down):.0%} of it, nothing stretched"
+    return f"{w}×{h} shown in {tw}×{th} with black bars {where}, {bars:.0%} of it, nothing stretched"
 
 
 @dataclass
@@ -104,9 +106,8 @@ class Processor:
         self.coordinate_start = extend_tokenizer(self.tokenizer, self.coordinates.bins)
         ids = self.tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
         if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
-            raise SpearError(
-                f"tokenizer without location tokens {LOCATION_FORMAT.format(0)} …: start from PaliGemma's"
-            )
+            first = LOCATION_FORMAT.format(0)
+            raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
         self.location_start = int(ids[0])
         self._cache: dict[str, list[int]] = {}
         self._told: set[tuple[str, tuple[int, int]]] = set()
@@ -130,8 +131,7 @@ class Processor:
     def image(self, image: Array, view: str) -> torch.Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Gives a `Notice`, once per view and size, when that takes black bars; for so many sizes at most
-        (`SIZES_TOLD`).
+        Gives a `Notice`, once per view and size, when that takes black bars (for `SIZES_TOLD` sizes at most).
         """
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
@@ -160,13 +160,11 @@ class Processor:
         for question in questions:
             if question.unit != self.coordinates.unit and question.values:
                 raise SpearError(
-                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the 3D tokens in "
-                    f"{self.coordinates.unit!r}: use tokens fitted on labels of the same unit"
+                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the 3D tokens "
+                    f"in {self.coordinates.unit!r}: use tokens fitted on labels of the same unit"
                 )
         prompts = [self._prompt(question.prompt) for question in questions]
-        answers = [
-            [*self.answer_ids(question.segments), self.tokenizer.eos_token_id] for question in questions
-        ]
+        answers = [[*self.answer_ids(q.segments), self.tokenizer.eos_token_id] for q in questions]
         batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
@@ -208,14 +206,12 @@ class Processor:
         ends = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
         starts = [0, *(i + 1 for i in ends)]
         words = tuple((a, b) for a, b in zip(starts, [*ends, self.location_start], strict=True) if a < b)
-        first = self.coordinate_start
-        return Worded(count, words, (first, first + self.coordinates.bins))
+        return Worded(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
 
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
         """Token ids of an answer -> text, numbers and pixels, up to its end; the inverse of `answer_ids`.
 
-        Numbers are what stands for their bins: the median of the values that a bin was fitted to. A location
-        token without a partner stays text.
+        A number is the representative of its bin. A location token without a partner stays text.
         """
         segments: list[str | float | Pixel] = []
         text: list[int] = []
@@ -230,7 +226,7 @@ class Processor:
             here = int(ids[position])
             place = here - self.location_start
             partner = int(ids[position + 1]) - self.location_start if position + 1 < len(ids) else -1
-            if 0 <= here - self.coordinate_start < self.coordinates.bins:
+            if here in self.coordinate_ids:
                 close()
                 segments.append(float(self.coordinates.decode(np.array(here - self.coordinate_start))))
             elif 0 <= place < LOCATIONS and 0 <= partner < LOCATIONS:
@@ -248,10 +244,8 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.coordinates.save(folder / "coordinates.json")
-        content = {
-            "image_sizes": [[n, *wh] for n, wh in self.image_sizes.items()],
-            "prompt_tokens": self.prompt_tokens,
-        }
+        sizes = [[name, *wh] for name, wh in self.image_sizes.items()]
+        content = {"image_sizes": sizes, "prompt_tokens": self.prompt_tokens}
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -294,9 +288,8 @@ class Processor:
             raise SpearError("empty instruction: say what to do or ask, in words")
         ids = [self.tokenizer.bos_token_id, *self._text(words), *self._text("\n")]
         if len(ids) > self.prompt_tokens:
-            raise SpearError(
-                f"prompt too long: {words[:40]!r}…: {len(ids)} tokens, at most {self.prompt_tokens}: say it shorter"
-            )
+            too_long = f"{len(ids)} tokens, at most {self.prompt_tokens}"
+            raise SpearError(f"prompt too long: {words[:40]!r}…: {too_long}: say it shorter")
         return ids
 
     def _text(self, text: str) -> list[int]:

@@ -1,8 +1,7 @@
-"""From the probabilities of 3D tokens to numbers: the likeliest one, the expected one, the middle one, how
-sure.
+"""From the probabilities of 3D tokens to numbers: mode, mean, median, quantiles and spread.
 
-Between the edges of a bin its probability is taken to be spread evenly. Its expected value is the bin's
-representative, which in the wide bins of the tails is a better guess than the middle (our choice).
+Within a bin its probability is taken to be spread evenly. Its expected value is the bin's representative,
+which in the wide bins of the tails is a better guess than the middle (our choice).
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from spear.tokens import CoordinateTokenizer
 from spear.types import Array, Pixel
 
 Decode = Literal["mode", "mean", "median"]
-"""How a number is read off the probabilities of its bins: the likeliest bin, the expected value, the value
-below which half of the probability lies."""
+"""How a number is read off the probabilities of its bins."""
 DECODES: tuple[Decode, ...] = get_args(Decode)
 
 ONE_SIGMA = 0.6826894921370859
@@ -28,13 +26,10 @@ ONE_SIGMA = 0.6826894921370859
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a model held possible for each number of an answer.
+    """The probabilities that a model gave to each number of an answer.
 
-    probabilities  [numbers, bins] float32, each row sums to 1.
+    probabilities  [numbers, bins] float32, each row sums to 1; given the likeliest bins of earlier numbers.
     coordinates    what the bins mean, and in which unit.
-
-    A row is the probability of a number given the numbers before it as they were said, each its likeliest
-    bin.
     """
 
     probabilities: Array
@@ -65,9 +60,9 @@ class Distribution:
         return np.asarray(low + np.clip(part, 0, 1) * (high - low))
 
     def below(self, values: Array) -> Array:
-        """[numbers] the probability of less than `values` [numbers]: even between 0 and 1 where it is right.
+        """[numbers] the probability of less than `values` [numbers]; 0 or 1 outside the bins.
 
-        Values outside the bins have 0 or 1.
+        For a calibrated model it is uniform between 0 and 1 at the true values.
         """
         edges = self.coordinates.edges
         at = np.clip(np.searchsorted(edges[1:-1], values, side="right"), 0, self.coordinates.bins - 1)

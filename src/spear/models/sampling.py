@@ -1,4 +1,4 @@
-"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with all constants at hand.
+"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with constants at hand.
 
 The same actions as `flow.integrate` around `Spear1ForActionPrediction.predict` gives, up to rounding, without
 the work whose result nobody reads: the VLM's last layer stops at its keys and values, and the state, which no

@@ -234,7 +234,7 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         generator: torch.Generator | None = None,
         graphs: bool = True,
     ) -> Action:
-        """Actions [B, H, ·], normalised units, rotations unit and canonical, by `steps` Euler steps from noise.
+        """Actions [B, H, ·] by `steps` Euler steps from noise: normalised units, unit canonical rotations.
 
         The paper does not give the number of steps; 10 is our choice (π0's). Arguments as in `forward`; noise
         [B, H, ·] overrides the drawing. Without padding and missing images, attention_mask=None and

@@ -27,7 +27,7 @@ def normalize_pixels(
     shift = [m / s for m, s in zip(mean, std, strict=True)]
     if len(set(scale)) == len(set(shift)) == 1:
         return (pixels * scale[0]).sub_(shift[0])
-    # No tensor of constants: to bring it to a GPU would be to wait.
+    # Without a tensor of constants: copying one to a GPU would mean waiting.
     return torch.stack([(pixels[:, i] * scale[i]).sub_(shift[i]) for i in range(3)], dim=1)
 
 
@@ -43,9 +43,9 @@ class ConvStem(nn.Module):
     """Stride-2 3×3 convolutions with ReLU between them, in place of one big patch convolution.
 
     Each patch is normalised at the end: else what all patches share (the light, the table) grows in training
-    until it drowns the position embeddings. Our choice for small models: at a total stride
-    of 32 it costs a quarter of what 14-pixel patches do.
-    Widths double up to the encoder's width. [B, 3, h, w] -> [B, width, h / patch, w / patch].
+    until it drowns the position embeddings. Our choice for small models: at a total stride of 32 it costs a
+    quarter of what 14-pixel patches do. Widths double up to the encoder's width.
+    [B, 3, h, w] -> [B, width, h / patch, w / patch].
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -73,20 +73,27 @@ class ConvStem(nn.Module):
 
 
 class StemConv(nn.Conv2d):
-    """A convolution of the stem (a class of its own because it is initialised to keep the signal's scale)."""
+    """A convolution of the stem."""
 
-    def initialize(self) -> None:
-        """He initialisation: without norms the default would let the signal vanish."""
-        init.kaiming_normal_(self.weight, nonlinearity="relu")
-        assert self.bias is not None
-        init.zeros_(self.bias)
+
+class _InitializesStem:
+    """Goes before a Transformers model among a class's bases."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, StemConv):
+            # He initialisation: without norms the default would let the signal vanish.
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
 
 def position_waves(side: int, width: int) -> torch.Tensor:
     """[side², width] sines and cosines of rows and columns, root mean square 0.7.
 
-    The start of the position embeddings behind a `ConvStem` (our choice): learned from near zero, as large
-    models do it, small ones hardly find out where things are in a short training.
+    The initial position embeddings behind a `ConvStem` (our choice): if they start near zero, as in large
+    models, small ones hardly learn where things are in a short training.
     """
     place = torch.arange(side, dtype=torch.float32)
     frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4)
@@ -97,7 +104,7 @@ def position_waves(side: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
 
 
-class SiglipEncoder(SiglipVisionModel):
+class SiglipEncoder(_InitializesStem, SiglipVisionModel):
     """SigLIP's vision transformer, with a `ConvStem` where `config.stem` is "conv"."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
@@ -109,12 +116,6 @@ class SiglipEncoder(SiglipVisionModel):
             table = self.embeddings.position_embedding.weight
             if table.device.type != "meta":
                 init.copy_(table, position_waves(round(table.shape[0] ** 0.5), table.shape[1]))
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, StemConv):
-            module.initialize()
-        else:
-            super()._init_weights(module)
 
 
 class OffsetEmbeddings(Dinov2Embeddings):
@@ -139,7 +140,7 @@ class OffsetEmbeddings(Dinov2Embeddings):
         return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-class DinoEncoder(Dinov2Model):
+class DinoEncoder(_InitializesStem, Dinov2Model):
     """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv" and `OffsetEmbeddings`
     where `config.position_offset` is not zero (DINOv2's own code has 0.1)."""
 
@@ -157,17 +158,10 @@ class DinoEncoder(Dinov2Model):
                 waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
                 init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, StemConv):
-            module.initialize()
-        else:
-            super()._init_weights(module)
-
 
 def check_pixels(name: str, pixels: Any) -> None:
     """Refuse anything but uint8 [B, 3, h, w]."""
     if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
-        what = type(pixels).__name__
-        if isinstance(pixels, torch.Tensor):
-            what = f"{pixels.dtype} {tuple(pixels.shape)}"
+        tensor = isinstance(pixels, torch.Tensor)
+        what = f"{pixels.dtype} {tuple(pixels.shape)}" if tensor else type(pixels).__name__
         raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]")

@@ -229,7 +229,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of tokens, [..., width]: float32 under autocast, also where they are kept in bfloat16."""
+        """Embeddings of tokens [..., width]; float32 under autocast, even if they are kept in bfloat16."""
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 

@@ -9,11 +9,19 @@ import pytest
 import torch
 from transformers import Dinov2Config
 
-from moge_reference import arrays, checkpoint, description, error, random_v1, reference
+from moge_reference import (
+    arrays,
+    checkpoint,
+    description,
+    error,
+    intrinsics_from_fov,
+    random_v1,
+    reference,
+)
 from spear.errors import SpearError
 from spear.models.moge.checkpoint import fill_encoder
 from spear.models.moge.encoder import MogeEncoder
-from spear.models.moge.infer import Geometry, infer, intrinsics_from_fov
+from spear.models.moge.infer import Geometry, infer
 from spear.models.moge.layers import dinov2_config
 from spear.models.moge.v1 import MogeV1
 from spear.models.moge.v2 import MogeV2

@@ -13,7 +13,7 @@ from spear.errors import notice
 Inputs = Mapping[str, torch.Tensor]
 
 MOST = 8
-"""Graphs kept (our choice). Each holds the memory of its intermediate results; the least recently used goes."""
+"""Graphs kept (our choice): each holds the memory of its results. The least recently used one goes."""
 _WARM_UPS = 3
 
 
@@ -34,7 +34,7 @@ class CudaGraphCache:
     def __call__(
         self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs, *options: Hashable
     ) -> torch.Tensor:
-        """function(inputs). A graph is for one set of options, and of names, shapes and types of the inputs."""
+        """function(inputs). There is a graph per options, and per names, shapes and types of the inputs."""
         if not self._works:
             return function(inputs)
         key = (options, tuple((name, tuple(t.shape), t.dtype) for name, t in inputs.items()))

@@ -38,12 +38,12 @@ _MKL_IS_FAST = torch.backends.mkl.is_available() and _on_intel()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, on a CPU by oneDNN where no gradients are wanted. [..., in] -> [..., out].
+    """`torch.nn.functional.linear`, on a CPU by oneDNN where no gradients are wanted.
 
-    weight: [out, in], or that in oneDNN's own layout. Measured on AMD, one thread, against PyTorch's own: 2.1
-    times as fast for 560 rows and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6 times, packed 5 times
-    (bfloat16: 1.2, 2.3). On Intel MKL is faster, except for packed weights that no cache holds:
-    `benchmarks/models/products.py`.
+    [..., in] -> [..., out]. weight: [out, in], or that in oneDNN's own layout. Measured on AMD, one thread,
+    against PyTorch's own: 2.1 times as fast for 560 rows and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6
+    times, packed 5 times (bfloat16: 1.2, 2.3). On Intel MKL is faster, except for packed weights that no
+    cache holds: `benchmarks/models/products.py`.
     """
     if (
         not _ONEDNN
@@ -145,11 +145,10 @@ def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class Prepared(Generic[Value]):
-    """`make(module, *options)`, kept as long as the module lives and its weights stay what and where they are.
+    """`make(module, *options)`, kept while the module lives and its weights stay what and where they are.
 
-    watch  the parts whose weights count; by default all of the module.
-    The result must not refer to the module itself. It is kept beside the module, not in it: copies and
-    checkpoints of the module know nothing of it.
+    watch: the parts whose weights count; by default all of the module. The result must not refer to the
+    module itself. It is kept beside the module, not in it: copies and checkpoints know nothing of it.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Prefilled:
     hidden: torch.Tensor | None
 
     def bias(self, room: int, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores of tokens that see the prefix and `room` places after it, if anything."""
+        """What is added to the scores of tokens that see the prefix and `room` places after it; or None."""
         if not self.padded:
             return None
         after = self.valid.new_ones(self.valid.shape[0], room)

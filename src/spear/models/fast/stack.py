@@ -51,7 +51,7 @@ class StaticKVCache:
 
 @dataclass(frozen=True)
 class Window:
-    """Views of a `StaticKVCache` for consecutive tokens, in blocks of (tokens, end): each sees all places < end.
+    """Views of a `StaticKVCache` for consecutive tokens in blocks of (tokens, end), which see places < end.
 
     places   per layer: where the new tokens' keys and values go.
     queries  tokens per block.
@@ -80,7 +80,7 @@ class Layer:
 class Stack:
     """All layers of a Gemma or Gemma 2 and its last norm.
 
-    packed: see `Fused`. compiled: the work before and after attention by `torch.compile`, once for all layers.
+    packed: see `Fused`. compiled: what is before and after attention by `torch.compile`, once for all layers.
     """
 
     def __init__(self, model: Gemma | Gemma2, packed: bool = False, compiled: bool = False) -> None:

@@ -1,8 +1,7 @@
 """MoGe's published checkpoints: a local file or a name on the Hugging Face Hub -> our networks.
 
-A checkpoint is a `.pt` file {"model_config": …, "model": …}, or `.safetensors`, whose config is in its
-metadata ("model_config", JSON) or, where there is none, told from the shapes. Names and shapes are checked
-one by one.
+A checkpoint is a `.pt` file {"model_config": …, "model": …}, or `.safetensors` whose metadata hold
+"model_config" as JSON. Names and shapes are checked one by one.
 """
 
 from __future__ import annotations
@@ -18,21 +17,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.layers import ENCODERS, dinov2_config
 from spear.models.moge.v1 import MogeV1, MogeV1Config
-from spear.models.moge.v2 import HEADS, MogeV2, MogeV2Config
+from spear.models.moge.v2 import MogeV2, MogeV2Config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 from spear.models.weights.shards import download, is_hub_name
 
 Weights = Mapping[str, torch.Tensor]
+Prefixes = tuple[tuple[str, str], ...]
+"""Beginnings of our names, and those of the checkpoint in their place."""
 
-_PREFIXES = {
+_PREFIXES: dict[int, Prefixes] = {
     1: (("encoder.backbone.", "backbone."),),
     2: (("output_projections.", "encoder.output_projections."),),
 }
-"""Version -> our beginnings of names, and those of the checkpoint, where they differ."""
 _DINOV2 = (
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
     ("embeddings.position_embeddings", "pos_embed"),
@@ -53,8 +53,7 @@ _CONSTANTS = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint in memory: its weights, under their own names, its config and version (1 or
-    2)."""
+    """A published checkpoint in memory: weights under their own names, config, and version (1 or 2)."""
 
     path: Path
     weights: Weights
@@ -67,10 +66,8 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
 
     name: a local `.pt` or `.safetensors` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1,
     "Ruicheng/moge-2-vitl-normal" is MoGe-2 with metric scale).
-
-    Raises:
-        SpearError: not found, no network, not a MoGe, a config that is not supported, or weights that are
-            missing, unknown or of another shape.
+    Raises `SpearError` when it is not found, there is no network, it is not a MoGe, its config is not
+    supported, or weights are missing, unknown or of another shape.
     """
     return build_moge(read_checkpoint(name))
 
@@ -89,7 +86,7 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
             f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}: "
             f"{type(error).__name__} {error}: use one of the published checkpoints"
         ) from error
-    _fill(model, checkpoint, own=_PREFIXES[checkpoint.version], unused=())
+    _fill(model, checkpoint, _match(model, checkpoint, _PREFIXES[checkpoint.version]))
     return model.eval()
 
 
@@ -100,41 +97,32 @@ def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
     another size or resamples its position embeddings in another way (the preset "spear1" fits ViT-L
     checkpoints).
     """
-    encoder_names(encoder, checkpoint)
-    _fill(encoder, checkpoint, **_encoder_only(checkpoint))
+    _fill(encoder, checkpoint, encoder_names(encoder, checkpoint))
 
 
 def encoder_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
-    """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading the
-    weights."""
+    """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading weights."""
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
         raise SpearError(
-            f"encoder does not fit {checkpoint.path}: its config's position_offset is {offset}: MoGe needs 0.1"
+            f"encoder does not fit {checkpoint.path}: its position_offset is {offset}: MoGe needs 0.1"
         )
-    return _match(encoder, checkpoint, **_encoder_only(checkpoint))
+    prefix = _BACKBONE[checkpoint.version]
+    heads = {k for k in checkpoint.weights if not k.startswith(prefix)}
+    return _match(encoder, checkpoint, (("backbone.", prefix),), heads)
 
 
 def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, told from its width."""
-    config = dinov2_config(_encoder_of(checkpoint.weights, checkpoint.version))
-    fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
-    more = ("image_size", "use_mask_token", "position_offset")
-    return {name: getattr(config, name) for name in (*fields, *more)}
-
-
-def _encoder_only(checkpoint: Checkpoint) -> dict[str, Any]:
-    prefix = _BACKBONE[checkpoint.version]
-    heads = tuple(k for k in checkpoint.weights if not k.startswith(prefix))
-    return {"own": (("backbone.", prefix),), "unused": heads}
-
-
-def _encoder_of(weights: Weights, version: int) -> str:
-    width = weights[f"{_BACKBONE[version]}cls_token"].shape[-1]
+    width = checkpoint.weights[f"{_BACKBONE[checkpoint.version]}cls_token"].shape[-1]
     names = {size[0]: name for name, size in ENCODERS.items()}
     if width not in names:
         raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
-    return names[width]
+    config = dinov2_config(names[width])
+    fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
+    return {
+        name: getattr(config, name) for name in (*fields, "image_size", "use_mask_token", "position_offset")
+    }
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
@@ -143,89 +131,21 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     if not path.is_file():
         if path.exists() or path.suffix in (".pt", ".safetensors") or not is_hub_name(str(name)):
             raise SpearError(
-                f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub such as "
-                "Ruicheng/moge-vitl"
+                f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub "
+                "such as Ruicheng/moge-vitl"
             )
         path = download(str(name), "a local model.pt", file="model.pt")
     weights, config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
-    prefix = _BACKBONE[version]
-    if f"{prefix}cls_token" not in weights:
-        raise SpearError(f"not a MoGe checkpoint: {path} has no {prefix}cls_token: download it again")
-    try:
-        return Checkpoint(path, weights, config or config_from_shapes(weights), version)
-    except KeyError as error:
-        raise SpearError(f"checkpoint incomplete: {path} lacks {error.args[0]}: download it again") from error
+    if f"{_BACKBONE[version]}cls_token" not in weights:
+        raise SpearError(f"not a MoGe checkpoint: {path} has no backbone.cls_token: download it again")
+    if not isinstance(config, dict):
+        raise SpearError(f"checkpoint incomplete: {path} has no model_config: use the published file")
+    return Checkpoint(path, weights, config, version)
 
 
-def config_from_shapes(weights: Weights) -> dict[str, Any]:
-    """The `model_config` of a published checkpoint that has lost it, from the shapes of its weights.
-
-    Which layers of MoGe-2's encoder are read, and the range of tokens, cannot be told from shapes: those of
-    the published checkpoints are taken (evenly spaced layers up to the last).
-    """
-    version = 2 if "encoder.backbone.cls_token" in weights else 1
-    encoder = _encoder_of(weights, version)
-    if version == 1:
-        levels = _count(weights, "head.upsample_blocks.")
-        first = weights["head.upsample_blocks.0.1.layers.2.weight"]
-        return {
-            "encoder": encoder,
-            "remap_output": "exp",
-            "intermediate_layers": _count(weights, "head.projects."),
-            "dim_proj": weights["head.projects.0.weight"].shape[0],
-            "dim_upsample": [weights[f"head.upsample_blocks.{i}.0.0.weight"].shape[1] for i in range(levels)],
-            "dim_times_res_block_hidden": first.shape[0] // first.shape[1],
-            "num_res_blocks": _count(weights, "head.upsample_blocks.0.") - 1,
-            "last_conv_channels": weights["head.output_block.0.0.weight"].shape[0],
-            "num_tokens_range": list(MogeV1Config.tokens),
-        }
-    read = _count(weights, "encoder.output_projections.")
-    depth = ENCODERS[encoder][1]
-    config: dict[str, Any] = {
-        "encoder": {
-            "backbone": encoder,
-            "intermediate_layers": [(i + 1) * depth // read - 1 for i in range(read)],
-            "dim_out": weights["encoder.output_projections.0.weight"].shape[0],
-        },
-        "remap_output": "exp",
-        "num_tokens_range": list(MogeV2Config.tokens),
-    }
-    for stack in ("neck", *HEADS):
-        if any(k.startswith(f"{stack}.") for k in weights):
-            config[stack] = _stack_from_shapes(stack, weights)
-    if "scale_head.0.weight" in weights:
-        linear = [weights[f"scale_head.{2 * i}.weight"].shape for i in range(_count(weights, "scale_head."))]
-        config["scale_head"] = {"dims": [linear[0][1], *(shape[0] for shape in linear)]}
-    return config
-
-
-def _stack_from_shapes(name: str, weights: Weights) -> dict[str, Any]:
-    levels = range(_count(weights, f"{name}.input_blocks."))
-    inputs = [weights[f"{name}.input_blocks.{i}.weight"].shape for i in levels]
-    outputs = [weights.get(f"{name}.output_blocks.{i}.weight") for i in levels]
-    learned = [f"{name}.resamplers.{i}.0.weight" in weights for i in levels[:-1]]
-    return {
-        "dim_in": [shape[1] for shape in inputs],
-        "dim_out": [None if out is None else out.shape[0] for out in outputs],
-        "dim_res_blocks": [shape[0] for shape in inputs],
-        "num_res_blocks": [_count(weights, f"{name}.res_blocks.{i}.") for i in levels],
-        "res_block_in_norm": "none",
-        "res_block_hidden_norm": "none",
-        "resamplers": ["conv_transpose" if there else "bilinear" for there in learned],
-    }
-
-
-def _count(weights: Weights, prefix: str) -> int:
-    """How many different indices follow a prefix."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in weights if k.startswith(prefix)})
-
-
-def _fill(
-    model: nn.Module, checkpoint: Checkpoint, own: tuple[tuple[str, str], ...], unused: tuple[str, ...]
-) -> None:
-    """Put the weights in place, after `_match`."""
-    names = _match(model, checkpoint, own, unused)
+def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Put the weights in place. names: ours -> the checkpoint's."""
     state = {o: _piece(checkpoint, o, n).to(torch.float32, copy=True) for o, n in names.items()}
     model.load_state_dict(state, assign=next(model.parameters()).is_meta)
 
@@ -237,13 +157,15 @@ def _piece(checkpoint: Checkpoint, ours: str, name: str) -> torch.Tensor:
 
 
 def _match(
-    model: nn.Module, checkpoint: Checkpoint, own: tuple[tuple[str, str], ...], unused: tuple[str, ...]
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str] | None = None
 ) -> dict[str, str]:
-    """Our names -> the checkpoint's; each of its names is used, known to be of no use, or refused."""
+    """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
-    matched, missing, used, shapes = {}, [], set(unused), []
+    matched, missing, shapes = {}, [], []
+    # DINOv2's own training needs the mask token, MoGe does not.
+    used = {f"{_BACKBONE[checkpoint.version]}mask_token", *(unused or ())}
     for ours, tensor in model.state_dict().items():
-        name = _published(ours, own)
+        name = published_name(ours, prefixes)
         used.add(name)
         if name not in weights:
             missing.append(name)
@@ -251,7 +173,6 @@ def _match(
         if _piece(checkpoint, ours, name).shape != tensor.shape:
             shapes.append(f"{name} ({tuple(weights[name].shape)})")
         matched[ours] = name
-    backbone = _BACKBONE[checkpoint.version]
     for name, values in _CONSTANTS.items():
         key = name if checkpoint.version == 1 else f"encoder.{name}"
         used.add(key)
@@ -259,7 +180,6 @@ def _match(
             missing.append(key)
         elif not torch.allclose(weights[key].float().flatten(), torch.tensor(values), atol=1e-3):
             raise SpearError(f"{where}: {key} is not ImageNet's: use one of the published checkpoints")
-    used.add(f"{backbone}mask_token")  # DINOv2's own pretraining needs it, MoGe does not
     unknown = [k for k in weights if k not in used]
     for problem, names in (("missing", missing), ("unknown", unknown), ("of the wrong shape", shapes)):
         if names:
@@ -268,7 +188,7 @@ def _match(
     return matched
 
 
-def _published(ours: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+def published_name(ours: str, prefixes: Prefixes) -> str:
     """The checkpoint's name of one of our weights."""
     if "backbone." in ours:
         for here, there in _DINOV2:
@@ -279,16 +199,16 @@ def _published(ours: str, prefixes: tuple[tuple[str, str], ...]) -> str:
     return ours
 
 
-def _read_safetensors(path: Path) -> tuple[Weights, Mapping[str, Any] | None]:
+def _read_safetensors(path: Path) -> tuple[Weights, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            config = (file.metadata() or {}).get("model_config")
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(config) if config else None  # noqa: SIM118
+            config = json.loads((file.metadata() or {}).get("model_config", "null"))
+            return {k: file.get_tensor(k) for k in file.keys()}, config  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise SpearError(f"broken checkpoint: {path}: {error}: download it again") from error
 
 
-def _read_pickle(path: Path) -> tuple[Weights, Mapping[str, Any] | None]:
+def _read_pickle(path: Path) -> tuple[Weights, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -297,11 +217,8 @@ def _read_pickle(path: Path) -> tuple[Weights, Mapping[str, Any] | None]:
             "use the published file"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise SpearError(
-            f"broken checkpoint: {path}: {str(error).splitlines()[0]}: download it again"
-        ) from error
-    config = content.get("model_config") if isinstance(content, dict) else None
+        raise SpearError(f"broken checkpoint: {path}: {first_line(error)}: download it again") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise SpearError(f"not a MoGe checkpoint: {path} holds no weights by name: use the published file")
-    return weights, config
+    return weights, content.get("model_config")

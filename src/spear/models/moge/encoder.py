@@ -41,7 +41,7 @@ class MogeEncoder(nn.Module):
         return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
 
     def layers(self, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        """What the layers of these indices (from 0, rising) say, each after the final LayerNorm.
+        """The outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
 
         images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
         """
@@ -77,10 +77,10 @@ class DepthOutput(ModelOutput):
 
 
 class MogeForDepth(PreTrainedModel):
-    """Metric depth from one image, to pretrain a small `MogeEncoder` where MoGe's own weights do not fit (our
-    choice). As in MoGe-2, shape and scale are two losses: most of depth is shape.
+    """Metric depth from one image, to pretrain a small `MogeEncoder` for which no MoGe weights exist.
 
-    A single linear head on the encoder's features, so that what depth needs is learned by the encoder.
+    Our choice. As in MoGe-2, shape and scale are two losses: most of depth is shape. The head on the
+    encoder's features is a single linear layer, so that the encoder learns what depth needs.
     """
 
     config: MogeDepthConfig

@@ -27,8 +27,9 @@ FIT_SIDE = 64
 
 @dataclass(frozen=True)
 class Geometry:
-    """The geometry of B images; camera frame: x right, y down, z forward. Metres where the network has a
-    metric scale, else up to one scale per image.
+    """The geometry of B images; camera frame: x right, y down, z forward.
+
+    In metres where the network has a metric scale, else up to one scale per image.
 
     points      [B, h, w, 3] float32; infinite where the mask is False.
     depth       [B, h, w] float32 along z; infinite where the mask is False.
@@ -57,37 +58,28 @@ def infer(
 ) -> Geometry:
     """Predict the geometry of a batch of images of one size.
 
-    Args:
-        model: the network, on any device.
-        images: [B, 3, h, w], uint8 or float in 0 … 1.
-        num_tokens: patches to cut an image into; None to take `resolution_level`.
-        resolution_level: 0 … 9 in the range of tokens that the network was trained for.
-        intrinsics: [B, 3, 3] pixels, when the cameras are known; None to find them. The shift along z is then
-            fitted with the mean of both focal lengths and a centred axis, as MoGe was trained; points are
-            unprojected with exactly these (our choice).
-        project: put each point on the ray of its pixel, at its depth; else x and y stay as predicted.
-        apply_mask: blank out what is not known, in points, depth and normals.
-        dtype: float16 or bfloat16 for automatic mixed precision.
+    images            [B, 3, h, w], uint8 or float in 0 … 1.
+    num_tokens        patches to cut an image into; None to take `resolution_level`.
+    resolution_level  0 … 9 in the range of tokens that the network was trained for.
+    intrinsics        [B, 3, 3] pixels, when the cameras are known; None to find them. The shift along z is
+                      then fitted with the mean of both focal lengths and a centred axis, as MoGe was trained;
+                      points are unprojected with exactly these (our choice).
+    project           put each point on the ray of its pixel, at its depth; else x and y stay as predicted.
+    apply_mask        blank out what is not known, in points, depth and normals.
+    dtype             float16 or bfloat16 for automatic mixed precision.
 
-    Raises:
-        SpearError: images, intrinsics, tokens or a level that do not fit.
+    Raises `SpearError` for images, intrinsics, tokens or a level that do not fit.
     """
     device = next(model.parameters()).device
-    if (
-        images.dim() != 4
-        or images.shape[1] != 3
-        or not (images.dtype == torch.uint8 or images.is_floating_point())
-    ):
-        raise SpearError(
-            f"wrong image type: {images.dtype} {tuple(images.shape)}: pass uint8 or float tensors [B, 3, h, w]"
-        )
+    plain = images.dtype == torch.uint8 or images.is_floating_point()
+    if images.dim() != 4 or images.shape[1] != 3 or not plain:
+        what = f"{images.dtype} {tuple(images.shape)}"
+        raise SpearError(f"wrong image type: {what}: pass uint8 or float tensors [B, 3, h, w]")
     batch, _, height, width = images.shape
     if intrinsics is not None and intrinsics.shape != (batch, 3, 3):
         raise SpearError(f"intrinsics are {tuple(intrinsics.shape)}: pass one [3, 3] matrix per image")
     if num_tokens is not None and num_tokens < 1:
-        raise SpearError(
-            f"num_tokens is {num_tokens}: give a positive number, MoGe was trained for about 2,000"
-        )
+        raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
     images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
     tokens = tokens_at(model, resolution_level) if num_tokens is None else num_tokens
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -131,15 +123,10 @@ def recover_focal_shift(
     Least squares over focal · xy / (z + shift) − uv on a subsampled map, as MoGe fits it. The camera's axis
     is taken to pass through the image's centre.
 
-    Args:
-        points: [B, h, w, 3] affine point maps.
-        mask: [B, h, w] bool, False where a point is unknown; None for all known. Points that are not finite
-            count as unknown.
-        focal: [B] known focal lengths, in half diagonals; None to find them.
-
-    Returns:
-        focal [B] (in half diagonals) and shift [B] (in the points' unit), float32. A map of fewer than two
-        known points has focal 1 (or the given one) and shift 0.
+    points [B, h, w, 3] affine point maps. mask [B, h, w] bool, False where a point is unknown; None for all
+    known; points that are not finite count as unknown. focal [B] in half diagonals where known, else None.
+    Returns focal [B] (in half diagonals) and shift [B] (in the points' unit), float32. A map of fewer than
+    two known points has focal 1 (or the given one) and shift 0.
     """
     height, width = points.shape[1:3]
     if mask is None:
@@ -175,18 +162,11 @@ def _fit(rows: Array, focal: float | None) -> tuple[float, float]:
 
 
 def centred_intrinsics(focal: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Intrinsics [B, 3, 3], pixels (pixel centres at integer + 0.5), of focal lengths [B] in half
-    diagonals."""
+    """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3], pixels (centres at integer + 0.5)."""
     intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal * math.hypot(width, height) / 2
     intrinsics[:, 0, 2], intrinsics[:, 1, 2] = width / 2, height / 2
     return intrinsics
-
-
-def intrinsics_from_fov(fov_x: float, width: int, height: int) -> torch.Tensor:
-    """Intrinsics [3, 3], pixels, of a camera with square pixels and a horizontal field of view in degrees."""
-    focal = width / math.tan(math.radians(fov_x) / 2) / math.hypot(width, height)
-    return centred_intrinsics(torch.tensor([focal]), width, height)[0]
 
 
 def focal_of(intrinsics: torch.Tensor, width: int, height: int) -> torch.Tensor:

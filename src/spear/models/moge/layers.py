@@ -105,7 +105,7 @@ def view_plane(
     """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
 
     MoGe measures the view plane in half diagonals of the image. u runs to the right and v down; both are 0 at
-    the image's centre. aspect: width / height of the image that the grid covers, when its cells are not square.
+    the image's centre. aspect: width / height of the image that the grid covers, if cells are not square.
     """
     ratio = width / height if aspect is None else aspect
     diagonal = math.sqrt(1 + ratio**2)

@@ -67,8 +67,7 @@ class MogeV1Config:
 
     @staticmethod
     def from_published(config: Mapping[str, Any]) -> MogeV1Config:
-        """From the `model_config` of a published checkpoint; raises `SpearError` for what is not
-        supported."""
+        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
         check_fixed("", {"remap_output": "linear", **config}, _FIXED)
         tokens = config.get("num_tokens_range", (1200, 2500))
         if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
@@ -97,10 +96,10 @@ class MogeV1(nn.Module):
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
     def cut(self, images: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns], and the size
-        (height, width) in between, on which the head works.
+        """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
 
-        Raises `SpearError` when an image is too long and thin for so few tokens.
+        The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
+        is too long and thin for so few tokens.
         """
         height, width = images.shape[2:]
         factor = math.sqrt(num_tokens * PATCH**2 / (height * width))
@@ -114,7 +113,7 @@ class MogeV1(nn.Module):
         return cut, size
 
     def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
-        """Points and mask of images [B, 3, h, w] in 0 … 1, looked at as about `num_tokens` patches."""
+        """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         patches, size = self.cut(images, num_tokens)
         count = len(self.encoder.backbone.encoder.layer)
         tokens = self.encoder.layers(patches, range(count - self.config.layers, count))

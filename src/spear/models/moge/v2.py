@@ -44,8 +44,11 @@ _FIXED_STACK = {
 
 @dataclass(frozen=True)
 class Stack:
-    """A `ConvStack`: per level channels in, inside, and out (None: as inside), and residual blocks; and how
-    one level is upsampled to the next (keys of `RESAMPLERS`)."""
+    """The numbers of a `ConvStack`, per level.
+
+    Channels in, inside and out (None: as inside), residual blocks, and how the level is upsampled to the next
+    (keys of `RESAMPLERS`; one fewer).
+    """
 
     inputs: tuple[int, ...]
     widths: tuple[int, ...]
@@ -70,11 +73,11 @@ class Stack:
             blocks=each(config.get("num_res_blocks", 1), len(widths)),
             resamplers=each(config["resamplers"], len(widths) - 1),
         )
-        wrong = [r for r in stack.resamplers if r not in RESAMPLERS]
-        if wrong:
-            raise SpearError(
-                f"MoGe config not supported: {name}.resamplers has {wrong[0]!r}: use a published one"
-            )
+        for kind in stack.resamplers:
+            if kind not in RESAMPLERS:
+                raise SpearError(
+                    f"MoGe config not supported: {name}.resamplers has {kind!r}: use a published one"
+                )
         return stack
 
 
@@ -98,30 +101,22 @@ class MogeV2Config:
 
     @staticmethod
     def from_published(config: Mapping[str, Any]) -> MogeV2Config:
-        """From the `model_config` of a published checkpoint; raises `SpearError` for what is not
-        supported."""
+        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
         check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
         for part in ("encoder", "neck", "points_head", "mask_head"):
             if config.get(part) is None:
-                raise SpearError(
-                    f"MoGe config not supported: no {part}: use one of the published checkpoints"
-                )
+                raise SpearError(f"MoGe config not supported: no {part}: use a published checkpoint")
         encoder = config["encoder"]
-        layers = encoder["intermediate_layers"]
+        layers, depth = encoder["intermediate_layers"], dinov2_config(encoder["backbone"]).num_hidden_layers
         tokens = config.get("num_tokens_range", (1200, 3600))
         return MogeV2Config(
             encoder=encoder["backbone"],
-            layers=tuple(_last(encoder["backbone"], layers) if isinstance(layers, int) else layers),
+            layers=tuple(range(depth - layers, depth) if isinstance(layers, int) else layers),
             project=encoder["dim_out"],
             stacks={n: Stack.from_published(n, config[n]) for n in ("neck", *HEADS) if config.get(n)},
             scale=tuple(config["scale_head"]["dims"]) if config.get("scale_head") else None,
             tokens=(int(tokens[0]), int(tokens[1])),
         )
-
-
-def _last(encoder: str, count: int) -> range:
-    layers = dinov2_config(encoder).num_hidden_layers
-    return range(layers - count, layers)
 
 
 class MogeV2(nn.Module):
@@ -162,8 +157,10 @@ class MogeV2(nn.Module):
         return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
 
     def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the last read
-        layer's class token [B, width]."""
+        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns] and class token.
+
+        The class token is that of the last layer that is read, [B, width].
+        """
         tokens = self.encoder.layers(patches, self.config.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         projected = [
@@ -173,8 +170,7 @@ class MogeV2(nn.Module):
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
     def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
-        """Everything there is a head for, of images [B, 3, h, w] in 0 … 1 looked at as about `num_tokens`
-        patches."""
+        """What there are heads for, of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]

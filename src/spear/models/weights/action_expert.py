@@ -43,7 +43,7 @@ _ENDS = {
     "action_in_proj": (1, ACTION_DIM),
     "action_out_proj": (0, ACTION_DIM),
 }
-"""The layers that take a robot's state or actions: the axis of the weight that is theirs, and its size here."""
+"""The layers that take a robot's state or actions: the weight's axis that is theirs, and its size here."""
 _SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 """What the expert has in common with the VLM, whose keys and values it reads."""
 

@@ -184,9 +184,8 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
     if len(tokenizer) > rows + 1:  # the image token may lie one past the embeddings: it is never embedded
-        raise SpearError(
-            f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: take both from the same checkpoint"
-        )
+        both = "take both from the same checkpoint"
+        raise SpearError(f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: {both}")
     return tokenizer, extend_tokenizer(tokenizer, bins)
 
 

@@ -109,9 +109,8 @@ def find(name: Path | str, what: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not is_hub_name(str(name)):
-        raise SpearError(
-            f"{what} not found: {folder}: give its folder (config.json and safetensors), or its name on the Hub"
-        )
+        needed = "its folder (config.json and safetensors), or its name on the Hub"
+        raise SpearError(f"{what} not found: {folder}: give {needed}")
     return download(str(name), "a local folder")
 
 

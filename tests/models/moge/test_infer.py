@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moge_reference import arrays, error
+from moge_reference import arrays, error, intrinsics_from_fov
 from spear.labels.fit import camera
 from spear.models.moge.infer import (
     centred_intrinsics,
     focal_of,
-    intrinsics_from_fov,
     recover_focal_shift,
     unproject,
     view_plane,
