@@ -97,8 +97,8 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
         if one.instruction != two.instruction:
             raise SpearError(
                 f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and "
-                f"{two.instruction!r} for {b}: they come from different simulator versions: evaluate the older "
-                "one again"
+                f"{two.instruction!r} for {b}: they come from different simulator versions: evaluate the "
+                "older one again"
             )
     families: dict[str, list[Pair]] = {}
     for pair in pairs:

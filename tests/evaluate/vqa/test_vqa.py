@@ -16,16 +16,18 @@ from spear.errors import SpearError
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import baselines as baselines
 from spear.evaluate.vqa import run as vqa
+from spear.evaluate.vqa.ask import words
 from spear.evaluate.vqa.calibration import Certainty, calibrate
 from spear.evaluate.vqa.measures import closer_named, measure, nearest_box
 from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box
 from spear.labels.store import write_shards
 from spear.models.readout import Distribution
+from spear.policy import Answer
 from spear.report.draw import PREDICTION, TRUTH
 from spear.report.vqa import draw, vqa_page
 from spear.tokens import CoordinateTokenizer
-from spear.types import Array, LabeledImage, Pixel, Question
+from spear.types import Array, LabeledImage, Pixel, Question, Unit
 
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
 
@@ -132,13 +134,6 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(
     assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
 
 
-def test_image_points_are_measured_in_pixels() -> None:
-    truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
-    found = measure(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
-    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
-    assert found == {"pixels": pytest.approx(pixels), "relative": pytest.approx(25)}
-
-
 def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
     assert "error" not in scores.families["keypoint"].measures
@@ -167,18 +162,19 @@ def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
             assert i in (1, 2) or measure(q, far, labels[i])["relative"] > 5
 
 
-@pytest.mark.parametrize(
-    ("closing", "named"),
-    [
+def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
+    truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
+    found = measure(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
+    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
+    assert found == {"pixels": pytest.approx(pixels), "relative": pytest.approx(25)}
+    for closing, named in (
         (" so the mug is closer", "mug"),
         (" so the Red Cube is  closer than the mug", "red cube"),
         (" it is the mugs", None),
         ("", None),
-    ],
-)
-def test_what_a_chain_of_thought_concludes(closing: str, named: str | None) -> None:
-    answer = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
-    assert closer_named(answer, ("mug", "red cube")) == named
+    ):
+        thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
+        assert closer_named(thought, ("mug", "red cube")) == named
 
 
 def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> None:
@@ -224,23 +220,15 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     for family, readings in scores.readings.items():
         assert readings.error["median"] == pytest.approx(scores.families[family].measures["relative"].value)
         assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
+    picture = draw(next(a for a in scores.asked if a.question.family == "box_vertices"), scale=3)
+    assert picture.shape == (315, 420, 3)
+    for colour in (TRUTH, PREDICTION):
+        assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
     page = vqa_page(scores, "model <1>", "labels")
     assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
     assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
     for title in ("Worst", "Best", "Which number to say", "In words"):
         assert title in page
-
-
-def test_a_wrong_box_is_drawn_beside_the_truth() -> None:
-    label = labelled(0)
-    box = label.objects[0].box3d
-    assert box is not None
-    truth = [float(v) for v in box.vertices.ravel()]
-    question = Question("box_vertices", "?", truth, ["mug"])
-    picture = draw(vqa.Asked(0, label, question, {"mode": [v + 0.03 for v in truth]}), scale=3)
-    assert picture.shape == (315, 420, 3)
-    for colour in (TRUTH, PREDICTION):
-        assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
 
 
 def test_the_command_writes_scores_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,3 +262,13 @@ def test_bad_input_is_one_line(
     assert main(["evaluate", "vqa", *argv]) == 2
     said = capsys.readouterr().err
     assert hint in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])
+def test_an_answer_to_one_question_is_said_in_the_unit_of_the_model(unit: Unit, said: str) -> None:
+    image = np.zeros((60, 80, 3), np.uint8)
+    assert words(Answer(["the mug is ", 0.41251, " away"], unit), image) == f"the mug is 0.413 {said} away"
+    box = words(Answer([0.25] * 24, unit), image).splitlines()
+    assert box[0] == f"centre (+0.250, +0.250, +0.250) {said}; vertices:" and len(box) == 9
+    assert words(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"
+    assert words(Answer([], unit), image) == "(no answer)"

@@ -1,4 +1,4 @@
-"""Answers to 3D questions summed up: per family, per way of reading numbers, beside baselines, calibration."""
+"""Answers to 3D questions summed up per family and way of reading numbers, with baselines and calibration."""
 
 from __future__ import annotations
 
