@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spear.data.store.episode_store import EpisodeStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
+from spear.train.options import Inputs
 from spear.train.recipes import recipe
 
 SHARED = ("nano-siglip", "nano-vlm-0")
@@ -30,7 +31,7 @@ WITHOUT = "nano-vla-no-3d"
 def operations(name: str, labels: Path, episodes: Path, batches: int) -> float:
     """Of one training step of a recipe."""
     stores = [("sim", EpisodeStore(episodes), 1.0)] if recipe(name).kind == "vla" else []
-    _, task, _ = build(recipe(name), labels, stores)
+    _, task, _ = build(recipe(name), Inputs(labels, stores))
     step = Stepper(task, recipe(name).optimization, seed=0)
     total = 0
     for number in range(batches):

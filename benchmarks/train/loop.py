@@ -27,6 +27,7 @@ from spear.train import loop
 from spear.train.build import build
 from spear.train.log import Logger
 from spear.train.optimize import Stepper
+from spear.train.options import Inputs
 from spear.train.recipes import recipe
 
 AHEAD = 6
@@ -53,7 +54,8 @@ def main(
     torch.set_num_threads(threads)
     stage = recipe("nano-vla")
     changes = {"batch_size": batch_size} | ({} if labels else {"question_images": 0})
-    _, task, _ = build(stage.changed(**changes), labels, [("sim", EpisodeStore(episodes), 1.0)])
+    inputs = Inputs(labels, [("sim", EpisodeStore(episodes), 1.0)])
+    _, task, _ = build(stage.changed(**changes), inputs)
     opt = stage.optimization
     step = Stepper(task, opt, seed=0)
     for _ in range(3):

@@ -30,6 +30,8 @@ from spear.report.draw import draw_label
 from spear.report.open_loop import plot
 from spear.report.page import Section
 from spear.sim.scene import FAMILIES
+from spear.train.options import Inputs
+from spear.train.recipes import recipe
 from spear.train.run import train
 from spear.util.files import write_text
 
@@ -210,13 +212,8 @@ def real_episodes(out: Path, data: Path | None) -> Part:
     weights = (locate("nano") / "model.safetensors").read_bytes()
     key = hashlib.sha256(str(learned.path.resolve()).encode() + weights).hexdigest()[:8]
     run = out / f"fine-tuned-{key}"
-    tuned = train(
-        "nano-post",
-        run,
-        episodes=[(source.name, learned, 1.0)],
-        init=locate("nano"),
-        steps=FINE_TUNE_STEPS,
-    )
+    inputs = Inputs(episodes=[(source.name, learned, 1.0)], init=locate("nano"))
+    tuned = train(recipe("nano-post").changed(steps=FINE_TUNE_STEPS), run, inputs)
     scores = [
         open_loop.score("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
         open_loop.score_mean_action(learned, held_out),

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Array = NDArray[Any]
 Unit = Literal["metre", "relative"]
@@ -43,6 +45,8 @@ class Action:
 
     def to_vector(self) -> torch.Tensor:
         """[..., H, 8]: translation, rotation, gripper side by side."""
+        import torch
+
         return torch.cat([self.translation, self.rotation, self.gripper], dim=-1)
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""A tiny SPEAR-1 as a training task, and processes to train it on."""
+"""A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes to run them on."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -13,12 +14,44 @@ from typing import Any
 import torch
 
 from models_tiny import START, TINY, actions, pixels, spear1, text
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.spear1 import STATE_FEATURES
+from spear.train import loop
+from spear.train.loop import RunOptions
+from spear.train.optimize import Task
+from spear.train.options import Inputs, Optimization, Recipe
+from spear.train.recipes import recipe
+from spear.train.run import train
 from spear.train.tasks.questions import length_groups
 from spear.types import Action
 
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
+
+
+def go(task: Task, opt: Optimization, out: Path, about: Any = None, **how: Any) -> dict[str, torch.Tensor]:
+    """`loop.run` in this process, with every step in the log."""
+    return loop.run(task, opt, out, RunOptions(**{"workers": 0, "log_every": 1, "quiet": True, **how}), about)
+
+
+def run_recipe(
+    name: str | Recipe,
+    out: Path,
+    labels: Path | None = None,
+    store: EpisodeStore | None = None,
+    init: Path | None = None,
+    moge: Path | None = None,
+    **changes: Any,
+) -> Path:
+    """`train` with a recipe of this name, changed, in this process on the CPU; returns `out/final`."""
+    stage = (recipe(name) if isinstance(name, str) else name).changed(**changes)
+    inputs = Inputs(labels, [("made", store, 1.0)] if store else [], init, moge)
+    return train(stage, out, inputs, RunOptions(workers=0, log_every=1, quiet=True), "cpu")
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class Regression:

@@ -1,5 +1,4 @@
-"""Training on a GPU, as far as it can be checked without one: the choice of device, and where tensors are
-made.
+"""Devices, as far as they can be checked without a GPU: the choice, and where tensors are made.
 
 A tensor that is made without saying where lands on the CPU, and meets those on the GPU in the next operation.
 So every tensor that a training step makes must say where; a mode of PyTorch's sees them all.
@@ -7,8 +6,10 @@ So every tensor that a training step makes must say where; a mode of PyTorch's s
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from models_tiny import TINY
-from spear.cli import main
 from spear.errors import SpearError
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
 from spear.train import devices
-from spear.train.devices import choose_device, for_device, has_bfloat16
-from spear.train.optimize import Optimization, Stepper
+from spear.train.devices import choose_device, for_device
+from spear.train.optimize import Stepper
+from spear.train.options import Optimization
 from train_tiny import Acting
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -34,7 +35,6 @@ def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPa
     plain = Optimization(steps=1, lr=1e-3, precision="fp32")
     for has in (True, False):
         monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
-        assert has_bfloat16(CPU) == has and has_bfloat16(CUDA)
         assert for_device(asked, CUDA) == asked and for_device(plain, CPU) == plain
         settled = for_device(asked, CPU)
         kept = "bf16" if has else "fp32"
@@ -50,37 +50,28 @@ def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == choose_device("cuda") == CUDA
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     for name, hint in (
-        ("cuda:2", "no device cuda:2: .* finds 2 GPUs here: give another, or cpu"),
-        ("gpu", "unknown device 'gpu'"),
-        ("cuda:x", "unknown device 'cuda:x': did you mean"),
-        ("cpu:1", "unknown device 'cpu:1'"),
+        ("cuda:2", "cuda:2.* 2 GPUs"),
+        ("gpu", "'gpu'"),
+        ("cuda:x", "'cuda:x'"),
+        ("cpu:1", "'cpu:1'"),
     ):
         with pytest.raises(SpearError, match=hint):
             choose_device(name)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("auto") == taken[-1] == torch.device("cuda", 1)
-    with pytest.raises(SpearError, match="several processes cannot share a GPU: give cuda"):
+    with pytest.raises(SpearError, match="cuda:0"):
         choose_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SpearError, match="start as many processes as there are GPUs"):
+    with pytest.raises(SpearError, match="cuda:2"):
         choose_device("auto")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
     assert choose_device("auto").type == "cpu"
-    with pytest.raises(SpearError, match="finds no GPU here"):
+    with pytest.raises(SpearError, match="no GPU"):
         choose_device("cuda")
-
-
-def test_the_command_refuses_a_device_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["train", "nano-depth", "--labels", "x", "--device", "gpu", "--out", str(tmp_path / "run")]) == 2
-    )
-    said = capsys.readouterr().err
-    assert said.startswith("error: unknown device 'gpu'") and said.count("\n") == 1
-    assert not (tmp_path / "run").exists()
 
 
 class Placed(TorchFunctionMode):
@@ -125,7 +116,30 @@ def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
 def test_nothing_of_the_model_would_stay_behind() -> None:
     """What a module holds is a parameter or a buffer, which move with it."""
     for module in Acting().model.modules():
-        kept = [
-            name for name, value in vars(module).items() if isinstance(value, torch.Tensor | list | tuple)
-        ]
-        assert not any(torch.is_tensor(x) for name in kept for x in (vars(module)[name], *vars(module)[name]))
+        for value in vars(module).values():
+            inside = value if isinstance(value, list | tuple) else [value]
+            assert not any(isinstance(x, torch.Tensor) for x in inside)
+
+
+MEMORY = """
+import resource, torch
+from spear.train.devices import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.ones(2**24)
+given_back = faults()
+assert keep_freed_memory()
+faults()  # the first few find no room: glibc keeps the pieces that aligning them leaves
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_large_tensors_are_not_mapped_anew() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back >= 8  # 16 MB eight times; few where pages are huge
+    assert kept == 0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +17,43 @@ import pytest
 import torch
 
 from spear.errors import SpearError
-from spear.train import checkpoint, loop, nonfinite, optimize
+from spear.train import checkpoint, log, optimize
 from spear.train.log import Logger, Spikes
-from spear.train.optimize import Optimization
-from train_tiny import Regression
+from spear.train.options import Optimization
+from train_tiny import Regression, go, rows
 
 SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
+FOUR = replace(SMALL, steps=4)
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in rows]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(out)]
 
 
-def test_training_learns_and_logs(tmp_path: Path) -> None:
-    averaged = loop.run(Regression(), SMALL, tmp_path, seed=1, workers=0, log_every=1, quiet=True)
-    rows = losses(tmp_path)
-    assert [r[0] for r in rows] == list(range(1, 41))
-    assert sum(r[1] for r in rows[-10:]) < 0.7 * sum(r[1] for r in rows[:10])
+def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
+    averaged = go(Regression(), SMALL, tmp_path, seed=1, save_every=10)
+    logged = losses(tmp_path)
+    assert [r[0] for r in logged] == list(range(1, 41))
+    assert sum(r[1] for r in logged[-10:]) < 0.7 * sum(r[1] for r in logged[:10])
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000030", "step-00000040"]
 
 
 def test_schedule() -> None:
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
-    assert optimize.learning_rate(0, opt) == pytest.approx(0.1)
-    assert optimize.learning_rate(9, opt) == pytest.approx(1.0)
-    assert optimize.learning_rate(60, opt) == pytest.approx(0.55)
+    for step, rate in ((0, 0.1), (9, 1.0), (60, 0.55)):
+        assert optimize.learning_rate(step, opt) == pytest.approx(rate)
     assert optimize.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
-    constant = Optimization(steps=110, lr=1.0, warmup=10, schedule="constant")
-    assert optimize.learning_rate(109, constant) == 1.0
+    assert optimize.learning_rate(109, replace(opt, schedule="constant")) == 1.0
 
 
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     task = Regression()
     expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
-    opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32")
-    for step in range(
-        1, 7
-    ):  # step by step, through checkpoints, so that the weights can be looked at between
-        part = Optimization(**{**opt.__dict__, "steps": step, "schedule": "constant"})
-        averaged = loop.run(task, part, tmp_path, seed=0, workers=0, save_every=1, quiet=True)
+    opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32", schedule="constant")
+    for step in range(1, 7):  # step by step, through checkpoints, to look at the weights between
+        averaged = go(task, replace(opt, steps=step), tmp_path, save_every=1)
         decay = min(0.9, step / (9 + step))
         for name, parameter in task.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
@@ -66,19 +64,11 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
 def test_frozen_modules_stay_bit_for_bit(tmp_path: Path) -> None:
     task = Regression()
     before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    opt = Optimization(steps=5, lr=1e-2, warmup=1, frozen=("0",), weight_decay=0.5, precision="fp32")
-    loop.run(task, opt, tmp_path, seed=0, workers=0, quiet=True)
-    after = dict(task.model.named_parameters())
-    assert torch.equal(before["0.weight"], after["0.weight"]) and torch.equal(
-        before["0.bias"], after["0.bias"]
-    )
-    assert not torch.equal(before["2.weight"], after["2.weight"])
-
-
-def test_a_freeze_schedule_that_names_nothing_is_refused(tmp_path: Path) -> None:
-    opt = Optimization(steps=5, lr=1e-2, frozen=("encoder",))
-    with pytest.raises(SpearError, match="'encoder': no such module"):
-        loop.run(Regression(), opt, tmp_path, seed=0, workers=0, quiet=True)
+    go(task, replace(SMALL, steps=5, frozen=("0",), weight_decay=0.5), tmp_path)
+    changed = {n for n, p in task.model.named_parameters() if not torch.equal(before[n], p)}
+    assert changed == {"2.weight", "2.bias"}
+    with pytest.raises(SpearError, match="'encoder'"):
+        go(Regression(), replace(SMALL, frozen=("encoder",)), tmp_path / "none")
 
 
 def test_learning_rates_per_module() -> None:
@@ -114,153 +104,137 @@ class Broken(Regression):
 def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], gradient: bool
 ) -> None:
-    before = Optimization(**{**SMALL.__dict__, "steps": 6, "schedule": "constant"})
-    after = Optimization(**{**before.__dict__, "steps": 7})
-    task = Broken({6}, gradient)
-    loop.run(task, before, tmp_path, seed=5, workers=0, log_every=1, quiet=True)
+    opt, task = replace(SMALL, schedule="constant"), Broken({6}, gradient)
+    go(task, replace(opt, steps=6), tmp_path, seed=5)
     weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    averaged = loop.run(task, after, tmp_path, seed=5, workers=0, log_every=1, quiet=True)
+    averaged = go(task, replace(opt, steps=7), tmp_path, seed=5)
     assert all(torch.equal(weights[n], p) for n, p in task.model.named_parameters())
     assert all(v.isfinite().all() for v in averaged.values())
-    what = "gradient" if gradient else "loss"
-    assert (
-        f"step 7: the {what} is not finite: skipped (1 of at most 10); its batch is in"
-        in capsys.readouterr().err
-    )
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    said = capsys.readouterr().err
+    assert "step 7" in said and ("gradient" if gradient else "loss") in said
+    last = rows(tmp_path)[-1]
     assert last["step"] == 7 and last["grad_norm" if gradient else "loss"] is None
     (file,) = (tmp_path / "not-finite").iterdir()
-    batch, about = nonfinite.load_batch(file)
+    batch, about = log.load_batch(file)
     assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["name"] == "batch 6"
     loss, _ = task.loss(batch, optimize.step_generator(about["seed"], about["number"]))
-    loss.backward()
-    assert loss.isfinite() == gradient and not task.model[0].weight.grad.isfinite().all()
+    assert loss.isfinite() == gradient
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
-    opt = Optimization(**{**SMALL.__dict__, "max_skipped": 2})
-    with pytest.raises(
-        SpearError, match=r"step 9: the loss is not finite, and 2 steps were skipped before: look"
-    ):
-        loop.run(Broken({3, 5, 8, 9}), opt, tmp_path, seed=0, workers=0, save_every=7, quiet=True)
-    with pytest.raises(SpearError, match=r"step 9: .* and 2 steps were skipped before"):  # it remembers
-        loop.run(Broken({8}), opt, tmp_path, seed=0, workers=0, quiet=True)
-    assert len(list((tmp_path / "not-finite").iterdir())) == 3
+def test_one_step_too_many_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    opt = replace(SMALL, max_skipped=2)
+    with pytest.raises(SpearError, match=r"step 9.*2 steps"):
+        go(Broken({3, 5, 8}), opt, tmp_path, save_every=4)
+    with pytest.raises(SpearError, match="step 9"):  # those before the checkpoint still count
+        go(Broken({8}), opt, tmp_path, save_every=4)
 
 
-def test_loss_spikes_are_counted() -> None:
-    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+def test_spikes_are_counted() -> None:
     spikes = Spikes()
-    for step in range(1, 401):
-        jump = 3.0 if step in (30, 200, 300) else 0.0  # the first is too early to tell
-        spikes.add(step, 2 * 0.99**step + 0.1 * float(noise[step - 1]) + jump)
-    assert (spikes.count, spikes.last) == (2, 300)
-    spikes.add(401, math.nan)
-    assert spikes.count == 2
+    for step in range(1, 200):
+        spikes.add(step, 100.0 if step in (80, 150) else 1 + 0.01 * math.sin(step))
+    assert (spikes.count, spikes.last) == (2, 150)
 
 
-def test_waiting_for_data_is_told(tmp_path: Path) -> None:
-    class Slow(Regression):
-        def batch(self, step: int) -> dict[str, Any]:
-            time.sleep(0.03)
-            return super().batch(step)
-
-    opt = Optimization(**{**SMALL.__dict__, "steps": 10})
-    loop.run(Slow(), opt, tmp_path, seed=0, workers=0, log_every=10, quiet=True)
-    row = json.loads((tmp_path / "log.jsonl").read_text())
-    assert 0.3 < row["data_wait"] <= 1
-    log = Logger(tmp_path, 0, 20, quiet=True)
-    log.spikes.count, log.spikes.last = 2, 17
-    assert log._line(0.34, {"loss": 1.5, "grad_norm": 2.0}) == (
-        "waits for data 34%, loss 1.500, 2 loss spikes, last at 17"
-    )
+def test_waiting_for_data_and_spikes_are_told(tmp_path: Path) -> None:
+    with Logger(tmp_path, 0, 20, every=1, quiet=True) as logger:
+        logger.spikes.count, logger.spikes.last = 2, 17
+        logger.written -= 100
+        logger.log(0, {"loss": 1.5, "grad_norm": 2.0}, waited=34.0)
+    (row,) = rows(tmp_path)
+    assert row["spikes"] == 2 and row["data_wait"] == pytest.approx(0.34, abs=0.01)
+    assert all(words in logger.info for words in ("34%", "loss 1.500", "2 loss spikes", "17"))
 
 
-def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
-    short = Optimization(**{**SMALL.__dict__, "steps": 4})
-    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
+    about = {"--init": "one", "preset": "nano"}
+    go(Regression(), FOUR, tmp_path, about)
+    for changed in ({"--init": "two"}, {"--init": None}, {"preset": "small"}):
+        with pytest.raises(SpearError, match=f"another {next(iter(changed))}"):
+            go(Regression(), FOUR, tmp_path, {**about, **changed})
     with pytest.raises(SpearError, match="another seed"):
-        loop.run(Regression(), SMALL, tmp_path, seed=1, workers=0, quiet=True)
+        go(Regression(), SMALL, tmp_path, about, seed=1)
+    with pytest.raises(SpearError, match="4 steps already, more than 2"):
+        go(Regression(), replace(SMALL, steps=2), tmp_path, about)
+    go(Regression(), replace(SMALL, steps=6, lr=1e-3), tmp_path, about)
 
 
-def test_a_checkpoint_of_another_model_or_version_is_named(tmp_path: Path) -> None:
-    short = Optimization(**{**SMALL.__dict__, "steps": 4})
-    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    go(Regression(), FOUR, tmp_path)
     other = Regression()
     other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    with pytest.raises(SpearError, match=r"of another model or other settings \(model.0.weight differs\)"):
-        loop.run(other, SMALL, tmp_path, seed=0, workers=0, quiet=True)
-    state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
-    state.write_text('{"step": 4, "settings": {"seed": 0}}')
-    with pytest.raises(SpearError, match="written by an earlier version"):
-        loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, quiet=True)
-
-
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file in the way")
-    short = Optimization(**{**SMALL.__dict__, "steps": 4})
-    with pytest.raises(SpearError, match="a checkpoint cannot be written to"):
-        loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
-    short = Optimization(**{**SMALL.__dict__, "steps": 4})
-    loop.run(Regression(), short, tmp_path, seed=0, workers=0, quiet=True)
+    with pytest.raises(SpearError, match=r"model\.0\.weight"):
+        go(other, SMALL, tmp_path)
     latest = checkpoint.find_latest(tmp_path / "checkpoints")
     assert latest is not None
     (weights,) = latest.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(SpearError, match=r"step-00000004.*cannot be read"):
-        loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, quiet=True)
+    with pytest.raises(SpearError, match="step-00000004"):
+        go(Regression(), SMALL, tmp_path)
+    (latest / "state.json").write_text('{"step": 4, "settings": {"seed": 0}}')
+    with pytest.raises(SpearError, match="earlier version"):
+        go(Regression(), SMALL, tmp_path)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    loop.run(Regression(), SMALL, tmp_path, seed=0, workers=0, save_every=10, quiet=True)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000030", "step-00000040"]
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(SpearError, match="checkpoints"):
+        go(Regression(), FOUR, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stopping_and_continuing_changes_nothing(tmp_path: Path, workers: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    one = loop.run(Regression(), SMALL, whole, seed=3, workers=workers, log_every=1, quiet=True)
+    how = {"seed": 3, "workers": workers, "save_every": 5}
+    one = go(Regression(), SMALL, whole, **how)
 
     class Stops(Regression):
+        calls = 0
+
         def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-            self.calls = getattr(self, "calls", 0) + 1
+            self.calls += 1
             if self.calls == 18:
                 raise KeyboardInterrupt
             return super().loss(batch, generator)
 
     for _ in range(2):  # stopped twice, 17 steps after each start: between checkpoints
         with pytest.raises(KeyboardInterrupt):
-            loop.run(Stops(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True)
-    two = loop.run(Regression(), SMALL, parts, seed=3, workers=workers, save_every=5, log_every=1, quiet=True)
+            go(Stops(), SMALL, parts, **how)
+    two = go(Regression(), SMALL, parts, **how)
     assert losses(whole) == losses(parts)
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
+    class Unreadable(Regression):
+        def batch(self, step: int) -> dict[str, Any]:
+            raise SpearError("broken image: step 3: leave it out")
+
+    with pytest.raises(SpearError) as caught:
+        go(Unreadable(), FOUR, tmp_path, workers=workers)
+    assert str(caught.value) == "broken image: step 3: leave it out"
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from tests.train.test_loop import SMALL, Regression
-from spear.train import loop
+from tests.train.test_loop import SMALL, Regression, go
 class Slow(Regression):
     def loss(self, batch, generator):
         time.sleep(0.05)
         return super().loss(batch, generator)
-loop.run(Slow(), SMALL, Path(sys.argv[1]), seed=3, workers=0, save_every=5, log_every=1, quiet=True)
+go(Slow(), SMALL, Path(sys.argv[1]), seed=3, save_every=5)
 """
 
 
 def test_kill_nine_and_the_same_command_again(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    loop.run(Regression(), SMALL, whole, seed=3, workers=0, log_every=1, quiet=True)
-    command = [sys.executable, "-c", SCRIPT, str(killed), str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    go(Regression(), SMALL, whole, seed=3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT, str(killed)]
     process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (killed / "checkpoints" / "step-00000010").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -268,4 +242,4 @@ def test_kill_nine_and_the_same_command_again(tmp_path: Path) -> None:
     process.wait()
     assert losses(killed)[-1][0] < SMALL.steps
     subprocess.run(command, env=environment, check=True)
-    assert losses(whole) == losses(killed)
+    assert json.dumps(losses(whole)) == json.dumps(losses(killed))

@@ -1,25 +1,21 @@
-"""The paper's recipes: its numbers, each run at nano through the command line, and the shares of a
-mixture."""
+"""The recipes: the paper's numbers, modules that exist, and each run at nano through the command line."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_tiny import make
 from spear.cli import main
-from spear.cli.launching import dataset_name, shares
-from spear.data.readers.spec import REGISTRY
-from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import open_store
-from spear.errors import SpearError
-from spear.models.presets import PRESETS
+from spear.data.store.episode_store import write_episodes
+from spear.models.presets import PRESETS, preset, spear1_config
+from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
+from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, VLM_1, recipe
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
@@ -42,9 +38,13 @@ def test_the_papers_numbers() -> None:
     assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
 
 
-def test_every_recipe_starts_from_another_one_or_is_a_beginning() -> None:
+def test_every_recipe_starts_from_another_and_names_modules_that_exist() -> None:
     for stage in RECIPES.values():
         assert stage.starts_from in (None, "PaliGemma-3B and MoGe") or stage.starts_from in RECIPES
+        if stage.kind != "depth":
+            with torch.device("meta"):
+                model = Spear1ForActionPrediction(spear1_config(preset(stage.preset)))
+            apply_freeze(model if stage.kind == "vla" else model.vlm, stage.optimization)
 
 
 def test_the_page_has_every_recipe_with_its_numbers() -> None:
@@ -70,13 +70,14 @@ def test_each_runs_at_nano_after_the_one_before(tmp_path: Path) -> None:
         data = ["--labels", str(tmp_path / "labels")] if name.startswith("vlm") else []
         data += ["--episodes", str(tmp_path / "made")] if not data else []
         start = ["--init", before] if before else []
-        few = ["--steps", "1", "--set", "batch_size=8", "warmup=0"]
+        few = ["--steps", "1", "--set", "batch_size=8", "warmup=0", "--device", "cpu"]
         assert main(["train", name, "--preset", "nano", "--out", str(out), *data, *start, *few]) == 0
         said = json.loads((out / "final" / "recipe.json").read_text())
         assert said["recipe"]["name"] == name and said["recipe"]["preset"] == "nano"
         if before is not None:
             assert said["init"]["recipe"]["name"] == Path(before).name
         before = str(out)
+    assert before is not None
     policy = Spear1Policy.load(before)
     observation = {
         "observation/image": np.full((64, 80, 3), 90, np.uint8),
@@ -84,35 +85,3 @@ def test_each_runs_at_nano_after_the_one_before(tmp_path: Path) -> None:
         "prompt": "push the block 0",
     }
     assert np.isfinite(policy.infer(observation)["actions"]).all()
-
-
-def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:
-    """As of Open X-Embodiment, where the folder is a version."""
-    stores = []
-    for number, name in enumerate(("one", "two")):
-        folder = tmp_path / name / "1.0.0"
-        folder.parent.mkdir()
-        write_lerobot([make(number)], folder)
-        stores.append(open_store(folder, tmp_path / "work")[0])
-        assert dataset_name(folder) == dataset_name(tmp_path / name) == name
-    assert [s.source(0) for s in stores] == ["made#0", "made#1"]
-
-
-def store(folder: Path, dataset: str) -> EpisodeStore:
-    write_episodes([dataclasses.replace(make(0, 2), source=f"{dataset}/train#0")], folder)
-    return EpisodeStore(folder)
-
-
-def test_shares_are_those_of_the_list_where_all_are_known(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bridge, droid, mine = (store(tmp_path / name, name) for name in ("bridge_dataset", "droid", "mine"))
-    assert shares([bridge, droid], ()) == [18, 35]
-    assert capsys.readouterr().err == "mixture: bridge_dataset 34.0%, droid 66.0%\n"
-    assert shares([bridge, mine], ()) == [1, 1]
-    assert shares([bridge, mine], (1, 3)) == [1, 3]
-    assert "mine 75.0%" in capsys.readouterr().err
-    assert shares([mine], ()) == [1] and not capsys.readouterr().err
-    with pytest.raises(SpearError, match="--weights: 1 for 2 folders"):
-        shares([bridge, mine], (1,))
-    assert REGISTRY["droid"].weight == 35

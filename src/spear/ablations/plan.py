@@ -9,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spear.ablations.data import Data, settle
-from spear.ablations.rows import LENGTHS, SETTINGS, Row, Stage, Table
+from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
 from spear.flow import FlowConfig
 from spear.models.presets import preset
 from spear.policy import locate
 from spear.sim.scene import FAMILIES
-from spear.train.recipes import RECIPES, Recipe, recipe
+from spear.train.options import Recipe
+from spear.train.recipes import RECIPES, recipe
+from spear.util.options import key_values
 
 POLICY = "nano-vla"
 """A budget is given as the steps of this recipe."""
@@ -129,96 +130,71 @@ def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> Pretrained
     return Pretrained(*(Weights(folder, fingerprint(folder)) for folder in folders))
 
 
-def make_plan(
-    tables: Sequence[tuple[Table, Sequence[Row]]],
-    data: Data,
-    start: Pretrained,
-    seeds: int = 3,
-    scenes: int = 200,
-    budget: int | None = None,
-    changes: Mapping[str, Any] | None = None,
-    pretraining: float = 1.0,
-    families: Sequence[str] = FAMILIES,
-) -> Plan:
+def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
     """All trainings and scorings that some rows need.
 
-    scenes   held-out scenes per task family.
-    budget   steps of the full row's policy, to which all policies are in proportion. None: the recipes' own
-             steps.
-    changes  to every recipe, as in `Recipe.changed`; what a row is about it keeps.
-    pretraining  factor on the steps of SPEAR-VLM's stages.
-    families  the task families that policies are scored on.
-
-    Raises `SpearError` for an unknown family, fewer than one seed, scene or step, and a factor that is not
-    positive.
+    Raises `SpearError` for an unknown row, family or change.
     """
-    if not 0 < pretraining < math.inf:
-        raise SpearError(
-            f"--pretraining {pretraining:g}: give a positive number, 1 for the recipes' own steps"
-        )
-    for name, value in (("seeds", seeds), ("scenes", scenes), ("budget", 1 if budget is None else budget)):
-        if value < 1:
-            raise SpearError(f"--{name} {value}: give 1 or more")
-    families = settle(families)
-    own = RECIPES[POLICY].optimization.steps
-    paces = 1.0 if budget is None else budget / own, pretraining
-    if "steps" in (changes or {}):
+    tables, families = choose(options.rows), settle(options.families)
+    changes = key_values(options.set, "--set")
+    if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
     jobs: dict[str, Training | Scoring] = {}
     chains: dict[tuple[str, int], Sequence[Training]] = {}
-    for seed in range(seeds):
+    for seed in range(options.seeds):
         for _, rows in tables:
             for row in rows:
-                chain = chains[row.name, seed] = _chain(row, seed, data, start, paces, dict(changes or {}))
+                chain: list[Training] = []
+                before: str | Weights | None = start.vlm if row.pretrained else None
+                for stage in row.stages:
+                    one = _recipe(stage, row, options, changes, data)
+                    moge = start.depth if stage.moge else None
+                    chain.append(_training(one, seed + AGAIN * stage.again, data, before, moge))
+                    before = chain[-1].key
+                chains[row.name, seed] = chain
                 for training in chain:
                     jobs.setdefault(training.key, training)
-                jobs.setdefault(f"score {chain[-1].key}", Scoring(chain[-1], scenes, families))
-    return Plan(tables, list(jobs.values()), chains, seeds, scenes, families)
+                jobs.setdefault(f"score {before}", Scoring(chain[-1], options.scenes, families))
+    return Plan(tables, list(jobs.values()), chains, options.seeds, options.scenes, families)
 
 
-def _chain(
-    row: Row,
-    seed: int,
-    data: Data,
-    start: Pretrained,
-    paces: tuple[float, float],
-    changes: Mapping[str, Any],
-) -> list[Training]:
-    """A row's trainings for a seed, in order."""
-    chain: list[Training] = []
-    before: str | Weights | None = start.vlm if row.pretrained else None
-    for stage in row.stages:
-        moge = start.depth if stage.moge else None
-        chain.append(_training(stage, row, seed, data, paces, changes, before, moge))
-        before = chain[-1].key
-    return chain
-
-
-def _training(
-    stage: Stage,
-    row: Row,
-    seed: int,
-    data: Data,
-    paces: tuple[float, float],
-    changes: Mapping[str, Any],
-    init: str | Weights | None,
-    moge: Weights | None,
-) -> Training:
+def _recipe(
+    stage: Stage, row: Row, options: AblationOptions, changes: Mapping[str, Any], data: Data
+) -> Recipe:
+    """A row's stage as it will run. What a row is about it keeps, whatever the changes to all recipes."""
     plain = recipe(stage.recipe)
-    acts, (policy_pace, earlier_pace) = plain.kind == "vla", paces
-    length = stage.length * LENGTHS.get(stage.recipe, 1.0)
-    steps = round(plain.optimization.steps * length * (policy_pace if acts else earlier_pace))
+    policy_pace = 1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
+    pace = policy_pace if plain.kind == "vla" else options.pretraining
+    steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
     one = plain.changed(**{**SETTINGS.get(stage.recipe, {}), **changes, **stage.changes})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if 0 < row.images < 1:
         one = one.changed(most_images=max(1, round(row.images * data.images)))
-    if stage.again:
-        seed += AGAIN
+    return one
+
+
+def _training(
+    one: Recipe, seed: int, data: Data, init: str | Weights | None, moge: Weights | None
+) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    learned_from = data.key if acts else data.labels_key
+    learned_from = data.key if one.kind == "vla" else data.labels_key
     begins = [part.key if isinstance(part, Weights) else part for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
+
+
+def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
+    """What a plan trains and scores, and how much of it is done, as text."""
+    groups: dict[str, list[Training | Scoring]] = {}
+    for job in plan.jobs:
+        groups.setdefault(job.recipe.name if isinstance(job, Training) else "scoring", []).append(job)
+    lines = [f"{'':<14} {'number':>7} {'done':>5} {'steps or episodes each':>24}"]
+    for name, jobs in groups.items():
+        sizes = [job.steps if isinstance(job, Training) else job.episodes for job in jobs]
+        span = f"{min(sizes):,}" + (f" … {max(sizes):,}" if min(sizes) < max(sizes) else "")
+        lines.append(f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}")
+    rows = sum(len(members) for _, members in plan.tables)
+    return "\n".join([*lines, f"{rows} rows, {plan.seeds} seeds"])

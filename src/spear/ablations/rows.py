@@ -6,14 +6,17 @@ that begin alike share those stages. Nothing here runs anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from spear.errors import unknown_name
-from spear.labels.questions.generate import FAMILIES_2D, FAMILIES_PIXEL
+from spear.errors import SpearError, unknown_name
+from spear.labels.questions.templates import FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.presets import PRESETS
 from spear.train.recipes import ENCODERS, RECIPES
+from spear.util.options import AtLeast, Changes, Folder, Options
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,14 @@ def _longer(factor: float) -> tuple[Stage, ...]:
     return (Stage("nano-vla", _PLAIN, factor),)
 
 
-def _share(name: str, title: str, images: float) -> Row:
-    return Row(name, title, _FULL, images=images)
+def _scratch(name: str, factor: float) -> Row:
+    title = f"from random weights, {factor:.1f} × the steps"
+    return Row(name, title, (Stage("nano-vla", _UNTRAINED, factor),), pretrained=False)
+
+
+def _same(name: str, title: str, stages: Sequence[Stage]) -> Row:
+    """A row whose title is also its name in the published table."""
+    return Row(name, title, stages, title)
 
 
 _WEIGHT = PRESETS["nano"].flow["rotation_weight"]
@@ -160,6 +169,22 @@ AS_LONG = _samples("nano-vla-no-3d") / _samples("nano-vla")
 """How many more samples a policy sees that also gets the compute that the others spend on SPEAR-VLM, where
 all take the recipes' own steps."""
 
+_POINTS = tuple(Stage(one.recipe, _about_pixels(one.recipe), moge=one.moge) for one in _SPEAR_VLM)
+_NO_MOGE = (
+    Stage("nano-vlm-1", _NO_MOGE_1),
+    Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}),
+    Stage("nano-vla", _PLAIN),
+)
+_ENCODERS_FROZEN = (_VLM_1, Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}), _POLICY)
+_MOGE_TRAINED = _policy(frozen=_ALSO_FROZEN, lr_scale={**_RATES, "vlm.moge": _SIGLIP_RATE})
+_THAWED = (
+    *_SPEAR_VLM,
+    Stage("nano-vla", {"frozen": _SIGLIP_FROZEN, "schedule": "constant"}, 0.5),
+    Stage("nano-vla", {"warmup": 0}, 0.5, again=True),
+)
+_NO_IMAGES = (Stage("nano-vlm-1", length=0.0, moge=True), _POLICY)
+_BESIDE = _policy(question_images=RECIPES["nano-vla"].question_images)
+
 TABLES: tuple[Table, ...] = (
     Table(
         "3d",
@@ -168,43 +193,11 @@ TABLES: tuple[Table, ...] = (
         (
             Row("full", "full method", _FULL, "full"),
             Row("no-3d", "no 3D", _longer(1.0), "no 3D"),
-            Row(
-                "points",
-                "points, no objects",
-                (
-                    Stage("nano-vlm-1", _about_pixels("nano-vlm-1"), moge=True),
-                    Stage("nano-vlm-2", _about_pixels("nano-vlm-2")),
-                    _POLICY,
-                ),
-                "points but no objects",
-            ),
-            Row(
-                "no-moge",
-                "no MoGe",
-                (
-                    Stage("nano-vlm-1", _NO_MOGE_1),
-                    Stage("nano-vlm-2", {"moge": False, "lr_scale": {"vision_tower": 0.3}}),
-                    Stage("nano-vla", _PLAIN),
-                ),
-                "no MoGe",
-            ),
-            Row(
-                "encoders-frozen",
-                "encoders frozen in the VLM stage",
-                (_VLM_1, Stage("nano-vlm-2", {"frozen": ENCODERS, "lr_scale": {}}), _POLICY),
-                "encoders frozen in the VLM stage",
-            ),
-            Row(
-                "moge-trained",
-                "MoGe trained with actions",
-                _policy(frozen=_ALSO_FROZEN, lr_scale={**_RATES, "vlm.moge": _SIGLIP_RATE}),
-                "MoGe trained with actions",
-            ),
-            Row(
-                "questions-beside",
-                "3D questions beside the actions too",
-                _policy(question_images=RECIPES["nano-vla"].question_images),
-            ),
+            Row("points", "points, no objects", (*_POINTS, _POLICY), "points but no objects"),
+            Row("no-moge", "no MoGe", _NO_MOGE, "no MoGe"),
+            _same("encoders-frozen", "encoders frozen in the VLM stage", _ENCODERS_FROZEN),
+            _same("moge-trained", "MoGe trained with actions", _MOGE_TRAINED),
+            Row("questions-beside", "3D questions beside the actions too", _BESIDE),
         ),
         "ablations",
     ),
@@ -213,58 +206,40 @@ TABLES: tuple[Table, ...] = (
         "Rotation: space and loss",
         "s3-cosine",
         (
-            Row("linear-mse", "linear, MSE", _rotation("linear", "mse"), "linear, MSE"),
-            Row("linear-cosine", "linear, cosine", _rotation("linear", "cosine"), "linear, cosine"),
-            Row("s3-mse", "S³, MSE", _rotation("s3", "mse"), "S³, MSE"),
-            Row("s3-cosine", "S³, cosine", _rotation("s3", "cosine"), "S³, cosine"),
+            _same("linear-mse", "linear, MSE", _rotation("linear", "mse")),
+            _same("linear-cosine", "linear, cosine", _rotation("linear", "cosine")),
+            _same("s3-mse", "S³, MSE", _rotation("s3", "mse")),
+            _same("s3-cosine", "S³, cosine", _rotation("s3", "cosine")),
             Row("velocity", "S³, cosine + geodesic, of velocities", _policy(flow=_VELOCITY)),
         ),
         "rotation",
-        "The nano policy predicts the clean action, and its losses compare actions; the last row is the paper's own "
-        "loss, on predicted velocities, in our form (`FlowConfig`).",
+        "The nano policy predicts the clean action, and its losses compare actions; the last row is the "
+        "paper's own loss, on predicted velocities, in our form (`FlowConfig`).",
     ),
     Table(
         "normalisation",
         "Normalisation of translations",
         "quantile",
         (
-            Row("min-max", "min-max", _policy(normalization="minmax"), "min-max"),
-            Row("quantile", "1–99 % quantile", _FULL, "1–99 % quantile"),
-            Row("mean-std", "mean-std", _policy(normalization="meanstd"), "mean-std"),
+            _same("min-max", "min-max", _policy(normalization="minmax")),
+            _same("quantile", "1–99 % quantile", _FULL),
+            _same("mean-std", "mean-std", _policy(normalization="meanstd")),
         ),
         "normalisation",
-        "The positions that the policy is told of (proprioception) are normalised in the same way (our choice).",
+        "The policy's own positions (proprioception) are normalised in the same way (our choice).",
     ),
     Table(
         "siglip",
         "SigLIP while actions are learned",
         "siglip-trained",
         (
-            Row("siglip-trained", "trained", _FULL, "trained"),
-            Row(
-                "siglip-frozen",
-                "frozen",
-                _policy(frozen=_SIGLIP_FROZEN),
-                "frozen",
-            ),
-            Row(
-                "siglip-thawed",
-                "frozen, then trained",
-                (
-                    *_SPEAR_VLM,
-                    Stage(
-                        "nano-vla",
-                        {"frozen": _SIGLIP_FROZEN, "schedule": "constant"},
-                        0.5,
-                    ),
-                    Stage("nano-vla", {"warmup": 0}, 0.5, again=True),
-                ),
-                "frozen, then trained",
-            ),
+            _same("siglip-trained", "trained", _FULL),
+            _same("siglip-frozen", "frozen", _policy(frozen=_SIGLIP_FROZEN)),
+            _same("siglip-thawed", "frozen, then trained", _THAWED),
         ),
         "siglip",
-        "Trained is all of SigLIP but its stem and its positions, at 0.3 × the rate of the rest of the VLM, as in the "
-        "recipe (our choice for nano).",
+        "Trained is all of SigLIP but its stem and its positions, at 0.3 × the rate of the rest of the VLM, "
+        "as in the recipe (our choice for nano).",
     ),
     Table(
         "converged",
@@ -275,42 +250,71 @@ TABLES: tuple[Table, ...] = (
             Row("no-3d-as-long", f"no 3D, {AS_LONG:.1f} × the steps", _longer(AS_LONG)),
             Row("no-3d-x5", f"no 3D, {2 * AS_LONG:.1f} × the steps", _longer(2 * AS_LONG)),
             Row("no-3d-x9", f"no 3D, {4 * AS_LONG:.1f} × the steps", _longer(4 * AS_LONG)),
-            Row(
-                "scratch",
-                f"from random weights, {AS_LONG:.1f} × the steps",
-                (Stage("nano-vla", _UNTRAINED, AS_LONG),),
-                pretrained=False,
-            ),
-            Row(
-                "scratch-x9",
-                f"from random weights, {4 * AS_LONG:.1f} × the steps",
-                (Stage("nano-vla", _UNTRAINED, 4 * AS_LONG),),
-                pretrained=False,
-            ),
+            _scratch("scratch", AS_LONG),
+            _scratch("scratch-x9", 4 * AS_LONG),
         ),
-        note="Whether longer training would still help is read from neighbouring rows, each twice as long as the last.",
+        note="Whether longer training would still help is read from neighbouring rows, each twice as long "
+        "as the last.",
     ),
     Table(
         "images",
         "How much 3D data",
         "all-images",
         (
-            Row(
-                "no-images",
-                "none",
-                (Stage("nano-vlm-1", length=0.0, moge=True), _POLICY),
-                images=0.0,
-            ),
-            _share("images-256th", "1/256 of the images", 1 / 256),
-            _share("images-64th", "1/64", 1 / 64),
-            _share("images-16th", "1/16", 1 / 16),
-            _share("images-4th", "1/4", 1 / 4),
-            _share("all-images", "all", 1.0),
+            Row("no-images", "none", _NO_IMAGES, images=0.0),
+            Row("images-256th", "1/256 of the images", _FULL, images=1 / 256),
+            Row("images-64th", "1/64", _FULL, images=1 / 64),
+            Row("images-16th", "1/16", _FULL, images=1 / 16),
+            Row("images-4th", "1/4", _FULL, images=1 / 4),
+            Row("all-images", "all", _FULL),
         ),
-        note="The paper left this open. Every row but the first trains for as many steps: fewer images are seen more "
-        "often. The pretrained weights are the same in all rows.",
+        note="The paper left this open. Every row but the first trains for as many steps: fewer images are "
+        "seen more often. The pretrained weights are the same in all rows.",
     ),
 )
+
+
+@dataclass(frozen=True)
+class AblationOptions(Options):
+    """The options of `spear evaluate ablations`."""
+
+    rows: tuple[str, ...] = ()
+    """Rows, or whole tables (3d, rotation, normalisation, siglip, converged, images); all without it."""
+    seeds: Annotated[int, AtLeast(1)] = 3
+    """Trainings of each row."""
+    scenes: Annotated[int, AtLeast(1)] = 200
+    """Held-out scenes of each task family, for every training."""
+    out: Path = Path("runs/ablations")
+    """Folder for everything."""
+    labels: Folder = None
+    """Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels."""
+    episodes: Folder = None
+    """Folder of demonstrations, from spear record. Without it, 2,000 per family are made in OUT/episodes."""
+    init: str = "nano-vlm-0"
+    """What stands for PaliGemma's weights in all rows: a trained folder of nano-vlm-0, or that name for the
+    one that comes with this package."""
+    moge: str = "nano-depth"
+    """What stands for MoGe's: the same of nano-depth."""
+    budget: Annotated[int | None, AtLeast(1)] = None
+    """Steps of the full row's policy, to which all policies are in proportion. Without it the recipes' own
+    12,000 steps."""
+    pretraining: float = 1.0
+    """Factor on the steps of SPEAR-VLM's stages."""
+    families: tuple[str, ...] = ()
+    """Task families that policies learn (where demonstrations are made) and are scored on; all of them when
+    none is given."""
+    set: Changes = ()
+    workers: Annotated[int, AtLeast(0)] = 1
+    """Processes that prepare batches, for each training."""
+    plan: bool = False
+    """Only print what would be done."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.pretraining < math.inf:
+            raise SpearError(
+                f"--pretraining {self.pretraining:g}: give a positive number, 1 for the recipes' own steps"
+            )
 
 
 def choose(names: Sequence[str]) -> list[tuple[Table, list[Row]]]:

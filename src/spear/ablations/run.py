@@ -8,11 +8,9 @@ OUT/locks/               who works on what
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spear.ablations.data import Data
@@ -24,7 +22,10 @@ from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.journal import journals, read_journal
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, merge
+from spear.train.loop import RunOptions
+from spear.train.options import Inputs
 from spear.train.run import train
+from spear.util.ledger import lock
 
 WAIT = 5.0
 """Seconds between looks at what other processes have finished."""
@@ -82,7 +83,7 @@ def run(
     workers   processes that prepare batches, per training.
     on_score  called after each scoring of this process.
 
-    Returns what was set aside, with the reasons: a training that failed, which stops no other row.
+    Returns what was skipped, with the reasons: a training that failed, which stops no other row.
     """
     trainings = {t.key: t for t in plan.trainings}
     waiting = left(plan, out)
@@ -103,10 +104,13 @@ def run(
                     continue
                 try:
                     if isinstance(job, Scoring):
-                        _score(job, out, quiet, say)
+                        which = f"{job.policy.folder}, seed {job.policy.seed}"
+                        say(f"scoring {which}, {job.scenes} scenes per family")
+                        _score(job, out, quiet)
                         on_score()
                     else:
-                        _train(job, trainings, out, data, workers, quiet, say)
+                        say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
+                        _train(job, trainings, out, data, workers, quiet)
                 except SpearError as error:
                     failed[_name(job)] = f"{_name(job)}: {error}"
             break
@@ -126,56 +130,20 @@ def _needs(job: Job) -> list[str]:
 
 
 def _train(
-    job: Training,
-    trainings: Mapping[str, Training],
-    out: Path,
-    data: Data,
-    workers: int,
-    quiet: bool,
-    say: Callable[[str], None],
+    job: Training, trainings: Mapping[str, Training], out: Path, data: Data, workers: int, quiet: bool
 ) -> None:
-    say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
     folder = out / "stages" / job.folder
     before = None
     if job.init is not None:
         before = job.init.folder if isinstance(job.init, Weights) else final(out, trainings[job.init])
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    train(
-        job.recipe,
-        folder,
-        data.labels,
-        robots,
-        before,
-        job.moge.folder if job.moge else None,
-        job.seed,
-        workers if job.steps else 0,
-        quiet=quiet,
-    )
+    inputs = Inputs(data.labels, robots, before, job.moge.folder if job.moge else None)
+    train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
-    say(f"scoring {job.policy.folder}, seed {job.policy.seed}, {job.scenes} scenes per family")
+def _score(job: Scoring, out: Path, quiet: bool) -> None:
     agent = load_agent(str(final(out, job.policy)))
     agent.name = job.policy.folder  # the folder may be moved
     journal = out / "scores" / job.folder
     evaluate(agent, TabletopOptions(job.scenes, out=journal, families=tuple(job.families)), quiet)
-
-
-@contextlib.contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may work on something (True when it waits until it may).
-
-    The lock goes when the process ends, however it ends.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also where a process that prepares batches still has the file

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spear.errors import unknown_name
-from spear.models.spear1 import Spear1Config
-from spear.models.vlm import SpearVLMConfig
+
+if TYPE_CHECKING:
+    from spear.models.spear1 import Spear1Config
+    from spear.models.vlm import SpearVLMConfig
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,10 @@ def vlm_config(
     default the 3D tokens follow the preset's own text vocabulary. networks: the fields `vision_config`,
     `moge_config` and `text_config` instead of the preset's.
     """
+    from spear.models.vlm import (
+        SpearVLMConfig,  # here, since presets are looked up before networks are needed
+    )
+
     stem = {"stem": size.stem}
     own = {
         "vision_config": {**size.vision, **stem, "vision_use_head": False},
@@ -216,6 +222,8 @@ def vlm_config(
 
 def spear1_config(size: Preset, vlm: SpearVLMConfig | None = None) -> Spear1Config:
     """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default)."""
+    from spear.models.spear1 import Spear1Config
+
     return Spear1Config(
         vlm_config=vlm or vlm_config(size),
         expert_config={**size.expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from spear.errors import SpearError
-from spear.train import parallel, sharding
-from spear.train.adamw import HalfStateAdamW
+from spear.train import parallel
+from spear.train.optimize import HalfStateAdamW
 
 _NAME = re.compile(r"step-(\d{8})$")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,7 +91,7 @@ class Checkpoints:
         self.wait()
         names = _names(model)
         counts = {names[p]: float(s["step"]) for p, s in optimizer.state.items()}
-        processes = sharding.mesh("cpu") if sharding.is_sharded(model) else None
+        processes = parallel.mesh("cpu") if parallel.is_sharded(model) else None
         tensors = sorted(_tensors(model, ema, optimizer).items(), key=lambda item: -item[1].numel())
         copies = {
             key: _copy(tensor, processes)
@@ -209,7 +209,8 @@ def _copy(tensor: torch.Tensor, processes: Any) -> torch.Tensor:
 
 def _unreadable(path: Path, error: BaseException) -> SpearError:
     return SpearError(
-        f"checkpoint {path} cannot be read ({_first_line(error)}): delete that folder to continue from the one before"
+        f"checkpoint {path} cannot be read ({_first_line(error)}): "
+        "delete that folder to continue from the one before"
     )
 
 

@@ -1,7 +1,8 @@
-"""Which device a process trains on, and in which precision."""
+"""The device that a process trains on: which one, in which precision, and how its memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 
@@ -9,24 +10,23 @@ import torch
 
 from spear.errors import SpearError, unknown_name
 from spear.models.fast.linear import HAS_BFLOAT16
-from spear.train.optimize import Optimization
+from spear.train.options import Optimization
 
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16."""
-    return device.type != "cpu" or HAS_BFLOAT16
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""As in glibc's malloc.h."""
+MAPPED = 2**25
+"""Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
 
 
 def for_device(opt: Optimization, device: torch.device) -> Optimization:
-    """What is asked for, in float32 on a device without bfloat16."""
-    if opt.precision == "fp32" or has_bfloat16(device):
+    """What is asked for; in float32 on a CPU that does not compute in bfloat16."""
+    if opt.precision == "fp32" or device.type != "cpu" or HAS_BFLOAT16:
         return opt
     return dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called auto (a GPU if there is one), cpu, cuda or cuda:N; a GPU becomes the process's
-    current one.
+    """The device called auto (a GPU if there is one), cpu, cuda or cuda:N; a GPU becomes the current one.
 
     Several processes (`torchrun`) take a GPU each: the one of their number on their machine, LOCAL_RANK.
     Raises `SpearError` for a device that is not there, or cuda:N with several processes.
@@ -47,14 +47,21 @@ def choose_device(name: str = "auto") -> torch.device:
     index = int(number) if colon else int(os.environ.get("LOCAL_RANK", "0")) if several else 0
     if index >= count:
         there = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
+        cure = "start as many processes as there are GPUs" if several else "give another"
         raise SpearError(
-            f"no device cuda:{index}: PyTorch {torch.__version__} finds {there} here: "
-            + (
-                "start as many processes as there are GPUs, or give cpu"
-                if several
-                else "give another, or cpu"
-            )
+            f"no device cuda:{index}: PyTorch {torch.__version__} finds {there} here: {cure}, or give cpu"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep memory that it frees, for good, but for tensors of 32 MB and more.
+
+    Returns whether it can: on Linux with glibc. Without it glibc gives most large tensors' memory back to the
+    system, which in every step hands out cleared pages again, one by one. On a CPU that is a tenth of a nano
+    training step (`benchmarks/allocator.py`); on a GPU, where PyTorch has a cache of its own, nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, -1))

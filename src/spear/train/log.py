@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress line, `log.jsonl`, TensorBoard."""
+"""What a run says about itself: a progress line, `log.jsonl`, TensorBoard, and batches that were skipped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from spear.util.progress import ProgressBar
 
 SPIKE = 6.0
 """A loss is a spike when it lies so many standard deviations above its running mean (our choice)."""
 MEMORY = 0.98
 """What the running mean and variance keep at each step: they look back about 50 steps (our choice)."""
+FOLDER = "not-finite"
+"""Where in a run's folder the batches are whose loss or gradient is not finite."""
 
 
 class Spikes:
@@ -88,16 +94,11 @@ class Logger:
             if self.board is not None:
                 for key, value in {**values, "data_wait": stalled}.items():
                     self.board.add_scalar(key, value, done)
-            self.info = self._line(stalled, values)
+            short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
+            self.info = f"waits for data {stalled:.0%}, {short}"
+            if count := self.spikes.count:
+                self.info += f", {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}"
         self.bar.update(done, self.info)
-
-    def _line(self, stalled: float, values: Mapping[str, float]) -> str:
-        short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
-        count = self.spikes.count
-        spikes = (
-            f", {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}" if count else ""
-        )
-        return f"waits for data {stalled:.0%}, {short}{spikes}"
 
 
 def _keep_lines_until(log: Path, step: int) -> None:
@@ -119,3 +120,61 @@ def _tensorboard(out: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(out / "tensorboard"))
+
+
+class NotFinite(Exception):
+    """A step that was not done, because its loss or its gradient is not finite; the weights are as before.
+
+    what      "loss" or "gradient".
+    suspects  this process's pieces, from 0, that may be the cause: those with such a loss, or all for a
+              gradient.
+    values    the loss, its parts and the gradient's norm.
+    """
+
+    def __init__(self, what: str, suspects: list[int], values: dict[str, float]) -> None:
+        super().__init__(what)
+        self.what, self.suspects, self.values = what, suspects, values
+
+
+def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> Path:
+    """Write a piece's batch under `out`: its tensors (safetensors), and what else is in it as JSON.
+
+    number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
+    """
+    tensors, others = _flat(batch)
+    path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"step": step, "number": number, "seed": seed, "others": others}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"batch": json.dumps(about)})
+    return path
+
+
+def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A batch that `save_batch` wrote, and its step (from 0), number and seed."""
+    batch: dict[str, Any] = {}
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["batch"])
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    for key, value in {**values, **about.pop("others")}.items():
+        *folders, name = key.split("/")
+        place = batch
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return batch, about
+
+
+def _flat(batch: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, and anything else, by path: "questions/input_ids"."""
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, dict):
+            inner, rest = _flat(value, f"{prefix}{key}/")
+            tensors |= inner
+            others |= rest
+        elif isinstance(value, torch.Tensor):
+            tensors[prefix + key] = value
+        else:
+            others[prefix + key] = value
+    return tensors, others

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,34 @@ import torch
 from spear.errors import SpearError
 from spear.train import checkpoint, parallel
 from spear.train.checkpoint import Checkpoints
-from spear.train.log import Logger
-from spear.train.nonfinite import FOLDER, NotFinite, save_batch
-from spear.train.optimize import Batch, Optimization, Stepper, Task, learning_rate
+from spear.train.log import FOLDER, Logger, NotFinite, save_batch
+from spear.train.optimize import Batch, Stepper, Task, learning_rate
+from spear.train.options import Optimization
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, whatever it trains.
+
+    seed        two runs with the same seed give the same weights.
+    workers     processes that make batches ahead; 0: this one does.
+    save_every, log_every  steps between checkpoints, and between lines of the log.
+    quiet       shows no progress.
+    device      where the model is put; None leaves it where it is.
+    sharded     weights, gradients, moments and averages are divided among the processes (`parallel.shard`).
+    """
+
+    seed: int = 0
+    workers: int = 1
+    save_every: int = 500
+    log_every: int = 20
+    quiet: bool = False
+    device: torch.device | None = None
+    sharded: bool = False
 
 
 class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
-    """What is wrong with a batch is returned: raised in another process, it would bring that one's
-    traceback."""
+    """The batches by number. An error is returned, since raised in a worker it would bring a traceback."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -47,8 +68,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
 
-    `accumulate` of them per step: those that as many processes would take. They are in memory that a GPU can
-    copy from while it works, if `device` is one.
+    `accumulate` of them per step: those that as many processes would take. For a GPU they are in pinned
+    memory, from which it copies while it works.
     """
     numbers = (n for step in range(first, last) for n in parallel.numbers(step, accumulate))
     loader = torch.utils.data.DataLoader(
@@ -96,28 +117,22 @@ def run(
     task: Task,
     opt: Optimization,
     out: Path,
-    seed: int,
-    workers: int = 1,
-    save_every: int = 500,
-    log_every: int = 20,
-    quiet: bool = False,
-    device: torch.device | None = None,
-    sharded: bool = False,
+    how: RunOptions | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
-    device, sharded: see `spear.train.optimize.Stepper`. about: what the run is of, by name; a run continues
-    only where all of it is the same.
+    about: what the run is of, by name; a run continues only where all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
     Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`,
     when more than `opt.max_skipped` steps had a loss or gradient that is not finite, or when another process
     of the run is gone.
     """
+    how = how or RunOptions()
     opt = divided(opt, out)
-    stepper = Stepper(task, opt, seed, device, sharded)
+    stepper = Stepper(task, opt, how.seed, how.device, how.sharded)
     settings = {
-        "seed": seed,
+        "seed": how.seed,
         "pieces": parallel.world() * opt.accumulate,
         "optimization": dataclasses.asdict(opt),
         "about": dict(about or {}),
@@ -130,10 +145,12 @@ def run(
             _check_same(out, state, settings, opt.steps)
             checkpoints.load(latest, stepper.model, stepper.ema, stepper.optimizer)
             first, skipped = state["step"], state["skipped"]
-        main = parallel.rank() == 0
+        logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
+        if parallel.rank() == 0:
+            logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
         try:
-            with Logger(out, first, opt.steps, log_every, quiet) if main else contextlib.nullcontext() as log:
-                ahead = batches(task, first, opt.steps, workers, opt.accumulate, stepper.device)
+            with logger as log:
+                ahead = batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
                 for step in range(first, opt.steps):
                     begun = time.perf_counter()
                     pieces = list(itertools.islice(ahead, opt.accumulate))
@@ -142,11 +159,13 @@ def run(
                         values = stepper(step, *pieces)
                     except NotFinite as problem:
                         skipped, values = skipped + 1, problem.values
-                        _set_aside(problem, pieces, step, seed, out)
+                        numbers = parallel.numbers(step, len(pieces))
+                        for index in problem.suspects:
+                            save_batch(out, step, numbers[index], how.seed, pieces[index])
                         _report(problem, step, skipped, opt.max_skipped, out, log)
                     if log is not None:
                         log.log(step, values, opt.lr * learning_rate(step, opt), waited)
-                    if (step + 1) % save_every == 0 or step + 1 == opt.steps:
+                    if (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
                         now = {"settings": settings, "skipped": skipped}
                         checkpoints.save(step + 1, stepper.model, stepper.ema, stepper.optimizer, now)
         except RuntimeError as error:
@@ -167,18 +186,13 @@ def _check_same(out: Path, state: Mapping[str, Any], settings: Mapping[str, Any]
     for name in there:
         if name in here and there[name] != here[name]:
             raise SpearError(
-                f"{out} holds a run with another {name} ({there[name]}, not {here[name]}): use the same, or a new --out"
+                f"{out} holds a run with another {name} ({there[name]}, not {here[name]}): "
+                "use the same, or a new --out"
             )
     if state["step"] > steps:
         raise SpearError(
-            f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out for a shorter one"
+            f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out"
         )
-
-
-def _set_aside(problem: NotFinite, pieces: list[Batch], step: int, seed: int, out: Path) -> None:
-    numbers = parallel.numbers(step, len(pieces))
-    for index in problem.suspects:
-        save_batch(out, step, numbers[index], seed, pieces[index])
 
 
 def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:

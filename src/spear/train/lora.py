@@ -24,10 +24,8 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> None:
     """Put LoRA matrices beside the layers in `TARGETS`, in place; at first they change nothing.
 
     A weight W [out, in] acts as W + alpha / rank · B A, with A [rank, in] random and B [out, rank] zero.
-    Raises `SpearError` for a rank that is no positive whole number, or when PEFT is missing.
+    Raises `SpearError` when PEFT is missing.
     """
-    if rank < 1 or rank != int(rank):
-        raise SpearError(f"lora_rank {rank}: give a positive whole number, or 0 for no LoRA")
     config = _config(rank, alpha)
     from peft import inject_adapter_in_model
 
@@ -67,5 +65,5 @@ def _config(rank: int, alpha: float) -> LoraConfig:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise SpearError('LoRA needs PEFT, which is not installed: run pip install "spear-vla[lora]"') from error
-    return LoraConfig(r=int(rank), lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]
+        raise SpearError('LoRA needs PEFT, which is not installed: pip install "spear-vla[lora]"') from error
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]

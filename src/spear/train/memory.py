@@ -1,19 +1,16 @@
-"""How much memory a recipe needs, found by running one training step of the real code without any numbers in
-it.
+"""How much GPU memory a recipe needs, found by running one training step of the real code on empty tensors.
 
 The networks are built on PyTorch's fake tensors, which have shapes and storage sizes but no contents. A
 forward and a backward pass run on them as they would in training; what is alive is added up after every
 operation, and the most is kept. So there is no formula for activations that could disagree with the code. Not
-in it: the CUDA context, what kernels use inside themselves, and memory lost between blocks; `usable` leaves
-room for these.
+counted are the CUDA context, what kernels use inside themselves, and memory lost between blocks; `usable`
+leaves room for these.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,17 +22,14 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
-from spear.models.fast.stack import STACK
 from spear.models.gemma import FastRMSNorm
 from spear.models.layers import recompute_layers
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.sampling import SAMPLER
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.train.adamw import BLOCK
 from spear.train.lora import add_adapters
-from spear.train.optimize import Optimization, apply_freeze, store_weights
-from spear.train.recipes import Recipe
+from spear.train.optimize import BLOCK, apply_freeze, store_weights
+from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
 
 GIB = 2**30
@@ -44,7 +38,7 @@ CONTEXT = 0.6 * GIB
 FRAGMENTS = 0.04
 """Share of the memory that is left free for what the allocator loses between blocks (our choice)."""
 ANSWER = 24
-"""Tokens of the longest answer, a 3D box; a question is counted with this many to be learned."""
+"""Tokens of the longest answer, a 3D box; every question is counted with an answer of this length."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,6 @@ class Memory:
     activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16
                  copies.
     parameters, learning  numbers, not bytes: all parameters, and those that learn.
-    prepared     what inference works out of the weights once and keeps: on a CPU packed copies of some of
-                 them.
     """
 
     weights: int
@@ -67,13 +59,11 @@ class Memory:
     activations: int
     parameters: int
     learning: int
-    prepared: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        kept = self.weights + self.prepared
-        return kept + self.gradients + self.moments + self.averaged + self.activations
+        """All bytes together."""
+        return self.weights + self.gradients + self.moments + self.averaged + self.activations
 
 
 class Meter(TorchDispatchMode):
@@ -140,107 +130,49 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     apply_freeze(model, opt)
     store_weights(model, opt)
     recompute_layers(model, opt.gradient_checkpointing)
+    moment_type = torch.bfloat16 if opt.moments == "bf16" else torch.float32
     with FakeTensorMode(), Meter() as meter:
         _give_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
-        held = [torch.empty_like(p, dtype=_moment_type(opt)) for p in learning for _ in range(2)]
+        held = [torch.empty_like(p, dtype=moment_type) for p in learning for _ in range(2)]
         moments = meter.live - weights
         held += [torch.empty_like(p) for p in learning if opt.ema > 0]
         averaged = meter.live - weights - moments
-        if opt.accumulate > 1:  # those of the pieces before are there
+        if opt.accumulate > 1:  # the gradients of the earlier pieces are there
             for p in learning:
                 p.grad = torch.empty_like(p)
-        with torch.autocast(
-            "cpu",
-            torch.bfloat16,
-            enabled=opt.precision == "bf16",
-            cache_enabled=not opt.gradient_checkpointing,
-        ):
+        lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower, cache_enabled=cache):
             loss = _loss(model, stage, size, pieces)
         loss.backward()
         del loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
-    fixed = weights + moments + averaged
-    # The update works in place, but for the blocks of `HalfStateAdamW`.
+    fixed = weights + moments + averaged + gradients
+    # The update works in place, but for the float32 blocks of `HalfStateAdamW`.
     block = min(BLOCK, max((p.numel() for p in learning), default=0))
-    update = fixed + gradients + (4 * 4 * block if opt.moments == "bf16" else 0)
-    return Memory(
-        weights,
-        gradients,
-        moments,
-        averaged,
-        max(meter.peak, update) - fixed - gradients,
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in learning),
-    )
+    update = fixed + (4 * 4 * block if opt.moments == "bf16" else 0)
+    numbers = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learning)
+    return Memory(weights, gradients, moments, averaged, max(meter.peak, update) - fixed, *numbers)
 
 
-def inference(
-    size: Preset, dtype: torch.dtype, batch: int = 1, as_on_gpu: bool = True, answers: bool = False
-) -> Memory:
-    """What SPEAR-1 needs to act, with all weights in `dtype`, for so many observations at once.
-
-    as_on_gpu: False: what a CPU needs, where some weights are kept a second time
-        (`spear.models.fast.linear.Fused`).
-    answers: it also answers questions, so many at once.
-    """
+def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
+    """What SPEAR-1 needs on a GPU to act, with all weights in `dtype`, for so many observations at once."""
     stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
-    model: Any = _empty_model(stage, size, as_on_gpu).to(dtype).eval()
-    uses: list[tuple[Callable[[], object], Callable[[Any, Preset, int], None]]] = [
-        (lambda: SAMPLER(model, True), _act)
-    ]
-    if answers:
-        uses.append((lambda: STACK(model.vlm.language_model, True, False), _answer))
-    prepared = most = 0
-    with _onednn(not as_on_gpu), FakeTensorMode(), Meter() as meter, torch.no_grad():
-        _give_storage(model)
-        weights = meter.live
-        for prepare, use in uses:
-            # What real weights are made into is kept; of fake ones it is made at every use, and counted here
-            # alone.
-            made = prepare()
-            kept = meter.live - weights
-            del made
-            gc.collect()  # layers and their methods refer to each other
-            meter.peak = meter.live
-            use(model, size, batch)
-            gc.collect()
-            prepared += kept
-            most = max(most, meter.peak - weights - kept)
-    return Memory(weights, 0, 0, 0, most, sum(p.numel() for p in model.parameters()), 0, prepared)
-
-
-@contextmanager
-def _onednn(there: bool) -> Iterator[None]:
-    """With or without oneDNN, which a GPU has not."""
-    before = torch.backends.mkldnn.set_flags(_enabled=there)[0]
+    model: Any = _empty_model(stage, size).to(dtype).eval()
+    # Without oneDNN, which a GPU does not have: it would pack weights a second time.
+    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
-        yield
+        with FakeTensorMode(), Meter() as meter, torch.no_grad():
+            _give_storage(model)
+            weights = meter.live
+            model.sample_actions(**_observation(size, batch), steps=2)
     finally:
         torch.backends.mkldnn.set_flags(_enabled=before)
+    return Memory(weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0)
 
 
-def _act(model: Any, size: Preset, batch: int) -> None:
-    model.sample_actions(**_observation(size, batch), steps=2)
-
-
-def _answer(model: Any, size: Preset, batch: int) -> None:
-    """A 3D box about an image of the first view."""
-    view = next(iter(size.image_sizes))
-    ids = torch.zeros(batch, size.prompt_tokens, dtype=torch.long)
-    first = model.config.vlm_config.coordinate_start
-    grammar = [(first, first + size.bins)] * ANSWER
-    model.vlm.answer(
-        {view: _pixels(size, batch)[view]},
-        ids,
-        torch.ones_like(ids),
-        max_new_tokens=ANSWER + 1,
-        grammars=[grammar] * batch,
-    )
-
-
-def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Module:
+def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
     """The recipe's model without contents, with its LoRA."""
     inner = vlm_config(size)
     if not stage.moge:
@@ -261,8 +193,7 @@ def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool) -> torch.nn.Modul
 
 
 def _give_storage(model: torch.nn.Module) -> None:
-    """Replace the weights, which have a shape alone, by ones that also have a storage, in the fake mode that
-    is on."""
+    """Replace meta tensors, which have a shape alone, by fake ones (of the mode that is on) with storage."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -271,17 +202,12 @@ def _give_storage(model: torch.nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _moment_type(opt: Optimization) -> torch.dtype:
-    return torch.bfloat16 if opt.moments == "bf16" else torch.float32
-
-
 def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
     """The task's loss on a batch of zeros."""
     if stage.kind == "vlm":
         return _question_loss(model, stage, size, pieces)
     actions = Action.from_vector(torch.zeros(pieces, size.horizon, ACTION_DIM))
-    observation = _observation(size, pieces)
-    total = model(**observation, actions=actions, flow_samples=stage.flow_samples).loss
+    total = model(**_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples).loss
     if stage.question_images:
         images = max(1, stage.question_images // stage.optimization.accumulate)
         total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)
@@ -307,7 +233,8 @@ def _pixels(size: Preset, batch: int) -> dict[str, torch.Tensor]:
 def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.Tensor:
     """The loss of as many questions about external images as the mix may ask, as long as they may be.
 
-    `SpearVLMForConditionalGeneration.forward` looks at the contents of its batch; this is it without looking.
+    `SpearVLMForConditionalGeneration.forward` looks at the contents of its batch, which fake tensors do not
+    have; this does the same work without looking.
     """
     view = next(iter(size.image_sizes))
     features, valid = vlm.encode_images({view: _pixels(size, images)[view]})
@@ -319,13 +246,8 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     return vlm.token_loss(hidden, labels)[0]
 
 
-Fits = tuple[dict[str, Any], Memory]
-"""Changes to a recipe, and what it needs with them."""
-
-
 def savers(stage: Recipe) -> list[dict[str, Any]]:
-    """What can be changed in a recipe to save memory, each on top of those before it; what costs least comes
-    first."""
+    """Changes to a recipe that save memory: none, then one more each time; what costs least comes first."""
     opt, batch = stage.optimization, stage.batch_size
     found: list[tuple[str, Any]] = []
     if opt.precision == "bf16" and opt.frozen_precision != "bf16":
@@ -339,24 +261,13 @@ def savers(stage: Recipe) -> list[dict[str, Any]]:
         found.append(("moments", "bf16"))
     if opt.ema > 0:
         found.append(("ema", 0))
-    return [dict(found[: count + 1]) for count in range(len(found))]
+    return [dict(found[:count]) for count in range(len(found) + 1)]
 
 
-def fit(
-    stage: Recipe, capacity: float, measure: Callable[[Recipe], Memory] = training
-) -> tuple[Fits | None, Fits]:
-    """The first of the recipe as it is and its `savers` that needs no more than `capacity` bytes, and the
-    last tried.
-
-    The first is None when none fits.
-    """
-    tried: Fits = ({}, measure(stage))
-    for changes in [{}, *savers(stage)]:
-        if changes:
-            tried = (changes, measure(stage.changed(**changes)))
-        if tried[1].total <= capacity:
-            return tried, tried
-    return None, tried
+def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
+    """Each of the recipe's `savers` and what it needs with them; measured when it is asked for."""
+    for changes in savers(stage):
+        yield changes, training(stage.changed(**changes))
 
 
 def flags(changes: Mapping[str, Any]) -> str:

@@ -1,23 +1,27 @@
-"""How weights move: the optimiser's numbers, the freeze schedule, and one training step."""
+"""How weights move: the freeze schedule, the optimiser, and one training step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from spear.errors import SpearError
 from spear.models.layers import recompute_layers
-from spear.train import parallel, sharding
-from spear.train.adamw import HalfStateAdamW
+from spear.train import parallel
+from spear.train.log import NotFinite
 from spear.train.lora import is_adapter
-from spear.train.nonfinite import NotFinite
+from spear.train.options import Optimization
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
+Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+"""The total loss and its named parts, all 0-d."""
+BLOCK = 2**24
+"""Numbers that `HalfStateAdamW` works on at a time: what it needs in float32 then stays below 0.3 GB."""
 
 
 class Task(Protocol):
@@ -36,57 +40,9 @@ class Task(Protocol):
         """The batch of one step: a pure function of the step. Runs in the loader process."""
         ...
 
-    def loss(
-        self, batch: Batch, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Total loss and its named parts, all 0-d."""
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """The loss of a batch, with the random numbers of `generator`."""
         ...
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How the weights move; the part of a recipe that the loop reads.
-
-    steps             optimiser steps.
-    lr                peak learning rate.
-    lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
-    frozen            module prefixes that do not learn.
-    trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
-    schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
-    weight_decay, betas  AdamW's, which is our choice, too. grad_clip: the norm beyond which gradients are
-                         scaled down.
-    ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that
-                      does not compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
-    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory.
-                      They are used in bfloat16 under autocast anyway.
-    moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.adamw`).
-    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run
-                      that is continued keeps its pieces, whatever the number of processes
-                      (`spear.train.parallel`).
-    max_skipped       steps whose loss or gradient is not finite are skipped; one more than so many ends the
-                      run.
-    gradient_checkpointing  layers are run again on the way back instead of kept (`spear.models.layers`).
-    """
-
-    steps: int
-    lr: float
-    lr_scale: Mapping[str, float] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = 100
-    final_lr: float = 0.05
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    ema: float = 0.999
-    precision: Literal["bf16", "fp32"] = "bf16"
-    frozen_precision: Literal["bf16", "fp32"] = "fp32"
-    moments: Literal["bf16", "fp32"] = "fp32"
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    max_skipped: int = 10
 
 
 def learning_rate(step: int, opt: Optimization) -> float:
@@ -106,7 +62,7 @@ def _matches(name: str, prefix: str) -> bool:
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     """Set `requires_grad` from the freeze schedule; LoRA matrices learn wherever they are.
 
-    A prefix that matches nothing is refused.
+    Raises `SpearError` for a prefix that matches nothing.
     """
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
@@ -138,28 +94,59 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
 
 
 def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.AdamW:
-    """AdamW over what learns; no weight decay on vectors (norms, biases); one group per learning-rate
-    factor."""
+    """AdamW over what learns, in a group per learning-rate factor; no weight decay on vectors."""
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefixes = [p for p in opt.lr_scale if _matches(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
             groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    settings = []
+    for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0]):
+        rate = {"lr": opt.lr * scale, "peak": opt.lr * scale}
+        settings.append({"params": params, **rate, "weight_decay": opt.weight_decay * decays})
     kind = HalfStateAdamW if opt.moments == "bf16" else torch.optim.AdamW
-    return kind(
-        [
-            {
-                "params": params,
-                "lr": opt.lr * scale,
-                "peak": opt.lr * scale,
-                "weight_decay": opt.weight_decay * decays,
-            }
-            for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0])
-        ],
-        betas=opt.betas,
-        fused=True,
-    )
+    return kind(settings, betas=opt.betas, fused=True)
+
+
+class HalfStateAdamW(torch.optim.AdamW):
+    """AdamW with its moments in bfloat16; everything is computed in float32 (our choice).
+
+    A moment moves by 1 − β of its distance to the new value, and bfloat16 keeps 8 bits: with β = 0.95 a
+    second moment stops within 4 % of its goal, which is 2 % of a step's size. β above 0.99 would need more
+    bits.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        state["step"] += 1
+        count, (beta1, beta2) = float(state["step"]), group["betas"]
+        size = group["lr"] / (1 - beta1**count)
+        root = math.sqrt(1 - beta2**count)
+        assert parameter.grad is not None
+        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        parts = [part.to_local() if isinstance(part, DTensor) else part for part in whole]
+        assert all(part.is_contiguous() for part in parts)
+        for weight, grad, mean, square in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
+            first = mean.float().lerp_(grad, 1 - beta1)
+            second = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            mean.copy_(first)
+            square.copy_(second)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.addcdiv_(first, second.sqrt_().div_(root).add_(group["eps"]), value=-size)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -171,8 +158,7 @@ class Stepper:
     """One optimisation step after another on a task's model.
 
     device   where the model is put; None leaves it where it is.
-    sharded  each process keeps its share of everything alone (`spear.train.sharding`); without effect on one
-             process.
+    sharded  each process keeps only its share of everything (`parallel.shard`); no effect on one process.
     ema      the averaged weights of what learns, by parameter name; None when averaging is off.
     """
 
@@ -192,46 +178,47 @@ class Stepper:
         store_weights(self.model, opt)
         recompute_layers(self.model, opt.gradient_checkpointing)
         if self.sharded:
-            sharding.shard(self.model, self.device, opt.precision == "bf16")
+            parallel.shard(self.model, self.device, opt.precision == "bf16")
         elif device is not None:
             torch.nn.Module.to(self.model, device)
         self.optimizer = make_optimizer(self.model, opt)
         self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
-        self.masks = dict(self._masks())
+        # Of parameters of which some rows learn: 1 for these rows, 0 for the others, [rows, 1].
+        self.masks: dict[str, torch.Tensor] = {}
+        rows: Mapping[str, tuple[int, int]] = getattr(task, "learning_rows", {})
+        for name, (first, last) in rows.items():
+            if name in self.learning:
+                mask = torch.zeros(len(self.learning[name]), 1)
+                mask[first:last] = 1
+                self.masks[name] = parallel.distribute(mask, self.learning[name])
 
     def __call__(self, step: int, *batches: Batch) -> dict[str, float]:
         """Forward, backward, clip, update, average. Returns the mean loss and parts, and the gradient's norm.
 
         batches  one, or several whose gradients, losses and parts are averaged (`accumulate`).
-        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; nothing is changed
-        then.
+        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; the weights are then
+        as before.
         """
         opt = self.opt
-        factor = learning_rate(step, opt)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak"] * learning_rate(step, opt)
         self.optimizer.zero_grad(set_to_none=True)
         said: list[torch.Tensor] = []
         keys: list[str] = []
+        # Autocast's cache would keep a bfloat16 copy of every weight until the end of the forward pass.
+        lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
-            # Autocast would keep a bfloat16 copy of every weight until the end of the forward pass.
-            with torch.autocast(
-                self.device.type,
-                torch.bfloat16,
-                enabled=opt.precision == "bf16",
-                cache_enabled=not opt.gradient_checkpointing,
-            ):
-                loss, parts = self.task.loss(
-                    to_device(batch, self.device), step_generator(self.seed, number, self.device)
-                )
+            generator = step_generator(self.seed, number, self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache):
+                loss, parts = self.task.loss(to_device(batch, self.device), generator)
             (loss / len(batches)).backward()
             values = {"loss": loss.detach(), **parts}
             keys = list(values)
             said.append(torch.stack([value.detach().float() for value in values.values()]))
             del loss
         if self.sharded:
-            sharding.release(self.model)
+            parallel.release(self.model)
         else:
             parallel.average_gradients(self.learning.values())
         for name, mask in self.masks.items():
@@ -241,14 +228,13 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
         means = parallel.average(torch.stack(said).mean(0))
         # The one time in a step that the process waits for a GPU.
-        *numbers, length = torch.cat([means, sharding.full(norm).float().reshape(1)]).tolist()
+        *numbers, length = torch.cat([means, parallel.full(norm).float().reshape(1)]).tolist()
         found = {**dict(zip(keys, numbers, strict=True)), "grad_norm": length}
         if not math.isfinite(found["loss"]) or not math.isfinite(length):
             self.optimizer.zero_grad(set_to_none=True)
-            bad = [i for i, piece in enumerate(said) if not math.isfinite(piece[0])]
             if math.isfinite(found["loss"]):
                 raise NotFinite("gradient", list(range(len(batches))), found)
-            raise NotFinite("loss", bad, found)
+            raise NotFinite("loss", [i for i, piece in enumerate(said) if not piece[0].isfinite()], found)
         self.optimizer.step()
         if self.ema is not None:
             decay = min(opt.ema, (1 + step) / (10 + step))
@@ -262,16 +248,6 @@ class Stepper:
         if self.ema is not None:
             return self.ema
         return {n: p.detach().clone() for n, p in self.learning.items()}
-
-    def _masks(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Of parameters of which some rows learn: 1 for these, 0 for the others, [rows, 1]."""
-        rows: Mapping[str, tuple[int, int]] = getattr(self.task, "learning_rows", {})
-        for name, (first, last) in rows.items():
-            if name in self.learning:
-                parameter = self.learning[name]
-                mask = torch.zeros(len(parameter), 1)
-                mask[first:last] = 1
-                yield name, sharding.distribute(mask, parameter)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

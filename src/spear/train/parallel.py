@@ -4,21 +4,29 @@ Started by `torchrun --nproc-per-node N`; alone, every function here is a no-op.
 pieces, each with its own random numbers; the gradient is the mean of theirs. N processes take P/N pieces
 each, one after the other, so every N that divides P learns the same. On CPUs, one process per core is faster
 than one process with as many threads, since small matrices share threads badly.
+
+What the processes hold is either the whole model each (DDP), or their share of it (FSDP2, the second half of
+this file): 1/N of each weight, gradient, moment and average, and the rest only while it is needed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spear.errors import SpearError
 
 BUCKET = 2**25
-"""Numbers per message when gradients are averaged: 128 MiB in float32, which is what it needs of memory
-besides."""
+"""Numbers per message when gradients are averaged: 128 MiB of additional memory in float32."""
 CPU = torch.device("cpu")
 
 
@@ -46,8 +54,6 @@ def share(total: int, what: str, accumulate: int = 1) -> int:
 
     Raises `SpearError` when the batch cannot be divided evenly.
     """
-    if accumulate < 1:
-        raise SpearError(f"accumulate {accumulate}: give 1, or in how many pieces a batch is worked through")
     if total % (world() * accumulate):
         pieces = f" in {accumulate} pieces each (accumulate)" if accumulate > 1 else ""
         raise SpearError(
@@ -57,8 +63,7 @@ def share(total: int, what: str, accumulate: int = 1) -> int:
 
 
 def numbers(step: int, accumulate: int = 1) -> range:
-    """The pieces (and their random numbers) that are this process's at a step: `accumulate` of them, in a
-    row.
+    """The pieces (and their random numbers) that are this process's at a step: `accumulate` in a row.
 
     N processes and one that accumulates N take the same ones, and so learn the same.
     """
@@ -74,7 +79,7 @@ def average(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes. What no process has a gradient of keeps none."""
     learning = list(parameters)
     if world() == 1 or not learning:
@@ -114,3 +119,74 @@ def wait() -> None:
 def lost(error: RuntimeError) -> bool:
     """Whether an error says that another process is gone."""
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def mesh(kind: str) -> DeviceMesh:
+    """All processes in a row. kind: "cpu" or "cuda"."""
+    return init_device_mesh(kind, (world(),))
+
+
+def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
+    """Shard `model` over all processes, in place, on `device`: a group per transformer layer and one more.
+
+    lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters, gradients and what is reduced
+        stay float32. (On a CPU layers are gathered as they are and autocast does the rest: its layer norms
+        want their weights in the precision of their input.)
+    A step gathers each layer once and keeps it for the backward pass: the language model's keys and values
+    leave their layer through a cache, past the hooks by which FSDP would know that it is needed again.
+    Raises `SpearError` for a model with parameters that have no dimension.
+    """
+    single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if single:
+        raise SpearError(
+            f"parameter {single[0]} is a single number, which cannot be sharded: use --parallel ddp"
+        )
+    processes = mesh(device.type)
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = torch.bfloat16 if lower and device.type != "cpu" else None
+    layer = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    for module in list(model.modules()):
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mesh=processes, mp_policy=layer, reshard_after_forward=False)
+    fully_shard(model, mesh=processes, mp_policy=whole, reshard_after_forward=False)
+    model.set_reshard_after_backward(False)  # type: ignore[operator]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was done to a model, or to one that it is part of."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def release(model: nn.Module) -> None:
+    """Give back what was gathered for a step, so that the next one sees the new weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def distribute(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` where `like` is: on its device, and sharded as it is."""
+    tensor = tensor.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unshard(model: nn.Module) -> None:
+    """Make a plain model again, on the CPU, in place: whole on process 0, without contents on the others."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in done:
+                value = full(parameter.detach())
+                value = value.cpu() if rank() == 0 else value.to("meta")
+                done[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, done[id(parameter)])
+        if isinstance(module, FSDPModule):
+            kind: Any = type(module)
+            module.__class__ = kind.__bases__[1]  # FSDP had put a class of its own before it

@@ -9,130 +9,15 @@ sized for two CPU cores. docs/train.md has all of them as tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
-from spear.data.normalize import Mode
-from spear.errors import unknown_name
-from spear.labels.questions.generate import FAMILIES
-from spear.tokens import Spacing
-from spear.train.optimize import Optimization
-from spear.train.values import check_value
-
-Kind = Literal["depth", "naming", "vlm", "vla"]
-
-
-@dataclass(frozen=True)
-class QuestionMix:
-    """Which questions a batch asks.
-
-    families             of `spear.labels.questions.generate`, drawn with equal chance; a name given twice
-                         counts twice.
-    pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
-    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are
-                         none).
-    coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
-    coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
-                         3D token; 0 is the paper's one-hot target.
-    most_images          ask about so many of the labelled images of each view, the first ones (0: about all).
-    """
-
-    families: tuple[str, ...] = FAMILIES
-    pairs: tuple[int, int] = (1, 4)
-    wrist: float = 0.0
-    coordinate_weight: float = 2.0
-    coordinate_smoothing: float = 0.0
-    most_images: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One stage of training.
-
-    kind          "depth" (the MoGe-style encoder alone), "naming" (the SigLIP-style one), "vlm" or "vla".
-    preset        the model's size (`spear.models.presets`).
-    moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
-    coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
-    smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
-                  `spear.tokens.init_new_embeddings`).
-    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage
-                   that starts
-                  from another's result then gives up that one's 3D tokens and learns new ones. None: those of
-                  the result it starts from; without one, as many as the preset has, at quantiles (the paper).
-    starts_from   the stage whose result `--init` takes; None starts from random weights.
-    batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
-    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them (our
-                  choice).
-    question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
-    question_weight  weight of their loss.
-    augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation);
-                   positions in
-                  the state follow it (our choice).
-    normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
-    flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
-    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`);
-                  which of its own weights learn beside them is the freeze schedule's matter, as ever.
-    lora_alpha    they count alpha / rank.
-    """
-
-    name: str
-    kind: Kind
-    preset: str
-    description: str
-    optimization: Optimization
-    batch_size: int
-    moge: bool = True
-    coordinate_rows_only: bool = False
-    smooth_tokens: bool = False
-    bins: int | None = None
-    spacing: Spacing | None = None
-    starts_from: str | None = None
-    questions: QuestionMix = QuestionMix()
-    flow_samples: int = 1
-    question_images: int = 0
-    question_weight: float = 1.0
-    augment: float = 0.0
-    normalization: Mode = "quantile"
-    normalize_each: bool = False
-    flow: Mapping[str, Any] = field(default_factory=dict)
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-
-    def changed(self, **changes: Any) -> Recipe:
-        """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
-
-        Raises `SpearError`, suggesting the nearest name, for a key that none of them has, and for a value
-        that is not one of the key's.
-        """
-        parts: dict[str, Any] = {"optimization": self.optimization, "questions": self.questions}
-        own: dict[str, Any] = {}
-        for key, value in changes.items():
-            holder = next((n for n, part in parts.items() if key in _fields(part)), None)
-            if value is None:
-                continue
-            if key in _fields(self) and key not in parts:
-                check_value(self, key, value)
-                own[key] = value
-            elif holder is not None:
-                check_value(parts[holder], key, value)
-                parts[holder] = dataclasses.replace(parts[holder], **{key: value})
-            else:
-                known = {*_fields(self), *(f for part in parts.values() for f in _fields(part))} - set(parts)
-                raise unknown_name("recipe key", key, known)
-        return dataclasses.replace(self, **own, **parts)
-
-
-def _fields(part: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(part)]
-
+from spear.labels.questions.templates import FAMILIES
+from spear.train.options import Optimization, QuestionMix, Recipe
+from spear.util.options import choose
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
 ENCODERS = ("vision_tower", "moge")
-# Single points are asked most: they teach to find things, with few tokens that are not about finding (our
-# choice).
+# Single points are asked most (our choice): they teach to find things, with few other tokens.
 _NANO_MIX = QuestionMix(
     (*FAMILIES, "keypoint", "keypoint", "keypoint", "what_at", "what_at", "centre_2d", "centre_2d"),
     pairs=(4, 4),
@@ -172,6 +57,26 @@ _POST_TRAIN = Recipe(
     starts_from="vla-pretrain",
 )
 
+_FINETUNE = Recipe(
+    name="finetune-lora",
+    kind="vla",
+    preset="spear1",
+    description="Fine-tuning on one GPU: expert and projections learn, the language model by LoRA.",
+    optimization=Optimization(
+        steps=20_000,
+        lr=5e-5,
+        frozen=("vlm.language_model", *(f"vlm.{encoder}" for encoder in ENCODERS)),
+        warmup=500,
+        ema=0.999,
+        frozen_precision="bf16",
+        accumulate=8,
+        gradient_checkpointing=True,
+    ),
+    batch_size=64,
+    starts_from="vla-pretrain",
+    lora_rank=16,
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -187,7 +92,7 @@ RECIPES: dict[str, Recipe] = {
             name="nano-siglip",
             kind="naming",
             preset="nano",
-            description="Stage 0, image encoder: what each patch shows, standing in for SigLIP's pretraining.",
+            description="Stage 0, image encoder: what patches show, standing in for SigLIP's pretraining.",
             optimization=Optimization(steps=5000, lr=1e-3, weight_decay=0.02),
             batch_size=64,
             moge=False,
@@ -262,7 +167,7 @@ RECIPES: dict[str, Recipe] = {
             name="nano-post",
             kind="vla",
             preset="nano",
-            description="Post-training: fit the nano policy to your own robot's episodes, a few minutes on a CPU.",
+            description="Post-training: fit the nano policy to your own robot's episodes, minutes on a CPU.",
             optimization=Optimization(
                 steps=600, lr=3e-4, warmup=50, frozen=("vlm.moge",), weight_decay=0.02, ema=0.99
             ),
@@ -305,42 +210,13 @@ RECIPES: dict[str, Recipe] = {
             name="post-train-droid",
             description="The paper's post-training for DROID's Franka: 50k steps on DROID.",
         ),
-        Recipe(
-            name="finetune-lora",
-            kind="vla",
-            preset="spear1",
-            description="Fine-tuning on one GPU: expert and projections learn, the language model by LoRA.",
-            optimization=Optimization(
-                steps=20_000,
-                lr=5e-5,
-                frozen=("vlm.language_model", *(f"vlm.{encoder}" for encoder in ENCODERS)),
-                warmup=500,
-                ema=0.999,
-                frozen_precision="bf16",
-                accumulate=8,
-                gradient_checkpointing=True,
-            ),
-            batch_size=64,
-            starts_from="vla-pretrain",
-            lora_rank=16,
-        ),
-        Recipe(
+        _FINETUNE,
+        dataclasses.replace(
+            _FINETUNE,
             name="finetune-expert",
-            kind="vla",
-            preset="spear1",
             description="Fine-tuning on one GPU: the action expert alone learns.",
-            optimization=Optimization(
-                steps=20_000,
-                lr=5e-5,
-                frozen=("vlm",),
-                warmup=500,
-                ema=0.999,
-                frozen_precision="bf16",
-                accumulate=8,
-                gradient_checkpointing=True,
-            ),
-            batch_size=64,
-            starts_from="vla-pretrain",
+            optimization=dataclasses.replace(_FINETUNE.optimization, frozen=("vlm",)),
+            lora_rank=0,
         ),
     )
 }
@@ -348,6 +224,5 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name; `SpearError` with the nearest name when there is none."""
-    if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name]
+    found: Recipe = choose("recipe", name, RECIPES)
+    return found

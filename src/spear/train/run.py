@@ -1,4 +1,4 @@
-"""From a recipe's name to a trained folder: builds the model, its data and its task, and runs the loop.
+"""From a recipe to a trained folder: builds the model, its data and its task, and runs the loop.
 
 The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D
 tokens), for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -20,117 +22,79 @@ from typing import Any
 import torch
 
 import spear
+from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.train import loop, parallel, sharding
-from spear.train.allocator import keep_freed_memory
+from spear.train import loop, parallel
 from spear.train.build import build
-from spear.train.devices import choose_device, for_device
-from spear.train.recipes import Recipe, recipe
+from spear.train.devices import choose_device, for_device, keep_freed_memory
+from spear.train.loop import RunOptions
+from spear.train.options import Inputs, Recipe
 from spear.util.ledger import add_files
 
 
 def train(
-    wanted: str | Recipe,
-    out: Path,
-    labels: Path | None = None,
-    episodes: Sequence[tuple[str, EpisodeStore, float]] = (),
-    init: Path | None = None,
-    moge: Path | None = None,
-    seed: int = 0,
-    workers: int = 1,
-    save_every: int = 500,
-    log_every: int = 20,
-    quiet: bool = False,
-    device: str = "auto",
-    sharded: bool = False,
-    **overrides: Any,
+    stage: Recipe, out: Path, inputs: Inputs, how: RunOptions | None = None, device: str = "auto"
 ) -> Path:
-    """Run the recipe `wanted` (or that of this name) and return `out/final`.
+    """Run a recipe and return `out/final`.
 
-    labels    folder of labelled images ("depth" and "vlm" recipes; "vla": for the questions alongside).
-    episodes  (name, store, weight) of robot demonstrations ("vla").
-    init      the `final` folder of the recipe's earlier stage; None starts from random weights.
-    moge      the `final` folder of a "depth" recipe, to begin SPEAR-VLM with its encoder.
-    device    auto, cpu, cuda or cuda:N (`spear.train.devices`).
-    sharded   weights, gradients, moments and averages are divided among the processes
-              (`spear.train.sharding`).
-    overrides fields of the recipe or of its `Optimization` (steps, lr, batch_size, …).
-
-    Raises `SpearError` for an unknown recipe or field, data or a device that is missing, or as `loop.run`
-    does.
+    device: auto, cpu, cuda or cuda:N (`spear.train.devices`), which replaces that of `how`.
+    Raises `SpearError` for data or a device that is missing, or as `build` and `loop.run` do.
     """
     started = time.time()
-    stage = (recipe(wanted) if isinstance(wanted, str) else wanted).changed(**overrides)
-    earlier = None if init is None else _made_by(init)
+    earlier = None if inputs.init is None else _made_by(inputs.init)
     place = choose_device(device)
+    how = dataclasses.replace(how or RunOptions(), device=place)
     if place.type == "cpu":
         keep_freed_memory()
     parallel.start(place)
     settled = for_device(stage.optimization, place)
-    in_float32 = settled != stage.optimization
-    stage = dataclasses.replace(stage, optimization=settled)
-    stage = stage.changed(accumulate=loop.divided(stage.optimization, out).accumulate)
-    model, task, save = build(stage, labels, episodes, init, moge, seed)
-    if in_float32 and not quiet and parallel.rank() == 0:
+    if settled != stage.optimization and not how.quiet and parallel.rank() == 0:
         print("note: this CPU does not compute in bfloat16: training in float32", file=sys.stderr)
-    about = _about(stage, labels, episodes, init, moge)
-    averaged = loop.run(
-        task, stage.optimization, out, seed, workers, save_every, log_every, quiet, place, sharded, about
-    )
+    stage = dataclasses.replace(stage, optimization=loop.divided(settled, out))
+    model, task, save = build(stage, inputs, how.seed)
+    averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs))
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
             parameters[key].copy_(value)
-    if sharding.is_sharded(model):
-        sharding.unshard(model)
+    if parallel.is_sharded(model):
+        parallel.unshard(model)
     final = out / "final"
-    if parallel.rank() > 0:
-        parallel.wait()
-        return final
-    torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever it was trained
-    part = out / ".part-final"
-    shutil.rmtree(part, ignore_errors=True)
-    save(part)
-    (part / "recipe.json").write_text(
-        json.dumps(
-            {
-                "recipe": dataclasses.asdict(stage),
-                "seed": seed,
-                "init": earlier,
-                "minutes": round((time.time() - started) / 60, 2),
-                "processes": parallel.world(),
-                "sharded": sharded,
-                "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-                "threads": torch.get_num_threads(),
-                "machine": platform.machine(),
-                "spear": spear.__version__,
-                "torch": torch.__version__,
-            },
-            indent=1,
-        )
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    part.replace(final)
+    if parallel.rank() == 0:
+        torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
+        part = out / ".part-final"
+        shutil.rmtree(part, ignore_errors=True)
+        save(part)
+        written = {
+            "recipe": dataclasses.asdict(stage),
+            "seed": how.seed,
+            "init": earlier,
+            "minutes": round((time.time() - started) / 60, 2),
+            "processes": parallel.world(),
+            "sharded": how.sharded,
+            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "spear": spear.__version__,
+            "torch": torch.__version__,
+        }
+        (part / "recipe.json").write_text(json.dumps(written, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.replace(final)
     parallel.wait()
     return final
 
 
 _MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")
-"""Fields of a recipe with other values of which a run may be continued."""
+"""Fields of a recipe that may change while a run is continued."""
 
 
-def _about(
-    stage: Recipe,
-    labels: Path | None,
-    episodes: Sequence[tuple[str, EpisodeStore, float]],
-    init: Path | None,
-    moge: Path | None,
-) -> dict[str, Any]:
+def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
-    stores = [(name, f"{len(store)} episodes, share {weight:g}") for name, store, weight in episodes]
-    given = {"--labels": labels, "--init": init, "--moge": moge}
+    stores = [(name, f"{len(store)} episodes, share {share:g}") for name, store, share in inputs.episodes]
+    given = {"--labels": inputs.labels, "--init": inputs.init, "--moge": inputs.moge}
     marks = {name: None if folder is None else _mark(folder) for name, folder in given.items()}
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
@@ -149,3 +113,28 @@ def _made_by(folder: Path) -> Any:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise SpearError(f"{path}: not JSON ({error}): copy the folder again, or remove this file") from error
+
+
+def mixture(
+    folders: Sequence[Path], stores: Sequence[EpisodeStore], shares: Sequence[float]
+) -> list[tuple[str, EpisodeStore, float]]:
+    """Datasets with their names and shares of each batch, as `Inputs.episodes`.
+
+    shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
+    Several datasets and their shares are said on stderr.
+    """
+    sources = [store.source(0).partition("/")[0] for store in stores]
+    known = [REGISTRY[name].weight if name in REGISTRY else None for name in sources]
+    chosen = list(shares) or [w for w in known if w is not None]
+    if len(chosen) != len(stores):
+        chosen = [1.0] * len(stores)
+    if len(stores) > 1 and os.environ.get("RANK", "0") == "0":
+        parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
+        print(f"mixture: {', '.join(parts)}", file=sys.stderr)
+    return list(zip(map(dataset_name, folders), stores, chosen, strict=True))
+
+
+def dataset_name(folder: Path) -> str:
+    """What a dataset's folder is called; the one above it, where it is a version (bridge_dataset/1.0.0)."""
+    whole = folder.resolve()
+    return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name

@@ -13,8 +13,9 @@ from labels_scenes import random_frame
 from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.questions.generate import FAMILIES, FAMILIES_2D, askable, generate
+from spear.labels.questions.generate import FAMILIES, askable, generate
 from spear.labels.questions.statistics import balance, histogram, statistics, token_use
+from spear.labels.questions.templates import FAMILIES_2D
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage
 

@@ -28,12 +28,16 @@ from spear.errors import SpearError, unknown_name
 from spear.labels.fit.quality import BAR, QualityBar, failings
 from spear.labels.questions.answers import MAKERS, MAKERS_PIXEL, Maker, Scene, Segments, is_a, pick, pixels
 from spear.labels.questions.answers_2d import MAKERS_2D
-from spear.labels.questions.templates import EVERYDAY, POINTS, PROMPTS, UNITS, with_article
+from spear.labels.questions.templates import (
+    EVERYDAY,
+    FAMILIES,
+    POINTS,
+    PROMPTS,
+    UNITS,
+    with_article,
+)
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
 
-FAMILIES = tuple(MAKERS)
-FAMILIES_2D = tuple(MAKERS_2D)
-FAMILIES_PIXEL = tuple(MAKERS_PIXEL)
 _MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D, **MAKERS_PIXEL}
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from spear.errors import SpearError
 from spear.labels.depth import DepthImages
 from spear.models.moge.encoder import MogeForDepth
-from spear.train.optimize import Batch
+from spear.train.optimize import Batch, Loss
 from spear.util.images import decode_image
 
 
@@ -22,9 +21,7 @@ class DepthTask:
     """
 
     def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
-        self.model = model
-        self.batch_size = batch_size
-        self.seed = seed
+        self.model, self.batch_size, self.seed = model, batch_size, seed
         self.views = {path.name: DepthImages(path) for path in sorted(folder.glob("*/"))}
         if not self.views:
             raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
@@ -37,9 +34,6 @@ class DepthTask:
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
         return {"pixels": torch.stack(pixels), "depth": torch.stack([torch.from_numpy(d) for _, d in rows])}
 
-    def loss(
-        self, batch: Batch, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Mean absolute error of log depth, shape and scale apart."""
-        loss = self.model(batch["pixels"], batch["depth"]).loss
-        return loss, {}
+        return self.model(batch["pixels"], batch["depth"]).loss, {}

@@ -1,5 +1,4 @@
-"""Stage 0, image encoder: naming what each patch shows (nano only; see
-`spear.models.patch_classification`)."""
+"""Stage 0, image encoder: what each patch shows (nano only; see `spear.models.patch_classification`)."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from spear.data.mixture import JITTER_DRAWS, jitter
 from spear.labels.fit import rle
 from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, fit_image, window
-from spear.train.optimize import Batch
+from spear.train.optimize import Batch, Loss
 from spear.types import Array, LabeledImage
 from spear.util.images import decode_image
 
@@ -20,7 +19,7 @@ LEAST = 0.01
 """Share of a patch that an object must cover to be shown by it."""
 
 
-class NamingTask:
+class PatchTask:
     """Batches of labelled images with what each patch shows, and the loss of `PatchClassification`.
 
     labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every
@@ -33,11 +32,11 @@ class NamingTask:
         processor: Processor,
         names: Sequence[str],
         labels: Mapping[str, Sequence[LabeledImage]],
-        patch: int,
         images: int,
         seed: int,
     ) -> None:
         self.model, self.processor, self.images, self.seed = model, processor, images, seed
+        patch = model.vlm.config.vision_config.patch_size
         self.views = {
             view: [_targets(label, names, patch, processor.image_sizes[view]) for label in found]
             for view, found in labels.items()
@@ -48,25 +47,14 @@ class NamingTask:
         rng = np.random.default_rng((self.seed, 2, step))
         view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
         rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
-        pixels = [
-            self.processor.image(jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5), view)
-            for image, *_ in rows
-        ]
-        shown, cells, centre, largest = (
-            torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[1:]
-        )
-        return {
-            "view": view,
-            "pixels": torch.stack(pixels),
-            "shown": shown,
-            "cells": cells,
-            "centre": centre,
-            "largest": largest,
-        }
+        images, *targets = zip(*rows, strict=True)
+        jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
+        pixels = torch.stack([self.processor.image(image, view) for image in jittered])
+        columns = (torch.from_numpy(np.stack(column)) for column in targets)
+        named = zip(("shown", "cells", "centre", "largest"), columns, strict=True)
+        return {"view": view, "pixels": pixels, **dict(named)}
 
-    def loss(
-        self, batch: Batch, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Names and centres."""
         output = self.model(**batch)
         return output.loss, output.parts

@@ -13,22 +13,22 @@ import torch
 from spear.data.mixture import JITTER_DRAWS, jitter
 from spear.errors import SpearError
 from spear.labels.depth import DepthImages
-from spear.labels.questions.generate import FAMILIES_PIXEL, generate
+from spear.labels.questions.generate import generate
 from spear.labels.store import read
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, Spacing
-from spear.train.optimize import Batch
-from spear.train.recipes import QuestionMix
-from spear.train.sharding import is_sharded
+from spear.train.optimize import Batch, Loss
+from spear.train.options import QuestionMix
+from spear.train.parallel import is_sharded
 from spear.types import LabeledImage, LabeledObject, Question
 from spear.util.images import decode_image
 
 LENGTH_GROUPS, GROUP_ROWS = 4, 32
-"""Answers differ in length (a point 3 tokens, a box 24): run in so many groups at most, up to a quarter of
-the work is saved. Below so many texts per group that is less than what another pass over the layers costs:
-for the 8 texts beside a nano policy's actions 1 group takes 0.6 of the time of 4, for the 64 of a SPEAR-VLM
-step 2 take 0.9 of that."""
+"""Answers differ in length (a point 3 tokens, a box 24): running texts of like length together, in at most so
+many groups, saves up to a quarter of the work. With fewer texts per group another pass over the layers costs
+more: for the 8 texts beside a nano policy's actions 1 group takes 0.6 of the time of 4, for the 64 of a
+SPEAR-VLM step 2 take 0.9 of that."""
 
 
 def length_groups(model: torch.nn.Module, batch: Batch) -> int:
@@ -41,37 +41,32 @@ def length_groups(model: torch.nn.Module, batch: Batch) -> int:
 
 
 def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
-    """All labels of a folder, by view; without their masks unless these are wanted (questions do not need
-    them).
+    """All labels of a folder, by view; without their masks unless asked for (questions do not need them).
 
-    A folder with a sub-folder per view (as `spear label --source sim` writes), or one of shards, which is
-    then taken as the first view, "external".
+    The folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
     """
     folder = Path(folder)
     found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
     return {
-        view: [
-            dataclasses.replace(label, objects=tuple(_compact(o, masks) for o in label.objects))
-            for label in read(path)
-        ]
+        view: [dataclasses.replace(label, objects=_compact(label.objects, masks)) for label in read(path)]
         for view, path in found.items()
     }
 
 
-def _compact(o: LabeledObject, masks: bool) -> LabeledObject:
-    return dataclasses.replace(o, mask=array("i", o.mask) if masks else ())
+def _compact(objects: Sequence[LabeledObject], masks: bool) -> tuple[LabeledObject, ...]:
+    return tuple(dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in objects)
 
 
 def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
     """The depth of the images that `load_labels` gave, by view: row i belongs to label i.
 
-    Raises `SpearError` for a folder without, or with that of other images.
+    Raises `SpearError` for a folder without depth, or with that of other images.
     """
     found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
     for view, images in found.items():
         if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
             raise SpearError(
-                f"{folder}: depth/{view} is of other images than the labels: label again with `spear label --scenes`"
+                f"{folder}: depth/{view} is of other images than the labels: run `spear label --scenes` again"
             )
     return found
 
@@ -95,16 +90,10 @@ class QuestionSamples:
         depth: Mapping[str, DepthImages] | None = None,
     ) -> None:
         if not labels or not all(labels.values()):
-            raise SpearError("no labelled images: make some with `spear label --source sim --out …`")
-        if depth is None and set(mix.families) & set(FAMILIES_PIXEL):
-            raise SpearError("questions about pixels need the depth of the images")
+            raise SpearError("no labelled images: make some with `spear label --out …`")
         self.labels = {view: images[: mix.most_images or None] for view, images in labels.items()}
-        self.depth = depth
-        self.processor = processor
-        self.mix = mix
-        self.images = images
-        self.seed = seed
-        self.augment = augment
+        self.depth, self.processor, self.mix = depth, processor, mix
+        self.images, self.seed, self.augment = images, seed, augment
 
     def batch(self, step: int) -> Batch:
         """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
@@ -144,10 +133,8 @@ def fit_coordinates(
 ) -> CoordinateTokenizer:
     """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers.
 
-    Raises SpearError for fewer than 2 bins, or labels of several units.
+    Raises SpearError for labels of several units.
     """
-    if bins < 2:
-        raise SpearError(f"bins {bins}: give at least 2 3D tokens")
     rng = np.random.default_rng(seed)
     values: list[float] = []
     for index in rng.permutation(len(labels))[:most]:
@@ -160,24 +147,19 @@ def fit_coordinates(
 
 
 class VlmTask:
-    """The questions' loss. With `coordinate_rows_only`, of the token embeddings only the 3D tokens' rows
-    learn (the paper's VLM stage 1)."""
+    """The questions' loss; with `coordinate_rows_only` only the 3D tokens' rows of the embeddings learn."""
 
     def __init__(
         self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
     ) -> None:
-        self.model = model
-        self.samples = samples
-        self.batch = samples.batch
+        self.model, self.batch = model, samples.batch
         self.learning_rows: dict[str, tuple[int, int]] = {}
         if coordinate_rows_only:
             first = model.config.coordinate_start
             last = first + model.config.coordinate_bins
             self.learning_rows = {"language_model.embed_tokens.weight": (first, last)}
 
-    def loss(
-        self, batch: Batch, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """λ-weighted cross-entropy and its parts."""
         output = self.model(**batch, length_groups=length_groups(self.model, batch))
         return output.loss, output.parts

@@ -1,0 +1,296 @@
+"""What a training is told: recipes and the values they take, what it learns from, the commands' options.
+
+Nothing here needs PyTorch, so that help, lists and mistakes are shown at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from tyro.conf import Positional, arg
+
+from spear.errors import SpearError, unknown_name
+from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
+from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, key_values
+
+if TYPE_CHECKING:
+    from spear.data.store.episode_store import EpisodeStore
+
+Kind = Literal["depth", "naming", "vlm", "vla"]
+Precision = Literal["bf16", "fp32"]
+Count = Annotated[int, Ge(0)]
+Some = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move; the part of a recipe that the loop reads.
+
+    steps             optimiser steps.
+    lr                peak learning rate.
+    lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
+    frozen            module prefixes that do not learn.
+    trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
+    schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
+    weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
+    ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
+    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that
+                      does not compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
+    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory.
+                      They are used in bfloat16 under autocast anyway.
+    moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.optimize.HalfStateAdamW`).
+    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run
+                      that is continued keeps its pieces, whatever the number of processes
+                      (`spear.train.parallel`).
+    max_skipped       steps whose loss or gradient is not finite are skipped; more than so many end the run.
+    gradient_checkpointing  layers run again on the way back instead of being kept (`spear.models.layers`).
+    """
+
+    steps: Count
+    lr: Amount
+    lr_scale: Mapping[str, Amount] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Count = 100
+    final_lr: Fraction = 0.05
+    weight_decay: Amount = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    grad_clip: Positive = 1.0
+    ema: Decay = 0.999
+    precision: Precision = "bf16"
+    frozen_precision: Precision = "fp32"
+    moments: Precision = "fp32"
+    accumulate: Some = 1
+    gradient_checkpointing: bool = False
+    max_skipped: Count = 10
+
+
+@dataclass(frozen=True)
+class QuestionMix:
+    """Which questions a batch asks.
+
+    families             of `spear.labels.questions.generate`, drawn with equal chance; a name given twice
+                         counts twice.
+    pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
+    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are
+                         none).
+    coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
+    coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
+                         3D token; 0 is the paper's one-hot target.
+    most_images          ask about so many of the labelled images of each view, the first ones (0: about all).
+    """
+
+    families: tuple[str, ...] = FAMILIES
+    pairs: tuple[Some, Some] = (1, 4)
+    wrist: Fraction = 0.0
+    coordinate_weight: Amount = 2.0
+    coordinate_smoothing: Amount = 0.0
+    most_images: Count = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training.
+
+    kind          "depth" (the MoGe-style encoder alone), "naming" (the SigLIP-style one), "vlm" or "vla".
+    preset        the model's size (`spear.models.presets`).
+    moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
+    coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
+    smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
+                  `spear.tokens.init_new_embeddings`).
+    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage
+                  that starts from another's result then replaces that one's 3D tokens by new ones. None:
+                  those of the result it starts from; without one, the preset's number, at quantiles (the
+                  paper).
+    starts_from   the stage whose result `--init` takes; None starts from random weights.
+    batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
+    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
+    question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
+    question_weight  weight of their loss.
+    augment       strength of photometric augmentation, 0 to 1.
+    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation);
+                  positions in the state follow it (our choice).
+    normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
+    flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
+    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`);
+                  the freeze schedule still decides which of its own weights learn beside them.
+    lora_alpha    they count alpha / rank.
+    """
+
+    name: str
+    kind: Kind
+    preset: str
+    description: str
+    optimization: Optimization
+    batch_size: Some
+    moge: bool = True
+    coordinate_rows_only: bool = False
+    smooth_tokens: bool = False
+    bins: Annotated[int, Ge(2)] | None = None
+    spacing: Literal["quantile", "uniform"] | None = None
+    starts_from: str | None = None
+    questions: QuestionMix = QuestionMix()
+    flow_samples: Some = 1
+    question_images: Count = 0
+    question_weight: Amount = 1.0
+    augment: Fraction = 0.0
+    normalization: Literal["quantile", "minmax", "meanstd"] = "quantile"
+    normalize_each: bool = False
+    flow: Mapping[str, bool | float | str] = field(default_factory=dict)
+    lora_rank: Count = 0
+    lora_alpha: Positive = 16.0
+
+    def changed(self, **changes: Any) -> Recipe:
+        """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
+
+        Raises `SpearError`, suggesting the nearest name, for a key that none of them has, and for a value
+        that is not one of the key's.
+        """
+        parts: dict[str, Any] = {"": self, "optimization": self.optimization, "questions": self.questions}
+        known = {f.name: part for part in parts for f in dataclasses.fields(parts[part])}
+        new: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for key, value in changes.items():
+            if key not in known or key in parts:
+                raise unknown_name("recipe key", key, known.keys() - parts.keys())
+            if value is not None:
+                _check(type(parts[known[key]]), key, value)
+                new[known[key]][key] = value
+        own = new.pop("")
+        inner = {part: dataclasses.replace(parts[part], **values) for part, values in new.items()}
+        return dataclasses.replace(self, **own, **inner)
+
+
+def _check(part: type, key: str, value: Any) -> None:
+    """Raises `SpearError` for a value that is not of a dataclass's field's type, or not in its range."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hint = get_type_hints(part, include_extras=True)[key]
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    try:
+        # Through JSON, in which lists are tuples and whole numbers are numbers, but words and flags are not.
+        TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
+    except (ValidationError, TypeError) as error:
+        words = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
+        if words:
+            raise unknown_name(key, str(value), words) from error
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise SpearError(f"recipe key {key} is {value!r}: {why}") from error
+    if key == "pairs" and value[0] > value[1]:
+        raise SpearError(f"recipe key {key} is {value}: the fewest come first")
+    if key == "families":
+        known = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
+        if not value:
+            raise SpearError(f"recipe key {key} is empty: give at least one of {', '.join(known)}")
+        for family in value:
+            if family not in known:
+                raise unknown_name("family of questions", family, known)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage learns from and starts from.
+
+    labels    folder of labelled images ("depth", "naming" and "vlm" recipes; "vla": for questions beside).
+    episodes  (name, store, share of the batches) of robot demonstrations ("vla").
+    init      the `final` folder of an earlier stage; None starts from random weights.
+    moge      the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
+    """
+
+    labels: Path | None = None
+    episodes: Sequence[tuple[str, EpisodeStore, float]] = ()
+    init: Path | None = None
+    moge: Path | None = None
+
+
+def check_inputs(stage: Recipe, given: Inputs | TrainOptions) -> None:
+    """Whether a recipe needs and takes what is given to it; looks at nothing on disk.
+
+    Raises `SpearError` for what is missing, and for what would change nothing.
+    """
+    name, acts = stage.name, stage.kind == "vla"
+    if acts and not given.episodes:
+        raise SpearError(f"recipe {name} learns from demonstrations: give --episodes FOLDER")
+    if given.episodes and not acts:
+        raise SpearError(f"recipe {name} learns from labelled images: leave --episodes out")
+    if given.labels is None and (not acts or not given.init or stage.question_images):
+        raise SpearError(f"recipe {name} needs --labels FOLDER (see `spear label --help`)")
+    if given.init and stage.kind in ("depth", "naming"):
+        raise SpearError(f"recipe {name} begins with random weights: leave --init out")
+    if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
+        where = "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
+        raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """The options of `spear train`."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """Name of the recipe, or list."""
+    out: Folder = None
+    """Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE."""
+    labels: Folder = None
+    """Folder of labelled images, from spear label."""
+    episodes: tuple[Path, ...] = ()
+    """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
+    split: Split = "train"
+    shares: tuple[float, ...] = ()
+    """Shares of the folders in each batch, one for each. Without them: those in the list of known datasets
+    (spear data datasets) where all are in it, otherwise equal ones."""
+    init: Name = None
+    """Where to start from: a trained folder, or the name of weights that come with this package (nano, the
+    policy; nano-vlm-0, before it learns 3D). Without it, training starts from random weights."""
+    moge: Name = None
+    """Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with, or nano-depth, which comes with
+    this package."""
+    preset: Name = None
+    """Model size, when it shall not be the recipe's: nano, small or spear1."""
+    steps: Number = None
+    """Number of steps, when it shall not be the recipe's."""
+    seed: Seed = 0
+    device: Device = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes (torchrun) holds: ddp, the whole model; fsdp, its share of it."""
+    set: Changes = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shares and len(self.shares) != len(self.episodes):
+            count, folders = len(self.shares), len(self.episodes)
+            raise SpearError(f"--shares: {count} for {folders} folders of --episodes: give one for each")
+        for share in self.shares:
+            if not 0 < share < math.inf:
+                raise SpearError(f"--shares {share:g}: give positive numbers")
+
+    def changes(self) -> dict[str, Any]:
+        """What is different from the recipe."""
+        return key_values(self.set, "--set") | {"preset": self.preset, "steps": self.steps}
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """The options of `spear plan`."""
+
+    recipe: str = "finetune-lora"
+    """A policy's or VLM's recipe (spear train list shows them), or inference."""
+    preset: Name = None
+    """Model size, when it shall not be the recipe's: nano, small or spear1."""
+    gpu: str = "24GB"
+    """Memory of the GPU as it is sold, such as 24GB."""
+    batch_size: Number = None
+    """Examples per training step (per observation for inference), when not the recipe's."""
+    set: Changes = ()
+    table: bool = False
+    """Print the table of docs/memory.md instead: three ways to train, and acting, on GPUs of six sizes."""

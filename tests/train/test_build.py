@@ -1,0 +1,81 @@
+"""What a recipe puts together: other 3D tokens than those learned before, and what cannot be put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tiny import make
+from labels_boxes import labelled
+from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.errors import SpearError
+from spear.labels.store import write_shards
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.policy import load_vlm, locate
+from spear.train.build import build
+from spear.train.options import Inputs
+from spear.train.recipes import recipe
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Labels, and the shipped SPEAR-VLM by itself."""
+    root = tmp_path_factory.mktemp("build")
+    write_shards((labelled(i) for i in range(12)), root / "labels")
+    bundle = load_vlm("nano")
+    bundle.model.save_pretrained(root / "init")
+    bundle.processor.save(root / "init")
+    return Inputs(labels=root / "labels", init=root / "init")
+
+
+@pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
+def test_a_stage_starts_with_new_tokens(
+    bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path
+) -> None:
+    assert inputs.init is not None
+    before = load_vlm(inputs.init).model.get_parameter("language_model.embed_tokens.weight")
+    stage = recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2)
+    model, task, save = build(stage, inputs)
+    assert isinstance(model, SpearVLMForConditionalGeneration)
+    first = model.config.coordinate_start
+    rows = model.get_parameter("language_model.embed_tokens.weight")
+    assert model.config.coordinate_bins == bins
+    assert len(rows) == model.config.text_config.vocab_size == first + max(bins, 1024)
+    assert torch.equal(rows[:first], before[:first])
+    assert not torch.isclose(rows[first : first + 256], before[first : first + 256]).all(1).any()
+    loss, parts = task.loss(task.batch(0), torch.Generator())
+    loss.backward()
+    assert torch.isfinite(loss) and rows.grad is not None and parts["coordinates"] > 0
+    save(tmp_path / "out")
+    after = load_vlm(tmp_path / "out")
+    edges = after.processor.coordinates.edges
+    assert after.processor.coordinates.bins == bins
+    assert np.allclose(np.diff(edges), np.diff(edges)[0]) == (spacing == "uniform")
+    image = np.zeros((128, 192, 3), np.uint8)
+    (answer,) = after.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
+    assert len(answer.values) == 24 and answer.distribution is not None
+    assert answer.distribution.probabilities.shape == (24, bins)
+
+
+def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    episode = make(0)
+    front = dataclasses.replace(episode, images={"front": episode.images["external"]})
+    for name, one in (("front", front), ("mine", episode)):
+        write_episodes([one], tmp_path / name)
+    front_only, mine = ([("it", EpisodeStore(tmp_path / name), 1.0)] for name in ("front", "mine"))
+    nano, post = locate("nano"), recipe("nano-post")
+    for stage, given, named in (
+        (post, Inputs(episodes=front_only, init=nano), "front"),
+        (post.changed(preset="small"), Inputs(episodes=mine, init=nano), "small"),
+        (post.changed(flow={"rotation": "linear"}), Inputs(episodes=mine, init=nano), "flow"),
+        (post.changed(flow={"rotatoin": "linear"}), Inputs(episodes=mine, init=nano), "'rotation'"),
+        (post.changed(bins=9), Inputs(episodes=mine, init=nano), "bins"),
+        (post.changed(accumulate=3), Inputs(episodes=mine, init=nano), "batch_size 32"),
+        (recipe("nano-vlm-2"), dataclasses.replace(inputs, moge=locate("nano-depth")), "--moge"),
+    ):
+        with pytest.raises(SpearError, match=named):
+            build(stage, given)

@@ -1,0 +1,231 @@
+"""The whole path at nano size: scenes → labels → depth → VLM stages 0, 1, 2 → demonstrations → SPEAR-1 → actions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_tiny import make
+from spear.data.readers.spec import REGISTRY
+from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.lerobot_write import write_lerobot
+from spear.data.store.prepare import open_store
+from spear.errors import SpearError
+from spear.labels.scenes import label_scenes
+from spear.models.moge.encoder import MogeForDepth
+from spear.models.presets import PRESETS
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
+from spear.policy import Spear1Policy, load_vlm, locate
+from spear.train.recipes import ENCODERS, recipe
+from spear.train.run import dataset_name, mixture
+from spear.train.tasks.questions import length_groups
+from train_tiny import rows, run_recipe
+
+FEW = {"steps": 2, "batch_size": 4, "warmup": 1}
+STILL = {"steps": 0, "batch_size": 4}
+EMBEDDINGS = "language_model.embed_tokens.weight"
+
+
+@dataclass
+class Walk:
+    labels: Path
+    episodes: EpisodeStore
+    folders: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    """Every stage run once, for two steps; "grown" is SPEAR-VLM before its first step."""
+    from spear.sim.record import record
+
+    root, sizes = tmp_path_factory.mktemp("path"), dict(PRESETS["nano"].image_sizes)
+    labels = root / "labels"
+    label_scenes(labels, 6, sizes, first_seed=10_000, workers=1)
+    tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
+    write_episodes(record(tasks, sizes["external"], sizes["wrist"], workers=1), root / "episodes")
+    store = EpisodeStore(root / "episodes")
+    made = {name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")}
+    zero = made["nano-vlm-0"] = run_recipe("nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW)
+    join: dict[str, Any] = {"init": zero, "moge": made["nano-depth"]}
+    made["grown"] = run_recipe("nano-vlm-1", root / "grown", labels, **join, **STILL)
+    made["nano-vlm-1"] = run_recipe("nano-vlm-1", root / "1", labels, **join, **FEW)
+    made["nano-vlm-2"] = run_recipe("nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW)
+    vla = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
+    made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **vla)
+    return Walk(labels, store, made)
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(weights.load(SpearVLMForConditionalGeneration, folder).named_parameters())
+
+
+@pytest.mark.parametrize(("texts", "groups"), [(1, 1), (63, 1), (64, 2), (512, 4)])
+def test_few_texts_run_together(texts: int, groups: int) -> None:
+    assert length_groups(torch.nn.Linear(1, 1), {"input_ids": torch.zeros(texts, 5)}) == groups
+
+
+def test_the_result_answers_and_acts(walked: Walk) -> None:
+    image = np.full((240, 320, 3), 90, np.uint8)
+    answers = load_vlm(walked.folders["nano-vlm-2"]).answer([image], ["Where is the cube?"], "box_vertices")
+    assert len(answers[0].values) == 24
+    policy = Spear1Policy.load(walked.folders["nano-vla"])
+    observation = {
+        "observation/image": image,
+        "observation/wrist_image": image,
+        "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
+        "prompt": "put the cube on the plate",
+    }
+    actions = policy.infer(observation)["actions"]
+    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=-1), 1, atol=1e-5)
+    assert (actions[:, 3] >= 0).all()
+    policy.reset()
+    np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
+    config = policy.model.vlm.config  # also where questions are asked beside the actions
+    assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
+
+
+def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -> None:
+    start = shutil.copytree(walked.folders["nano-vlm-0"], tmp_path / "start")
+    (start / "recipe.json").unlink()  # as of a model that somebody else saved
+    folder = run_recipe("nano-vla-no-3d", tmp_path / "run", store=walked.episodes, init=start, **FEW)
+    assert Spear1Policy.load(folder).model.vlm.moge is None
+    assert json.loads((folder / "recipe.json").read_text())["init"] == {}
+
+
+def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> None:
+    """The average of both projections is at first what the language model knows, and no longer after a step."""
+    pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)).byte()
+    tokens = []
+    for name in ("nano-vlm-0", "grown", "nano-vlm-1"):
+        vlm = weights.load(SpearVLMForConditionalGeneration, walked.folders[name]).eval()
+        assert (vlm.moge is None) == (name == "nano-vlm-0")
+        with torch.no_grad():
+            tokens.append(vlm.image_features("external", pixels))
+    before, start, after = tokens
+    torch.testing.assert_close(start, before, rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_new_tokens_do_not_depend_on_moge(walked: Walk, tmp_path: Path) -> None:
+    """Without it, stage 1 begins with the same new 3D tokens as with it; stage 2 keeps what stage 1 learned."""
+    start = walked.folders["nano-vlm-0"]
+    stages = [recipe(name).changed(moge=False, **STILL) for name in ("nano-vlm-1", "nano-vlm-2")]
+    plain = ("multi_modal_projector",)
+    one = run_recipe(stages[0], tmp_path / "1", walked.labels, init=start, trained=plain)
+    before, without, grown = (parameters(f)[EMBEDDINGS] for f in (start, one, walked.folders["grown"]))
+    first = load_vlm(one).processor.coordinate_start
+    assert torch.equal(without, grown) and not torch.equal(without[first:], before[first:])
+    assert torch.equal(without[:first], before[:first])
+    rates = {"vision_tower": 0.3}
+    two = run_recipe(stages[1], tmp_path / "2", walked.labels, init=one, lr_scale=rates)
+    assert torch.equal(parameters(two)[EMBEDDINGS], without)
+
+
+def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
+    before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
+    first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start
+    changed = {n for n in before if n != EMBEDDINGS and not torch.equal(before[n], after[n])}
+    assert changed == {n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))}
+    assert torch.equal(before[EMBEDDINGS][:first], after[EMBEDDINGS][:first])
+    assert not torch.equal(before[EMBEDDINGS][first:], after[EMBEDDINGS][first:])
+    encoder = {n for n in after if n.startswith("moge.")}
+    trained = dict(weights.load(MogeForDepth, walked.folders["nano-depth"]).named_parameters())
+    assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
+
+
+def test_the_freeze_schedule_decides_what_learns(walked: Walk, tmp_path: Path) -> None:
+    one, two = (parameters(walked.folders[name]) for name in ("nano-vlm-1", "nano-vlm-2"))
+    moge = "moge.backbone.encoder.layer.0.mlp.fc1.weight"
+    siglip = next(n for n in one if n.startswith("vision_tower.") and n.endswith("fc1.weight"))
+    language = "language_model.layers.0.mlp.up_proj.weight"
+    assert not any(torch.equal(one[name], two[name]) for name in (moge, siglip, language))
+    start = walked.folders["nano-vlm-1"]
+    few = {**FEW, "frozen": ENCODERS}
+    frozen = parameters(run_recipe("nano-vlm-2", tmp_path, walked.labels, init=start, **few))
+    encoders = [n for n in one if n.startswith(("vision_tower.", "moge."))]
+    assert encoders and all(torch.equal(one[n], frozen[n]) for n in encoders)
+    vla = dict(Spear1Policy.load(walked.folders["nano-vla"]).model.vlm.named_parameters())
+    stem = "vision_tower.embeddings.patch_embedding.convs.0.weight"
+    assert torch.equal(two[moge], vla[moge]) and torch.equal(two[stem], vla[stem])
+    assert not torch.equal(two[siglip], vla[siglip])
+
+
+def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: Path) -> None:
+    few = {**FEW, "question_images": 2, "schedule": "constant"}
+
+    def run(name: str, steps: int) -> Path:
+        changes = {**few, "steps": steps}
+        start = walked.folders["nano-vlm-2"]
+        return run_recipe("nano-vla", tmp_path / name, walked.labels, walked.episodes, start, **changes)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4)
+    logs = [[row["loss"] for row in rows(folder.parent)] for folder in (whole, parts)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    first, second = (dict(Spear1Policy.load(folder).model.named_parameters()) for folder in (whole, parts))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
+    """Other episodes, weights to begin with or settings in the same --out are refused, and nothing changes."""
+    write_episodes([make(0), make(1)], tmp_path / "store")
+    store, nano, out = EpisodeStore(tmp_path / "store"), locate("nano"), tmp_path / "run"
+    few = {"steps": 1, "batch_size": 2, "flow_samples": 1, "warmup": 0}
+    final = run_recipe("nano-post", out, store=store, init=nano, **few)
+    (state,) = out.glob("checkpoints/*/state.json")
+    about = json.loads(state.read_text())["settings"]["about"]
+    assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    for given, words in (
+        ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
+        ({"init": final}, "another --init"),
+        ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),
+    ):
+        with pytest.raises(SpearError, match=words):
+            run_recipe("nano-post", out, **{"store": store, "init": nano, **few, **given})
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    run_recipe("nano-post", out, store=store, init=nano, **{**few, "steps": 2, "lr": 1e-5})
+
+
+def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:
+    """As of Open X-Embodiment, where the folder is a version."""
+    stores = []
+    for number, name in enumerate(("one", "two")):
+        folder = tmp_path / name / "1.0.0"
+        folder.parent.mkdir()
+        write_lerobot([make(number)], folder)
+        stores.append(open_store(folder, tmp_path / "work")[0])
+        assert dataset_name(folder) == dataset_name(tmp_path / name) == name
+    assert [s.source(0) for s in stores] == ["made#0", "made#1"]
+
+
+def test_shares_are_those_of_the_list_where_all_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores = {}
+    for name in ("bridge_dataset", "droid", "mine"):
+        write_episodes([make(0, 2, source=f"{name}/train#0")], tmp_path / name)
+        stores[name] = EpisodeStore(tmp_path / name)
+
+    def shares(names: tuple[str, ...], given: tuple[float, ...] = ()) -> list[float]:
+        made = mixture([tmp_path / name for name in names], [stores[name] for name in names], given)
+        assert [name for name, _, _ in made] == list(names)
+        return [share for _, _, share in made]
+
+    assert shares(("bridge_dataset", "droid")) == [18, 35] and REGISTRY["droid"].weight == 35
+    said = capsys.readouterr().err
+    assert "bridge_dataset 34.0%, droid 66.0%" in said and said.count("\n") == 1
+    assert shares(("bridge_dataset", "mine")) == [1, 1]
+    assert shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3]
+    assert "mine 75.0%" in capsys.readouterr().err
+    assert shares(("mine",)) == [1] and not capsys.readouterr().err
