@@ -119,7 +119,7 @@ def bare(mixture: Mixture, store: EpisodeStore, batch_size: int) -> Iterator[int
     """
     images = []
     for sample in itertools.chain(*(mixture.draw(step, batch_size) for step in range(4))):
-        often = round(store.rate_hz(sample.episode) / RATE_HZ)
+        often = round(store.rates_hz[sample.episode] / RATE_HZ)
         for camera, size in VIEWS.items():
             images.append((store.image(sample.episode, often * sample.step, camera) or b"", size))
     context = multiprocessing.get_context("fork")

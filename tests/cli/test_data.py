@@ -38,7 +38,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert "a LeRobot dataset, v3.0" in text and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
     assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
     assert "layout        described by" in text and "1 × push the block 0" in text
-    assert main(["data", "prepare", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert main(["data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0"]) == 0
     assert len(EpisodeStore(tmp_path / "again")) == 2
     listed = list(items([str(out)], per_episode=2))
     assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
@@ -102,7 +102,10 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.Capt
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
-        (["data", "prepare", str(data), "--out", str(tmp_path / "out")], "unknown dataset 'v3.0_image'"),
+        (
+            ["data", "prepare", str(data), "--out", str(tmp_path / "out"), "--workers", "0"],
+            "unknown dataset 'v3.0_image'",
+        ),
         (
             ["data", "inspect", str(data), "--out", str(tmp_path / "p.html"), "--layout", str(layout)],
             "no column 'observation/image_9'",

@@ -80,14 +80,6 @@ def test_a_masked_step_masks_the_rest_of_its_chunks() -> None:
     np.testing.assert_array_equal(acts[2:, 7], actions[9, 7])
 
 
-def test_logged_actions_are_used_as_they_are() -> None:
-    rng = np.random.default_rng(0)
-    episode = dataclasses.replace(smooth_episode(0, 4), action=rng.normal(size=(4, 8)))
-    actions, valid = episode_actions(episode)
-    np.testing.assert_array_equal(actions, episode.action)
-    assert valid.all()
-
-
 def test_gripper_has_hysteresis() -> None:
     opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
     np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])

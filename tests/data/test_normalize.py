@@ -152,15 +152,6 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
     )
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    normalizer = Normalizer(
-        "meanstd", (0.1, 1 / 3, -2.5), (1.0, 2.0, 3.0), (0.0, 0.0, 1e-9), (1.0, 1.0, 1.0), 7
-    )
-    normalizer.save(tmp_path / "normalizer.json")
-    assert Normalizer.load(tmp_path / "normalizer.json") == normalizer
-    assert [p.name for p in tmp_path.iterdir()] == ["normalizer.json"]
-
-
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "normalizer.json"
     with pytest.raises(SpearError, match="cannot read normalisation statistics"):

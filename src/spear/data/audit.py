@@ -172,7 +172,7 @@ def _logged_steps(
     if isinstance(folder, EpisodeStore):
         store = open_split(path, split)
         episodes = (store.without_images(index) for index in range(len(store)))
-        return replace(STORE, rate_hz=store.rate_hz(0)), ((e.source, vars(e)) for e in episodes)
+        return replace(STORE, rate_hz=float(store.rates_hz[0])), ((e.source, vars(e)) for e in episodes)
     spec = folder.spec(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
         raise SpearError(

@@ -150,20 +150,23 @@ def _rate_of(folder: RldsFolder) -> str:
 def layout_known(path: str | Path) -> bool:
     """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
     folder = open_dataset(path)
-    if isinstance(folder, EpisodeStore):
-        return True
-    spec = REGISTRY.get(folder.name)
-    return (folder.path / SPEC_FILE).is_file() or (spec is not None and not missing(spec))
+    return isinstance(folder, EpisodeStore) or not _unknown(folder.name, folder.path)
+
+
+def _unknown(name: str, folder: Path) -> str:
+    """Why it is not known what the columns of a dataset mean, "" where it is."""
+    if (folder / SPEC_FILE).is_file():
+        return ""
+    if name not in REGISTRY:
+        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
+    unknown = missing(REGISTRY[name])
+    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else ""
 
 
 def _layout_of(name: str, folder: Path) -> str:
-    if (folder / SPEC_FILE).is_file():
-        return f"described by {folder / SPEC_FILE}"
-    spec = REGISTRY.get(name)
-    if spec is None:
-        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
-    unknown = missing(spec)
-    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
+    return _unknown(name, folder) or (
+        f"described by {folder / SPEC_FILE}" if (folder / SPEC_FILE).is_file() else "known"
+    )
 
 
 def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -130,7 +130,7 @@ def _check_rate(name: str, store: EpisodeStore) -> None:
     if wrong.any():
         index = int(wrong.argmax())
         raise SpearError(
-            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rate_hz(index):g} Hz, training "
+            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rates_hz[index]:g} Hz, training "
             f"is at {RATE_HZ:g}; prepare it (see `spear data prepare`)"
         )
 

@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from crc32c import crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -138,10 +137,3 @@ def test_fewer_records_than_expected_and_no_file(tmp_path: Path) -> None:
     assert "record 1: the file ends before it" in str(list(read_records(path, 0, 2))[1][1])
     with pytest.raises(SpearError, match=r"cannot read: .*b\.tfrecord"):
         list(read_records(tmp_path / "b.tfrecord"))
-
-
-def test_floats_are_float32_and_bytes_are_kept() -> None:
-    example = EXAMPLE()
-    example.features.feature["f"].float_list.value.extend([0.1, 2.0])
-    parsed = parse_example(example.SerializeToString())["f"]
-    assert isinstance(parsed, np.ndarray) and parsed.dtype == np.float32

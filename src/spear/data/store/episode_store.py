@@ -148,19 +148,10 @@ class EpisodeStore:
         shard, row = self._find(index)
         return shard.image(row, step, camera)
 
-    def instruction(self, index: int) -> str:
-        """What the robot was asked to do in episode `index`."""
-        shard, row = self._find(index)
-        return str(shard.words["instruction"][row].as_py())
-
     def source(self, index: int) -> str:
         """Where episode `index` came from."""
         shard, row = self._find(index)
         return str(shard.words["source"][row].as_py())
-
-    def rate_hz(self, index: int) -> float:
-        """Steps per second of episode `index`."""
-        return float(self.rates_hz[index])
 
     def without_images(self, index: int) -> Episode:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""
