@@ -15,7 +15,7 @@ import tyro
 from PIL import Image
 from tyro.conf import Positional
 
-from spear.data.store.stats import look
+from spear.data.store.stats import sample_images
 from spear.models.processing import fit_image
 from spear.types import Episode
 from spear.util.images import decode_image, encode_jpeg, open_image
@@ -58,7 +58,7 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
         "preparing: original decoded": lambda: decode_image(original),
         "preparing: scaled": lambda: fit_image(large, height, width),
         "preparing: encoded": lambda: encode_jpeg(small),
-        "preparing: looked at for statistics": lambda: look(episode),
+        "preparing: statistics": lambda: sample_images(episode),
     }
 
 

@@ -20,7 +20,7 @@ from spear.data.store import schema as lerobot_schema
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
-from spear.data.store.stats import Rows
+from spear.data.store.stats import RowStats
 from spear.errors import SpearError
 from spear.util.images import decode_image
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
 def test_statistics_of_many_rows_stay_small_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.data.store.stats.MOST_ROWS", 1000)
     values = np.random.default_rng(0).normal(size=(7000, 2)).astype(np.float32)
-    rows = Rows()
+    rows = RowStats()
     for part in np.array_split(values, 13):
         rows.add(part)
     total = rows.total()

@@ -33,7 +33,7 @@ from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.index import INDEX, index_batch
 from spear.data.store.lerobot_write import LeRobotWriter
 from spear.data.store.prepare import Conversion, open_store, prepare
-from spear.data.store.stats import look
+from spear.data.store.stats import sample_images
 from spear.errors import SpearError
 from spear.models.processing import fit_image
 from spear.types import Episode
@@ -340,7 +340,7 @@ def test_images_are_found_whatever_is_in_them(
 ) -> None:
     """Also when the same bytes come twice, or one image is within another."""
     folder = tmp_path_factory.mktemp("set")
-    seen = look(make(0, 1))
+    seen = sample_images(make(0, 1))
     writer = LeRobotWriter(folder, {"external": (64, 80)}, 5.0)
     episodes: list[Episode] = []
     for i, each in enumerate(images):

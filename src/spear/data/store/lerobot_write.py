@@ -24,7 +24,7 @@ from spear.data.episode import check_episode
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store import schema as lerobot
-from spear.data.store.stats import Images, Look, Rows, Stats, look, to_json
+from spear.data.store.stats import ImageSample, ImageStats, RowStats, Stats, sample_images, to_json
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.images import decode_image
@@ -55,14 +55,14 @@ def write_lerobot(
     try:
         for episode in episodes:
             episode = with_actions(check_episode(episode))
-            looks = look(episode)
+            samples = sample_images(episode)
             if writer is None:
-                sizes = {camera: looks[camera].size for camera in looks}
+                sizes = {camera: samples[camera].size for camera in samples}
                 writer = LeRobotWriter(part, sizes, episode.rate_hz, images)
-            writer.check(episode, looks)
+            writer.check(episode, samples)
             if writer.data_bytes > lerobot.DATA_MB << 20:
                 writer.end_file()
-            writer.add(episode, looks)
+            writer.add(episode, samples)
             if len(writer.waiting) == EPISODES_PER_FILE:
                 writer.write_episodes()
         if writer is None:
@@ -107,17 +107,16 @@ class LeRobotWriter:
         self.features = lerobot.make_features(self.sizes, images, self.rate_hz)
         self.schema = lerobot.make_schema(self.features)
         self.tasks: dict[str, int] = {}
-        self.rows = {
-            name: Rows() for name, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")
-        }
-        self.pictures = {camera: Images() for camera in self.sizes}
+        numbers = [n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")]
+        self.rows = {name: RowStats() for name in numbers}
+        self.pictures = {camera: ImageStats() for camera in self.sizes}
         self.episodes = self.frames = self.data_files = self.meta_files = 0
         self.waiting: list[dict[str, Any]] = []
         self.video_files = dict.fromkeys(self.sizes, 0)
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, VideoWriter] = {}
 
-    def check(self, episode: Episode, looks: Mapping[str, Look]) -> None:
+    def check(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
         """Raises SpearError when an episode differs from the others in cameras, image sizes or rate."""
         name = episode.source
         if set(episode.images) != set(self.sizes):
@@ -127,8 +126,8 @@ class LeRobotWriter:
                 "a LeRobot dataset has the same cameras throughout; leave the episode out"
             )
         for camera, size in self.sizes.items():
-            if looks[camera].size != size:
-                (h, w), (h0, w0) = looks[camera].size, size
+            if samples[camera].size != size:
+                (h, w), (h0, w0) = samples[camera].size, size
                 raise SpearError(
                     f"image sizes differ: {name} step 0 camera {camera!r} is {w} x {h} pixels, the first one "
                     f"{w0} x {h0}: leave it out, or bring all to one size (see `spear data prepare --size`)"
@@ -139,8 +138,8 @@ class LeRobotWriter:
                 "resample (see `spear data prepare`), or leave the episode out"
             )
 
-    def add(self, episode: Episode, looks: Mapping[str, Look]) -> None:
-        """Write an episode that `check` lets pass; looks are those of its images (see `look`)."""
+    def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
+        """Write an episode that `check` lets pass; samples are those of its images (see `sample_images`)."""
         length = len(episode)
         columns = self._columns(episode)
         row: dict[str, Any] = {
@@ -155,7 +154,7 @@ class LeRobotWriter:
         for camera in self.sizes:
             if self.images == "video":
                 row |= self._write_video(camera, episode)
-            stats[lerobot.feature_name(camera)] = self.pictures[camera].add(looks[camera])
+            stats[lerobot.feature_name(camera)] = self.pictures[camera].add(samples[camera])
         for name, rows in self.rows.items():
             stats[name] = rows.add(columns[name].reshape(length, -1))
         for name in self.features:
@@ -170,7 +169,7 @@ class LeRobotWriter:
         matter."""
         columns = self._columns(episode)
         for name, rows in self.rows.items():
-            rows.take_in(columns[name].reshape(len(episode), -1))
+            rows.update(columns[name].reshape(len(episode), -1))
         self.episodes += 1
         self.frames += len(episode)
 
@@ -281,7 +280,7 @@ class LeRobotWriter:
         self.close()
         if self.waiting:
             self.write_episodes()
-        totals: dict[str, Rows | Images] = dict(self.rows)
+        totals: dict[str, RowStats | ImageStats] = dict(self.rows)
         totals |= {lerobot.feature_name(camera): pictures for camera, pictures in self.pictures.items()}
         stats = {name: to_json(totals[name].total()) for name in self.features if name in totals}
         lerobot.write_json(self.folder / "meta/stats.json", stats)

@@ -19,7 +19,7 @@ from spear.data.normalize import save_sketches
 from spear.data.store import schema as lerobot
 from spear.data.store.index import INDEX, index_batch, open_index, read_batches, write_batches
 from spear.data.store.lerobot_write import LeRobotWriter
-from spear.data.store.stats import Images, Look
+from spear.data.store.stats import ImageSample, ImageStats
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped
@@ -29,10 +29,10 @@ SKIPPED = "skipped.json"
 
 @dataclass(frozen=True)
 class Ready:
-    """An episode with canonical actions, and what its images look like (see `look`)."""
+    """An episode with canonical actions, and what its images look like (see `sample_images`)."""
 
     episode: Episode
-    looks: Mapping[str, Look]
+    samples: Mapping[str, ImageSample]
 
 
 class Parts:
@@ -65,7 +65,7 @@ class Parts:
                 for row in range(len(shard)):
                     writer.recall(shard.episode(row, with_images=False))
             for camera, (histogram, frames) in note["pictures"].items():
-                writer.pictures[camera].add(Look(sizes[camera], np.array(histogram, np.int64), frames))
+                writer.pictures[camera].add(ImageSample(sizes[camera], np.array(histogram, np.int64), frames))
             writer.data_files += 1
             writer.meta_files += 1
             self.blocks = note["blocks"]
@@ -98,14 +98,14 @@ class Parts:
         for reason in reasons:
             self.skipped(reason)
         for each in ready:
-            sizes = {camera: seen.size for camera, seen in each.looks.items()}
+            sizes = {camera: seen.size for camera, seen in each.samples.items()}
             self.writer = self.writer or LeRobotWriter(self.folder, sizes, self.rate_hz)
             try:
-                self.writer.check(each.episode, each.looks)
+                self.writer.check(each.episode, each.samples)
             except SpearError as error:
                 self.skipped(error)
                 continue
-            self.writer.add(each.episode, each.looks)
+            self.writer.add(each.episode, each.samples)
             self.waiting.append(each.episode)
             self.bytes += sum(len(image) for images in each.episode.images.values() for image in images)
         self.skipped.check(self.episodes)
@@ -134,7 +134,7 @@ class Parts:
         self.blocks = self.open_blocks
         self._begin()
 
-    def _seen_since(self, camera: str, pictures: Images) -> tuple[list[list[int]], int]:
+    def _seen_since(self, camera: str, pictures: ImageStats) -> tuple[list[list[int]], int]:
         """The histogram of a camera's images in this part alone, and of how many frames."""
         histogram, frames = self.seen_before.get(camera, (0, 0))
         return (pictures.histogram - histogram).tolist(), pictures.frames - frames

@@ -32,7 +32,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.index import INDEX, read_batches
 from spear.data.store.lerobot_write import check_free
 from spear.data.store.parts import SKIPPED, Parts, Ready
-from spear.data.store.stats import look
+from spear.data.store.stats import sample_images
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
@@ -207,7 +207,7 @@ def _ready(episode: Episode, how: Conversion) -> Ready:
     episode = with_actions(resample(episode, how.rate_hz))
     images = {camera: _fit(episode, camera, how) for camera in episode.images}
     episode = dataclasses.replace(episode, images=images)
-    return Ready(episode, look(episode))
+    return Ready(episode, sample_images(episode))
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:

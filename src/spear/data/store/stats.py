@@ -28,7 +28,7 @@ MOST_FRAMES = 100
 Stats = dict[str, Array]
 
 
-class Rows:
+class RowStats:
     """Statistics of a feature of numbers, over all rows added."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Rows:
 
     def add(self, values: Array) -> Stats:
         """Take in one episode's rows [T, d]; returns their own statistics."""
-        self.take_in(values)
+        self.update(values)
         return {
             "min": values.min(0),
             "max": values.max(0),
@@ -52,7 +52,7 @@ class Rows:
             **_quantiles(values),
         }
 
-    def take_in(self, values: Array) -> None:
+    def update(self, values: Array) -> None:
         """Take in one episode's rows [T, d]."""
         self._kept.append(values[-self._count % self._stride :: self._stride])
         mean = values.mean(0, dtype=np.float64)
@@ -81,8 +81,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is seen of a camera's images in an episode.
+class ImageSample:
+    """What some of a camera's images in an episode look like.
 
     size (height, width) in pixels; histogram [3, 256] of the values of each channel in so many frames.
     """
@@ -92,12 +92,12 @@ class Look:
     frames: int
 
 
-def look(episode: Episode) -> dict[str, Look]:
-    """Look at some images of each camera of an episode, spread over it.
+def sample_images(episode: Episode) -> dict[str, ImageSample]:
+    """Some images of each camera of an episode, spread over it.
 
     Raises SpearError, naming it, for an image that is broken or of another size than the others.
     """
-    looks = {}
+    samples = {}
     for camera, images in episode.images.items():
         histogram = np.zeros((3, 256), np.int64)
         size: tuple[int, int] | None = None
@@ -111,18 +111,18 @@ def look(episode: Episode) -> dict[str, Look]:
                 raise SpearError(f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}")
             histogram += [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
         assert size is not None  # an episode has steps
-        looks[camera] = Look(size, histogram, len(steps))
-    return looks
+        samples[camera] = ImageSample(size, histogram, len(steps))
+    return samples
 
 
-class Images:
+class ImageStats:
     """Statistics of a camera, by a histogram of its pixel values."""
 
     def __init__(self) -> None:
         self.histogram = np.zeros((3, 256), np.int64)
         self.frames = 0
 
-    def add(self, seen: Look) -> Stats:
+    def add(self, seen: ImageSample) -> Stats:
         """Take in what was seen of one episode; returns its own statistics."""
         self.histogram = self.histogram + seen.histogram
         self.frames += seen.frames
