@@ -64,11 +64,8 @@ def episode_actions(episode: Episode) -> tuple[Array, Array]:
     if episode.action is not None:
         return episode.action, known
     command = binarize_gripper(np.append(episode.gripper[1:], episode.gripper[-1]))
-    return derive_actions(episode.position, episode.rotation, command), known & _all_but_last(len(episode))
-
-
-def _all_but_last(steps: int) -> Array:
-    return np.arange(steps) < steps - 1
+    known = known & (np.arange(len(episode)) < len(episode) - 1)
+    return derive_actions(episode.position, episode.rotation, command), known
 
 
 def with_actions(episode: Episode) -> Episode:

@@ -19,12 +19,7 @@ import torch
 
 from spear.data.readers.rotations import FORMS
 from spear.data.readers.spec import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
-from spear.geometry import (
-    quat_conjugate,
-    quat_multiply,
-    quat_normalize,
-    quat_rotate,
-)
+from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_rotate
 from spear.types import Array
 
 SHIFTS = (-1, 0, 1, 2)

@@ -44,10 +44,12 @@ def inspect(path: str | Path) -> str:
 
 def _describe_store(store: EpisodeStore) -> str:
     lengths = store.lengths
+    rates = Counter(f"{rate:g} Hz" for rate in store.rates_hz)
+    more = ", ".join(f"{rate} ({n})" for rate, n in rates.most_common())
     lines = [
         f"{store.path}: a store of episodes",
         f"episodes      {len(store)}, {lengths.sum()} steps ({_spread(lengths)} each)",
-        f"rate          {_counted(Counter(f'{rate:g} Hz' for rate in store.rates_hz))}",
+        f"rate          {', '.join(rates) if len(rates) == 1 else more}",
         f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
     ]
     if len(store) > LOOKED_AT:
@@ -85,10 +87,14 @@ def _describe_rlds(folder: RldsFolder) -> str:
     steps = [example["steps"] for example in examples if not isinstance(example, SpearError)]
     if not steps:
         raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
+    try:  # RLDS does not hold the rate: the layout does
+        rate = f"{folder.spec().rate_hz:g} Hz, by the layout"
+    except SpearError:
+        rate = "not known"
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
-        f"rate          {_rate_of(folder)}",
+        f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
         f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
@@ -139,34 +145,20 @@ def _axes(names: Any) -> str:
     return ": " + ", ".join(str(n) for n in names) if isinstance(names, list) and names else ""
 
 
-def _rate_of(folder: RldsFolder) -> str:
-    """RLDS does not hold the rate: the layout does."""
-    try:
-        return f"{folder.spec().rate_hz:g} Hz, by the layout"
-    except SpearError:
-        return "not known"
-
-
 def layout_known(path: str | Path) -> bool:
     """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
     folder = open_dataset(path)
-    return isinstance(folder, EpisodeStore) or not _unknown(folder.name, folder.path)
-
-
-def _unknown(name: str, folder: Path) -> str:
-    """Why it is not known what the columns of a dataset mean, "" where it is."""
-    if (folder / SPEC_FILE).is_file():
-        return ""
-    if name not in REGISTRY:
-        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
-    unknown = missing(REGISTRY[name])
-    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else ""
+    return isinstance(folder, EpisodeStore) or not _layout_of(folder.name, folder.path).startswith("not")
 
 
 def _layout_of(name: str, folder: Path) -> str:
-    return _unknown(name, folder) or (
-        f"described by {folder / SPEC_FILE}" if (folder / SPEC_FILE).is_file() else "known"
-    )
+    """Whether it is known what the columns of a dataset mean, and from where."""
+    if (folder / SPEC_FILE).is_file():
+        return f"described by {folder / SPEC_FILE}"
+    if name not in REGISTRY:
+        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
+    unknown = missing(REGISTRY[name])
+    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 
 
 def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,12 +196,6 @@ def _spread(lengths: np.ndarray) -> str:
 def _ranges(values: np.ndarray) -> str:
     ends = np.quantile(values, [0.01, 0.99], axis=0)
     return ", ".join(f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", *ends, strict=True)) + " (98 %)"
-
-
-def _counted(counts: Counter[str]) -> str:
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{name} ({n})" for name, n in counts.most_common())
 
 
 def _instructions(texts: Iterable[str]) -> list[str]:

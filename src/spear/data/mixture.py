@@ -38,14 +38,11 @@ def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeSt
         raise SpearError(f"bad fraction {fraction}: the held-out share must be between 0 and 1")
     if len(store) < 2:
         raise SpearError(f"cannot split: {store.path} has {len(store)} episode; at least 2 are needed")
-    place = [_hash01(store.source(i)) for i in range(len(store))]
+    digests = [hashlib.sha256(store.source(i).encode()).digest() for i in range(len(store))]
+    place = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
     order = np.argsort(place, kind="stable")
     count = int(np.clip(np.sum(np.array(place) < fraction), 1, len(store) - 1))
     return store.subset(sorted(order[count:])), store.subset(sorted(order[:count]))
-
-
-def _hash01(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 class Mixture:
@@ -64,7 +61,13 @@ class Mixture:
         for name, store, weight in sources:
             if not (np.isfinite(weight) and weight > 0):
                 raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
-            _check_rate(name, store)
+            wrong = ~np.isclose(store.rates_hz, RATE_HZ)
+            if wrong.any():
+                index = int(wrong.argmax())
+                raise SpearError(
+                    f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rates_hz[index]:g} Hz, "
+                    f"training is at {RATE_HZ:g}; prepare it (see `spear data prepare`)"
+                )
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
@@ -123,16 +126,6 @@ class Sample:
     step: int
     flat: int
     draws: Array
-
-
-def _check_rate(name: str, store: EpisodeStore) -> None:
-    wrong = ~np.isclose(store.rates_hz, RATE_HZ)
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise SpearError(
-            f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rates_hz[index]:g} Hz, training "
-            f"is at {RATE_HZ:g}; prepare it (see `spear data prepare`)"
-        )
 
 
 class TrainingSamples:

@@ -212,10 +212,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
         ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),
         ({"angle_unit": 5}, "angle_unit is 5"),
-        (
-            {"logged_rotation_format": "euler_zxy"},
-            "only recorded orientations are ever in euler_zxy",
-        ),
+        ({"logged_rotation_format": "euler_zxy"}, "only recorded orientations are ever in euler_zxy"),
         ({"like": "bridge_datset"}, "did you mean 'bridge_dataset'"),
         ({"gripper": "observation/state[7]"}, r"no column 'observation/state\[7\]'.*\(10, 7\)"),
         ({"position": "observation/pose"}, "no 'pose' \\(there is: image_0"),

@@ -36,9 +36,7 @@ _IMAGE = ("bytes", "path")
 
 
 def write_lerobot(
-    episodes: Iterable[Episode],
-    folder: str | Path,
-    images: Literal["image", "video"] = "image",
+    episodes: Iterable[Episode], folder: str | Path, images: Literal["image", "video"] = "image"
 ) -> int:
     """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
 
@@ -96,11 +94,7 @@ class LeRobotWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        sizes: Mapping[str, tuple[int, int]],
-        rate_hz: float,
-        images: str = "image",
+        self, folder: Path, sizes: Mapping[str, tuple[int, int]], rate_hz: float, images: str = "image"
     ) -> None:
         self.folder, self.images, self.rate_hz = folder, images, rate_hz
         self.sizes = {camera: sizes[camera] for camera in sorted(sizes)}

@@ -19,7 +19,7 @@ from spear.data.normalize import save_sketches
 from spear.data.store import schema as lerobot
 from spear.data.store.index import INDEX, index_batch, open_index, read_batches, write_batches
 from spear.data.store.lerobot_write import LeRobotWriter
-from spear.data.store.stats import ImageSample, ImageStats
+from spear.data.store.stats import ImageSample
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped
@@ -122,22 +122,20 @@ class Parts:
         self.writer.write_episodes()
         for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
             _to_disk(self.folder / template.format(**lerobot.chunk_of(number)))
-        pictures = self.writer.pictures.items()
+        pictures = {}  # camera -> the histogram of its images in this part, and of how many frames
+        for camera, seen in self.writer.pictures.items():
+            histogram, frames = self.seen_before.get(camera, (0, 0))
+            pictures[camera] = (seen.histogram - histogram).tolist(), seen.frames - frames
         note = {
             "blocks": self.open_blocks,
             "reasons": self.skipped.reasons[self.reasons_before :],
             "sizes": self.writer.sizes,
-            "pictures": {camera: self._seen_since(camera, seen) for camera, seen in pictures},
+            "pictures": pictures,
         }
         batch = index_batch(self.folder, number, self.waiting)
         write_batches(self.done / f"part-{number:06d}.arrow", [batch], {"part": json.dumps(note)})
         self.blocks = self.open_blocks
         self._begin()
-
-    def _seen_since(self, camera: str, pictures: ImageStats) -> tuple[list[list[int]], int]:
-        """The histogram of a camera's images in this part alone, and of how many frames."""
-        histogram, frames = self.seen_before.get(camera, (0, 0))
-        return (pictures.histogram - histogram).tolist(), pictures.frames - frames
 
     def abandon(self) -> None:
         """Close and remove what does not count: on a full disk, every byte does."""

@@ -115,7 +115,7 @@ def prepare(
     work = out.with_name(f".{out.name}.part")
     skipped = Skipped(MOST_BAD)
     try:
-        with alone(work, "preparing data in"), _kept_if_of_use(work):
+        with alone(work, "preparing data in"):
             same_settings(work / "request.json", request, begun=any(work.glob("parts/*.arrow")))
             parts = Parts(work, how.rate_hz, PART_MB, skipped)
             try:
@@ -133,6 +133,8 @@ def prepare(
                 parts.finish({MARK: mark})
             except BaseException:
                 parts.abandon()
+                if not parts.blocks:  # nothing to continue
+                    shutil.rmtree(work, ignore_errors=True)
                 raise
             (work / "dataset").replace(out)
             shutil.rmtree(work, ignore_errors=True)
@@ -142,16 +144,6 @@ def prepare(
             f"cannot write: {out}: {error}; free some space and give the same command again (it "
             "continues), or choose another folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _kept_if_of_use(work: Path) -> Iterator[None]:
-    """Removes the folder of an unfinished preparation in which no part is complete."""
-    try:
-        yield
-    finally:
-        if work.is_dir() and not any(work.glob("parts/*.arrow")):
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def good_episodes(path: str | Path, split: str, layout: Layout, skipped: Skipped) -> Iterator[Episode]:

@@ -101,7 +101,7 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
     for camera, images in episode.images.items():
         histogram = np.zeros((3, 256), np.int64)
         size: tuple[int, int] | None = None
-        steps = frames_to_sample(len(images))
+        steps = np.unique(np.linspace(0, len(images) - 1, min(len(images), MOST_FRAMES)).round().astype(int))
         for step in steps.tolist():
             where = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(images[step], where)
@@ -131,11 +131,6 @@ class ImageStats:
     def total(self) -> Stats:
         """Statistics of everything added."""
         return _of_histogram(self.histogram, self.frames)
-
-
-def frames_to_sample(length: int) -> Array:
-    """The steps of an episode whose images count."""
-    return np.unique(np.linspace(0, length - 1, min(length, MOST_FRAMES)).round().astype(int))
 
 
 def _quantiles(values: Array) -> Stats:
