@@ -132,8 +132,8 @@ def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        *(("--rate", rate, "give at least 0.01 and at most 1000") for rate in ("0", "-5", "nan", "inf")),
-        *(("--quality", quality, "give at least 1 and at most 100") for quality in ("500", "-3", "0")),
+        ("--rate", "nan", "give at least 0.01 and at most 1000"),
+        ("--quality", "500", "give at least 1 and at most 100"),
         ("--workers", "-1", "give at least 0"),
     ],
 )

@@ -57,7 +57,7 @@ class Info(BaseModel):
     data_path: str
     video_path: str | None = None
     chunks_size: int = 1000
-    robot_type: str | None = None
+    robot_type: Any = None
     total_episodes: int | None = None
     splits: dict[str, Any] | None = None
 
