@@ -289,14 +289,6 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
     assert tab.ask("instruct", text="lift it") is None and tab.ask("predict") is None
 
 
-def test_too_large_a_message_ends_its_tab_alone(server: PolicyServer, tab: Tab) -> None:
-    other = Tab(server)
-    other.socket.send(b"\0" * (LIMIT + 1))
-    with pytest.raises(Exception, match="1009"):
-        other.until(lambda part: False)
-    assert tab.ask("predict") is None
-
-
 def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
     assert tab.ask("reset", family="put_in_basket", seed=5) is None
     assert tab.ask("start") is None

@@ -168,11 +168,11 @@ def check_families(families: Iterable[str]) -> None:
 
 
 def held_out_seeds(first: int, count: int) -> range:
-    """`count` seeds from `first` on. Raises `SpearError` where training uses one of them, or there is none."""
+    """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
     if count < 1 or first < 0 or first + count > TRAIN_SEED:
         raise SpearError(
-            f"scenes {first} … {first + count - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes and "
-            "--first-seed within them"
+            f"scenes {first} … {first + count - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes "
+            "and --first-seed within them"
         )
     return range(first, first + count)
 
@@ -203,7 +203,7 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
 
 
 def clutter_scene(seed: int) -> SceneSpec:
-    """A scene without a task, for labelling: 3–7 objects, the arm anywhere plausible, sometimes holding one.
+    """A scene without a task, for labelling: 2–7 objects, the arm anywhere plausible, perhaps holding one.
 
     Its images cover what the policy sees on the way: the gripper over, beside or low between the objects.
     """
