@@ -20,9 +20,9 @@ import numpy as np
 import tyro
 from scipy import ndimage
 
-from spear.labels.fit import rle
 from spear.labels.fit.accuracy import box_errors, compare, instance_of
 from spear.labels.fit.box3d import box_from_vertices, make_box
+from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.quality import failings
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
@@ -115,7 +115,7 @@ def measure(
         rows, occluded, asked = [], [], []
         for o in image.objects:
             instance = instance_of(o, image, frame)
-            points = geometry.points[rle.decode(o.mask, image.height, image.width) & geometry.mask]
+            points = geometry.points[decode_mask(o.mask, image.height, image.width) & geometry.mask]
             if o.box3d is None or instance not in frame.boxes or (theirs := open3d_boxes(points)) is None:
                 continue
             true = box_from_vertices(frame.boxes[instance])

@@ -33,7 +33,7 @@ from tyro.extras import SubcommandApp
 from accuracy import WrongMasks, wrong_depth
 from spear.errors import SpearError
 from spear.labels.fit.accuracy import compare
-from spear.labels.fit.boxes2d import clip
+from spear.labels.fit.image import clip
 from spear.labels.fit.quality import BAR
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap
 from spear.labels.models.protocols import Detection, PointMapResult

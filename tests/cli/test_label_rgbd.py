@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from labels_scenes import random_frame
-from rgbd_folders import camera_table, rays_of, write_coco, write_hypersim, write_plain, write_scannet
+from rgbd_folders import write_coco, write_plain, write_scannet
 from spear.cli import main
 from spear.labels.fit.accuracy import Accuracy, compare
 from spear.labels.questions.store import read_questions
@@ -55,7 +54,7 @@ def test_a_plain_folder_with_masks_from_a_file(
     options = ["--detector", masks, "--segmenter", masks, "--pointmap", "ground-truth", "--workers", "0"]
     assert main(["label", *inputs, "--out", str(out), "--questions", *options]) == 0
     said = capsys.readouterr().out
-    assert "2 labelled images" in said and "1 set aside" in said and "questions about 2 images" in said
+    assert "2 labelled images" in said and "1 skipped" in said and "questions about 2 images" in said
     (aside,) = pq.read_table(out / "rejected.parquet").to_pylist()
     assert aside["source"] == str(tmp_path / "b" / "color" / "0.png")
     assert "not a readable PNG" in aside["reason"]
@@ -84,14 +83,3 @@ def test_a_scannet_scan_is_labelled_with_its_own_truth(
     assert found.n == direct.n >= 5  # whole millimetres of depth cost little
     assert found.center < direct.center + 0.001 and found.vertex < direct.vertex + 0.002
     assert {source for source, _ in read_questions(out)} & {label.source for label in read(out)}
-
-
-def test_a_hypersim_scene_is_labelled_with_its_own_truth(tmp_path: Path) -> None:
-    names = ("chair", "table", "lamp", "box", "bag")  # those of its forty kinds
-    frame = random_frame(np.random.default_rng(0), names=names, width=192, height=128)
-    assert frame.intrinsics is not None
-    camera_table(tmp_path, rays_of(frame.intrinsics, 128, 192))
-    scene, out = write_hypersim(tmp_path, frame), tmp_path / "labels"
-    assert main(["label", f"rgbd:{scene}", "--out", str(out), "--workers", "0", *TRUTH]) == 0
-    found = accuracy(out, [frame])
-    assert found.n >= 4 and found.center < 0.005

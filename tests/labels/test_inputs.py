@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     (tmp_path / "zero.png").write_bytes(b"")
     items = list(find(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
-    assert [work.temporary for work in read([*items, gone])] == [False, False, False, True]
+    assert [work.retryable for work in read([*items, gone])] == [False, False, False, True]
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
     assert (

@@ -17,7 +17,7 @@ from spear.labels.models.sam2 import Sam2Segmenter
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import label
 from spear.labels.questions.generate import FAMILIES, generate
-from spear.labels.store import read, write_shards
+from spear.labels.store import read, write_labels
 from spear.types import Frame
 from spear.util.images import decode_image
 
@@ -43,8 +43,8 @@ def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMap(random_v1(), device="cpu", num_tokens=60)
     settings = BoxSettings(min_points=4)
-    write_shards(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels")
-    (seen,) = read(tmp_path / "labels")
+    write_labels(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels.parquet")
+    (seen,) = read(tmp_path / "labels.parquet")
 
     assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
     assert np.abs(decode_image(seen.image).astype(int) - photo.image).mean() < 3

@@ -6,17 +6,18 @@ import pytest
 
 from labels_scenes import random_frame, render
 from spear.errors import SpearError
-from spear.labels.fit import rle
 from spear.labels.fit.accuracy import compare
-from spear.labels.fit.camera import project, unproject
+from spear.labels.fit.image import project, unproject
+from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.points import inliers, subsample, support_plane
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection, Detector, PointMap, Segmenter
 from spear.labels.objects import BoxSettings
-from spear.labels.pipeline import Failures, label
+from spear.labels.pipeline import label
 from spear.report.draw import draw_label
 from spear.types import Frame
 from spear.util.images import decode_image
+from spear.util.ledger import Skipped
 
 TRUTH: tuple[Detector, Segmenter, PointMap] = (
     GroundTruthDetector(),
@@ -60,7 +61,7 @@ def test_labels_hold_what_the_frame_shows(frames: list[Frame]) -> None:
     assert decode_image(result.image).shape == frame.image.shape
     assert [o.name for o in result.objects] == list(frame.names.values())
     for number, o in enumerate(result.objects, start=1):
-        mask = rle.decode(o.mask, 128, 192)
+        mask = decode_mask(o.mask, 128, 192)
         assert (mask == (frame.instances == number)).all()
         y, x = np.nonzero(mask)
         assert o.box2d.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
@@ -125,13 +126,12 @@ def test_a_bad_image_is_set_aside_with_its_reason(frames: list[Frame]) -> None:
         replace(frames[2], instances=None, source="photo.png"),
         replace(frames[2], depth=None, source="flat.png"),
     ]
-    failures = Failures(limit=0.5)
+    skipped = Skipped(0.5, patience=200)
     detector, segmenter, pointmap = RefusesDark(), *TRUTH[1:]
     mixed = [*frames[:5], *bad, *frames[5:10]]
-    labels = list(label(mixed, detector, segmenter, pointmap, failures=failures, batch_size=4))
+    labels = list(label(mixed, detector, segmenter, pointmap, skipped=skipped, batch_size=4))
     assert len(labels) == 10
-    assert failures.seen == 15
-    reasons = dict(failures.rows)
+    reasons = {name: reason for name, _, reason in (line.partition(": ") for line in skipped.reasons)}
     assert list(reasons) == ["grey.png", "tiny.png", "dark.png", "photo.png", "flat.png"]
     assert "uint8 (128, 192)" in reasons["grey.png"]
     assert "1×1" in reasons["tiny.png"]
@@ -142,12 +142,12 @@ def test_a_bad_image_is_set_aside_with_its_reason(frames: list[Frame]) -> None:
 
 def test_too_many_bad_images_stop_the_run(frames: list[Frame]) -> None:
     bad = replace(frames[0], depth=None, source="flat.png")
-    good = label([*frames[:3], bad], *TRUTH, failures=Failures(limit=0.2))
-    with pytest.raises(SpearError, match=r"1 of 4 images are bad \(more than 20%\).*flat\.png.*depth"):
+    good = label([*frames[:3], bad], *TRUTH, skipped=Skipped(0.2))
+    with pytest.raises(SpearError, match=r"1 of 4.*flat\.png.*depth"):
         list(good)
     endless = (bad for _ in iter(int, 1))
-    with pytest.raises(SpearError, match="images are bad"):
-        list(label(endless, *TRUTH, failures=Failures(patience=16)))
+    with pytest.raises(SpearError, match="flat"):
+        list(label(endless, *TRUTH, skipped=Skipped(0.1, patience=16)))
 
 
 def test_unknown_depth_leaves_objects_without_box(frames: list[Frame]) -> None:

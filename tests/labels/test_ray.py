@@ -12,10 +12,11 @@ import pytest
 from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, listing, photos
 from spear.errors import SpearError
 from spear.labels.engine import Graph
-from spear.labels.ray_engine import Resources, run_ray
+from spear.labels.options import WorkOptions
+from spear.labels.ray_engine import run_ray
 from spear.labels.run import label_folder
 
-ONE = (Resources(), Resources(), Resources())
+WORK = WorkOptions(shard_size=8, batch_size=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +34,11 @@ def cluster() -> Iterator[None]:
 
 def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 21)
-    options: dict[str, Any] = {"settings": {}, "shard_size": 8, "batch_size": 3}
-    label_folder(listing(source), tmp_path / "labels", engine(), **options)
+    label_folder(listing(source), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
-    done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), ONE), **options)
+    done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK)
     assert (done.before, done.done) == (8, 21)
     assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
 
@@ -50,7 +50,7 @@ def no_key() -> Any:
 
 def test_a_component_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 4, bad=False)
-    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), ONE)
+    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
     with pytest.raises(SpearError, match=r"^no API key: set ONE$"):
-        label_folder(listing(source), tmp_path / "labels", broken, {})
-    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["run.json"]
+        label_folder(listing(source), tmp_path / "labels", broken, {}, WORK)
+    assert [path.name for path in (tmp_path / "labels").glob("[!.]*")] == ["run.json"]

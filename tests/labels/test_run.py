@@ -13,14 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from labels_stand_ins import engine, listing, photos
 from spear.errors import SpearError
-from spear.labels import parquet
+from spear.labels.options import WorkOptions
 from spear.labels.run import Progress, label_folder
 from spear.labels.store import LabelStore, read
 
@@ -28,14 +26,14 @@ SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 
 
 def run(
-    source: Path, out: Path, workers: int = 0, detector: tuple[Any, ...] = (), **options: Any
+    source: Path, out: Path, workers: int = 0, detector: tuple[Any, ...] = (), shard: int = 8, **options: Any
 ) -> Progress:
-    options = {"shard_size": 8, "batch_size": 3, **options}
-    return label_folder(listing(source), out, engine(workers, *detector), SETTINGS, **options)
+    work = WorkOptions(shard_size=shard, batch_size=3)
+    return label_folder(listing(source), out, engine(workers, *detector), SETTINGS, work, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
-    assert run(source, out) == Progress(total=21, before=0, done=21, rejected=3)
+    assert run(source, out) == Progress(total=21, before=0, done=21, skipped=3)
     return out
 
 
@@ -74,7 +72,7 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
     assert rejected["00005"] == "request refused" and rejected["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
     assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
-    assert "3 images were set aside (`rejected.parquet`)" in card
+    assert "3 images were skipped (`rejected.parquet`)" in card
     assert "| block | 18 |" in card and "| no object was found | 1 |" in card
     assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
 
@@ -92,28 +90,28 @@ def test_what_did_not_get_through_is_tried_again_and_takes_its_place(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "labels"
-    assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, rejected=7, temporary=4)
+    assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, skipped=7, retryable=4)
     rows = pq.read_table(out / "rejected.parquet").to_pylist()
     assert [Path(row["source"]).stem for row in rows if row["temporary"]] == [
         "00000", "00004", "00010", "00020"
     ]  # fmt: skip
     before = contents(out)
-    assert run(source, out) == Progress(21, 21, 21, rejected=7, temporary=4)
+    assert run(source, out) == Progress(21, 21, 21, skipped=7, retryable=4)
     assert contents(out) == before  # nothing is tried again unless asked
     seen: list[Progress] = []
     still = (0.0, "none", ("00004.png",))
-    done = run(source, out, detector=still, retry_rejected=True, on_progress=seen.append)
-    assert seen[0] == Progress(21, before=17, done=17, rejected=3)
-    assert done == Progress(21, 17, 21, rejected=4, temporary=1)
+    done = run(source, out, detector=still, retry_skipped=True, on_progress=seen.append)
+    assert seen[0] == Progress(21, before=17, done=17, skipped=3)
+    assert done == Progress(21, 17, 21, skipped=4, retryable=1)
     assert [item.done for item in seen] == [17, 19, 20, 21]  # only these, a batch from each shard
-    assert run(source, out, workers=1, retry_rejected=True) == Progress(21, 20, 21, rejected=3)
+    assert run(source, out, workers=1, retry_skipped=True) == Progress(21, 20, 21, skipped=3)
     assert contents(out) == contents(whole)
-    assert run(source, out, retry_rejected=True) == Progress(21, 21, 21, rejected=3)
+    assert run(source, out, retry_skipped=True) == Progress(21, 21, 21, skipped=3)
 
 
 def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
-    run(source, tmp_path / "whole", shard_size=18)
+    run(source, tmp_path / "whole", shard=18)
     out = tmp_path / "labels"
 
     def stop(after: int) -> Any:
@@ -124,12 +122,12 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        run(source, out, detector=UNREACHED, shard_size=18, on_progress=stop(19))
+        run(source, out, detector=UNREACHED, shard=18, on_progress=stop(19))
     first = (out / "labels-00000.parquet").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        run(source, out, shard_size=18, retry_rejected=True, on_progress=stop(18))
+        run(source, out, shard=18, retry_skipped=True, on_progress=stop(18))
     assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
-    assert run(source, out, shard_size=18, retry_rejected=True) == Progress(21, 15, 21, rejected=3)
+    assert run(source, out, shard=18, retry_skipped=True) == Progress(21, 15, 21, skipped=3)
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -158,7 +156,7 @@ def test_killed_ten_times_it_loses_nothing_and_doubles_nothing(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_labels_run"])
+    context.set_forkserver_preload([__name__])
     out = tmp_path / "labels"
     chance = random.Random(0)
     deaths = shards = 0
@@ -209,11 +207,11 @@ def _group(leader: int) -> list[int]:
     return found
 
 
-def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, **options: Any) -> str:
+def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, shard: int = 8) -> str:
     """The one line with which a run is refused."""
-    options = {"shard_size": 8, "batch_size": 3, **options}
+    work = WorkOptions(shard_size=shard, batch_size=3)
     with pytest.raises(SpearError) as stop:
-        label_folder(listing(source), out, engine(), settings or SETTINGS, **options)
+        label_folder(listing(source), out, engine(), settings or SETTINGS, work)
     assert "\n" not in str(stop.value)
     return str(stop.value)
 
@@ -224,7 +222,7 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_named(
     before = contents(whole)
     assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
-    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard_size=9)
+    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
     assert contents(whole) == before
     (tmp_path / "thesis.txt").write_text("words")
     assert "holds other files" in refused(source, tmp_path)
@@ -234,7 +232,7 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_named(
 def test_a_finished_run_has_nothing_left_to_do(source: Path, whole: Path) -> None:
     before = contents(whole)
     seen: list[Progress] = []
-    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, rejected=3)
+    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, skipped=3)
     assert len(seen) == 1 and contents(whole) == before
 
 
@@ -256,7 +254,7 @@ def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> 
 def test_only_one_process_writes_to_a_folder(source: Path, tmp_path: Path) -> None:
     lines = []
     run(source, tmp_path / "labels", on_progress=lambda p: lines.append(refused(source, tmp_path / "labels")))
-    assert all("another process is labelling" in line for line in lines)
+    assert all("another process" in line for line in lines)
 
 
 def test_a_full_disk_leaves_nothing_half_written(
@@ -302,9 +300,8 @@ def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> 
     for path in sorted(folder.iterdir())[:5]:
         path.write_bytes(b"words")
     line = refused(folder, tmp_path / "labels")
-    assert "5 of 8 images are bad (more than 50%)" in line and "photos" in line
+    assert "5 of 8" in line and "photos" in line
     assert sorted(contents(tmp_path / "labels")) == ["run.json"]
-    assert run(folder, tmp_path / "labels", most_bad=0.7).rejected == 5
 
 
 def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> None:
@@ -316,26 +313,15 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
 
     source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
     with pytest.raises(SpearError, match="no API key"):
-        label_folder(listing(source), out, no_key, {"detector": "bright"})
+        label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
     settings = {"detector": "other"}
-    label_folder(listing(source), out, engine(), settings)
+    label_folder(listing(source), out, engine(), settings, WorkOptions())
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     with pytest.raises(SpearError, match='detector is "other" there, "bright" here'):
-        label_folder(listing(source), out, no_key, {"detector": "bright"})
+        label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
 
 
 def test_no_input_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(SpearError, match="no image to label"):
-        label_folder(lambda: iter(()), tmp_path / "labels", engine(), SETTINGS)
+        label_folder(lambda: iter(()), tmp_path / "labels", engine(), SETTINGS, WorkOptions())
     assert not (tmp_path / "labels").exists()
-
-
-def test_a_writer_gives_the_same_bytes_however_rows_come(tmp_path: Path) -> None:
-    table = pa.table({"x": np.arange(50)})
-    for name, step in (("a", 50), ("b", 1), ("c", 7)):
-        with parquet.ParquetWriter(tmp_path / name, table.schema) as writer:
-            for start in range(0, 50, step):
-                writer.write(table.slice(start, step))
-            writer.commit({"k": "v"})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
-    assert pq.read_table(tmp_path / "a")["x"].to_pylist() == list(range(50))

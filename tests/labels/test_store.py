@@ -1,5 +1,5 @@
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from labels_scenes import random_frame
 from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.store import LabelStore, read, write_shards
+from spear.labels.store import LabelStore, ParquetWriter, read, write_labels
 from spear.types import LabeledImage
 
 
@@ -40,9 +40,15 @@ def assert_same(a: LabeledImage, b: LabeledImage) -> None:
             np.testing.assert_array_equal(p.keypoints[key], q.keypoints[key])
 
 
+def write(labels: Sequence[LabeledImage], folder: Path, size: int = 18) -> list[Path]:
+    paths = [folder / f"labels-{number:05d}.parquet" for number in range(-(-len(labels) // size))]
+    for number, path in enumerate(paths):
+        write_labels(labels[number * size : (number + 1) * size], path)
+    return paths
+
+
 def test_round_trip_in_order_and_at_random(labels: list[LabeledImage], tmp_path: Path) -> None:
-    paths = write_shards(labels, tmp_path, shard_size=18)
-    assert [p.name for p in paths] == ["labels-00000.parquet", "labels-00001.parquet"]
+    paths = write(labels, tmp_path)
     assert sorted(tmp_path.iterdir()) == paths
     for a, b in zip(labels, read(tmp_path), strict=True):
         assert_same(a, b)
@@ -57,33 +63,26 @@ def test_round_trip_in_order_and_at_random(labels: list[LabeledImage], tmp_path:
 
 
 def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_path: Path) -> None:
-    write_shards(labels, tmp_path)
+    write(labels, tmp_path)
     for a, b in zip(labels, read(tmp_path, pixels=False), strict=True):
         assert b.image == b"" and all(len(o.mask) == 0 for o in b.objects)
         masked = [replace(o, mask=a.objects[i].mask) for i, o in enumerate(b.objects)]
         assert_same(a, replace(b, image=a.image, objects=masked))
 
 
-def test_an_interrupted_writer_leaves_whole_shards_only(labels: list[LabeledImage], tmp_path: Path) -> None:
+def test_an_interrupted_writer_leaves_nothing(labels: list[LabeledImage], tmp_path: Path) -> None:
     def interrupted() -> Iterator[LabeledImage]:
-        yield from labels[:20] + labels[:17]
+        yield from labels[:17]
         assert any(p.suffix == ".tmp" for p in tmp_path.iterdir())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(interrupted(), tmp_path, shard_size=20)
-    assert [p.name for p in tmp_path.iterdir()] == ["labels-00000.parquet"]
-    assert len(LabelStore(tmp_path)) == 20
-
-
-def test_existing_labels_are_not_mixed_with_new_ones(labels: list[LabeledImage], tmp_path: Path) -> None:
-    write_shards(labels[:1], tmp_path)
-    with pytest.raises(SpearError, match="holds labels already"):
-        write_shards(labels[1:2], tmp_path)
+        write_labels(interrupted(), tmp_path / "labels-00000.parquet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_shards_are_named(labels: list[LabeledImage], tmp_path: Path) -> None:
-    (path,) = write_shards(labels, tmp_path)
+    (path,) = write(labels, tmp_path, 99)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken.*label its images again"):
@@ -101,3 +100,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     with pytest.raises(SpearError, match="not a label shard, it lacks"):
         LabelStore(tmp_path)
+
+
+def test_a_writer_gives_the_same_bytes_however_rows_come(tmp_path: Path) -> None:
+    table = pa.table({"x": np.arange(50)})
+    for name, step in (("a", 50), ("b", 1), ("c", 7)):
+        with ParquetWriter(tmp_path / name, table.schema) as writer:
+            for start in range(0, 50, step):
+                writer.write(table.slice(start, step))
+            writer.commit({"k": "v"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert pq.read_table(tmp_path / "a")["x"].to_pylist() == list(range(50))

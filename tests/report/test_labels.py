@@ -18,7 +18,7 @@ from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
-from spear.labels.store import LabelStore, choose, write_shards
+from spear.labels.store import LabelStore, choose, write_labels
 from spear.report.labels import label_page
 from spear.report.rerun import write_rerun
 from spear.tokens import CoordinateTokenizer
@@ -38,7 +38,8 @@ def labels(frames: list[Frame]) -> list[LabeledImage]:
 
 @pytest.fixture
 def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
-    write_shards(labels, tmp_path / "labels", shard_size=5)
+    for number in range(0, 12, 5):
+        write_labels(labels[number : number + 5], tmp_path / f"labels/labels-{number:05d}.parquet")
     return tmp_path / "labels"
 
 

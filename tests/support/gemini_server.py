@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from spear.labels.images import load_image
 from spear.types import Array
+from spear.util.images import load_image
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spear.labels.fit.box3d import make_box
-from spear.labels.fit.camera import project
+from spear.labels.fit.image import project
 from spear.types import LabeledImage, LabeledObject, Unit
 from spear.util.images import encode_jpeg
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from spear.labels.fit.box3d import SIGNS
-from spear.labels.fit.camera import unproject
+from spear.labels.fit.image import unproject
 from spear.types import Array, Frame
 
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from spear.errors import RetryableError, SpearError
 from spear.labels.engine import Graph, run_local
-from spear.labels.fit.camera import unproject
+from spear.labels.fit.image import unproject
 from spear.labels.inputs import Item, find
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame

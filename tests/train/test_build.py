@@ -13,7 +13,7 @@ from data_tiny import make
 from labels_boxes import labelled
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.labels.store import write_shards
+from spear.labels.store import write_labels
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm, locate
 from spear.train.build import build
@@ -25,7 +25,7 @@ from spear.train.recipes import recipe
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Labels, and the shipped SPEAR-VLM by itself."""
     root = tmp_path_factory.mktemp("build")
-    write_shards((labelled(i) for i in range(12)), root / "labels")
+    write_labels((labelled(i) for i in range(12)), root / "labels/labels-00000.parquet")
     bundle = load_vlm("nano")
     bundle.model.save_pretrained(root / "init")
     bundle.processor.save(root / "init")

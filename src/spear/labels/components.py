@@ -4,14 +4,14 @@
     gemini   grounding-dino=IDEA-Research/grounding-dino-tiny   owlv2=my_folder   file:boxes.json
     sam2     file:relations_train.json+sam2                      moge-2           ground-truth
 
-A component is made by `build`, which may load a network; until then it is a description that any process can
-have.
+`build` makes a component, which may load a network; until then it is a description that any process can have.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import importlib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,12 @@ class Choice:
     """What the user has chosen for all components.
 
     vocabulary  names to look for; none for whatever is there, where the detector can.
-    device      "cpu", "cuda", …; None takes the GPU if there is one.
+    device      "cpu", "cuda", …; "auto" takes the GPU if there is one.
     cache       folder of answers of a remote detector, so that asking again costs nothing.
     """
 
     vocabulary: tuple[str, ...] = ()
-    device: str | None = None
+    device: str = "auto"
     cache: Path | None = None
 
 
@@ -40,28 +40,10 @@ Maker = Callable[[str | None, Choice], Any]
 """(what follows NAME= or NAME:, choice) → the component."""
 
 
-def _gemini(model: str | None, choice: Choice) -> Any:
-    from spear.labels.models.gemini import GeminiDetector
-
-    return GeminiDetector(**_model(model), vocabulary=choice.vocabulary or None, cache=choice.cache)
-
-
-def _grounding_dino(model: str | None, choice: Choice) -> Any:
-    from spear.labels.models.open_vocabulary import GroundingDinoDetector
-
-    return GroundingDinoDetector(**_model(model), vocabulary=_needed(choice), device=_device(choice))
-
-
-def _owlv2(model: str | None, choice: Choice) -> Any:
-    from spear.labels.models.open_vocabulary import Owlv2Detector
-
-    return Owlv2Detector(**_model(model), vocabulary=_needed(choice), device=_device(choice))
-
-
-def _sam2(model: str | None, choice: Choice) -> Any:
-    from spear.labels.models.sam2 import Sam2Segmenter
-
-    return Sam2Segmenter(**_model(model), device=_device(choice))
+def _load(module: str, name: str, takes: tuple[str, ...], model: str | None, choice: Choice) -> Any:
+    """A class of `spear.labels.models`, with the parts of the choice that it `takes`."""
+    made = getattr(importlib.import_module(f"spear.labels.models.{module}"), name)
+    return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
 
 
 def _moge(default: str, model: str | None, choice: Choice) -> Any:
@@ -70,54 +52,37 @@ def _moge(default: str, model: str | None, choice: Choice) -> Any:
     return MogePointMap.load(model or default, choice.device)
 
 
-def _true_objects(_: str | None, choice: Choice) -> Any:
-    from spear.labels.models.ground_truth import GroundTruthDetector
+def _from_file(name: str, path: str | None, choice: Choice) -> Any:
+    """A `FileDetector` or `FileSegmenter` that still wants another component for what the file lacks."""
+    from spear.labels.models import annotations
 
-    return GroundTruthDetector()
-
-
-def _true_masks(_: str | None, choice: Choice) -> Any:
-    from spear.labels.models.ground_truth import GroundTruthSegmenter
-
-    return GroundTruthSegmenter()
+    return partial(getattr(annotations, name), annotations.open_annotations(path or ""))
 
 
-def _true_points(_: str | None, choice: Choice) -> Any:
-    from spear.labels.models.ground_truth import GroundTruthPointMap
-
-    return GroundTruthPointMap()
+def _named(module: str, name: str, *takes: str) -> Maker:
+    return partial(_load, module, name, takes)
 
 
-def _file_boxes(path: str | None, choice: Choice) -> Any:
-    from spear.labels.models.annotations import FileDetector
-
-    return partial(FileDetector, _annotations(path))
-
-
-def _file_masks(path: str | None, choice: Choice) -> Any:
-    from spear.labels.models.annotations import FileSegmenter
-
-    return partial(FileSegmenter, _annotations(path))
-
-
-DETECTORS: Mapping[str, Maker] = {
-    "gemini": _gemini,
-    "grounding-dino": _grounding_dino,
-    "owlv2": _owlv2,
-    "file": _file_boxes,
-    "ground-truth": _true_objects,
+KINDS: dict[str, dict[str, Maker]] = {
+    "detector": {
+        "gemini": _named("gemini", "GeminiDetector", "vocabulary", "cache"),
+        "grounding-dino": _named("open_vocabulary", "GroundingDinoDetector", "vocabulary", "device"),
+        "owlv2": _named("open_vocabulary", "Owlv2Detector", "vocabulary", "device"),
+        "file": partial(_from_file, "FileDetector"),
+        "ground-truth": _named("ground_truth", "GroundTruthDetector"),
+    },
+    "segmenter": {
+        "sam2": _named("sam2", "Sam2Segmenter", "device"),
+        "file": partial(_from_file, "FileSegmenter"),
+        "ground-truth": _named("ground_truth", "GroundTruthSegmenter"),
+    },
+    "point map": {
+        "moge": partial(_moge, "Ruicheng/moge-vitl"),
+        "moge-2": partial(_moge, "Ruicheng/moge-2-vitl-normal"),
+        "ground-truth": _named("ground_truth", "GroundTruthPointMap"),
+    },
 }
-SEGMENTERS: Mapping[str, Maker] = {"sam2": _sam2, "file": _file_masks, "ground-truth": _true_masks}
-POINTMAPS: Mapping[str, Maker] = {
-    "moge": partial(_moge, "Ruicheng/moge-vitl"),
-    "moge-2": partial(_moge, "Ruicheng/moge-2-vitl-normal"),
-    "ground-truth": _true_points,
-}
-KINDS: Mapping[str, Mapping[str, Maker]] = {
-    "detector": DETECTORS,
-    "segmenter": SEGMENTERS,
-    "point map": POINTMAPS,
-}
+"""Kind of component → name → what makes it."""
 
 
 def build(kind: str, description: str, choice: Choice) -> Any:
@@ -126,18 +91,18 @@ def build(kind: str, description: str, choice: Choice) -> Any:
     Raises:
         SpearError: an unknown name, or what the component itself complains about.
     """
+    check(kind, description)
     first, plus, otherwise = description.partition("+")
-    made = _build(kind, first, choice)
+    made = _make(kind, first, choice)
     if isinstance(made, partial):  # from a file, which may leave some images to another component
-        return made(_build(kind, otherwise, choice) if plus else None)
+        return made(_make(kind, otherwise, choice) if plus else None)
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
     return made
 
 
-def _build(kind: str, description: str, choice: Choice) -> Any:
+def _make(kind: str, description: str, choice: Choice) -> Any:
     name, argument = _split(description)
-    check(kind, description)
     return KINDS[kind][name](argument, choice)
 
 
@@ -153,10 +118,8 @@ def check(kind: str, description: str) -> None:
 
 def _split(description: str) -> tuple[str, str | None]:
     """NAME, and what follows the first = or :, or None."""
-    for at, letter in enumerate(description):
-        if letter in "=:":
-            return description[:at], description[at + 1 :]
-    return description, None
+    name, *argument = re.split("[=:]", description, maxsplit=1)
+    return name, argument[0] if argument else None
 
 
 def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest: int | None = 840) -> Graph:
@@ -176,34 +139,3 @@ def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest:
         boxes=settings_for(segmenter, pointmap),
         longest=longest,
     )
-
-
-def _model(model: str | None) -> dict[str, Any]:
-    return {"model": model} if model else {}
-
-
-def _needed(choice: Choice) -> tuple[str, ...]:
-    if not choice.vocabulary:
-        raise SpearError('this detector must be told what to look for: --vocabulary "mug, spoon, bowl"')
-    return choice.vocabulary
-
-
-def _device(choice: Choice) -> str:
-    if choice.device is not None:
-        return choice.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _annotations(path: str | None) -> Any:
-    """A COCO file has "images"; what else is JSON is taken for Ego-Exo4D's relations."""
-    from spear.labels.models.coco import CocoAnnotations
-    from spear.labels.models.egoexo import RelationAnnotations
-
-    assert path is not None
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise SpearError(f"{path}: not JSON ({error}): give a file of annotations") from error
-    return CocoAnnotations(path) if "images" in content else RelationAnnotations(path)

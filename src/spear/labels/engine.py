@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ class Graph:
     boxes         how boxes are fitted.
     longest       photos are made smaller until their longer side has so many pixels; None keeps them. 840 is
                   what the paper labelled at.
-    need_objects  set aside images in which nothing is found.
+    need_objects  skip images in which nothing is found.
     """
 
     detector: Callable[[], Detector]
@@ -41,27 +41,24 @@ class Graph:
     need_objects: bool = True
 
 
-class Rejected(NamedTuple):
-    """An image that was set aside, and why; empty when the reason is that nothing was found in it, temporary
-    when the reason may pass."""
+class SkippedImage(NamedTuple):
+    """A skipped image, and why; empty: nothing was found in it; retryable: the reason may pass."""
 
     source: str
     reason: str
     empty: bool = False
-    temporary: bool = False
+    retryable: bool = False
 
 
 class Done(NamedTuple):
-    """A labelled batch: its labels as rows of `store.SCHEMA`, and what was set aside."""
+    """A labelled batch: its labels as rows of `store.SCHEMA`, and what was skipped."""
 
     labels: pa.Table
-    rejected: list[Rejected]
+    skipped: list[SkippedImage]
 
 
 Engine = Callable[[Iterable[Sequence[Item]]], Iterator[Done]]
 """Batches of items → the labels of each, in order."""
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
@@ -96,8 +93,8 @@ def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[l
 
 
 def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
-    """`locate`, after which only what `finish` needs is kept, for the way to another process: no pixels (they
-    are encoded already), no truth, and masks eight pixels to a byte."""
+    """`locate`; then keep only what `finish` needs, for the way to another process: no pixels (they are
+    encoded already), no truth, and masks eight pixels to a byte."""
     locate(works, pointmap)
     works[:] = map(_pack, works)
 
@@ -118,16 +115,15 @@ def _unpack(work: Work) -> Work:
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
     """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
-    An image at which this breaks down is set aside like any other: at the scale of millions there is always
-    one.
+    An image at which this breaks down is skipped like any other: among millions there is always one.
     """
-    labels, rejected = [], []
+    labels, skipped = [], []
     for work in works:
         if work.reason is not None:
-            rejected.append(Rejected(work.source, work.reason, work.empty, work.temporary))
+            skipped.append(SkippedImage(work.source, work.reason, work.empty, work.retryable))
             continue
         try:
             labels.append(lift(_unpack(work), boxes))
         except Exception as error:
-            rejected.append(Rejected(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
-    return Done(to_table(labels), rejected)
+            skipped.append(SkippedImage(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
+    return Done(to_table(labels), skipped)

@@ -1,9 +1,8 @@
-"""What a user gives to be labelled, as items: listed one after the other, each with a key that stays the
-same.
+"""The images in files, as items: listed one after the other, each with a key that stays the same.
 
-An `Item` says where an image is and how to read it, and holds no pixels, so that listing is cheap and any
-process can read any item. `find` lists files, folders, globs, tar shards, Parquet files and videos; robot
-episodes and the simulator are listed by `spear.labels.sources`.
+An `Item` says where an image is and how to read it, and holds no pixels, so listing is cheap and any process
+can read any item. `find` lists image files, folders, globs, tar shards, Parquet files and videos; robot
+episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -23,22 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import RetryableError, SpearError
-from spear.labels.images import load_image
+from spear.errors import RetryableError, SpearError, first_line
 from spear.labels.pipeline import Work, admit
-from spear.labels.video import VIDEOS, find_frames, is_take, read_frames, take_videos
 from spear.types import Array, Frame
-from spear.util.images import encode_jpeg
+from spear.util.images import encode_jpeg, load_image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-"""Endings of files that are images."""
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+"""Endings of files that are images, and of those that are videos."""
+TAKE = "frame_aligned_videos"
+"""The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""
+_NOT_COLOUR = re.compile(r"_(1201-[12]|211-1)\.mp4$")
+"""Streams of the Aria glasses that are not its colour camera (214-1): those for tracking, and of the eyes."""
 
 Content = bytes | Array | Frame | SpearError
-"""What a reader gives: an encoded image, its pixels [h, w, 3] uint8 RGB, a whole frame, or why there is
-none."""
+"""What a reader gives: an encoded image, pixels [h, w, 3] uint8 RGB, a frame, or why there is none."""
 Reader = Callable[[str, Sequence[Any]], Iterator[Content]]
-"""(path, places in it) → the content of each place. A function of a module, so that processes can share
-it."""
+"""(path, places in it) → the content of each place. A function of a module, for other processes."""
 
 
 class Item(NamedTuple):
@@ -85,21 +86,31 @@ def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
         if not names:
             raise SpearError(f"{argument}: nothing matches this pattern")
         for name in names:
-            listing = _walk(name, rate) if os.path.isdir(name) else _listing(name, rate)
-            yield from listing or ()
+            yield from (_walk(name, rate) if os.path.isdir(name) else _listing(name, rate)) or ()
     else:
         raise SpearError(f"{argument}: no such file or folder")
 
 
 def _walk(folder: str, rate: float) -> Iterator[Item]:
-    if is_take(folder):
-        for video in take_videos(folder):
+    if os.path.isdir(os.path.join(folder, TAKE)):
+        for video in _take_videos(os.path.join(folder, TAKE)):
             yield from find_video(video, rate)
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        yield from (_walk(entry.path, rate) if entry.is_dir() else _listing(entry.path, rate)) or ()
+        if not entry.name.startswith("."):
+            yield from (_walk(entry.path, rate) if entry.is_dir() else _listing(entry.path, rate)) or ()
+
+
+def _take_videos(folder: str) -> list[str]:
+    """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
+    for place in (folder, os.path.join(folder, "downscaled", "448")):
+        names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+        names = [
+            n for n in names if n.endswith(".mp4") and not n.startswith(".") and not _NOT_COLOUR.search(n)
+        ]
+        if names:
+            return [os.path.join(place, name) for name in names]
+    return []
 
 
 def _listing(path: str, rate: float) -> Iterator[Item] | None:
@@ -111,9 +122,7 @@ def _listing(path: str, rate: float) -> Iterator[Item] | None:
         return find_tar(path)
     if ending == ".parquet":
         return find_parquet(path)
-    if ending in VIDEOS:
-        return find_video(path, rate)
-    return None
+    return find_video(path, rate) if ending in VIDEOS else None
 
 
 def read_file(path: str, places: Sequence[None]) -> Iterator[Content]:
@@ -150,8 +159,7 @@ def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
 
 
 def find_parquet(path: str) -> Iterator[Item]:
-    """The rows of a Parquet file that has a column of encoded images, as Hugging Face `datasets` writes
-    them."""
+    """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
     file = _parquet(path)
     column = _image_column(file.schema_arrow, path)
     row = 0
@@ -178,20 +186,17 @@ def _parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise SpearError(f"{path}: not a Parquet file ({reason}): copy it again, or leave it out") from error
 
 
 def _image_column(schema: pa.Schema, path: str) -> str:
     """The column named image, or the only one of bytes (as they are, or as {bytes, path})."""
 
-    def is_bytes(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     def is_image(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
-        return is_bytes(kind)
+            return kind.get_field_index("bytes") >= 0 and is_image(kind.field("bytes").type)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     columns = [field.name for field in schema if is_image(field.type)]
     if "image" in columns:
@@ -203,13 +208,93 @@ def _image_column(schema: pa.Schema, path: str) -> str:
 
 
 def find_video(path: str, rate: float) -> Iterator[Item]:
-    """The frames of a video, `rate` per second (see `spear.labels.video`), keyed by their frame number."""
-    for index, time in find_frames(path, rate):
-        yield Item(f"{path}#{index}", read_frames, path, time)
+    """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number.
+
+    The number supposes a constant frame rate. No frame is listed twice, so a rate above the video's gives
+    every frame once.
+
+    Raises:
+        SpearError: not a video, or one that does not say how long it is.
+    """
+    if rate <= 0:
+        raise SpearError(f"video rate {rate}: give the frames per second, more than 0")
+    with _video(path) as container:
+        stream = container.streams.video[0]
+        if stream.duration and stream.time_base:
+            seconds = float(stream.duration * stream.time_base)
+        elif container.duration:
+            seconds = container.duration / 1e6
+        else:
+            raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
+        per_second = float(stream.average_rate or stream.guessed_rate or rate)
+    count = stream.frames or round(seconds * per_second)
+    last = -1
+    number = 0
+    while (index := int(number / rate * per_second + 1e-6)) < count:
+        if index != last:
+            yield Item(f"{path}#{index}", read_frames, path, index / per_second)
+        last = index
+        number += 1
+
+
+def read_frames(path: str, times: Sequence[float]) -> Iterator[Array | SpearError]:
+    """The frames [h, w, 3] uint8 RGB of a video shown at rising `times` (s), each decoded once.
+
+    A time after the last frame that is there gives a `SpearError`; so do all times of a video that breaks.
+    """
+    import av
+
+    wanted = list(times)
+    with _video(path) as container:
+        stream = container.streams.video[0]
+        start = float((stream.start_time or 0) * stream.time_base)
+        half = 0.5 / float(stream.average_rate or 1000)
+        shown: Any = None
+        try:
+            container.seek(int((start + wanted[0]) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                # The frame shown at a time is the last that does not come after it.
+                while wanted and shown is not None and frame.time - start > wanted[0] + half:
+                    yield _pixels(shown)
+                    wanted.pop(0)
+                if not wanted:
+                    return
+                shown = frame
+        except av.FFmpegError as error:
+            reason = f"{path}: broken video ({error.strerror}): copy it again"
+        else:
+            reason = f"{path}: the video ends before {{time:.2f}} s: copy it again"
+            end = shown.time - start + 3 * half if shown is not None else -1.0
+            while wanted and wanted[0] <= end:
+                yield _pixels(shown)
+                wanted.pop(0)
+    for time in wanted:
+        yield SpearError(reason.format(time=time))
+
+
+def _pixels(frame: Any) -> Array:
+    """[h, w, 3] uint8 RGB, turned as the camera (a phone held upright, say) has noted."""
+    quarters = round(getattr(frame, "rotation", 0) / 90)
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
+
+
+def _video(path: str) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise SpearError(f'{path}: videos need PyAV: pip install "spear-vla[label]"') from error
+    try:
+        container = av.open(path)
+    except (av.FFmpegError, OSError) as error:
+        raise SpearError(f"{path}: not a video ({error.strerror}): copy it again, or leave it out") from error
+    if not container.streams.video:
+        container.close()
+        raise SpearError(f"{path}: no picture in this video: leave it out")
+    return container
 
 
 def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
-    """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is set aside.
+    """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is skipped.
 
     Args:
         items: in the order of `find`, so that neighbours in one file are read together.
@@ -247,7 +332,7 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
             content = error
     if isinstance(content, SpearError):
         work = Work(key, None)
-        work.set_aside(content)
+        work.skip(content)
         return work
     if isinstance(content, Frame):
         work = admit(dataclasses.replace(content, source=key))

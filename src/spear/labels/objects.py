@@ -7,10 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from spear.labels.fit import rle
 from spear.labels.fit.box3d import Mode, fit_box, keypoints
-from spear.labels.fit.boxes2d import tight_box
-from spear.labels.fit.masks import clean_points, erode, snap
+from spear.labels.fit.image import tight_box
+from spear.labels.fit.masks import clean_points, encode_mask, erode, snap
 from spear.labels.fit.points import NEAR, Plane, inliers, subsample
 from spear.labels.fit.quality import planarity, stability
 from spear.labels.models.protocols import Detection, PointMapResult
@@ -106,7 +105,7 @@ def label_object(
     return LabeledObject(
         name=detection.name,
         box2d=np.asarray(detection.box2d, np.float32),
-        mask=rle.encode(mask),
+        mask=encode_mask(mask),
         box3d=box,
         keypoints=points3d,
         scores=scores,

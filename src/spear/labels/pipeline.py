@@ -1,8 +1,7 @@
 """Images in, 3D-labelled images out: detect → segment → point map → box.
 
-Each stage is a function on a batch of `Work`, one image on its way. `label` runs them one after the other;
-the engines (`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a
-cluster.
+Each stage is a function on a batch of `Work`. `label` runs them one after the other; the engines
+(`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a cluster.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from spear.labels.models.protocols import Detection, Detector, PointMap, PointMa
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
+from spear.util.ledger import Skipped
 
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
@@ -31,9 +31,9 @@ class Work:
 
     source      where the image came from: the label's source.
     frame       the image; None when it could not be read.
-    reason      why it was set aside; later stages pass it over. None while all is well.
-    empty       it was set aside because nothing was found in it, which is no failure.
-    temporary   it was set aside for a reason that may pass.
+    reason      why it is skipped, by all later stages too; None while all is well.
+    empty       it is skipped because nothing was found in it, which is no failure.
+    retryable   it is skipped for a reason that may pass.
     encoded     the image as it is kept; None leaves encoding to `lift`.
     detections  of `detect`.
     masks       [n, h, w] bool, of `segment`.
@@ -45,44 +45,16 @@ class Work:
     frame: Frame | None
     reason: str | None = None
     empty: bool = False
-    temporary: bool = False
+    retryable: bool = False
     encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
 
-    def set_aside(self, error: SpearError) -> None:
-        """For this reason; later stages pass the image over."""
-        self.reason, self.temporary = str(error), isinstance(error, RetryableError)
-
-
-@dataclass
-class Failures:
-    """The images that were set aside, and why; stops a run in which too many are bad.
-
-    limit      the largest fraction of bad images that is put up with.
-    patience   how many images to see before judging the fraction (a short run is judged at its end).
-    """
-
-    limit: float = 0.1
-    patience: int = 200
-    seen: int = 0
-    rows: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, source: str, reason: str) -> None:
-        """Set one image aside, with its reason."""
-        self.rows.append((source, reason))
-
-    def check(self, finished: bool = False) -> None:
-        """Raise `SpearError` when more than the set fraction of the images seen so far were bad."""
-        judged = self.seen >= self.patience or (finished and self.seen)
-        if judged and len(self.rows) > self.limit * self.seen:
-            source, reason = self.rows[-1]
-            raise SpearError(
-                f"{len(self.rows)} of {self.seen} images are bad (more than {self.limit:.0%}); the last "
-                f"was {source or 'unnamed'}: {reason}: check the input, or allow a larger fraction"
-            )
+    def skip(self, error: SpearError) -> None:
+        """Skip the image for this reason."""
+        self.reason, self.retryable = str(error), isinstance(error, RetryableError)
 
 
 def label(
@@ -91,7 +63,7 @@ def label(
     segmenter: Segmenter,
     pointmap: PointMap,
     settings: BoxSettings | None = None,
-    failures: Failures | None = None,
+    skipped: Skipped | None = None,
     batch_size: int = 8,
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come.
@@ -100,49 +72,45 @@ def label(
         frames: images, with ground truth where the components read it.
         detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
         settings: how boxes are fitted; None for those of `settings_for` the models.
-        failures: filled with the images set aside; pass one to read it afterwards.
+        skipped: collects the reasons of skipped images; None stops at more than a tenth of bad ones.
         batch_size: images per call of a model.
 
     Yields:
         One label per good image, in order; an image without any detection is a label without objects.
 
     Raises:
-        SpearError: more images than `failures.limit` were bad.
+        SpearError: more images than `skipped.limit` were bad.
     """
-    failures = Failures() if failures is None else failures
-    source = iter(frames)
+    skipped = Skipped(0.1, "images", patience=200) if skipped is None else skipped
+    good, source = 0, iter(frames)
     while batch := list(islice(source, batch_size)):
         works = [admit(frame) for frame in batch]
         detect(works, detector)
         segment(works, segmenter)
         locate(works, pointmap)
-        failures.seen += len(works)
         for work in works:
             if work.reason is None:
+                good += 1
                 yield lift(work, settings)
             else:
-                failures.add(work.source, work.reason)
-        failures.check()
-    failures.check(finished=True)
+                skipped(f"{work.source or 'unnamed'}: {work.reason}")
+        skipped.check(good)
+    skipped.check(good, finished=True)
 
 
 def admit(frame: Frame) -> Work:
-    """The work of labelling a frame, set aside when its image is not [h, w, 3] uint8 or too small."""
-    return Work(frame.source, frame, _unusable(frame))
-
-
-def _unusable(frame: Frame) -> str | None:
-    image = frame.image
+    """The work of labelling a frame, skipped when its image is not [h, w, 3] uint8 or too small."""
+    image, reason = frame.image, None
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        return f"image is {got}: convert it to [h, w, 3] uint8 RGB"
-    if min(image.shape[:2]) < MIN_SIDE:
-        return f"image is {image.shape[1]}×{image.shape[0]} pixels: give at least {MIN_SIDE}×{MIN_SIDE}"
-    return None
+        reason = f"image is {got}: convert it to [h, w, 3] uint8 RGB"
+    elif min(image.shape[:2]) < MIN_SIDE:
+        reason = f"image is {image.shape[1]}×{image.shape[0]} pixels: give at least {MIN_SIDE}×{MIN_SIDE}"
+    return Work(frame.source, frame, reason)
 
 
 def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
-    """Find the objects of each image. With `need_objects`, images in which none is found are set aside."""
+    """Find the objects of each image. With `need_objects`, images in which none is found are skipped."""
 
     def call(good: Sequence[Work]) -> None:
         for work, found in zip(good, detector.detect(_frames(good)), strict=True):
@@ -178,7 +146,7 @@ def locate(works: Sequence[Work], pointmap: PointMap) -> None:
 
 
 def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) -> None:
-    """Call a model on the batch; when it refuses, image by image, setting aside those refused alone."""
+    """Call a model on the batch; when it refuses, image by image, skipping those that it refuses alone."""
     good = [work for work in works if work.reason is None]
     if not good:
         return
@@ -186,7 +154,7 @@ def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) ->
         call(good)
     except SpearError as error:
         if len(good) == 1:
-            good[0].set_aside(error)
+            good[0].skip(error)
             return
         for work in good:
             _each_good([work], call)
@@ -197,8 +165,8 @@ def _frames(works: Sequence[Work]) -> list[Frame]:
 
 
 def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
-    """How boxes are fitted to what the models of these names say: as it is where both are the ground truth,
-    else allowing for errors (`ESTIMATED`)."""
+    """How boxes are fitted to the answers of these models: exactly to the ground truth, else allowing for
+    errors (`ESTIMATED`)."""
     return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
 
 

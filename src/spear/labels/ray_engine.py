@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from spear.errors import SpearError
 from spear.labels.engine import Done, Graph, finish, locate_and_pack
 from spear.labels.inputs import Item, read
+from spear.labels.options import WorkOptions
 from spear.labels.pipeline import Work, detect, segment
 
 Row = dict[str, Any]
@@ -25,24 +25,12 @@ MOST_BLOCKS = 10_000
 """Pieces that Ray splits the input into at most; more would burden its scheduler."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """How many copies of a component run, and the GPUs that each takes (a fraction shares one)."""
-
-    copies: int = 1
-    gpus: float = 0.0
-
-
-def run_ray(
-    graph: Graph,
-    resources: tuple[Resources, Resources, Resources],
-    batches: Iterable[Sequence[Item]],
-) -> Iterator[Done]:
+def run_ray(graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
     Args:
         graph: what is done with an image.
-        resources: of detector, segmenter and point map.
+        work: its `copies` and `gpus`, of detector, segmenter and point map.
         batches: items that go through the networks together.
 
     Raises:
@@ -64,21 +52,16 @@ def run_ray(
         context.enable_progress_bars = False
         data: Any = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
         data = data.map(partial(_apply, partial(read, longest=graph.longest)))
-        for make, stage, part in zip(
+        for make, stage, copies, gpus in zip(
             (graph.detector, graph.segmenter, graph.pointmap),
             (partial(detect, need_objects=graph.need_objects), segment, locate_and_pack),
-            resources,
+            work.copies,
+            work.gpus,
             strict=True,
         ):
-            # No CPUs are reserved for networks: three of them would leave none for the rest on a small
-            # machine.
-            data = data.map(
-                _Network,
-                fn_constructor_args=(make, stage),
-                concurrency=part.copies,
-                num_gpus=part.gpus,
-                num_cpus=0,
-            )
+            made = {"fn_constructor_args": (make, stage), "concurrency": copies, "num_gpus": gpus}
+            # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
+            data = data.map(_Network, **made, num_cpus=0)
         data = data.map(partial(_apply, partial(finish, graph.boxes)))
         for row in data.iter_rows():
             done = pickle.loads(row["data"])

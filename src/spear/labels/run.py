@@ -1,27 +1,27 @@
 """A folder of labels: begun, continued after any interruption, finished.
 
     LABELS/labels-00000.parquet, …   labelled images (see `spear.labels.store`)
-    LABELS/rejected.parquet          what was set aside: source, reason, and whether the reason may pass
+    LABELS/rejected.parquet          skipped images: source, reason, and whether the reason may pass
     LABELS/run.json                  the settings, which every continuation must share
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
-that is there is finished and one that is not is made again. Its footer names what was set aside from it, and
-a hash of the keys of its items, by which an input that has changed meanwhile is found out. Images that were
-set aside for a reason that may pass can be tried again; the shard is then what it would have been had they
+that is there is finished and one that is not is made again. Its footer names the images that were skipped,
+and holds a hash of the keys of its items, which shows an input that has changed meanwhile. Images that were
+skipped for a reason that may pass can be tried again; the shard is then what it would have been had they
 gone well at once.
 """
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
 import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,33 +30,37 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError
-from spear.labels.card import write_card
-from spear.labels.engine import Done, Engine, Rejected
+from spear.labels.components import Choice, graph
+from spear.labels.engine import Done, Engine, SkippedImage, run_local
 from spear.labels.inputs import Item
-from spear.labels.parquet import ParquetWriter, sweep
-from spear.labels.pipeline import Failures
-from spear.labels.retry import merged, set_aside, to_retry
-from spear.labels.store import REJECTED, SCHEMA, footer
-from spear.util.files import check_own, write_text, writing
+from spear.labels.options import LabelOptions, WorkOptions
+from spear.labels.questions.statistics import write_card
+from spear.labels.ray_engine import run_ray
+from spear.labels.sources import items as find_items
+from spear.labels.store import REJECTED, SCHEMA, ParquetWriter, footer, sweep, tables
+from spear.util.files import check_own
+from spear.util.ledger import Skipped, alone, same_settings
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] each) and
-"temporary" (which of those, by number, were set aside for a reason that may pass)."""
+"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] of each skipped
+image) and "temporary" (which of those, by number, were skipped for a reason that may pass)."""
 SETTINGS = "run.json"
+MOST_BAD = 0.5
+"""The run stops when a larger share of the images fail; images without objects do not count."""
 _REJECTED = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is, in images: `done` of `total`, of which `rejected` were set aside, `temporary` of
-    these for a reason that may pass; `before` were done when this command began."""
+    """How far a run is, in images: `done` of `total`, `before` of them by earlier commands; `skipped`, and of
+    these `retryable` for a reason that may pass."""
 
     total: int
     before: int
     done: int
-    rejected: int
-    temporary: int = 0
+    skipped: int
+    retryable: int = 0
 
 
 class _Shard(NamedTuple):
@@ -72,15 +76,46 @@ class _Shard(NamedTuple):
         return folder / f"labels-{self.number:05d}.parquet"
 
 
+def label_photos(
+    options: LabelOptions, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> tuple[Progress, str]:
+    """Label `options.photos`. Returns how far it came, and the bill of a detector that has one.
+
+    Raises:
+        SpearError: an unknown component, no input, or as in `label_folder`.
+    """
+    vocabulary = tuple(name.strip() for name in options.vocabulary.split(",") if name.strip())
+    choice = Choice(vocabulary, options.device, options.cache or options.out / ".answers")
+    chosen = graph(options.detector, options.segmenter, options.pointmap, choice, options.size or None)
+    inputs = [os.path.normpath(photo) for photo in options.photos]
+    settings = {
+        "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
+        "pointmap": options.pointmap, "vocabulary": vocabulary, "size": options.size, "rate": options.rate,
+        "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
+    }  # fmt: skip
+    made: list[Any] = []
+
+    def detector() -> Any:
+        made.append(chosen.detector())
+        return made[0]
+
+    engine: Engine = partial(run_ray, chosen, options.work)
+    if options.work.engine == "local":
+        engine = partial(run_local, dataclasses.replace(chosen, detector=detector), options.work.workers)
+    listing = partial(find_items, inputs, options.rate, options.per_episode)
+    done = label_folder(
+        listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
+    )
+    return done, "".join(component.bill() for component in made if hasattr(component, "bill"))
+
+
 def label_folder(
     items: Callable[[], Iterable[Item]],
     out: Path,
     engine: Engine,
     settings: Mapping[str, Any],
-    shard_size: int = 1024,
-    batch_size: int = 8,
-    most_bad: float = 0.5,
-    retry_rejected: bool = False,
+    work: WorkOptions,
+    retry_skipped: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
@@ -90,12 +125,8 @@ def label_folder(
         out: folder, new or of a run with the same settings.
         engine: labels batches.
         settings: all that decides what the labels are, JSON-able; kept in run.json.
-        shard_size: items per shard. Memory does not depend on it.
-        batch_size: items that go through the networks together.
-        most_bad: the run stops when a larger fraction of the images fail (images without objects do not
-            count).
-        retry_rejected: try again the images that were set aside for a reason that may pass; `most_bad` is
-            then of all images of the folder.
+        work: its `shard_size`, on which memory does not depend, and `batch_size`.
+        retry_skipped: try again the images that were skipped for a reason that may pass.
         on_progress: called at the start and after each batch.
 
     Raises:
@@ -105,43 +136,53 @@ def label_folder(
     total = sum(1 for _ in items())
     if not total:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
-        _same_run(out, {"spear": spear.__version__, **settings, "shard_size": shard_size})
+    check_own(out, SETTINGS, "label")
+    with alone(out, "labelling into"):
+        begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
+        same_settings(
+            out / SETTINGS, {"spear": spear.__version__, **settings, "shard_size": work.shard_size}, begun
+        )
         sweep(out)
         finished = _finished(out)
         for number, known in finished.items():
-            if number * shard_size >= total:
+            if number * work.shard_size >= total:
                 raise _changed(out, number, known)
-        aside = {number: set_aside(known) for number, known in finished.items()}
-        temporary = sum(r.temporary for some in aside.values() for r in some)
-        again = temporary if retry_rejected else 0
+        skipped = {number: _skipped(known) for number, known in finished.items()}
+        retryable = sum(image.retryable for some in skipped.values() for image in some)
+        again = retryable if retry_skipped else 0
         before = sum(known["items"] for known in finished.values()) - again
-        rejected = sum(map(len, aside.values())) - again
-        progress = Progress(total, before, before, rejected, temporary - again)
+        progress = Progress(total, before, before, sum(map(len, skipped.values())) - again, retryable - again)
         on_progress(progress)
-        failures = Failures(limit=most_bad, seen=before if retry_rejected else 0)
+        bad = Skipped(MOST_BAD, "images", patience=200)
 
         def counted(results: Iterable[tuple[_Shard, Done]]) -> Iterator[Done]:
             nonlocal progress
             for _, done in results:
-                progress = _count(progress, done, failures)
+                progress = _add(progress, done)
+                for image in done.skipped:
+                    if not image.empty:
+                        bad(
+                            image.reason
+                            if image.source in image.reason
+                            else f"{image.source}: {image.reason}"
+                        )
+                seen = progress.done - (0 if retry_skipped else before)
+                bad.check(seen - len(bad.reasons), finished=progress.done == total)
                 on_progress(progress)
                 yield done
 
-        labelled = _labelled(out, items(), engine, finished, shard_size, batch_size, retry_rejected)
+        labelled = _labelled(out, items(), engine, finished, work, retry_skipped)
         with closing(labelled) as results:
             for shard, group in groupby(results, key=lambda result: result[0]):
                 path = shard.path(out)
                 with ParquetWriter(path, SCHEMA) as writer:
                     batches = counted(group)
                     if shard.again:
-                        batches = merged(path, shard.again, aside[shard.number], batches)
-                    refused: list[Rejected] = []
+                        batches = merged(path, shard.again, skipped[shard.number], batches)
+                    refused: list[SkippedImage] = []
                     for done in batches:
                         writer.write(done.labels)
-                        refused += done.rejected
+                        refused += done.skipped
                     writer.commit({FOOTER: json.dumps(_footer(shard, refused))})
         _write_rejected(out)
         write_card(out)
@@ -153,24 +194,23 @@ def _labelled(
     items: Iterable[Item],
     engine: Engine,
     finished: Mapping[int, Mapping[str, Any]],
-    shard_size: int,
-    batch_size: int,
-    retry_rejected: bool,
+    work: WorkOptions,
+    retry_skipped: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
     """The batches of the shards that are not finished, and of what is tried again, in order, each with its
     shard."""
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:
-        for number, members in enumerate(chunks(items, shard_size)):
+        for number, members in enumerate(chunks(items, work.shard_size)):
             keys = tuple(item.key for item in members)
             shard = _Shard(number, len(members), hashlib.sha256("\0".join(keys).encode()).hexdigest())
             if (known := finished.get(number)) is not None:
                 if known["keys"] != shard.keys:
                     raise _changed(out, number, known)
-                members = [members[i] for i in to_retry(keys, set_aside(known))] if retry_rejected else []
+                members = [members[i] for i in to_retry(keys, _skipped(known))] if retry_skipped else []
                 shard = shard._replace(again=keys)
-            for batch in chunks(members, batch_size):
+            for batch in chunks(members, work.batch_size):
                 handed.append(shard)
                 yield batch
 
@@ -178,21 +218,14 @@ def _labelled(
         yield handed.popleft(), done
 
 
-def _count(progress: Progress, done: Done, failures: Failures) -> Progress:
-    """The progress with one more batch; raises when too much has failed."""
-    images, rejected = len(done.labels) + len(done.rejected), len(done.rejected)
-    failures.seen += images
-    for r in done.rejected:
-        if not r.empty:
-            failures.add(r.source, r.reason)
-    progress = replace(
+def _add(progress: Progress, done: Done) -> Progress:
+    """The progress with one more batch."""
+    return dataclasses.replace(
         progress,
-        done=progress.done + images,
-        rejected=progress.rejected + rejected,
-        temporary=progress.temporary + sum(r.temporary for r in done.rejected),
+        done=progress.done + len(done.labels) + len(done.skipped),
+        skipped=progress.skipped + len(done.skipped),
+        retryable=progress.retryable + sum(image.retryable for image in done.skipped),
     )
-    failures.check(finished=progress.done == progress.total)
-    return progress
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -202,42 +235,48 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Only one process writes to a folder at a time; the lock ends with the process, however it ends."""
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SpearError(f"{out}: another process is labelling into this folder: wait for it") from error
-        yield
-    finally:
-        os.close(handle)
+def to_retry(keys: Sequence[str], skipped: Iterable[SkippedImage]) -> list[int]:
+    """Which items of a shard, with these keys, were skipped for a reason that may pass."""
+    waiting = deque(skipped)
+    found = []
+    for number, key in enumerate(keys):
+        if waiting and waiting[0].source == key and waiting.popleft().retryable:
+            found.append(number)
+    return found
 
 
-def _same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a new run; refuse the folder of one with other settings, naming what differs.
+def merged(
+    shard: Path, keys: Sequence[str], skipped: Sequence[SkippedImage], again: Iterable[Done]
+) -> Iterator[Done]:
+    """All of a shard's images in order, one at a time: those that it has, and those tried `again` in their
+    place.
 
-    A run that has labelled nothing yet, because it was refused, is none.
+    Args:
+        shard: the file, which is read as a whole.
+        keys: of all its items.
+        skipped: its skipped images.
+        again: batches of the items of `to_retry`.
     """
-    path = out / SETTINGS
-    settings = json.loads(json.dumps(settings))
-    if not path.is_file() or not any(out.glob("labels-*.parquet")):
-        check_own(out, SETTINGS, "label")
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-        return
-    try:
-        there = json.loads(path.read_text())
-        keys = sorted({*there, *settings})
-    except (OSError, ValueError, TypeError) as error:
-        raise SpearError(f"{path}: cannot be read ({error}): label into another folder") from error
+    tried = set(to_retry(keys, skipped))
+    new = _one_by_one((keys[number] for number in sorted(tried)), again)
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(table.cast(SCHEMA) for table in tables(shard))])
+    for number, old in enumerate(_one_by_one(keys, [Done(rows, list(skipped))])):
+        yield next(new) if number in tried else old
+
+
+def _one_by_one(keys: Iterable[str], batches: Iterable[Done]) -> Iterator[Done]:
+    """Batches of items with these keys, as a batch for each item."""
+    source = iter(batches)
+    rows, row, skipped = SCHEMA.empty_table(), 0, deque[SkippedImage]()
     for key in keys:
-        if there.get(key) != settings.get(key):
-            raise SpearError(
-                f"{out}: holds a run with other settings: {key} is {json.dumps(there.get(key))} there, "
-                f"{json.dumps(settings.get(key))} here: label into another folder, or use its settings"
-            )
+        while row == len(rows) and not skipped:
+            rows, images = next(source)
+            row, skipped = 0, deque(images)
+        if skipped and skipped[0].source == key:
+            yield Done(SCHEMA.empty_table(), [skipped.popleft()])
+        else:
+            yield Done(rows.slice(row, 1), [])
+            row += 1
 
 
 def _finished(out: Path) -> dict[int, dict[str, Any]]:
@@ -251,19 +290,28 @@ def _finished(out: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _footer(shard: _Shard, refused: Sequence[Rejected]) -> dict[str, Any]:
+def _footer(shard: _Shard, skipped: Sequence[SkippedImage]) -> dict[str, Any]:
     return {
         "items": shard.items,
         "keys": shard.keys,
-        "rejected": [(r.source, r.reason) for r in refused],
-        "temporary": [number for number, r in enumerate(refused) if r.temporary],
+        "rejected": [(image.source, image.reason) for image in skipped],
+        "temporary": [number for number, image in enumerate(skipped) if image.retryable],
     }
+
+
+def _skipped(known: Mapping[str, Any]) -> list[SkippedImage]:
+    """The skipped images of a shard, in order, by its footer."""
+    retryable = set(known.get("temporary", ()))
+    return [
+        SkippedImage(source, reason, retryable=number in retryable)
+        for number, (source, reason) in enumerate(known["rejected"])
+    ]
 
 
 def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
     return SpearError(
-        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} of its "
-        "images: label the present input into another folder"
+        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} "
+        "of its images: label the present input into another folder"
     )
 
 
@@ -271,7 +319,8 @@ def _write_rejected(out: Path) -> None:
     with ParquetWriter(out / REJECTED, _REJECTED, rows_per_group=4096) as writer:
         for known in _finished(out).values():
             rows = [
-                {"source": r.source, "reason": r.reason, "temporary": r.temporary} for r in set_aside(known)
+                {"source": image.source, "reason": image.reason, "temporary": image.retryable}
+                for image in _skipped(known)
             ]
             writer.write(pa.Table.from_pylist(rows, _REJECTED))
         writer.commit()

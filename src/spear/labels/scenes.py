@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
-from spear.labels.depth import write_depth
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.store import write_shards
+from spear.labels.store import sweep, write_depth, write_labels
 from spear.types import Array, Frame, LabeledImage
 from spear.util.files import check_own, write_text
+from spear.util.ledger import alone
 from spear.util.progress import ProgressBar
 
 Size = tuple[int, int]
@@ -32,8 +33,21 @@ SCENES_PER_JOB = 256
 WORDING = "wording.txt"
 """The instructions that the simulator gives: the first file that is written, by which such a folder is
 known."""
-Job = tuple[str, int, int, int, dict[str, Size], Labelled]
-"""Folder, number, first seed, how many scenes, sizes, how to label."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`count` scenes from seed `first` on: shard `index` of every view of `sizes`."""
+
+    out: Path
+    index: int
+    first: int
+    count: int
+    sizes: Mapping[str, Size]
+    labelled: Labelled
+
+    def shard(self, view: str) -> Path:
+        return self.out / view / f"labels-{self.index:05d}.parquet"
 
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
@@ -44,36 +58,45 @@ def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
 def label_scenes(
     out: Path,
     scenes: int,
-    sizes: dict[str, Size],
+    sizes: Mapping[str, Size],
     first_seed: int,
     workers: int = 2,
     labelled: Labelled = label_frames,
     quiet: bool = False,
 ) -> int:
-    """Label `scenes` clutter scenes from seed `first_seed` on, one image per view of `sizes`; returns the
-    images.
+    """Label `scenes` clutter scenes from seed `first_seed` on, one image per view; returns the images.
 
-    sizes  view ("external", "wrist") → (width, height). A job of `SCENES_PER_JOB` scenes that is finished is
-           kept,
-    so an interrupted run continues where it was. labelled  how; the depth images are true whatever it is.
+    A job of `SCENES_PER_JOB` scenes that is finished is kept, so an interrupted run continues where it was.
 
-    Raises `SpearError`, before anything is written, for a folder that holds other files, other scenes or
-    sizes.
+    Args:
+        out: folder to write to.
+        scenes, first_seed: which scenes.
+        sizes: view ("external", "wrist") → (width, height).
+        workers: processes.
+        labelled: how frames are labelled; the depth images are true whatever it is.
+        quiet: show no progress.
+
+    Raises:
+        SpearError: before anything is written, for a folder that holds other files, other scenes or sizes.
     """
-    jobs: list[Job] = [
-        (str(out), index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
+    jobs = [
+        Job(out, index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
     check_own(out, WORDING, "label")
     _refuse_others(out, jobs, sizes)
-    write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
-    todo = [job for job in jobs if not _finished(job)]
-    before = scenes - sum(count for _, _, _, count, _, _ in todo)
     with contextlib.ExitStack() as stack:
-        made: Iterator[int] = map(_job, todo)
+        stack.enter_context(alone(out, "labelling into"))
+        write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
+        for view in sizes:
+            sweep(out / view)
+            sweep(out / "depth" / view)
+        todo = [job for job in jobs if not all(job.shard(view).is_file() for view in sizes)]
+        made: Iterator[int] = map(_make, todo)
         if workers > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
-            made = pool.imap_unordered(_job, todo)
+            made = pool.imap_unordered(_make, todo)
+        before = scenes - sum(job.count for job in todo)
         bar = stack.enter_context(ProgressBar("labelling", scenes, "scenes", before, quiet))
         for count in made:
             bar.update(bar.done + count)
@@ -89,44 +112,38 @@ def _refuse_others(out: Path, jobs: Sequence[Job], sizes: Mapping[str, Size]) ->
             (first,) = shard.read_row_group(0, columns=["source", "width", "height"]).slice(0, 1).to_pylist()
             rows, found = shard.metadata.num_rows, (first["width"], first["height"])
             if index < len(jobs):
-                _, _, seed, count, *_ = jobs[index]
-                if (rows, found) == (count, size) and first["source"].endswith(f"sim/clutter/{seed}/{view}"):
+                job = jobs[index]
+                own = first["source"].endswith(f"sim/clutter/{job.first}/{view}")
+                if own and (rows, found) == (job.count, size):
                     continue
             raise SpearError(
-                f"{path}: holds {rows} images of {found[0]}×{found[1]} pixels from {first['source']} on, of a run with "
-                "other settings: label into another folder, or use its settings"
+                f"{path}: holds {rows} images of {found[0]}×{found[1]} pixels from {first['source']} on, "
+                "of a run with other settings: label into another folder, or use its settings"
             )
 
 
 def wording(draws: int = 2000) -> list[str]:
     """The instructions that the simulator gives, for the vocabulary of a small tokenizer."""
-    import numpy as np
-
     from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 
     seeds = np.random.default_rng(0).integers(TRAIN_SEED, TRAIN_SEED + 1_000_000, draws)
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 
-def _finished(job: Job) -> bool:
-    out, index, _, _, sizes, _ = job
-    return all((Path(out) / view / f"labels-{index:05d}.parquet").is_file() for view in sizes)
-
-
-def _job(job: Job) -> int:
+def _make(job: Job) -> int:
+    """Label the scenes of a job, view by view; a view's shard, which marks it as finished, comes last."""
     from spear.sim.frames import frame_of
     from spear.sim.render import Renderer
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
-    out, index, first, count, sizes, labelled = job
     renderer = Renderer()
     worlds: dict[int, Any] = {}
-    for view, size in sizes.items():
+    for view, size in job.sizes.items():
         maps: list[Array] = []
 
         def frames(view: str = view, size: Size = size, maps: list[Array] = maps) -> Iterator[Frame]:
-            for seed in range(first, first + count):
+            for seed in range(job.first, job.first + job.count):
                 if seed not in worlds:
                     worlds[seed] = World(clutter_scene(seed))
                 frame = frame_of(worlds[seed], view, size, renderer)
@@ -134,13 +151,9 @@ def _job(job: Job) -> int:
                 maps.append(frame.depth)
                 yield frame
 
-        labels = list(labelled(frames()))
+        labels = list(job.labelled(frames()))
         depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
-        write_depth(depth, Path(out) / "depth" / view / f"depth-{index:05d}.parquet")
-        part = Path(out) / view / f".part-{index:05d}"
-        shutil.rmtree(part, ignore_errors=True)
-        (path,) = write_shards(labels, part, shard_size=count)
-        path.replace(Path(out) / view / f"labels-{index:05d}.parquet")
-        part.rmdir()
+        write_depth(depth, job.out / "depth" / view / f"depth-{job.index:05d}.parquet")
+        write_labels(labels, job.shard(view))
     renderer.close()
-    return count
+    return job.count

@@ -16,6 +16,7 @@ from typing import Any
 
 from spear.errors import SpearError
 from spear.labels.inputs import Content, Item, find
+from spear.labels.rgbd import Scene, open_scene
 from spear.types import Episode
 
 CAMERA = "external"
@@ -51,11 +52,12 @@ def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
     if argument.startswith("sim:"):
         return _find_scenes(argument)
     if argument.startswith("rgbd:"):
-        return _find_rgbd(argument.removeprefix("rgbd:"))
+        folder = argument.removeprefix("rgbd:")
+        return (Item(source, read_rgbd, folder, i) for i, source in enumerate(_scene(folder).sources))
     robots = find_format(argument)
-    if robots is not None:
-        return (_find_episodes if robots == "store" else _find_demonstrations)(argument, per_episode)
-    return find(argument, rate)
+    if robots is None:
+        return find(argument, rate)
+    return (_find_episodes if robots == "store" else _find_demonstrations)(argument, per_episode)
 
 
 def _find_scenes(argument: str) -> Iterator[Item]:
@@ -82,11 +84,6 @@ def _renderer() -> Any:
     return Renderer()
 
 
-def _find_rgbd(folder: str) -> Iterator[Item]:
-    for number, source in enumerate(_scene(folder).sources):
-        yield Item(source, read_rgbd, folder, number)
-
-
 def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
     """Frames of an RGB-D scene."""
     for number in numbers:
@@ -97,9 +94,7 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
 
 
 @lru_cache(maxsize=1)
-def _scene(folder: str) -> Any:
-    from spear.labels.rgbd import open_scene
-
+def _scene(folder: str) -> Scene:
     return open_scene(folder)
 
 
@@ -143,7 +138,12 @@ def read_demonstrations(folder: str, places: Sequence[tuple[str, int, int, int]]
     """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
         episode = _demonstration(folder, split, index)
-        yield episode if isinstance(episode, SpearError) else _frame(episode, number, count)
+        if isinstance(episode, SpearError):
+            yield episode
+            continue
+        step = _step(len(episode), number, count)
+        camera = CAMERA if CAMERA in episode.images else min(episode.images)
+        yield step if isinstance(step, SpearError) else bytes(episode.images[camera][step])
 
 
 @lru_cache(maxsize=1)
@@ -154,12 +154,6 @@ def _demonstration(folder: str, split: str, index: int) -> Episode | SpearError:
         return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
-
-
-def _frame(episode: Episode, number: int, count: int) -> Content:
-    step = _step(len(episode), number, count)
-    camera = CAMERA if CAMERA in episode.images else min(episode.images)
-    return step if isinstance(step, SpearError) else bytes(episode.images[camera][step])
 
 
 def _step(steps: int, number: int, count: int) -> int | SpearError:

@@ -1,16 +1,18 @@
-"""Labelled images in Parquet shards: written atomically, read in order or at random with little memory.
+"""Parquet files, each written whole or not at all: shards of labelled images, and images with depth.
 
-One row per image. The column `image` is {bytes, path}, as Hugging Face `datasets` has it, and marked as such.
-Rows are grouped by `ROWS_PER_GROUP`, which is what a random access reads.
+A shard has one row per image. Its column `image` is {bytes, path}, as Hugging Face `datasets` has it, and is
+marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain, islice
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError
-from spear.labels.parquet import ParquetWriter
-from spear.types import Box3D, LabeledImage, LabeledObject
+from spear.errors import SpearError, first_line
+from spear.types import Array, Box3D, LabeledImage, LabeledObject
+from spear.util.files import writing
 
 REJECTED = "rejected.parquet"
 QUESTIONS = "questions.parquet"
 """Files that may lie beside the shards in their folder."""
+ROWS_PER_GROUP = 16
+STRIDE = 4
+"""Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch size."""
 
 _VECTOR = pa.list_(pa.float32())
 _BOX = pa.struct({"vertices": _VECTOR, "center": _VECTOR, "size": _VECTOR, "rotation": _VECTOR})
-_KEYPOINTS = pa.struct({"closest": _VECTOR, "furthest": _VECTOR, "centre": _VECTOR})
 _OBJECT = pa.struct(
     {
         "name": pa.string(),
         "box2d": _VECTOR,
         "mask": pa.list_(pa.int32()),
         "box3d": _BOX,
-        "keypoints": _KEYPOINTS,
+        "keypoints": pa.struct({"closest": _VECTOR, "furthest": _VECTOR, "centre": _VECTOR}),
         "scores": pa.string(),
     }
 )
@@ -53,36 +57,77 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 """Matrices are stored row by row; scores and provenance as JSON."""
-
-
 _WITHOUT_PIXELS = [name for name in SCHEMA.names if name not in ("image", "objects")] + [
     f"objects.list.element.{field.name}" for field in _OBJECT if field.name != "mask"
 ]
 
 
-def write_shards(labels: Iterable[LabeledImage], out_dir: str | Path, shard_size: int = 1024) -> list[Path]:
-    """Write labels to `out_dir`/labels-00000.parquet, … of `shard_size` images each (zstd).
+class ParquetWriter:
+    """Writes to a temporary name beside `path`; `commit` gives the file its name.
 
-    A shard appears under its name only when it is whole: it is written to a temporary name, then renamed.
-    When `labels` raises, the finished shards stay and the unfinished one is removed.
+    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the file
+    depend on its rows alone, not on how they were handed over.
 
     Raises:
-        SpearError: `out_dir` already holds shards.
+        SpearError: the disk is full, or the file cannot be written.
     """
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.parquet")):
-        raise SpearError(f"{folder}: holds labels already: choose another folder, or delete these")
-    source = iter(labels)
-    paths: list[Path] = []
-    for first in source:
-        path = folder / f"labels-{len(paths):05d}.parquet"
-        with ParquetWriter(path, SCHEMA) as writer:
-            for label in chain([first], islice(source, shard_size - 1)):
-                writer.write(to_table([label]))
-            writer.commit()
-        paths.append(path)
-    return paths
+
+    def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self.path, self.rows_per_group = path, rows_per_group
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._waiting: list[pa.Table] = []
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by __exit__
+            self._parquet = pq.ParquetWriter(self._file, schema, compression="zstd")
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        self._waiting.append(table)
+        while sum(map(len, self._waiting)) >= self.rows_per_group:
+            rows = pa.concat_tables(self._waiting)
+            self._write_group(rows.slice(0, self.rows_per_group))
+            self._waiting = [rows.slice(self.rows_per_group)]
+
+    def _write_group(self, rows: pa.Table) -> None:
+        with writing(self.path):
+            self._parquet.write_table(rows.combine_chunks())
+
+    def commit(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the last rows, and `metadata` into the footer; then the file is there, on the disk."""
+        if any(map(len, self._waiting)):
+            self._write_group(pa.concat_tables(self._waiting))
+        with writing(self.path):
+            if metadata:
+                self._parquet.add_key_value_metadata(dict(metadata))
+            self._parquet.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+
+    def __enter__(self) -> ParquetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for close in (self._parquet.close, self._file.close):
+            with suppress(OSError):  # on a full disk; the file is removed anyway
+                close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed writers have left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
+    """Write labels to one shard, such as FOLDER/labels-00000.parquet; nothing stays when `labels` raises."""
+    with ParquetWriter(path, SCHEMA) as writer:
+        for label in labels:
+            writer.write(to_table([label]))
+        writer.commit()
 
 
 def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
@@ -104,8 +149,7 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
 
 
 def tables(shard: Path, pixels: bool = True) -> Iterator[pa.Table]:
-    """The rows of one shard, as `to_table` gives them, a row group at a time; `pixels` and errors as in
-    `read`."""
+    """The rows of one shard, as `to_table` gives them, a row group at a time; otherwise as `read`."""
     file = _open(shard)
     for group in range(file.num_row_groups):
         yield _read_group(file, group, shard, pixels)
@@ -183,8 +227,9 @@ def footer(path: Path, key: str) -> str | None:
 
 
 def _broken(path: Path, error: Exception) -> SpearError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return SpearError(f"{path}: broken label shard ({reason}): delete it and label its images again")
+    return SpearError(
+        f"{path}: broken label shard ({first_line(error)}): delete it and label its images again"
+    )
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -194,9 +239,8 @@ def _open(path: Path) -> pq.ParquetFile:
         raise _broken(path, error) from error
     missing = set(SCHEMA.names) - set(file.schema_arrow.names)
     if missing:
-        raise SpearError(
-            f"{path}: not a label shard, it lacks {', '.join(sorted(missing))}: give another file"
-        )
+        lacks = ", ".join(sorted(missing))
+        raise SpearError(f"{path}: not a label shard, it lacks {lacks}: give another file")
     return file
 
 
@@ -231,8 +275,7 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
         "name": o.name,
         "box2d": _flat(o.box2d),
         "mask": list(o.mask),
-        "box3d": box
-        and {name: _flat(getattr(box, name)) for name in ("vertices", "center", "size", "rotation")},
+        "box3d": box and {field.name: _flat(getattr(box, field.name)) for field in _BOX},
         "keypoints": {k: _flat(v) for k, v in o.keypoints.items()} or None,
         "scores": json.dumps(dict(o.scores), sort_keys=True),
     }
@@ -252,18 +295,57 @@ def _from_row(row: dict[str, Any]) -> LabeledImage:
 
 
 def _object_from_row(row: dict[str, Any]) -> LabeledObject:
-    box = row["box3d"]
+    box = None
+    if row["box3d"]:
+        made = {name: np.array(values, np.float32) for name, values in row["box3d"].items()}
+        made["vertices"], made["rotation"] = made["vertices"].reshape(8, 3), made["rotation"].reshape(3, 3)
+        box = Box3D(**made)
     return LabeledObject(
         name=row["name"],
         box2d=np.array(row["box2d"], np.float32),
         mask=row.get("mask", ()),
-        box3d=box
-        and Box3D(
-            vertices=np.array(box["vertices"], np.float32).reshape(8, 3),
-            center=np.array(box["center"], np.float32),
-            size=np.array(box["size"], np.float32),
-            rotation=np.array(box["rotation"], np.float32).reshape(3, 3),
-        ),
+        box3d=box,
         keypoints={k: np.array(v, np.float32) for k, v in (row["keypoints"] or {}).items()},
         scores=json.loads(row["scores"]),
     )
+
+
+def write_depth(rows: Iterable[tuple[bytes, Array]], path: Path) -> None:
+    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, on which a small
+    depth encoder is pretrained. Raises `SpearError` when it cannot be written."""
+    found = []
+    for image, depth in rows:
+        small = np.ascontiguousarray(depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16)
+        height, width = small.shape
+        found.append({"image": image, "depth": small.tobytes(), "height": height, "width": width})
+    table = pa.Table.from_pylist(found)
+    with ParquetWriter(path, table.schema, rows_per_group=max(1, len(table))) as writer:
+        writer.write(table)
+        writer.commit()
+
+
+class DepthImages:
+    """All images of a folder of files of `write_depth`, in memory: `len(images)`, `images[i]`.
+
+    Raises `SpearError` when there are none, or a file is broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("*.parquet"))
+        if not files:
+            raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+        try:
+            self.table = pa.concat_tables([pq.read_table(f) for f in files]).combine_chunks()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise SpearError(
+                f"images with depth in {folder} cannot be read ({error}): label again"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> tuple[bytes, Array]:
+        """The encoded image and its depth [h / STRIDE, w / STRIDE] float32, metres."""
+        shape = (self.table["height"][row].as_py(), self.table["width"][row].as_py())
+        depth = np.frombuffer(self.table["depth"][row].as_py(), np.float16).reshape(shape)
+        return self.table["image"][row].as_py(), depth.astype(np.float32)

@@ -10,10 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import Segments, image_points, numbers
-from spear.labels.fit import rle
 from spear.labels.fit.box3d import EDGES
-from spear.labels.fit.camera import project
-from spear.labels.fit.masks import erode
+from spear.labels.fit.image import project
+from spear.labels.fit.masks import decode_mask, erode
 from spear.types import Array, LabeledImage
 from spear.util.images import decode_image
 
@@ -41,7 +40,7 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
     image, palette = decode_image(label.image, label.source), colors(len(label.objects))
     if masks:
         for o, colour in zip(label.objects, palette, strict=True):
-            mask = rle.decode(o.mask, label.height, label.width)
+            mask = decode_mask(o.mask, label.height, label.width)
             image[mask] = (0.65 * image[mask] + 0.35 * np.array(colour)).astype(np.uint8)
             image[mask & ~erode(mask, 1)] = colour
     canvas = _enlarge(image, scale)

@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.card import rejects
 from spear.labels.questions.generate import spoken, why_not_asked
-from spear.labels.questions.statistics import Histogram, Statistics, statistics, token_use
+from spear.labels.questions.statistics import Histogram, Statistics, skip_reasons, statistics, token_use
 from spear.labels.questions.store import ask, read_questions
 from spear.labels.store import read
 from spear.report.draw import draw_label
@@ -53,7 +52,7 @@ def label_page(
         )
     questions = _questions(folder)
     asked = Counter(q.family for some in questions.values() for q in some)
-    rejected = rejects(folder)
+    rejected = skip_reasons(folder)
     cards = [_card(label, questions[label.source]) for label in shown]
     sections = [
         Section("Contact sheet", f'<div class="grid wide">{"".join(cards)}</div>'),

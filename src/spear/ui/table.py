@@ -21,7 +21,6 @@ from spear.embodiments import tools
 from spear.errors import SpearError
 from spear.evaluate.vqa import ask
 from spear.labels.fit.box3d import EDGES, order_vertices
-from spear.labels.images import load_image
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.frames import camera_pose, intrinsics, object_boxes
@@ -29,7 +28,7 @@ from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.sim.world import World
 from spear.types import Array
-from spear.util.images import encode_jpeg
+from spear.util.images import encode_jpeg, load_image
 
 View = dict[str, Any]
 

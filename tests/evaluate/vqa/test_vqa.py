@@ -21,7 +21,7 @@ from spear.evaluate.vqa.calibration import Certainty, calibrate
 from spear.evaluate.vqa.measures import closer_named, measure, nearest_box
 from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box
-from spear.labels.store import write_shards
+from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
 from spear.report.draw import PREDICTION, TRUTH
@@ -232,7 +232,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
 
 
 def test_the_command_writes_scores_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_shards((labelled(i) for i in range(4)), tmp_path / "labels" / "external")
+    write_labels((labelled(i) for i in range(4)), tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
     assert main([*command, "--families", "keypoint", "distance", "--out", str(out)]) == 0
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line(
     argv: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if argv[1] == "RELATIVE":
-        write_shards([labelled(0, unit="relative")], tmp_path / "labels")
+        write_labels([labelled(0, unit="relative")], tmp_path / "labels/labels-00000.parquet")
         argv = [argv[0], str(tmp_path / "labels")]
     assert main(["evaluate", "vqa", *argv]) == 2
     said = capsys.readouterr().err

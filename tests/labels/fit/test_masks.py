@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 
 from labels_scenes import render
-from spear.labels.fit.camera import unproject
-from spear.labels.fit.masks import clean_points, erode, snap
+from spear.errors import SpearError
+from spear.labels.fit.image import unproject
+from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap
 from spear.labels.fit.points import noise_level, support_plane
 from spear.types import Array, Frame
 
@@ -135,3 +138,20 @@ def test_erode_takes_the_border_but_not_at_the_edge_of_the_image() -> None:
     expected[0:3, 2:4] = True
     assert (erode(mask, 1) == expected).all()
     assert (erode(mask, 0) == mask).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**81 - 1))
+def test_run_lengths_keep_a_mask(height: int, width: int, bits: int) -> None:
+    mask = np.array([bits >> i & 1 for i in range(height * width)], bool).reshape(height, width)
+    assert (decode_mask(encode_mask(mask), height, width) == mask).all()
+
+
+def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:
+    mask = np.array([[0, 1, 1], [0, 0, 1]], bool)
+    assert encode_mask(mask) == [2, 1, 1, 2] and encode_mask(~mask) == [0, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("runs", [[3, 2], [7], [8, -2]])
+def test_wrong_run_lengths_are_refused(runs: list[int]) -> None:
+    with pytest.raises(SpearError, match="2×3"):
+        decode_mask(runs, 2, 3)

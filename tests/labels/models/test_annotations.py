@@ -1,15 +1,33 @@
+"""Annotations from files: COCO's, Ego-Exo4D's, and how they stand in for networks."""
+
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spear.errors import SpearError
-from spear.labels.models.annotations import Annotation, FileDetector, FileSegmenter
+from spear.labels.fit.masks import encode_mask
+from spear.labels.models.annotations import (
+    Annotation,
+    CocoAnnotations,
+    FileDetector,
+    FileSegmenter,
+    RelationAnnotations,
+    decompress,
+    polygon_mask,
+    run_lengths,
+)
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label
 from spear.types import Array, Frame
+
+coco_tools = pytest.importorskip("pycocotools.mask")
 
 
 def disc(height: int, width: int, x: float, y: float, radius: float) -> Array:
@@ -157,3 +175,233 @@ def test_annotated_masks_run_through_the_pipeline() -> None:
     assert result.provenance["detector"] == result.provenance["segmenter"] == "known"
     with pytest.raises(SpearError, match="b: not in known"):
         list(label([unseen], FileDetector(known), GroundTruthSegmenter(), GroundTruthPointMap()))
+
+
+def compressed(mask: Array) -> str:
+    """COCO's compressed string."""
+    text: bytes = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    return text.decode()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))
+def test_compressed_strings_are_those_of_pycocotools(h: int, w: int, seed: int, share: float) -> None:
+    mask = np.random.default_rng(seed).random((h, w)) < share
+    assert run_lengths(compressed(mask)) == encode_mask(mask)
+
+
+def test_long_runs_survive_compression() -> None:
+    mask = np.zeros((5000, 3000), bool)
+    mask[7:40, 2] = mask[1000:, 2500] = True
+    assert run_lengths(compressed(mask)) == encode_mask(mask) and run_lengths("") == []
+
+
+@pytest.mark.parametrize("text", ["01 2", "0é", "0\x7f", "0P"])
+def test_strings_that_are_no_masks_are_refused(text: str) -> None:
+    with pytest.raises(SpearError, match="compressed mask"):
+        run_lengths(text)
+
+
+def test_polygons_cover_their_pixels() -> None:
+    expected = np.zeros((6, 8), bool)
+    expected[1:4, 2:7] = True
+    assert (polygon_mask([[2, 1, 7, 1, 7, 4, 2, 4]], 6, 8) == expected).all()
+    both = polygon_mask([[0, 0, 2, 0, 2, 6, 0, 6], [4, 0, 8, 0, 8, 6, 4, 6]], 6, 8)
+    assert both.sum() == 36 and not both[:, 2:4].any()
+
+
+@pytest.mark.parametrize("polygon", [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, float("nan")], []])
+def test_what_is_no_polygon_is_refused(polygon: list[float]) -> None:
+    with pytest.raises(SpearError, match="polygon"):
+        polygon_mask([polygon], 6, 8)
+
+
+RING = np.zeros((12, 20), bool)
+RING[2:9, 3:11] = True
+RING[4:6, 5:8] = False
+PLAIN = encode_mask(RING)
+SQUARE = [10.0, 1, 16, 1, 16, 7, 10, 7]
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    image = {"id": 7, "file_name": "kitchen/1.jpg", "height": 12, "width": 20}
+    ring = {"size": [12, 20]}
+    return {
+        "images": [image, {**image, "id": 8, "file_name": "hall/1.jpg"}, {**image, "id": 9, "file_name": "2.png"}],
+        "categories": [{"id": 1, "name": "ring"}, {"id": 4, "name": "tile"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": {**ring, "counts": PLAIN}},
+            {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": [SQUARE], "score": 0.5},
+            {"image_id": 7, "category_id": 4, "bbox": [0, 0, 20, 12], "iscrowd": 1},
+            {"image_id": 8, "category_id": 1, "segmentation": {**ring, "counts": compressed(RING)}},
+        ],
+        **changes,
+    }  # fmt: skip
+
+
+def write_coco(folder: Path, data: Any) -> CocoAnnotations:
+    path = folder / "instances.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return CocoAnnotations(path)
+
+
+def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path, content())
+    frames = [frame(name, 12, 20) for name in ("photos/kitchen/1.jpg", "hall/1.jpg", "2.png")]
+    detections = FileDetector(coco).detect(frames)
+    assert [[(d.name, d.score) for d in found] for found in detections] == [
+        [("ring", 1.0), ("tile", 0.5)],
+        [("ring", 1.0)],
+        [],
+    ]
+    assert detections[0][1].box2d.tolist() == [10, 1, 16, 7]
+    assert detections[1][0].box2d.tolist() == [3, 2, 11, 9]  # from the mask
+    kitchen, hall, _ = FileSegmenter(coco).segment(frames, detections)
+    assert (kitchen[0] == RING).all() and (hall[0] == RING).all()
+    assert kitchen[1].sum() == 36 and kitchen[1, 1:7, 10:16].all()
+
+
+def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path, content())
+    assert len(coco.find("/data/kitchen/1.jpg") or ()) == 2
+    assert len(coco.find(r"C:\data\kitchen\1.jpg") or ()) == 2
+    assert coco.find("2.png") == coco.find("./any/where/2.png") == []
+    assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
+    with pytest.raises(SpearError, match=r"1\.jpg: fits 2 images of .*instances\.json: name its folder"):
+        coco.find("1.jpg")
+
+
+def test_images_without_a_size_take_that_of_the_picture(tmp_path: Path) -> None:
+    images = [{"id": 7, "file_name": "a.jpg"}]
+    annotation = {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": [SQUARE]}
+    coco = write_coco(tmp_path, content(images=images, annotations=[annotation]))
+    frames = [frame("a.jpg", 30, 30)]
+    (masks,) = FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
+    assert masks[0].sum() == 36 and masks.shape == (1, 30, 30)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "its JSON is a list"),
+        ({}, "KeyError: 'categories'"),
+        (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "KeyError: 70"),
+        (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
+        (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3 has neither a box"),
+    ],
+)  # fmt: skip
+def test_what_is_not_coco_is_refused(tmp_path: Path, data: Any, message: str) -> None:
+    with pytest.raises(SpearError, match=rf"instances\.json: .*{message}"):
+        write_coco(tmp_path, data)
+
+
+def test_a_mask_of_the_wrong_size_concerns_its_image_alone(tmp_path: Path) -> None:
+    wrong = {"size": [20, 12], "counts": encode_mask(RING.T)}
+    annotation = {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": wrong}
+    coco = write_coco(tmp_path, content(annotations=[annotation]))
+    frames = [frame("kitchen/1.jpg", 12, 20)]
+    with pytest.raises(SpearError, match="mask of 12×20 in an image of 20×12"):
+        FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
+
+
+UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
+
+
+def compress(text: str) -> str:
+    """As the dataset's makers did."""
+    return str(pytest.importorskip("lzstring").LZString().compressToEncodedURIComponent(text))
+
+
+def blob(height: int, width: int, seed: int) -> Array:
+    rows, columns = np.mgrid[:height, :width]
+    x, y, r = np.random.default_rng(seed).uniform(
+        [0.3 * width, 0.3 * height, 4], [0.7 * width, 0.7 * height, 9]
+    )
+    return np.hypot(columns - x, rows - y) < r
+
+
+def _entry(mask: Array) -> dict[str, Any]:
+    height, width = mask.shape
+    return {"width": width, "height": height, "encodedMask": compress(compressed(mask))}
+
+
+def relations(folder: Path) -> RelationAnnotations:
+    """Two bowls in the wearer's frame 270, one of them in frame 0 of a camera that looks on; frame 30
+    empty."""
+    views = {
+        "steel bowl_0": {
+            "aria01_214-1": {
+                "annotation": {"270": _entry(blob(48, 48, 0))},
+                "annotated_frames": [0, 30, 270],
+            },
+            "cam04": {"annotation": {"0": _entry(blob(36, 64, 1))}, "annotated_frames": [0, 30]},
+        },
+        "glass bowl_11": {"aria01_214-1": {"annotation": {"270": _entry(blob(48, 48, 2))}}},
+    }
+    take = {"take_name": "sfu_cooking_008_3", "scenario": "salad", "object_masks": views}
+    path = folder / "relations_train.json"
+    path.write_text(json.dumps({"annotations": {UID: take}}))
+    return RelationAnnotations(path)
+
+
+@given(st.text(st.sampled_from("0123OPQabc`z\x7fé€日"), max_size=300))
+def test_decompresses_what_lz_string_compresses(text: str) -> None:
+    assert decompress(compress(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "A", "A*", "____", "EoFQtg2gTARgDAM"])
+def test_what_is_no_lz_string_is_refused(text: str) -> None:
+    with pytest.raises(SpearError, match="not an lz-string"):
+        decompress(text)
+
+
+def test_annotated_masks_are_used_as_they_are(tmp_path: Path) -> None:
+    known = relations(tmp_path)
+    frames = [
+        frame("takes/sfu_cooking_008_3/frame_aligned_videos/aria01_214-1.mp4#270", 48, 48),
+        frame(f"{UID}/cam04/0.jpg", 36, 64),
+        frame("sfu_cooking_008_3/cam04/frame_000030.png", 36, 64),
+    ]
+    detections = FileDetector(known).detect(frames)
+    assert [[d.name for d in found] for found in detections] == [
+        ["steel bowl", "glass bowl"],
+        ["steel bowl"],
+        [],
+    ]
+    masks = FileSegmenter(known).segment(frames, detections)
+    assert (masks[0][0] == blob(48, 48, 0)).all() and (masks[0][1] == blob(48, 48, 2)).all()
+    assert (masks[1][0] == blob(36, 64, 1)).all()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "sfu_cooking_008_3/cam04/60.jpg",  # not annotated
+        "sfu_cooking_008_3/cam05/0.jpg",
+        "cam04/0.jpg",
+        "sfu_cooking_008_3/cam04/first.jpg",
+        "",
+    ],
+)
+def test_other_images_are_unknown(tmp_path: Path, source: str) -> None:
+    assert relations(tmp_path).find(source) is None
+
+
+def test_a_broken_mask_concerns_its_image_alone(tmp_path: Path) -> None:
+    relations(tmp_path)
+    path = tmp_path / "relations_train.json"
+    data = json.loads(path.read_text())
+    views = data["annotations"][UID]["object_masks"]["steel bowl_0"]
+    views["cam04"]["annotation"]["0"]["encodedMask"] = "A*"
+    path.write_text(json.dumps(data["annotations"]))  # also without the outer level
+    known = RelationAnnotations(path)
+    with pytest.raises(SpearError, match="not an lz-string"):
+        FileDetector(known).detect([frame(f"{UID}/cam04/0.jpg", 36, 64)])
+    assert len(FileDetector(known).detect([frame(f"{UID}/aria01_214-1/270.jpg", 48, 48)])[0]) == 2
+
+
+def test_what_is_not_relations_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"images": [], "annotations": []}))
+    with pytest.raises(SpearError, match=r"other\.json: not Ego-Exo4D's relations"):
+        RelationAnnotations(path)

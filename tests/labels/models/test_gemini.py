@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import pytest
 
 from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
 from spear.errors import RetryableError, SpearError
-from spear.labels.models.gemini import PROMPT, GeminiDetector
-from spear.labels.models.gemini_answer import Unusable, parse
+from spear.labels.models import gemini as module
+from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, advised_wait, parse
 from spear.labels.models.ground_truth import GroundTruthPointMap
-from spear.labels.pipeline import Failures, label
+from spear.labels.pipeline import label
 from spear.types import Array, Frame
+from spear.util.ledger import Skipped
 
 pytest.importorskip("google.genai")
 
@@ -57,10 +60,10 @@ def test_boxes_come_back_in_pixels(server: Server) -> None:
     assert all(d.score == 1 and d.box2d.dtype == np.float32 for d in detections)
 
 
-def test_the_request_holds_image_prompt_and_schema(server: Server) -> None:
-    gemini = detector(server, model="gemini-x", vocabulary=["cup", "fork"], thinking="high", temperature=0.5)
+def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SIDE", 200)
+    gemini = detector(server, model="gemini-x", vocabulary=["cup", "fork"])
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
-    gemini.max_side = 200
     gemini.detect([Frame(smooth)])
     (request,) = server.requests
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
@@ -73,12 +76,7 @@ def test_the_request_holds_image_prompt_and_schema(server: Server) -> None:
     assert config["responseMimeType"] == "application/json"
     assert config["responseSchema"]["type"] == "ARRAY"
     assert set(config["responseSchema"]["items"]["required"]) == {"box_2d", "label"}
-    assert config["thinkingConfig"] == {"thinkingLevel": "HIGH"} and config["temperature"] == 0.5
-    detector(server, thinking=0).detect([frame()])
-    detector(server, thinking=None).detect([frame()])
-    assert server.requests[1]["generationConfig"]["thinkingConfig"] == {"thinkingBudget": 0}
-    assert "thinkingConfig" not in server.requests[2]["generationConfig"]
-    assert "temperature" not in server.requests[2]["generationConfig"]
+    assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
 
 def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
@@ -143,9 +141,7 @@ def test_overload_is_waited_out(server: Server) -> None:
 def test_overload_that_does_not_end_concerns_one_image(server: Server) -> None:
     server.replies = [*[error(503, "UNAVAILABLE", "Overloaded.")] * 3, boxes(CUP)]
     gemini = detector(server, attempts=3)
-    with pytest.raises(
-        SpearError, match=r"0\.jpg: Gemini gave no answer after 3 attempts \(503 UNAVAILABLE: Over"
-    ):
+    with pytest.raises(RetryableError, match=r"0\.jpg: .*3 attempts.*503"):
         gemini.detect([frame(0)])
     assert len(gemini.detect([frame(1)])[0]) == 1
 
@@ -266,15 +262,14 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     for other in (
         detector(server, cache=tmp_path, vocabulary=["cup"]),
         detector(server, cache=tmp_path, model="other"),
-        detector(server, cache=tmp_path, thinking="high"),
     ):
         other.detect([frame()])
     detector(server, cache=tmp_path).detect([frame(1)])
-    assert len(server.requests) == 5
+    assert len(server.requests) == 4
     for path in tmp_path.rglob("*.json"):
         path.write_text("broken")
     detector(server, cache=tmp_path).detect([frame()])
-    assert len(server.requests) == 6
+    assert len(server.requests) == 5
     assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
@@ -308,27 +303,24 @@ def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice
     ]
     blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
     server.replies = [blocked, boxes(CUP)]
-    failures = Failures(limit=0.5)
+    skipped = Skipped(0.5, patience=200)
     gemini = detector(server, concurrency=1)
-    labels = list(label(frames, gemini, Nothing(), GroundTruthPointMap(), failures=failures, batch_size=4))
+    labels = list(label(frames, gemini, Nothing(), GroundTruthPointMap(), skipped=skipped, batch_size=4))
     assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
-    assert [source for source, _ in failures.rows] == ["0.jpg"] and "SAFETY" in failures.rows[0][1]
+    (reason,) = skipped.reasons
+    assert reason.startswith("0.jpg") and "SAFETY" in reason
     assert len(server.requests) == 4
     assert labels[0].provenance["detector"] == gemini.name
 
 
-def test_tokens_and_cost_are_counted(server: Server, tmp_path: Path) -> None:
+def test_tokens_are_counted(server: Server, tmp_path: Path) -> None:
     server.replies = [boxes(CUP)]
-    gemini = detector(server, model="gemini-3.5-flash", cache=tmp_path)
+    gemini = detector(server, cache=tmp_path)
     gemini.detect([frame(0), frame(1)])
     gemini.detect([frame(0)])
     used = gemini.usage
     assert (used.requests, used.cached, used.input_tokens, used.output_tokens) == (2, 1, 2400, 200)
-    assert gemini.bill() == (
-        "gemini-3.5-flash: 2 requests, 1 answers from the cache, 2400 tokens in, 200 out, $0.0054 "
-        "(prices of 2026-10-07)"
-    )
-    assert "cost unknown" in detector(server, model="gemini-of-tomorrow").bill()
+    assert all(number in gemini.bill() for number in ("2 requests", "1 answers", "2400", "200"))
 
 
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +334,7 @@ def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.
 
 def test_without_the_client_there_is_no_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.genai", None)
-    with pytest.raises(SpearError, match=r'pip install "spear\[label\]"'):
+    with pytest.raises(SpearError, match=r"\[label\]"):
         GeminiDetector()
 
 
@@ -362,7 +354,7 @@ def test_without_a_network_it_says_so_once_and_stops() -> None:
 
 def test_travels_to_other_processes_without_the_key(server: Server) -> None:
     server.replies = [boxes(CUP)]
-    gemini = detector(server, per_minute=6000, vocabulary=["cup"])
+    gemini = detector(server, vocabulary=["cup"])
     gemini.detect([frame()])
     data = pickle.dumps(gemini)
     assert b"secret-key" not in data
@@ -372,23 +364,44 @@ def test_travels_to_other_processes_without_the_key(server: Server) -> None:
 
 
 def test_the_name_tells_settings_apart() -> None:
-    names = {
-        GeminiDetector(**changes).name
-        for changes in (
-            {},
-            {"model": "gemini-3.5-flash"},
-            {"vocabulary": ["cup"]},
-            {"vocabulary": ["mug"]},
-            {"thinking": "high"},
-            {"temperature": 0.2},
-            {"max_side": 640},
-        )
-    }
-    assert len(names) == 7
-    assert GeminiDetector(per_minute=3, concurrency=2, attempts=9).name in names
+    changes: list[dict[str, Any]] = [
+        {}, {"model": "other"}, {"vocabulary": ["cup"]}, {"vocabulary": ["mug"]}
+    ]  # fmt: skip
+    names = {GeminiDetector(**change).name for change in changes}
+    assert len(names) == len(changes)
+    assert GeminiDetector(concurrency=2, attempts=9).name in names
 
 
-@pytest.mark.parametrize("changes", [{"attempts": 0}, {"concurrency": 0}, {"max_side": 0}, {"per_minute": 0}])
+@pytest.mark.parametrize("changes", [{"attempts": 0}, {"concurrency": 0}])
 def test_settings_without_sense_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(SpearError, match=r"at least 1|positive number"):
+    with pytest.raises(SpearError, match="at least 1"):
         GeminiDetector(**changes)
+
+
+@pytest.mark.parametrize(
+    ("headers", "details", "expected"),
+    [
+        ({}, None, None),
+        ({"retry-after": "7"}, {}, 7),
+        ({"retry-after": "soon"}, {"error": {"details": "none"}}, None),
+        ({}, {"error": {"details": [{"@type": "x/google.rpc.RetryInfo", "retryDelay": "38.5s"}]}}, 38.5),
+        (
+            {"retry-after": "50"},
+            {"error": {"details": [{"@type": "google.rpc.RetryInfo", "retryDelay": "3s"}]}},
+            50,
+        ),
+        ({}, {"error": {"details": [{"@type": "google.rpc.Help"}, 3]}}, None),
+        ({}, {"error": {"details": [{"@type": "google.rpc.RetryInfo"}]}}, None),
+    ],
+)
+def test_advice_is_read_wherever_it_stands(
+    headers: dict[str, str], details: Any, expected: float | None
+) -> None:
+    assert advised_wait(headers, details) == expected
+
+
+def test_advice_may_be_a_date() -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    wait = advised_wait({"retry-after": later}, None)
+    assert wait is not None and 60 < wait <= 90
+    assert advised_wait({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None) == 0

@@ -11,7 +11,7 @@ from spear.labels.models.pretrained import load_model
 
 
 def load(model: str | Path, **changes: Any) -> Any:
-    options: dict[str, Any] = {"kind": "sam2", "device": "cpu", "dtype": "float32", **changes}
+    options: dict[str, Any] = {"kind": "sam2", "device": "cpu", **changes}
     return load_model(Sam2Model, model=str(model), **options)
 
 
@@ -65,8 +65,6 @@ def test_broken_folders_are_said(folder: Path) -> None:
         load(folder)
 
 
-def test_impossible_devices_and_types_are_refused(folder: Path) -> None:
-    with pytest.raises(SpearError, match="device 'abacus'"):
+def test_an_impossible_device_is_refused(folder: Path) -> None:
+    with pytest.raises(SpearError, match="device abacus"):
         load(folder, device="abacus")
-    with pytest.raises(SpearError, match="dtype 'int8'"):
-        load(folder, dtype="int8")

@@ -79,15 +79,12 @@ def test_masks_are_those_of_the_plain_model(folder: str) -> None:
         said = network(
             pixel_values=preprocess(image.image, 64)[None],
             input_boxes=scale_boxes(BOXES, 40, 60, 64)[None],
-            multimask_output=True,
+            multimask_output=False,
         )
-    best = said.iou_scores[0].argmax(dim=-1)
-    expected = postprocess(said.pred_masks[0][torch.arange(4), best], 40, 60).numpy()
-    (masks,) = Sam2Segmenter(folder, multimask=True).segment([image], [asked(BOXES)])
+    expected = postprocess(said.pred_masks[0][:, 0], 40, 60).numpy()
+    (masks,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
     assert masks.dtype == bool and (masks == expected).mean() > 0.999
     assert 0.02 < masks.mean() < 0.98
-    (single,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
-    assert (single != masks).any()
 
 
 def test_images_of_a_batch_may_have_any_number_of_boxes(folder: str) -> None:
@@ -126,9 +123,3 @@ def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.M
     monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
     with pytest.raises(SpearError, match="memory is full with 2 images at a time"):
         segmenter.segment([frame(0), frame(1)], [asked(BOXES)] * 2)
-
-
-def test_the_name_tells_settings_apart(folder: str) -> None:
-    names = [Sam2Segmenter(folder).name, Sam2Segmenter(folder, multimask=True).name]
-    names.append(Sam2Segmenter(folder, dtype="bfloat16").name)
-    assert len(set(names)) == 3 and all(folder in name for name in names)

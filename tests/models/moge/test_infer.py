@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moge_reference import arrays, error, intrinsics_from_fov
-from spear.labels.fit import camera
+from spear.labels.fit import image
 from spear.models.moge.infer import (
     centred_intrinsics,
     focal_of,
@@ -98,5 +98,5 @@ def test_intrinsics_are_those_of_the_field_of_view() -> None:
 def test_unprojection_is_the_labellers() -> None:
     depth = torch.rand(2, 5, 7) + 1
     intrinsics = torch.tensor([[9.0, 0, 3], [0, 8, 2.5], [0, 0, 1]])
-    expected = camera.unproject(depth[1].numpy(), intrinsics.numpy())
+    expected = image.unproject(depth[1].numpy(), intrinsics.numpy())
     torch.testing.assert_close(unproject(depth, intrinsics.repeat(2, 1, 1))[1], torch.tensor(expected))

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from spear.labels.fit import rle
+from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.patch_classification import PatchClassification
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -23,7 +23,7 @@ def a_label() -> LabeledImage:
         mask = np.zeros((64, 64), bool)
         mask[y0:y1, x0:x1] = True
         box = np.array([x0, y0, x1, y1], np.float32)
-        objects.append(LabeledObject(name, box, rle.encode(mask), None, {}))
+        objects.append(LabeledObject(name, box, encode_mask(mask), None, {}))
     image = encode_jpeg(np.zeros((64, 64, 3), np.uint8))
     return LabeledImage(image, 64, 64, np.eye(3), objects, "metre", "test")
 
@@ -53,13 +53,15 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     wide = small.height - 2 * bar
     objects = []
     for o in small.objects:
-        mask = np.kron(rle.decode(o.mask, 64, 64)[bar : 64 - bar], np.ones((3, 3), bool))
+        mask = np.kron(decode_mask(o.mask, 64, 64)[bar : 64 - bar], np.ones((3, 3), bool))
         box = (np.asarray(o.box2d) - [0, bar, 0, bar]) * 3
-        objects.append(dataclasses.replace(o, mask=rle.encode(mask), box2d=box.astype(np.float32)))
+        objects.append(dataclasses.replace(o, mask=encode_mask(mask), box2d=box.astype(np.float32)))
     large = dataclasses.replace(small, width=192, height=3 * wide, objects=objects)
     cut = np.zeros((64, 64), bool)
     cut[bar : 64 - bar] = True
-    kept = [dataclasses.replace(o, mask=rle.encode(rle.decode(o.mask, 64, 64) & cut)) for o in small.objects]
+    kept = [
+        dataclasses.replace(o, mask=encode_mask(decode_mask(o.mask, 64, 64) & cut)) for o in small.objects
+    ]
     expected = _targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
     _, shown, cells, centre, largest = _targets(large, ["cup", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown, expected[1])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from spear.errors import SpearError, unknown_name
 from spear.evaluate.vqa.images import held_out_frames, sim_seed
 from spear.evaluate.vqa.measures import numbers
-from spear.labels.images import load_image
 from spear.labels.questions.generate import FAMILIES
 from spear.models.readout import Decode
 from spear.policy import Answer, VlmBundle
 from spear.types import Array, Frame, Pixel
+from spear.util.images import load_image
 
 
 def read_picture(where: str, size: tuple[int, int]) -> Frame:
-    """An image file (see `labels.images.load_image`), or "sim:SEED": that held-out scene at `size` (width,
+    """An image file (see `util.images.load_image`), or "sim:SEED": that held-out scene at `size` (width,
     height), whose camera is known.
 
     Raises SpearError for a file that is not there or not an image, and for a seed that is not held out.

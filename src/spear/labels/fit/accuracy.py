@@ -8,21 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.fit import rle
 from spear.labels.fit.box3d import box_from_vertices, iou, vertex_error
+from spear.labels.fit.masks import decode_mask
 from spear.types import Box3D, Frame, LabeledImage, LabeledObject
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """One labelled box against the true one: lengths in the label's unit, IoU in [0, 1]."""
-
-    name: str
-    visible: float
-    center: float
-    vertex: float
-    ordered: float
-    iou: float
 
 
 @dataclass(frozen=True)
@@ -51,10 +39,9 @@ class Accuracy:
 
 
 def instance_of(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
-    """The instance of a frame with an instance map that the object's mask covers most; 0 when it covers
-    none."""
+    """The instance of a frame that the object's mask covers most; 0 when it covers none."""
     assert frame.instances is not None
-    covered = frame.instances[rle.decode(o.mask, label.height, label.width)]
+    covered = frame.instances[decode_mask(o.mask, label.height, label.width)]
     return int(np.bincount(covered[covered > 0], minlength=1).argmax())
 
 
@@ -64,55 +51,36 @@ def box_errors(box: Box3D, true: Box3D) -> tuple[float, float, float]:
     return center, vertex_error(box.vertices, true.vertices), iou(box, true)
 
 
-def agreements(label: LabeledImage, frame: Frame) -> tuple[list[Agreement], int]:
-    """Every labelled box against the true box of the instance that its mask covers most; and how many were
-    missed.
-
-    Raises:
-        SpearError: the frame has no instance map or no true boxes.
-    """
-    if frame.instances is None or frame.boxes is None:
-        raise SpearError(
-            f"{frame.source or 'frame'}: no instances or boxes: compare with frames that have both"
-        )
-    found: dict[int, Agreement] = {}
-    for o in label.objects:
-        instance = instance_of(o, label, frame)
-        if o.box3d is None or instance not in frame.boxes:
-            continue
-        true = box_from_vertices(frame.boxes[instance])
-        center, vertex, overlap = box_errors(o.box3d, true)
-        found[instance] = Agreement(
-            name=o.name,
-            visible=float(o.scores.get("visible", 1.0)),
-            center=center,
-            vertex=vertex,
-            ordered=float(np.linalg.norm(o.box3d.vertices - true.vertices, axis=1).mean()),
-            iou=overlap,
-        )
-    present = set(np.unique(frame.instances).tolist()) & set(frame.boxes)
-    return list(found.values()), len(present - set(found))
-
-
 def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible: float = 0.0) -> Accuracy:
-    """Median errors of labels against the frames they were made from (pairwise, in order).
+    """Median errors of labels against the frames they were made from (pairwise, in order): of every labelled
+    box against the true box of the instance that its mask covers most.
 
     Args:
         min_visible: leaves out objects whose "visible" score is lower, which questions do not ask about
         either.
 
     Raises:
-        SpearError: nothing to compare.
+        SpearError: a frame without instance map or true boxes, or nothing to compare.
     """
-    rows: list[Agreement] = []
+    rows: list[tuple[float, ...]] = []
     missed = 0
     for label, frame in zip(labels, frames, strict=True):
-        found, lost = agreements(label, frame)
-        rows += [row for row in found if row.visible >= min_visible]
-        missed += lost
+        if frame.instances is None or frame.boxes is None:
+            raise SpearError(
+                f"{frame.source or 'frame'}: no instances or boxes: compare with frames that have both"
+            )
+        found: dict[int, tuple[float, tuple[float, ...]]] = {}
+        for o in label.objects:
+            instance = instance_of(o, label, frame)
+            if o.box3d is None or instance not in frame.boxes:
+                continue
+            true = box_from_vertices(frame.boxes[instance])
+            center, vertex, overlap = box_errors(o.box3d, true)
+            ordered = float(np.linalg.norm(o.box3d.vertices - true.vertices, axis=1).mean())
+            found[instance] = o.scores.get("visible", 1.0), (center, vertex, ordered, overlap)
+        rows += [errors for visible, errors in found.values() if visible >= min_visible]
+        missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
     if not rows:
         raise SpearError("accuracy: no labelled box has a true box: give frames with instances and boxes")
-    medians = {
-        k: float(np.median([getattr(r, k) for r in rows])) for k in ("center", "vertex", "ordered", "iou")
-    }
-    return Accuracy(n=len(rows), missed=missed, **medians)
+    center, vertex, ordered, overlap = np.median(rows, axis=0).tolist()
+    return Accuracy(len(rows), center, vertex, ordered, overlap, missed)

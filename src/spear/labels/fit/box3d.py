@@ -40,8 +40,7 @@ _ROUND = 0.85
 
 
 def make_box(center: Array, size: Array, axes: Array) -> Box3D:
-    """The `Box3D` of a centre [3], full side lengths [3] and unit axes [3, 3] (columns, any order and
-    signs)."""
+    """The `Box3D` of a centre [3], full sizes [3] and unit axes [3, 3] (columns, any order and signs)."""
     order, signs = _camera_like(axes)
     rotation = axes[:, order] * signs
     size = np.asarray(size)[list(order)]
@@ -259,8 +258,7 @@ def _intersection(a: Box3D, b: Box3D) -> float:
 
 
 def _inside(a: Box3D, b: Box3D) -> Array:
-    """[n, 3] corners of `a` inside `b`, and crossings of `a`'s edges with `b`'s faces; camera frame,
-    float64."""
+    """[n, 3] corners of `a` inside `b`, and crossings of `a`'s edges with `b`'s faces; float64."""
     axes, half = b.rotation.astype(np.float64), b.size.astype(np.float64) / 2
     center = b.center.astype(np.float64)
     local = (a.vertices.astype(np.float64) - center) @ axes

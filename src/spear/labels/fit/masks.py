@@ -1,4 +1,4 @@
-"""Which pixels are an object's, and how deep they are, where masks and depth are estimates.
+"""Masks of objects: as run lengths; and which pixels are an object's, where masks and depth are estimates.
 
 The outline of an estimated mask is off by a pixel or two, and estimated depth slides over it from the object
 to what is behind ("flying pixels"). Geometry mends both: pixels near the outline are decided anew by where
@@ -9,26 +9,50 @@ Depth is handled as its inverse, which is straight along pixels on every plane: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
+from spear.errors import SpearError
 from spear.labels.fit.points import NEAR, Plane
 from spear.types import Array
 
 APART = 0.01
 """Object and background that differ in depth by more than this fraction of it are told apart by it."""
 FLYING = 0.005
-"""A pixel of the outline flies when it is off what the inside leads to by more than this fraction of its
-depth."""
+"""A pixel of the outline flies when the inside leads to another depth by more than this fraction of it."""
 LEVEL = 0.0025
 """Exact points nearer to the support than this fraction of their distance may lie on it."""
 NOISY = 5e-4
 """Relative depth noise (`points.noise_level`) from which on depth is smoothed."""
 
 
+def encode_mask(mask: Array) -> list[int]:
+    """A mask [h, w] bool as run lengths, COCO's convention: alternating counts of zeros and ones, column by
+    column, zeros first (0 when the first pixel is set); they sum to h·w."""
+    flat = np.asarray(mask, dtype=bool).ravel(order="F")
+    if flat.size == 0:
+        return []
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    edges = np.concatenate([[0, 0] if flat[0] else [0], changes, [flat.size]])
+    runs: list[int] = np.diff(edges).tolist()
+    return runs
+
+
+def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
+    """The mask [height, width] bool of run lengths; `SpearError` when they do not add up to its size."""
+    counts = np.asarray(runs, dtype=np.int64)
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise SpearError(
+            f"mask run lengths: they cover {counts.sum()} pixels, not {height}×{width}: label the image again"
+        )
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return flat.reshape((height, width), order="F")
+
+
 def erode(mask: Array, pixels: int) -> Array:
-    """The mask [h, w] without its outermost `pixels` (4-neighbourhood); the image's own edge does not
-    erode."""
+    """The mask [h, w] without its outermost `pixels` (4-neighbourhood), but for those at the image's edge."""
     for _ in range(pixels):
         padded = np.pad(mask, 1, mode="edge")
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -103,8 +127,7 @@ def _inverse(points: Array, where: Array) -> Array:
 
 
 def _level(beside: Array, plane: Plane) -> float:
-    """The height of the support near an object: of the points [n, 3] beside it that are about on the
-    plane."""
+    """The height of the support near an object: of the points [n, 3] beside it that are near the plane."""
     heights = beside @ plane.up
     heights = heights[np.abs(heights - plane.height) < 2 * NEAR * beside[:, 2]]
     return float(np.median(heights)) if len(heights) >= 8 else plane.height

@@ -22,8 +22,7 @@ _GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
 
 @dataclass(frozen=True)
 class Plane:
-    """The points p with up · p = height; up [3] is a unit vector, camera frame, pointing away from the
-    support."""
+    """The points p with up · p = height; up [3] is a unit vector away from the support, camera frame."""
 
     up: Array
     height: float

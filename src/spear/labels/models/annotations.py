@@ -1,4 +1,4 @@
-"""Detector and segmenter that read what somebody has annotated: see `coco` and `egoexo` for the formats.
+"""Detector and segmenter that read what somebody has annotated: COCO's JSON, or Ego-Exo4D's relations.
 
 Annotated masks are used as they are. Where a file does not know an image, or knows no mask of an object,
 another detector or segmenter can take over.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.fit.boxes2d import clip, iou2d, tight_box
+from spear.labels.fit.image import clip, iou2d, tight_box
+from spear.labels.fit.masks import decode_mask
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 
@@ -73,8 +75,8 @@ class Annotation:
         rows, columns = self.size or (height, width)
         if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
             raise SpearError(
-                f"annotation of {self.name!r} is for an image of {columns}×{rows}, this one is {width}×{height}: "
-                "give the image that was annotated, at most resized"
+                f"annotation of {self.name!r} is for an image of {columns}×{rows}, this one is "
+                f"{width}×{height}: give the image that was annotated, at most resized"
             )
         return rows, columns
 
@@ -85,8 +87,7 @@ class Annotations(Protocol):
     name: str
 
     def find(self, source: str) -> list[Annotation] | None:
-        """What is annotated in the image of this source (see `Frame`); None when the file does not know
-        it."""
+        """What is annotated in the image of this source (see `Frame`); None for one that it does not know."""
         ...
 
 
@@ -108,8 +109,8 @@ class FileDetector:
         unknown = [frame for frame, annotated in zip(frames, found, strict=True) if annotated is None]
         if unknown and self.otherwise is None:
             raise SpearError(
-                f"{unknown[0].source}: not in {self.annotations.name}: name images as that file does, or add a "
-                "detector for the others"
+                f"{unknown[0].source}: not in {self.annotations.name}: name images as that file does, or "
+                "add a detector for the others"
             )
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
         return [
@@ -141,16 +142,17 @@ class FileSegmenter:
             results.append(masks)
             if missing:
                 rest.append((frame, masks, missing, [found[i] for i in missing]))
-        if rest and self.otherwise is None:
+        if not rest:
+            return results
+        if self.otherwise is None:
             frame, _, _, without = rest[0]
             raise SpearError(
-                f"{frame.source}: no mask of {without[0].name!r} in {self.annotations.name}: add a segmenter for "
-                "objects without one"
+                f"{frame.source}: no mask of {without[0].name!r} in {self.annotations.name}: add a "
+                "segmenter for objects without one"
             )
-        if rest and self.otherwise is not None:
-            made = self.otherwise.segment([frame for frame, *_ in rest], [without for *_, without in rest])
-            for (_, masks, missing, _), others in zip(rest, made, strict=True):
-                masks[missing] = others
+        made = self.otherwise.segment([frame for frame, *_ in rest], [without for *_, without in rest])
+        for (_, masks, missing, _), others in zip(rest, made, strict=True):
+            masks[missing] = others
         return results
 
     def _masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
@@ -183,6 +185,12 @@ def _detections(frame: Frame, annotated: Sequence[Annotation]) -> list[Detection
     ]
 
 
+def open_annotations(path: str | Path) -> Annotations:
+    """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations."""
+    content, _ = load_json(Path(path), "")
+    return CocoAnnotations(path) if "images" in content else RelationAnnotations(path)
+
+
 def load_json(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     """The JSON object in a file, and its name for the provenance: kind, file name and a hash of the content.
 
@@ -204,3 +212,230 @@ def load_json(path: Path, kind: str) -> tuple[dict[str, Any], str]:
 def path_parts(path: str) -> list[str]:
     """The folders and the file of a path, whichever slashes it has; "#" separates like a slash."""
     return [part for part in re.split(r"[\\/#]+", path) if part not in ("", ".")]
+
+
+class CocoAnnotations:
+    """The objects in a COCO JSON file, by image.
+
+    An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
+    Annotations of crowds (`iscrowd`) are left out: they are no instances. Annotations without a box get the
+    tight box of their mask.
+
+    Raises:
+        SpearError: no such file, or not COCO's JSON; from `find`, a source that fits several images; from
+            masks, run lengths of the wrong size.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        content, self.name = load_json(self.path, "coco")
+        self._by_file: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
+        self._objects: dict[Any, list[Annotation]] = {}
+        try:
+            categories = {c["id"]: str(c["name"]) for c in content["categories"]}
+            sizes = {}
+            for image in content["images"]:
+                parts = path_parts(image["file_name"])
+                self._by_file[parts[-1]].append((parts, image["id"]))
+                self._objects[image["id"]] = []
+                if "height" in image and "width" in image:
+                    sizes[image["id"]] = (int(image["height"]), int(image["width"]))
+            for a in content["annotations"]:
+                if not a.get("iscrowd"):
+                    size = sizes.get(a["image_id"])
+                    name = categories[a["category_id"]]
+                    self._objects[a["image_id"]].append(_coco_annotation(a, name, size))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise SpearError(
+                f"{self.path}: not COCO's JSON of instances ({type(error).__name__}: {error}): give a "
+                "file with images, annotations and categories"
+            ) from error
+
+    def find(self, source: str) -> list[Annotation] | None:
+        """See `Annotations.find`."""
+        asked = path_parts(source)
+        common = {}
+        for known, image in self._by_file.get(asked[-1], ()) if asked else ():
+            length = min(len(asked), len(known))
+            if asked[-length:] == known[-length:]:
+                common[image] = length
+        best = [image for image, length in common.items() if length == max(common.values())]
+        if len(best) > 1:
+            raise SpearError(f"{source}: fits {len(best)} images of {self.path}: name its folder too")
+        return self._objects[best[0]] if best else None
+
+
+def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int] | None) -> Annotation:
+    outline = _outline(a["segmentation"]) if a.get("segmentation") else None
+    box = None
+    if "bbox" in a:
+        x, y, w, h = (float(v) for v in a["bbox"])
+        box = np.array([x, y, x + w, y + h])
+    elif outline is None:
+        raise ValueError(f"annotation {a.get('id')} has neither a box nor a mask")
+    return Annotation(name, box, size, outline, float(a.get("score", 1.0)))
+
+
+def _outline(segmentation: Any) -> Callable[[int, int], Array]:
+    """(height, width) → mask [height, width] of a COCO `segmentation`."""
+    if isinstance(segmentation, list):
+        return lambda height, width: polygon_mask(segmentation, height, width)
+    counts, size = segmentation["counts"], tuple(segmentation["size"])
+
+    def outline(height: int, width: int) -> Array:
+        if size != (height, width):
+            raise SpearError(f"mask of {size[1]}×{size[0]} in an image of {width}×{height}: repair the file")
+        return decode_mask(run_lengths(counts) if isinstance(counts, str) else counts, height, width)
+
+    return outline
+
+
+def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
+    """The union [height, width] bool of polygons, each x0, y0, x1, y1, … in pixels, filled by COCO's rule.
+
+    Raises:
+        SpearError: a polygon of an odd number of coordinates, fewer than three points, or not finite.
+    """
+    for polygon in polygons:
+        corners = np.asarray(polygon, np.float64)
+        if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
+            raise SpearError(
+                f"polygon of {corners.size} numbers: give x, y of three points or more, all finite"
+            )
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise SpearError('COCO polygons need pycocotools: pip install "spear-vla[label]"') from error
+    mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
+    return mask.astype(bool)
+
+
+def run_lengths(text: str) -> list[int]:
+    """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
+
+    Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
+    makes it printable. From the third on, it is the difference from the run two before. Not by pycocotools,
+    which takes a string that is cut off for a mask, filled up with what was in memory.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64:
+            raise SpearError(f"compressed mask: {letter!r} is not part of one: give COCO run lengths")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise SpearError("compressed mask: it ends in the middle of a number: give the whole string")
+    return runs
+
+
+class RelationAnnotations:
+    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
+
+    The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`, `cam04`),
+    and ends in the number of the frame in the frame-aligned video, in any spelling of a path:
+    `takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270` or `<take uid>/cam04/270.jpg`.
+
+    The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without finding any
+    object is known, and empty. Images may be smaller than the video was: masks are resized to them.
+
+    Raises:
+        SpearError: no such file, or not relations; from masks, one that cannot be decoded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        content, self.name = load_json(self.path, "ego-exo4d relations")
+        self._takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
+        try:
+            for uid, take in content.get("annotations", content).items():
+                cameras = _cameras(take["object_masks"])
+                self._takes[uid] = self._takes[str(take["take_name"])] = cameras
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SpearError(
+                f"{self.path}: not Ego-Exo4D's relations ({type(error).__name__}: {error}): give "
+                "relations_train.json or relations_val.json"
+            ) from error
+
+    def find(self, source: str) -> list[Annotation] | None:
+        """See `Annotations.find`."""
+        parts = [re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in path_parts(source)]
+        take = max((i for i, part in enumerate(parts) if part in self._takes), default=None)
+        if take is None:
+            return None
+        cameras = self._takes[parts[take]]
+        camera = next((part for part in parts[take + 1 : -1] if part in cameras), None)
+        number = re.search(r"\d+$", parts[-1])
+        return None if camera is None or number is None else cameras[camera].get(int(number.group()))
+
+
+def _cameras(masks: Mapping[str, Any]) -> dict[str, dict[int, list[Annotation]]]:
+    """camera -> frame -> objects, from the `object_masks` of a take."""
+    cameras: dict[str, dict[int, list[Annotation]]] = {}
+    for thing, views in masks.items():
+        name = re.sub(r"_\d+$", "", thing)
+        for camera, view in views.items():
+            frames = cameras.setdefault(camera, {})
+            for number in view.get("annotated_frames", ()):
+                frames.setdefault(int(number), [])
+            for number, entry in view["annotation"].items():
+                frames.setdefault(int(number), []).append(_relation(name, entry))
+    return cameras
+
+
+def _relation(name: str, entry: Mapping[str, Any]) -> Annotation:
+    encoded = entry["encodedMask"]
+
+    def outline(height: int, width: int) -> Array:
+        return decode_mask(run_lengths(decompress(encoded)), height, width)
+
+    return Annotation(name, None, (int(entry["height"]), int(entry["width"])), outline)
+
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-$"
+_VALUES = {letter: value for value, letter in enumerate(_LETTERS)}
+
+
+def decompress(text: str) -> str:
+    """Undo lz-string's `compressToEncodedURIComponent`, in which the compressed run lengths are written.
+
+    The letters are a stream of bits, six each, highest first. The numbers in it are written lowest bit first
+    and name words of a dictionary that grows by each word's first letter put after the word before; they are
+    as wide as its next free place needs. Three have a meaning of their own: 0 and 1 bring a new letter of 8
+    or 16 bits, 2 ends the text.
+
+    Raises:
+        SpearError: the text is not such a stream, or not all of it.
+    """
+    broken = SpearError("Ego-Exo4D mask: not an lz-string: give the file as it was published")
+    if not set(text) <= _VALUES.keys():
+        raise broken
+    bits = [_VALUES[letter] >> i & 1 for letter in text for i in range(5, -1, -1)]
+    position = 0
+
+    def number(width: int) -> int:
+        nonlocal position
+        position += width
+        if position > len(bits):
+            raise broken
+        return sum(bit << i for i, bit in enumerate(bits[position - width : position]))
+
+    words, pieces = ["", "", ""], [""]
+    while (code := number(len(words).bit_length())) != 2:
+        if code < 2:
+            words.append(chr(number(8 if code == 0 else 16)))
+            code = len(words) - 1
+        if code > len(words) or (code == len(words) and not pieces[-1]):
+            raise broken
+        word = words[code] if code < len(words) else pieces[-1] + pieces[-1][0]
+        if pieces[-1]:
+            words.append(pieces[-1] + word[0])
+        pieces.append(word)
+    return "".join(pieces)

@@ -1,44 +1,93 @@
 """Gemini as a detector: one request per image, boxes and names as structured JSON.
 
-The paper's images were labelled so; which of Gemini's models is our choice. The prompt, and how answers are
-read, are in `gemini_answer`.
+The paper's images were labelled so; which of Gemini's models is our choice, and so is the prompt. Retries are
+ours: those of Google's client neither wait as long as the service asks nor stop when the day's quota is used
+up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from spear.errors import RetryableError, SpearError
-from spear.labels.models.gemini_answer import PROMPT, SCHEMA, VOCABULARY, Unusable, answer_text, parse
+from spear.errors import RetryableError, SpearError, first_line
+from spear.labels.fit.image import iou2d
 from spear.labels.models.protocols import Detection
-from spear.labels.models.remote import PRICES_READ, AnswerCache, Pace, Usage, advised_wait, backoff, price
 from spear.types import Array, Frame
+from spear.util.files import write_text
 from spear.util.images import encode_jpeg
 
 MODEL = "gemini-3.8-flash"
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 """Where the key is looked for in the environment, in this order."""
-
 MAX_TOKENS = 16384
 """Of an answer with its thinking; ends the rare answer that repeats itself for ever."""
+THINKING = "low"
+"""How much it thinks before it answers."""
+MAX_SIDE = 1536
+"""Larger images are sent scaled down to this many pixels."""
+TIMEOUT = 120.0
+"""Seconds for one request."""
+LONGEST_WAIT = 120.0
+"""Seconds between attempts at most. A service that asks for more has no quota left."""
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FATAL = (401, 403, 404)
 _ANSWERS = 2
 """How many unusable answers are paid for before an image is given up."""
+
+PROMPT = (
+    "Detect the distinct physical objects in this image that one could point at, pick up or use: tools, "
+    "food, containers, appliances, furniture, parts of a machine, hands and people. Leave out walls, "
+    "floors, shadows, reflections and printed pictures. List every instance on its own, at most 40, the "
+    "most prominent first. The box is tight around the visible part. The label is a short lower-case noun "
+    "phrase that names the object; where several of a kind are visible and a colour, material or use "
+    "tells them apart, say it in the label."
+)
+"""The wording is our choice."""
+VOCABULARY = " Detect only objects of these kinds, and label each with exactly one of these names: {names}."
+SCHEMA: dict[str, Any] = {
+    "type": "ARRAY",
+    "items": {
+        "type": "OBJECT",
+        "properties": {
+            "box_2d": {"type": "ARRAY", "items": {"type": "INTEGER"}, "minItems": 4, "maxItems": 4},
+            "label": {"type": "STRING"},
+        },
+        "required": ["box_2d", "label"],
+    },
+}
+
+
+@dataclass
+class Usage:
+    """What was asked so far.
+
+    requests  that reached the service; those that it refused count too.
+    cached    answers that cost nothing, since they were known already.
+    input_tokens, output_tokens  as the service counts them, thinking among the output.
+    """
+
+    requests: int = 0
+    cached: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 class GeminiDetector:
@@ -48,27 +97,18 @@ class GeminiDetector:
     as long as the service asks or with exponential backoff; an unusable answer is asked for once more. An
     image that is refused or stays unanswered is a `SpearError` of its own. What would fail for every image
     (key, model, daily quota, no network) makes no further requests: every following image fails at once, with
-    the same message. These failures, and images that stay unanswered, are a `RetryableError`: later the
-    images may go well.
+    the same message. These failures, and images that stay unanswered, are a `RetryableError`.
 
     Answers are kept by image, prompt and settings, so that a repeated run costs nothing, and a failure in a
     batch does not make the rest of it be asked again.
 
     Args:
         model: name of the model.
-        vocabulary: the only names to detect; None for whatever is there.
-        cache: folder of answers; None keeps the last ones in memory.
+        vocabulary: the only names to detect; none for whatever is there.
+        cache: folder of answers, which several processes may share; None keeps them in memory.
         concurrency: requests at the same time.
-        per_minute: most requests per minute; None for no limit of ours.
-        thinking: "minimal", "low", "medium" or "high" for Gemini 3 and later, a budget of tokens for Gemini
-            2.5, None for the model's default.
-        temperature: None for the model's default, which Gemini 3 wants.
-        max_side: larger images are sent scaled down to this many pixels.
         attempts: requests per image, overload included.
-        first_wait, longest_wait: seconds, of the backoff. A service that asks for more than the longest is
-        taken to
-            have no quota left.
-        timeout: seconds for one request.
+        first_wait: seconds after the first failure; doubled after each.
         base_url: another address of the API.
 
     Raises:
@@ -79,34 +119,24 @@ class GeminiDetector:
         self,
         model: str = MODEL,
         *,
-        vocabulary: Sequence[str] | None = None,
+        vocabulary: Sequence[str] = (),
         cache: str | Path | None = None,
         concurrency: int = 8,
-        per_minute: float | None = None,
-        thinking: str | int | None = "low",
-        temperature: float | None = None,
-        max_side: int = 1536,
         attempts: int = 6,
         first_wait: float = 1.0,
-        longest_wait: float = 120.0,
-        timeout: float = 120.0,
         base_url: str | None = None,
     ) -> None:
-        if min(attempts, concurrency, max_side) < 1:
-            raise SpearError("Gemini: attempts, concurrency and max_side are at least 1")
-        self.model, self.max_side = model, max_side
+        if min(attempts, concurrency) < 1:
+            raise SpearError("Gemini: attempts and concurrency are at least 1")
+        self.model, self.cache, self.concurrency = model, cache, concurrency
+        self.attempts, self.first_wait, self.base_url = attempts, first_wait, base_url
         self.prompt = PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
-        self.thinking, self.temperature = thinking, temperature
-        self.cache, self.concurrency, self.per_minute = cache, concurrency, per_minute
-        self.attempts, self.first_wait, self.longest_wait = attempts, first_wait, longest_wait
-        self.timeout, self.base_url = timeout, base_url
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
-        warmth = "" if temperature is None else f", temperature {temperature:g}"
-        self.name = f"gemini {model} (prompt {prompt}, thinking {thinking}{warmth}, max side {max_side})"
+        self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
         self._start()
 
     def _start(self) -> None:
-        """What does not travel to another process: the connection, the pace, the memory."""
+        """What does not travel to another process: the connection, the answers, the counts."""
         try:
             genai = importlib.import_module("google.genai")
         except ImportError as error:
@@ -115,22 +145,21 @@ class GeminiDetector:
         if key is None:
             raise SpearError(f"Gemini: no key: set {KEYS[0]} (get one at https://aistudio.google.com/apikey)")
         self._types, self._errors = genai.types, genai.errors
-        timeout = int(1000 * self.timeout)
-        options = genai.types.HttpOptions(base_url=self.base_url, api_version="v1beta", timeout=timeout)
+        options = genai.types.HttpOptions(
+            base_url=self.base_url, api_version="v1beta", timeout=int(1000 * TIMEOUT)
+        )
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
         self._offline = _transport_errors()
-        self._pace = Pace(self.per_minute)
-        self._answers = AnswerCache(self.cache)
+        self._kept: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._failed: dict[str, SpearError] = {}
         self._fatal: str | None = None
         self._reached = False
+        self._held = 0.0  # until then (monotonic seconds) the service wants no requests
         self.usage = Usage()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
-        del kept["usage"]
-        return kept
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "usage"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -144,32 +173,25 @@ class GeminiDetector:
         return [answer.result() for answer in asked]
 
     def bill(self) -> str:
-        """What was asked so far, and what it cost at list price."""
+        """What was asked so far, in requests and tokens."""
         u = self.usage
-        dollars = u.dollars(price(self.model, datetime.now(UTC).date()))
-        cost = "cost unknown" if dollars is None else f"${dollars:.4f} (prices of {PRICES_READ})"
         return (
-            f"{self.model}: {u.requests} requests, {u.cached} answers from the cache, {u.input_tokens} tokens in, "
-            f"{u.output_tokens} out, {cost}"
+            f"{self.model}: {u.requests} requests, {u.cached} answers from the cache, {u.input_tokens} "
+            f"tokens in, {u.output_tokens} out"
         )
 
     def _detect(self, frame: Frame, batch: bool) -> list[Detection]:
-        """The objects of one image; of a batch, which is asked again image by image when one fails, the
-        failure is remembered once."""
+        """The objects of one image. A batch in which one fails is asked again image by image, so the failure
+        of an image of a batch is remembered once."""
         key = self._key(frame.image)
         with self._lock:
             if (failure := self._failed.pop(key, None)) is not None:
                 raise failure
-        answer = self._answers.get(key)
-        if answer is not None:
-            try:
-                found = parse(answer["text"], *frame.image.shape[:2])
-            except (KeyError, Unusable):
-                pass
-            else:
-                with self._lock:
-                    self.usage.cached += 1
-                return found
+        with contextlib.suppress(KeyError, Unusable):
+            found = parse(self._known(key)["text"], *frame.image.shape[:2])
+            with self._lock:
+                self.usage.cached += 1
+            return found
         try:
             text, found = self._ask(frame)
         except SpearError as error:
@@ -177,14 +199,30 @@ class GeminiDetector:
                 with self._lock:
                     self._failed[key] = error
             raise
+        answer = {"model": self.model, "text": text}
+        if self.cache is None:
+            self._kept[key] = answer
+            return found
         try:
-            self._answers.put(key, {"model": self.model, "text": text})
+            write_text(self._file(key), json.dumps(answer))
         except SpearError as error:
-            raise self._stop(str(error)) from error
+            raise self._stop(f"cannot keep an answer: {error}, or choose another cache folder") from error
         return found
 
+    def _known(self, key: str) -> dict[str, str]:
+        """An answer that was kept; an empty one when there is none that can be read."""
+        with contextlib.suppress(OSError, ValueError):
+            answer = (
+                self._kept.get(key, {}) if self.cache is None else json.loads(self._file(key).read_bytes())
+            )
+            return answer if isinstance(answer, dict) else {}
+        return {}
+
+    def _file(self, key: str) -> Path:
+        return Path(self.cache or "") / key[:2] / f"{key}.json"
+
     def _key(self, image: Array) -> str:
-        asked = [self.model, self.prompt, SCHEMA, self.thinking, self.temperature, self.max_side, image.shape]
+        asked = [self.model, self.prompt, SCHEMA, THINKING, None, MAX_SIDE, image.shape]
         hashed = hashlib.sha256(json.dumps(asked).encode())
         hashed.update(np.ascontiguousarray(image).tobytes())
         return hashed.hexdigest()
@@ -196,21 +234,23 @@ class GeminiDetector:
         for attempt in range(self.attempts):
             if self._fatal is not None:
                 raise RetryableError(self._fatal)
-            self._pace.wait()
-            wait = backoff(attempt, self.first_wait, self.longest_wait)
+            while (rest := self._held - time.monotonic()) > 0:
+                time.sleep(rest)
+            # less up to half by chance, so that many clients do not come back at once
+            wait = min(LONGEST_WAIT, self.first_wait * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 response = self._client.models.generate_content(
                     model=self.model, contents=contents, config=self._config()
                 )
             except self._errors.APIError as error:
                 self._count()
-                wait = self._wait(error, where, wait)
-                reason = _reason(error)
+                reason = f"{error.code} {error.status or ''}: {first_line(error.message or '')[:200]}".strip()
+                wait = self._wait(error, reason, where, wait)
             except self._offline as error:
-                reason = f"no connection: {_first_line(error)}"
+                reason = f"no connection: {first_line(error)[:200]}"
             except ValueError as error:  # the client could not read the response
                 self._count()
-                reason, unusable = f"unreadable response: {_first_line(error)}", unusable + 1
+                reason, unusable = f"unreadable response: {first_line(error)[:200]}", unusable + 1
             else:
                 self._count(response.usage_metadata)
                 try:
@@ -228,13 +268,12 @@ class GeminiDetector:
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
         )
 
-    def _wait(self, error: Any, where: str, wait: float) -> float:
+    def _wait(self, error: Any, reason: str, where: str, wait: float) -> float:
         """Seconds until the next attempt after an error of the service.
 
         Raises:
             SpearError: there is no point in another attempt.
         """
-        reason = _reason(error)
         if error.code in _FATAL or "API_KEY_INVALID" in json.dumps(error.details, default=str):
             hint = "choose another model" if error.code == 404 else f"check the key in {' or '.join(KEYS)}"
             raise self._stop(f"{reason}: {hint}")
@@ -245,9 +284,10 @@ class GeminiDetector:
         advised = advised_wait(getattr(error.response, "headers", {}), error.details)
         if advised is None:
             return wait
-        if advised > self.longest_wait:
+        if advised > LONGEST_WAIT:
             raise self._stop(f"no quota left for {advised:.0f} s ({reason}): label again later")
-        self._pace.hold(advised)
+        with self._lock:
+            self._held = max(self._held, time.monotonic() + advised)
         return advised
 
     def _stop(self, message: str) -> RetryableError:
@@ -260,48 +300,123 @@ class GeminiDetector:
             self.usage.requests += 1
             if tokens is not None:
                 self.usage.input_tokens += tokens.prompt_token_count or 0
-                self.usage.output_tokens += (tokens.candidates_token_count or 0) + (
-                    tokens.thoughts_token_count or 0
-                )
+                self.usage.output_tokens += tokens.candidates_token_count or 0
+                self.usage.output_tokens += tokens.thoughts_token_count or 0
 
     def _image(self, image: Array) -> Any:
         height, width = image.shape[:2]
-        scale = self.max_side / max(height, width)
+        scale = MAX_SIDE / max(height, width)
         if scale < 1:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
         return self._types.Part.from_bytes(data=encode_jpeg(image), mime_type="image/jpeg")
 
     def _config(self) -> Any:
-        if self.thinking is None:
-            thinking = None
-        elif isinstance(self.thinking, int):
-            thinking = self._types.ThinkingConfig(thinking_budget=self.thinking)
-        else:
-            thinking = self._types.ThinkingConfig(thinking_level=self.thinking.upper())
         return self._types.GenerateContentConfig(
             response_mime_type="application/json",
             response_schema=SCHEMA,
-            temperature=self.temperature,
             max_output_tokens=MAX_TOKENS,
-            thinking_config=thinking,
+            thinking_config=self._types.ThinkingConfig(thinking_level=THINKING),
         )
-
-
-def _reason(error: Any) -> str:
-    return f"{error.code} {error.status or ''}: {_first_line(error.message or '')}".strip()
-
-
-def _first_line(text: object) -> str:
-    return (str(text).splitlines() or [type(text).__name__])[0][:200]
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
     """What the client's HTTP library (either of two) raises when the service cannot be reached."""
     found: list[type[Exception]] = []
     for name in ("httpx2", "httpx"):
-        try:
+        with contextlib.suppress(ImportError):
             found.append(importlib.import_module(name).TransportError)
-        except ImportError:
-            continue
     return tuple(found)
+
+
+class Unusable(ValueError):
+    """An answer that is not what was asked for."""
+
+
+def parse(text: str, height: int, width: int) -> list[Detection]:
+    """Gemini's answer, boxes [ymin, xmin, ymax, xmax] in thousandths of the image, to detections in pixels.
+
+    Boxes are cut at the edge of the image; those of less than a pixel inside it are left out, and so is a box
+    that was given before (same label, IoU above 0.9).
+
+    Raises:
+        Unusable: the text is not what the schema says.
+    """
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"not JSON ({error})") from error
+    if not isinstance(items, list):
+        raise Unusable(f"a {type(items).__name__}, not a list")
+    found: list[Detection] = []
+    for item in items:
+        box, label = _item(item)
+        y0, x0, y1, x1 = (
+            np.clip(v / 1000, 0, 1) * side for v, side in zip(box, (height, width) * 2, strict=True)
+        )
+        pixels = np.array([x0, y0, x1, y1], np.float32)
+        again = any(d.name == label and float(iou2d(d.box2d, pixels)) > 0.9 for d in found)
+        if label and min(x1 - x0, y1 - y0) >= 1 and not again:
+            found.append(Detection(label, pixels))
+    return found
+
+
+def _item(item: Any) -> tuple[list[float], str]:
+    if not isinstance(item, dict) or not isinstance(item.get("label"), str):
+        raise Unusable("an object without a label")
+    box = item.get("box_2d")
+    numbers = isinstance(box, list) and all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
+    if not isinstance(box, list) or not numbers or len(box) != 4:
+        raise Unusable(f"box_2d of {item['label']!r} is not four numbers")
+    return box, " ".join(item["label"].encode(errors="ignore").decode().lower().split())
+
+
+def answer_text(response: Any, where: str) -> str:
+    """The answer's text.
+
+    Raises:
+        SpearError: Gemini refused to answer.
+        Unusable: the answer is cut off or empty.
+    """
+    feedback = response.prompt_feedback
+    if feedback is not None and feedback.block_reason:
+        raise SpearError(f"{where}: Gemini blocked the image ({_text(feedback.block_reason)}): leave it out")
+    candidate = response.candidates[0] if response.candidates else None
+    end = "" if candidate is None else _text(candidate.finish_reason)
+    if end not in ("STOP", "MAX_TOKENS", ""):
+        raise SpearError(f"{where}: Gemini refused to answer ({end}): leave the image out")
+    parts = candidate.content.parts if candidate is not None and candidate.content is not None else None
+    text = "".join(part.text for part in parts or () if part.text and not part.thought)
+    if end == "MAX_TOKENS":
+        raise Unusable("cut off at the limit of tokens")
+    if not text:
+        raise Unusable("empty")
+    return text
+
+
+def _text(enum: Any) -> str:
+    return str(getattr(enum, "value", enum) or "")
+
+
+def advised_wait(headers: Mapping[str, str], details: Any) -> float | None:
+    """Seconds that a refusing service asks to wait; None when it does not say.
+
+    Args:
+        headers: of the response; `Retry-After` in seconds or as a date.
+        details: the JSON of the response, whose error may hold a `google.rpc.RetryInfo` ("38s"). The longer
+            of the two counts.
+    """
+    waits = []
+    if value := headers.get("retry-after"):
+        try:
+            waits.append(float(value))
+        except ValueError:
+            with contextlib.suppress(TypeError, ValueError):
+                waits.append((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    error = details.get("error") if isinstance(details, dict) else None
+    entries = error.get("details") if isinstance(error, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
+            with contextlib.suppress(ValueError):
+                waits.append(float(str(entry.get("retryDelay", "")).removesuffix("s")))
+    return max(0.0, *waits) if waits else None

@@ -8,8 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from spear.errors import SpearError
-from spear.labels.fit.boxes2d import iou2d
-from spear.labels.fit.camera import unproject
+from spear.labels.fit.image import iou2d, unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 

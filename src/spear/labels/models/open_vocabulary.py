@@ -6,74 +6,68 @@ key. Both networks are Transformers'. Thresholds and the suppression of boxes on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.fit.boxes2d import clip, suppress
+from spear.labels.fit.image import clip, suppress
 from spear.labels.models.pretrained import digest, enough_memory, load_model, load_processor
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
+PROMPT = "a photo of a {}"
+"""What OWLv2 is told for a name."""
+
 
 class GroundingDinoDetector:
-    """Finds the objects of a vocabulary, or those that a caption speaks of.
+    """Finds the objects of a vocabulary.
 
-    Of a vocabulary, an object has the name whose best token fits it best; one too long for a prompt is asked
-    in several. Of a caption, it has the words that fit it, in the order of the caption.
+    An object has the name whose best token fits it best. A vocabulary too long for a prompt is asked in
+    several.
 
     Args:
         model: name on the Hub, or folder.
         vocabulary: names to look for.
-        caption: a text instead.
         threshold: lowest score of a detection.
-        text_threshold: how well a word of a caption must fit to become part of the name.
         overlap: of two boxes with a higher IoU the better stays.
-        device, dtype: see `load_model`.
+        device: see `load_model`.
 
     Raises:
-        SpearError: not exactly one of vocabulary and caption, an empty or too long one, or no such model.
+        SpearError: an empty vocabulary, a name too long for a prompt, or no such model.
     """
 
     def __init__(
         self,
         model: str = "IDEA-Research/grounding-dino-base",
         *,
-        vocabulary: Sequence[str] | None = None,
-        caption: str | None = None,
+        vocabulary: Sequence[str],
         threshold: float = 0.3,
-        text_threshold: float = 0.25,
         overlap: float = 0.7,
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str = "auto",
     ) -> None:
         from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 
-        if (vocabulary is None) == (caption is None):
-            raise SpearError("Grounding DINO: give either a vocabulary or a caption")
-        names = None if vocabulary is None else _names(vocabulary, "Grounding DINO")
-        self.threshold, self.text_threshold, self.overlap = threshold, text_threshold, overlap
-        self.device = device
+        names = _names(vocabulary, "Grounding DINO")
+        self.threshold, self.overlap = threshold, overlap
         self._processor = load_processor(GroundingDinoProcessor, "grounding-dino", model)
-        self._network = load_model(GroundingDinoForObjectDetection, "grounding-dino", model, device, dtype)
-        self._length = int(self._network.config.max_text_len)
-        self._prompts = self._split(names) if names is not None else [(self._one(caption or ""), None)]
-        asked = f"caption {digest(caption or '')}, text threshold {text_threshold:g}"
-        if names is not None:
-            asked = f"{len(names)} names {digest(', '.join(names))}"
-        self.name = (
-            f"grounding-dino {model} ({asked}, threshold {threshold:g}, overlap {overlap:g}{_kind(dtype)})"
-        )
+        self._network = load_model(GroundingDinoForObjectDetection, "grounding-dino", model, device)
+        self._prompts = self._split(names)
+        asked = f"{len(names)} names {digest(', '.join(names))}"
+        self.name = f"grounding-dino {model} ({asked}, threshold {threshold:g}, overlap {overlap:g})"
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
+        # Images of one size need no padding, so what is found in one does not depend on the others.
+        sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, frame in enumerate(frames):
+            sizes[frame.image.shape].append(i)
         found: list[list[Detection]] = [[] for _ in frames]
-        for numbers in same_size(frames):
+        for (height, width, _), numbers in sizes.items():
             images = [frames[i].image for i in numbers]
-            height, width = images[0].shape[:2]
             for prompt, names in self._prompts:
                 for i, detections in zip(numbers, self._ask(images, prompt, names), strict=True):
                     found[i] += detections
@@ -81,41 +75,29 @@ class GroundingDinoDetector:
                 found[i] = tidy(found[i], height, width, self.overlap)
         return found
 
-    def _ask(self, images: list[Array], prompt: str, names: Sequence[str] | None) -> list[list[Detection]]:
+    def _ask(self, images: list[Array], prompt: str, names: Sequence[str]) -> list[list[Detection]]:
         inputs = self._processor(images=images, text=[prompt] * len(images), return_tensors="pt")
-        inputs = inputs.to(self.device, self._network.dtype)
+        inputs = inputs.to(self._network.device, self._network.dtype)
         with torch.inference_mode(), enough_memory(len(images)):
             outputs = self._network(**inputs)
         return self._read(outputs, inputs["input_ids"][0].tolist(), images[0].shape[:2], names)
 
     def _read(
-        self, outputs: Any, tokens: Sequence[int], size: tuple[int, ...], names: Sequence[str] | None
+        self, outputs: Any, tokens: Sequence[int], size: tuple[int, ...], names: Sequence[str]
     ) -> list[list[Detection]]:
         """Detections from logits [images, boxes, places], pred_boxes [images, boxes, 4] (centre and size,
         fractions of the image), and the prompt's tokens [places]."""
-        spans = self._spans(tokens)
         fits = outputs.logits.float().sigmoid()
-        best = torch.stack([fits[..., span].amax(dim=-1) for span in spans], dim=-1)
+        best = torch.stack([fits[..., span].amax(dim=-1) for span in self._spans(tokens)], dim=-1)
         scores, chosen = best.max(dim=-1)
         middle, whole = outputs.pred_boxes.float().split(2, dim=-1)
         boxes = torch.cat([middle - whole / 2, middle + whole / 2], dim=-1)
         boxes = boxes * torch.tensor([size[1], size[0], size[1], size[0]], device=boxes.device)
         results = []
-        for box, score, fit, which in zip(boxes, scores, fits, chosen, strict=True):
+        for box, score, which in zip(boxes, scores, chosen, strict=True):
             keep = score > self.threshold
-            if names is not None:
-                called = [names[i] for i in which[keep].tolist()]
-            else:
-                places = [place for span in spans for place in span]
-                called = [self._words(row, tokens, places) for row in fit[keep]]
-            results.append(_detections(box[keep], score[keep], called))
+            results.append(_detections(box[keep], score[keep], [names[i] for i in which[keep].tolist()]))
         return results
-
-    def _words(self, fit: torch.Tensor, tokens: Sequence[int], places: Sequence[int]) -> str:
-        """The words of a caption that fit [places] an object, at least the best one."""
-        limit = min(self.text_threshold, float(fit[places].max()) - 1e-6)
-        chosen = [tokens[place] for place in places if float(fit[place]) > limit]
-        return str(self._processor.tokenizer.decode(chosen)).strip()
 
     def _spans(self, tokens: Sequence[int]) -> list[list[int]]:
         """The places of each name's tokens in a prompt."""
@@ -135,20 +117,16 @@ class GroundingDinoDetector:
         for name in names:
             words = f"{name}."
             if prompts and self._fits(f"{prompts[-1][0]} {words}"):
-                prompts[-1] = (f"{prompts[-1][0]} {words}", [*prompts[-1][1], name])
+                prompt, others = prompts[-1]
+                prompts[-1] = f"{prompt} {words}", [*others, name]
+            elif self._fits(words):
+                prompts.append((words, [name]))
             else:
-                prompts.append((self._one(words), [name]))
+                raise SpearError(f"Grounding DINO: {name[:40]!r} is too long: give a few words")
         return prompts
 
-    def _one(self, prompt: str) -> str:
-        text = prompt.strip().lower()
-        text = text if text.endswith(".") else f"{text}."
-        if text == "." or not self._fits(text):
-            raise SpearError(f"Grounding DINO: {prompt[:40]!r} is empty or too long: give a few words")
-        return text
-
     def _fits(self, prompt: str) -> bool:
-        return len(self._processor.tokenizer(prompt)["input_ids"]) <= self._length
+        return len(self._processor.tokenizer(prompt)["input_ids"]) <= self._network.config.max_text_len
 
 
 class Owlv2Detector:
@@ -157,10 +135,9 @@ class Owlv2Detector:
     Args:
         model: name on the Hub, or folder.
         vocabulary: names to look for.
-        prompt: what the network is told for a name.
         threshold: lowest score of a detection.
         overlap: of two boxes with a higher IoU the better stays.
-        device, dtype: see `load_model`.
+        device: see `load_model`.
 
     Raises:
         SpearError: an empty vocabulary, or no such model.
@@ -171,31 +148,29 @@ class Owlv2Detector:
         model: str = "google/owlv2-base-patch16-ensemble",
         *,
         vocabulary: Sequence[str],
-        prompt: str = "a photo of a {}",
         threshold: float = 0.2,
         overlap: float = 0.7,
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str = "auto",
     ) -> None:
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
         self._names = _names(vocabulary, "OWLv2")
-        self._prompts = [prompt.format(name) for name in self._names]
-        self.threshold, self.overlap, self.device = threshold, overlap, device
+        self._prompts = [PROMPT.format(name) for name in self._names]
+        self.threshold, self.overlap = threshold, overlap
         self._processor = load_processor(Owlv2Processor, "owlv2", model)
-        self._network = load_model(Owlv2ForObjectDetection, "owlv2", model, device, dtype)
+        self._network = load_model(Owlv2ForObjectDetection, "owlv2", model, device)
         asked = f"{len(self._names)} names {digest(', '.join(self._prompts))}"
-        self.name = f"owlv2 {model} ({asked}, threshold {threshold:g}, overlap {overlap:g}{_kind(dtype)})"
+        self.name = f"owlv2 {model} ({asked}, threshold {threshold:g}, overlap {overlap:g})"
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
         if not frames:
             return []
         images = [frame.image for frame in frames]
-        text = [self._prompts] * len(images)
+        prompts = [self._prompts] * len(images)
         inputs = self._processor(
-            images=images, text=text, padding="max_length", truncation=True, return_tensors="pt"
-        ).to(self.device, self._network.dtype)
+            images=images, text=prompts, padding="max_length", truncation=True, return_tensors="pt"
+        ).to(self._network.device, self._network.dtype)
         with torch.inference_mode(), enough_memory(len(images)):
             outputs = self._network(**inputs)
         results = self._processor.post_process_grounded_object_detection(
@@ -209,15 +184,6 @@ class Owlv2Detector:
             tidy(d, image.shape[0], image.shape[1], self.overlap)
             for d, image in zip(found, images, strict=True)
         ]
-
-
-def same_size(frames: Sequence[Frame]) -> Iterator[list[int]]:
-    """The numbers of the frames, by image size: images of one size need no padding, and so what is found in
-    one does not depend on which others are in its batch."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, frame in enumerate(frames):
-        groups.setdefault(frame.image.shape, []).append(i)
-    yield from groups.values()
 
 
 def tidy(detections: Sequence[Detection], height: int, width: int, overlap: float) -> list[Detection]:
@@ -246,9 +212,7 @@ def _names(vocabulary: Sequence[str], who: str) -> list[str]:
     names = [" ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary]
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
-        raise SpearError(f"{who}: the vocabulary is empty: give names to look for")
+        raise SpearError(
+            f'{who}: the vocabulary is empty: say what to look for, as in --vocabulary "mug, spoon"'
+        )
     return names
-
-
-def _kind(dtype: str) -> str:
-    return "" if dtype == "float32" else f", {dtype}"

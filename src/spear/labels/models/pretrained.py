@@ -9,32 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from spear.errors import SpearError
-
-_FAILURES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
-)
-"""What `from_pretrained` raises on names that do not exist and on broken files."""
+from spear.errors import SpearError, first_line
 
 
-def load_model(cls: Any, kind: str, model: str, device: str, dtype: str, also: tuple[str, ...] = ()) -> Any:
+def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
     """A network, in evaluation mode on a device.
 
     Args:
         cls: its class in Transformers.
         kind: its `model_type` there.
         model: name on the Hub, or folder of `config.json` and `model.safetensors`.
-        device: "cpu", "cuda", "cuda:1", ….
-        dtype: "float32", "bfloat16" or "float16", of weights and activations.
+        device: see `choose_device`.
         also: other kinds of which this network is a part.
 
     Raises:
@@ -42,29 +28,36 @@ def load_model(cls: Any, kind: str, model: str, device: str, dtype: str, also: t
     """
     from transformers import AutoConfig
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise SpearError(f"dtype {dtype!r}: give float32, bfloat16 or float16")
-    path = _locate(model)
-    config = _load(AutoConfig, path, model, kind)
+    where = choose_device(device)
+    config = _load(AutoConfig, kind, model)
     if config.model_type not in (kind, *also):
         raise SpearError(f"{model}: a {config.model_type} model, not {kind}: give a {kind} model")
     network, info = _load(
-        cls, path, model, kind, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True
+        cls, kind, model, dtype=torch.float32, output_loading_info=True, use_safetensors=True
     )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
         raise SpearError(
             f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give the whole model"
         )
-    try:
-        return network.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise SpearError(f"device {device!r}: {_first_line(error)}: choose another device") from error
+    return network.to(where).eval()
 
 
 def load_processor(cls: Any, kind: str, model: str) -> Any:
     """The processor that goes with a network; arguments and errors as of `load_model`."""
-    return _load(cls, _locate(model), model, kind)
+    return _load(cls, kind, model)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called auto (a GPU if there is one), cpu, cuda, cuda:1 …; `SpearError` for another."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts when it was built without CUDA
+        raise SpearError(f"no device {name}: {first_line(error)}: use cpu, or cuda") from error
+    return device
 
 
 @contextmanager
@@ -81,24 +74,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _locate(model: str) -> str:
+def _load(cls: Any, kind: str, model: str, **options: Any) -> Any:
     path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1:
+    local = path.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
+    if local and not path.is_dir():
         raise SpearError(f"{model}: no such folder: give the folder of a model, or its name on the Hub")
-    return model
-
-
-def _load(cls: Any, path: str, model: str, kind: str, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(path, **options)
-    except _FAILURES as error:
+        return cls.from_pretrained(str(path) if local else model, **options)
+    except Exception as error:  # names that do not exist and broken files raise errors of many kinds
         raise SpearError(
-            f"{model}: cannot load this {kind} model ({_first_line(error)}): check its name and the network, or give a "
-            "folder that holds it"
+            f"{model}: cannot load this {kind} model ({first_line(error)}): check its name and the "
+            "network, or give a folder that holds it"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -30,10 +30,7 @@ class Sam2Segmenter:
 
     Args:
         model: name on the Hub, or folder.
-        multimask: choose, by the network's own estimate, among three masks per box (whole, part, part of a
-            part) instead of taking its one mask for unambiguous prompts. A box is one, so the default is not
-            to.
-        device, dtype: see `load_model`.
+        device: see `load_model`.
 
     Raises:
         SpearError: no such model.
@@ -43,19 +40,15 @@ class Sam2Segmenter:
         self,
         model: str = "facebook/sam2.1-hiera-large",
         *,
-        multimask: bool = False,
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str = "auto",
     ) -> None:
         from transformers import Sam2Model
 
-        self.multimask, self.device = multimask, device
-        # the published checkpoints are those of the video model, which holds this one
-        self._network = load_model(Sam2Model, "sam2", model, device, dtype, also=("sam2_video",))
+        # The published checkpoints are those of the video model, which holds this one
+        self._network = load_model(Sam2Model, "sam2", model, device, also=("sam2_video",))
         size = self._network.config.prompt_encoder_config.image_size
         self._side = int(size if isinstance(size, int) else size[0])
-        choice = ", best of three" if multimask else ""
-        self.name = f"sam2 {model} (box prompts{choice}{'' if dtype == 'float32' else f', {dtype}'})"
+        self.name = f"sam2 {model} (box prompts)"
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
@@ -68,7 +61,7 @@ class Sam2Segmenter:
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
         with torch.inference_mode(), enough_memory(len(busy)):
-            levels = self._network.get_image_embeddings(pixels.to(self.device, self._network.dtype))
+            levels = self._network.get_image_embeddings(pixels.to(self._network.device, self._network.dtype))
             for place, i in enumerate(busy):
                 embeddings = [level[place : place + 1] for level in levels]
                 height, width = frames[i].image.shape[:2]
@@ -84,11 +77,10 @@ class Sam2Segmenter:
         """Logits [n, h', w'] of the masks of boxes [n, 4] in one image, at the decoder's resolution."""
         outputs = self._network(
             image_embeddings=list(embeddings),
-            input_boxes=boxes[None].to(self.device, self._network.dtype),
-            multimask_output=self.multimask,
+            input_boxes=boxes[None].to(self._network.device, self._network.dtype),
+            multimask_output=False,  # three masks are for ambiguous prompts, which a box is not
         )
-        masks, scores = outputs.pred_masks[0], outputs.iou_scores[0]  # [n, 1 or 3, h', w'], [n, 1 or 3]
-        return masks[torch.arange(len(masks)), scores.argmax(dim=-1)]
+        return outputs.pred_masks[0, :, 0]
 
 
 def preprocess(image: Array, side: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"[\s_#-]*\d+$")
 class Scene:
     """A label, its objects fit for 3D questions (`solid`) and for 2D ones (`flat`), and names it may lack.
 
-    depth  of the image's pixels, where it is known, as `spear.labels.depth` keeps it: of the middle one of
+    depth  of the image's pixels, where it is known, as `store.write_depth` keeps it: of the middle one of
            each square of pixels, [h / s, w / s], in the label's unit, 0 or not finite where unknown.
     """
 

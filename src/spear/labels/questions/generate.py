@@ -128,8 +128,8 @@ def generate(
             raise unknown_name("question family", family, _MAKERS)
     if coordinates is not None and coordinates.unit != label.unit:
         raise SpearError(
-            f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: use tokens "
-            "fitted on labels of the same unit"
+            f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: "
+            "use tokens fitted on labels of the same unit"
         )
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
     scene = Scene(label, askable(label, bar), flat, absent, depth)

@@ -1,23 +1,27 @@
-"""What a set of labels holds, in numbers: pure data, ready for JSON, for a page or a dataset card."""
+"""What a set of labels holds, in numbers; and the dataset card that says so, for people and Hugging Face."""
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from spear.errors import SpearError
-from spear.labels.fit.quality import BAR, QualityBar
-from spear.labels.questions.generate import FAMILIES, Rounding, generate, why_not_asked
-from spear.types import Array, LabeledImage, Question, Unit
+from spear.labels.questions.generate import Rounding, why_not_asked
+from spear.labels.store import QUESTIONS, REJECTED, read
+from spear.types import Array, LabeledImage, Unit
+from spear.util.files import write_text
 
 SCORES = ("detection", "points", "visible", "edge", "planarity", "stability")
-TOKEN_PAIRS = (4, 4)
-"""Questions per image whose numbers show how 3D tokens are used, as when the tokens are fitted."""
+MOST_NAMES = 20
+"""Names of objects that the card lists."""
 
 
 class Bins(Rounding, Protocol):
@@ -44,24 +48,6 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Balance:
-    """How questions spread over families and objects.
-
-    questions  in all; images, of which `silent` gave none.
-    families   family -> questions of it.
-    objects    name -> questions about it.
-    pairs      questions per image -> images with as many.
-    """
-
-    questions: int
-    images: int
-    silent: int
-    families: Mapping[str, int]
-    objects: Mapping[str, int]
-    pairs: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class TokenUse:
     """How often each 3D token occurs in the answers.
 
@@ -84,15 +70,12 @@ class Statistics:
     images, objects    how many; `boxed`, objects with a 3D box; `asked`, objects that 3D questions may be
                        about.
     unit               of distances and sizes.
-    provenance         what made the labels ("detector: …") -> images.
-    per_image          objects in an image -> images.
-    names              name -> objects, most frequent first.
+    provenance         what made the labels ("detector: …") → images.
+    names              name → objects, most frequent first.
     distance           from the camera to the box's centre; size, the box's longest side; both of boxed
                        objects.
-    scores             score -> its histogram, of objects that have it.
-    reasons            why objects are not asked about -> objects (one may have several reasons).
-    balance            of the questions that a pass over the labels asks.
-    tokens             None without a tokenizer.
+    scores             score → its histogram, of objects that have it.
+    reasons            why objects are not asked about → objects (one may have several reasons).
     """
 
     images: int
@@ -101,131 +84,55 @@ class Statistics:
     asked: int
     unit: Unit | None
     provenance: Mapping[str, int]
-    per_image: Mapping[str, int]
     names: Mapping[str, int]
     distance: Histogram | None
     size: Histogram | None
     scores: Mapping[str, Histogram]
     reasons: Mapping[str, int]
-    balance: Balance
-    tokens: TokenUse | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as dictionaries, lists, numbers and strings."""
-        return asdict(self)
 
 
-def statistics(
-    labels: Iterable[LabeledImage],
-    coordinates: Bins | None = None,
-    pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = FAMILIES,
-    bar: QualityBar = BAR,
-    seed: int = 0,
-) -> Statistics:
+def statistics(labels: Iterable[LabeledImage]) -> Statistics:
     """Count what labels hold, in one pass that keeps no image.
 
-    Args:
-        labels: all in one unit.
-        coordinates: 3D tokens (`spear.tokens.CoordinateTokenizer`) whose use is counted.
-        pairs, families, bar: of the questions asked, see `questions.generate`.
-        seed: of the questions; image i is asked with `numpy.random.default_rng((seed, i))`.
-
     Raises:
-        SpearError: a label in another unit than the others, or than the 3D tokens.
+        SpearError: a label in another unit than the others.
     """
-    totals: Counter[str] = Counter()
-    per_image: Counter[str] = Counter()
-    names: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    provenance: Counter[str] = Counter()
-    distances, sizes, values = (array("d") for _ in range(3))  # a list would take four times the memory
+    names, reasons, provenance = Counter[str](), Counter[str](), Counter[str]()
+    images = asked = 0
+    distances, sizes = array("d"), array("d")  # a list would take four times the memory
     scores = {name: array("d") for name in SCORES}
-    asked = _Asked(families)
     unit: Unit | None = None
-    for index, label in enumerate(labels):
+    for label in labels:
         unit = label.unit if unit is None else unit
-        wanted = unit if coordinates is None else coordinates.unit
-        if label.unit != wanted:
+        if label.unit != unit:
             raise SpearError(
-                f"{label.source or 'label'}: in unit {label.unit!r}, not {wanted!r} as the others or the 3D tokens: "
-                "give labels of one unit"
+                f"{label.source or 'label'}: in unit {label.unit!r}, not {unit!r} as the others: give "
+                "labels of one unit"
             )
-        totals["images"] += 1
-        per_image[str(len(label.objects))] += 1
+        images += 1
         provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
-        why = why_not_asked(label, bar)
-        for o, reason in zip(label.objects, why, strict=True):
-            totals["objects"] += 1
+        for o, why in zip(label.objects, why_not_asked(label), strict=True):
             names[o.name] += 1
-            reasons.update(reason)
-            totals["asked"] += not reason
+            reasons.update(why)
+            asked += not why
             for name in scores.keys() & o.scores.keys():
                 scores[name].append(float(o.scores[name]))
             if o.box3d is not None:
                 distances.append(float(np.linalg.norm(o.box3d.center)))
                 sizes.append(float(o.box3d.size.max()))
-        asked.add(generate(label, np.random.default_rng((seed, index)), pairs, families, bar))
-        if coordinates is not None:
-            rng = np.random.default_rng((seed, 1, index))
-            values.extend(v for q in generate(label, rng, TOKEN_PAIRS, families, bar) for v in q.values)
     return Statistics(
-        images=totals["images"],
-        objects=totals["objects"],
+        images=images,
+        objects=names.total(),
         boxed=len(distances),
-        asked=totals["asked"],
+        asked=asked,
         unit=unit,
         provenance=dict(sorted(provenance.items())),
-        per_image=dict(sorted(per_image.items(), key=lambda item: int(item[0]))),
         names=dict(names.most_common()),
         distance=histogram(distances),
         size=histogram(sizes),
         scores={name: h for name, values in scores.items() if (h := histogram(values)) is not None},
         reasons=dict(reasons.most_common()),
-        balance=asked.balance(),
-        tokens=None if coordinates is None else token_use(values, coordinates),
     )
-
-
-def balance(
-    labels: Iterable[LabeledImage],
-    pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = FAMILIES,
-    bar: QualityBar = BAR,
-    seed: int = 0,
-) -> Balance:
-    """How the questions of one pass over labels spread; see `statistics` for the arguments."""
-    asked = _Asked(families)
-    for index, label in enumerate(labels):
-        asked.add(generate(label, np.random.default_rng((seed, index)), pairs, families, bar))
-    return asked.balance()
-
-
-class _Asked:
-    """Counts questions, image by image."""
-
-    def __init__(self, families: Sequence[str]) -> None:
-        self.families = Counter(dict.fromkeys(families, 0))
-        self.objects: Counter[str] = Counter()
-        self.pairs: Counter[int] = Counter()
-
-    def add(self, questions: Sequence[Question]) -> None:
-        """The questions of one image."""
-        self.pairs[len(questions)] += 1
-        for question in questions:
-            self.families[question.family] += 1
-            self.objects.update(question.objects)
-
-    def balance(self) -> Balance:
-        """The counts so far."""
-        return Balance(
-            questions=self.families.total(),
-            images=self.pairs.total(),
-            silent=self.pairs[0],
-            families=dict(self.families),
-            objects=dict(self.objects.most_common()),
-            pairs={str(n): self.pairs[n] for n in sorted(self.pairs)},
-        )
 
 
 def histogram(values: Sequence[float], bins: int = 40) -> Histogram | None:
@@ -249,3 +156,68 @@ def token_use(values: Sequence[float], coordinates: Bins) -> TokenUse:
         outside=sum(not low <= v <= high for v in values),
         evenness=float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(share) else 0.0,
     )
+
+
+def skip_reasons(folder: Path) -> Counter[str]:
+    """Why images of a folder were skipped → images, without what is different in every image: paths, numbers,
+    and what is said in brackets."""
+    path = folder / REJECTED
+    reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
+    short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)
+    return Counter(re.sub(r"\d+(\.\d+)?", "N", reason)[:120] for reason in short)
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the shards."""
+    found = statistics(read(folder, pixels=False))
+    write_text(folder / "README.md", card(found, skip_reasons(folder), (folder / QUESTIONS).is_file()))
+
+
+def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
+    """The text of the card."""
+    count = skipped.total()
+    unit = {"metre": "m", "relative": "an unknown unit, another one in every image"}.get(found.unit or "", "")
+    lengths = {"distance from the camera": found.distance, "longest side": found.size}
+    parts = [
+        "---",
+        "task_categories: [depth-estimation, object-detection, visual-question-answering]",
+        "configs:",
+        "- config_name: labels",
+        "  default: true",
+        "  data_files: labels-*.parquet",
+        *(["- config_name: questions", f"  data_files: {QUESTIONS}"] if with_questions else []),
+        *(["- config_name: rejected", f"  data_files: {REJECTED}"] if count else []),
+        "---",
+        "# Images with 3D labels",
+        "",
+        f"{found.images:,} images with {found.objects:,} objects, {found.boxed:,} of them with an "
+        f"oriented 3D box; 3D questions can be asked about {found.asked:,}. "
+        + (f"{count:,} images were skipped (`{REJECTED}`)." if count else "No image was skipped."),
+        "",
+        "3D numbers are in the camera frame: x right, y down, z forward. The vertices of a box come top four "
+        "first, then the bottom four, each four near-left, near-right, far-right, far-left. Masks are "
+        "COCO run lengths (column by column, starting with zeros).",
+        "",
+        *_table(("model", "images"), found.provenance.items()),
+        *_table(
+            (f"length in {unit}", "5 %", "median", "95 %"),
+            [(k, f"{h.p5:.3g}", f"{h.median:.3g}", f"{h.p95:.3g}") for k, h in lengths.items() if h],
+        ),
+        *_table(("object", "count"), _head(found.names)),
+        *_table(("not asked about because", "objects"), found.reasons.items()),
+        *_table(("skipped because", "images"), _head(skipped)),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _head(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most common, by count and then by name; the others together."""
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    rest = sum(count for _, count in ranked[MOST_NAMES:])
+    return ranked[:MOST_NAMES] + ([(f"({len(ranked) - MOST_NAMES} others)", rest)] if rest else [])
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
+    """Lines of a table; none without rows."""
+    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""] if lines else []

@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
-from spear.labels.card import write_card
-from spear.labels.parquet import ParquetWriter
 from spear.labels.questions.generate import FAMILIES, generate, spoken
-from spear.labels.store import QUESTIONS, LabelStore, read
+from spear.labels.questions.statistics import write_card
+from spear.labels.store import QUESTIONS, LabelStore, ParquetWriter, read
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
@@ -43,7 +42,7 @@ _SCHEMA = pa.schema(
 def ask(
     label: LabeledImage, seed: int, pairs: tuple[int, int] = (1, 4), families: Sequence[str] = FAMILIES
 ) -> list[Question]:
-    """The questions about one image; `pairs` and `families` as for `questions.generate`."""
+    """The questions about one image; `pairs` and `families` as for `generate`."""
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
     return generate(label, rng, pairs, families)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.depth import DepthImages
+from spear.labels.store import DepthImages
 from spear.models.moge.encoder import MogeForDepth
 from spear.train.optimize import Batch, Loss
 from spear.util.images import decode_image

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spear.data.mixture import JITTER_DRAWS, jitter
-from spear.labels.fit import rle
+from spear.labels.fit.masks import decode_mask
 from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, fit_image, window
 from spear.train.optimize import Batch, Loss
@@ -74,7 +74,9 @@ def _targets(
     most = np.full((rows, columns), LEAST, np.float32)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
     for o in label.objects:
-        mask = _fitted(rle.decode(o.mask, label.height, label.width), size)[: rows * patch, : columns * patch]
+        mask = _fitted(decode_mask(o.mask, label.height, label.width), size)[
+            : rows * patch, : columns * patch
+        ]
         fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
         share = fine.mean((2, 3))
         if o.name in names:

@@ -12,9 +12,8 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, jitter
 from spear.errors import SpearError
-from spear.labels.depth import DepthImages
 from spear.labels.questions.generate import generate
-from spear.labels.store import read
+from spear.labels.store import DepthImages, read
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, Spacing

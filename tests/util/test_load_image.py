@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.images import load_image
 from spear.types import Array
+from spear.util.images import load_image
 
 # Four flat quarters, so that lossy formats keep their colours and every turn of the image shows.
 QUARTERS = np.array([[[220, 30, 30], [30, 200, 40]], [[40, 40, 210], [240, 240, 60]]], np.uint8)

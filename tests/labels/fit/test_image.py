@@ -1,6 +1,6 @@
 import numpy as np
 
-from spear.labels.fit.boxes2d import clip, iou2d, suppress, tight_box
+from spear.labels.fit.image import clip, iou2d, suppress, tight_box
 
 
 def test_iou_of_boxes() -> None:

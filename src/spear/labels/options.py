@@ -1,0 +1,97 @@
+"""What can be chosen when labelling, and when asking questions about labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from spear.util.options import AtLeast, Device, Folder, Options
+
+
+@dataclass(frozen=True)
+class WorkOptions(Options):
+    """How the work is done. What the labels are does not depend on it."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local, or ray to use a Ray cluster."""
+    workers: Annotated[int, AtLeast(0)] = 2
+    """Processes that read images and fit boxes."""
+    batch_size: Annotated[int, AtLeast(1)] = 8
+    """Images that go through a network together."""
+    shard_size: Annotated[int, AtLeast(1)] = 256
+    """Images per file. What is not in a finished file is done again after an interruption."""
+    copies: tuple[int, int, int] = (1, 1, 1)
+    """With ray: how many detectors, segmenters and point maps run."""
+    gpus: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """With ray: GPUs for each detector, segmenter and point map; 0.5 shares one."""
+
+
+@dataclass(frozen=True)
+class SceneOptions(Options):
+    """Scenes of the simulator, which are labelled where no photos are given."""
+
+    source: Literal["sim"] = "sim"
+    """Where images come from without PHOTOS; sim is the built-in simulator, which knows the truth."""
+    scenes: Annotated[int, AtLeast(1)] = 1000
+    """How many scenes to label (two images each)."""
+    first_seed: Annotated[int, AtLeast(0)] = 10_000
+    """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
+    preset: str = "nano"
+    """Model size whose cameras are used for scenes."""
+    drawings: Annotated[int, AtLeast(0)] = 4
+    """So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings."""
+
+
+@dataclass(frozen=True)
+class LabelOptions(Options):
+    """Of `spear label`."""
+
+    photos: Annotated[Positional[tuple[str, ...]], arg(metavar="PHOTOS")] = ()
+    """What to label."""
+    out: Path = Path("runs/labels")
+    """Folder to write to."""
+    detector: str = "gemini"
+    """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or ground-truth. A
+    model of your choice: owlv2=HUB_NAME_OR_FOLDER. With file:A.json+gemini, Gemini does the images that the
+    file lacks."""
+    segmenter: str = "sam2"
+    """sam2, file:ANNOTATIONS.json or ground-truth."""
+    pointmap: str = "moge-2"
+    """moge-2 (metres), moge (up to scale, as in the paper) or ground-truth."""
+    vocabulary: str = ""
+    """Names of objects to look for, separated by commas."""
+    size: Annotated[int, AtLeast(0)] = 840
+    """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size."""
+    rate: float = 1.0
+    """Frames per second of video."""
+    per_episode: Annotated[int, AtLeast(1)] = 4
+    """Frames of each robot episode."""
+    cache: Folder = None
+    """Folder of Gemini's answers, which are paid for only once; default: OUT/.answers."""
+    retry_skipped: bool = False
+    """Try again the images that were skipped for a reason that may pass, such as a service out of reach."""
+    questions: bool = False
+    """Also write questions and answers, as spear questions does."""
+    seed: Annotated[int, AtLeast(0)] = 0
+    """Decides which questions are asked."""
+    device: Device = "auto"
+    work: WorkOptions = WorkOptions()
+    scene: SceneOptions = SceneOptions()
+
+
+@dataclass(frozen=True)
+class QuestionOptions(Options):
+    """Of `spear questions`."""
+
+    labels: Annotated[Positional[Path], arg(metavar="LABELS")]
+    """Folder that spear label has written."""
+    seed: Annotated[int, AtLeast(0)] = 0
+    """The same seed gives the same questions."""
+    pairs: tuple[int, int] = (1, 4)
+    """Fewest and most questions per image."""
+    families: tuple[str, ...] = ()
+    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of
+    them when none is given."""
