@@ -195,7 +195,7 @@ def _options(name: str, function: Callable[..., None], args: Sequence[str]) -> l
         if word.startswith("--") and (given := word.partition("=")[0].replace("_", "-")) not in known:
             raise unknown_name("option", given, known)
     target: Any = options or (lambda: None)
-    described = {"prog": f"spear {name}", "description": _description(name)}
+    described: dict[str, Any] = {"prog": f"spear {name}", "description": _description(name)}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
