@@ -68,7 +68,7 @@ def test_commands_in_blocks_are_understood(page: Path) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert sum(len(COMMAND.findall(joined(page))) for page in PAGES) > 120
+    assert sum(len(COMMAND.findall(joined(page))) for page in PAGES) > 100
 
 
 def anchors(page: Path) -> set[str]:
@@ -93,6 +93,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
     named = r"(?<![\w/])((?:benchmarks|tests|scripts|examples|src)/[\w./-]+\.\w+)"
     names = [name for name in re.findall(named, page.read_text()) if "NAME" not in name]
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_python_of_a_page_imports_exists(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec("\n".join(re.findall(r"^from spear\b.*", block, re.MULTILINE)), {})
 
 
 def test_the_python_of_the_readme_runs() -> None:
