@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
@@ -299,14 +298,3 @@ def test_unit_quat_normalises_within_tolerance_and_refuses_beyond() -> None:
 
 
 unit_range = st.floats(-1, 1, allow_subnormal=False)
-
-
-@given(st.tuples(unit_range, unit_range, unit_range), st.tuples(unit_range, unit_range, unit_range))
-def test_steps_undo_each_other(first: tuple[float, ...], second: tuple[float, ...]) -> None:
-    a, b = (geo.quat_exp(math.pi * torch.tensor(v, dtype=torch.float64)) for v in (first, second))
-    p, r = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    translation, delta = geo.step_action(p, a, r, b)
-    position, rotation = geo.apply_step(p, a, translation, delta)
-    same(position, r)
-    assert float(geo.quat_distance(rotation, b)) < 1e-12
-    assert float(delta[0]) >= 0

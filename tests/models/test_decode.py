@@ -93,13 +93,3 @@ def test_the_head_runs_on_the_rows_that_may_be_said_and_layers_only_where_there_
     assert rows == [TINY.bins, TINY.bins]
     depth = len(layers.layers)
     assert runs == [6 + 6] * depth + [1] * 2 * depth  # the prompt, and before each number
-
-
-def test_bfloat16_answers() -> None:
-    model = vlm().to(torch.bfloat16)
-    ids, mask = text(2, 6)
-    found = model.answer(
-        pixels(2, views=("external",)), ids, mask, max_new_tokens=25, grammars=[[NUMBER] * 24] * 2
-    )
-    assert found.shape == (2, 25)
-    assert bool(((found[:, :24] >= NUMBER[0]) & (found[:, :24] < NUMBER[1])).all())

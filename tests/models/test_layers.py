@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same losses and gradients, fewer tensors kept."""
+"""What the networks share: norms and attention as Transformers computes them; gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from models_tiny import actions, pixels, spear1, text, vlm
-from spear.models.layers import recompute_layers
+from spear.models.gemma import FastRMSNorm
+from spear.models.layers import grouped_attention, recompute_layers
 
 
 def act(model: torch.nn.Module) -> torch.Tensor:
@@ -68,11 +70,33 @@ def test_transformers_own_switch_does_the_same() -> None:
     assert torch.equal(loss, again) and all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
 
 
-def test_acting_is_untouched() -> None:
-    model = spear1()
-    ids, mask = text(2, 6)
-    state = torch.zeros(2, 10)
-    before = model.sample_actions(pixels(2), ids, mask, state, noise=actions(2, 5)).to_vector()
-    recompute_layers(model)
-    after = model.sample_actions(pixels(2), ids, mask, state, noise=actions(2, 5)).to_vector()
-    assert torch.equal(before, after)
+def test_fast_norm_is_gemmas_gradients_included() -> None:
+    torch.manual_seed(0)
+    theirs, ours = GemmaRMSNorm(24), FastRMSNorm(24)
+    with torch.no_grad():
+        theirs.weight.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    x, grad = torch.randn(3, 5, 24) + 0.5, torch.randn(3, 5, 24)
+    results = []
+    for norm in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        out = norm(leaf)
+        out.backward(grad)
+        results.append((out, leaf.grad, norm.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_attention_is_attention(groups: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, groups, 7, 8), torch.randn(2, groups, 7, 8)
+    mask = torch.rand(2, 1, 5, 7) < 0.6
+    mask[..., 0] = True
+    full = [x.repeat_interleave(4 // groups, dim=1) for x in (key, value)]
+    for allowed in (mask, None):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, *full, attn_mask=allowed)
+        out, _ = grouped_attention(torch.nn.Identity(), query, key, value, allowed)
+        torch.testing.assert_close(out.transpose(1, 2), expected)

@@ -43,14 +43,12 @@ INFER = [
     (1, "v1_140x196", "default_fp32"),
     (1, "v1_168x224", "tokens"),
     (1, "v1_168x224", "fov"),
-    (1, "v1_168x224", "default_fp32"),
     (1, "v1_168x224", "tokens_fp16"),
     (2, "v2_196x140", "tokens"),
     (2, "v2_196x140", "unmasked_affine"),
     (2, "v2_168x224", "tokens"),
     (2, "v2_168x224", "fov"),
     (2, "v2_168x224", "tokens_fp16"),
-    (2, "v2_square_37x37", "tokens"),
 ]
 FLIPS = 13
 """Pixels of a case whose mask value is within 1e-4 of the threshold, so that rounding may decide."""
@@ -115,13 +113,6 @@ def test_inference_is_the_references(folder: Path, version: int, case: str, labe
     compare(inferred(folder, version, case, label), arrays(folder, case), f"infer.{label}.", half)
 
 
-def test_full_precision_is_near_the_references_half_precision(folder: Path) -> None:
-    """The reference's `infer` with every argument at its default: 2,500 tokens in float16, which takes a
-    processor without float16 arithmetic minutes. The same in float32 must be as near."""
-    found = inferred(folder, 1, "v1_168x224", "default_fp32")
-    compare(found, arrays(folder, "v1_168x224_default_fp16"), "infer.default_fp16.", half=True)
-
-
 @cache
 def inferred(folder: Path, version: int, case: str, label: str) -> Geometry:
     """Our `infer` with the arguments of one of the reference's labels."""
@@ -156,7 +147,9 @@ def compare(found: Geometry, expected: dict[str, Array], prefix: str, half: bool
         elif name == "normal_s4":
             both = (found.mask[0] & known)[::step, ::step]
             ours, theirs = tensor[::step, ::step][both], array[both.numpy()]
-            if half:  # short vectors are normalised: where the processor multiplies in fp16 itself, a few are far off
+            if (
+                half
+            ):  # short vectors are normalised: where the processor multiplies in fp16, a few are far off
                 apart = (ours - torch.tensor(theirs)).abs().amax(-1)
                 assert apart.quantile(0.99) < 1e-2 and apart.max() < 0.1
             else:

@@ -28,8 +28,7 @@ from published_checkpoints import (
     publish_pi0,
 )
 from spear.errors import SpearError
-from spear.models.moge.checkpoint import load_moge
-from spear.models.presets import preset, spear1_config, vlm_config
+from spear.models.presets import vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
@@ -60,24 +59,6 @@ def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, la
     again = tmp_path / "saved"
     ours.save_pretrained(again)
     assert torch.equal(logits(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine)
-
-
-def test_the_3d_path_adds_exactly_the_average_of_the_two_projections(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
-    moge = publish_moge(tmp_path / "moge" / "model.pt")
-    model = plan_backbones(folder, moge, "tiny14").run()
-    image = torch.randint(0, 256, (B, 3, 210, 280), dtype=torch.uint8)
-    theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
-    siglip = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
-    encoder = load_moge(moge).encoder
-    assert model.moge_projector is not None
-    depth = model.moge_projector(encoder(image))
-    assert not model.moge_projector.linear.bias.any()
-    assert relative(model.image_features("external", image), (siglip + depth) / 2) < 1e-5
-    model.moge = None
-    alone = model.image_features("external", image)
-    model.moge = encoder
-    assert torch.equal(model.image_features("external", image), 0.5 * (alone + depth))
 
 
 def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
@@ -195,6 +176,8 @@ def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, 
     sampled = ours.sample_actions(**mine, state=state, steps=4, noise=Action.from_vector(noisy))
     assert relative(sampled.translation, goal.translation) < 1e-5
     assert relative(sampled.gripper, goal.gripper) < 1e-5
+    unit = torch.nn.functional.normalize(goal.rotation, dim=-1)  # ours end as unit quaternions with w >= 0
+    assert relative(sampled.rotation, unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)) < 1e-5
 
 
 def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(tmp_path: Path) -> None:
@@ -257,21 +240,6 @@ def test_the_vlm_of_a_policy_is_the_one_it_was_made_from(tmp_path: Path) -> None
     assert "action_time_mlp_in.weight" in card and f"{plan.report.parameters():,}" in card
     with pytest.raises(SpearError, match="is there already"):
         plan.save(tmp_path / "policy")
-
-
-def test_at_full_size_the_parameters_add_up_to_the_papers() -> None:
-    with torch.device("meta"):
-        vlm = SPEAR_VLM(vlm_config(preset("spear1")))
-        whole = sum(
-            p.numel() for p in Spear1ForActionPrediction(spear1_config(preset("spear1"))).parameters()
-        )
-    report = plan_policy(vlm, size="spear1").report
-    sizes = {name: loaded + new for name, loaded, new in report.modules()}
-    inner = sum(size for name, size in sizes.items() if name.startswith("vlm."))
-    assert inner / 1e9 == pytest.approx(3.24, abs=0.005)
-    assert (report.parameters() - inner) / 1e9 == pytest.approx(0.315, abs=0.005)
-    assert report.parameters() == whole
-    assert sizes["vlm.moge"] / 1e9 == pytest.approx(0.304, abs=0.001)
 
 
 def refused(expected: str, call: Any, *arguments: Any) -> None:
@@ -347,14 +315,6 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     edit(folder, text_config=config["text_config"])
     plan.tokenizer.save_pretrained(folder)
     refused("has 3D tokens already", plan_backbones, folder, None, "tiny14")
-
-
-def test_an_expert_of_another_depth_is_refused(tmp_path: Path) -> None:
-    text = {**TINY14.text, "num_hidden_layers": 3}
-    vlm = SPEAR_VLM(vlm_config(TINY14))
-    vlm.config.text_config.num_hidden_layers = text["num_hidden_layers"]
-    expert = publish_pi0(pi0(), tmp_path / "pi0")
-    refused("num_hidden_layers is 2, the VLM's is 3", plan_policy, vlm, expert, "tiny14")
 
 
 def test_names_on_the_hub_are_read_from_the_cache_and_else_one_line_says_what_to_do(
