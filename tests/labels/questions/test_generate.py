@@ -9,15 +9,8 @@ from labels_scenes import random_frame
 from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.questions.generate import (
-    FAMILIES,
-    FAMILIES_2D,
-    FAMILIES_PIXEL,
-    all_texts,
-    askable,
-    generate,
-)
-from spear.labels.questions.templates import EVERYDAY, POINTS, PROMPTS
+from spear.labels.questions.generate import all_texts, askable, generate
+from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL, POINTS, PROMPTS
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
 TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
