@@ -56,7 +56,6 @@ HEAVY = (
     "sapien",
     "open3d",
     "av",
-    "matplotlib",
     "ray",
     "tensorboard",
     "crc32c",

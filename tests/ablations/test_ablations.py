@@ -33,7 +33,6 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.report.ablations import write
-from spear.report.curve import drawing
 from spear.sim.scene import FAMILIES
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
@@ -252,20 +251,6 @@ def test_other_families_are_left_out(tmp_path: Path) -> None:
         for families in ((), FAMILIES[::-1], ("put_on",))
     ]
     assert names == ["episodes", "episodes", "episodes-put_on"]
-
-
-def test_the_curve_is_drawn_to_scale() -> None:
-    points = [
-        (n, Estimate(v, v - 0.1, v + 0.1, 9), [v])
-        for n, v in ((0, 0.2), (100, 0.4), (1000, 0.6), (10_000, 0.8))
-    ]
-    drawn = drawing(points[::-1])
-    line = re.search(r'polyline points="([^"]+)"', drawn)
-    assert line is not None
-    x, y = np.array([[float(n) for n in pair.split(",")] for pair in line[1].split()]).T
-    assert np.allclose(np.diff(x)[1:], np.diff(x)[1], atol=0.2) and x[0] < x[1]  # logarithmic, 0 apart
-    assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
-    assert ">10,000</text>" in drawn and drawing(points[:1]).count("<circle") == 2
 
 
 @pytest.fixture(scope="module")

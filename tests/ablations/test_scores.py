@@ -10,7 +10,8 @@ import pytest
 
 from spear.evaluate.journal import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
-from spear.report import ablations as pages
+from spear.report.ablations import rate
+from spear.report.plot import points
 from spear.types import Array
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -40,9 +41,9 @@ def strata(line: str) -> list[Array]:
 def test_a_published_line_is_what_was_kept(line: str) -> None:
     families = strata(line)
     assert sum(family.size for family in families) >= 200
-    assert f"| {pages._rate(mean_over_seeds(families))} |" in line
+    assert f"| {rate(mean_over_seeds(families))} |" in line
     if key_of(line) != key_of(FIRST):
-        assert f"| {pages._points(difference_over_seeds(families, strata(FIRST)))} |" in line
+        assert f"| {points(difference_over_seeds(families, strata(FIRST)))} |" in line
 
 
 def test_all_that_is_kept_is_published() -> None:

@@ -65,7 +65,7 @@ def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.C
     assert f"open {page}" in capsys.readouterr().out
     tags = Tags()
     tags.feed(page.read_text())
-    assert tags.counts["h2"] == 3 and tags.counts["svg"] == 3 * 5
+    assert tags.counts["h2"] == 4 and tags.counts["svg"] == 3 * 5
     assert tags.counts["img"] == 6 + 8 + 1 and "script" not in tags.counts
     assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
     assert "push the block 1" in page.read_text() and "a success" in page.read_text()
@@ -87,10 +87,11 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
     assert low.split()[-1] == "0.5433" and high.split()[-1] == "1.005"  # the gripper's range
     tags = Tags()
     tags.feed(page.read_text())
-    assert tags.counts["h2"] == 3 and tags.counts["img"] == 3 * 8 and "script" not in tags.counts
+    assert tags.counts["h2"] == 5 and tags.counts["img"] == 4 * 8 and "script" not in tags.counts
     body = page.read_text().partition("</pre>")[2]
     for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
         assert words in body, words
+    assert "counts from 0 to 9" in body and "<b>frame_index</b>" not in body  # a row's number is no signal
     assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
 
 

@@ -1,33 +1,71 @@
-"""The page: self-contained, escaped, with intervals drawn."""
+"""Pages: self-contained and escaped; plots to scale."""
 
 from __future__ import annotations
 
 import re
 
 import numpy as np
+import pytest
 
-from spear.evaluate.stats import wilson
-from spear.report import page
+from spear.evaluate.stats import Estimate, wilson
+from spear.report.ablations import scaling_curve
+from spear.report.page import render
+from spear.report.plot import Axis, Bar, Line, bars, chart, differences, histogram, rate_bars
 
 
-def test_a_page_needs_nothing_from_outside_and_escapes_text() -> None:
-    body = page.picture(np.zeros((4, 6, 3), np.uint8), 'a "quoted" <b>caption</b>') + page.film(
-        b"\x00", "video/mp4", "film"
-    )
-    html = page.page("T & T", "", [("97 %", "success")], [page.Section("One", body, 3.2)])
-    assert not re.search(r'(src|href)="(?!data:)', html)
-    assert "http" not in html
-    assert "<b>caption" not in html
-    assert "T &amp; T" in html
-    assert "3 s" in html
+def points(svg: str) -> list[np.ndarray]:
+    """The joined points [n, 2] of each line of a chart, in pixels."""
+    paths = re.findall(r'<path d="(M[^"]+)" stroke=', svg)
+    return [np.array(re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path), float) for path in paths]
+
+
+def test_text_is_escaped_and_nothing_comes_from_outside() -> None:
+    html = render("open_loop.html", title="T & <T>", facts=[("<b>", "&")], charts=[[bars([("<i>", [])])]])
+    assert "<h1>T &amp; &lt;T&gt;</h1>" in html and "&lt;i&gt;" in html and "<b>&lt;b&gt;</b>" in html
+    assert '<div class="bars">' in html  # what a template has made is not escaped again
+    assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html
+    assert "<title>&lt;x&gt;: 1, 2</title>" in chart([Line("<x>", [1, 2], [2, 3], dots=True)])
 
 
 def test_bars_are_as_long_as_the_rates() -> None:
-    html = page.success_bars([("carrot", [("SPEAR-1", wilson(30, 40)), ("nothing", wilson(0, 40))])])
-    assert "width:75.0%" in html
-    assert "75% [60%, 86%]" in html
-    assert "0% [0%, 9%]" in html
+    html = bars([("carrot", rate_bars([("SPEAR-1", wilson(30, 40)), ("nothing", wilson(0, 40))]))])
+    assert "width:75.0%" in html and "75% [60%, 86%]" in html and "0% [0%, 9%]" in html
+    assert "width:100.0%" in bars([("", [Bar("much too long", 9.7, "970 %")])])
+    assert "left:50.0%" in differences([("same", wilson(0, 40))])
 
 
-def test_tables_escape_their_cells() -> None:
-    assert "<td>&lt;x&gt;</td>" in page.table(["h"], [["<x>"]])
+def test_lines_are_drawn_to_scale_and_broken_where_nothing_is_known() -> None:
+    svg = chart([Line("a", [0, 1, 2, 3], [0, 10, np.nan, 30], dots=True)], y=Axis(ends=(0, 40)))
+    assert svg.count("<circle") == 3 and "nan" not in svg
+    (line,) = points(svg)
+    assert len(line) == 3  # two joined, one alone
+    down, across = -np.diff(line[:, 1]), np.diff(line[:, 0])
+    assert down[1] == pytest.approx(2 * down[0], abs=0.3) and across[1] == pytest.approx(
+        2 * across[0], abs=0.3
+    )
+    (decades,) = points(chart([Line("", [1, 10, 100], [1, 10, 100])], Axis(log=True), Axis(log=True)))
+    assert np.allclose(np.diff(decades, n=2, axis=0), 0, atol=0.2)
+
+
+def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
+    (line,) = points(chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700)))
+    across, down = line[1] - line[0]
+    assert across < 0 and across == pytest.approx(down, abs=0.2)
+
+
+def test_a_histogram_names_its_ends() -> None:
+    html = histogram([0, 2, 4], "low", "high")
+    assert 'height="50.0"' in html and "<span>low</span><span>high</span>" in html
+
+
+def test_the_scaling_curve_is_logarithmic_with_no_images_set_apart() -> None:
+    found = [
+        (n, Estimate(v, v - 0.1, v + 0.1, 9), [v])
+        for n, v in ((0, 0.2), (100, 0.4), (1000, 0.6), (10_000, 0.8))
+    ]
+    svg = scaling_curve(found[::-1])
+    (line,) = points(svg)
+    x, y = line.T
+    assert np.allclose(np.diff(x)[1:], np.diff(x)[1], atol=0.2) and x[0] < x[1]
+    assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
+    assert ">10,000</text>" in svg and scaling_curve(found[:1]).count("<circle") == 2

@@ -23,7 +23,6 @@ def inspect(options: InspectOptions) -> None:
         spear data inspect my_lerobot_dataset --out look.html
     """
     from spear.data.inspect import inspect as describe
-    from spear.data.inspect import layout_known
 
     path, out, layout = options.path, options.out, options.layout
     _check_layout(path, layout)
@@ -31,13 +30,9 @@ def inspect(options: InspectOptions) -> None:
         raise SpearError(f"--layout {layout}: is for the page: give --out as well")
     print(describe(path))
     if out is not None:
-        from spear.report.columns import write_columns_page
         from spear.report.dataset import write_page
 
-        if layout is None and not layout_known(path):
-            write_columns_page(path, out)
-        else:
-            write_page(path, out, layout)
+        write_page(path, out, layout)
         print(f"open {out.resolve()}")
 
 

@@ -96,7 +96,7 @@ class EvaluateDataOptions(Options):
     train_split: Name = None
     """Which of the training folder's episodes were trained on."""
     plot: File = None
-    """Save a plot of predictions and truth as PNG."""
+    """Write a page with plots of predictions and truth to this file."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: Dataset = None
@@ -109,7 +109,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     always the mean action, and always the last action again.
 
     Examples:
-        spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.png
+        spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
     from tempfile import TemporaryDirectory
@@ -118,7 +118,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
-    from spear.report.open_loop import plot
+    from spear.report.comparison import open_loop_page
     from spear.train.devices import choose_device
 
     o, place = options, choose_device(options.device)
@@ -138,7 +138,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
-        write_bytes(o.plot, plot(ours, reference))
+        write_text(o.plot, open_loop_page(ours, reference))
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def compare(options: CompareOptions) -> None:
     from spear.evaluate.compare import compare as pair_up
     from spear.evaluate.journal import load
     from spear.evaluate.reference import beside
-    from spear.report.comparison import comparison_page, reference_section
+    from spear.report.comparison import comparison_page
 
     first, second = options.first, options.second
     results = load(first), load(second)
@@ -235,8 +235,8 @@ def compare(options: CompareOptions) -> None:
         show(table.table(ours))
     if options.out:
         folders = (_folder(first), _folder(second))
-        extra = [reference_section(table, ours) for table in published]
-        write_text(options.out, comparison_page(comparison, folders, options.films, extra))
+        beside_ours = [(table, ours) for table in published]
+        write_text(options.out, comparison_page(comparison, folders, options.films, beside_ours))
         print(f"page: {options.out}")
 
 

@@ -1,87 +1,83 @@
-"""The tables for people: Markdown, and one HTML page with bars and the scaling curve."""
+"""The tables of the ablations for people: Markdown, and one HTML page with bars and the scaling curve."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
+from math import ceil, log10
 from pathlib import Path
+from typing import Any
 
 from spear.ablations.plan import Plan
 from spear.ablations.table import Filled, Line, to_json
 from spear.evaluate.stats import Estimate
-from spear.report import page
-from spear.report.curve import drawing
-from spear.report.page import Section
+from spear.report import plot
+from spear.report.page import render
+from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences, points
 from spear.util.files import write_text
 
-TITLE = "Ablations at nano size"
 CURVE = "images"
 """The table that is also drawn as a curve."""
-METHOD = (
-    "Success is the mean of the task families, in the embedded simulator. Every training meets the same held-out "
-    "scenes. Intervals are 95 % and count both chances, of trainings and of scenes: the variance over seeds plus that "
-    "over scenes minus what both contain, with Student's t at Satterthwaite's degrees of freedom, and never narrower "
-    "than if all episodes were independent. The published numbers were measured by others, at 3 billion parameters, on "
-    "other tasks: only the direction is compared. “agrees”: our interval of the difference leaves out zero on the "
-    "paper's side; “disagrees”: on the other side; “cannot tell”: it holds zero, or there is only one seed. Several "
-    "rows are judged, so one in twenty of these intervals misses the truth by chance."
-)
-
-
-def markdown(plan: Plan, tables: Sequence[Filled]) -> str:
-    """All tables as Markdown, with the method below them."""
-    parts = [f"# {TITLE}\n\n{_state(plan, tables)}\n"]
-    for filled in tables:
-        names = headers(filled)
-        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        lines += [f"| {' | '.join(cells(line, filled))} |" for line in filled.lines]
-        note = f" {filled.table.note}" if filled.table.note else ""
-        source = f" Paper: {filled.source}." if filled.source else ""
-        below = f"Differences are from “{_compared(filled)}”.{note}{source}"
-        parts.append(f"## {filled.table.title}\n\n" + "\n".join(lines) + f"\n\n{below}\n")
-    parts.append(METHOD)
-    return "\n".join(parts) + "\n"
-
-
-def html(plan: Plan, tables: Sequence[Filled]) -> str:
-    """The same as a self-contained page, with bars."""
-    verdicts = [line.verdict for filled in tables for line in filled.lines]
-    facts = [
-        (f"{verdicts.count('agrees')}", "rows in which nano agrees with the paper"),
-        (f"{verdicts.count('disagrees')}", "in which it disagrees"),
-        (
-            f"{sum(v.startswith('cannot tell') for v in verdicts)}",
-            "in which the intervals cannot tell",
-        ),
-        (f"{sum(line.success is None for f in tables for line in f.lines)}", "rows that have not run yet"),
-    ]
-    sections = [Section(filled.table.title, _section(filled)) for filled in tables]
-    sections.append(Section("How to read this", page.paragraph(METHOD)))
-    return page.page(TITLE, page.paragraph(_state(plan, tables)), facts, sections)
+Point = tuple[int, Estimate, Sequence[float]]
+"""3D-labelled images, success with its interval, and the success of each training."""
 
 
 def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
-    """Both, and the same as data, into a folder: ablations.md, ablations.html, ablations.json."""
+    """As Markdown, as a page and as data, into a folder: ablations.md, ablations.html, ablations.json."""
+    lines = [line for filled in tables for line in filled.lines]
+    verdicts = [line.verdict.partition(":")[0] for line in lines]
+    waiting = sum(line.success is None for line in lines)
+    values = {
+        "title": "Ablations at nano size",
+        "facts": [
+            (str(verdicts.count("agrees")), "rows in which nano agrees with the paper"),
+            (str(verdicts.count("disagrees")), "in which it disagrees"),
+            (str(verdicts.count("cannot tell")), "in which the intervals cannot tell"),
+            (str(waiting), "rows that have not run yet"),
+        ],
+        "plan": plan,
+        "done": sum(len(line.by_seed) for line in lines),
+        "wanted": plan.seeds * len(lines),
+        "waiting": waiting,
+        "tables": [_section(filled) for filled in tables],
+    }
     texts = {
-        "md": markdown(plan, tables),
-        "html": html(plan, tables),
+        "md": render("ablations.md", **values),
+        "html": render("ablations.html", **values),
         "json": json.dumps(to_json(tables), indent=1),
     }
-    paths = []
     for ending, text in texts.items():
-        paths.append(out / f"ablations.{ending}")
-        write_text(paths[-1], text)
-    return paths
+        write_text(out / f"ablations.{ending}", text)
+    return [out / f"ablations.{ending}" for ending in texts]
 
 
-def cells(line: Line, filled: Filled) -> list[str]:
-    """A line as text, under `headers`."""
+def rate(e: Estimate) -> str:
+    """A success rate in percent, with its interval."""
+    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+
+
+def _section(filled: Filled) -> dict[str, Any]:
+    """A table as the templates show it."""
+    apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
+    curve = [(line.images, e, line.by_seed) for line in filled.lines if (e := line.success) is not None]
+    return {
+        "table": filled.table,
+        "source": filled.source,
+        "chart": scaling_curve(curve) if filled.table.name == CURVE and curve else _bars(filled),
+        "against": next(line.row.title for line in filled.lines if line.row.name == filled.table.against),
+        "differences": differences(apart) if apart else "",
+        "headers": _headers(filled),
+        "rows": [_cells(line, filled) for line in filled.lines],
+    }
+
+
+def _cells(line: Line, filled: Filled) -> list[str]:
+    """A line as text, under `_headers`."""
     first = line.row.name == filled.table.against
     row = [
         line.row.title,
-        "not run yet" if line.success is None else _rate(line.success),
-        "–" if first or line.against is None else _points(line.against),
+        "not run yet" if line.success is None else rate(line.success),
+        "–" if first or line.against is None else points(line.against),
     ]
     if filled.source:
         row.append("–" if line.published is None else f"{line.published:.1f}")
@@ -92,8 +88,8 @@ def cells(line: Line, filled: Filled) -> list[str]:
     return [*row, " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–", f"{line.steps:,}"]
 
 
-def headers(filled: Filled) -> list[str]:
-    """Of the columns of `cells`."""
+def _headers(filled: Filled) -> list[str]:
+    """Of the columns of `_cells`."""
     names = ["row", "success, % [95 %]", "difference, points [95 %]"]
     if filled.source:
         names += ["paper (theirs), %", "points (theirs)", "verdict"]
@@ -102,67 +98,43 @@ def headers(filled: Filled) -> list[str]:
     return [*names, "each seed, %", "policy steps"]
 
 
-def _compared(filled: Filled) -> str:
-    return next(line.row.title for line in filled.lines if line.row.name == filled.table.against)
-
-
-def _state(plan: Plan, tables: Sequence[Filled]) -> str:
-    lines = [line for filled in tables for line in filled.lines]
-    ran = sum(len(line.by_seed) for line in lines)
-    families = ", ".join(family.replace("_", " ") for family in plan.families)
-    text = f"{plan.scenes} held-out scenes of each task family ({families}) per training; "
-    text += f"{ran} of {plan.seeds * len(lines)} numbers are in."
-    if any(line.success is None for line in lines):
-        text += " Rows without a number have not run yet."
-    return text
-
-
-def _rate(e: Estimate) -> str:
-    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
-
-
-def _points(e: Estimate) -> str:
-    return f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
-
-
-def _section(filled: Filled) -> str:
-    ran = [line for line in filled.lines if line.success is not None]
-    parts = []
-    if filled.table.name == CURVE and ran:
-        parts.append(drawing([(line.images, line.success, line.by_seed) for line in ran if line.success]))
-    elif ran:
-        parts.append(_bars(filled))
-    apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
-    if apart:
-        parts.append(
-            f"<h3>Difference from “{escape(_compared(filled))}”, points</h3>{page.difference_bars(apart)}"
-        )
-    parts.append("<h3>Numbers</h3>")
-    parts.append(page.table(headers(filled), [cells(line, filled) for line in filled.lines]))
-    if filled.table.note:
-        parts.append(page.paragraph(filled.table.note, soft=True))
-    if filled.source:
-        parts.append(page.paragraph(f"Published numbers (theirs): {filled.source}.", soft=True))
-    return "".join(parts)
-
-
 def _bars(filled: Filled) -> str:
     """Ours as full bars with intervals; below each the paper's number as a hollow one."""
-    rows = []
+    groups = []
     for line in filled.lines:
-        rows.append(f'<div class="head">{escape(line.row.title)}</div>')
-        if line.success is None:
-            rows.append('<div class="name">here</div><div class="track"></div><div>not run yet</div>')
-        else:
-            e = line.success
-            span = f"left:{100 * e.low:.1f}%;width:{100 * (e.high - e.low):.1f}%"
-            rows.append(
-                f'<div class="name">here</div><div class="track"><div class="fill" style="width:{100 * e.value:.1f}%">'
-                f'</div><div class="whisker" style="{span}"></div></div><div>{_rate(e)}</div>'
-            )
+        e = line.success
+        rows = [Bar("here", e.value, rate(e), e.low, e.high) if e else Bar("here", None, "not run yet")]
         if line.published is not None:
-            rows.append(
-                '<div class="name">paper</div><div class="track"><div class="fill theirs" '
-                f'style="width:{line.published:.1f}%"></div></div><div>{line.published:.1f} (theirs)</div>'
-            )
-    return f'<div class="bars">{"".join(rows)}</div>'
+            theirs = f"{line.published:.1f} (theirs)"
+            rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))
+        groups.append((line.row.title, rows))
+    return bars(groups)
+
+
+def scaling_curve(found: Sequence[Point]) -> str:
+    """Success over the number of 3D-labelled images: means with 95 % intervals, and a dot per training.
+
+    The horizontal axis is logarithmic, with 0 set apart at its left end.
+    """
+    found = sorted(found, key=lambda point: point[0])
+    first = min((images for images, _, _ in found if images), default=1)
+    x = [log10(images) if images else log10(first) - 0.5 for images, _, _ in found]
+    top = min(100, 10 * ceil(10 * max(max(e.high, *singles) for _, e, singles in found)))
+    mean = plot.Line(
+        "mean of the trainings, with its 95 % interval",
+        x,
+        [100 * e.value for _, e, _ in found],
+        COLOURS[0],
+        low=[100 * e.low for _, e, _ in found],
+        high=[100 * e.high for _, e, _ in found],
+        dots=True,
+    )
+    trainings = [(a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some]
+    places, successes = zip(*trainings, strict=True)
+    each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
+    images = Axis(
+        "3D-labelled images",
+        ends=(x[0] - 0.2, x[-1] + 0.2),
+        ticks=[(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)],
+    )
+    return chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))

@@ -1,75 +1,84 @@
-"""A comparison as one HTML page: verdict, plots, table, and films of the same scenes side by side."""
+"""Comparisons as pages: two policies in the same scenes; predicted actions beside a demonstrator's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from spear.evaluate.compare import ALPHA, Comparison, Pair, cells, p_value, points
 from spear.evaluate.film import MIME, film_file
+from spear.evaluate.open_loop import OpenLoop
 from spear.evaluate.reference import Reference
-from spear.evaluate.results import Results
-from spear.report import page
-from spear.report.page import Section
+from spear.evaluate.results import Outcome, Results
+from spear.report.page import render, spaced
+from spear.report.plot import COLOURS, GREY, Axis, Line, bars, chart, differences, rate_bars
 
 
 def comparison_page(
-    comparison: Comparison, folders: tuple[Path, Path], films: int = 12, extra: Sequence[Section] = ()
+    comparison: Comparison,
+    folders: tuple[Path, Path],
+    films: int = 12,
+    published: Sequence[tuple[Reference, Sequence[tuple[str, Results]]]] = (),
 ) -> str:
     """A self-contained document.
 
-    folders  where the films of the first and the second policy lie.
-    films    at most so many pairs of films, chosen by `filmed_pairs`.
-    extra    more sections, below ours.
+    folders    where the films of the first and the second policy lie.
+    films      at most so many pairs of films, chosen by `filmed_pairs`.
+    published  tables of others, each with our results (by name) that belong below it.
     """
     c, mean = comparison, comparison.mean
-    shown = filmed_pairs(c, folders, films)
-    differ = "".join(page.paragraph(f"Run differently: {s}.", soft=True) for s in c.settings)
-    lead = page.paragraph(c.verdict()) + differ
     facts = [
-        (f"{mean.first.value:.1%}", f"{c.first}: mean success [{mean.first.low:.0%}, {mean.first.high:.0%}]"),
-        (
-            f"{mean.second.value:.1%}",
-            f"{c.second}: mean success [{mean.second.low:.0%}, {mean.second.high:.0%}]",
-        ),
-        (
-            f"{points(mean.difference.value)}",
-            f"points between them [{points(mean.difference.low)}, {points(mean.difference.high)}]",
-        ),
+        (f"{e.value:.1%}", f"{name}: mean success [{e.low:.0%}, {e.high:.0%}]")
+        for name, e in ((c.first, mean.first), (c.second, mean.second))
+    ]
+    d = mean.difference
+    facts += [
+        (points(d.value), f"points between them [{points(d.low)}, {points(d.high)}]"),
         (f"p {p_value(mean.p)}", f"exact paired test, {len(c.pairs)} shared scenes"),
     ]
-    groups = [(r.name.replace("_", " "), [(c.first, r.first), (c.second, r.second)]) for r in c.rows]
-    headers = [
-        "family",
-        "scenes",
-        c.first,
-        c.second,
-        "difference, points [95 %]",
-        "p",
-        f"only {c.first} : only {c.second}",
-    ]
-    rows = [[text.replace("_", " ") if not i else text for i, text in enumerate(cells(r))] for r in c.rows]
-    sections = [
-        Section("Success on the shared scenes", page.success_bars(groups)),
-        Section(
-            f"Difference: {c.first} minus {c.second}",
-            page.difference_bars([(r.name.replace("_", " "), r.difference) for r in c.rows])
-            + page.table(headers, rows)
-            + page.paragraph(_method(c), soft=True),
-        ),
-    ]
-    if shown:
-        sections.append(Section("The same scenes, side by side", _films(c, shown, folders)))
-    return page.page(f"{c.first} against {c.second}", lead, facts, [*sections, *extra])
-
-
-def reference_section(reference: Reference, ours: Sequence[tuple[str, Results]]) -> Section:
-    """Published numbers with ours below them, marked which is which."""
-    text = page.paragraph(f"Published numbers: {reference.source}. {reference.note}".strip(), soft=True)
-    return Section(
-        f"Published: {reference.title}", page.table(reference.headers(), reference.cells(ours)) + text
+    groups = [(spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows]
+    return render(
+        "comparison.html",
+        title=f"{c.first} against {c.second}",
+        facts=facts,
+        comparison=c,
+        alpha=ALPHA,
+        rates=bars(groups),
+        differences=differences([(spaced(r.name), r.difference) for r in c.rows]),
+        rows=[[spaced(cells(r)[0]), *cells(r)[1:]] for r in c.rows],
+        scenes=[_scene(c, pair, folders) for pair in filmed_pairs(c, folders, films)],
+        published=[(table, table.headers(), table.cells(ours)) for table, ours in published],
     )
+
+
+def open_loop_page(model: OpenLoop, reference: OpenLoop, episodes: int = 3) -> str:
+    """A self-contained document with `open_loop_charts`."""
+    title = f"{model.name}: predicted actions on held-out episodes"
+    return render(
+        "open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference, episodes)
+    )
+
+
+def open_loop_charts(model: OpenLoop, reference: OpenLoop, episodes: int = 3) -> list[list[str]]:
+    """Per held-out episode: predicted and true displacement along each axis, and the gripper, by step."""
+    names = ("Forward (x), mm", "Left (y), mm", "Up (z), mm", "Gripper opening")
+    shown = []
+    for truth, ours, theirs in list(zip(model.truth, model.predicted, reference.predicted, strict=True))[
+        :episodes
+    ]:
+        charts = []
+        for row, name in enumerate(names):
+            scale, column = (1000, row) if row < 3 else (1, 7)
+            steps = range(len(truth))
+            lines = [
+                Line("demonstrator", steps, scale * truth[:, column], GREY, dots=True),
+                Line(model.name, steps, scale * ours[:, column], COLOURS[0], dots=True),
+                Line(reference.name, steps, scale * theirs[:, column], COLOURS[1], dashed=True),
+            ]
+            charts.append(chart(lines, Axis("step (5 Hz)"), title=name))
+        shown.append(charts)
+    return shown
 
 
 def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int) -> list[Pair]:
@@ -87,32 +96,17 @@ def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int)
     return [pair for *_, pair in sorted(ranked, key=lambda r: r[:3])][:limit]
 
 
-def _films(c: Comparison, pairs: Sequence[Pair], folders: tuple[Path, Path]) -> str:
-    parts = []
-    for pair in pairs:
-        family, seed = pair[0].family.replace("_", " "), pair[0].seed
-        parts.append(f"<h3>{escape(f'{family}, scene {seed}: {pair[0].instruction}')}</h3>")
-        figures = []
-        for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
-            path = film_file(folder, outcome.film_name)
-            word = f"success after {outcome.steps} steps" if outcome.success else "failure"
-            if path:
-                figures.append(page.film(path.read_bytes(), MIME[path.suffix], f"{name}: {word}"))
-            else:
-                figures.append(
-                    page.paragraph(f"{name}: {word}, not filmed (evaluate with --films all)", soft=True)
-                )
-        parts.append(page.grid(figures, wide=True))
-    return "".join(parts)
+def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, Any]:
+    """What two policies did in one scene, each with its film if there is one."""
+    runs = []
+    for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
+        path = film_file(folder, outcome.film_name)
+        film = (path.read_bytes(), MIME[path.suffix]) if path else None
+        runs.append((f"{name}: {ending(outcome)}", film))
+    first = pair[0]
+    return {"title": f"{spaced(first.family)}, scene {first.seed}: {first.instruction}", "runs": runs}
 
 
-def _method(c: Comparison) -> str:
-    text = (
-        "Both policies saw the same scenes, so each scene is compared with itself. Intervals are 95 %: of rates after "
-        "Wilson, of paired differences after Agresti and Min. p-values are of the exact two-sided McNemar test, which "
-        "looks at the scenes that only one of the two solved; the last row sums these over the families and is the "
-        f"one to judge by: with several families, one of them falls below {ALPHA} by chance more often than that."
-    )
-    if c.unshared:
-        text += f" {c.unshared} episodes are left out, since only one of the two saw their scene."
-    return text
+def ending(outcome: Outcome) -> str:
+    """How an episode ended, in words."""
+    return f"success after {outcome.steps} steps" if outcome.success else "failure"

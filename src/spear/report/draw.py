@@ -107,7 +107,7 @@ def _enlarge(image: Array, scale: int) -> Image.Image:
 
 def _mark(canvas: Image.Image, points: Array, colour: Colour) -> None:
     """Eight points [8, 2] as a box with a thick near face, any others as rings. Pixels of the canvas."""
-    pen, thick = ImageDraw.Draw(canvas), max(2, canvas.width // 250)
+    pen, thick = ImageDraw.Draw(canvas), max(2, canvas.width // 190)
     at = [(float(x), float(y)) for x, y in points]
     for rim, ink in ((2, RIM), (0, colour)):
         for a, b in EDGES if len(at) == 8 else ():

@@ -3,22 +3,19 @@ drawn."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from html import escape
-from math import isfinite
+from dataclasses import replace
 
 import numpy as np
 
 from spear.evaluate.vqa.calibration import LEVELS
 from spear.evaluate.vqa.measures import MEASURES
 from spear.evaluate.vqa.scores import Asked, Scores
-from spear.labels.questions.generate import spoken
 from spear.report.draw import PREDICTION, TRUTH, draw_answers
-from spear.report.page import Section, data_uri, grid, page, paragraph, table
-from spear.report.plot import Line, plot
+from spear.report.labels import say
+from spear.report.page import picture, render, short, spaced
+from spear.report.plot import Axis, Line, chart
 from spear.types import Array
-from spear.util.images import decode_image, encode_jpeg
+from spear.util.images import decode_image
 
 WIDTH = 576
 """Pixels across of a drawing, at least."""
@@ -28,19 +25,18 @@ SHOWN = 6
 
 def vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     """One self-contained document about an evaluation of `checkpoint` on `questions`."""
-    sections = [
-        Section("How far off", _how_far(scores)),
-        *([Section("Boxes, drawn", _boxes(scores))] if "box_vertices" in scores.families else []),
-        *([Section("Is it as sure as it may be?", _calibration(scores))] if scores.calibration else []),
-        *([Section("Which number to say", _readings(scores))] if scores.readings else []),
-        *([Section("Points, drawn", points)] if (points := _points(scores)) else []),
-        Section("In words", _words(scores)),
-    ]
-    lead = paragraph(
-        f"{checkpoint}, asked {len(scores.asked):,} questions about {scores.images:,} images of {questions}. "
-        f"Numbers are read off the probabilities of the 3D tokens by their {scores.decode}. Intervals are 95 %."
+    drawn = [("box_vertices", SHOWN), ("keypoint", 3), ("back_projection", 3)]
+    return render(
+        "vqa.html",
+        title=f"3D questions: {checkpoint}",
+        facts=_facts(scores),
+        scores=scores,
+        checkpoint=checkpoint,
+        questions=questions,
+        drawn=[(family, _extremes(scores, family, n)) for family, n in drawn if family in scores.families],
+        charts=_calibration(scores) if scores.calibration else [],
+        in_words=_in_words(scores),
     )
-    return page(f"3D questions: {checkpoint}", lead, _facts(scores), sections)
 
 
 def draw(asked: Asked, scale: int | None = None) -> Array:
@@ -54,17 +50,14 @@ def draw(asked: Asked, scale: int | None = None) -> Array:
     return draw_answers(image, label.intrinsics, answers, scale or max(1, round(WIDTH / label.width)))
 
 
-def caption(asked: Asked) -> str:
-    """The question, and how far off the answer is."""
+def figure(asked: Asked) -> tuple[str, str]:
+    """The drawing as a data URI, and its caption: the question, and how far off the answer is."""
     measures = asked.measures
     words = [MEASURES[n].say(measures[n]) for n in ("error", "pixels", "relative") if n in measures]
     if "iou" in measures:
         words.append(f"IoU {measures['iou']:.2f}")
-    return (
-        f"{asked.question.prompt} — off by {', '.join(words)}"
-        if words
-        else f"{asked.question.prompt} — broken"
-    )
+    off = f"off by {', '.join(words)}" if words else "broken"
+    return picture(draw(asked)), f"{asked.question.prompt} — {off}"
 
 
 def _facts(scores: Scores) -> list[tuple[str, str]]:
@@ -84,135 +77,55 @@ def _facts(scores: Scores) -> list[tuple[str, str]]:
     return facts
 
 
-def _how_far(scores: Scores) -> str:
-    return (
-        table(*scores.rows())
-        + paragraph(
-            "Of a box the error is that of its centre; of two distances the mean of both; of back-projected boxes "
-            "that of the eight image points, relative to the image's width and height. Constant guess: the best "
-            "single answer for all of these questions. Depth only: the same in units of each image's median "
-            "depth, for one that knows how far away the scene is, and nothing else. Grammar: answers with exactly "
-            "as many numbers as they need, held to it and free.",
-            soft=True,
-        )
-        + "<h3>More about them</h3>"
-        + table(*scores.detail_rows())
-    )
+def _ranked(scores: Scores, family: str) -> list[Asked]:
+    """The answers of a family that have an error, the best first."""
+    rows = [a for a in scores.asked if a.question.family == family and "relative" in a.measures]
+    return sorted(rows, key=lambda a: a.measures["relative"])
 
 
-def _boxes(scores: Scores) -> str:
-    return paragraph("Green is the truth, orange the answer; the near face is drawn thicker.") + _extremes(
-        [a for a in scores.asked if a.question.family == "box_vertices"]
-    )
-
-
-def _points(scores: Scores) -> str:
-    parts = []
-    for family in ("keypoint", "back_projection"):
-        rows = [a for a in scores.asked if a.question.family == family]
-        if rows:
-            parts.append(
-                f"<h3>{escape(family.replace('_', ' ').capitalize())}</h3>{_extremes(rows, 3, 'h4')}"
-            )
-    return "".join(parts)
-
-
-def _extremes(rows: Sequence[Asked], shown: int = SHOWN, head: str = "h3") -> str:
-    """The best, those around the median and the worst, by relative error, each about another image."""
-    ranked = sorted((a for a in rows if "relative" in a.measures), key=lambda a: a.measures["relative"])
+def _extremes(scores: Scores, family: str, shown: int) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The worst, those around the median and the best, by relative error, each about another object."""
+    ranked = _ranked(scores, family)
     middle = max(0, len(ranked) // 2 - shown // 2)
-    parts, seen = [], set()
+    kinds, seen = [], set()
     for title, some in (("Worst", ranked[::-1]), ("Around the median", ranked[middle:]), ("Best", ranked)):
-        chosen: list[str] = []
+        chosen: list[tuple[str, str]] = []
         for a in some:
             if len(chosen) < shown and (a.image, a.question.objects) not in seen:
                 seen.add((a.image, a.question.objects))
-                chosen.append(_figure(a))
+                chosen.append(figure(a))
         if chosen:
-            parts.append(f"<{head}>{title}</{head}>{grid(chosen)}")
-    return "".join(parts)
+            kinds.append((title, chosen))
+    return kinds
 
 
-def _figure(asked: Asked) -> str:
-    words = escape(caption(asked))
-    source = data_uri(encode_jpeg(draw(asked), quality=85), "image/jpeg")
-    return (
-        f'<figure><img loading="lazy" src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-    )
-
-
-def _calibration(scores: Scores) -> str:
-    names = {family: family.replace("_", " ") for family in scores.calibration}
-    covered = [
-        Line(names[f], [(100 * a, 100 * b) for a, b in zip(LEVELS, c.curve, strict=True)])
-        for f, c in scores.calibration.items()
+def _calibration(scores: Scores) -> list[str]:
+    """How often the truth lies in the central intervals, and errors over predicted spreads."""
+    found = scores.calibration.items()
+    levels = [100 * level for level in LEVELS]
+    covered = [Line(spaced(family), levels, [100 * share for share in c.curve]) for family, c in found]
+    bands = [
+        Line(spaced(family), [b.spread for b in c.bands], [b.error for b in c.bands], dots=True)
+        for family, c in found
     ]
-    bands = [Line(names[f], [(b.spread, b.error) for b in c.bands]) for f, c in scores.calibration.items()]
-    values = [v for line in bands for point in line.points for v in point if v > 0 and isfinite(v)]
-    low, high = (min(values) / 1.2, max(values) * 1.2) if values else (0.1, 10.0)
-    return (
-        paragraph(
-            "The model gives every number a probability for each of its bins. Left: how often the truth lies in the "
-            "central interval that holds so much of the probability. Below the diagonal it is surer than it may be. "
-            "Right: numbers of similar predicted spread (half the central 68 %), and the error that 68 % of them "
-            "stay below; on the diagonal both are equal. Where a line rises, the model knows which of its answers "
-            "to trust. Each number's probabilities are given the numbers said before it: the error of a box's first "
-            "vertex is not in the spread of the others, which follow from it."
-        )
-        + grid(
-            [
-                plot(covered, "central interval", "truths in it", (0.0, 100.0)),
-                plot(
-                    bands,
-                    "predicted spread, of the distance",
-                    "error, of the distance",
-                    (low, high),
-                    True,
-                    True,
-                ),
-            ],
-            wide=True,
-        )
-        + table(*scores.certainty_rows())
-        + paragraph(
-            "Central 50 %: the truths in that interval. Off by: the mean distance of the left curve from the "
-            "diagonal. Surer half: the median error of the half "
-            "of the answers with the smaller mean spread.",
-            soft=True,
-        )
-    )
+    values = [v for line in bands for v in (*line.x, *line.y) if v > 0 and np.isfinite(v)]
+    ends = (min(values) / 1.2, max(values) * 1.2) if values else (0.1, 10.0)
+    share = Axis("central interval", (0.0, 100.0), unit=" %")
+    spread = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
+    return [
+        chart(covered, share, replace(share, title="truths in it"), size=(460, 340), diagonal=True),
+        chart(bands, spread, replace(spread, title="error, of the distance"), size=(460, 340), diagonal=True),
+    ]
 
 
-def _readings(scores: Scores) -> str:
-    return table(*scores.reading_rows()) + paragraph(
-        "Median errors, relative to the distance, of the same answers read in three ways: the likeliest bin (mode), "
-        "the expected value (mean), the value with half of the probability below it (median). Saved: how much "
-        "smaller the mean error is than that of the mode.",
-        soft=True,
-    )
-
-
-def _words(scores: Scores) -> str:
+def _in_words(scores: Scores) -> list[list[str]]:
     """A few answers of every family as they would be read out: evenly spread from the best to the worst."""
     rows = []
     for family in scores.families:
-        some = sorted(
-            (a for a in scores.asked if a.question.family == family and "relative" in a.measures),
-            key=lambda a: a.measures["relative"],
-        )
+        some = _ranked(scores, family)
         for i in np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ():
             a = some[i]
-            answer = spoken(dataclasses.replace(a.question, segments=a.answer))
-            rows.append(
-                [
-                    a.question.prompt,
-                    _short(spoken(a.question)),
-                    _short(answer),
-                    f"{a.measures['relative']:.1f} %",
-                ]
-            )
-    return table(["question", "truth", "answer", "off by"], rows)
-
-
-def _short(text: str, most: int = 64) -> str:
-    return text if len(text) <= most else f"{text[: most - 2].rstrip()} …"
+            said = replace(a.question, segments=a.answer)
+            truth, answer = (short(say(q, a.label), 64) for q in (a.question, said))
+            rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])
+    return rows

@@ -227,7 +227,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     page = vqa_page(scores, "model <1>", "labels")
     assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
     assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
-    for title in ("Worst", "Best", "Which number to say", "In words"):
+    for title in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"):
         assert title in page
 
 
