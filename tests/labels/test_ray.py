@@ -24,7 +24,7 @@ def cluster() -> Iterator[None]:
     """A Ray of two CPUs whose workers can import the tests' own modules."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "support")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", tests, prepend=":")
         ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
