@@ -121,10 +121,10 @@ def test_the_page_without_real_data_says_how_to_get_some(
 
 def test_real_episodes_are_learned_and_scored(shipped: Path, shared: Path, tmp_path: Path) -> None:
     data = shared / "data/bridge_v2_sample"
-    section, fact = demo.real_episodes(tmp_path, data)
-    assert "19 episodes of bridge_v2_sample for learning, 6 others to test on" in section.body
-    assert "mean action" in section.body
-    assert fact is not None
+    values = demo.real_episodes(tmp_path, data)
+    assert (values["learned"], values["held_out"], values["source"]) == (19, 6, "bridge_v2_sample")
+    assert "mean action" in values["headers"] and len(values["charts"]) == 3
+    assert "mean action" in values["fact"][1]
     before = sorted(p.name for p in tmp_path.iterdir())
     assert [len(store) for store in demo._split(data, tmp_path)] == [19, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
