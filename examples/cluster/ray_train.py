@@ -2,9 +2,9 @@
 
     python examples/cluster/ray_train.py --workers 16 --gpus spear train vla-pretrain --init runs/vlm-stage2 …
 
-Every worker runs the command in its own process; Ray gives it what torchrun would (rank, world size, where to
-meet). When a worker fails or its node is preempted, all are started again and continue from the last checkpoint.
-All nodes must see the current folder. Needs pip install "ray[train]".
+Every worker runs the command in its own process; Ray gives it what torchrun would (rank, world size, where
+to meet). When a worker fails or its node is preempted, all are started again and continue from the last
+checkpoint. All nodes must see the current folder. Needs pip install "ray[train]".
 """
 
 from __future__ import annotations

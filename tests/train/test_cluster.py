@@ -33,7 +33,7 @@ def programs(folder: Path, **bodies: str) -> dict[str, str]:
 def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
     environment = programs(
         tmp_path / "bin",
-        scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',  # more than a pipe holds: all of it must be read
+        scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',  # more than a pipe holds: all must be read
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )

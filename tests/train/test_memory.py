@@ -48,10 +48,10 @@ class Acting:
 
 
 def allocated(stage: Recipe) -> int:
-    """Most bytes that the allocator held in a step, of what it gave out in it, and the weights and states before.
+    """Most bytes that the allocator held in a step: what it gave out in it, and weights and states before.
 
-    Read from the allocator's own running total: a sum over the recorded events is right only if all of them are
-    there and in order, which they have not always been. A mark says where the total stood before.
+    Read from the allocator's own running total: a sum over the recorded events is right only if all of them
+    are there and in order, which they have not always been. A mark says where the total stood before.
     """
     task = Acting()
     stepper = Stepper(task, stage.optimization, seed=0)

@@ -1,4 +1,4 @@
-"""The whole path at nano size: scenes → labels → depth → VLM stages 0, 1, 2 → demonstrations → SPEAR-1 → actions."""
+"""The whole path at nano: scenes → labels → depth → VLM stages → demonstrations → SPEAR-1 → actions."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> None:
-    """The average of both projections is at first what the language model knows, and no longer after a step."""
+    """The average of both projections is at first what the language model knows; after a step no longer."""
     pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)).byte()
     tokens = []
     for name in ("nano-vlm-0", "grown", "nano-vlm-1"):
@@ -116,7 +116,7 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> Non
 
 
 def test_new_tokens_do_not_depend_on_moge(walked: Walk, tmp_path: Path) -> None:
-    """Without it, stage 1 begins with the same new 3D tokens as with it; stage 2 keeps what stage 1 learned."""
+    """Stage 1 begins with the same new 3D tokens without it; stage 2 keeps what stage 1 learned."""
     start = walked.folders["nano-vlm-0"]
     stages = [recipe(name).changed(moge=False, **STILL) for name in ("nano-vlm-1", "nano-vlm-2")]
     plain = ("multi_modal_projector",)
@@ -177,7 +177,7 @@ def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: 
 
 
 def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
-    """Other episodes, weights to begin with or settings in the same --out are refused, and nothing changes."""
+    """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
     write_episodes([make(0), make(1)], tmp_path / "store")
     store, nano, out = EpisodeStore(tmp_path / "store"), locate("nano"), tmp_path / "run"
     few = {"steps": 1, "batch_size": 2, "flow_samples": 1, "warmup": 0}

@@ -21,6 +21,8 @@ from spear.types import Array
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
 NOT_PUBLISHED: Verdict = "–"
+_Results = dict[str, dict[int, Results]]
+"""The episodes of rows that have been scored, by row and seed."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
     for table, rows in plan.tables:
         reference = references()[table.reference] if table.reference else None
         means = dict(reference.means) if reference else {}
-        results = {row.name: _results(plan, out, row) for row in rows}
+        found = {r.name: {s: scored(out, plan.scoring(r.name, s)) for s in range(plan.seeds)} for r in rows}
+        results = {n: {s: one for s, one in each.items() if one is not None} for n, each in found.items()}
         first = next(row for row in rows if row.name == table.against)
         lines = [_line(plan, data, row, first, results, means) for row in rows]
         source = f"{reference.title}. {reference.source}" if reference else ""
@@ -102,16 +105,12 @@ def judge(against: Estimate | None, published: float | None, seeds: int) -> Verd
     return "agrees" if (against.value > 0) == (published > 0) else "disagrees"
 
 
-def _line(
-    plan: Plan,
-    data: Data,
-    row: Row,
-    first: Row,
-    results: dict[str, dict[int, Results]],
-    means: dict[str, float],
-) -> Line:
+def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means: dict[str, float]) -> Line:
     own, other = results[row.name], results[first.name]
     shared = sorted(set(own) & set(other))
+    # Whether any stage before the policy asks 3D questions.
+    chain = plan.chains[row.name, 0]
+    asks = any(t.recipe.name in ("nano-vlm-1", "nano-vlm-2") and t.steps for t in chain)
     against = None
     if row != first and shared:
         against = difference_over_seeds(_success(plan, own, shared), _success(plan, other, shared))
@@ -125,19 +124,9 @@ def _line(
         published,
         apart,
         judge(against, apart, len(shared)),
-        sum(t.steps for t in plan.chains[row.name, 0] if t.recipe.kind == "vla"),
-        round(row.images * data.images) if _asks(plan, row) else 0,
+        sum(t.steps for t in chain if t.recipe.kind == "vla"),
+        round(row.images * data.images) if asks else 0,
     )
-
-
-def _asks(plan: Plan, row: Row) -> bool:
-    """Whether any stage before the policy asks 3D questions."""
-    return any(t.recipe.name in ("nano-vlm-1", "nano-vlm-2") and t.steps for t in plan.chains[row.name, 0])
-
-
-def _results(plan: Plan, out: Path, row: Row) -> dict[int, Results]:
-    found = {seed: scored(out, plan.scoring(row.name, seed)) for seed in range(plan.seeds)}
-    return {seed: results for seed, results in found.items() if results is not None}
 
 
 def _success(plan: Plan, results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
@@ -40,27 +38,3 @@ def at_least(least: int, **given: float) -> None:
     for name, value in given.items():
         if not value >= least:
             raise SpearError(f"--{name.replace('_', '-')} {value:g}: give at least {least}")
-
-
-def key_values(items: Sequence[str], option: str) -> dict[str, str]:
-    """KEY=VALUE words. Raises `SpearError`, naming the option, for a word without =."""
-    found = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SpearError(f"{option} {item}: write it as KEY=VALUE")
-        found[key] = value
-    return found
-
-
-def recipe_changes(items: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE words as changes to a recipe. Raises `SpearError` for a word without =."""
-    return {key: _value(value) for key, value in key_values(items, "--set").items()}
-
-
-def _value(text: str) -> Any:
-    """A number, true/false/null or list as JSON has them; anything else is a string."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
