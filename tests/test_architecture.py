@@ -33,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASIC | {"sim"},
     "models": LOW,
     "labels": LOW | {"sim", "data", "models"},
-    "policy": MIDDLE - {"sim"},
+    "policy": MIDDLE - {"sim"} | {"embodiments"},
     "chunks": BASIC,
     "embodiments": BASIC | {"sim"},
-    "serve": BASIC | {"embodiments"},
+    "serve": BASIC | {"chunks", "embodiments"},
     "train": MIDDLE - {"sim"},
     "evaluate": MIDDLE | {"policy", "chunks", "embodiments", "serve"},
     "ablations": HIGH,
@@ -47,7 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
-CEILINGS: dict[str, int] = {}
+CEILINGS = {
+    "(top)": 1950, "ablations": 950, "cli": 1600, "data": 4950, "embodiments": 750, "evaluate": 3200,
+    "labels": 5650, "models": 5100, "report": 1350, "serve": 900, "sim": 2400, "train": 2850, "ui": 600,
+    "util": 700,
+}  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what the lines bring."""
 
 HEAVY = (
