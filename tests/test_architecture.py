@@ -52,7 +52,7 @@ CEILINGS = {
     "labels": 5650, "models": 5100, "report": 1350, "serve": 900, "sim": 2400, "train": 2850, "ui": 600,
     "util": 700,
 }  # fmt: skip
-"""Room -> the most lines that it may have. To raise one is a decision: say in the commit what the lines bring."""
+"""Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
 HEAVY = (
     "mujoco", "gymnasium", "mani_skill", "sapien", "open3d", "av", "matplotlib", "ray", "tensorboard",
@@ -61,7 +61,7 @@ HEAVY = (
 
 
 def room(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imported(module: str) -> set[str]:

@@ -78,8 +78,8 @@ def test_ask_answers_in_metres_and_draws(
     said = capsys.readouterr()
     assert said.out.count("px") == 8
     assert said.err == (
-        "note: images of view 'external': 80×60 shown in 192×128 with black bars left and right, 11% of it, nothing "
-        "stretched: give images of that aspect to use all of it\n"
+        "note: images of view 'external': 80×60 shown in 192×128 with black bars left and right, 11% of it, "
+        "nothing stretched: give images of that aspect to use all of it\n"
     )
     assert Image.open(drawing).size == (240, 180)
     below = photo / "d.png"
