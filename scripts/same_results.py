@@ -4,10 +4,10 @@
     python scripts/same_results.py run after.json --data RLDS_FOLDER
     python scripts/same_results.py compare before.json after.json
 
-Runs the commands with fixed seeds on one thread: labels of 32 scenes, labels and questions through the
-whole pipeline, 8 demonstrations of each family, an RLDS dataset prepared in two ways, 20 steps of every recipe
-at nano size, 800 evaluation scenes of nano (--only leaves parts out). Kept is a SHA-256 of each file that they write,
-without times, logs and pages. Both runs must be on one machine: other processors round otherwise.
+Runs the commands with fixed seeds on one thread: labels of 32 scenes, labels and questions through the whole
+pipeline, 8 demonstrations of each family, an RLDS dataset prepared in two ways, 20 steps of every recipe at
+nano size, 800 evaluation scenes of nano (--only leaves parts out). Kept is a SHA-256 of each file that they
+write, without times, logs and pages. Both runs must be on one machine: other processors round otherwise.
 """
 
 from __future__ import annotations
