@@ -107,14 +107,13 @@ def test_weights_gradients_and_states_are_exact() -> None:
 
 
 def test_what_saves_memory_does() -> None:
-    whole = memory.training(STAGE)
-    less = memory.training(STAGE.changed(gradient_checkpointing=True))
-    assert less.activations < 0.6 * whole.activations and less.weights == whole.weights
-    pieces = memory.training(STAGE.changed(accumulate=8))
-    assert pieces.activations < 0.5 * whole.activations
-    assert memory.training(STAGE.changed(ema=0)).averaged == 0
-    tries = [needed.total for _, needed in memory.plans(STAGE)]
-    assert min(tries) == tries[-1] < tries[0] == whole.total
+    tried = list(memory.plans(STAGE))
+    names = ["frozen_precision", "gradient_checkpointing", "accumulate", "moments", "ema"]
+    assert [list(changes) for changes, _ in tried] == [names[:count] for count in range(6)]
+    whole, frozen, again, pieces, moments, last = (needed for _, needed in tried)
+    assert again.activations < 0.6 * frozen.activations and again.weights == whole.weights
+    assert pieces.activations < again.activations and moments.moments == again.moments / 2
+    assert last.averaged == 0 < moments.averaged and last.total == min(needed.total for _, needed in tried)
 
 
 def test_lora_and_questions_are_planned() -> None:
@@ -155,8 +154,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "does not fit even with --set" in capsys.readouterr().out
 
 
-def test_the_table_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("peft")
+def test_the_table_of_the_docs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = memory.Memory(10 * 2**30, 0, 0, 0, 0, 1, 1)
+    monkeypatch.setattr(memory, "training", lambda stage: enough)
     assert main(["plan", "--table", "--preset", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" |")[0] for line in lines[2:]] == [
@@ -167,6 +167,7 @@ def test_the_table_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
         "| acting, float32",
     ]
     assert all(line.count("|") == 8 for line in lines)
+    assert lines[2].split(" | ")[1:3] == ["no (10.0 GiB)", "10.0 GiB"]
 
 
 def test_sizes_of_gpus() -> None:
