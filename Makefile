@@ -37,7 +37,7 @@ pytest:
 # The networks, the losses and the memory plan on other instructions than this processor's newest.
 test-avx2: setup
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
-	    $(BIN)/python -m pytest -n 2 tests/models tests/train/test_memory.py tests/test_flow.py tests/test_geometry.py
+	    $(BIN)/python -m pytest -n 2 tests/models/*.py tests/train/test_memory.py tests/test_flow.py
 
 clean:
 	rm -rf $(VENV) runs site
