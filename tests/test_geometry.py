@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
@@ -122,14 +121,7 @@ def test_matrices_agree_with_scipy_everywhere() -> None:
     same(geo.quat_distance(geo.matrix_to_quat(m), q), torch.zeros(len(q)), atol=1e-14)
     back = geo.matrix_to_quat(m)
     same(back, geo.quat_canonical(back), atol=0)
-    same(geo.quat_from_6d(geo.quat_to_6d(q)), back)
-
-
-def test_6d_is_gram_schmidt_on_the_first_two_columns() -> None:
-    m = geo.quat_to_matrix(quats(20))
-    same(geo.matrix_to_6d(m), torch.cat([m[:, :, 0], m[:, :, 1]], dim=-1), atol=0)
-    c0, c1 = m[:, :, 0], m[:, :, 1]
-    same(geo.matrix_from_6d(torch.cat([3 * c0, 0.5 * c1 + 7 * c0], dim=-1)), m)
+    same(geo.quat_to_6d(q), torch.cat([m[:, :, 0], m[:, :, 1]], dim=-1), atol=0)
 
 
 @pytest.mark.parametrize("convention", ["xyz", "XYZ"])
@@ -174,18 +166,12 @@ def test_poses_agree_with_homogeneous_matrices() -> None:
     m0, m1 = matrix(p0, q0), matrix(p1, q1)
     same(matrix(*geo.pose_compose(p0, q0, p1, q1)), m0 @ m1)
     same(matrix(*geo.pose_inverse(p0, q0)), torch.linalg.inv(m0))
-    same(matrix(*geo.relative_pose(p0, q0, p1, q1, "ee")), torch.linalg.inv(m0) @ m1)
-    base = matrix(*geo.relative_pose(p0, q0, p1, q1, "base"))
-    same(base[:, :3, 3], p1 - p0)
-    same(base[:, :3, :3] @ m0[:, :3, :3], m1[:, :3, :3])
     translation, delta = geo.step_action(p0, q0, p1, q1)
     same(translation, p1 - p0)
     same(m0[:, :3, :3] @ geo.quat_to_matrix(delta), m1[:, :3, :3])
     position, rotation = geo.apply_step(p0, q0, translation, delta)
     same(position, p1)
     same(rotation, geo.quat_canonical(q1))
-    with pytest.raises(SpearError, match="camera"):
-        geo.relative_pose(p0, q0, p1, q1, "camera")  # type: ignore[arg-type]
 
 
 def test_sphere_agrees_with_geomstats(sphere: Any) -> None:
@@ -207,11 +193,10 @@ def test_sphere_log_at_coinciding_and_antipodal_points() -> None:
         same(tangent.norm(dim=-1), torch.full((len(a),), angle / 2, dtype=a.dtype), atol=1e-11)
 
 
-def test_angular_velocity_and_derivative_are_inverse() -> None:
+def test_the_derivative_is_that_of_a_turn() -> None:
     q = quats(50)
     omega = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
     velocity = geo.quat_derivative(q, omega)
-    same(geo.angular_velocity(q, velocity + 3 * q), omega)
     h = 1e-6
     step = (
         geo.quat_multiply(q, geo.quat_exp(omega * h)) - geo.quat_multiply(q, geo.quat_exp(-omega * h))
@@ -223,7 +208,6 @@ REGULAR: dict[str, Callable[[Tensor], Tensor]] = {
     "log": geo.quat_log,
     "matrix": geo.quat_to_matrix,
     "to and from matrix": lambda q: geo.matrix_to_quat(geo.quat_to_matrix(q)),
-    "to and from 6D": lambda q: geo.quat_from_6d(geo.quat_to_6d(q)),
     "normalize": geo.quat_normalize,
     "slerp": lambda q: geo.quat_slerp(torch.tensor([1.0, 0, 0, 0]).to(q), q, 0.3),
     "sphere_log": lambda q: geo.sphere_log(torch.tensor([0.0, 0, 0.6, 0.8]).to(q), q),
@@ -272,10 +256,6 @@ def test_degenerate_inputs_stay_finite() -> None:
     same(out.detach(), [[1, 0, 0, 0]] * 2)
     (gradient,) = torch.autograd.grad(out.sum(), zero)
     assert bool((gradient == 0).all())
-    flat = torch.tensor([[0.0] * 6, [1, 0, 0, 2, 0, 0]], requires_grad=True)
-    matrix = geo.matrix_from_6d(flat)
-    (gradient,) = torch.autograd.grad(matrix.sum(), flat)
-    assert bool(torch.isfinite(matrix).all() and torch.isfinite(gradient).all())
 
 
 def test_random_rotations_are_uniform_and_seeded() -> None:
@@ -295,6 +275,3 @@ def test_unit_quat_normalises_within_tolerance_and_refuses_beyond() -> None:
     for bad in (q * 1.002, q * 0, q * math.nan):
         with pytest.raises(SpearError, match=r"observation/state.*\(w, x, y, z\)"):
             geo.unit_quat(bad, "observation/state")
-
-
-unit_range = st.floats(-1, 1, allow_subnormal=False)

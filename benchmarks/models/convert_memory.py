@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, published_name
-from spear.models.moge.v1 import MogeV1, MogeV1Config
+from spear.models.moge.networks import MogeV1, MogeV1Config
 from spear.models.weights.backbones import plan_backbones
 
 TEXT = {

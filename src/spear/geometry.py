@@ -29,8 +29,6 @@ Euler = Literal["xyz", "XYZ"]
 The letters' case means what it means in scipy's `Rotation`.
 """
 
-Frame = Literal["base", "ee"]
-
 _SERIES = 1e-4
 """Squared angle below which Taylor series replace quotients; their error there is below float64 rounding."""
 
@@ -143,13 +141,8 @@ def random_quat(
 # The sphere S³: here q and -q are different points.
 
 
-def angular_velocity(q: Tensor, velocity: Tensor) -> Tensor:
-    """ω = 2 Im(q* ⊗ q̇) [..., 3], rad per unit time, in the rotated frame; ignores the part of q̇ along q."""
-    return 2 * quat_multiply(quat_conjugate(q), velocity)[..., 1:]
-
-
 def quat_derivative(q: Tensor, omega: Tensor) -> Tensor:
-    """q̇ = ½ q ⊗ ω [..., 4], the inverse of `angular_velocity`: tangent to the sphere at q."""
+    """q̇ = ½ q ⊗ ω [..., 4] of an ω [..., 3], rad per unit time, in the rotated frame; tangent to S³ at q."""
     return quat_multiply(q, torch.cat([torch.zeros_like(omega[..., :1]), omega / 2], dim=-1))
 
 
@@ -255,31 +248,10 @@ def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
     return torch.stack([roll, pitch, yaw], dim=-1)
 
 
-def matrix_to_6d(matrix: Tensor) -> Tensor:
-    """Rotation matrix [..., 3, 3] to its first two columns, one after the other, [..., 6]."""
-    return torch.cat([matrix[..., :, 0], matrix[..., :, 1]], dim=-1)
-
-
-def matrix_from_6d(vector: Tensor) -> Tensor:
-    """Two column vectors [..., 6] to the rotation matrix [..., 3, 3] by Gram-Schmidt.
-
-    The columns need not be orthonormal. Parallel or zero columns determine no rotation: the result is finite
-    but not a rotation.
-    """
-    x = torch.nn.functional.normalize(vector[..., :3], dim=-1)
-    second = vector[..., 3:]
-    y = torch.nn.functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
-    return torch.stack([x, y, torch.linalg.cross(x, y)], dim=-1)
-
-
 def quat_to_6d(q: Tensor) -> Tensor:
-    """Unit quaternion [..., 4] to 6D, [..., 6]."""
-    return matrix_to_6d(quat_to_matrix(q))
-
-
-def quat_from_6d(vector: Tensor) -> Tensor:
-    """6D [..., 6] to canonical unit quaternion [..., 4]."""
-    return matrix_to_quat(matrix_from_6d(vector))
+    """Unit quaternion [..., 4] to the first two columns of its matrix, one after the other, [..., 6]."""
+    matrix = quat_to_matrix(q)
+    return torch.cat([matrix[..., :, 0], matrix[..., :, 1]], dim=-1)
 
 
 # Poses: a position [..., 3] in metres and a rotation [..., 4].
@@ -296,23 +268,6 @@ def pose_inverse(position: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """The pose of the outer frame in the frame of (position, rotation)."""
     inverse = quat_conjugate(rotation)
     return -quat_rotate(inverse, position), inverse
-
-
-def relative_pose(
-    position: Tensor, rotation: Tensor, next_position: Tensor, next_rotation: Tensor, frame: Frame
-) -> tuple[Tensor, Tensor]:
-    """The motion from one pose to the next, rotation canonical.
-
-    frame "ee"    as seen from the first pose: Rᵀ (x' - x) and Rᵀ R'.
-    frame "base"  as seen from the base: x' - x and R' Rᵀ.
-    """
-    translation = next_position - position
-    inverse = quat_conjugate(rotation)
-    if frame == "ee":
-        return quat_rotate(inverse, translation), quat_canonical(quat_multiply(inverse, next_rotation))
-    if frame == "base":
-        return translation, quat_canonical(quat_multiply(next_rotation, inverse))
-    raise unknown_name("frame", frame, ("base", "ee"))
 
 
 def step_action(

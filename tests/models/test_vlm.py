@@ -9,11 +9,12 @@ import torch
 
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
-from spear.models import decode, losses
+from spear.models import decode
 from spear.models.layers import positions, prefix_lm_mask
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
-from spear.models.presets import PRESETS, preset, spear1_config, vlm_config
+from spear.models.presets import preset, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import IGNORE, token_loss
 
 
 def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
@@ -23,7 +24,7 @@ def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Te
         "input_ids": ids,
         "attention_mask": mask,
         "token_type_ids": answer.long(),
-        "labels": ids.masked_fill(~answer, losses.IGNORE),
+        "labels": ids.masked_fill(~answer, IGNORE),
     }
 
 
@@ -87,7 +88,7 @@ def test_loss_weighs_3d_tokens_by_lambda() -> None:
     result = model(images, **inputs)
     rest = {k: v for k, v in inputs.items() if k != "labels"}
     log_p = model(images, **rest).logits.log_softmax(-1)[:, :-1]
-    wanted = labels[:, 1:] != losses.IGNORE
+    wanted = labels[:, 1:] != IGNORE
     each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
     coordinate = labels[:, 1:][wanted] >= START
     weight = 1.0 + coordinate
@@ -106,49 +107,12 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
         target[row, START:] = gauss / gauss.sum()
     target[2, 5] = 1
     each = -(target * logits.log_softmax(-1)).sum(-1)
-    loss, _ = losses.token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
+    loss, _ = token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
     torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
 
 
-def test_cached_decoding_agrees_with_running_the_whole_sequence_again() -> None:
-    model = vlm(3)
-    images = pixels(2, views=("external",))
-    ids, mask = text(3, 6)
-    owners = torch.tensor([0, 1, 0])
-    answers = model.answer(images, ids, mask, owners, max_new_tokens=12)
-    for row in range(3):
-        sequence = ids[row : row + 1, : int(mask[row].sum())]
-        kinds = torch.zeros_like(sequence)
-        for token in answers[row].tolist():
-            logits = model(images, sequence, None, kinds, owners[row : row + 1]).logits[0, -1]
-            assert int(logits.argmax()) == token
-            if token == 1:
-                break
-            sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
-            kinds = torch.cat([kinds, torch.ones(1, 1).long()], dim=1)
-
-
-def test_a_box_has_exactly_24_3d_tokens_whatever_the_weights_say() -> None:
-    model = vlm(4)
-    images = pixels(2, views=("external",))
-    ids, mask = text(2, 6)
-    number = (START, START + TINY.bins)
-    box = [number] * 24
-    words = [(7, 8), number, (9, 10)]
-    answers = model.answer(images, ids, mask, max_new_tokens=25, grammars=[box, words])
-    assert answers.shape == (2, 25)
-    numbers = (answers >= START) & (answers < START + TINY.bins)
-    assert numbers[0].tolist() == [True] * 24 + [False] and answers[0, 24] == 1
-    assert numbers[1].tolist() == [False, True] + [False] * 23
-    assert answers[1, [0, 2, 3]].tolist() == [7, 9, 1] and not answers[1, 4:].any()
-    free = model.answer(images, ids, mask, max_new_tokens=4, grammars=[None, None])
-    assert torch.equal(free, model.answer(images, ids, mask, max_new_tokens=4))
-    with pytest.raises(SpearError, match="answer too long"):
-        model.answer(images, ids, mask, max_new_tokens=24, grammars=[box, None])
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("most", [5, 6, 12])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [5, 12])
 def test_a_worded_answer_has_its_numbers_whatever_the_weights_say(seed: int, most: int) -> None:
     model = vlm(seed)
     ids, mask = text(3, 6)
@@ -184,6 +148,10 @@ def test_unknown_views_and_wrong_images_are_refused() -> None:
         model({"wrist": images["wrist"] / 255}, ids, mask)
     with pytest.raises(SpearError, match="no images"):
         model({}, ids, mask)
+    with pytest.raises(SpearError, match="patch 16, MoGe patch 8"):
+        vlm(moge={**(TINY.moge or {}), "patch_size": 8})
+    with pytest.raises(SpearError, match="did you mean 'nano'"):
+        preset("nanno")
 
 
 def test_depth_model_learns_and_ignores_unknown_pixels() -> None:
@@ -220,22 +188,8 @@ def test_presets_are_built_without_memory_and_have_the_papers_size(
     count = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in model.vlm.parameters()) / 1e9 == pytest.approx(vlm_b, abs=0.01)
     assert count / 1e9 == pytest.approx(total_b, abs=0.01)
-
-
-def test_every_preset_cuts_its_images_into_whole_patches() -> None:
-    for size in PRESETS.values():
-        patch = size.vision["patch_size"]
-        assert all(w % patch == 0 and h % patch == 0 for w, h in size.image_sizes.values())
-
-
-def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(SpearError, match=r"unknown preset 'nanno': did you mean 'nano'\?"):
-        preset("nanno")
-
-
-def test_encoders_must_share_their_grid() -> None:
-    with pytest.raises(SpearError, match="SigLIP patch 16, MoGe patch 8"):
-        vlm(moge={**(TINY.moge or {}), "patch_size": 8})
+    patch = preset(name).vision["patch_size"]
+    assert all(w % patch == 0 and h % patch == 0 for w, h in preset(name).image_sizes.values())
 
 
 def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:

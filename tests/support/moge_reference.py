@@ -18,8 +18,7 @@ import torch
 
 from spear.models.moge.checkpoint import Checkpoint, build_moge
 from spear.models.moge.infer import centred_intrinsics
-from spear.models.moge.v1 import MogeV1, MogeV1Config
-from spear.models.moge.v2 import MogeV2
+from spear.models.moge.networks import MogeV1, MogeV1Config, MogeV2
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 from spear.types import Array
 

@@ -17,7 +17,7 @@ from models_tiny import TEXT, TINY
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.layers import ENCODERS
-from spear.models.moge.v1 import MogeV1, MogeV1Config
+from spear.models.moge.networks import MogeV1, MogeV1Config
 from spear.models.processing import train_tokenizer
 
 ROWS, IMAGE_TOKEN = 1312, 1311

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.models.weights.options import BackbonesOptions, ConvertOptions, InnerVlmOptions, PolicyOptions
+from spear.util.options import Name, Options, Seed
 
 if TYPE_CHECKING:
     from spear.models.processing import Processor
     from spear.models.weights.conversion import Conversion
     from spear.tokens import CoordinateTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """What every conversion takes."""
+
+    out: Path
+    """New folder to write to."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the result; without it that of the weights that are read."""
+    shard: str = "5GB"
+    """The most that one file holds, as 5GB or 500MB."""
+    dry_run: bool = False
+    """Only say what would be done; nothing is written."""
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.shard):
+            raise SpearError(f"--shard {self.shard}: write it as 5GB or 500MB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackbonesOptions(ConvertOptions):
+    """Options of `spear convert backbones`."""
+
+    paligemma: Annotated[Positional[str], arg(metavar="PALIGEMMA")]
+    """Folder of a PaliGemma 1 or 2 (config.json and safetensors), or its name on the Hugging Face Hub."""
+    moge: Annotated[Positional[str], arg(metavar="MOGE")]
+    """A MoGe file (model.pt), or its name on the Hub; none leaves the 3D encoder out."""
+    out: Path = Path("runs/spear-vlm")
+    coordinates: Annotated[Path | None, arg(metavar="PATH")] = None
+    """What the 3D tokens shall mean: a coordinates.json, or a folder of labelled images to fit them to.
+    Without it the model is written without a processor, which training needs."""
+    preset: str = "spear1"
+    """Preset whose views, image sizes and number of 3D tokens the model gets (spear1 is the paper's)."""
 
 
 def convert_backbones(options: BackbonesOptions) -> None:
@@ -40,6 +80,19 @@ def convert_backbones(options: BackbonesOptions) -> None:
     _finish(plan, processor, options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(ConvertOptions):
+    """Options of `spear convert vlm`."""
+
+    vlm: Annotated[Positional[str], arg(metavar="VLM")]
+    """Folder of a SPEAR-VLM, or its name on the Hugging Face Hub."""
+    out: Path = Path("runs/spear1")
+    expert: Name = None
+    """Folder of a π0 in safetensors, or its name on the Hub; without it the action expert is new."""
+    preset: str = "spear1"
+    """Preset of the chunk length, the flow and a new expert (spear1 is the paper's)."""
+
+
 def convert_vlm(options: PolicyOptions) -> None:
     """Make a SPEAR-1 policy, ready to be trained, from a SPEAR-VLM and an action expert.
 
@@ -54,6 +107,15 @@ def convert_vlm(options: PolicyOptions) -> None:
     folder = _folder(options.vlm, "SPEAR-VLM")
     plan = plan_policy(folder, options.expert, options.preset)
     _finish(plan, _processor(folder, plan.config.vlm_config), options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerVlmOptions(ConvertOptions):
+    """Options of `spear convert policy`."""
+
+    policy: Annotated[Positional[str], arg(metavar="POLICY")]
+    """Folder of a SPEAR-1, its name on the Hub, or nano for the one that comes with this package."""
+    out: Path = Path("runs/spear-vlm")
 
 
 def convert_policy(options: InnerVlmOptions) -> None:
@@ -90,7 +152,7 @@ def _finish(plan: Conversion[Any], processor: Processor | None, options: Convert
 
 def _folder(name: str, what: str) -> Path:
     """A checkpoint's folder: local, a run's, one that comes with the package, or from the Hub."""
-    from spear.models.weights.shards import find, is_hub_name
+    from spear.models.weights.load import find, is_hub_name
     from spear.policy import locate
 
     if is_hub_name(name) and not Path(name).exists():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from spear.errors import SpearError
 from spear.models.fast.graphs import Inputs
-from spear.models.fast.prefill import prefill
-from spear.models.fast.stack import STACK, Stack, can_compile
+from spear.models.fast.stack import STACK, Stack, can_compile, prefill
 
 Range = tuple[int, int]
 """Token ids [first, last)."""
@@ -45,24 +44,9 @@ class Watched:
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
-class AnsweringModel(Protocol):
-    """What decoding reads of a `SpearVLMForConditionalGeneration`."""
-
-    config: Any
-    language_model: Any
-
-    def encode_images(
-        self, pixel_values: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor: ...
-
-    def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor: ...
-
-
 @torch.inference_mode()
 def greedy(
-    vlm: AnsweringModel,
+    vlm: Any,
     pixel_values: Mapping[str, torch.Tensor],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -73,9 +57,9 @@ def greedy(
 ) -> torch.Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
-    Arguments as in `SpearVLMForConditionalGeneration.forward`; prompts are padded on the right. grammars: one
-    per prompt, or None for free answers (a single None in the list frees that prompt). watched: also
-    collects the logits of these ids.
+    vlm: a `SpearVLMForConditionalGeneration`; arguments as in its `forward`; prompts are padded on the right.
+    grammars: one per prompt, or None for free answers (a single None in the list frees that prompt). watched:
+    also collects the logits of these ids.
     Returns [N, T] ids: the answer, its end token, then padding.
     Raises SpearError when a grammar needs more than `max_new_tokens`.
 
@@ -134,7 +118,7 @@ def _spans(rows: Sequence[Grammar | None], most: int, config: Any) -> list[list[
 
 
 def _decode(
-    vlm: AnsweringModel,
+    vlm: Any,
     layers: Stack,
     inputs: Inputs,
     spans: list[list[Range]],
@@ -179,7 +163,7 @@ def _decode(
 
 
 def _choose(
-    vlm: AnsweringModel,
+    vlm: Any,
     hidden: torch.Tensor,
     row: list[Range],
     bounds: torch.Tensor,

@@ -14,7 +14,7 @@ class Gemma(GemmaModel):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
-        _use_fast_norms(self, "input_layernorm", "post_attention_layernorm")
+        _use_fast_norms(self)
 
 
 class Gemma2(Gemma2Model):
@@ -25,8 +25,7 @@ class Gemma2(Gemma2Model):
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__(config)
-        around = ("input_layernorm", "post_attention_layernorm")
-        _use_fast_norms(self, *around, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        _use_fast_norms(self)
 
 
 def language_model(config: GemmaConfig | Gemma2Config) -> Gemma | Gemma2:
@@ -34,12 +33,13 @@ def language_model(config: GemmaConfig | Gemma2Config) -> Gemma | Gemma2:
     return Gemma2(config) if isinstance(config, Gemma2Config) else Gemma(config)
 
 
-def _use_fast_norms(model: Gemma | Gemma2, *norms: str) -> None:
-    """Replace these norms of each layer, and the last one, by `FastRMSNorm`s."""
+def _use_fast_norms(model: Gemma | Gemma2) -> None:
+    """Replace the norms of each layer, and the last one, by `FastRMSNorm`s."""
     width, eps = model.config.hidden_size, model.config.rms_norm_eps
     for layer in model.layers:
-        for name in norms:
-            setattr(layer, name, FastRMSNorm(width, eps))
+        for name, _ in list(layer.named_children()):
+            if name.endswith("layernorm"):
+                setattr(layer, name, FastRMSNorm(width, eps))
     model.norm = FastRMSNorm(width, eps)
 
 

@@ -47,138 +47,93 @@ class Preset:
 TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 """Gemma's, and the nano tokenizer's."""
 
-_PATCH_14 = {"patch_size": 14, "image_size": 224}
 _PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            # Our choice of sizes: trains on two CPU cores, 6 × 4 + 3 × 3 visual tokens, under 10M parameters.
-            name="nano",
-            image_sizes={"external": (192, 128), "wrist": (96, 96)},
-            stem="conv",
-            vision={
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 3,
-                "patch_size": 32,
-                "image_size": 192,
-            },
-            moge={
-                "hidden_size": 128,
-                "mlp_ratio": 4,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 2,
-                "patch_size": 32,
-                "image_size": 192,
-                "initializer_range": 0.08,
-            },
-            text={
-                "hidden_size": 192,
-                "intermediate_size": 576,
-                "num_hidden_layers": 5,
-                "num_attention_heads": 3,
-                "num_key_value_heads": 1,
-                "head_dim": 64,
-                "initializer_range": 0.05,
-            },
-            expert={
-                "hidden_size": 160,
-                "intermediate_size": 384,
-                "num_hidden_layers": 5,
-                "num_attention_heads": 3,
-                "num_key_value_heads": 1,
-                "head_dim": 64,
-                "initializer_range": 0.05,
-            },
-            vocabulary=2048,
-            coordinate_smoothing=2.0,
-            # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
-            # expert learned never to turn, which is right for most steps.
-            flow={
-                "prediction": "clean",
-                "rotation_loss": "mse",
-                "geodesic_weight": 0.0,
-                "rotation_weight": 50.0,
-            },
-        ),
-        Preset(
-            # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
-            name="small",
-            image_sizes=_PAPER_IMAGES,
-            vision={
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                **_PATCH_14,
-            },
-            moge={
-                "hidden_size": 384,
-                "mlp_ratio": 4,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 6,
-                **_PATCH_14,
-            },
-            text={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 1,
-                "head_dim": 128,
-            },
-            expert={
-                "hidden_size": 512,
-                "intermediate_size": 2048,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 1,
-                "head_dim": 128,
-            },
-            vocabulary=32768,
-        ),
-        Preset(
-            # The paper: PaliGemma-3B + MoGe ViT-L/14 + π0's 300M action expert.
-            name="spear1",
-            image_sizes=_PAPER_IMAGES,
-            vision={
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                **_PATCH_14,
-            },
-            moge={
-                "hidden_size": 1024,
-                "mlp_ratio": 4,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "patch_size": 14,
-                "image_size": 518,
-                "position_offset": 0.1,  # as MoGe's weights were trained
-            },
-            text={
-                "hidden_size": 2048,
-                "intermediate_size": 16384,
-                "num_hidden_layers": 18,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 1,
-                "head_dim": 256,
-            },
-            expert={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 18,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 1,
-                "head_dim": 256,
-            },
-        ),
-    )
-}
+
+def _vision(
+    width: int, mlp: int, layers: int, heads: int, patch: int = 14, image: int = 224
+) -> dict[str, Any]:
+    """Fields of SigLIP's config; patch and image in pixels."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "patch_size": patch,
+        "image_size": image,
+    }
+
+
+def _moge(
+    width: int, layers: int, heads: int, patch: int = 14, image: int = 224, **more: Any
+) -> dict[str, Any]:
+    """Fields of DINOv2's config; patch and image in pixels."""
+    return {
+        "hidden_size": width,
+        "mlp_ratio": 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "patch_size": patch,
+        "image_size": image,
+        **more,
+    }
+
+
+def _gemma(width: int, mlp: int, layers: int, heads: int, head: int, **more: Any) -> dict[str, Any]:
+    """Fields of a Gemma's config; head: the width of an attention head."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": head,
+        **more,
+    }
+
+
+_ALL = (
+    Preset(
+        # Our choice of sizes: trains on two CPU cores, 6 × 4 + 3 × 3 visual tokens, under 10M parameters.
+        name="nano",
+        image_sizes={"external": (192, 128), "wrist": (96, 96)},
+        stem="conv",
+        vision=_vision(192, 512, 3, 3, patch=32, image=192),
+        moge=_moge(128, 4, 2, patch=32, image=192, initializer_range=0.08),
+        text=_gemma(192, 576, 5, 3, 64, initializer_range=0.05),
+        expert=_gemma(160, 384, 5, 3, 64, initializer_range=0.05),
+        vocabulary=2048,
+        coordinate_smoothing=2.0,
+        # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
+        # expert learned never to turn, which is right for most steps.
+        flow={
+            "prediction": "clean",
+            "rotation_loss": "mse",
+            "geodesic_weight": 0.0,
+            "rotation_weight": 50.0,
+        },
+    ),
+    Preset(
+        # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
+        name="small",
+        image_sizes=_PAPER_IMAGES,
+        vision=_vision(768, 3072, 12, 12),
+        moge=_moge(384, 12, 6),
+        text=_gemma(1024, 4096, 12, 8, 128),
+        expert=_gemma(512, 2048, 12, 8, 128),
+        vocabulary=32768,
+    ),
+    Preset(
+        # The paper: PaliGemma-3B + MoGe ViT-L/14 + π0's 300M action expert.
+        name="spear1",
+        image_sizes=_PAPER_IMAGES,
+        vision=_vision(1152, 4304, 27, 16),
+        moge=_moge(1024, 24, 16, image=518, position_offset=0.1),  # as MoGe's weights were trained
+        text=_gemma(2048, 16384, 18, 8, 256),
+        expert=_gemma(1024, 4096, 18, 8, 256),
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
 def preset(name: str) -> Preset:
@@ -200,9 +155,7 @@ def vlm_config(
     default the 3D tokens follow the preset's own text vocabulary. networks: the fields `vision_config`,
     `moge_config` and `text_config` instead of the preset's.
     """
-    from spear.models.vlm import (
-        SpearVLMConfig,  # here, since presets are looked up before networks are needed
-    )
+    from spear.models.vlm import SpearVLMConfig  # here: presets are looked up before networks are needed
 
     stem = {"stem": size.stem}
     own = {

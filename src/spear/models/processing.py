@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spear.errors import SpearError, first_line, notice, unknown_name
 from spear.models.decode import Worded
-from spear.models.losses import IGNORE
 from spear.models.presets import Preset
-from spear.models.vlm import SpearVLMConfig
+from spear.models.vlm import IGNORE, SpearVLMConfig
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question
 
@@ -26,30 +25,26 @@ LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
 """PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
 Segments = Sequence[str | float | Pixel]
-How = Literal["pad", "crop"]
 SIZES_TOLD = 32
 """Image sizes that a processor warns about at most, so that ever new ones take no memory."""
 
 
-def window(
-    source: tuple[int, int], target: tuple[int, int], how: How = "pad"
-) -> tuple[float, float, float, float]:
-    """The part of an image (left, top, width, height, in its pixels) that its fitted version shows.
+def window(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included.
 
-    Centred, with the target's aspect. "crop": the largest part inside the image. "pad": the smallest part
-    around the image, which reaches outside it. Sizes are (width, height).
+    Centred, with the target's aspect, around the whole image. Sizes are (width, height).
     """
     (w, h), (tw, th) = source, target
-    scale = (max if how == "crop" else min)(tw / w, th / h)
+    scale = min(tw / w, th / h)
     width, height = tw / scale, th / scale
     return (w - width) / 2, (h - height) / 2, width, height
 
 
-def fit_image(image: Array, height: int, width: int, how: How = "pad") -> Array:
+def fit_image(image: Array, height: int, width: int) -> Array:
     """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
 
-    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black or
-    cropped, see `window`. Raises SpearError for any other kind of array.
+    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black
+    around it. Raises SpearError for any other kind of array.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -57,16 +52,11 @@ def fit_image(image: Array, height: int, width: int, how: How = "pad") -> Array:
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
-    picture = Image.fromarray(image)
-    if how == "crop":
-        left, top, ww, wh = window((w, h), (width, height), how)
-        box = (max(left, 0), max(top, 0), min(left + ww, w), min(top + wh, h))
-        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
     scale = min(width / w, height / h)
     inner = (max(1, round(w * scale)), max(1, round(h * scale)))
     fitted = Image.new("RGB", (width, height))
     corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-    fitted.paste(picture.resize(inner, Image.Resampling.BILINEAR), corner)
+    fitted.paste(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR), corner)
     return np.asarray(fitted)
 
 
@@ -75,13 +65,13 @@ def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:
 
     Sizes are (width, height); aspects that differ by less than a hundredth are the same (our choice).
     """
-    _, _, width, height = window(source, target, "pad")
-    across, down = 1 - source[0] / width, 1 - source[1] / height
+    (w, h), (tw, th) = source, target
+    _, _, width, height = window(source, target)
+    across, down = 1 - w / width, 1 - h / height
     bars = max(across, down)
     if bars < 0.01:
         return None
     where = "left and right" if across > down else "above and below"
-    (w, h), (tw, th) = source, target
     return f"{w}×{h} shown in {tw}×{th} with black bars {where}, {bars:.0%} of it, nothing stretched"
 
 

@@ -7,7 +7,7 @@ action changes, goes through the expert in the first flow step only.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,25 +15,9 @@ from torch import nn
 from spear import flow
 from spear.models.fast.graphs import Inputs
 from spear.models.fast.linear import Fused, Prepared, linear
-from spear.models.fast.prefill import prefill
-from spear.models.fast.stack import Stack, can_compile
-from spear.models.gemma import Gemma
+from spear.models.fast.stack import Stack, can_compile, prefill
 from spear.models.layers import sinusoids
 from spear.types import Action
-
-
-class ActionModel(Protocol):
-    """What sampling reads of a `Spear1ForActionPrediction`."""
-
-    config: Any
-    flow: flow.FlowConfig
-    vlm: Any
-    expert: Gemma
-    state_proj: nn.Linear
-    action_in_proj: nn.Linear
-    action_time_mlp_in: nn.Linear
-    action_time_mlp_out: nn.Linear
-    action_out_proj: nn.Linear
 
 
 class Sampler:
@@ -43,7 +27,7 @@ class Sampler:
     W₁ with W and with the time are made here.
     """
 
-    def __init__(self, model: ActionModel, packed: bool) -> None:
+    def __init__(self, model: Any, packed: bool) -> None:
         inner, hidden = model.action_in_proj, model.action_time_mlp_in
         compiled = can_compile(inner.weight.device)
         self.vlm = Stack(model.vlm.language_model, compiled=compiled)
@@ -84,16 +68,16 @@ SAMPLER = Prepared(
 """`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample(model: ActionModel, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
+def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
     """Actions [B, H, 8], normalised units, rotations unit and canonical.
 
+    model   a `Spear1ForActionPrediction`.
     inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
             "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8].
     graphs  on a GPU: record all of it as a CUDA graph per set of shapes, and replay that.
     """
     on = inputs["noise"].device.type
-    module: Any = model
-    sampler = SAMPLER(module, not torch.is_autocast_enabled(on))  # autocast cannot cast packed weights
+    sampler = SAMPLER(model, not torch.is_autocast_enabled(on))  # autocast cannot cast packed weights
     with torch.inference_mode():
         if graphs and on == "cuda":
             sampler.moments(steps)  # made before a graph is recorded
@@ -103,7 +87,7 @@ def sample(model: ActionModel, inputs: Inputs, steps: int, graphs: bool = True) 
     return result.clone()
 
 
-def _sample(model: ActionModel, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
+def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
     pixels, present = (
         {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
         for kind in ("pixels/", "present/")

@@ -10,8 +10,6 @@ import torch
 from moge_reference import arrays, error, intrinsics_from_fov
 from spear.labels.fit import image
 from spear.models.moge.infer import (
-    centred_intrinsics,
-    focal_of,
     recover_focal_shift,
     unproject,
     view_plane,
@@ -91,8 +89,6 @@ def test_without_points_there_is_a_plain_answer() -> None:
 def test_intrinsics_are_those_of_the_field_of_view() -> None:
     intrinsics = intrinsics_from_fov(90.0, 640, 480)
     torch.testing.assert_close(intrinsics, torch.tensor([[320.0, 0, 320], [0, 320, 240], [0, 0, 1]]))
-    focal = focal_of(intrinsics[None], 640, 480)
-    torch.testing.assert_close(centred_intrinsics(focal, 640, 480)[0], intrinsics)
 
 
 def test_unprojection_is_the_labellers() -> None:

@@ -23,8 +23,7 @@ from spear.models.moge.checkpoint import fill_encoder
 from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.infer import Geometry, infer
 from spear.models.moge.layers import dinov2_config
-from spear.models.moge.v1 import MogeV1
-from spear.models.moge.v2 import MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.presets import preset, vlm_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
 from spear.types import Array
@@ -250,8 +249,6 @@ def test_what_does_not_fit_is_refused() -> None:
         infer(model, torch.zeros(40, 60, 3))
     with pytest.raises(SpearError, match=r"intrinsics are \(3, 3\): pass one \[3, 3\] matrix per image"):
         infer(model, image, intrinsics=torch.eye(3))
-    with pytest.raises(SpearError, match="resolution level 10: give one from 0 to 9"):
-        infer(model, image, resolution_level=10)
     with pytest.raises(SpearError, match="num_tokens is 0: give a positive number"):
         infer(model, image, num_tokens=0)
     with pytest.raises(SpearError, match="image of 400×2 is too thin for 24 MoGe tokens"):

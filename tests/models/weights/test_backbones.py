@@ -34,7 +34,7 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.backbones import EMBEDDINGS, plan_backbones, plan_inner_vlm
-from spear.models.weights.shards import Shards
+from spear.models.weights.load import Shards
 from spear.tokens import init_new_embeddings
 from spear.types import Action
 

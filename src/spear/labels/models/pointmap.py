@@ -17,8 +17,7 @@ from spear.labels.models.pretrained import choose_device
 from spear.labels.models.protocols import PointMapResult
 from spear.models.moge.checkpoint import load_moge
 from spear.models.moge.infer import Geometry, infer
-from spear.models.moge.v1 import MogeV1
-from spear.models.moge.v2 import MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2
 from spear.types import Frame
 
 

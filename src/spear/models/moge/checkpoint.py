@@ -20,10 +20,9 @@ from torch import nn
 from spear.errors import SpearError, first_line
 from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.layers import ENCODERS, dinov2_config
-from spear.models.moge.v1 import MogeV1, MogeV1Config
-from spear.models.moge.v2 import MogeV2, MogeV2Config
+from spear.models.moge.networks import MogeV1, MogeV1Config, MogeV2, MogeV2Config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
-from spear.models.weights.shards import download, is_hub_name
+from spear.models.weights.load import download, is_hub_name
 
 Weights = Mapping[str, torch.Tensor]
 Prefixes = tuple[tuple[str, str], ...]

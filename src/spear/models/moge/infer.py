@@ -15,12 +15,9 @@ from torch import nn
 
 from spear.errors import SpearError
 from spear.models.moge.layers import view_plane
-from spear.models.moge.v1 import MogeV1
-from spear.models.moge.v2 import MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2
 from spear.types import Array
 
-FINEST = 9
-"""The highest resolution level."""
 FIT_SIDE = 64
 """The camera is fitted to this many rows and columns of the map, as MoGe does."""
 
@@ -50,7 +47,6 @@ def infer(
     model: MogeV1 | MogeV2,
     images: torch.Tensor,
     num_tokens: int | None = None,
-    resolution_level: int = FINEST,
     intrinsics: torch.Tensor | None = None,
     project: bool = True,
     apply_mask: bool = True,
@@ -58,17 +54,16 @@ def infer(
 ) -> Geometry:
     """Predict the geometry of a batch of images of one size.
 
-    images            [B, 3, h, w], uint8 or float in 0 … 1.
-    num_tokens        patches to cut an image into; None to take `resolution_level`.
-    resolution_level  0 … 9 in the range of tokens that the network was trained for.
-    intrinsics        [B, 3, 3] pixels, when the cameras are known; None to find them. The shift along z is
-                      then fitted with the mean of both focal lengths and a centred axis, as MoGe was trained;
-                      points are unprojected with exactly these (our choice).
-    project           put each point on the ray of its pixel, at its depth; else x and y stay as predicted.
-    apply_mask        blank out what is not known, in points, depth and normals.
-    dtype             float16 or bfloat16 for automatic mixed precision.
+    images      [B, 3, h, w], uint8 or float in 0 … 1.
+    num_tokens  patches to cut an image into; None: the most that the network was trained for.
+    intrinsics  [B, 3, 3] pixels, when the cameras are known; None to find them. The shift along z is then
+                fitted with the mean of both focal lengths and a centred axis, as MoGe was trained; points are
+                unprojected with exactly these (our choice).
+    project     put each point on the ray of its pixel, at its depth; else x and y stay as predicted.
+    apply_mask  blank out what is not known, in points, depth and normals.
+    dtype       float16 or bfloat16 for automatic mixed precision.
 
-    Raises `SpearError` for images, intrinsics, tokens or a level that do not fit.
+    Raises `SpearError` for images, intrinsics or tokens that do not fit.
     """
     device = next(model.parameters()).device
     plain = images.dtype == torch.uint8 or images.is_floating_point()
@@ -81,16 +76,16 @@ def infer(
     if num_tokens is not None and num_tokens < 1:
         raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
     images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
-    tokens = tokens_at(model, resolution_level) if num_tokens is None else num_tokens
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = model(images, tokens)
+        output = model(images, num_tokens or model.config.tokens[1])
     mask = output.mask > 0.5
     if intrinsics is None:
         focal, shift = recover_focal_shift(output.points, mask)
         intrinsics = centred_intrinsics(focal, width, height)
     else:
         intrinsics = intrinsics.to(device, torch.float32)
-        _, shift = recover_focal_shift(output.points, mask, focal_of(intrinsics, width, height))
+        focal = (intrinsics[:, 0, 0] + intrinsics[:, 1, 1]) / math.hypot(width, height)
+        _, shift = recover_focal_shift(output.points, mask, focal)
     depth = output.points[..., 2] + shift[:, None, None]
     mask = mask & (depth > 0)
     if project:
@@ -105,14 +100,6 @@ def infer(
         depth = depth.masked_fill(~mask, torch.inf)
         normal = None if normal is None else normal.masked_fill(~mask[..., None], 0)
     return Geometry(points, depth, mask, intrinsics, normal)
-
-
-def tokens_at(model: MogeV1 | MogeV2, level: int) -> int:
-    """How many patches a network looks at for a resolution level 0 … 9."""
-    if not 0 <= level <= FINEST:
-        raise SpearError(f"resolution level {level}: give one from 0 to {FINEST}")
-    fewest, most = model.config.tokens
-    return int(fewest + level / FINEST * (most - fewest))
 
 
 def recover_focal_shift(
@@ -167,11 +154,6 @@ def centred_intrinsics(focal: torch.Tensor, width: int, height: int) -> torch.Te
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal * math.hypot(width, height) / 2
     intrinsics[:, 0, 2], intrinsics[:, 1, 2] = width / 2, height / 2
     return intrinsics
-
-
-def focal_of(intrinsics: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Intrinsics [B, 3, 3] in pixels -> focal lengths [B] in half diagonals, the mean of x and y."""
-    return (intrinsics[:, 0, 0] + intrinsics[:, 1, 1]) / math.hypot(width, height)
 
 
 def unproject(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,8 @@ from spear.models.presets import TOKEN_IDS, preset
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.backbones import own_config
-from spear.models.weights.conversion import Conversion, left_over, match
-from spear.models.weights.keys import Key, KeyReport
-from spear.models.weights.shards import Part, Shards, reading
+from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
+from spear.models.weights.load import Part, Shards, reading
 from spear.types import ACTION_DIM
 
 _RENAMED = (
@@ -44,8 +43,6 @@ _ENDS = {
     "action_out_proj": (0, ACTION_DIM),
 }
 """The layers that take a robot's state or actions: the weight's axis that is theirs, and its size here."""
-_SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
-"""What the expert has in common with the VLM, whose keys and values it reads."""
 
 
 def plan_policy(
@@ -69,17 +66,17 @@ def plan_policy(
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
     """
     numbers = preset(size)
-    in_memory = isinstance(vlm, SpearVLMForConditionalGeneration)
-    sources = {"SPEAR-VLM": "a model in memory" if in_memory else str(vlm)}
+    sources = {"SPEAR-VLM": "a model in memory"}
     if isinstance(vlm, SpearVLMForConditionalGeneration):
         inner, dtype = copy.deepcopy(vlm.config), vlm.dtype
     else:
+        sources["SPEAR-VLM"] = str(vlm)
         stored = Shards.open(vlm, "SPEAR-VLM")
         inner, dtype = own_config(stored, SpearVLMConfig), stored.dtype(next(iter(stored.weights)))
     text = inner.text_config
-    if expert is None:
-        fields = {**numbers.expert, **{n: getattr(text, n) for n in _SHARED}}
-        periods = {}
+    if expert is None:  # the VLM's keys and values are the expert's too
+        shared = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+        fields, periods = {**numbers.expert, **{n: getattr(text, n) for n in shared}}, {}
     else:
         shards = Shards.open(expert, "π0")
         names = _expert_names(shards)
@@ -99,7 +96,7 @@ def plan_policy(
     outside = {k: v for k, v in wanted.items() if k not in inside}
     if isinstance(vlm, SpearVLMForConditionalGeneration):
         keys = [Key(k, tuple(v.shape), "loaded", "SPEAR-VLM: the model") for k, v in inside.items()]
-        parts = [_of_model(vlm)]
+        parts: list[Part] = [lambda dtype, _: {f"vlm.{n}": w.to(dtype) for n, w in vlm.state_dict().items()}]
     else:
         ours = {f"vlm.{name}": name for name in stored.weights}
         keys, found = match(inside, stored, ours, "SPEAR-VLM")
@@ -111,13 +108,6 @@ def plan_policy(
         of_expert, more = _pi0(outside, shards, names, config)
         keys, parts = keys + of_expert, parts + more
     return Conversion(Spear1ForActionPrediction, config, KeyReport(keys), parts, dtype, sources)
-
-
-def _of_model(vlm: SpearVLMForConditionalGeneration) -> Part:
-    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, torch.Tensor]:
-        return {f"vlm.{name}": weight.to(dtype) for name, weight in vlm.state_dict().items()}
-
-    return part
 
 
 def _expert_names(shards: Shards) -> dict[str, str]:
@@ -159,8 +149,15 @@ def _pi0(
     wanted: Mapping[str, torch.Tensor], shards: Shards, names: Mapping[str, str], config: Spear1Config
 ) -> tuple[list[Key], list[Part]]:
     """The keys of π0's expert, and what reads them."""
-    clean = (config.flow or {})["prediction"] == "clean"
-    fresh = [k for k in wanted if _is_fresh(k, shards, names, clean)]
+    fresh = []  # the ends whose states or actions are not ours, or that predict something else
+    for name in wanted:
+        layer = name.split(".")[0]
+        if layer in _ENDS:
+            axis, ours = _ENDS[layer]
+            stored = names.get(f"{layer}.weight")
+            other = stored is not None and shards.weights[stored].shape[axis] != ours
+            if other or (layer == "action_out_proj" and _is_clean(config)):
+                fresh.append(name)
     keys, found = match({k: v for k, v in wanted.items() if k not in fresh}, shards, names, "π0")
     last = {ours: name for ours, name in found.items() if ours.startswith("action_out_proj.")}
     negated = "negated: π0's velocity points to the noise"
@@ -173,26 +170,18 @@ def _pi0(
     return keys, [*parts, reading(shards, last, sign=-1.0)]
 
 
-def _is_fresh(name: str, shards: Shards, names: Mapping[str, str], clean: bool) -> bool:
-    """Whether this layer starts new although a π0 is given: its states or actions are not ours."""
-    layer = name.split(".")[0]
-    if layer not in _ENDS:
-        return False
-    axis, ours = _ENDS[layer]
-    stored = names.get(f"{layer}.weight")
-    other = stored is not None and shards.weights[stored].shape[axis] != ours
-    return other or (clean and layer == "action_out_proj")
+def _is_clean(config: Spear1Config) -> bool:
+    return (config.flow or {})["prediction"] == "clean"
 
 
 def _new(name: str, weight: torch.Tensor, config: Spear1Config) -> Key:
     """A new weight, with the initialisation that `Spear1ForActionPrediction` gives it."""
     shape = tuple(weight.shape)
-    clean = (config.flow or {})["prediction"] == "clean"
     if name.startswith("expert."):
         norm = name.endswith("norm.weight")
         how = "0 (a scale of 1)" if norm else f"N(0, {config.expert_config.initializer_range}²)"
     elif name.endswith("bias"):
-        how = "the action that stays" if clean and name.startswith("action_out_proj") else "0"
+        how = "the action that stays" if _is_clean(config) and name.startswith("action_out_proj") else "0"
     else:
         how = f"N(0, {'0.01' if name.startswith('action_out_proj') else '1'} / {shape[1]})"
     return Key(name, shape, "new", how)

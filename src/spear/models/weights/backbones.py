@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,11 @@ from spear.models.moge.encoder import MogeEncoder
 from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
 from spear.models.spear1 import Spear1Config
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
-from spear.models.weights.conversion import Conversion, left_over, match
-from spear.models.weights.keys import Key, KeyReport
-from spear.models.weights.shards import Part, Shards, reading
+from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
+from spear.models.weights.load import Part, Shards, reading
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 _UNUSED = {
     r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
     r"vision_tower\.embeddings\.position_ids": "computed, not learned",
@@ -73,7 +71,7 @@ def plan_backbones(
     shards = Shards.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
     stored = {_our_name(name): name for name in shards.weights}
-    head = stored.pop(_HEAD, None)
+    head = stored.pop("lm_head.weight", None)
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None
     if EMBEDDINGS not in stored:
@@ -95,11 +93,11 @@ def plan_backbones(
     wanted = model.state_dict()
     plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
     keys, names = match(plain, shards, stored, "PaliGemma")
-    keys += _vocabulary_keys(table, rows, start, numbers.bins, wanted[EMBEDDINGS].shape[1])
-    parts: list[Part] = [_growing(shards, table, config, start), reading(shards, names)]
+    of_vocabulary, grow = _vocabulary(shards, table, start, numbers.bins)
+    keys, parts = keys + of_vocabulary, [grow, reading(shards, names)]
     sources = {"PaliGemma": str(paligemma)}
     if encoder is not None and model.moge is not None:
-        keys += _moge_keys(model.moge, encoder_names(model.moge, encoder), encoder.weights)
+        keys += _moge_keys(model.moge, encoder)
         for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
             name = f"moge_projector.linear.{part}"
             keys.append(Key(name, tuple(wanted[name].shape), "new", how))
@@ -109,9 +107,10 @@ def plan_backbones(
         keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
-    dtype = shards.dtype(table)
-    report = _ordered(keys, wanted)
-    return Conversion(SpearVLMForConditionalGeneration, config, report, parts, dtype, sources, tokenizer)
+    report = _ordered(keys, list(wanted))
+    return Conversion(
+        SpearVLMForConditionalGeneration, config, report, parts, shards.dtype(table), sources, tokenizer
+    )
 
 
 def plan_inner_vlm(policy: Path | str) -> Conversion[SpearVLMForConditionalGeneration]:
@@ -129,9 +128,9 @@ def plan_inner_vlm(policy: Path | str) -> Conversion[SpearVLMForConditionalGener
     others = {name: name for name in shards.weights if not name.startswith("vlm.")}
     keys += left_over(others, shards, {"": "the action expert's"}, "SPEAR-VLM")
     dtype = shards.dtype(inside[EMBEDDINGS]) if EMBEDDINGS in inside else torch.float32
-    parts, report = [reading(shards, names)], _ordered(keys, wanted)
+    report, sources = _ordered(keys, list(wanted)), {"SPEAR-1": str(policy)}
     return Conversion(
-        SpearVLMForConditionalGeneration, config, report, parts, dtype, {"SPEAR-1": str(policy)}
+        SpearVLMForConditionalGeneration, config, report, [reading(shards, names)], dtype, sources
     )
 
 
@@ -153,8 +152,7 @@ def _our_name(name: str) -> str:
 
 def _paligemma_config(shards: Shards) -> Any:
     """The `PaliGemmaConfig` of a folder, checked to be one that SPEAR-VLM can be made from."""
-    kind = shards.config.get("model_type")
-    where = shards.folder / "config.json"
+    kind, where = shards.config.get("model_type"), shards.folder / "config.json"
     other = f"another architecture: {where}"
     if kind != PaliGemmaConfig.model_type:
         raise SpearError(f"{other} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')")
@@ -214,8 +212,10 @@ def _check_grid(size: Preset, patch: int) -> None:
             )
 
 
-def _vocabulary_keys(source: str, rows: int, start: int, bins: int, width: int) -> list[Key]:
-    """The embeddings in their parts: known rows, the new 3D tokens, and known rows after those."""
+def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[list[Key], Part]:
+    """The embeddings in their parts (known rows, the new 3D tokens, known rows after those), and how they are
+    read."""
+    rows, width = shards.weights[source].shape
     known, end = min(rows, start), start + bins
     loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
     keys = [
@@ -224,13 +224,6 @@ def _vocabulary_keys(source: str, rows: int, start: int, bins: int, width: int) 
     ]
     if rows > end:
         keys.append(Key(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
-    return keys
-
-
-def _growing(shards: Shards, source: str, config: SpearVLMConfig, start: int) -> Part:
-    """The token embeddings with rows for the 3D tokens."""
-    rows, width = shards.weights[source].shape
-    known, end = min(rows, start), start + config.coordinate_bins
 
     def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
         table = torch.empty(max(rows, end), width, dtype=dtype)
@@ -238,7 +231,7 @@ def _growing(shards: Shards, source: str, config: SpearVLMConfig, start: int) ->
         table[known:end] = init_new_embeddings(table[:known], end - known, generator)
         return {EMBEDDINGS: table}
 
-    return part
+    return keys, part
 
 
 def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
@@ -251,25 +244,22 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
     return part
 
 
-def _moge_keys(
-    encoder: MogeEncoder, names: Mapping[str, str], weights: Mapping[str, torch.Tensor]
-) -> list[Key]:
+def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
+    names = encoder_names(encoder, checkpoint)
     keys = [
         Key(f"moge.{ours}", tuple(weight.shape), "loaded", f"MoGe: {names[ours]}")
         for ours, weight in encoder.state_dict().items()
     ]
-    used = set(names.values())
-    for name, weight in weights.items():
-        if name in used:
-            continue
-        why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
-        if name.endswith(("image_mean", "image_std")):
-            why = "ImageNet's, checked"
-        keys.append(Key(name, tuple(weight.shape), "left out", why))
+    for name, weight in checkpoint.weights.items():
+        if name not in names.values():
+            why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
+            if name.endswith(("image_mean", "image_std")):
+                why = "ImageNet's, checked"
+            keys.append(Key(name, tuple(weight.shape), "left out", why))
     return keys
 
 
-def _ordered(keys: Sequence[Key], wanted: Mapping[str, Any]) -> KeyReport:
+def _ordered(keys: Sequence[Key], wanted: Sequence[str]) -> KeyReport:
     """The report, in the order of the model."""
     place = {name: i for i, name in enumerate(wanted)}
     return KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))

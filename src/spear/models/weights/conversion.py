@@ -3,26 +3,144 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
-from spear.models.weights.card import card
-from spear.models.weights.keys import Key, KeyReport
-from spear.models.weights.load import quiet
-from spear.models.weights.shards import Part, Shards
+from spear.models.weights.load import Part, Shards, quiet
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Status = Literal["loaded", "new", "left out", "missing", "refused"]
+PROBLEMS = ("missing", "refused")
+_EXPERT = ("expert", "state_proj", "action_")
+"""Beginnings of the names of weights that are the action expert's."""
+_NUMBER = re.compile(r"\b\d+\b")
+_CARD = """---
+license: gemma
+library_name: spear
+pipeline_tag: {pipeline}
+tags:
+- spear-1
+---
+
+# {name}
+
+{title} ([arXiv 2511.17411](https://arxiv.org/abs/2511.17411)), converted, not trained further. \
+It {use} once it is trained: `spear train list` shows the recipes.
+
+## Made of
+
+{made}
+
+{fresh}
+
+## Parameters
+
+```
+{table}
+```
+
+## Loading
+
+```python
+from spear.models.weights import load as weights
+from {module} import {cls}
+
+model = weights.load({cls}, "{name}")
+```
+"""
+_ABOUT = {
+    "spear_vlm": ("SPEAR-VLM", "image-text-to-text", "answers 3D questions about images"),
+    "spear1": ("SPEAR-1", "robotics", "controls a robot"),
+}
+"""model_type -> title, the Hub's pipeline tag and use."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One weight. name: ours; for what is left out or refused, the checkpoint's.
+
+    note  loaded: where from; new: its initialisation; else why.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    status: Status
+    note: str
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """Every weight of a conversion: the new model's and the checkpoints'. Prints as a table."""
+
+    keys: Sequence[Key]
+
+    def of(self, *status: Status) -> list[Key]:
+        """The keys of these statuses."""
+        return [key for key in self.keys if key.status in status]
+
+    def check(self, where: str) -> None:
+        """Raise `SpearError`, naming the first key, when a weight is missing or refused."""
+        for status in PROBLEMS:
+            keys = [key for key in self.keys if key.status == status]
+            if keys:
+                first = f"{keys[0].name} ({keys[0].note})"
+                raise SpearError(
+                    f"checkpoint does not fit: {where}: {len(keys)} weights {status}, first {first}"
+                )
+
+    def folded(self) -> list[tuple[Key, int]]:
+        """The keys, each with a count: numbered layers are one line, unless something is wrong with them."""
+        groups: dict[tuple[str, ...], list[Key]] = {}
+        for key in self.keys:
+            place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
+            like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
+            groups.setdefault(like, []).append(key)
+        return [
+            (
+                Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)),
+                len(keys),
+            )
+            for keys in groups.values()
+            for a, b in [(keys[0], keys[-1])]
+        ]
+
+    def parameters(self) -> int:
+        """Parameters of the new model."""
+        return sum(math.prod(key.shape) for key in self.of("loaded", "new"))
+
+    def module_table(self) -> str:
+        """Parameters per module, and of each model as a whole."""
+        modules: dict[str, list[int]] = {}
+        whole = {"SPEAR-VLM": [0, 0], "action expert": [0, 0], "all": [0, 0]}
+        for key in self.of("loaded", "new"):
+            part = "action expert" if key.name.startswith(_EXPERT) else "SPEAR-VLM"
+            for count in (modules.setdefault(_module(key.name), [0, 0]), whole[part], whole["all"]):
+                count[key.status == "new"] += math.prod(key.shape)
+        if not any(whole["action expert"]):
+            whole = {"SPEAR-VLM": whole["all"]}
+        rows = [("module", "parameters", "loaded", "new")]
+        for name, (loaded, new) in {**modules, **whole}.items():
+            rows.append((name, f"{loaded + new:,}", f"{loaded:,}", f"{new:,}"))
+        return _columns(rows, right=(1, 2, 3))
+
+    def __str__(self) -> str:
+        rows = [("status", "weight", "shape", "number", "from")]
+        for key, count in self.folded():
+            rows.append((key.status, key.name, " × ".join(map(str, key.shape)) or "1", str(count), key.note))
+        counts = {status: len(self.of(status)) for status in get_args(Status)}
+        total = ", ".join(f"{n} {s}" for s, n in counts.items() if n or s in ("loaded", "new"))
+        return f"{_columns(rows, right=(3,))}\n\n{self.module_table()}\n\n{total}"
 
 
 @dataclass(frozen=True)
@@ -83,52 +201,57 @@ class Conversion(Generic[Model]):
         The tokenizer is written where there is one; `recipe.json` says what the model was made of.
         shard: the most that one file holds. also: writes more files into the folder (`Processor.save`).
         Raises `SpearError` as `run` does, for a folder that holds something already, and when it cannot be
-        written.
+        written or does not fit on the disk, which is looked at before anything is computed.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SpearError(f"{folder} is there already: give a new folder")
         self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
+        size = self.report.parameters() * (dtype or self.dtype).itemsize
         try:
-            with _writing(folder):
-                _make_room(part, self.report.parameters() * (dtype or self.dtype).itemsize)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            free = shutil.disk_usage(part).free
+            if free < size:
+                raise SpearError(
+                    f"no room for {folder.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB "
+                    "free: make room, or give a folder elsewhere"
+                )
             model = self.run(dtype, seed)
-            with _writing(folder), quiet():
+            with quiet():
                 model.save_pretrained(part, max_shard_size=shard)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(part)
-                if also is not None:
-                    also(part)
-                precision = str(model.dtype).removeprefix("torch.")
-                made = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
-                (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-                about = card(folder.name, self.config.model_type, self.report, self.sources)
-                (part / "README.md").write_text(about, encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                part.replace(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(part)
+            if also is not None:
+                also(part)
+            precision = str(model.dtype).removeprefix("torch.")
+            made = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
+            (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+            (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            part.replace(folder)
+        except (OSError, SafetensorError) as error:
+            raise SpearError(f"cannot write {folder}: {first_line(error)}: give another folder") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return model
 
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns the errors of writing into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise SpearError(f"cannot write {folder}: {first_line(error)}: give another folder") from error
-
-
-def _make_room(part: Path, size: int) -> None:
-    """Make a folder before anything is computed for it. Raises `SpearError` where `size` bytes do not fit."""
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    free = shutil.disk_usage(part).free
-    if free < size:
-        raise SpearError(
-            f"no room for {part.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: "
-            "make room, or give a folder elsewhere"
+    def _card(self, name: str) -> str:
+        """The README.md, with the header that the Hub reads. The licence is that of PaliGemma's weights."""
+        title, pipeline, use = _ABOUT[self.config.model_type]
+        new = [key for key, _ in self.report.folded() if key.status == "new"]
+        fresh = ["These weights are new and untrained:", ""]
+        fresh += [f"- `{key.name}` {list(key.shape)}: {key.note}" for key in new]
+        return _CARD.format(
+            name=name,
+            title=title,
+            pipeline=pipeline,
+            use=use,
+            made="\n".join(f"- {role}: `{source}`" for role, source in self.sources.items()),
+            fresh="\n".join(fresh) if new else "Every weight was loaded; none is new.",
+            table=self.report.module_table(),
+            module=self.cls.__module__,
+            cls=self.cls.__name__,
         )
 
 
@@ -174,3 +297,29 @@ def left_over(
         why = next((reason for pattern, reason in unused.items() if re.match(pattern, ours)), None)
         note = f"{what} has no such weight" if why is None else why
         yield Key(name, shards.weights[name].shape, "refused" if why is None else "left out", note)
+
+
+def _module(name: str) -> str:
+    """The part of the model that a weight belongs to: its first name, of the two Gemmas the first two."""
+    inside = name.removeprefix("vlm.")
+    parts = inside.split("[")[0].split(".")
+    depth = 2 if parts[0] in ("language_model", "expert") else 1
+    return name[: len(name) - len(inside)] + ".".join(parts[:depth])
+
+
+def _span(first: str, last: str) -> str:
+    """ "layers.0.x" and "layers.17.x" -> "layers.0…17.x"."""
+    ends = iter(_NUMBER.findall(last))
+
+    def both(match: re.Match[str]) -> str:
+        end = next(ends)
+        return match[0] if match[0] == end else f"{match[0]}…{end}"
+
+    return _NUMBER.sub(both, first)
+
+
+def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    """Rows as lines with aligned columns; those of `right` are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    formats = [f"{'>' if i in right else '<'}{width}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)

@@ -1,27 +1,33 @@
-"""Checkpoints: folders with a config and safetensors, checked before they are loaded."""
+"""Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
-from spear.models.weights.shards import Shards, read_config
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-_KINDS = {"spear_vlm": "a SPEAR-VLM", "spear1": "a policy"}
-_INSTEAD = {
-    "spear_vlm": "give the one that it was trained from",
-    "spear1": "train one from it with `spear train … --init`",
+_KINDS = {
+    "spear_vlm": ("a SPEAR-VLM", "give the one that it was trained from"),
+    "spear1": ("a policy", "train one from it with `spear train … --init`"),
 }
-"""What is needed -> what to do with a checkpoint of the other kind."""
+"""model_type -> what it is, and what to do where it is needed and the other is given."""
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+"""The files of a repository on the Hub that belong to a checkpoint."""
+_PIECE = 8 * 2**20
+"""Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
 
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
@@ -54,6 +60,11 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     return model.eval()
 
 
+def architecture(folder: Path) -> str:
+    """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
+    return str(_read_config(folder).get("model_type"))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Transformers without progress bars, and without warnings about weights, which we check ourselves."""
@@ -68,11 +79,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def architecture(folder: Path) -> str:
-    """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
-    return str(read_config(folder).get("model_type"))
-
-
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     """Refuse a folder that is not a whole checkpoint of `cls`."""
     if not folder.is_dir():
@@ -81,9 +87,149 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if kind != wanted and kind in _KINDS and wanted in _KINDS:
-        raise SpearError(f"{folder}: is {_KINDS[kind]}; {_KINDS[wanted]} is needed: {_INSTEAD[wanted]}")
+        (is_, _), (needed, instead) = _KINDS[kind], _KINDS[wanted]
+        raise SpearError(f"{folder}: is {is_}; {needed} is needed: {instead}")
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
     shards = Shards.open(folder, wanted)
     for key in shards.weights:
         shards.dtype(key)  # refuses quantised ones
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in a file; dtype as safetensors calls it ("F32", "BF16", "I8" …)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A checkpoint folder whose weights have been listed, not read. config: of config.json, or empty."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    weights: Mapping[str, Stored]
+
+    @staticmethod
+    def open(name: Path | str, what: str) -> Shards:
+        """A local folder, or a name on the Hub. what: the kind of checkpoint, for the error messages.
+
+        Raises `SpearError` when it is not found, incomplete or broken.
+        """
+        folder = find(name, what)
+        weights: dict[str, Stored] = {}
+        for file in _weight_files(folder):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(key)
+                        weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            except (SafetensorError, OSError) as error:
+                raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
+        config = _read_config(folder) if (folder / "config.json").is_file() else {}
+        return Shards(folder, config, weights)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
+        stored = self.weights[key]
+        if stored.dtype not in _FLOATS:
+            raise SpearError(
+                f"wrong dtype: {key} in {stored.file} is {stored.dtype}: use a checkpoint in float32, "
+                "bfloat16 or float16, not a quantised one"
+            )
+        return _FLOATS[stored.dtype]
+
+    def read_into(self, key: str, out: torch.Tensor) -> torch.Tensor:
+        """A weight into a tensor of its shape, which is returned, in pieces of some rows."""
+        self.dtype(key)
+        stored = self.weights[key]
+        if not stored.shape:
+            with safe_open(stored.file, framework="pt") as opened:
+                return out.copy_(opened.get_tensor(key))
+        rows = max(1, _PIECE // max(1, out[0].numel() * 4))
+        for first in range(0, stored.shape[0], rows):
+            with safe_open(stored.file, framework="pt") as opened:
+                out[first : first + rows].copy_(opened.get_slice(key)[first : first + rows])
+        return out
+
+
+Part = Callable[[torch.dtype, torch.Generator], dict[str, torch.Tensor]]
+"""Some of a new model's weights, by name, in a dtype; what is random in them comes from the generator."""
+
+
+def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part:
+    """The weights of `shards` under new names (new -> stored), file after file, times `sign`."""
+    order = sorted(names, key=lambda ours: (str(shards.weights[names[ours]].file), ours))
+
+    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, torch.Tensor]:
+        read = {}
+        for ours in order:
+            out = torch.empty(shards.weights[names[ours]].shape, dtype=dtype)
+            read[ours] = shards.read_into(names[ours], out)
+        return read if sign == 1.0 else {ours: sign * weight for ours, weight in read.items()}
+
+    return part
+
+
+def find(name: Path | str, what: str) -> Path:
+    """The folder of a checkpoint: a local one, or, for a name on the Hub, the one it is kept in."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not is_hub_name(str(name)):
+        needed = "its folder (config.json and safetensors), or its name on the Hub"
+        raise SpearError(f"{what} not found: {folder}: give {needed}")
+    return download(str(name), "a local folder")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def download(name: str, instead: str, file: str | None = None) -> Path:
+    """One file of a repository, or (file None) the folder of its checkpoint, from the local cache if there.
+
+    instead: what to give when there is no network. Raises `SpearError`, naming the reason.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(name, file))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client's errors and its transport's have no common base
+        raise SpearError(
+            f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name and the "
+            f"network, or give {instead}"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises `SpearError` when it is missing or broken."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError) as error:
+        raise SpearError(f"checkpoint without a readable config: {path}: {error}") from error
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
+    return [folder / name for name in names]

@@ -1,0 +1,335 @@
+"""MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): one image -> a point map and where it is known.
+
+v1 labelled SPEAR's images; its points are up to a scale and a shift along z. MoGe-2's are up to a shift, with
+their metric scale and normals. `spear.models.moge.checkpoint.load_moge` reads the published weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from spear.errors import SpearError
+from spear.models.moge.encoder import MogeEncoder
+from spear.models.moge.layers import (
+    PATCH,
+    MogeOutput,
+    ResidualBlock,
+    bilinear_upsample,
+    check_fixed,
+    conv3,
+    dinov2_config,
+    exponential_points,
+    learned_upsample,
+    resize,
+    uv_channels,
+)
+from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.types import Unit
+
+_FIXED_V1 = {
+    "remap_output": "exp",
+    "output_mask": True,
+    "split_head": True,
+    "res_block_norm": "group_norm",
+    "last_res_blocks": 0,
+    "last_conv_size": 1,
+    "mask_threshold": 0.5,
+}
+HEADS = {"points_head": 3, "mask_head": 1, "normal_head": 3}
+"""The heads that a MoGe-2 may have -> their output channels."""
+RESAMPLERS = {"conv_transpose": learned_upsample, "bilinear": bilinear_upsample}
+_FIXED_STACK = {
+    "res_block_in_norm": "none",
+    "res_block_hidden_norm": "none",
+    "activation": "relu",
+    "dim_times_res_block_hidden": 1,
+}
+
+
+@dataclass(frozen=True)
+class MogeV1Config:
+    """The numbers of a MoGe v1.
+
+    encoder         one of `spear.models.moge.layers.ENCODERS`.
+    layers          how many of the encoder's last layers are read.
+    project         channels that each of them is projected to.
+    widths          channels of the head's levels; each doubles the resolution.
+    hidden_times    width of a residual block's inside, as a multiple of its own.
+    blocks          residual blocks per level.
+    last            channels before the output.
+    tokens          the fewest and the most patches that an image should be cut into.
+    """
+
+    encoder: str = "dinov2_vitl14"
+    layers: int = 4
+    project: int = 512
+    widths: tuple[int, ...] = (256, 128, 64)
+    hidden_times: int = 2
+    blocks: int = 2
+    last: int = 32
+    tokens: tuple[int, int] = (1275, 2551)
+
+    @staticmethod
+    def from_published(config: Mapping[str, Any]) -> MogeV1Config:
+        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
+        check_fixed("", {"remap_output": "linear", **config}, _FIXED_V1)
+        tokens = config.get("num_tokens_range", (1200, 2500))
+        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
+            tokens = [int(area) // PATCH**2 for area in config["trained_area_range"]]
+        return MogeV1Config(
+            encoder=config.get("encoder", "dinov2_vitb14"),
+            layers=config.get("intermediate_layers", 4),
+            project=config.get("dim_proj", 512),
+            widths=tuple(config.get("dim_upsample", (256, 128, 128))),
+            hidden_times=config.get("dim_times_res_block_hidden", 1),
+            blocks=config.get("num_res_blocks", 1),
+            last=config.get("last_conv_channels", 32),
+            tokens=(int(tokens[0]), int(tokens[1])),
+        )
+
+
+class MogeV1(nn.Module):
+    """The network: DINOv2's last layers, summed after a projection each, and a convolutional head."""
+
+    unit: Unit = "relative"
+
+    def __init__(self, config: MogeV1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = MogeEncoder(dinov2_config(config.encoder))
+        self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
+
+    def cut(self, images: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
+
+        The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
+        is too long and thin for so few tokens.
+        """
+        height, width = images.shape[2:]
+        factor = math.sqrt(num_tokens * PATCH**2 / (height * width))
+        size = int(height * factor), int(width * factor)
+        if min(size) < PATCH:
+            raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
+        resized = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        patches = [side // PATCH * PATCH for side in size]
+        normal = standardize(resized, IMAGENET_MEAN, IMAGENET_STD)
+        cut = nn.functional.interpolate(normal, patches, mode="bilinear", antialias=True, align_corners=False)
+        return cut, size
+
+    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+        """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
+        patches, size = self.cut(images, num_tokens)
+        count = len(self.encoder.backbone.encoder.layer)
+        tokens = self.encoder.layers(patches, range(count - self.config.layers, count))
+        grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
+        raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
+        height, width = images.shape[2:]
+        with torch.autocast(images.device.type, enabled=False):
+            points, mask = (resize(x.float(), height, width) for x in raw)
+            return MogeOutput(exponential_points(points), mask[:, 0])
+
+
+class MogeV1Head(nn.Module):
+    """From the encoder's patch features to raw points (x/z, y/z, log z) and raw mask."""
+
+    def __init__(self, config: MogeV1Config, width: int) -> None:
+        super().__init__()
+        self.projects = nn.ModuleList(nn.Conv2d(width, config.project, 1) for _ in range(config.layers))
+        self.upsample_blocks = nn.ModuleList(
+            nn.Sequential(
+                learned_upsample(before + 2, after),
+                *(ResidualBlock(after, after * config.hidden_times, True) for _ in range(config.blocks)),
+            )
+            for before, after in pairwise((config.project, *config.widths))
+        )
+        self.output_block = nn.ModuleList(
+            nn.Sequential(
+                conv3(config.widths[-1] + 2, config.last), nn.ReLU(), nn.Conv2d(config.last, out, 1)
+            )
+            for out in (3, 1)
+        )
+
+    def forward(self, layers: list[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+        """Features [B, width, rows, columns] of each layer -> [B, 3, height, width] and [B, 1, height, width]
+        at size (height, width), whose aspect the uv channels have throughout."""
+        height, width = size
+        x = torch.stack([p(layer) for p, layer in zip(self.projects, layers, strict=True)]).sum(dim=0)
+        for block in self.upsample_blocks:
+            x = block(with_uv(x, width / height))
+        x = with_uv(resize(x, height, width), width / height)
+        return [block(x) for block in self.output_block]
+
+
+def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
+    """[B, c, h, w] -> [B, c + 2, h, w]: where each cell lies on the view plane of an image of that aspect."""
+    batch, _, height, width = x.shape
+    return torch.cat([x, uv_channels(batch, width, height, aspect, x)], dim=1)
+
+
+@dataclass(frozen=True)
+class MogeV2Config:
+    """The numbers of a MoGe-2.
+
+    encoder  one of `spear.models.moge.layers.ENCODERS`; layers: the indices of those that are read.
+    project  channels that each of them is projected to.
+    stacks   the fields of each `ConvStack`: "neck", and those of `HEADS` that there are, "points_head" and
+             "mask_head" always.
+    scale    widths of the layers that give the metric scale, or None: then points are up to scale.
+    tokens   the fewest and the most patches that an image should be cut into.
+    """
+
+    encoder: str
+    layers: tuple[int, ...]
+    project: int
+    stacks: Mapping[str, Mapping[str, Any]]
+    scale: tuple[int, ...] | None
+    tokens: tuple[int, int] = (1200, 3600)
+
+    @staticmethod
+    def from_published(config: Mapping[str, Any]) -> MogeV2Config:
+        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
+        check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
+        for part in ("encoder", "neck", "points_head", "mask_head"):
+            if config.get(part) is None:
+                raise SpearError(f"MoGe config not supported: no {part}: use a published checkpoint")
+        encoder = config["encoder"]
+        layers, depth = encoder["intermediate_layers"], dinov2_config(encoder["backbone"]).num_hidden_layers
+        tokens = config.get("num_tokens_range", (1200, 3600))
+        return MogeV2Config(
+            encoder=encoder["backbone"],
+            layers=tuple(range(depth - layers, depth) if isinstance(layers, int) else layers),
+            project=encoder["dim_out"],
+            stacks={name: config[name] for name in ("neck", *HEADS) if config.get(name)},
+            scale=tuple(config["scale_head"]["dims"]) if config.get("scale_head") else None,
+            tokens=(int(tokens[0]), int(tokens[1])),
+        )
+
+
+class MogeV2(nn.Module):
+    """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output."""
+
+    def __init__(self, config: MogeV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = MogeEncoder(dinov2_config(config.encoder))
+        width = self.encoder.backbone.config.hidden_size
+        self.output_projections = nn.ModuleList(nn.Conv2d(width, config.project, 1) for _ in config.layers)
+        for name, stack in config.stacks.items():
+            self.add_module(name, ConvStack(name, stack))
+        self.scale_head: nn.Sequential | None = None
+        if config.scale is not None:
+            layers: list[nn.Module] = []
+            for before, after in pairwise(config.scale):
+                layers += [nn.Linear(before, after), nn.ReLU()]
+            self.scale_head = nn.Sequential(*layers[:-1])
+
+    @property
+    def unit(self) -> Unit:
+        """Of the points: "metre", or "relative" for a network without scale."""
+        return "relative" if self.scale_head is None else "metre"
+
+    def cut(self, images: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns].
+
+        Raises `SpearError` when an image is too long and thin for so few tokens.
+        """
+        height, width = images.shape[2:]
+        aspect = width / height
+        rows, columns = round(math.sqrt(num_tokens / aspect)), round(math.sqrt(num_tokens * aspect))
+        if min(rows, columns) < 1:
+            raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
+        size = (rows * PATCH, columns * PATCH)
+        cut = nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
+
+    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns] and class token.
+
+        The class token is that of the last layer that is read, [B, width].
+        """
+        tokens = self.encoder.layers(patches, self.config.layers)
+        grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
+        projected = [
+            projection(layer[:, 1:].mT.unflatten(2, grid))
+            for projection, layer in zip(self.output_projections, tokens, strict=True)
+        ]
+        return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
+
+    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+        """What there are heads for, of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
+        features, token = self.encode(self.cut(images, num_tokens))
+        batch, _, rows, columns = features.shape
+        height, width = images.shape[2:]
+        pyramid = [
+            uv_channels(batch, columns << level, rows << level, width / height, features)
+            for level in range(len(self.config.stacks["neck"]["dim_res_blocks"]))
+        ]
+        pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
+        levels = self.get_submodule("neck")(pyramid)
+        raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS if name in self.config.stacks}
+        scale = None if self.scale_head is None else self.scale_head(token)
+        with torch.autocast(images.device.type, enabled=False):
+            raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
+            normal = raw["normal_head"].permute(0, 2, 3, 1) if "normal_head" in raw else None
+            return MogeOutput(
+                points=exponential_points(raw["points_head"]),
+                mask=raw["mask_head"][:, 0].sigmoid(),
+                normal=None if normal is None else nn.functional.normalize(normal, dim=-1),
+                scale=None if scale is None else scale.float()[:, 0].exp(),
+            )
+
+
+class ConvStack(nn.Module):
+    """A pyramid from coarse to fine: each level is the upsampled one before, plus its input, refined.
+
+    config: the published fields; a single value stands for all levels. Raises `SpearError`, naming the stack,
+    for what is not supported.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        norms = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}  # when not given
+        check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
+        widths = config["dim_res_blocks"]
+
+        def each(value: Any, levels: int = len(widths)) -> Sequence[Any]:
+            return value if isinstance(value, list | tuple) else [value] * levels
+
+        kinds = each(config["resamplers"], len(widths) - 1)
+        for kind in kinds:
+            if kind not in RESAMPLERS:
+                raise SpearError(
+                    f"MoGe config not supported: {name}.resamplers has {kind!r}: use a published one"
+                )
+        self.input_blocks = nn.ModuleList(
+            nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
+        )
+        self.resamplers = nn.ModuleList(
+            RESAMPLERS[kind](*pair) for kind, pair in zip(kinds, pairwise(widths), strict=True)
+        )
+        self.res_blocks = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
+            for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
+        )
+        self.output_blocks = nn.ModuleList(
+            nn.Identity() if out is None else nn.Conv2d(width, out, 1)
+            for out, width in zip(each(config.get("dim_out")), widths, strict=True)
+        )
+
+    def forward(self, pyramid: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[B, channels, h, w] per level, each twice the size of the one before -> the same, refined."""
+        found: list[torch.Tensor] = []
+        x: torch.Tensor | None = None
+        for level, features in enumerate(pyramid):
+            inside = self.input_blocks[level](features)
+            x = inside if x is None else self.resamplers[level - 1](x) + inside
+            x = self.res_blocks[level](x)
+            found.append(self.output_blocks[level](x))
+        return found
