@@ -16,12 +16,12 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
-from spear.evaluate.agents import NOTHING, Agent, ConstantAgent, ExpertAgent, PolicyAgent
+from spear.evaluate.agents import Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.images import held_out_frames
+from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.fit.accuracy import compare
 from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
@@ -126,7 +126,7 @@ def robot_at_work(policy: Spear1Policy) -> Values:
     agents: Sequence[Agent] = (
         PolicyAgent(policy, "SPEAR-1 nano", image_sizes=policy.processor.image_sizes),
         ExpertAgent(),
-        ConstantAgent("nothing", NOTHING),
+        IdleAgent(),
     )
     results: list[Results] = []
     films: list[closed_loop.Film] = []
@@ -152,7 +152,7 @@ def robot_at_work(policy: Spear1Policy) -> Values:
             for f in films
         ],
         "fact": (
-            f"{results[0].mean_success:.0%}",
+            f"{results[0].mean().value:.0%}",
             f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}",
         ),
     }

@@ -25,7 +25,7 @@ from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
 from spear.cli import main
-from spear.evaluate.journal import Journal
+from spear.evaluate.results import Journal
 from spear.evaluate.reference import references
 from spear.evaluate.results import Outcome
 from spear.evaluate.stats import Estimate
@@ -206,7 +206,7 @@ def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
     for (row, seed), chain in plan.chains.items():
         if row in rates:
             folder = out / "scores" / plan.scoring(row, seed).folder
-            journal = Journal(folder, chain[-1].folder, {})
+            journal = Journal(folder, chain[-1].folder, {}, (1, 1))
             rng = np.random.default_rng(seed)
             for family in FAMILIES:
                 for scene in range(plan.scenes + 1):  # one more than is asked for

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.evaluate.journal import load
+from spear.evaluate.results import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
 from spear.report.ablations import rate
 from spear.report.plot import points

@@ -14,21 +14,21 @@ import pytest
 from spear.cli import load, options_of
 from spear.errors import SpearError
 from spear.evaluate import film as video
-from spear.evaluate.agents import NOTHING, Agent, ConstantAgent, ExpertAgent, PolicyAgent
+from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import SimplerOptions, TabletopOptions
-from spear.evaluate.results import SCENES, Outcome, Results
+from spear.evaluate.results import Outcome, Results
 from spear.evaluate.simpler.tasks import TASKS
+from spear.evaluate.stats import samples_for
 from spear.types import Array
 
 SMALL = {"external": (48, 32), "wrist": (24, 24)}
-IDLE = ConstantAgent("nothing", NOTHING)
+IDLE = IdleAgent()
 
 
 def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
-    return evaluate(agent, TabletopOptions(scenes, families=families or ("put_on",), **options), quiet=True)[
-        0
-    ]
+    made = TabletopOptions(scenes, families=families or ("put_on",), **options)
+    return evaluate(agent, made, quiet=True)[0]
 
 
 class Half(ExpertAgent):
@@ -66,12 +66,12 @@ class Wander:
 
 def test_the_expert_succeeds_and_doing_nothing_does_not() -> None:
     expert = run(ExpertAgent(), 3, "put_on", "stack_cube")
-    assert expert.mean_success >= 0.8
+    assert expert.mean().value >= 0.8
     scenes = [(f, s) for f in ("put_on", "stack_cube") for s in range(3)]
     assert [(o.family, o.seed) for o in expert.outcomes] == scenes
     assert run(ExpertAgent(), 3, "put_on", "stack_cube", execution="ensemble").outcomes == expert.outcomes
     nothing = run(IDLE, 2)
-    assert nothing.mean_success == 0
+    assert nothing.mean().value == 0
     assert all(o.steps == 60 and not o.wrong_object_moved for o in nothing.outcomes)
 
 
@@ -148,7 +148,7 @@ def test_what_is_refused_leaves_no_journal(options: dict[str, Any], named: str, 
 
 
 def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
-    assert TabletopOptions().scenes == SCENES <= SimplerOptions().scenes
+    assert TabletopOptions().scenes == samples_for(0.05) <= SimplerOptions().scenes
     assert all(SimplerOptions().scenes % task.starts == 0 for task in TASKS.values())
     for command in ("evaluate", "evaluate simpler"):
         made = options_of(load(command))()  # type: ignore[misc]

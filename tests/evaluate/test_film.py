@@ -25,18 +25,11 @@ def test_a_film_decodes_to_its_frames_and_holds_the_last() -> None:
         assert np.abs(got.astype(int) - sent).mean() < 4
 
 
-def test_compose_keeps_aspect_has_even_sides_and_works_without_a_wrist_camera() -> None:
-    alone = video.compose(np.zeros((210, 280, 3), np.uint8), None, "x")
-    assert alone.shape == (video.HEIGHT + video.BAR, 560, 3)
+def test_a_frame_keeps_aspect_has_even_sides_and_says_the_outcome_in_green_or_red() -> None:
     odd = video.compose(np.zeros((111, 115, 3), np.uint8), np.zeros((50, 49, 3), np.uint8), "x" * 300)
-    assert odd.shape[0] % 2 == 0
-    assert odd.shape[1] % 2 == 0
-
-
-def test_the_outcome_is_green_or_red() -> None:
-    blank = np.zeros((210, 280, 3), np.uint8)
-    for outcome, colour in [(True, video.GREEN), (False, video.RED)]:
-        bar = video.compose(blank, None, "put it", outcome)[: video.BAR]
-        assert (bar == np.array(colour)).all(-1).any()
-    running = video.compose(blank, None, "put it", None)[: video.BAR]
-    assert not any((running == np.array(c)).all(-1).any() for c in (video.GREEN, video.RED))
+    assert odd.shape[0] % 2 == odd.shape[1] % 2 == 0
+    for outcome, shown in ((True, [video.GREEN]), (False, [video.RED]), (None, [])):
+        frame = video.compose(np.zeros((210, 280, 3), np.uint8), None, "put it", outcome)
+        assert frame.shape == (video.HEIGHT + video.BAR, 560, 3)
+        bar = frame[: video.BAR]
+        assert [c for c in (video.GREEN, video.RED) if (bar == np.array(c)).all(-1).any()] == shown

@@ -59,9 +59,9 @@ def test_the_commands_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "SigLIP" not in capsys.readouterr().out
     assert main(["evaluate", "reference", "--table", "rotatoin"]) == 2
     assert "'rotation'" in capsys.readouterr().err
-    for name in ("a", "b"):
-        results(tuple(SIMPLER.families)).save(tmp_path / name / "results.json")
     folders = [str(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        results(tuple(SIMPLER.families)).save(Path(folder) / "results.json")
     assert main(["evaluate", "compare", *folders, "--out", str(tmp_path / "x.html")]) == 0
     html = (tmp_path / "x.html").read_text()
     assert "SPEAR-1 (published)" in html

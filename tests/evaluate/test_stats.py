@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,21 +33,22 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     assert ours.low <= ours.value <= ours.high
 
 
-def test_nonsense_is_refused() -> None:
-    for k, n in ((0, 0), (3, 2), (-1, 4)):
-        with pytest.raises(ValueError, match="wilson"):
-            wilson(k, n)
-    with pytest.raises(ValueError, match="samples_for"):
-        samples_for(0.0)
-    with pytest.raises(ValueError, match="no strata"):
-        paired_difference([])
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap([np.array([])])
-    for bad in ([], [np.zeros((0, 4), bool)], [np.zeros((2, 4), bool), np.zeros((3, 4), bool)]):
-        with pytest.raises(ValueError, match="seeds and scenes"):
-            mean_over_seeds(bad)
-    with pytest.raises(ValueError, match="against"):
-        difference_over_seeds([np.zeros((2, 4))], [np.zeros((2, 5))])
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        *(lambda k=k, n=n: wilson(k, n) for k, n in ((0, 0), (3, 2), (-1, 4))),
+        lambda: paired_difference([]),
+        lambda: bootstrap([np.array([])]),
+        *(
+            lambda s=s: mean_over_seeds(s)
+            for s in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])
+        ),
+        lambda: difference_over_seeds([np.zeros((2, 4))], [np.zeros((2, 5))]),
+    ],
+)
+def test_nonsense_is_refused(nonsense: Callable[[], object]) -> None:
+    with pytest.raises(ValueError):
+        nonsense()
 
 
 def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
@@ -68,13 +71,6 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
 def test_mcnemar_agrees_with_scipy(a: int, b: int) -> None:
     expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
     assert mcnemar(a, b) == pytest.approx(expected, abs=1e-12)
-
-
-def test_mcnemar_raises_no_more_false_alarms_than_it_says() -> None:
-    rng = np.random.default_rng(3)
-    a, b = rng.random((2, 500, 40)) < 0.4  # two equal policies, 500 times, on 40 scenes
-    alarms = [mcnemar(int((x & ~y).sum()), int((~x & y).sum())) < 0.05 for x, y in zip(a, b, strict=True)]
-    assert 0 < np.mean(alarms) <= 0.05
 
 
 def test_means_over_unlike_families_cover_the_truth() -> None:
@@ -110,15 +106,6 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     assert together.value == pytest.approx(apart.value)
     assert together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
-
-
-def test_the_bootstrap_of_a_median_covers_the_truth() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for seed in range(100):
-        e = bootstrap([rng.exponential(size=1) for _ in range(40)], np.median, resamples=100, seed=seed)
-        covered += e.low <= np.log(2) <= e.high
-    assert covered / 100 >= 0.88
 
 
 def draw(rng: np.random.Generator, rate: float, hard: Array, seeds: Array) -> Array:

@@ -19,9 +19,8 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.agents import load_agent
 from spear.evaluate.closed_loop import evaluate
-from spear.evaluate.journal import journals, read_journal
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import Results, merge
+from spear.evaluate.results import Results, journals, merge, read_journal
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs
 from spear.train.run import train

@@ -119,7 +119,7 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
     return Line(
         row,
         mean_over_seeds(_success(plan, own, sorted(own))) if own else None,
-        [own[seed].mean_success for seed in sorted(own)],
+        [own[seed].mean().value for seed in sorted(own)],
         against,
         published,
         apart,

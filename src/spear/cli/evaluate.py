@@ -171,7 +171,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     import torch
     from rich import print as show
 
-    from spear.evaluate.vqa.images import find_images
+    from spear.evaluate.vqa.ask import find_images
     from spear.evaluate.vqa.run import evaluate as run
     from spear.policy import load_vlm
     from spear.report.vqa import vqa_page
@@ -215,7 +215,7 @@ def compare(options: CompareOptions) -> None:
     from rich import print as show
 
     from spear.evaluate.compare import compare as pair_up
-    from spear.evaluate.journal import load
+    from spear.evaluate.results import load
     from spear.evaluate.reference import beside
     from spear.report.comparison import comparison_page
 
@@ -257,7 +257,7 @@ def merge(options: MergeOptions) -> None:
         spear evaluate merge from-machine-1 from-machine-2 --out runs/evaluate
     """
     from spear.evaluate.film import film_file
-    from spear.evaluate.journal import journals, load, missing_parts
+    from spear.evaluate.results import journals, load, missing_parts
     from spear.evaluate.results import merge as put_together
 
     parts, out = options.parts, options.out
@@ -316,7 +316,7 @@ def _load(options: AgentOptions) -> Agent:
 
 def _earlier(path: Path | None) -> Results | None:
     """The results to compare with, read before anything is run."""
-    from spear.evaluate.journal import load
+    from spear.evaluate.results import load
 
     return load(path) if path else None
 
@@ -331,7 +331,7 @@ def _report(policy: str, out: Path | None, earlier: Results | None) -> None:
     from rich import print as show
 
     from spear.evaluate.compare import compare as difference
-    from spear.evaluate.journal import load
+    from spear.evaluate.results import load
 
     assert out is not None
     results = load(out)

@@ -20,17 +20,6 @@ IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
 """Sizes (width, height) of the pictures of an agent that does not say which it needs, in pixels."""
 
 
-class Scene(Protocol):
-    """A running scene: the seed that fixes it, and the control steps made in it. Agents that look at the true
-    state know the simulator, and so more of it."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def steps(self) -> int: ...
-
-
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
@@ -46,7 +35,11 @@ class Agent(Protocol):
     image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene."""
+        """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene.
+
+        envs: the running scenes, each with its `seed` and its `steps` so far. Agents that look at the true
+        state know the simulator, and so more of it.
+        """
         ...
 
 
@@ -65,7 +58,7 @@ class PolicyAgent(Agent):
     ) -> None:
         self.policy, self.name, self.weights, self.image_sizes = policy, name, weights, image_sizes
 
-    def act(self, envs: Sequence[Scene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         pairs = zip(envs, observations, strict=True)
         seeded = [{**o, "seed": 1000 * env.seed + env.steps} for env, o in pairs]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
@@ -82,15 +75,13 @@ class ExpertAgent(Agent):
         return [expert.act(env.world)[None] for env in envs]
 
 
-class ConstantAgent(Agent):
-    """The same action whatever is seen: doing nothing, or the demonstrations' mean action."""
+class IdleAgent(Agent):
+    """Leaves the arm where it is, whatever is seen."""
 
-    def __init__(self, name: str, action: Array) -> None:
-        self.name = name
-        self.action = np.asarray(action, np.float32).reshape(8)
+    name = "nothing"
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        return [self.action[None]] * len(envs)
+        return [NOTHING[None]] * len(envs)
 
 
 def load_agent(
@@ -112,7 +103,7 @@ def load_agent(
     if name == "expert":
         return ExpertAgent()
     if name == "nothing":
-        return ConstantAgent("nothing", NOTHING)
+        return IdleAgent()
     if remote:
         from spear.serve.client import RemotePolicy
 
@@ -125,8 +116,7 @@ def load_agent(
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's configuration and weights: results of other weights never mix with its
-    own."""
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         with path.open("rb") as file:

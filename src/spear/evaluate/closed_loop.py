@@ -45,7 +45,7 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
 
 @dataclass
 class _Slot:
-    """One running scene. poses: the joint positions at each step, from which its film can be made."""
+    """One running scene. poses: the joint positions at each step, of which its film is made."""
 
     env: TabletopEnv
     seed: int
@@ -72,14 +72,9 @@ class _Tabletop:
         episode as it ends. A scene that ends makes room for the next seed."""
         waiting = list(seeds)[::-1]
         slots: list[_Slot] = []
+        sizes = self._sizes["external"], self._sizes["wrist"]
         free = [
-            TabletopEnv(
-                family,
-                self._sizes["external"],
-                self._sizes["wrist"],
-                self._renderer,
-                images=agent.needs_images,
-            )
+            TabletopEnv(family, *sizes, self._renderer, images=agent.needs_images)
             for _ in range(min(self._options.batch, len(seeds)))
         ]
         while waiting or slots:
@@ -104,10 +99,8 @@ class _Tabletop:
         """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
         assert self._renderer is not None
         world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), self._sizes["external"]
-        views = [
-            ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
-            ("wrist", (video.HEIGHT, video.HEIGHT)),
-        ]
+        across = round(video.HEIGHT * width / height)
+        views = [("external", (across, video.HEIGHT)), ("wrist", (video.HEIGHT, video.HEIGHT))]
         frames = []
         for step, pose in enumerate(track):
             world.data.qpos[:] = pose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, terminal_table
@@ -41,21 +41,20 @@ class Row:
 class Comparison:
     """first, second: names. pairs: both outcomes of each shared scene. unshared: scenes only one of them saw.
 
-    settings: how the two were run differently, in words.
+    rows: the families and, last, their mean. settings: how the two were run differently, in words.
     """
 
     first: str
     second: str
-    families: Sequence[Row]
-    mean: Row
+    rows: Sequence[Row]
     pairs: Sequence[Pair]
     unshared: int
     settings: Sequence[str]
 
     @property
-    def rows(self) -> list[Row]:
-        """The families and, below them, their mean."""
-        return [*self.families, self.mean]
+    def mean(self) -> Row:
+        """The row of all families."""
+        return self.rows[-1]
 
     def verdict(self) -> str:
         """The answer in one sentence, from the test over all families."""
@@ -66,7 +65,7 @@ class Comparison:
         if (won - lost) * d.value <= 0:
             return (
                 f"No verdict between {self.first} and {self.second}: the mean of the families ({_gap(d)}) "
-                f"and the scenes that only one solved ({won} : {lost}) speak for different ones. The "
+                f"and the scenes that only one solved ({won} : {lost}) speak for different ones, since the "
                 "families have different numbers of scenes: judge each by its own row."
             )
         if won > lost:
@@ -97,30 +96,30 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
         if one.instruction != two.instruction:
             raise SpearError(
                 f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and "
-                f"{two.instruction!r} for {b}: they come from different simulator versions: evaluate the "
-                "older one again"
+                f"{two.instruction!r} for {b}: the simulator changed: evaluate the older one again"
             )
     families: dict[str, list[Pair]] = {}
     for pair in pairs:
         families.setdefault(pair[0].family, []).append(pair)
     rows = [_row(name, [some]) for name, some in families.items()]
-    mean = _row("mean of families", list(families.values()))
+    rows.append(_row("mean of families", list(families.values())))
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    return Comparison(a, b, rows, mean, pairs, unshared, _differences(first.settings, second.settings))
+    # Which scenes were run is no difference, nor by which weights.
+    shared = [
+        k for k in first.settings if k in second.settings and k not in ("scenes", "first_seed", "weights")
+    ]
+    both = [(k.replace("_", " "), first.settings[k], second.settings[k]) for k in shared]
+    settings = [f"{name}: {one} and {two}" for name, one, two in both if one != two]
+    return Comparison(a, b, rows, pairs, unshared, settings)
 
 
 def cells(row: Row) -> list[str]:
     """name, n, both rates, difference with interval, p, scenes that only one solved: as text."""
     d = row.difference
-    return [
-        row.name,
-        str(d.n),
-        f"{row.first.value:.1%}",
-        f"{row.second.value:.1%}",
-        f"{points(d.value)} [{points(d.low)}, {points(d.high)}]",
-        p_value(row.p).removeprefix("= "),
-        f"{row.only_first} : {row.only_second}",
-    ]
+    rates = [f"{row.first.value:.1%}", f"{row.second.value:.1%}"]
+    decided = f"{row.only_first} : {row.only_second}"
+    gap = f"{points(d.value)} [{points(d.low)}, {points(d.high)}]"
+    return [row.name, str(d.n), *rates, gap, p_value(row.p).removeprefix("= "), decided]
 
 
 def points(difference: float) -> str:
@@ -141,20 +140,7 @@ def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
     """Of one family, or of several, each counting the same."""
     wins = [([x.success for x, _ in pairs], [y.success for _, y in pairs]) for pairs in strata]
     decided = [x.success for pairs in strata for x, y in pairs if x.success != y.success]
-    only_first = sum(decided)
-    only_second = len(decided) - only_first
-    return Row(
-        name,
-        wilson_mean([(sum(x), len(x)) for x, _ in wins]),
-        wilson_mean([(sum(y), len(y)) for _, y in wins]),
-        paired_difference(wins),
-        only_first,
-        only_second,
-        mcnemar(only_first, only_second),
-    )
-
-
-def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Settings that both have and that differ, apart from which scenes were run and by which weights."""
-    shared = [k for k in first if k in second and k not in ("scenes", "first_seed", "weights")]
-    return [f"{k.replace('_', ' ')}: {first[k]} and {second[k]}" for k in shared if first[k] != second[k]]
+    only = sum(decided), len(decided) - sum(decided)
+    first = wilson_mean([(sum(x), len(x)) for x, _ in wins])
+    second = wilson_mean([(sum(y), len(y)) for _, y in wins])
+    return Row(name, first, second, paired_difference(wins), *only, mcnemar(*only))

@@ -7,7 +7,7 @@ training episodes, which is the best constant one, and the last action, repeated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,31 +26,16 @@ from spear.util.progress import ProgressBar, tracked
 
 
 @dataclass(frozen=True)
-class Errors:
-    """Errors of all predicted actions of one episode, N of them (known actions of all chunks).
-
-    translation  [N] mm, length of the difference of one step's displacements.
-    rotation     [N] degrees, angle between the two step rotations.
-    gripper      [N] bool, both commands on the same side of half open.
-    end          [M] mm, difference of where the M whole chunks lead.
-    """
-
-    translation: Array
-    rotation: Array
-    gripper: Array
-    end: Array
-
-
-@dataclass(frozen=True)
 class OpenLoop:
     """One policy's open-loop errors on some episodes.
 
+    episodes   of each its errors by name, see `_errors`.
     predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done (NaN where that is
                       not known).
     """
 
     name: str
-    episodes: Sequence[Errors]
+    episodes: Sequence[Mapping[str, Array]]
     predicted: Sequence[Array]
     truth: Sequence[Array]
 
@@ -59,15 +44,10 @@ class OpenLoop:
 
         Raises SpearError where there is nothing to take a mean of.
         """
-        columns = {
-            "translation_mm": [e.translation for e in self.episodes],
-            "chunk_end_mm": [e.end for e in self.episodes],
-            "rotation_deg": [e.rotation for e in self.episodes],
-            "gripper_accuracy": [e.gripper for e in self.episodes],
-        }
-        if not any(len(e.end) for e in self.episodes):
+        if not any(len(e["chunk_end_mm"]) for e in self.episodes):
             raise SpearError("no held-out episode has a whole chunk of known actions: give longer ones")
-        return {name: bootstrap(groups, np.mean) for name, groups in columns.items()}
+        names = self.episodes[0]
+        return {name: bootstrap([e[name] for e in self.episodes], np.mean) for name in names}
 
 
 def observations(episode: Episode) -> list[dict[str, Any]]:
@@ -75,9 +55,8 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
     if "external" not in episode.images:
         raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
     names = {"external": "observation/image", "wrist": "observation/wrist_image"}
-    state = np.concatenate(
-        [episode.position, episode.rotation, episode.gripper[:, None]], 1, dtype=np.float32
-    )
+    parts = [episode.position, episode.rotation, episode.gripper[:, None]]
+    state = np.concatenate(parts, 1, dtype=np.float32)
     seen: list[dict[str, Any]] = []
     for step in range(len(episode)):
         observation: dict[str, Any] = {"observation/state": state[step], "prompt": episode.instruction}
@@ -116,15 +95,14 @@ def score_last_action(held_out: EpisodeStore) -> OpenLoop:
 
     In an episode's first step, where nothing was done before: for standing still, the gripper as it is.
     """
-    episodes = _without_images(held_out)
-    chunks = ((e, np.repeat(_previous_actions(e)[:, None], HORIZON, axis=1)) for e in episodes)
+
+    def repeated(episode: Episode) -> Array:
+        still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
+        before = np.concatenate([still, episode_actions(episode)[0][:-1]])
+        return np.repeat(before[:, None], HORIZON, axis=1)
+
+    chunks = ((e, repeated(e)) for e in _without_images(held_out))
     return _score("last action", chunks)
-
-
-def _previous_actions(episode: Episode) -> Array:
-    """[T, 8] the action of the step before each step."""
-    still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
-    return np.concatenate([still, episode_actions(episode)[0][:-1]])
 
 
 def _without_images(store: EpisodeStore) -> list[Episode]:
@@ -142,17 +120,21 @@ def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoop:
     return OpenLoop(name, errors, predicted, truth)
 
 
-def _errors(chunks: Array, actions: Array, valid: Array) -> Errors:
-    """Chunks [T, H, 8] against an episode's actions [T, 8], of which those that are `valid` [T] are known."""
+def _errors(chunks: Array, actions: Array, valid: Array) -> dict[str, Array]:
+    """Chunks [T, H, 8] against an episode's actions [T, 8], of which those that are `valid` [T] are known.
+
+    translation_mm    [N] length of the difference of one step's displacements, for N known actions.
+    chunk_end_mm      [M] distance between where the M whole chunks lead and where the actions lead.
+    rotation_deg      [N] angle between the two step rotations.
+    gripper_accuracy  [N] bool, both commands on the same side of half open.
+    """
     targets = [chunk(actions, valid, step, chunks.shape[1]) for step in range(len(chunks))]
     truth, known = np.stack([t for t, _ in targets]), np.stack([k for _, k in targets])
-    difference = 1000 * np.linalg.norm(chunks[..., :3] - truth[..., :3], axis=-1)
+    apart = chunks[..., :3] - truth[..., :3]
     angle = quat_distance(torch.as_tensor(chunks[..., 3:7]), torch.as_tensor(truth[..., 3:7]))
-    whole = known.all(1)
-    end = 1000 * np.linalg.norm((chunks[..., :3] - truth[..., :3]).sum(1), axis=-1)
-    return Errors(
-        translation=difference[known],
-        rotation=np.degrees(angle.numpy())[known],
-        gripper=((chunks[..., 7] > 0.5) == (truth[..., 7] > 0.5))[known],
-        end=end[whole],
-    )
+    return {
+        "translation_mm": (1000 * np.linalg.norm(apart, axis=-1))[known],
+        "chunk_end_mm": (1000 * np.linalg.norm(apart.sum(1), axis=-1))[known.all(1)],
+        "rotation_deg": np.degrees(angle.numpy())[known],
+        "gripper_accuracy": ((chunks[..., 7] > 0.5) == (truth[..., 7] > 0.5))[known],
+    }

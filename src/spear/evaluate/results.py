@@ -1,9 +1,16 @@
-"""The outcome of a closed-loop evaluation: one record per episode, summaries per family, JSON, a table."""
+"""The outcomes of a closed-loop evaluation: one record per episode, summaries per family, and their files.
+
+Outcomes are on disk as they come, so that an interrupted evaluation goes on where it was, and shards come
+together. A folder of results holds one journal per shard, `episodes-2-of-5.jsonl` (`episodes-1-of-1.jsonl`
+without sharding): its first line says who acted and how, each further line is one episode. Only whole lines
+count.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +19,14 @@ import numpy as np
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
-from spear.util.files import write_text
-from spear.util.ledger import difference
+from spear.util.files import write_text, writing
+from spear.util.ledger import difference, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
-SCENES = samples_for(HALF_WIDTH)
-"""Scenes per family that are enough for that whatever the rate: the default of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,8 @@ class Results:
         """The families that were evaluated, in the order in which they were asked for."""
         return list(dict.fromkeys(o.family for o in self.outcomes))
 
-    @property
-    def mean_success(self) -> float:
-        """The mean of the families' success rates, each family counting the same."""
-        return self.mean().value
-
     def mean(self) -> Estimate:
-        """`mean_success` with its interval, see `spear.evaluate.stats.wilson_mean`."""
+        """The mean of the families' success rates, each counting the same (`stats.wilson_mean`)."""
         rows = [[o.success for o in self.outcomes if o.family == f] for f in self.families]
         return wilson_mean([(sum(row), len(row)) for row in rows])
 
@@ -102,9 +102,8 @@ class Results:
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
         names = ("success", "reached", "grasped", "wrong_object_moved")
-        success, reached, grasped, wrong = (
-            wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in names
-        )
+        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in names)
+        success, reached, grasped, wrong = rates
         return Summary(success, reached, grasped, wrong, float(np.mean(steps)) if steps else None)
 
     def save(self, path: Path) -> None:
@@ -113,23 +112,11 @@ class Results:
             "policy": self.policy,
             "settings": self.settings,
             "seconds": self.seconds,
-            "mean_success": self.mean_success,
+            "mean_success": self.mean().value,
             "summary": {f: asdict(self.summary(f)) for f in self.families},
             "outcomes": [asdict(o) for o in self.outcomes],
         }
         write_text(path, json.dumps(content, indent=1))
-
-    @staticmethod
-    def load(path: Path) -> Results:
-        """Reads what `save` wrote. Raises `SpearError` for a file that is not one."""
-        try:
-            raw = json.loads(path.read_text())
-            outcomes = [Outcome(**o) for o in raw["outcomes"]]
-            return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"])
-        except FileNotFoundError:
-            raise SpearError(f"results: {path}: no such file") from None
-        except (ValueError, KeyError, TypeError):
-            raise SpearError(f"results: {path}: not a file that `spear evaluate --out` wrote") from None
 
     def table(self) -> Table:
         """The summaries for a terminal."""
@@ -170,8 +157,8 @@ def terminal_table(
 def merge(parts: Sequence[Results]) -> Results:
     """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed.
 
-    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or
-    when a scene ended differently in two parts.
+    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or a
+    scene ended differently.
     """
     first = parts[0]
     found: dict[tuple[str, int], Outcome] = {}
@@ -182,8 +169,101 @@ def merge(parts: Sequence[Results]) -> Results:
             if found.setdefault((o.family, o.seed), o) != o:
                 raise SpearError(
                     f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: "
-                    "the policy or the simulator changed in between: evaluate again into a new folder"
+                    "the policy or the simulator changed: evaluate again into a new folder"
                 )
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
     return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/5", the second of five parts of an evaluation, as (2, 5): every fifth scene from the second on.
+
+    Raises `SpearError` for anything else than k/n with 1 <= k <= n.
+    """
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
+    return int(index), int(of)
+
+
+class Journal:
+    """The journal that this process writes. done: the outcomes that any journal of the folder holds."""
+
+    def __init__(
+        self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int]
+    ) -> None:
+        """Opens a journal, or goes on with it. Raises `SpearError` for another policy or settings."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.done: dict[tuple[str, int], Outcome] = {}
+        for path in journals(folder):
+            earlier = read_journal(path)
+            heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
+            if other := difference(*heads):
+                raise SpearError(f"{folder}: holds other results: {other}: give another --out, or remove it")
+            self.done |= {(o.family, o.seed): o for o in earlier.outcomes}
+        self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
+        if self._path.is_file():
+            whole = self._path.read_bytes().rpartition(b"\n")[0]
+            os.truncate(self._path, len(whole) + 1 if whole else 0)
+        if not self._path.is_file() or not self._path.stat().st_size:
+            self._write({"policy": policy, "settings": plain(settings)})
+
+    def add(self, outcome: Outcome, seconds: float) -> None:
+        """One more episode, on disk when this returns. seconds: wall time since the one before."""
+        self._write({**asdict(outcome), "seconds": seconds})
+        self.done[outcome.family, outcome.seed] = outcome
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def journals(folder: Path) -> list[Path]:
+    """The journals of a folder that say at least who acted."""
+    return sorted(p for p in folder.glob("episodes-*-of-*.jsonl") if b"\n" in p.read_bytes())
+
+
+def missing_parts(folders: Sequence[Path]) -> list[str]:
+    """The parts, like "2/5", of an evaluation in shards of which none of these folders holds a journal."""
+    found: dict[int, set[int]] = {}
+    for path in (path for folder in folders if folder.is_dir() for path in journals(folder)):
+        index, _, of = path.stem.removeprefix("episodes-").partition("-of-")
+        found.setdefault(int(of), set()).add(int(index))
+    missing = [[f"{i}/{of}" for i in range(1, of + 1) if i not in found[of]] for of in sorted(found)]
+    return min(missing, key=len, default=[])
+
+
+def read_journal(path: Path) -> Results:
+    """The episodes of one journal so far. Raises `SpearError` for a file that is not one."""
+    lines = path.read_text().rpartition("\n")[0].split("\n")
+    try:
+        head, *episodes = [json.loads(line) for line in lines]
+        seconds = sum(e.pop("seconds") for e in episodes)
+        return Results(head["policy"], head["settings"], [Outcome(**e) for e in episodes], seconds)
+    except (ValueError, KeyError, TypeError):
+        raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
+
+
+def load(path: Path) -> Results:
+    """The results in a folder (its journals together, or else its results.json), or in a results file.
+
+    Raises `SpearError` when there are none, or when they do not belong together.
+    """
+    if path.is_dir() and (found := journals(path)):
+        results = merge([read_journal(p) for p in found])
+        if not results.outcomes:
+            raise SpearError(f"results: {path}: no episode has ended there: run `spear evaluate` again")
+        return results
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text())
+        return Results(
+            raw["policy"], raw["settings"], [Outcome(**o) for o in raw["outcomes"]], raw["seconds"]
+        )
+    except FileNotFoundError:
+        raise SpearError(f"results: {file}: no such file") from None
+    except (ValueError, KeyError, TypeError):
+        raise SpearError(f"results: {file}: not a file that `spear evaluate --out` wrote") from None

@@ -12,9 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
-from spear.evaluate.journal import Journal, parse_shard
 from spear.evaluate.options import EpisodeOptions, Films
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.results import Journal, Outcome, Results, parse_shard
 from spear.util.files import write_bytes
 from spear.util.ledger import lock
 from spear.util.progress import ProgressBar
@@ -112,10 +111,7 @@ def run_evaluation(
 
 
 class _FilmMaker(Generic[Track]):
-    """Makes the films that are wanted.
-
-    filming  whether the first run of an episode is to give its track. made: the films so far.
-    """
+    """Makes the films that are wanted. filming: whether an episode's first run is to give its track."""
 
     def __init__(self, simulator: Simulator[Track], films: Films, out: Path | None) -> None:
         if films:
@@ -128,10 +124,9 @@ class _FilmMaker(Generic[Track]):
     def add(self, outcome: Outcome, track: Track) -> None:
         """An episode that has just ended."""
         if isinstance(self._films, int):
-            self._tracks |= {outcome.seed: track} if self.filming else {}
-        elif self._missing(
-            [outcome]
-        ):  # at once: a track can be large, in SIMPLER every picture of an episode
+            if self.filming:
+                self._tracks[outcome.seed] = track
+        elif self._missing([outcome]):  # at once, as a track can be large: in SIMPLER every picture
             self.make(outcome, track)
 
     def finish(self, ended: Sequence[Outcome]) -> list[int]:

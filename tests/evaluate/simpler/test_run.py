@@ -12,14 +12,13 @@ import torch
 
 from spear import embodiments
 from spear.evaluate.agents import load_agent
-from spear.evaluate.journal import load
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.reference import beside
+from spear.evaluate.results import load
 from spear.evaluate.runner import run_evaluation
-from spear.evaluate.simpler.process import SimplerProcess
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import TASKS, Task
-from spear.evaluate.simpler.world import NoRenderer
+from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, random_quat
 
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,17 @@ from labels_boxes import labelled
 from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa import baselines as baselines
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
 from spear.evaluate.vqa.calibration import Certainty, calibrate
-from spear.evaluate.vqa.measures import closer_named, measure, nearest_box
+from spear.evaluate.vqa.measures import (
+    Segments,
+    closer_named,
+    constant_guess,
+    depth_guess,
+    measure,
+    nearest_box,
+)
 from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box
 from spear.labels.store import write_labels
@@ -32,12 +37,6 @@ from spear.types import Array, LabeledImage, Pixel, Question, Unit
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
 
 
-@dataclass(frozen=True)
-class Said:
-    segments: vqa.Segments
-    distribution: Distribution | None = None
-
-
 class Oracle:
     """Knows every question's answer and adds an offset (m) to all 3D points and distances.
 
@@ -47,7 +46,7 @@ class Oracle:
 
     def __init__(self, offset: float = 0.0, drop_last: bool = False, sigma: float = 0.0) -> None:
         self.offset, self.drop_last, self.sigma = offset, drop_last, sigma
-        self.known: dict[str, vqa.Segments] = {}
+        self.known: dict[str, Segments] = {}
 
     def answer(
         self,
@@ -57,14 +56,15 @@ class Oracle:
         view: str = "external",
         *,
         distributions: bool = False,
-    ) -> list[Said]:
+    ) -> list[Answer]:
         said = []
         for image, prompt in zip(images, prompts, strict=True):
             assert image.dtype == np.uint8
             segments = [s + self.offset if isinstance(s, float) else s for s in self.known[prompt]]
             values = [s for s in segments if isinstance(s, float)]
             held = self._held(np.array(values)) if self.sigma and distributions else None
-            said.append(Said(segments[:-1] if self.drop_last and family is None else segments, held))
+            kept = segments[:-1] if self.drop_last and family is None else segments
+            said.append(Answer(kept, "metre", held))
         return said
 
     def _held(self, values: Array) -> Distribution:
@@ -117,16 +117,11 @@ def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.Mo
     assert off["distance"].measures["relative"].low > 1
 
 
-def test_broken_grammar_is_counted_and_counts_as_a_miss(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [labelled(i) for i in range(3)]
     scores = ask_oracle(Oracle(drop_last=True), labels, monkeypatch)
     box = scores.families["box_vertices"]
     assert box.grammar.value == 1 and box.free.value == 0
-    scores.save(tmp_path / "s.json", {"model": "x"})
-    saved = json.loads((tmp_path / "s.json").read_text())
-    assert saved["model"] == "x" and saved["families"]["box_vertices"]["free"]["value"] == 0
     headers, rows = scores.rows()
     assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
     assert rows[0][headers.index("free")] == "0.0%"
@@ -150,14 +145,10 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
     labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     for family in ("box_vertices", "keypoint", "offset", "distance"):
-        questions = []
-        for index, label in enumerate(labels):
-            one = vqa.questions_about([label], [family], 1, seed=3)[family]
-            questions.append((index, one[0][1]))
-        depth = baselines.depth_only(questions, labels)
-        constant = baselines.constant([q for _, q in questions])
+        questions = [vqa.questions_about([label], [family], 1, seed=3)[family][0][1] for label in labels]
+        depth, constant = depth_guess(questions, labels), constant_guess(questions)
         assert depth is not None
-        for (i, q), near, far in zip(questions, depth, constant, strict=True):
+        for i, (q, near, far) in enumerate(zip(questions, depth, constant, strict=True)):
             assert measure(q, near, labels[i])["relative"] < 0.01
             assert i in (1, 2) or measure(q, far, labels[i])["relative"] > 5
 

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
 from spear.errors import SpearError
-from spear.evaluate.vqa.images import held_out_labels
+from spear.evaluate.vqa.ask import held_out_labels
 from spear.labels.fit.box3d import make_box
 from spear.labels.questions.answers import is_a
 from spear.labels.questions.generate import FAMILIES, askable, generate, spoken, why_not_asked

@@ -10,7 +10,7 @@ import pytest
 
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.images import held_out_labels
+from spear.evaluate.vqa.ask import held_out_labels
 from spear.policy import SHIPPED, Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES

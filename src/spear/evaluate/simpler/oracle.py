@@ -67,11 +67,14 @@ GRIPS: dict[str, Grip] = {
 def act(task: str, t: Truth) -> Array:
     """[8] float32: the action at this moment (layout of `spear.types.Action`)."""
     grip = GRIPS[task]
-    rest = _rest(t)
+    # Where the object's origin is to come: on top of the goal.
+    top = t.goal[2] + t.goal_size[2] / 2
+    rest = np.array([t.goal[0], t.goal[1], top + t.source_size[2] / 2])
     aside = float(np.linalg.norm(t.source[:2] - rest[:2]))
     if t.open:
         if aside < 0.03 and abs(t.source[2] - rest[2]) < 0.02 + grip.drop:
-            return _leave(t, rest)
+            away = np.array([t.commanded[0], t.commanded[1], rest[2] + 0.1])
+            return _to(t, away, _yaw(t.commanded), True)
         return _approach(t, grip)
     if not t.still and t.opening > HELD and np.linalg.norm(t.commanded[:3] - t.measured[:3]) < 0.004:
         return _to(t, t.commanded[:3], _yaw(t.commanded), False)  # the fingers are closing
@@ -80,20 +83,15 @@ def act(task: str, t: Truth) -> Array:
     return _carry(t, grip, rest, aside)
 
 
-def _rest(t: Truth) -> Array:
-    """[3] where the object's origin is to come: on top of the goal."""
-    top = t.goal[2] + t.goal_size[2] / 2
-    return np.array([t.goal[0], t.goal[1], top + t.source_size[2] / 2])
-
-
 def _approach(t: Truth, grip: Grip) -> Array:
     """Above the object first, then down to it, then close."""
     axis = quat_to_matrix(torch.from_numpy(t.source[3:])).numpy()[:, 0]
     point = t.source[:3] + grip.along * axis
-    yaw = _nearest(_yaw(t.commanded), math.atan2(axis[1], axis[0]), 2 * math.pi / grip.turns)
+    period, now = 2 * math.pi / grip.turns, _yaw(t.commanded)  # of the good directions, the nearest
+    yaw = now + (math.atan2(axis[1], axis[0]) - now + period / 2) % period - period / 2
     goal = np.array([point[0], point[1], max(point[2], LOWEST)])
     aside = float(np.linalg.norm(t.measured[:2] - goal[:2]))
-    turned = abs(_wrap(yaw - _yaw(t.measured)))
+    turned = abs((yaw - _yaw(t.measured) + math.pi) % (2 * math.pi) - math.pi)
     if aside > 0.012 or turned > 0.1:
         goal[2] += HOVER
     there = np.linalg.norm(t.commanded[:3] - goal) < 1e-3
@@ -115,12 +113,6 @@ def _carry(t: Truth, grip: Grip, rest: Array, aside: float) -> Array:
     return _to(t, goal, _yaw(t.commanded), above and (height < grip.drop + 0.004 or blocked))
 
 
-def _leave(t: Truth, rest: Array) -> Array:
-    """Up and away, and stay there."""
-    goal = np.array([t.commanded[0], t.commanded[1], rest[2] + 0.1])
-    return _to(t, goal, _yaw(t.commanded), True)
-
-
 def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
     """A step of the commanded pose towards a place [3] and a gripper that points down, turned by `yaw`."""
     move = goal - t.commanded[:3]
@@ -134,12 +126,3 @@ def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
 
 def _yaw(pose: Array) -> float:
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])
-
-
-def _nearest(now: float, direction: float, period: float) -> float:
-    """The angle nearest to `now` among `direction` + k · `period`."""
-    return now + (direction - now + period / 2) % period - period / 2
-
-
-def _wrap(angle: float) -> float:
-    return (angle + math.pi) % (2 * math.pi) - math.pi

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -24,11 +25,12 @@ from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.process import SimplerProcess
 from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
+from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets, check_installed
 from spear.types import Array
 
 ROBOT = "simpler_widowx"
+UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
 
 
 def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
@@ -40,8 +42,6 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown task,
     and where ManiSkill, its assets or a renderer are missing.
     """
-    from spear.evaluate.simpler.world import assets_hash, check_assets, check_installed
-
     tasks = options.tasks or tuple(TASKS)
     for task in tasks:
         if task not in TASKS:
@@ -53,12 +53,12 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
         "replan": options.replan,
         "weights": agent.weights,
     }
-    first, scenes = options.first_seed, options.scenes
-    counts = {t: scenes if agent.needs_images else min(scenes, TASKS[t].starts) for t in tasks}
-    every = {t: range(first, first + count) for t, count in counts.items()}
+    first, most = options.first_seed, options.scenes
+    counts = {t: most if agent.needs_images else min(most, TASKS[t].starts) for t in tasks}
+    scenes = {t: range(first, first + count) for t, count in counts.items()}
     simulator = Simpler(options)
     try:
-        return run_evaluation(simulator, agent, every, settings, options, quiet)
+        return run_evaluation(simulator, agent, scenes, settings, options, quiet)
     finally:
         simulator.close()
 
@@ -67,9 +67,10 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
 class SimplerScene:
     """A running scene: all that an agent may know of it.
 
-    seed    which one: of the task's starts it is number seed modulo their count; a policy's noise has the
-            seed itself.
-    moment  what is known since the last look.
+    seed      of the task's starts it is number seed modulo their count; a policy's noise has the seed itself.
+    moment    what is known since the last look.
+    pictures  of each step so far, for its film.
+    achieved  the step since which the task has been fulfilled; None while it is not.
     """
 
     task: str
@@ -120,12 +121,11 @@ class Simpler:
             while waiting or scenes:
                 new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
                 scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
-                observations = [self._robot.read(_complete(s.moment.observation)) for s in scenes]
+                # The robot's adapter wants a picture, also where nobody looked through the camera.
+                observations = [self._robot.read({**UNSEEN, **s.moment.observation}) for s in scenes]
                 chunks = agent.act(scenes, observations)
-                ask = [
-                    (s, c, o, image, filming) for s, c, o in zip(scenes, chunks, observations, strict=True)
-                ]
-                ended = list(threads.map(lambda one: self._execute(*one), ask))
+                todo = partial(self._execute, image=image, filming=filming)
+                ended = list(threads.map(todo, scenes, chunks, observations))
                 for scene, over in zip(scenes, ended, strict=True):
                     if over:
                         yield _outcome(scene), scene.pictures
@@ -134,10 +134,8 @@ class Simpler:
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
         """The pictures with the instruction, and the outcome on the last."""
-        ends = [None] * (len(track) - 1) + [outcome.success]
-        frames = [
-            video.compose(p, None, outcome.instruction, end) for p, end in zip(track, ends, strict=True)
-        ]
+        frames = [video.compose(picture, None, outcome.instruction) for picture in track[:-1]]
+        frames.append(video.compose(track[-1], None, outcome.instruction, outcome.success))
         return Film(outcome, *video.encode(frames, RATE_HZ))
 
     def close(self) -> None:
@@ -182,21 +180,9 @@ class Simpler:
         return scene.steps >= TASKS[scene.task].steps
 
 
-def _complete(observation: Mapping[str, Any]) -> dict[str, Any]:
-    """An observation as the robot has it, also where nobody looked through the camera."""
-    return {"observation/image": np.zeros((480, 640, 3), np.uint8), **observation}
-
-
 def _outcome(scene: SimplerScene) -> Outcome:
     moment = scene.moment
-    return Outcome(
-        family=scene.task,
-        seed=scene.seed,
-        instruction=moment.observation["prompt"],
-        success=moment.success,
-        reached=moment.reached,
-        grasped=moment.grasped,
-        wrong_object_moved=moment.wrong_object_moved,
-        unreachable=moment.unreachable,
-        steps=scene.achieved or moment.steps,
-    )
+    names = ("success", "reached", "grasped", "wrong_object_moved", "unreachable")
+    seen = {name: getattr(moment, name) for name in names}
+    instruction, steps = moment.observation["prompt"], scene.achieved or moment.steps
+    return Outcome(family=scene.task, seed=scene.seed, instruction=instruction, steps=steps, **seen)

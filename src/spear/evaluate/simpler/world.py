@@ -4,15 +4,18 @@ Facts, from mani_skill 3.0.1's code and checked in it (docs/simpler.md): the arm
 pose of link `ee_gripper_link` and solves for joint angles at every command; the fingers' joints go from
 0.015 m (closed) to 0.037 m (open), and a gripper command from -1 to 1 maps onto that range, 1 mm wider at
 either end. The photograph behind the scene is kept on ManiSkill's class, so that a process can hold one task
-only.
+only; it simulates on one core, and a driver that fails takes its process with it. So each running scene has a
+process of its own, and they run side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import os
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,15 @@ STILL = 0.02
 
 class NoRenderer(SpearError):
     """ManiSkill finds nothing to draw its pictures with."""
+
+
+def no_renderer(reason: str) -> NoRenderer:
+    """What to tell a user whose machine cannot draw."""
+    return NoRenderer(
+        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU "
+        "Mesa's lavapipe 24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see "
+        "docs/simpler.md)"
+    )
 
 
 def check_assets(folder: Path | None) -> Path:
@@ -210,18 +222,69 @@ def _make(task: str) -> Any:
     warnings.filterwarnings("ignore")  # that its files and ours are as they are
     logging.getLogger("mani_skill").setLevel(logging.ERROR)
     try:
-        env = gymnasium.make(
-            task, obs_mode="rgb+segmentation", num_envs=1, sim_backend="cpu", render_backend="cpu"
-        )
+        options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
+        env = gymnasium.make(task, num_envs=1, **options)
     except RuntimeError as error:
-        raise NoRenderer(no_renderer(str(error).splitlines()[0])) from error
+        raise no_renderer(str(error).splitlines()[0]) from error
     return env.unwrapped
 
 
-def no_renderer(reason: str) -> str:
-    """What to tell a user whose machine cannot draw."""
-    return (
-        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU "
-        "Mesa's lavapipe 24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see "
-        "docs/simpler.md)"
-    )
+class SimplerProcess:
+    """A `SimplerWorld` in a process of its own. Calls block; use one thread per process to run several."""
+
+    def __init__(self, task: str, assets: Path | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, task, assets), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def reset(self, start: int, image: bool) -> Moment:
+        """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
+        return self._ask("reset", start, image)
+
+    def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
+        """As `SimplerWorld.run`."""
+        return self._ask("run", rows, image, filming)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, call: str, *arguments: Any) -> Moment:
+        try:
+            self._pipe.send((call, arguments))
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            raise no_renderer(f"its process ended with code {self._process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Moment)
+        return answer
+
+
+def _serve(pipe: Connection, task: str, assets: Path | None) -> None:
+    """Answers calls until the pipe closes. The world is made at the first: processes start side by side."""
+    torch.set_num_threads(1)  # threads of many processes only stand in each other's way
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # those of the software renderer
+    world: Any = None
+    while True:
+        try:
+            call, arguments = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            world = world or SimplerWorld(task, assets)
+            answer: Any = getattr(world, call)(*arguments)
+        except KeyboardInterrupt:
+            return
+        except SpearError as error:
+            answer = error
+        except Exception as error:
+            answer = SpearError(f"SIMPLER: {task}: {type(error).__name__}: {error}")
+        pipe.send(answer)

@@ -1,8 +1,7 @@
 """Calibration: predicted spreads and intervals against what is true.
 
-Of every number that was answered, the distribution over its bins says which interval holds 50, 80, 95 % of
-the probability. A calibrated model's truths fall into them as often; if they do so less often, the model is
-overconfident.
+Of every number, the distribution over its bins says which interval holds 50, 80, 95 % of the probability. A
+calibrated model's truths fall into them as often, an overconfident model's less often.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class Certainty:
     off: Array
 
     @staticmethod
-    def of(distribution: Distribution, truth: Array, scales: Array) -> Certainty:
-        """From a distribution over an answer's numbers, the true ones, and the distances they relate to."""
-        off = np.abs(distribution.read("median") - truth) / scales
-        return Certainty(distribution.below(truth), distribution.spread() / scales, off)
+    def of(said: Distribution, truth: Array, scales: Array) -> Certainty:
+        """From what was held possible for an answer's numbers; scales: the distances they relate to."""
+        off = np.abs(said.read("median") - truth) / scales
+        return Certainty(said.below(truth), said.spread() / scales, off)
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,25 @@ class Calibration:
 
 def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
     """From (image, certainty, relative error in percent) of each of a family's answers."""
-    below = np.concatenate([c.below for _, c, _ in answers])
-    spread = 100 * np.concatenate([c.spread for _, c, _ in answers])
-    off = 100 * np.concatenate([c.off for _, c, _ in answers])
+    certain = [c for _, c, _ in answers]
+    below = np.concatenate([c.below for c in certain])
+    spread, off = (100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off"))
     order = np.argsort(spread, kind="stable")
     groups = int(np.clip(len(order) // PER_GROUP, 1, MOST_GROUPS))
     bands = [
         Band(float(np.median(spread[rows])), float(np.quantile(off[rows], ONE_SIGMA)), len(rows))
         for rows in np.array_split(order, groups)
     ]
-    sure = np.argsort([float(c.spread.mean()) for _, c, _ in answers], kind="stable")
+    sure = np.argsort([float(c.spread.mean()) for c in certain], kind="stable")
     errors = np.array([error for _, _, error in answers])[sure]
     half = (len(errors) + 1) // 2
+
+    def inside(level: float) -> list[Array]:
+        return by_image([(image, _inside(c.below, level)) for image, c, _ in answers])
+
     return Calibration(
         n=len(below),
-        coverage={f"{level:.0%}": _coverage(answers, level) for level in CENTRAL},
+        coverage={f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL},
         curve=[float(_inside(below, level).mean()) for level in LEVELS],
         bands=bands,
         surer=float(np.median(errors[:half])),
@@ -106,10 +109,6 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
 def _inside(below: Array, level: float) -> Array:
     """Whether each truth lies in the central interval that holds `level` of the probability."""
     return np.abs(below - 0.5) <= level / 2 + 1e-12
-
-
-def _coverage(answers: Sequence[tuple[int, Certainty, float]], level: float) -> Estimate:
-    return bootstrap(by_image([(i, _inside(c.below, level)) for i, c, _ in answers]), np.mean)
 
 
 def by_image(values: Sequence[tuple[int, Array | float]]) -> list[Array]:

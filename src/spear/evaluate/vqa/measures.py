@@ -1,4 +1,4 @@
-"""What an answer about 3D is worth: how far one answer is from the truth, in each sense that its family has.
+"""How far an answer about 3D is from the truth, in each sense that its family has; and the baselines.
 
 relative         distance between the answer and the truth, in percent of how far from the camera the thing
                  is: between the centres (means of the eight vertices) for a box, between the points for a
@@ -13,6 +13,11 @@ iou_25, iou_50   whether that is at least 0.25, 0.5.
 closer           whether the words of a chain of thought name the right one as the closer.
 consistent       whether these words are what its own two distances say, right or wrong.
 pixels           mean distance of a back-projection's image points, in pixels of the labelled image.
+
+Two baselines say what answering without seeing would score (our choice). `constant_guess` knows where things
+usually are. `depth_guess` knows where in the image things usually are, how large, and how far away this scene
+is, but not which object is where. Which of two is closer they guess as the first named, or the second,
+whichever is right more often.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import numpy as np
 from spear.evaluate.stats import Estimate
 from spear.labels.fit.box3d import SIGNS, iou, make_box
 from spear.labels.questions.answers import distance
+from spear.models.readout import with_numbers
 from spear.types import Array, Box3D, LabeledImage, Pixel, Question
 
 Segments = Sequence[str | float | Pixel]
@@ -161,6 +167,38 @@ def nearest_box(vertices: Array) -> Box3D:
     axes = left @ right
     size = np.maximum((edges * axes).sum(0), 1e-6)
     return make_box(vertices.mean(0), size, axes)
+
+
+def constant_guess(questions: Sequence[Question]) -> list[Segments]:
+    """The best single answer to all of a family's questions: the median of each of their true numbers."""
+    if questions[0].family == "back_projection":
+        middle = np.median([image_points(q.segments) for q in questions], axis=0)
+        return [[Pixel(float(x), float(y)) for x, y in middle]] * len(questions)
+    values = np.median([numbers(q.segments) for q in questions], axis=0)
+    return [_words(q, with_numbers(q.segments, values), questions) for q in questions]
+
+
+def depth_guess(questions: Sequence[Question], labels: Sequence[LabeledImage]) -> list[Segments] | None:
+    """The same in units of the depth of each question's image; None for image locations, which have none.
+
+    The depth of an image is the median z of its boxed objects' centres.
+    """
+    if questions[0].family == "back_projection":
+        return None
+    boxes = [[o.box3d for o in label.objects if o.box3d is not None] for label in labels]
+    depths = [float(np.median([box.center[2] for box in some])) for some in boxes]
+    pairs = list(zip(questions, depths, strict=True))
+    usual = np.median([numbers(q.segments) / d for q, d in pairs], axis=0)
+    return [_words(q, with_numbers(q.segments, usual * d), questions) for q, d in pairs]
+
+
+def _words(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
+    """A worded guess that ends in the more frequent conclusion."""
+    if question.family != "chain_of_thought":
+        return guess
+    first = [np.subtract(*numbers(q.segments)) < 0 for q in questions]
+    closer = question.objects[0 if np.mean(first) >= 0.5 else 1]
+    return [*guess[:-1], f" so the {closer} is closer"]
 
 
 def _shape(segments: Segments) -> tuple[int, int]:

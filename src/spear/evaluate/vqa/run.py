@@ -9,60 +9,28 @@ bins in three ways (`models.readout`): those of one way are scored, the others a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.calibration import Certainty
-from spear.evaluate.vqa.measures import Segments, grammatical, numbers, scales
+from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
 from spear.labels.questions.generate import FAMILIES, generate
-from spear.models.readout import DECODES, Decode, Distribution, with_numbers
-from spear.types import Array, LabeledImage, Question
+from spear.models.readout import DECODES, Decode, with_numbers
+from spear.policy import Answer, VlmBundle
+from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar
 
 
-class Answer(Protocol):
-    """What a model said: text and numbers in reading order, as in `spear.types.Question`."""
-
-    @property
-    def segments(self) -> Segments: ...
-
-    @property
-    def distribution(self) -> Distribution | None: ...
-
-
-class Answerer(Protocol):
-    """A model that answers 3D questions (`spear.policy.VlmBundle`)."""
-
-    def answer(
-        self,
-        images: Sequence[Array],
-        prompts: Sequence[str],
-        family: str | None = None,
-        view: str = "external",
-        *,
-        distributions: bool = False,
-    ) -> Sequence[Answer]:
-        """One answer per image and prompt, in the grammar of a question family, or free (None).
-
-        distributions  also what it held possible for each number.
-        """
-        ...
-
-
 def evaluate(
-    model: Answerer, labels: Sequence[LabeledImage], options: QuestionOptions, quiet: bool = False
+    model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, quiet: bool = False
 ) -> Scores:
     """Ask questions of each family about each image, all in the model's unit, and score the answers.
 
-    A model that gives no distributions has the reading "mode" alone.
-
-    Raises:
-        SpearError: an unknown family, labels of several units, or no image allows a question.
+    Raises SpearError for an unknown family, labels of several units, and where no image allows a question.
     """
     families = options.families or FAMILIES
     for family in families:
@@ -74,8 +42,7 @@ def evaluate(
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
         raise SpearError(
-            f"no questions: {len(labels)} images, none has an object that is asked about (see `spear label "
-            "show`)"
+            f"no questions: {len(labels)} images, none has an object to ask about (see `spear label show`)"
         )
     pictures = [decode_image(label.image, label.source) for label in labels]
 

@@ -13,9 +13,15 @@ import numpy as np
 
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
-from spear.evaluate.vqa import baselines
-from spear.evaluate.vqa.calibration import Calibration, Certainty, by_image, calibrate
-from spear.evaluate.vqa.measures import MEASURES, Segments, grammatical, measure
+from spear.evaluate.vqa.calibration import CENTRAL, Calibration, Certainty, by_image, calibrate
+from spear.evaluate.vqa.measures import (
+    MEASURES,
+    Segments,
+    constant_guess,
+    depth_guess,
+    grammatical,
+    measure,
+)
 from spear.models.readout import DECODES, Decode
 from spear.types import LabeledImage, Question, Unit
 from spear.util.files import write_text
@@ -130,18 +136,12 @@ class Scores:
 
     def tables(self) -> list[Table]:
         """The scores for a terminal."""
-        return [
-            terminal_table(
-                f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images", *self.rows()
-            ),
-            terminal_table("More about them", *self.detail_rows()),
-            *(
-                [terminal_table("Numbers read off their probabilities", *self.reading_rows())]
-                if self.readings
-                else []
-            ),
-            *([terminal_table("Calibration", *self.certainty_rows())] if self.calibration else []),
-        ]
+        title = f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images"
+        found = [(title, self.rows()), ("More about them", self.detail_rows())]
+        if self.readings:
+            found.append(("Numbers read off their probabilities", self.reading_rows()))
+            found.append(("Calibration", self.certainty_rows()))
+        return [terminal_table(title, *rows) for title, rows in found]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headers and cells of the main table, as text."""
@@ -173,16 +173,14 @@ class Scores:
         rows = []
         for family, r in self.readings.items():
             errors = [f"{r.error[d]:.2f} %" for d in DECODES]
-            gains = [
-                f"{100 * g.value:+.1f} % [{100 * g.low:+.1f}, {100 * g.high:+.1f}]" for g in r.gain.values()
-            ]
-            rows.append([family.replace("_", " "), *errors, r.best, *gains])
+            gains = (tuple(100 * v for v in (g.value, g.low, g.high)) for g in r.gain.values())
+            saved = [f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]" for value, low, high in gains]
+            rows.append([family.replace("_", " "), *errors, r.best, *saved])
         return headers, rows
 
     def certainty_rows(self) -> tuple[list[str], list[list[str]]]:
         """How often the truth lies in the central intervals, and what the spread tells of the error."""
-        some = next(iter(self.calibration.values()), None)
-        inside = [f"central {level}" for level in (some.coverage if some else ())]
+        inside = [f"central {level:.0%}" for level in CENTRAL]
         rows = []
         for family, c in self.calibration.items():
             covered = [f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]" for e in c.coverage.values()]
@@ -199,7 +197,7 @@ def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[La
     scores, readings, calibration = {}, {}, {}
     for family, rows in families.items():
         freely = [a.grammatical for a in free if a.question.family == family]
-        scores[family] = _score(rows, freely, labels)
+        scores[family] = _score(rows, freely)
         sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
         if sure:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
@@ -218,21 +216,21 @@ def guessed(measures: Mapping[str, float], name: str) -> str:
     return MEASURES[name].say(measures[name]) if name in measures else "–"
 
 
-def _score(rows: Sequence[Asked], free: Sequence[bool], labels: Sequence[LabeledImage]) -> FamilyScore:
+def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
     found: dict[str, list[tuple[int, float]]] = {}
     for a in rows:
         for name, value in a.measures.items():
             found.setdefault(name, []).append((a.image, value))
     ordered = [name for name in MEASURES if name in found]
-    questions = [(a.image, a.question) for a in rows]
+    questions = [a.question for a in rows]
     return FamilyScore(
         n=len(rows),
         images=len({a.image for a in rows}),
         grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
         free=wilson(sum(free), len(free)),
         measures={name: _estimate(name, found[name]) for name in ordered},
-        constant=_guess(rows, baselines.constant([q for _, q in questions])),
-        depth_only=_guess(rows, baselines.depth_only(questions, labels)),
+        constant=_guess(rows, constant_guess(questions)),
+        depth_only=_guess(rows, depth_guess(questions, [a.label for a in rows])),
     )
 
 
