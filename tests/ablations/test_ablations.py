@@ -25,9 +25,8 @@ from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
 from spear.cli import main
-from spear.evaluate.results import Journal
 from spear.evaluate.reference import references
-from spear.evaluate.results import Outcome
+from spear.evaluate.results import Journal, Outcome
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, preset, spear1_config

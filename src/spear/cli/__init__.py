@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import spear
 from spear.errors import Notice, SpearError, unknown_name
@@ -76,9 +77,7 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one
-    line on stderr), 130 when interrupted.
-
-    A `Notice` is one line on stderr, too.
+    line on stderr, as of a `Notice`), 130 when interrupted.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)  # each is given once already
@@ -105,11 +104,7 @@ def _run(args: list[str]) -> int:
         else:
             name = _command(args)
             function = load(name)
-            if options_of(function) is None and inspect.signature(function).parameters:
-                bound = _parse(name, function, args[len(name.split()) :])
-                function(*bound.args, **bound.kwargs)
-            else:
-                function(*_options(name, function, args[len(name.split()) :]))
+            function(*parse(name, function, args[len(name.split()) :]))
         return 0
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -152,40 +147,13 @@ def load(name: str) -> Callable[..., None]:
 
 def options_of(function: Callable[..., None]) -> type | None:
     """The dataclass of options that a command takes; None for a command without."""
-    if "options" not in inspect.signature(function).parameters:
-        return None
-    found: type = typing.get_type_hints(function)["options"]
-    return found
+    return typing.get_type_hints(function).get("options")
 
 
-def _parse(name: str, command: Callable[..., None], args: Sequence[str]) -> inspect.BoundArguments:
-    """The arguments of a command that has no dataclass of options yet."""
-    import tyro
-
-    known = ["help", *(p.replace("_", "-") for p in inspect.signature(command).parameters)]
-    for word in args:
-        if word.startswith("--"):
-            given = word[2:].partition("=")[0].replace("_", "-")
-            if given not in known:
-                raise unknown_name("option", f"--{given}", [f"--{k}" for k in known])
-
-    @functools.wraps(command)
-    def collect(*values: Any, **named: Any) -> inspect.BoundArguments:
-        return inspect.signature(command).bind(*values, **named)
-
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(collect, prog=f"spear {name}", args=args, description=_description(name))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    raise _complaint(name, complaint.getvalue())
-
-
-def _options(name: str, function: Callable[..., None], args: Sequence[str]) -> list[Any]:
+def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list[Any]:
     """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
     import tyro
+    from docstring_parser import parse_from_object
 
     from spear.util.options import option_names
 
@@ -196,24 +164,26 @@ def _options(name: str, function: Callable[..., None], args: Sequence[str]) -> l
             raise unknown_name("option", given, known)
     target: Any = options or (lambda: None)
     described: dict[str, Any] = {"prog": f"spear {name}", "description": _description(name)}
+
+    def joined(obj: Any) -> Any:  # tyro keeps the line breaks of what describes a field
+        found = parse_from_object(obj)
+        for one in found.params:
+            one.description = " ".join((one.description or "").split())
+        return found
+
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), patch("docstring_parser.parse_from_object", joined):
             made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
         return [made] if options else []
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise _complaint(name, complaint.getvalue())
-
-
-def _complaint(name: str, text: str) -> SpearError:
-    """tyro's complaint about arguments, as one line."""
-    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+    lines = [line.strip(" │╭╮╰╯─") for line in complaint.getvalue().splitlines()]
     more = f"spear {name} --help"
     said = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", more)))
     reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
-    return SpearError(f"{reason}: see `{more}`")
+    raise SpearError(f"{reason}: see `{more}`")
 
 
 def _command(args: Sequence[str]) -> str:
@@ -227,7 +197,7 @@ def _command(args: Sequence[str]) -> str:
 
 def _description(name: str) -> str:
     """The command's docstring, and the commands that begin with its name."""
-    own, group = _help(name).partition("\nArgs:")[0].strip(), _group(name)
+    own, group = _help(name), _group(name)
     return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from spear.evaluate.options import Decode
 from spear.util.files import write_bytes
 from spear.util.options import AtLeast, Device, Dtype, File, Folder, Model, Name, Options
 
@@ -22,9 +23,7 @@ class AskOptions(Options):
     family: Name = None
     """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
     back_projection or chain_of_thought. Without it the model answers freely."""
-    decode: Literal["mode", "mean", "median"] = "mode"
-    """Which number is said of those that the model holds possible: the likeliest (mode), the expected value
-    (mean), or the one in the middle (median). `spear evaluate vqa` measures which is best."""
+    decode: Decode = "mode"
     draw: File = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""
     device: Device = "auto"

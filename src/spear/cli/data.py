@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spear.data.options import AuditOptions, ExportOptions, InspectOptions, PrepareOptions
 from spear.errors import SpearError
+
+if TYPE_CHECKING:
+    from spear.data.store.episode_store import EpisodeStore
 
 
 def inspect(options: InspectOptions) -> None:
@@ -154,3 +158,16 @@ def datasets() -> None:
 def _report(reasons: Sequence[str]) -> None:
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
+
+
+def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
+    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first
+    process."""
+    from spear.data.store.prepare import open_store
+
+    store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
+    for reason in reasons[:5]:
+        print(f"skipped: {reason}", file=sys.stderr)
+    if reasons:
+        print(f"{path}: {len(store)} episodes, {len(reasons)} skipped", file=sys.stderr)
+    return store

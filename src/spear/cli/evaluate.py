@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.cli.arguments import open_episodes
+from spear.cli.data import open_episodes
 from spear.errors import SpearError, notice, unknown_name
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
+from spear.evaluate.reference import beside, references
+from spear.evaluate.results import Results, journals, load, missing_parts
+from spear.evaluate.results import merge as put_together
 from spear.util.files import check_own, write_bytes, write_text
 from spear.util.options import AtLeast, Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy
 
 if TYPE_CHECKING:
     from spear.evaluate.agents import Agent
-    from spear.evaluate.results import Results
 
-Earlier = Annotated[
-    Path | None,
-    arg(
-        metavar="FILE",
-        help="An earlier folder or results.json: also print the difference on the scenes seen by both.",
-    ),
-]
+BESIDE = "An earlier folder or results.json: also print the difference on the scenes seen by both."
+Earlier = Annotated[Path | None, arg(metavar="FILE", help=BESIDE)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     from spear.evaluate.closed_loop import evaluate as run
 
-    earlier = _earlier(options.compare)
+    earlier = load(options.compare) if options.compare else None
     run(_load(options.agent), options.loop)
     _report(options.agent.policy, options.loop.out, earlier)
 
@@ -77,7 +74,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     policy = options.agent.policy
     if policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    earlier = _earlier(options.compare)
+    earlier = load(options.compare) if options.compare else None
     oracle = policy == "oracle" and options.agent.dataset is None
     run(OracleAgent() if oracle else _load(options.agent), options.loop)
     _report(policy, options.loop.out, earlier)
@@ -215,8 +212,6 @@ def compare(options: CompareOptions) -> None:
     from rich import print as show
 
     from spear.evaluate.compare import compare as pair_up
-    from spear.evaluate.results import load
-    from spear.evaluate.reference import beside
     from spear.report.comparison import comparison_page
 
     first, second = options.first, options.second
@@ -235,8 +230,7 @@ def compare(options: CompareOptions) -> None:
         show(table.table(ours))
     if options.out:
         folders = (_folder(first), _folder(second))
-        beside_ours = [(table, ours) for table in published]
-        write_text(options.out, comparison_page(comparison, folders, options.films, beside_ours))
+        write_text(options.out, comparison_page(comparison, folders, options.films, published, ours))
         print(f"page: {options.out}")
 
 
@@ -257,8 +251,6 @@ def merge(options: MergeOptions) -> None:
         spear evaluate merge from-machine-1 from-machine-2 --out runs/evaluate
     """
     from spear.evaluate.film import film_file
-    from spear.evaluate.results import journals, load, missing_parts
-    from spear.evaluate.results import merge as put_together
 
     parts, out = options.parts, options.out
     if not parts:
@@ -295,8 +287,6 @@ def reference(options: ReferenceOptions) -> None:
     """
     from rich import print as show
 
-    from spear.evaluate.reference import references
-
     known = references()
     if options.table is not None and options.table not in known:
         raise unknown_name("table", options.table, known)
@@ -310,15 +300,8 @@ def _load(options: AgentOptions) -> Agent:
     from spear.evaluate.agents import load_agent
     from spear.train.devices import choose_device
 
-    place, precision = choose_device(options.device), getattr(torch, options.dtype)
-    return load_agent(options.policy, place, precision, options.dataset)
-
-
-def _earlier(path: Path | None) -> Results | None:
-    """The results to compare with, read before anything is run."""
-    from spear.evaluate.results import load
-
-    return load(path) if path else None
+    o, device = options, choose_device(options.device)
+    return load_agent(o.policy, device, getattr(torch, o.dtype), o.dataset)
 
 
 def _folder(results: Path) -> Path:
@@ -331,7 +314,6 @@ def _report(policy: str, out: Path | None, earlier: Results | None) -> None:
     from rich import print as show
 
     from spear.evaluate.compare import compare as difference
-    from spear.evaluate.results import load
 
     assert out is not None
     results = load(out)
@@ -345,9 +327,7 @@ def _save(results: Results, out: Path, name: str) -> None:
     """Write results.json, and print the table, beside published numbers."""
     from rich import print as show
 
-    from spear.evaluate.reference import beside
-
     results.save(out / "results.json")
     show(results.table())
-    for published in beside(results):
-        show(published.table([(name, results)]))
+    for table in beside(results):
+        show(table.table([(name, results)]))

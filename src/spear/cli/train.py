@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spear.cli.arguments import open_episodes
+from spear.cli.data import open_episodes
 from spear.train.options import Inputs, TrainOptions, check_inputs
 
 

@@ -12,7 +12,13 @@ from spear.util.options import AtLeast, Dataset, Device, Dtype, Folder, Options,
 Films = int | Literal["failures", "all"]
 """Which episodes of a family are filmed: so many successes and as many failures, lowest seeds first; all
 failures; or all."""
-Decode = Literal["mode", "mean", "median"]
+Decode = Annotated[
+    Literal["mode", "mean", "median"],
+    arg(
+        help="Which of the numbers that the model holds possible is taken: the likeliest (mode), the "
+        "expected value (mean), or the one in the middle (median)."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,6 @@ class QuestionOptions(Options):
     """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
     chain_of_thought."""
     decode: Decode = "mode"
-    """Which number is scored of those that the model holds possible: the likeliest (mode), the expected value
-    (mean), or the one in the middle (median). The others are compared with it in any case."""
     seed: Seed = 0
     view: str = "external"
     """The camera that the images are from, external or wrist."""

@@ -19,13 +19,14 @@ def comparison_page(
     comparison: Comparison,
     folders: tuple[Path, Path],
     films: int = 12,
-    published: Sequence[tuple[Reference, Sequence[tuple[str, Results]]]] = (),
+    published: Sequence[Reference] = (),
+    ours: Sequence[tuple[str, Results]] = (),
 ) -> str:
     """A self-contained document.
 
     folders    where the films of the first and the second policy lie.
     films      at most so many pairs of films, chosen by `filmed_pairs`.
-    published  tables of others, each with our results (by name) that belong below it.
+    published  tables of others; `ours`, by name, are shown below each.
     """
     c, mean = comparison, comparison.mean
     facts = [
@@ -48,7 +49,7 @@ def comparison_page(
         differences=differences([(spaced(r.name), r.difference) for r in c.rows]),
         rows=[[spaced(cells(r)[0]), *cells(r)[1:]] for r in c.rows],
         scenes=[_scene(c, pair, folders) for pair in filmed_pairs(c, folders, films)],
-        published=[(table, table.headers(), table.cells(ours)) for table, ours in published],
+        published=[(table, table.headers(), table.cells(ours)) for table in published],
     )
 
 
