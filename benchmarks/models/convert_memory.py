@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, published_name
-from spear.models.moge.networks import MogeV1, MogeV1Config
+from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
 
 TEXT = {
@@ -112,12 +112,13 @@ def write_moge(path: Path, size: str) -> None:
     """A random MoGe v1 with a ViT-S or, at full size, ViT-L encoder, under its published names."""
     encoder = "dinov2_vitl14" if size == "full" else "dinov2_vits14"
     weights: dict[str, torch.Tensor] = {}
-    for ours, weight in MogeV1(MogeV1Config(encoder=encoder)).state_dict().items():
+    config = {"encoder": encoder, "remap_output": "exp"}
+    for ours, weight in MogeV1(config).state_dict().items():
         name = published_name(ours, _PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
     for name, values in _CONSTANTS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
-    torch.save({"model": weights}, path)
+    torch.save({"model_config": config, "model": weights}, path)
 
 
 def peak() -> int:

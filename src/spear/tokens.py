@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class CoordinateTokenizer:
 
     @staticmethod
     def fit(
-        values: ArrayLike | Tensor,
+        values: ArrayLike,
         bins: int = BINS,
         unit: Unit = "metre",
         spacing: Spacing = "quantile",
@@ -63,7 +63,7 @@ class CoordinateTokenizer:
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
         Raises `SpearError` for values that are not finite or not at least two different ones.
         """
-        flat = np.sort(_to_numpy(values).ravel())
+        flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(flat).all():
             raise SpearError("coordinates to fit 3D tokens on: some are NaN or infinite: leave those out")
         distinct, counts = np.unique(flat, return_counts=True)
@@ -88,50 +88,33 @@ class CoordinateTokenizer:
                 representatives[i] = member[(len(member) - 1) // 2]
         return CoordinateTokenizer(edges, representatives, unit)
 
-    @overload
-    def encode(self, values: Tensor) -> Tensor: ...
-    @overload
-    def encode(self, values: ArrayLike) -> Array: ...
-    def encode(self, values: ArrayLike | Tensor) -> Array | Tensor:
-        """Bin ids, int64, of the same shape (a tensor for a tensor); monotone in the value.
+    def encode(self, values: ArrayLike) -> Array:
+        """Bin ids, int64, of the same shape; monotone in the value.
 
         Values out of range take the first or last bin and are counted in `clamped`. NaN raises `SpearError`.
         """
-        x = _to_numpy(values)
+        x = np.asarray(values, dtype=np.float64)
         if np.isnan(x).any():
             raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
         self.clamped += int(((x < self.edges[0]) | (x > self.edges[-1])).sum())
-        ids = np.asarray(np.searchsorted(self.edges[1:-1], x, side="right"), dtype=np.int64)
-        return torch.from_numpy(ids).to(values.device) if isinstance(values, Tensor) else ids
+        return np.asarray(np.searchsorted(self.edges[1:-1], x, side="right"), dtype=np.int64)
 
-    @overload
-    def decode(self, ids: Tensor) -> Tensor: ...
-    @overload
-    def decode(self, ids: ArrayLike) -> Array: ...
-    def decode(self, ids: ArrayLike | Tensor) -> Array | Tensor:
-        """The representative of each bin, in `unit`, of the same shape: float64, for tensors float32.
+    def decode(self, ids: ArrayLike) -> Array:
+        """The representative of each bin, in `unit`, float64, of the same shape.
 
         Ids outside 0 … bins - 1 raise `SpearError`.
         """
-        index = _to_numpy(ids, np.int64)
+        index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.bins):
             raise SpearError(
                 f"3D token ids: {index.min()} … {index.max()}: must be within 0 … {self.bins - 1}"
             )
-        values = np.asarray(self.representatives[index])
-        if isinstance(ids, Tensor):
-            return torch.from_numpy(values).to(ids.device, torch.float32)
-        return values
+        return np.asarray(self.representatives[index])
 
     def to_json(self) -> str:
         """All of it but `clamped`, exactly (floats are written with all their digits)."""
-        return json.dumps(
-            {
-                "unit": self.unit,
-                "edges": self.edges.tolist(),
-                "representatives": self.representatives.tolist(),
-            }
-        )
+        edges, representatives = self.edges.tolist(), self.representatives.tolist()
+        return json.dumps({"unit": self.unit, "edges": edges, "representatives": representatives})
 
     @staticmethod
     def from_json(text: str, where: str = "3D tokens") -> CoordinateTokenizer:
@@ -172,18 +155,13 @@ class CoordinateTokenizer:
         return CoordinateTokenizer.from_json(text, str(path))
 
 
-def token_names(bins: int = BINS) -> list[str]:
-    """The names of the 3D tokens in the vocabulary, "<3d0000>" first."""
-    return [TOKEN_FORMAT.format(i) for i in range(bins)]
-
-
 def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
     """Add the 3D tokens to a Hugging Face tokenizer, once; the id of the first (the others follow it).
 
     They are ordinary tokens: `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer
     already knows some of the names under ids that are not consecutive.
     """
-    names = token_names(bins)
+    names = [TOKEN_FORMAT.format(i) for i in range(bins)]
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
     first = int(ids[0])
@@ -219,12 +197,11 @@ def init_new_embeddings(
     cov /= rows
     eigenvalues, vectors = torch.linalg.eigh(cov)
     root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
-    draw = _smooth_normal if smooth else _normal
-    return (mean + draw(count, width, generator).to(weight.device) @ root).to(weight.dtype)
-
-
-def _normal(count: int, width: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(count, width, generator=generator, dtype=torch.float64)
+    if smooth:
+        drawn = _smooth_normal(count, width, generator)
+    else:
+        drawn = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    return (mean + drawn.to(weight.device) @ root).to(weight.dtype)
 
 
 def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
@@ -243,12 +220,3 @@ def _smooth_normal(count: int, width: int, generator: torch.Generator | None, wa
         angle = 2 * math.pi * place / length[wave]
         total += amplitudes[0, wave] * angle.cos() + amplitudes[1, wave] * angle.sin()
     return total
-
-
-def _to_numpy(values: ArrayLike | Tensor, dtype: type = np.float64) -> Array:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        if dtype is np.float64:
-            values = values.double()  # numpy has no bfloat16
-        values = values.numpy()
-    return np.asarray(values, dtype=dtype)

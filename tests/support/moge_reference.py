@@ -18,7 +18,7 @@ import torch
 
 from spear.models.moge.checkpoint import Checkpoint, build_moge
 from spear.models.moge.infer import centred_intrinsics
-from spear.models.moge.networks import MogeV1, MogeV1Config, MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 from spear.types import Array
 
@@ -93,10 +93,8 @@ def reference(folder: Path, version: int) -> MogeV1 | MogeV2:
 def random_v1() -> MogeV1:
     """A MoGe v1 with a small encoder and random weights, which knows every point and fits a camera."""
     torch.manual_seed(0)
-    config = MogeV1Config(
-        encoder="dinov2_vits14", project=32, widths=(32, 32, 32), hidden_times=1, blocks=1, tokens=(6, 24)
-    )
-    model = MogeV1(config).eval()
+    size = {"dim_proj": 32, "dim_upsample": (32, 32, 32), "num_tokens_range": (6, 24)}
+    model = MogeV1({"encoder": "dinov2_vits14", "remap_output": "exp", **size}).eval()
     weights = model.state_dict()
     see_the_view_plane(weights)
     weights["head.output_block.1.2.bias"][:] = 3.0

@@ -17,7 +17,7 @@ from models_tiny import TEXT, TINY
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.layers import ENCODERS
-from spear.models.moge.networks import MogeV1, MogeV1Config
+from spear.models.moge.networks import MogeV1
 from spear.models.processing import train_tokenizer
 
 ROWS, IMAGE_TOKEN = 1312, 1311
@@ -107,16 +107,6 @@ def _published(name: str, layout: str) -> str:
 def publish_moge(path: Path, seed: int = 0) -> Path:
     """Write a MoGe v1 as `model.pt`, under DINOv2's own names, queries, keys and values in one."""
     torch.manual_seed(seed)
-    size = {"project": 8, "widths": (32, 32, 32), "hidden_times": 1, "blocks": 1}
-    model = MogeV1(MogeV1Config(encoder="dinov2_tiny14", tokens=(6, 24), **size))  # type: ignore[arg-type]
-    weights: dict[str, torch.Tensor] = {}
-    for ours, weight in model.state_dict().items():
-        value = weight + 0.1 * torch.randn_like(weight)
-        name = moge_checkpoint.published_name(ours, moge_checkpoint._PREFIXES[1])
-        weights[name] = torch.cat([weights[name], value]) if name in weights else value
-    for name, values in moge_checkpoint._CONSTANTS.items():
-        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
-    weights["backbone.mask_token"] = torch.zeros(1, MOGE[0])
     config = {
         "encoder": "dinov2_tiny14",
         "remap_output": "exp",
@@ -127,6 +117,14 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
         "num_res_blocks": 1,
         "last_conv_channels": 32,
     }
+    weights: dict[str, torch.Tensor] = {}
+    for ours, weight in MogeV1(config).state_dict().items():
+        value = weight + 0.1 * torch.randn_like(weight)
+        name = moge_checkpoint.published_name(ours, moge_checkpoint._PREFIXES[1])
+        weights[name] = torch.cat([weights[name], value]) if name in weights else value
+    for name, values in moge_checkpoint._CONSTANTS.items():
+        weights[name] = torch.tensor(values).view(1, 3, 1, 1)
+    weights["backbone.mask_token"] = torch.zeros(1, MOGE[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_config": config, "model": weights}, path)
     return path

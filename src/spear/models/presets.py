@@ -50,46 +50,33 @@ TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
 
 
+def _layers(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **more,
+    }
+
+
 def _vision(
     width: int, mlp: int, layers: int, heads: int, patch: int = 14, image: int = 224
 ) -> dict[str, Any]:
     """Fields of SigLIP's config; patch and image in pixels."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "patch_size": patch,
-        "image_size": image,
-    }
+    return _layers(width, layers, heads, intermediate_size=mlp, patch_size=patch, image_size=image)
 
 
 def _moge(
     width: int, layers: int, heads: int, patch: int = 14, image: int = 224, **more: Any
 ) -> dict[str, Any]:
     """Fields of DINOv2's config; patch and image in pixels."""
-    return {
-        "hidden_size": width,
-        "mlp_ratio": 4,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "patch_size": patch,
-        "image_size": image,
-        **more,
-    }
+    return _layers(width, layers, heads, mlp_ratio=4, patch_size=patch, image_size=image, **more)
 
 
 def _gemma(width: int, mlp: int, layers: int, heads: int, head: int, **more: Any) -> dict[str, Any]:
     """Fields of a Gemma's config; head: the width of an attention head."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 1,
-        "head_dim": head,
-        **more,
-    }
+    sizes = {"intermediate_size": mlp, "num_key_value_heads": 1, "head_dim": head}
+    return _layers(width, layers, heads, **sizes, **more)
 
 
 _ALL = (

@@ -1,12 +1,10 @@
 """MoGe's published checkpoints: a local file or a name on the Hugging Face Hub -> our networks.
 
-A checkpoint is a `.pt` file {"model_config": …, "model": …}, or `.safetensors` whose metadata hold
-"model_config" as JSON. Names and shapes are checked one by one.
+A checkpoint is a `.pt` file {"model_config": …, "model": …}. Names and shapes are checked one by one.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from spear.errors import SpearError, first_line
 from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.layers import ENCODERS, dinov2_config
-from spear.models.moge.networks import MogeV1, MogeV1Config, MogeV2, MogeV2Config
+from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 from spear.models.weights.load import download, is_hub_name
 
@@ -63,8 +60,8 @@ class Checkpoint:
 def load_moge(name: Path | str) -> MogeV1 | MogeV2:
     """A MoGe v1 or MoGe-2 in evaluation mode, float32, on the CPU.
 
-    name: a local `.pt` or `.safetensors` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1,
-    "Ruicheng/moge-2-vitl-normal" is MoGe-2 with metric scale).
+    name: a local `.pt` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1, "Ruicheng/moge-2-vitl-normal"
+    is MoGe-2 with metric scale).
     Raises `SpearError` when it is not found, there is no network, it is not a MoGe, its config is not
     supported, or weights are missing, unknown or of another shape.
     """
@@ -73,13 +70,9 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
 
 def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
     """`load_moge` from a checkpoint in memory, whose tensors are copied."""
-    model: MogeV1 | MogeV2
     try:
         with torch.device("meta"):
-            if checkpoint.version == 1:
-                model = MogeV1(MogeV1Config.from_published(checkpoint.config))
-            else:
-                model = MogeV2(MogeV2Config.from_published(checkpoint.config))
+            model = (MogeV1 if checkpoint.version == 1 else MogeV2)(checkpoint.config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SpearError(
             f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}: "
@@ -128,13 +121,11 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     """Read a local file, or one from the Hub; see `load_moge`."""
     path = Path(name)
     if not path.is_file():
-        if path.exists() or path.suffix in (".pt", ".safetensors") or not is_hub_name(str(name)):
-            raise SpearError(
-                f"MoGe checkpoint not found: {path}: give a .pt or .safetensors file, or a name on the Hub "
-                "such as Ruicheng/moge-vitl"
-            )
+        if path.exists() or path.suffix == ".pt" or not is_hub_name(str(name)):
+            known = "a name on the Hub such as Ruicheng/moge-vitl"
+            raise SpearError(f"MoGe checkpoint not found: {path}: give a .pt file, or {known}")
         path = download(str(name), "a local model.pt", file="model.pt")
-    weights, config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    weights, config = _read(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     if f"{_BACKBONE[version]}cls_token" not in weights:
         raise SpearError(f"not a MoGe checkpoint: {path} has no backbone.cls_token: download it again")
@@ -198,16 +189,7 @@ def published_name(ours: str, prefixes: Prefixes) -> str:
     return ours
 
 
-def _read_safetensors(path: Path) -> tuple[Weights, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("model_config", "null"))
-            return {k: file.get_tensor(k) for k in file.keys()}, config  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SpearError(f"broken checkpoint: {path}: {error}: download it again") from error
-
-
-def _read_pickle(path: Path) -> tuple[Weights, Any]:
+def _read(path: Path) -> tuple[Weights, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -77,7 +77,7 @@ def infer(
         raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
     images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = model(images, num_tokens or model.config.tokens[1])
+        output = model(images, num_tokens or model.most_tokens)
     mask = output.mask > 0.5
     if intrinsics is None:
         focal, shift = recover_focal_shift(output.points, mask)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -42,8 +41,8 @@ _FIXED_V1 = {
     "last_conv_size": 1,
     "mask_threshold": 0.5,
 }
-HEADS = {"points_head": 3, "mask_head": 1, "normal_head": 3}
-"""The heads that a MoGe-2 may have -> their output channels."""
+HEADS = ("points_head", "mask_head", "normal_head")
+"""The heads that a MoGe-2 may have; all have the first two."""
 RESAMPLERS = {"conv_transpose": learned_upsample, "bilinear": bilinear_upsample}
 _FIXED_STACK = {
     "res_block_in_norm": "none",
@@ -53,57 +52,23 @@ _FIXED_STACK = {
 }
 
 
-@dataclass(frozen=True)
-class MogeV1Config:
-    """The numbers of a MoGe v1.
-
-    encoder         one of `spear.models.moge.layers.ENCODERS`.
-    layers          how many of the encoder's last layers are read.
-    project         channels that each of them is projected to.
-    widths          channels of the head's levels; each doubles the resolution.
-    hidden_times    width of a residual block's inside, as a multiple of its own.
-    blocks          residual blocks per level.
-    last            channels before the output.
-    tokens          the fewest and the most patches that an image should be cut into.
-    """
-
-    encoder: str = "dinov2_vitl14"
-    layers: int = 4
-    project: int = 512
-    widths: tuple[int, ...] = (256, 128, 64)
-    hidden_times: int = 2
-    blocks: int = 2
-    last: int = 32
-    tokens: tuple[int, int] = (1275, 2551)
-
-    @staticmethod
-    def from_published(config: Mapping[str, Any]) -> MogeV1Config:
-        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
-        check_fixed("", {"remap_output": "linear", **config}, _FIXED_V1)
-        tokens = config.get("num_tokens_range", (1200, 2500))
-        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
-            tokens = [int(area) // PATCH**2 for area in config["trained_area_range"]]
-        return MogeV1Config(
-            encoder=config.get("encoder", "dinov2_vitb14"),
-            layers=config.get("intermediate_layers", 4),
-            project=config.get("dim_proj", 512),
-            widths=tuple(config.get("dim_upsample", (256, 128, 128))),
-            hidden_times=config.get("dim_times_res_block_hidden", 1),
-            blocks=config.get("num_res_blocks", 1),
-            last=config.get("last_conv_channels", 32),
-            tokens=(int(tokens[0]), int(tokens[1])),
-        )
-
-
 class MogeV1(nn.Module):
-    """The network: DINOv2's last layers, summed after a projection each, and a convolutional head."""
+    """The network: DINOv2's last layers, summed after a projection each, and a convolutional head.
+
+    config: a published checkpoint's `model_config`. most_tokens: the most patches that it was trained to cut an
+    image into. Raises `SpearError` for what is not supported.
+    """
 
     unit: Unit = "relative"
 
-    def __init__(self, config: MogeV1Config) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = MogeEncoder(dinov2_config(config.encoder))
+        check_fixed("", {"remap_output": "linear", **config}, _FIXED_V1)
+        self.most_tokens = int(config.get("num_tokens_range", (1200, 2500))[1])
+        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
+            self.most_tokens = int(config["trained_area_range"][1]) // PATCH**2
+        self.layers = config.get("intermediate_layers", 4)
+        self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
     def cut(self, images: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -127,7 +92,7 @@ class MogeV1(nn.Module):
         """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         patches, size = self.cut(images, num_tokens)
         count = len(self.encoder.backbone.encoder.layer)
-        tokens = self.encoder.layers(patches, range(count - self.config.layers, count))
+        tokens = self.encoder.layers(patches, range(count - self.layers, count))
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
         height, width = images.shape[2:]
@@ -139,21 +104,21 @@ class MogeV1(nn.Module):
 class MogeV1Head(nn.Module):
     """From the encoder's patch features to raw points (x/z, y/z, log z) and raw mask."""
 
-    def __init__(self, config: MogeV1Config, width: int) -> None:
+    def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
-        self.projects = nn.ModuleList(nn.Conv2d(width, config.project, 1) for _ in range(config.layers))
+        project, widths = config.get("dim_proj", 512), config.get("dim_upsample", (256, 128, 128))
+        times, blocks = config.get("dim_times_res_block_hidden", 1), config.get("num_res_blocks", 1)
+        last, layers = config.get("last_conv_channels", 32), config.get("intermediate_layers", 4)
+        self.projects = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in range(layers))
         self.upsample_blocks = nn.ModuleList(
             nn.Sequential(
                 learned_upsample(before + 2, after),
-                *(ResidualBlock(after, after * config.hidden_times, True) for _ in range(config.blocks)),
+                *(ResidualBlock(after, after * times, True) for _ in range(blocks)),
             )
-            for before, after in pairwise((config.project, *config.widths))
+            for before, after in pairwise((project, *widths))
         )
         self.output_block = nn.ModuleList(
-            nn.Sequential(
-                conv3(config.widths[-1] + 2, config.last), nn.ReLU(), nn.Conv2d(config.last, out, 1)
-            )
-            for out in (3, 1)
+            nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1)) for out in (3, 1)
         )
 
     def forward(self, layers: list[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
@@ -173,60 +138,33 @@ def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
     return torch.cat([x, uv_channels(batch, width, height, aspect, x)], dim=1)
 
 
-@dataclass(frozen=True)
-class MogeV2Config:
-    """The numbers of a MoGe-2.
+class MogeV2(nn.Module):
+    """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
 
-    encoder  one of `spear.models.moge.layers.ENCODERS`; layers: the indices of those that are read.
-    project  channels that each of them is projected to.
-    stacks   the fields of each `ConvStack`: "neck", and those of `HEADS` that there are, "points_head" and
-             "mask_head" always.
-    scale    widths of the layers that give the metric scale, or None: then points are up to scale.
-    tokens   the fewest and the most patches that an image should be cut into.
+    config: a published checkpoint's `model_config`. most_tokens: the most patches that it was trained to cut an
+    image into. Raises `SpearError` for what is not supported.
     """
 
-    encoder: str
-    layers: tuple[int, ...]
-    project: int
-    stacks: Mapping[str, Mapping[str, Any]]
-    scale: tuple[int, ...] | None
-    tokens: tuple[int, int] = (1200, 3600)
-
-    @staticmethod
-    def from_published(config: Mapping[str, Any]) -> MogeV2Config:
-        """From a published checkpoint's `model_config`. Raises `SpearError` for what is not supported."""
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
         check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
         for part in ("encoder", "neck", "points_head", "mask_head"):
             if config.get(part) is None:
                 raise SpearError(f"MoGe config not supported: no {part}: use a published checkpoint")
         encoder = config["encoder"]
-        layers, depth = encoder["intermediate_layers"], dinov2_config(encoder["backbone"]).num_hidden_layers
-        tokens = config.get("num_tokens_range", (1200, 3600))
-        return MogeV2Config(
-            encoder=encoder["backbone"],
-            layers=tuple(range(depth - layers, depth) if isinstance(layers, int) else layers),
-            project=encoder["dim_out"],
-            stacks={name: config[name] for name in ("neck", *HEADS) if config.get(name)},
-            scale=tuple(config["scale_head"]["dims"]) if config.get("scale_head") else None,
-            tokens=(int(tokens[0]), int(tokens[1])),
-        )
-
-
-class MogeV2(nn.Module):
-    """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output."""
-
-    def __init__(self, config: MogeV2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = MogeEncoder(dinov2_config(config.encoder))
-        width = self.encoder.backbone.config.hidden_size
-        self.output_projections = nn.ModuleList(nn.Conv2d(width, config.project, 1) for _ in config.layers)
-        for name, stack in config.stacks.items():
-            self.add_module(name, ConvStack(name, stack))
+        self.most_tokens = int(config.get("num_tokens_range", (1200, 3600))[1])
+        self.encoder = MogeEncoder(dinov2_config(encoder["backbone"]))
+        read, depth = encoder["intermediate_layers"], self.encoder.backbone.config.num_hidden_layers
+        self.layers = range(depth - read, depth) if isinstance(read, int) else read
+        width, project = self.encoder.backbone.config.hidden_size, encoder["dim_out"]
+        self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
+        self.heads = [name for name in HEADS if config.get(name)]
+        for name in ("neck", *self.heads):
+            self.add_module(name, ConvStack(name, config[name]))
         self.scale_head: nn.Sequential | None = None
-        if config.scale is not None:
+        if config.get("scale_head"):
             layers: list[nn.Module] = []
-            for before, after in pairwise(config.scale):
+            for before, after in pairwise(config["scale_head"]["dims"]):
                 layers += [nn.Linear(before, after), nn.ReLU()]
             self.scale_head = nn.Sequential(*layers[:-1])
 
@@ -254,7 +192,7 @@ class MogeV2(nn.Module):
 
         The class token is that of the last layer that is read, [B, width].
         """
-        tokens = self.encoder.layers(patches, self.config.layers)
+        tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         projected = [
             projection(layer[:, 1:].mT.unflatten(2, grid))
@@ -267,13 +205,14 @@ class MogeV2(nn.Module):
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
+        neck: Any = self.get_submodule("neck")
         pyramid = [
             uv_channels(batch, columns << level, rows << level, width / height, features)
-            for level in range(len(self.config.stacks["neck"]["dim_res_blocks"]))
+            for level in range(len(neck.input_blocks))
         ]
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
-        levels = self.get_submodule("neck")(pyramid)
-        raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS if name in self.config.stacks}
+        levels = neck(pyramid)
+        raw = {name: self.get_submodule(name)(levels)[-1] for name in self.heads}
         scale = None if self.scale_head is None else self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
