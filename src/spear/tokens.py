@@ -53,10 +53,7 @@ class CoordinateTokenizer:
 
     @staticmethod
     def fit(
-        values: ArrayLike,
-        bins: int = BINS,
-        unit: Unit = "metre",
-        spacing: Spacing = "quantile",
+        values: ArrayLike, bins: int = BINS, unit: Unit = "metre", spacing: Spacing = "quantile"
     ) -> CoordinateTokenizer:
         """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 

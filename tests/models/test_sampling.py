@@ -97,9 +97,8 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     assert distance(rough, slow) < 0.03 and distance(rough, exact) < 0.03
 
 
-@pytest.mark.parametrize("name", ["nano", "small"])
-def test_every_preset_with_few_layers(name: str) -> None:
-    size = PRESETS[name]
+def test_the_nano_preset_with_few_layers() -> None:
+    size = PRESETS["nano"]
     fewer = {
         part: {**getattr(size, part), "num_hidden_layers": layers}
         for part, layers in (("vision", 1), ("moge", 4), ("text", 1), ("expert", 1))
@@ -109,9 +108,7 @@ def test_every_preset_with_few_layers(name: str) -> None:
     model = Spear1ForActionPrediction(spear1_config(size)).eval()
     given, noise = observation(1, (), False), actions(1, H)
     given["pixel_values"] = {
-        view: torch.randint(0, 256, (1, 3, h // 2 // 28 * 28 or h, w // 2 // 28 * 28 or w), dtype=torch.uint8)
-        if size.stem == "patch"
-        else torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
+        view: torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
         for view, (w, h) in size.image_sizes.items()
     }
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):

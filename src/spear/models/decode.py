@@ -163,11 +163,7 @@ def _decode(
 
 
 def _choose(
-    vlm: Any,
-    hidden: torch.Tensor,
-    row: list[Range],
-    bounds: torch.Tensor,
-    words: _Words | None,
+    vlm: Any, hidden: torch.Tensor, row: list[Range], bounds: torch.Tensor, words: _Words | None
 ) -> torch.Tensor:
     """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the same ranges."""
     if all(b - a == 1 for a, b in row):

@@ -51,12 +51,7 @@ _PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
 
 
 def _layers(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **more,
-    }
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
 
 
 def _vision(
@@ -93,12 +88,7 @@ _ALL = (
         coordinate_smoothing=2.0,
         # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
         # expert learned never to turn, which is right for most steps.
-        flow={
-            "prediction": "clean",
-            "rotation_loss": "mse",
-            "geodesic_weight": 0.0,
-            "rotation_weight": 50.0,
-        },
+        flow={"prediction": "clean", "rotation_loss": "mse", "geodesic_weight": 0.0, "rotation_weight": 50.0},
     ),
     Preset(
         # Our choice of sizes: a third of a billion parameters, for one consumer GPU.

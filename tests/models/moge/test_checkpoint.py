@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants as hub
@@ -14,13 +11,7 @@ import torch
 
 from moge_reference import checkpoint, reference
 from spear.errors import SpearError
-from spear.models.moge.checkpoint import (
-    Checkpoint,
-    build_moge,
-    encoder_config,
-    load_moge,
-    read_checkpoint,
-)
+from spear.models.moge.checkpoint import Checkpoint, build_moge, encoder_config, load_moge, read_checkpoint
 from spear.models.moge.networks import MogeV1
 
 
@@ -74,15 +65,10 @@ def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Che
     ("version", "name"),
     [
         (1, "backbone.blocks.3.attn.qkv.bias"),
-        (1, "backbone.blocks.11.ls2.gamma"),
-        (1, "backbone.pos_embed"),
         (1, "head.upsample_blocks.1.2.layers.3.weight"),
         (1, "image_std"),
-        (2, "encoder.backbone.norm.weight"),
-        (2, "encoder.output_projections.1.bias"),
         (2, "neck.resamplers.3.1.weight"),
         (2, "scale_head.4.bias"),
-        (2, "encoder.image_mean"),
     ],
 )
 def test_a_missing_weight_is_named(folder: Path, version: int, name: str) -> None:
@@ -155,10 +141,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpearError, match="no model_config"):
         load_moge(tmp_path / "part.pt")
     whole = (tmp_path / "part.pt").read_bytes()
-    for name, content in (
-        ("cut.pt", whole[: len(whole) // 2]),
-        ("empty.pt", b""),
-    ):
+    for name, content in (("cut.pt", whole[: len(whole) // 2]), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SpearError, match=r"(broken checkpoint|checkpoint refused): ") as caught:
             load_moge(tmp_path / name)
@@ -170,69 +153,28 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
             load_moge(name)
 
 
-@pytest.fixture
-def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server on this machine that serves one repository, "Ruicheng/tiny", as the Hub does."""
-    file = tmp_path / "served.pt"
+def test_a_name_on_the_hub_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--Ruicheng--tiny"
+    (cached / "snapshots" / "0123").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
     weights = {"backbone.cls_token": torch.ones(1, 1, 384)}
-    torch.save({"model_config": {"encoder": "dinov2_vits14"}, "model": weights}, file)
-    content = file.read_bytes()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            there = self.path.startswith("/Ruicheng/tiny/resolve/main/model.pt")
-            self.send_response(200 if there else 404)
-            if there:
-                self.send_header("ETag", '"0123456789abcdef"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-            else:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", str(len(content) if there else 0))
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    serve_from(address, tmp_path, monkeypatch)
-    yield address
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def serve_from(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ENDPOINT", address)
-    monkeypatch.setattr(
-        hub, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    torch.save(
+        {"model_config": {"encoder": "dinov2_vits14"}, "model": weights}, cached / "snapshots/0123/model.pt"
     )
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-
-
-def test_a_name_is_fetched_from_the_hub_and_kept(
-    local_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     found = read_checkpoint("Ruicheng/tiny")
     assert found.version == 1 and found.config == {"encoder": "dinov2_vits14"}
     assert torch.equal(found.weights["backbone.cls_token"], torch.ones(1, 1, 384))
-    with pytest.raises(
-        SpearError, match=r"cannot get Ruicheng/absent from the Hugging Face Hub: .*404.*: check"
-    ):
-        read_checkpoint("Ruicheng/absent")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    assert read_checkpoint("Ruicheng/tiny").path == found.path
 
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_from("http://127.0.0.1:9", tmp_path, monkeypatch)
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
     with pytest.raises(
         SpearError, match=r"cannot get Ruicheng/moge-vitl .*or give a local model\.pt"

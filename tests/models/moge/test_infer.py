@@ -9,11 +9,7 @@ import torch
 
 from moge_reference import arrays, error, intrinsics_from_fov
 from spear.labels.fit import image
-from spear.models.moge.infer import (
-    recover_focal_shift,
-    unproject,
-    view_plane,
-)
+from spear.models.moge.infer import recover_focal_shift, unproject, view_plane
 
 
 @pytest.fixture(scope="module")

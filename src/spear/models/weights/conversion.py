@@ -107,10 +107,7 @@ class KeyReport:
             like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
             groups.setdefault(like, []).append(key)
         return [
-            (
-                Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)),
-                len(keys),
-            )
+            (Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), len(keys))
             for keys in groups.values()
             for a, b in [(keys[0], keys[-1])]
         ]
