@@ -87,12 +87,6 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
         load_agent("expert", dataset="fast")
 
 
-def test_a_vlm_is_no_policy(tmp_path: Path) -> None:
-    load_vlm("nano").model.save_pretrained(tmp_path)
-    with pytest.raises(SpearError, match="SPEAR-VLM"):
-        Spear1Policy.load(tmp_path)
-
-
 def test_a_quaternion_that_is_nearly_unit_is_normalised(policy: Spear1Policy) -> None:
     exact = policy.infer(observation())["actions"]
     rounded = STATE.copy()
@@ -144,13 +138,16 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "
     return folder
 
 
-def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
+def test_parts_of_another_network_are_refused(tmp_path: Path) -> None:
     start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
     with pytest.raises(SpearError, match=r"vocabulary mismatch: .* 1000 … 2023 of 2786"):
         Spear1Policy.load(start)
     views = changed(tmp_path / "views", lambda c: c["vlm_config"].update(views=["external"]))
     with pytest.raises(SpearError, match=r"views do not match: .*wrist"):
         load_vlm(views)
+    load_vlm("nano").model.save_pretrained(tmp_path / "vlm")
+    with pytest.raises(SpearError, match="SPEAR-VLM"):
+        Spear1Policy.load(tmp_path / "vlm")
 
 
 def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ from spear.labels.models.protocols import Detection
 from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.labels.scenes import label_frames
-from spear.sim.frames import frame_of
-from spear.sim.render import Renderer
+from spear.sim.render import Renderer, frame_of
 from spear.sim.scene import clutter_scene
 from spear.sim.world import GRIPPER, World
 from spear.types import Array, Box3D, Frame

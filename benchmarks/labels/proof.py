@@ -41,8 +41,7 @@ from spear.labels.pipeline import label
 from spear.labels.scenes import label_frames, label_scenes
 from spear.labels.store import read
 from spear.models.presets import preset
-from spear.sim.frames import clutter_frame
-from spear.sim.render import Renderer
+from spear.sim.render import Renderer, clutter_frame
 from spear.types import Array, Frame, LabeledImage
 
 MISSED, OFF = 0.05, 1.0

@@ -25,7 +25,7 @@ import torch
 from spear.errors import SpearError, unknown_name
 from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
 from spear.types import Array, Policy
-from spear.util.threads import release_workers
+from spear.util.processes import release_workers
 
 Mode = Literal["sync", "async", "ensemble"]
 REPLAN = 1
@@ -79,9 +79,9 @@ class ChunkExecutor:
         """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
         if self.mode == "ensemble":
             return self._looked < self.tick
-        if self._waiting:
-            return False
-        return len(self._left) <= (self._spare if self.mode == "async" else 0)
+        # async looks while it still has the actions after the k-th, and enough to last through inference
+        spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
+        return not self._waiting and len(self._left) <= (spare if self.mode == "async" else 0)
 
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
@@ -114,11 +114,6 @@ class ChunkExecutor:
             self._left = list(rows)
         return self._left.pop(0) if self._left else None
 
-    @property
-    def _spare(self) -> int:
-        """Actions left when it is time for the next look: those after the k-th, at least inference's time."""
-        return max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
-
     def _ensembled(self, arrived: Sequence[_Chunk]) -> Array | None:
         self._held += arrived
         now = [(c, len(self._made_since(c.observed))) for c in self._held]
@@ -131,8 +126,7 @@ class ChunkExecutor:
 
     def _made_since(self, tick: int) -> list[Array]:
         """The actions made since a tick's observation; ticks without motion are left out."""
-        count = min(self.tick - tick, len(self._executed))
-        recent = list(self._executed)[len(self._executed) - count :]
+        recent = list(self._executed)[max(0, len(self._executed) - (self.tick - tick)) :]
         return [action for action in recent if action is not None]
 
 

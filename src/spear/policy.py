@@ -40,10 +40,10 @@ def locate(name: str | Path) -> Path:
     shipped = SHIPPED / str(name)
     if (shipped / "config.json").is_file():
         return shipped
-    names = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
+    names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
     raise SpearError(
-        f"no model {str(name)!r}: give a folder with a trained one"
-        + (f", or the name of one that comes with this package: {', '.join(names)}" if names else "")
+        f"no model {str(name)!r}: give a folder with a trained one, or the name of one that comes with this "
+        f"package: {names}"
     )
 
 
@@ -109,21 +109,14 @@ class VlmBundle:
         if watched is None or not watched.logits:
             return answers
         probabilities = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
-        found = [
-            Distribution(probabilities[i, self._number_places(row)], self.processor.coordinates)
-            for i, row in enumerate(ids.tolist())
-        ]
-        return [
-            Answer(with_numbers(a.segments, d.read(decode)), unit, d if distributions else None)
-            for a, d in zip(answers, found, strict=True)
-        ]
-
-    def _number_places(self, ids: Sequence[int]) -> list[int]:
-        """Which tokens of an answer are 3D tokens, up to its end."""
-        end = self.processor.tokenizer.eos_token_id
-        said = ids[: ids.index(end)] if end in ids else ids
-        first = self.processor.coordinate_start
-        return [i for i, token in enumerate(said) if 0 <= token - first < self.processor.coordinates.bins]
+        end, found = self.processor.tokenizer.eos_token_id, []
+        for row, answer, probable in zip(ids.tolist(), answers, probabilities, strict=True):
+            said = row[: row.index(end)] if end in row else row
+            places = [i for i, token in enumerate(said) if first <= token < last]
+            numbers = Distribution(probable[places], self.processor.coordinates)
+            segments = with_numbers(answer.segments, numbers.read(decode))
+            found.append(Answer(segments, unit, numbers if distributions else None))
+        return found
 
     def _grammar(self, family: str | None) -> Any:
         if family is None:
@@ -132,9 +125,7 @@ class VlmBundle:
             return self.processor.grammar([0.0] * NUMBERS[family])
         if family in PIXELS:
             return self.processor.grammar([Pixel(0.0, 0.0)] * PIXELS[family])
-        if family == "chain_of_thought":
-            return self.processor.worded(2)
-        return None
+        return self.processor.worded(2) if family == "chain_of_thought" else None
 
 
 def load_vlm(
@@ -223,7 +214,8 @@ class Spear1Policy:
             for o in observations
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
-        keys = {_camera(view): view for view in self.processor.image_sizes}
+        sizes = self.processor.image_sizes
+        keys = {"observation/image" if v == "external" else f"observation/{v}_image": v for v in sizes}
         for key in (key for observation in observations for key in observation):
             if key.startswith("observation/") and key.endswith("image") and key not in keys:
                 known = ", ".join(keys)
@@ -235,7 +227,7 @@ class Spear1Policy:
             there = [image is not None for image in images]
             if not any(there):
                 continue  # a view that nobody has costs nothing
-            width, height = self.processor.image_sizes[view]
+            width, height = sizes[view]
             blank = torch.zeros(3, height, width, dtype=torch.uint8)
             pixels[view] = torch.stack(
                 [blank if image is None else self.processor.image(image, view) for image in images]
@@ -250,21 +242,12 @@ class Spear1Policy:
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device) if padded else None,
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
-            "noise": self._noise(observations).to(device),
+            "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(device),
         }
 
-    def _noise(self, observations: Sequence[Mapping[str, Any]]) -> Action:
-        """The noise [B, H, ·] that the actions flow from."""
-        rows = []
-        for o in observations:
-            draw = int(o.get("seed", self._seen))
-            self._seen += 1
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
-            shape = (1, self.model.config.horizon)
-            rows.append(flow.sample_noise(shape, self.model.flow, generator).to_vector())
-        return Action.from_vector(torch.cat(rows))
-
-
-def _camera(view: str) -> str:
-    """The key of a view's image in an observation."""
-    return "observation/image" if view == "external" else f"observation/{view}_image"
+    def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
+        """The noise [1, H, ·] that an observation's actions flow from."""
+        draw = int(observation.get("seed", self._seen))
+        self._seen += 1
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
+        return flow.sample_noise((1, self.model.config.horizon), self.model.flow, generator).to_vector()

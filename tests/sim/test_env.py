@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from spear.errors import SpearError
 from spear.sim import FAMILIES, Renderer, TabletopEnv, expert
 from spear.sim.env import MAX_STEPS
-from spear.sim.tasks import placed
+from spear.sim.world import placed
 
 STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 

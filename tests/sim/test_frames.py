@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.sim import Renderer, TabletopEnv, World, clutter_frame, clutter_scene, frame_of, sample_scene
+from spear.sim import Renderer, World, clutter_frame, clutter_scene, frame_of, sample_scene
 from spear.sim.world import GRIPPER
 from spear.types import Frame
 
@@ -48,9 +48,7 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Render
 def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
     spreads = []
     for seed in range(4):
-        env = TabletopEnv("put_in_basket", SIZE, renderer=renderer)
-        env.reset(seed=seed)
-        frame = env.frame()
+        frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE, renderer)
         assert frame.instances is not None and frame.boxes is not None
         inside, _ = in_box(unproject(frame)[frame.instances == 1], frame.boxes[1])
         spreads.append(np.ptp(inside, axis=0))
@@ -62,7 +60,7 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     frame = frame_of(world, "external", SIZE, renderer)
     assert frame.extrinsics is not None
     points = unproject(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
-    geoms = renderer.layers(world, "external", SIZE).geoms.ravel()
+    geoms = renderer.layers(world, "external", SIZE)[2].ravel()
     heights = points[geoms == world.model.geom("table").id, 2]
     assert len(heights) > 5000
     assert np.abs(heights).max() < 2e-3

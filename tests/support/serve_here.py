@@ -19,18 +19,19 @@ from spear.serve.service import Service
 
 
 class Homing:
-    """Moves towards the base's origin, a tenth of the way per step; refuses to "explode". Notes its
-    batches."""
+    """Moves a tenth of the way towards the origin per step; refuses to "explode". Notes what it is asked."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.batches: list[int] = []
+        self.seeds: list[int] = []
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         self.batches.append(len(observations))
+        self.seeds += [o.get("seed") for o in observations]
         time.sleep(self.seconds)
         if any(o["prompt"] == "explode" for o in observations):
             raise SpearError("prompt: 'explode': say something else")

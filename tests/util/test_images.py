@@ -1,36 +1,188 @@
-"""Images: exact, three channels, broken ones are named."""
+"""Images: every format is read exactly, broken ones are named, pictures are written as their names say."""
 
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.util.images import decode_image, encode_jpeg, encode_picture
+from spear.types import Array
+from spear.util.images import decode_image, encode_jpeg, encode_picture, load_image
+
+# Four flat quarters, so that lossy formats keep their colours and every turn of the image shows.
+QUARTERS = np.array([[[220, 30, 30], [30, 200, 40]], [[40, 40, 210], [240, 240, 60]]], np.uint8)
+PICTURE = QUARTERS.repeat(16, axis=0).repeat(24, axis=1)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-def test_decoding_is_exact_and_gives_three_channels() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(decode_image(png(pixels)), pixels)
-    np.testing.assert_array_equal(decode_image(png(pixels[..., 0])), np.repeat(pixels[..., :1], 3, axis=2))
+def png16(values: Array) -> bytes:
+    """A PNG of 16 bits per channel, grey [h, w] or RGB [h, w, 3]: Pillow writes no RGB ones."""
+    height, width = values.shape[:2]
+    colour = 2 if values.ndim == 3 else 0
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_a_broken_image_is_named() -> None:
-    for broken in (b"no image", png(np.zeros((9, 9, 3), np.uint8))[:40]):
-        with pytest.raises(SpearError, match="broken image: episode 3 step 4"):
+def quarters(image: Array) -> Array:
+    """The colours [2, 2, 3] at the middles of the quarters."""
+    height, width = image.shape[:2]
+    return image[np.ix_([height // 4, 3 * height // 4], [width // 4, 3 * width // 4])].astype(int)
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [
+        (lambda image: encoded(image), 0),
+        (lambda image: encoded(image, "BMP"), 0),
+        (lambda image: encoded(image, "WEBP", lossless=True), 0),
+        (lambda image: encoded(image, "JPEG", quality=95), 6),
+        (lambda image: encoded(image.convert("CMYK"), "JPEG", quality=95), 6),
+        (lambda image: encoded(image.convert("CMYK"), "TIFF"), 1),
+        (lambda image: encoded(image.convert("YCbCr"), "JPEG", quality=95), 6),
+        (lambda image: encoded(image.quantize(8)), 2),
+        (lambda image: encoded(image.convert("RGBA")), 0),
+        (lambda image: encoded(image.quantize(8), "GIF"), 2),
+        (lambda image: png16(np.asarray(image).astype(np.uint16) * 257), 0),
+    ],
+    ids=["png", "bmp", "webp", "jpeg", "cmyk-jpeg", "cmyk-tiff", "ycbcr", "palette", "rgba", "gif", "16-bit"],
+)
+def test_colours_survive_every_format(make: Callable[[Image.Image], bytes], tolerance: int) -> None:
+    image = load_image(make(Image.fromarray(PICTURE)))
+    assert image.shape == PICTURE.shape and image.dtype == np.uint8
+    assert image.flags.writeable
+    assert np.abs(quarters(image) - QUARTERS).max() <= tolerance
+
+
+def test_grey_images_get_three_equal_channels() -> None:
+    grey = PICTURE[..., 1]
+    wide = grey.astype(np.uint16) * 257
+    for data in (
+        encoded(Image.fromarray(grey)),
+        encoded(Image.fromarray(wide)),
+        encoded(Image.fromarray(wide), "TIFF"),
+        encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"),
+    ):
+        assert (load_image(data) == grey[..., None]).all()
+    bits = load_image(encoded(Image.fromarray(grey).convert("1")))
+    assert set(np.unique(bits)) <= {0, 255}
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    pixels = np.dstack([PICTURE, np.full(PICTURE.shape[:2], 255, np.uint8)])
+    pixels[:16, :, 3] = 0
+    pixels[16:, :24, 3] = 128
+    seen = quarters(load_image(encoded(Image.fromarray(pixels))))
+    assert (seen[0] == 255).all()
+    assert np.abs(seen[1, 0] - (QUARTERS[1, 0] / 2 + 127.5)).max() <= 1
+    assert (seen[1, 1] == QUARTERS[1, 1]).all()
+    palette = Image.fromarray(PICTURE).quantize(4)
+    hidden = palette.getpixel((0, 0))
+    seen = quarters(load_image(encoded(palette, "PNG", transparency=hidden)))
+    assert (seen[0, 0] == 255).all() and np.abs(seen[1, 1] - QUARTERS[1, 1]).max() <= 2
+    grey = Image.fromarray(np.dstack([PICTURE[..., 0], pixels[..., 3]]))
+    assert grey.mode == "LA"
+    assert (quarters(load_image(encoded(grey)))[0] == 255).all()
+
+
+# What must be done to the stored pixels so that the picture stands upright, by EXIF orientation.
+UPRIGHT: dict[int, Callable[[Array], Array]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = load_image(encoded(Image.fromarray(PICTURE), "PNG", exif=exif))
+    assert (image == UPRIGHT[orientation](PICTURE)).all()
+
+
+def test_files_are_read_and_named_in_errors(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(Image.fromarray(PICTURE)))
+    assert (load_image(path) == PICTURE).all()
+    assert (load_image(str(path)) == PICTURE).all()
+    path.write_bytes(b"once upon a time")
+    with pytest.raises(SpearError, match=r"photo\.png: not a readable image .*JPEG or PNG"):
+        load_image(path)
+    with pytest.raises(SpearError, match=r"missing\.png: cannot read the image \(No such file"):
+        load_image(tmp_path / "missing.png")
+    with pytest.raises(SpearError, match="cannot read the image"):
+        load_image(tmp_path)
+    with pytest.raises(SpearError, match=r"shard 3, row 7: not a readable image"):
+        load_image(b"", name="shard 3, row 7")
+
+
+def enormous() -> bytes:
+    """A PNG that says it has 3.6 thousand million pixels."""
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    body = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    empty = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return b"\x89PNG\r\n\x1a\n" + body + empty
+
+
+def test_what_is_no_picture_is_refused() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    bad = [
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
+        (enormous(), "exceeds limit"),
+    ]
+    for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF"):
+        data = encoded(noise, kind)
+        bad += [(data[: int(share * len(data))], "not a readable image") for share in (0.01, 0.5, 0.9)]
+    for data, words in bad:
+        with pytest.raises(SpearError, match=words):
+            load_image(data)
+    for broken in (b"no image", encoded(noise)[:40]):
+        with pytest.raises(SpearError, match="episode 3 step 4"):
             decode_image(broken, "episode 3 step 4")
 
 
-def test_a_jpeg_keeps_small_colours() -> None:
+@settings(max_examples=150)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.data())
+def test_flipped_bytes_end_in_an_image_or_one_clear_error(kind: str, draw: st.DataObject) -> None:
+    data = bytearray(encoded(Image.fromarray(PICTURE), kind))
+    for _ in range(draw.draw(st.integers(1, 6))):
+        data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    try:
+        image = load_image(bytes(data))
+    except SpearError as error:
+        assert "\n" not in str(error)
+    else:
+        assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+
+
+def test_stored_images_keep_small_colours() -> None:
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(PICTURE))), PICTURE)
     image = np.full((16, 16, 3), 90, np.uint8)
     image[6:9, 6:9] = (200, 30, 30)
     again = decode_image(encode_jpeg(image))
@@ -39,11 +191,8 @@ def test_a_jpeg_keeps_small_colours() -> None:
 
 
 def test_a_picture_is_written_as_its_name_says() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(decode_image(encode_picture(pixels, "box.PNG")), pixels)
-    assert encode_picture(pixels, "box.jpg")[:3] == b"\xff\xd8\xff"
-    for name in ("box.txt", "box.psd", "box"):  # Pillow reads .psd and does not write it
-        with pytest.raises(SpearError, match=r"end it in \.png or \.jpg"):
-            encode_picture(pixels, name)
-    with pytest.raises(SpearError, match=r"box\.xbm: cannot be drawn"):
-        encode_picture(pixels, "box.xbm")
+    np.testing.assert_array_equal(decode_image(encode_picture(PICTURE, "box.PNG")), PICTURE)
+    assert encode_picture(PICTURE, "box.jpg")[:3] == b"\xff\xd8\xff"
+    for name in ("box.txt", "box.psd", "box", "box.xbm"):  # Pillow reads .psd and does not write it
+        with pytest.raises(SpearError, match=name):
+            encode_picture(PICTURE, name)

@@ -94,9 +94,8 @@ def load(name: str) -> Embodiment:
 def _from_file(path: Path) -> Embodiment:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise SpearError(
-            f"embodiment: {path}: no such file: give a Python file or one of {', '.join(names())}"
-        )
+        others = ", ".join(names())
+        raise SpearError(f"embodiment: {path}: no such file: give a Python file or one of {others}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -21,13 +21,7 @@ import torch
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
 from spear.errors import SpearError
-from spear.geometry import (
-    matrix_to_quat,
-    pose_compose,
-    pose_inverse,
-    quat_slerp,
-    quat_to_euler,
-)
+from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
 from spear.types import Array
 
 IMAGE = "observation/exterior_image_1_left"

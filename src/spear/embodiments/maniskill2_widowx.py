@@ -57,12 +57,7 @@ EMBODIMENT = Embodiment(
         "states": maniskill3.LINK_POSE + " (the benchmark's send_state: true)",
         "task_description": "the instruction in words",
     },
-    optional={
-        "task_name": "not looked at",
-        "base_pose": "not looked at",
-        "tcp_pose": "not looked at",
-        "seed": read.ANY_SEED,
-    },
+    optional={"seed": read.ANY_SEED} | dict.fromkeys(("task_name", "base_pose", "tcp_pose"), "not looked at"),
     observe=observe,
     controls={
         "maniskill2_rotation_vector": Control(

@@ -132,8 +132,7 @@ def wording(draws: int = 2000) -> list[str]:
 
 def _make(job: Job) -> int:
     """Label the scenes of a job, view by view; a view's shard, which marks it as finished, comes last."""
-    from spear.sim.frames import frame_of
-    from spear.sim.render import Renderer
+    from spear.sim.render import Renderer, frame_of
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 

@@ -71,7 +71,7 @@ def _find_scenes(argument: str) -> Iterator[Item]:
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
     """Clutter scenes of the simulator, seen by its external camera."""
-    from spear.sim.frames import clutter_frame
+    from spear.sim.render import clutter_frame
 
     for seed in seeds:
         yield clutter_frame(seed, "external", SIM_SIZE, _renderer())

@@ -20,8 +20,6 @@ from spear.errors import SpearError
 RECENT = 1.0
 """A client that asked within so many seconds is expected to ask again (our choice)."""
 
-Answer = Callable[[Sequence[Any]], Sequence[Any]]
-
 
 class Busy(SpearError):
     """The queue is full, or the server is stopping: the request was not taken."""
@@ -52,7 +50,7 @@ class Batcher:
 
     def __init__(
         self,
-        answer: Answer,
+        answer: Callable[[Sequence[Any]], Sequence[Any]],
         max_batch: int,
         wait_s: float,
         capacity: int,
@@ -123,7 +121,7 @@ class Batcher:
             self._arrived.clear()
             await self._arrived.wait()
         deadline = time.perf_counter() + self._wait_s
-        while len(self._queue) < self._expected():
+        while len(self._queue) < min(self._max_batch, self._active()):
             self._arrived.clear()
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.perf_counter())):
@@ -141,10 +139,10 @@ class Batcher:
                 waiting.result.set_exception(Gone())
         return batch
 
-    def _expected(self) -> int:
-        """How many requests are worth waiting for."""
+    def _active(self) -> int:
+        """How many clients are expected to ask again."""
         now = time.perf_counter()
-        return min(self._max_batch, sum(now - seen < RECENT for seen in self._seen.values()))
+        return sum(now - seen < RECENT for seen in self._seen.values())
 
     def _safely(self, requests: Sequence[Any]) -> Sequence[Any]:
         try:

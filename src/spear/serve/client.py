@@ -16,20 +16,20 @@ from websockets.sync.client import ClientConnection, connect
 from spear.errors import SpearError
 from spear.serve import wire
 
-PAUSE = 0.05
-"""Seconds before a busy server is asked again (our choice)."""
+PAUSE, PATIENCE = 0.05, 30.0
+"""Seconds before a busy server is asked again, and for how long it is asked (our choice)."""
 
 
 class RemotePolicy:
     """A policy at "ws://host:port".
 
     The observations of a batch are sent on as many connections at once, so that the server can answer them
-    together. `token` is the server's --token. A busy server is asked again for `patience` seconds. Raises
-    `SpearError` with the server's words for a bad observation, and when the server cannot be reached.
+    together. `token` is the server's --token. Raises `SpearError` with the server's words for a bad
+    observation, when the server stays busy, and when it cannot be reached.
     """
 
-    def __init__(self, url: str, token: str | None = None, patience: float = 30.0) -> None:
-        self.url, self._token, self._patience = url, token, patience
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self.url, self._token = url, token
         self._connections: list[ClientConnection] = []
         self.metadata: dict[str, Any] = {}
         self._open(1)
@@ -43,7 +43,7 @@ class RemotePolicy:
         messages = [wire.encode(o) for o in observations]
         self._open(len(messages))
         sent = list(zip(self._connections, messages, strict=False))
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + PATIENCE
         try:
             for connection, message in sent:
                 connection.send(message)
@@ -79,9 +79,8 @@ class RemotePolicy:
                 said = (error.response.body or b"").decode(errors="replace").strip()
                 raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
             except (OSError, WebSocketException) as error:
-                raise SpearError(
-                    f"{self.url}: no policy server ({error}): start one with `spear serve`"
-                ) from error
+                how = "start one with `spear serve`"
+                raise SpearError(f"{self.url}: no policy server ({error}): {how}") from error
             if isinstance(greeting, str):
                 raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
             self.metadata = wire.decode(greeting)

@@ -21,8 +21,6 @@ from spear.types import Array
 
 NEEDED = {"send_state": True}
 """What benchmarks are asked to send besides images, where they have such an option."""
-QUEUE = 256
-"""Episodes that may wait for an answer (our choice)."""
 
 
 class HarnessServer(ModelServer):
@@ -37,7 +35,7 @@ class HarnessServer(ModelServer):
     async def on_serve_start(self, tg: TaskGroup) -> None:
         """The harness calls this before the first connection."""
         o = self._options
-        self._batcher = Batcher(self._service.answer, o.max_batch, o.wait_ms / 1000, QUEUE)
+        self._batcher = Batcher(self._service.answer, o.max_batch, o.wait_ms / 1000, capacity=256)
         tg.start_soon(self._batcher.run)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:

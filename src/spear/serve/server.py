@@ -40,19 +40,12 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Page(Protocol):
-    """Something for people beside the policy, with requests and a websocket of its own."""
+    """What the server knows of `spear.ui.page.Page`."""
 
-    def owns(self, request: Request) -> bool:
-        """Whether a request is the page's. The other methods are called for such requests only."""
-
-    def request(self, request: Request) -> Response | None:
-        """The answer to a GET request; None lets a websocket in."""
-
-    async def talk(self, connection: ServerConnection) -> None:
-        """One websocket, from its first message to its last."""
-
-    async def close(self) -> None:
-        """Called when the server stops."""
+    def owns(self, request: Request) -> bool: ...
+    def request(self, request: Request) -> Response | None: ...
+    async def talk(self, connection: ServerConnection) -> None: ...
+    async def close(self) -> None: ...
 
 
 class Metrics:
@@ -222,22 +215,21 @@ class PolicyServer:
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers GET requests; None lets a websocket in."""
+        status = http.HTTPStatus
         if request.path == "/healthz":
-            return connection.respond(http.HTTPStatus.OK, "ok\n")
+            return connection.respond(status.OK, "ok\n")
         if self.page and self.page.owns(request):
             if answer := self.page.request(request):
                 return answer
         elif not self._allowed(request):
             how = "send the token: Authorization: Api-Key TOKEN (openpi-client: api_key)\n"
-            return connection.respond(http.HTTPStatus.UNAUTHORIZED, how)
+            return connection.respond(status.UNAUTHORIZED, how)
         if request.path == "/metrics":
-            return connection.respond(http.HTTPStatus.OK, generate_latest(self._metrics.registry).decode())
+            return connection.respond(status.OK, generate_latest(self._metrics.registry).decode())
         if "upgrade" not in request.headers:
-            there = "there is /healthz, /metrics and a websocket\n"
-            return connection.respond(http.HTTPStatus.NOT_FOUND, there)
-        if len(self._clients) >= self._max_clients:
-            busy = f"busy: {len(self._clients)} clients: try again later\n"
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, busy)
+            return connection.respond(status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n")
+        if (busy := len(self._clients)) >= self._max_clients:
+            return connection.respond(status.SERVICE_UNAVAILABLE, f"busy: {busy} clients: try again later\n")
         return None
 
     def _allowed(self, request: Request) -> bool:

@@ -12,7 +12,7 @@ import spear
 from spear.embodiments import Embodiment
 from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
-from spear.util.threads import release_workers
+from spear.util.processes import release_workers
 
 Result = dict[str, Any] | SpearError
 

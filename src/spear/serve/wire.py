@@ -16,10 +16,9 @@ import numpy as np
 
 from spear.errors import SpearError
 
-_KINDS = "biuf"
 _TYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
-_DIMENSIONS = 8
 _DEPTH = 8
+"""The most dimensions of an array, and the deepest nesting of maps and lists."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -54,9 +53,8 @@ def _shown(what: Any) -> str:
 
 def _value(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEPTH:
-        raise SpearError(
-            f"{where.split('/')[0]}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays"
-        )
+        key = where.split("/")[0]
+        raise SpearError(f"{key}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays")
     if isinstance(value, dict):
         if b"__ndarray__" in value:
             return _array(value, where)
@@ -75,10 +73,8 @@ def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
     if not isinstance(data, bytes):
         raise SpearError(f"{where}: an array without bytes: pack it as openpi-client does")
     sizes = shape if isinstance(shape, list) else [None]
-    if len(sizes) > _DIMENSIONS or any(type(n) is not int or n < 0 for n in sizes):
-        raise SpearError(
-            f"{where}: an array of shape {_shown(shape)}: give up to {_DIMENSIONS} whole numbers"
-        )
+    if len(sizes) > _DEPTH or any(type(n) is not int or n < 0 for n in sizes):
+        raise SpearError(f"{where}: an array of shape {_shown(shape)}: give up to {_DEPTH} whole numbers")
     if math.prod(sizes) * dtype.itemsize != len(data):
         given = f"{len(data)} bytes for an array {dtype} {str(sizes)[:80]}"
         raise SpearError(f"{where}: {given}: the message was cut or mispacked")
@@ -107,15 +103,11 @@ def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
 
 
 def _pack(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in _KINDS:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biuf":
         raise SpearError(f"cannot send an array of type {value.dtype}: only booleans, integers and floats")
     if isinstance(value, np.ndarray):
-        return {
-            b"__ndarray__": True,
-            b"data": value.tobytes(),
-            b"dtype": value.dtype.str,
-            b"shape": value.shape,
-        }
+        parts = {b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+        return {b"__ndarray__": True, **parts}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise SpearError(f"cannot send a {type(value).__name__}: only numbers, texts, lists, maps and arrays")

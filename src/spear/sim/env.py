@@ -13,12 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim.control import Motion, check_action
-from spear.sim.frames import frame_of
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, sample_scene
-from spear.sim.tasks import status
-from spear.sim.world import SUBSTEPS, World
-from spear.types import Frame
+from spear.sim.world import SUBSTEPS, World, status
 
 RATE_HZ = 5.0
 MAX_STEPS = 60
@@ -48,7 +45,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
-    quaternion. `info` has the milestones of `spear.sim.tasks.Status` (all but success: at any time so far)
+    quaternion. `info` has the milestones of `spear.sim.world.Status` (all but success: at any time so far)
     and the flags of `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
     """
 
@@ -128,11 +125,6 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         if self._renderer is None:
             self._renderer = Renderer()
         return self._renderer
-
-    def frame(self, camera: str = "external") -> Frame:
-        """What `camera` ("external" or "wrist") sees now, with its ground truth."""
-        size = self.image_size if camera == "external" else self.wrist_size
-        return frame_of(self.world, camera, size, self.renderer)
 
     def render(self) -> NDArray[np.uint8]:
         """The external camera's image."""

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from spear.sim import arm
 from spear.sim.control import length
-from spear.sim.tasks import placed, roles
-from spear.sim.world import World
+from spear.sim.world import World, placed, roles
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +44,9 @@ def act(world: World) -> NDArray[np.float32]:
     """[8] the expert's action in this state (layout of `spear.types.Action`)."""
     source, _ = roles(world)
     touching = world.fingers_touching(source)
-    if placed(world) and not (touching == 2 and _hanging(world)):
+    # a held object may only brush the target: it is not yet down on it
+    hanging = touching == 2 and _underside(world, source) > _release_height(world) + 0.012
+    if placed(world) and not hanging:
         return _leave(world, touching)
     if touching == 2:
         return _carry(world)
@@ -100,22 +101,12 @@ def _leave(world: World, touching: int) -> NDArray[np.float32]:
     return _action(position, rotation, goal, yaw, 1.0)
 
 
-def _hanging(world: World) -> bool:
-    """Whether the held object only brushes the target: it is not yet down on it."""
-    source, _ = roles(world)
-    return _underside(world, source) > _release_height(world) + 0.012
-
-
 def _release_height(world: World) -> float:
     """Height at which the carried object's underside should be when the gripper opens, m."""
     _, target = roles(world)
     kind = world.bodies[target].kind
     top = float(world.position(target)[2]) + kind.rim
-    if kind.name == "basket":
-        return top - 0.025
-    if kind.name == "bowl":
-        return top - 0.015
-    return top + 0.004
+    return top + {"basket": -0.025, "bowl": -0.015}.get(kind.name, 0.004)
 
 
 def _underside(world: World, index: int) -> float:

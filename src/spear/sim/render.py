@@ -1,41 +1,35 @@
-"""Pictures of worlds: one rendering context for all of them, all cameras into one buffer, one read-back.
+"""Pictures of worlds and their ground truth: one rendering context for all, all cameras in one read-back.
 
 Shadows, reflections and multisampling are off: they cost up to 90 times the rest on a software renderer.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.errors import SpearError
+from spear.errors import SpearError, unknown_name
 from spear.sim import arm
-from spear.sim.world import World, base_spec
+from spear.sim.scene import clutter_scene
+from spear.sim.world import GRIPPER, World, base_spec
+from spear.types import Frame
 
 Size = tuple[int, int]
 """Width and height, pixels."""
 _MAX_GEOMS = 600
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What one camera sees.
-
-    image [h, w, 3] uint8; depth [h, w] float32 metres along the camera's z; geoms [h, w] int32 geom ids, -1
-    where there is none.
-    """
-
-    image: NDArray[np.uint8]
-    depth: NDArray[np.float32]
-    geoms: NDArray[np.int32]
+CAMERAS = ("external", "wrist")
+MIN_PIXELS = 8
+"""An object of which fewer pixels are seen is not among a frame's instances."""
+_CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 
 
 def _gl_context(width: int, height: int) -> Any:
@@ -49,8 +43,7 @@ def _gl_context(width: int, height: int) -> Any:
 
 
 _LOST: list[tuple[Any, mujoco.MjrContext]] = []
-"""Contexts whose renderer is gone and that another thread still has current: only that thread could free
-them."""
+"""Contexts without a renderer that another thread still has current: only that thread could free them."""
 
 
 def _free(gl: Any, context: mujoco.MjrContext) -> None:
@@ -114,8 +107,11 @@ class Renderer:
             np.ascontiguousarray(pixels[: r.height][::-1, r.left : r.left + r.width]) for r in rectangles
         ]
 
-    def layers(self, world: World, camera: str, size: Size) -> Layers:
-        """Image, metric depth and geom ids of one camera."""
+    def layers(
+        self, world: World, camera: str, size: Size
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
+        """What one camera sees: image [h, w, 3], depth [h, w] along the camera's z (m), geom ids [h, w], -1
+        where there is none."""
         (rectangle,) = self._layout([size])
         width, height = size
         self._update(world, camera)
@@ -129,9 +125,11 @@ class Renderer:
         flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 0
         codes = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(codes, None, rectangle, self._context)
-        return Layers(
-            np.ascontiguousarray(image[::-1]), self._metric(world, depth[::-1]), self._geom_ids(codes[::-1])
-        )
+        # the buffer is 1 at the near and 0 at the far plane
+        extent = world.model.stat.extent
+        near, far = world.model.vis.map.znear * extent, world.model.vis.map.zfar * extent
+        metres = (near * far / (near + depth[::-1] * (far - near))).astype(np.float32)
+        return np.ascontiguousarray(image[::-1]), metres, self._geom_ids(codes[::-1])
 
     def close(self) -> None:
         """Give the context back; nothing can be rendered after it."""
@@ -143,23 +141,14 @@ class Renderer:
         if width > self._size[0] or height > self._size[1]:
             self._size = (max(width, self._size[0]), max(height, self._size[1]))
             mujoco.mjr_resizeOffscreen(*self._size, self._context)
-        left, rectangles = 0, []
-        for w, h in sizes:
-            rectangles.append(mujoco.MjrRect(left, 0, w, h))
-            left += w
-        return rectangles
+        lefts = itertools.accumulate((w for w, _ in sizes), initial=0)
+        return [mujoco.MjrRect(left, 0, w, h) for left, (w, h) in zip(lefts, sizes, strict=False)]
 
     def _update(self, world: World, camera: str) -> None:
         self._camera.fixedcamid = world.model.camera(camera).id
         everything = mujoco.mjtCatBit.mjCAT_ALL
         given = self._option, self._nothing, self._camera, everything, self._scene
         mujoco.mjv_updateScene(world.model, world.data, *given)
-
-    def _metric(self, world: World, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Metres from a depth buffer that is 1 at the near and 0 at the far plane."""
-        extent = world.model.stat.extent
-        near, far = world.model.vis.map.znear * extent, world.model.vis.map.zfar * extent
-        return (near * far / (near + buffer * (far - near))).astype(np.float32)
 
     def _geom_ids(self, codes: NDArray[np.uint8]) -> NDArray[np.int32]:
         numbers = codes[..., 0].astype(np.int32) + (codes[..., 1].astype(np.int32) << 8)
@@ -169,3 +158,78 @@ class Renderer:
             if item.objtype == geom and item.segid >= 0:
                 lookup[item.segid + 1] = item.objid
         return lookup[np.minimum(numbers, len(lookup) - 1)]
+
+
+def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame:
+    """What `camera` ("external" or "wrist") of `world` sees at `size` (width, height)."""
+    if camera not in CAMERAS:
+        raise unknown_name("camera", camera, CAMERAS)
+    image, depth, geoms = renderer.layers(world, camera, size)
+    instances = world.instance_of_geom[geoms]
+    ids, counts = np.unique(instances, return_counts=True)
+    seen = [int(i) for i, n in zip(ids, counts, strict=True) if i > 0 and n >= MIN_PIXELS]
+    instances = np.where(np.isin(instances, seen), instances, 0).astype(np.int32)
+    pose = camera_pose(world, camera)
+    boxes = object_boxes(world)
+    return Frame(
+        image=image,
+        depth=depth,
+        instances=instances,
+        names={i: world.bodies[i - 1].name if i <= len(world.bodies) else GRIPPER for i in seen},
+        intrinsics=intrinsics(world, camera, size),
+        extrinsics=pose,
+        boxes={i: (boxes[i] - pose[:3, 3]) @ pose[:3, :3] for i in seen},
+        source=f"sim/{world.spec.family}/{world.spec.seed}/{camera}",
+    )
+
+
+def clutter_frame(seed: int, camera: str, size: Size, renderer: Renderer) -> Frame:
+    """A labelled picture of the scene without a task that `seed` stands for."""
+    return frame_of(World(clutter_scene(seed)), camera, size, renderer)
+
+
+def intrinsics(world: World, camera: str, size: Size) -> NDArray[np.float64]:
+    """[3, 3] pinhole matrix, pixels; square pixels, centred, pixel centres at integer + 0.5."""
+    width, height = size
+    fovy = math.radians(float(world.model.cam_fovy[world.model.camera(camera).id]))
+    focal = height / 2 / math.tan(fovy / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
+
+
+def camera_pose(world: World, camera: str) -> NDArray[np.float64]:
+    """[4, 4] camera -> base; camera axes x right, y down, z forward."""
+    index = world.model.camera(camera).id
+    pose = np.eye(4)
+    pose[:3, :3] = world.data.cam_xmat[index].reshape(3, 3) @ np.diag([1.0, -1.0, -1.0])
+    pose[:3, 3] = world.data.cam_xpos[index]
+    return pose
+
+
+def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
+    """Instance id -> [8, 3] corners of its oriented box, base frame: objects from 1, then the gripper."""
+    boxes = {}
+    for i, body in enumerate(world.bodies):
+        corners = body.low + _CORNERS * (body.high - body.low)
+        boxes[i + 1] = corners @ world.matrix(i).T + world.position(i)
+    boxes[len(world.bodies) + 1] = _gripper_box(world)
+    return boxes
+
+
+def _gripper_box(world: World) -> NDArray[np.float64]:
+    """[8, 3] the box around hand and fingers, along the hand's axes, base frame."""
+    model, data = world.model, world.data
+    hand = model.body("hand").id
+    axes, origin = data.xmat[hand].reshape(3, 3), data.xpos[hand]
+    low, high = np.full(3, np.inf), np.full(3, -np.inf)
+    for name in ("hand", "finger1", "finger2"):
+        start = int(model.body(name).geomadr[0])
+        for geom in range(start, start + int(model.body(name).geomnum[0])):
+            turn = axes.T @ data.geom_xmat[geom].reshape(3, 3)
+            size = model.geom_size[geom]
+            if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX:
+                half = np.abs(turn) @ size
+            else:  # a capsule
+                half = size[0] + size[1] * np.abs(turn[:, 2])
+            center = axes.T @ (data.geom_xpos[geom] - origin)
+            low, high = np.minimum(low, center - half), np.maximum(high, center + half)
+    return (low + _CORNERS * (high - low)) @ axes.T + origin

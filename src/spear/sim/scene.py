@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
-from spear.sim.objects import CUBES, GRASPABLE, KINDS, RECOLORED, SUPPORTS, Color, Vec3
+from spear.sim.objects import CUBES, GRASPABLE, KINDS, SUPPORTS, Color, Vec3
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TRAIN_SEED = 10_000
@@ -73,10 +73,7 @@ TEMPLATES: dict[str, Sequence[str]] = {
     ),
 }
 SYNONYMS: dict[str, Sequence[str]] = {
-    "red cube": ("red cube", "red block"),
-    "green cube": ("green cube", "green block"),
-    "blue cube": ("blue cube", "blue block"),
-    "yellow cube": ("yellow cube", "yellow block"),
+    **{cube: (cube, cube.replace("cube", "block")) for cube in CUBES},
     "can": ("can", "soda can"),
     "eggplant": ("eggplant", "aubergine"),
     "towel": ("towel", "cloth"),
@@ -149,15 +146,15 @@ class SceneSpec:
 
     family: str
     seed: int
-    instruction: str
     things: tuple[Thing, ...]
-    source: int | None
-    target: int | None
     ee_position: Vec3
     ee_rotation: Quat
-    opening: float
-    held: int | None
     look: Look
+    instruction: str = ""
+    source: int | None = None
+    target: int | None = None
+    opening: float = 1.0
+    held: int | None = None
 
 
 def check_families(families: Iterable[str]) -> None:
@@ -185,20 +182,17 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     source, target, pool = _cast(family, rng)
     wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
     things = _place(wanted, rng, must=2)
-    position = START + rng.uniform(-0.08, 0.08, 3)
-    rotation = _tilted(rng, math.radians(18), math.radians(30))
     return SceneSpec(
         family=family,
         seed=seed,
-        instruction=_instruct(family, source, target, rng),
         things=tuple(things),
         source=1,
         target=0,
-        ee_position=_vec(position),
-        ee_rotation=rotation,
-        opening=1.0,
-        held=None,
-        look=sample_look(rng),
+        # drawn in this order
+        ee_position=_vec(START + rng.uniform(-0.08, 0.08, 3)),
+        ee_rotation=_tilted(rng, math.radians(18), math.radians(30)),
+        instruction=_instruct(family, source, target, rng),
+        look=_look(rng),
     )
 
 
@@ -209,7 +203,7 @@ def clutter_scene(seed: int) -> SceneSpec:
     """
     _check_seed(seed)
     rng = np.random.default_rng([len(FAMILIES), seed])
-    names = _choose(rng, (*GRASPABLE, "bottle"), int(rng.integers(2, 6)), repeats=0.15)
+    names = _choose(rng, DISTRACTORS, int(rng.integers(2, 6)), repeats=0.15)
     supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
     things = _place([*supports, *names], rng, must=2)
     held = None
@@ -226,19 +220,16 @@ def clutter_scene(seed: int) -> SceneSpec:
     return SceneSpec(
         family="clutter",
         seed=seed,
-        instruction="",
         things=tuple(things),
-        source=None,
-        target=None,
         ee_position=_vec([*xy, height]),
         ee_rotation=_tilted(rng, math.radians(tilt), math.radians(90)),
         opening=opening,
         held=held,
-        look=sample_look(rng),
+        look=_look(rng),
     )
 
 
-def sample_look(rng: np.random.Generator) -> Look:
+def _look(rng: np.random.Generator) -> Look:
     """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
     camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
@@ -284,14 +275,13 @@ def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str
 
 def _instruct(family: str, source: str, target: str, rng: np.random.Generator) -> str:
     """One wording at random of "`source` to `target`"."""
-    templates = TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family]
-    template = templates[int(rng.integers(len(templates)))]
-    return template.format(source=_synonym(source, rng), target=_synonym(target, rng))
 
+    def one_of(words: Sequence[str]) -> str:
+        return words[int(rng.integers(len(words)))]
 
-def _synonym(name: str, rng: np.random.Generator) -> str:
-    names = SYNONYMS.get(name, (name,))
-    return names[int(rng.integers(len(names)))]
+    template = one_of(TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family])
+    source, target = (one_of(SYNONYMS.get(name, (name,))) for name in (source, target))
+    return template.format(source=source, target=target)
 
 
 def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0) -> list[str]:
@@ -329,12 +319,11 @@ def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap
             yaw = float(rng.uniform(-math.pi, math.pi))
             if name in ("basket", "towel"):
                 yaw *= 0.12
-            colors = RECOLORED.get(name, (kind.color,))
             return Thing(
                 name,
                 (float(x), float(y), kind.height),
                 (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)),
-                _pick(rng, colors, 0.04),
+                _pick(rng, kind.colors, 0.04),
             )
     return None
 
@@ -355,9 +344,8 @@ def _tilted(rng: np.random.Generator, tilt: float, yaw: float) -> Quat:
 
 def _pick(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:
     color = np.array(colors[int(rng.integers(len(colors)))])
-    return _vec(
-        np.clip(color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2, 0, 1)
-    )
+    color = color * (1 + rng.uniform(-spread, spread)) + rng.uniform(-spread, spread, 3) / 2
+    return _vec(np.clip(color, 0, 1))
 
 
 def _vec(values: Sequence[float] | np.ndarray) -> Vec3:

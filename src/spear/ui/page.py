@@ -1,29 +1,45 @@
-"""The page's side of HTTP: its files, who may see them, and its websocket.
+"""The page: its files, who may see them, and its tabs, each with a websocket.
 
 The page puts this machine to work for whoever opens it. Other web sites must not do that: a websocket is
 taken only from a page of this server, and without a token the page is found only under an address or
 localhost, never under a name that somebody else could point here.
+
+A tab sends JSON {"do": one of `REQUESTS`, …}, or the bytes of an image file; it is sent parts of its view.
+Whatever is wrong becomes {"problem": one line}. One thread does all the work, never the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import http
 import ipaddress
-from concurrent.futures import ThreadPoolExecutor
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import resources
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from spear.errors import SpearError, unknown_name
 from spear.policy import Spear1Policy
-from spear.ui.session import Session
-from spear.ui.table import Studio
+from spear.sim.env import RATE_HZ
+from spear.ui.table import Studio, Table, View
+from spear.util.processes import release_workers
 
+LOG = logging.getLogger("spear.ui")
+LARGEST_SEED = 2**31 - 1
+REQUESTS = ("reset", "instruct", "predict", "step", "start", "stop", "boxes", "question", "follow")
+"""What a tab may ask for: each is a method of `Session`, with _ before its name."""
 SOCKET = "/ui"
 FILES = {
     "/": ("index.html", "text/html"),
@@ -38,7 +54,7 @@ POLICY = (
 )
 ASK = """<!doctype html><html lang="en"><meta charset="utf-8"><title>SPEAR-1</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><link rel="stylesheet" href="/ui.css">
-<main class="door"><h1>SPEAR-1</h1><p>{said}</p><form action="/" method="get">
+<main class="door"><h1>SPEAR-1</h1><p>{}</p><form action="/" method="get">
 <input type="password" name="token" placeholder="token" autofocus><button
 class="primary">Open</button></form></main>
 """
@@ -50,9 +66,7 @@ class Page:
     def __init__(self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int) -> None:
         self._studio = Studio(policy, name)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
-        self._token = token
-        self._about = {"max_bytes": max_bytes}
-        self._tabs = 0
+        self._token, self._about, self._tabs = token, {"max_bytes": max_bytes}, 0
         folder = resources.files("spear.ui")
         self._files = {path: (folder.joinpath(f).read_bytes(), kind) for path, (f, kind) in FILES.items()}
 
@@ -69,7 +83,11 @@ class Page:
         if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):
             return self._enter(request, sent[-1])
         if not self._known(request) and parts.path != "/ui.css":
-            return _ask("This page asks for the server's token.")
+            return _response(
+                http.HTTPStatus.UNAUTHORIZED,
+                ASK.format("This page asks for the server's token."),
+                "text/html",
+            )
         if parts.path != SOCKET:
             return _response(http.HTTPStatus.OK, *self._files[parts.path])
         if self._tabs >= MOST_TABS:
@@ -101,15 +119,14 @@ class Page:
         return None
 
     def _known(self, request: Request) -> bool:
-        right = self._cookie(request).encode()
         sent = "; ".join(request.headers.get_all("Cookie")).split("; ")
-        return self._token is None or any(
-            hmac.compare_digest(cookie.encode(errors="surrogateescape"), right) for cookie in sent
-        )
+        return self._token is None or any(_equal(cookie, self._cookie(request)) for cookie in sent)
 
     def _enter(self, request: Request, sent: str) -> Response:
-        if self._token is not None and not hmac.compare_digest(sent.encode(), self._token.encode()):
-            return _ask("That is not the token: try again.")
+        if self._token is not None and not _equal(sent, self._token):
+            return _response(
+                http.HTTPStatus.UNAUTHORIZED, ASK.format("That is not the token: try again."), "text/html"
+            )
         response = _response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
@@ -123,6 +140,11 @@ class Page:
         return f"spear_{port if port.isdecimal() else 80}={value}"
 
 
+def _equal(sent: str, right: str) -> bool:
+    """Whether a secret is the right one; the time that this takes tells nothing about it."""
+    return hmac.compare_digest(sent.encode(errors="surrogateescape"), right.encode())
+
+
 def _address(host: str) -> bool:
     """Whether a Host header names localhost or a numeric address."""
     try:
@@ -130,11 +152,6 @@ def _address(host: str) -> bool:
     except ValueError:
         return host.partition(":")[0] == "localhost"
     return True
-
-
-def _ask(why: str) -> Response:
-    """The page that asks for the token."""
-    return _response(http.HTTPStatus.UNAUTHORIZED, ASK.format(said=why), "text/html")
 
 
 def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plain") -> Response:
@@ -151,3 +168,124 @@ def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plai
         }
     )
     return Response(status.value, status.phrase, headers, data)
+
+
+class Session:
+    """One tab. `thread` is the one thread that the studio belongs to."""
+
+    def __init__(self, connection: ServerConnection, studio: Studio, thread: Executor) -> None:
+        self._connection, self._studio, self._thread = connection, studio, thread
+        self._table = Table(studio)
+        self._rollout: asyncio.Task[None] | None = None
+        self._instruction = ""
+        self._following = False
+
+    async def talk(self, about: View) -> None:
+        """Serve the tab until it is closed. `about` is sent first, then the first scene."""
+        try:
+            await self._send({**about, **self._studio.about(), "running": False, "problem": None})
+            await self._safely(self._reset, {"family": self._studio.about()["families"][0], "seed": 0})
+            async for message in self._connection:
+                await self._answer(message)
+        finally:
+            await self._stop({})
+
+    async def _answer(self, message: str | bytes) -> None:
+        if isinstance(message, bytes):
+            await self._safely(self._photo, {"data": message})
+            return
+        try:
+            request = json.loads(message)
+            name = REQUESTS[REQUESTS.index(request["do"])]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            await self._send({"problem": f"{message[:60]!r}: no request of this page: reload it"})
+            return
+        await self._safely(getattr(self, f"_{name}"), request)
+
+    async def _safely(self, do: Callable[[Mapping[str, Any]], Any], request: Mapping[str, Any]) -> None:
+        """Do it; what goes wrong is said to the page."""
+        try:
+            await do(request)
+            await self._send({"problem": None})
+        except SpearError as error:
+            await self._send({"problem": str(error)})
+        except Exception as error:
+            LOG.exception("request failed")
+            await self._send({"problem": f"the server failed: {type(error).__name__}: see its log"})
+
+    async def _reset(self, request: Mapping[str, Any]) -> None:
+        family, seed = request.get("family"), request.get("seed")
+        if not isinstance(family, str):
+            raise unknown_name("task family", str(family)[:40], self._studio.about()["families"])
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
+            raise SpearError(f"seed {str(seed)[:20]}: give a whole number from 0 to {LARGEST_SEED}")
+        await self._stop({})
+        view = await self._work(self._table.reset, family, seed)
+        self._instruction = view["instruction"]
+        await self._send(view)
+
+    async def _photo(self, request: Mapping[str, Any]) -> None:
+        await self._stop({})
+        await self._send(await self._work(self._table.show, request["data"]))
+
+    async def _instruct(self, request: Mapping[str, Any]) -> None:
+        text = request.get("text")
+        self._instruction = text if isinstance(text, str) else ""
+
+    async def _predict(self, request: Mapping[str, Any]) -> None:
+        await self._send(await self._work(self._table.predict, self._instruction))
+
+    async def _step(self, request: Mapping[str, Any]) -> None:
+        await self._stop({})
+        await self._send(await self._work(self._table.step, self._instruction, self._following))
+
+    async def _start(self, request: Mapping[str, Any]) -> None:
+        if self._rollout is None or self._rollout.done():
+            self._rollout = asyncio.create_task(self._safely(self._roll, {}))
+
+    async def _stop(self, request: Mapping[str, Any]) -> None:
+        task, self._rollout = self._rollout, None
+        if task is not None and not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _roll(self, request: Mapping[str, Any]) -> None:
+        """Steps at the robot's pace, or as fast as this machine can, until stopped or the episode is over."""
+        await self._send({"running": True})
+        try:
+            due = time.monotonic()
+            while True:
+                view = await self._work(self._table.step, self._instruction, self._following)
+                await self._send(view)
+                if not self._table.moves:
+                    break
+                due = max(due + 1 / RATE_HZ, time.monotonic() - 1 / RATE_HZ)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+        finally:
+            await self._send({"running": False})
+
+    async def _boxes(self, request: Mapping[str, Any]) -> None:
+        names = request.get("objects")
+        if not isinstance(names, list):
+            raise SpearError("objects: give a list of names")
+        await self._send(await self._work(self._table.boxes, names))
+
+    async def _question(self, request: Mapping[str, Any]) -> None:
+        await self._send(await self._work(self._table.question, request.get("text")))
+
+    async def _follow(self, request: Mapping[str, Any]) -> None:
+        self._following = request.get("on") is True
+
+    async def _work(self, job: Callable[..., View], *args: Any) -> View:
+        def alone() -> View:
+            try:
+                return job(*args)
+            finally:
+                release_workers()  # they would slow the robots' inference
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, alone)
+
+    async def _send(self, view: View) -> None:
+        with contextlib.suppress(ConnectionClosed):  # `talk` notices it
+            await self._connection.send(json.dumps(view))

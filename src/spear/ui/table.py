@@ -23,8 +23,7 @@ from spear.evaluate.vqa import ask
 from spear.labels.fit.box3d import EDGES, order_vertices
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
-from spear.sim.frames import camera_pose, intrinsics, object_boxes
-from spear.sim.render import Renderer, Size
+from spear.sim.render import Renderer, camera_pose, intrinsics, object_boxes
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.sim.world import World
 from spear.types import Array
@@ -38,11 +37,9 @@ LARGEST_SHOWN = (1152, 864)
 """A photo is scaled down to fit these pixels before it goes back to the page."""
 MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
-LINKS = ("link0", *(f"link{k}" for k in range(1, 8)), "hand")
+LINKS = (*(f"link{k}" for k in range(8)), "hand")
 NEUTRAL = np.array([*START, 1, 0, 0, 0, 1], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
-
-
 NOTHING_YET: View = {"chunk": None, "boxes": [], "answer": None}
 
 
@@ -192,8 +189,7 @@ class Table:
 
     def question(self, text: str) -> View:
         """SPEAR-VLM's answer to any question, in words."""
-        image = self._image()
-        text = tools.prompt({"question": text}, "question")
+        image, text = self._image(), tools.prompt({"question": text}, "question")
         answer = ask.ask(self._studio.vlm, image, text)
         return {"answer": {"question": text, "text": ask.words(answer, image)}}
 
@@ -218,14 +214,10 @@ class Table:
         """Actions [H, 8], and the chunk to draw: H + 1 poses, the first where the gripper is."""
         if self._env is not None:
             # the noise that an evaluation of this scene draws at this step
-            seed = 1000 * self._env.world.spec.seed + self._steps
-            observation = {**self._env.observe(), "prompt": instruction, "seed": seed}
+            observation = {**self._env.observe(), "seed": 1000 * self._env.seed + self._steps}
         else:
-            observation = {
-                "observation/image": self._image(),
-                "observation/state": NEUTRAL,
-                "prompt": instruction,
-            }
+            observation = {"observation/image": self._image(), "observation/state": NEUTRAL}
+        observation["prompt"] = instruction
         started = time.perf_counter()
         actions = self._studio.policy.infer(observation)["actions"]
         elapsed = time.perf_counter() - started
@@ -242,7 +234,9 @@ class Table:
         """The scene as it is now."""
         assert self._env is not None
         world, sizes = self._env.world, self._studio.policy.processor.image_sizes
-        views = [(camera, _shown(sizes[camera], width)) for camera, width in SHOWN_WIDTHS.items()]
+        # whole multiples of what the model sees
+        scales = {camera: max(1, round(width / sizes[camera][0])) for camera, width in SHOWN_WIDTHS.items()}
+        views = [(c, (sizes[c][0] * scale, sizes[c][1] * scale)) for c, scale in scales.items()]
         external, wrist = self._studio.renderer.images(world, views)
         width, height = views[0][1]
         position, rotation = world.servo.pose()
@@ -277,12 +271,6 @@ def _boxes(world: World) -> dict[str, Array]:
 
 def _gripper(state: Array) -> View:
     return {"position": state[:3].tolist(), "rotation": state[3:7].tolist(), "opening": float(state[7])}
-
-
-def _shown(size: Size, width: int) -> Size:
-    """A multiple of a camera's size that is about `width` wide."""
-    scale = max(1, round(width / size[0]))
-    return size[0] * scale, size[1] * scale
 
 
 def _jpeg(image: Array) -> str:

@@ -32,8 +32,7 @@ def decode_image(encoded: bytes, where: str = "an image") -> Array:
 
 
 def picture_format(name: str) -> str:
-    """What Pillow calls the format of a file of this name, by its ending. Raises SpearError where it writes
-    none."""
+    """Pillow's name for the format of a file, by its ending. Raises SpearError where Pillow writes none."""
     kind = Image.registered_extensions().get(Path(name).suffix.lower(), "")
     if kind not in Image.SAVE:
         raise SpearError(f"{name}: not a name for a picture: end it in .png or .jpg")
@@ -41,8 +40,7 @@ def picture_format(name: str) -> str:
 
 
 def encode_picture(image: Array, name: str) -> bytes:
-    """[h, w, 3] uint8 RGB -> the bytes of a picture file of this name. Raises SpearError as `picture_format`
-    does."""
+    """[h, w, 3] uint8 RGB -> the bytes of a picture file of this name. Raises as `picture_format` does."""
     buffer = io.BytesIO()
     try:
         Image.fromarray(image).save(buffer, picture_format(name))
@@ -65,24 +63,18 @@ def load_image(source: str | Path | bytes, name: str = "") -> Array:
     on white; of an animation the first frame is taken. Embedded colour profiles are not applied. (Our
     choice.)
 
-    Args:
-        source: a path, or the bytes of the file.
-        name: what errors call the image; the path when not given.
+    source  a path, or the bytes of the file; name: what errors call it, the path when not given.
 
-    Raises:
-        SpearError: no such file, not an image, a broken or truncated one, one that claims to be enormous
-            (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
-            more than 16 bits).
+    Raises `SpearError` for no such file, not an image, a broken or truncated one, one that claims to be
+    enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
+    more than 16 bits).
     """
-    if isinstance(source, bytes):
-        data, name = source, name or "image"
-    else:
-        name = name or str(source)
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -105,7 +97,5 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
         image = Image.fromarray((values // 256).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Resumable work: who may write to a folder, with which settings it was begun, and how much of it may go wrong.
+"""Resumable work: who may write to a folder, with which settings, and how much of it may go wrong.
 
 What is finished is a matter of the work itself: a file counts from the moment when it has its name (`files`).
 """
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from spear.errors import SpearError
 from spear.util.files import write_text, writing
@@ -123,13 +123,7 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Digest(Protocol):
-    """A hash of `hashlib`."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-def add_files(digest: Digest, folder: Path, kinds: Sequence[str]) -> None:
+def add_files(digest: hashlib._Hash, folder: Path, kinds: Sequence[str]) -> None:
     """Adds names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below to a hash.
 
     Large files are not read whole.

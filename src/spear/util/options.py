@@ -1,4 +1,4 @@
-"""Options of commands: dataclasses that stand beside what they configure, from which the command line is made.
+"""Options of commands: dataclasses beside what they configure, from which the command line is made.
 
 Each field is followed by a docstring, which is its help; what several commands take has its one description
 here. Ranges are annotations and are checked whenever options are made, from the command line or in Python.
@@ -58,7 +58,7 @@ def option_name(field: str) -> str:
 
 
 def option_names(options: type) -> list[str]:
-    """The options of a dataclass, with those of dataclasses inside it. Positional arguments are no options."""
+    """The options of a dataclass, with those of dataclasses inside it; positional arguments are none."""
     found = []
     hints = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
@@ -91,7 +91,7 @@ Dataset = Annotated[
     str | None,
     arg(
         metavar="NAME",
-        help="Of a policy whose training datasets were normalised each by itself: the one whose units to use.",
+        help="Of a policy whose training datasets were each normalised by itself: whose units to use.",
     ),
 ]
 Layout = Annotated[
@@ -108,7 +108,7 @@ Changes = Annotated[
 
 
 def key_values(items: Sequence[str], option: str) -> dict[str, Any]:
-    """KEY=VALUE words; a value is read as JSON (numbers, true, lists …) where it is some, else it is a string.
+    """KEY=VALUE words; a value is read as JSON (numbers, true, lists …) where it is some, else as a string.
 
     Raises `SpearError`, naming the option, for a word without =.
     """

@@ -1,5 +1,4 @@
-"""How far long work is, with rate and time left, on stderr: a bar in a terminal, in a log a line now and
-then."""
+"""How far long work is, with rate and time left, on stderr: a bar in a terminal, else now and then a line."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class ProgressBar:
         self, name: str, total: int | None = None, unit: str = "steps", before: int = 0, quiet: bool = False
     ) -> None:
         console = Console(file=sys.stderr)
-        self.name, self.total, self.unit, self.before, self.done = name, total, unit, before, before
+        self.name, self.unit, self._info, self._lines = name, unit, "", 0
         self._terminal, self._quiet = console.is_terminal and not quiet, quiet
         self._bar = Progress(
             BarColumn(20),
@@ -40,13 +39,11 @@ class ProgressBar:
             disable=not self._terminal,
             refresh_per_second=2,  # drawing takes time from the work
         )
-        self._row = self._bar.add_task(name, total=total, completed=before)
-        self._begun = self._said = time.monotonic()
-        self._info, self._lines = "", 0
+        self._row = self._bar.add_task(name)
+        self.begin(total, before)
 
     def __enter__(self) -> ProgressBar:
-        self._begun = self._said = time.monotonic()
-        self._draw()
+        self.begin(self.total, self.before)
         self._bar.start()
         return self
 
@@ -55,17 +52,18 @@ class ProgressBar:
             self._line()  # where it ended
         self._bar.stop()
 
-    def begin(self, total: int, before: int = 0) -> None:
+    def begin(self, total: int | None, before: int = 0) -> None:
         """The work itself begins only now, and there is so much of it."""
-        self.total, self.before, self.done = total, before, before
-        self._begun = time.monotonic()
-        self._draw()
+        self.total, self.before = total, before
+        self._begun = self._said = time.monotonic()
+        self.update(before)
 
     def update(self, done: int, info: str = "") -> None:
         """So many are done. info: what else there is to say."""
         self.done, self._info = done, info
-        self._draw()
-        if not self._terminal and not self._quiet and time.monotonic() - self._said > EVERY:
+        if self._terminal:
+            self._bar.update(self._row, completed=done, total=self.total, description=self.text())
+        elif not self._quiet and time.monotonic() - self._said > EVERY:
             self._line()
 
     def say(self, line: str) -> None:
@@ -75,7 +73,11 @@ class ProgressBar:
     def text(self) -> str:
         """All of it in words."""
         of = "" if self.total is None else f" of {self.total:,}"
-        parts = [f"{self.name}: {self.done:,}{of} {self.unit}", self.rate(), self._left(), self._info]
+        per_second, left = self._per_second(), ""
+        if self.total is not None and self.done < self.total and per_second:
+            minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
+            left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        parts = [f"{self.name}: {self.done:,}{of} {self.unit}", self.rate(), left, self._info]
         return ", ".join(part for part in parts if part)
 
     def rate(self) -> str:
@@ -87,16 +89,6 @@ class ProgressBar:
 
     def _per_second(self) -> float:
         return (self.done - self.before) / max(time.monotonic() - self._begun, 1e-9)
-
-    def _left(self) -> str:
-        if self.total is None or self.done >= self.total or not self._per_second():
-            return ""
-        minutes, seconds = divmod(round((self.total - self.done) / self._per_second()), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-
-    def _draw(self) -> None:
-        if self._terminal:
-            self._bar.update(self._row, completed=self.done, total=self.total, description=self.text())
 
     def _line(self) -> None:
         self.say(self.text())

@@ -104,7 +104,7 @@ def held_out_frames(
 
     Raises SpearError for seeds that training uses (10,000 and above).
     """
-    from spear.sim.frames import clutter_frame
+    from spear.sim.render import clutter_frame
     from spear.sim.render import Renderer
     from spear.sim.scene import held_out_seeds
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spear.util.threads import release_workers
+from spear.util.processes import release_workers
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
