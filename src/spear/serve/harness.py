@@ -1,7 +1,7 @@
 """A model server for AllenAI's vla-eval harness: its episodes in, one action per observation out.
 
 The harness's own server speaks its protocol; this is the class that it calls. Observations of all running
-episodes are answered together (`spear.serve.batching`). A bad one ends its own episode only.
+episodes are answered together (`spear.serve.service`). A bad one ends its own episode only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
 from spear.chunks import REPLAN
-from spear.serve.batching import Batcher
 from spear.serve.options import VlaEvalOptions
-from spear.serve.service import Service
+from spear.serve.service import Batcher, Service
 from spear.types import Array
 
 NEEDED = {"send_state": True}

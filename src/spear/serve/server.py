@@ -23,9 +23,8 @@ from websockets.protocol import State
 
 from spear.errors import SpearError
 from spear.serve import wire
-from spear.serve.batching import Batcher, Busy, Gone
 from spear.serve.options import ServeOptions, ServiceOptions
-from spear.serve.service import Service
+from spear.serve.service import Batcher, Busy, Gone, Service
 
 LOG = logging.getLogger("spear.serve")
 QUIET = logging.getLogger("spear.serve.websockets")

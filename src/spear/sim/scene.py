@@ -6,8 +6,10 @@ The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -35,73 +37,11 @@ PUT_ON: dict[str, Sequence[str]] = {
 IN_BASKET = ("eggplant", "carrot", "banana", "cucumber", "sponge", "can", *COMPACT)
 DISTRACTORS = (*GRASPABLE, "bottle")
 
-_INTO = (
-    "put the {source} in the {target}",
-    "place the {source} into the {target}",
-    "pick up the {source} and put it in the {target}",
-    "drop the {source} in the {target}",
-    "move the {source} into the {target}",
-    "take the {source} and place it in the {target}",
-)
-TEMPLATES: dict[str, Sequence[str]] = {
-    "put_on": (
-        "put the {source} on the {target}",
-        "place the {source} on the {target}",
-        "pick up the {source} and put it on the {target}",
-        "move the {source} onto the {target}",
-        "set the {source} down on the {target}",
-        "take the {source} and place it on the {target}",
-        "the {source} goes on the {target}",
-    ),
-    "put_in_bowl": _INTO,
-    "put_in_basket": (*_INTO, "the {source} belongs in the {target}"),
-    "spoon_on_towel": (
-        "put the {source} on the {target}",
-        "place the {source} on the {target}",
-        "lay the {source} down on the {target}",
-        "pick up the {source} and put it on the {target}",
-        "move the {source} onto the {target}",
-        "take the {source} and lay it on the {target}",
-    ),
-    "stack_cube": (
-        "stack the {source} on the {target}",
-        "put the {source} on top of the {target}",
-        "place the {source} on the {target}",
-        "pick up the {source} and stack it on the {target}",
-        "set the {source} on top of the {target}",
-        "move the {source} onto the {target}",
-    ),
-}
-SYNONYMS: dict[str, Sequence[str]] = {
-    **{cube: (cube, cube.replace("cube", "block")) for cube in CUBES},
-    "can": ("can", "soda can"),
-    "eggplant": ("eggplant", "aubergine"),
-    "towel": ("towel", "cloth"),
-    "plate": ("plate", "dish"),
-}
-"""Other words for some objects."""
-
-TABLE_COLORS: Sequence[Color] = (
-    (0.72, 0.54, 0.36),
-    (0.56, 0.40, 0.27),
-    (0.84, 0.76, 0.64),
-    (0.62, 0.63, 0.62),
-    (0.86, 0.86, 0.84),
-    (0.38, 0.42, 0.46),
-    (0.50, 0.58, 0.56),
-)
-FLOOR_COLORS: Sequence[Color] = (
-    (0.55, 0.55, 0.57),
-    (0.45, 0.36, 0.28),
-    (0.70, 0.68, 0.62),
-    (0.30, 0.33, 0.37),
-)
-WALL_COLORS: Sequence[Color] = (
-    (0.88, 0.87, 0.83),
-    (0.68, 0.76, 0.80),
-    (0.80, 0.74, 0.66),
-    (0.60, 0.64, 0.60),
-)
+_DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+TEMPLATES: dict[str, Sequence[str]] = _DATA["templates"]
+"""Task family → its instructions, with {source} and {target}."""
+SYNONYMS: dict[str, Sequence[str]] = _DATA["synonyms"]
+"""What some objects are called, the usual word first."""
 
 Quat = tuple[float, float, float, float]
 
@@ -242,11 +182,11 @@ def _look(rng: np.random.Generator) -> Look:
         target=_vec(target),
         fovy=FOVY,
         table=str(rng.choice(["wood", "planks", "cloth", "plain"])),
-        table_color=_pick(rng, TABLE_COLORS, 0.06),
+        table_color=_pick(rng, _DATA["colors"]["table"], 0.06),
         floor=str(rng.choice(["tiles", "planks", "plain"])),
-        floor_color=_pick(rng, FLOOR_COLORS, 0.08),
+        floor_color=_pick(rng, _DATA["colors"]["floor"], 0.08),
         wall=str(rng.choice(["plain", "cloth", "tiles"])),
-        wall_color=_pick(rng, WALL_COLORS, 0.08),
+        wall_color=_pick(rng, _DATA["colors"]["wall"], 0.08),
         light=_vec(light / math.hypot(*light)),
         diffuse=_vec(diffuse),
         ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),

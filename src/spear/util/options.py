@@ -96,10 +96,7 @@ Dataset = Annotated[
 ]
 Layout = Annotated[
     Path | None,
-    arg(
-        metavar="FILE",
-        help="What the dataset's columns mean, as JSON, when its folder has no spear.json.",
-    ),
+    arg(metavar="FILE", help="What the dataset's columns mean, as JSON, when its folder has no spear.json."),
 ]
 Split = Annotated[str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")]
 Changes = Annotated[
