@@ -138,7 +138,10 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "
     return folder
 
 
-def test_parts_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path) -> None:
+    for name in ("nanno", "nowhere/at/all"):
+        with pytest.raises(SpearError, match=name):
+            load_vlm(name)
     start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
     with pytest.raises(SpearError, match=r"vocabulary mismatch: .* 1000 … 2023 of 2786"):
         Spear1Policy.load(start)
@@ -159,13 +162,6 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
         weights.load(Spear1ForActionPrediction, tmp_path)
     with pytest.raises(SpearError, match=r"torch\.int8"):
         weights.load(Spear1ForActionPrediction, tmp_path, torch.int8)
-
-
-def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(SpearError, match="nanno"):
-        locate("nanno")
-    with pytest.raises(SpearError, match="nowhere/at/all"):
-        load_vlm("nowhere/at/all")
 
 
 def test_weights_in_bfloat16_act_alike(policy: Spear1Policy) -> None:

@@ -85,33 +85,27 @@ def test_what_is_wrong_is_named(name: str) -> None:
         robot.read([good])
 
 
-def test_widowx_speaks_bridge() -> None:
-    robot = embodiments.load("widowx")
+@pytest.mark.parametrize(
+    ("name", "convention", "frame", "closed"),
+    [("widowx", "xyz", np.eye(3), 0), ("simpler_widowx", "XYZ", REFERENCE, -1)],
+)
+def test_widowx_controllers_turn_as_we_do(name: str, convention: str, frame: Array, closed: int) -> None:
+    """The target moves and turns along base axes; `frame`: the controller's end-effector frame in ours."""
+    robot = embodiments.load(name)
     seen = robot.example()
     state = robot.read(seen)["observation/state"]
-    orientation = Rotation.from_euler("xyz", seen["observation/state"][3:6])
-    assert (turn(state[3:7]).inv() * orientation).magnitude() < 1e-6
-    rows = robot.controls["step_action"].convert(chunk(), state, seen)
-    positions, turns = walked(state, chunk())
-    position = np.float64(state[:3])
-    for row, expected, facing in zip(rows, positions, turns, strict=True):
-        position, orientation = position + row[:3], Rotation.from_euler("xyz", row[3:6]) * orientation
-        np.testing.assert_allclose(position, expected, atol=1e-6)
-        assert (orientation.inv() * facing).magnitude() < 1e-5
-    assert rows[:, 6].tolist() == [1, 1, 0, 0, 0]
-
-
-def test_simpler_turns_the_link_as_its_controller_does() -> None:
-    robot = embodiments.load("simpler_widowx")
-    seen = robot.example()
-    state = robot.read(seen)["observation/state"]
-    link = turn(seen["maniskill3/eef_pos"][3:7])
-    np.testing.assert_allclose(turn(state[3:7]).as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-6)
+    if name == "widowx":
+        orientation = Rotation.from_euler("xyz", seen["observation/state"][3:6])
+    else:
+        orientation = turn(seen["maniskill3/eef_pos"][3:7])
+    np.testing.assert_allclose(turn(state[3:7]).as_matrix() @ frame, orientation.as_matrix(), atol=1e-6)
     rows = robot.control(None)[1].convert(chunk(angle=0.5), state, seen)
-    for row, facing in zip(rows, walked(state, chunk(angle=0.5))[1], strict=True):
-        link = Rotation.from_euler("XYZ", row[3:6]) * link
-        np.testing.assert_allclose(facing.as_matrix() @ REFERENCE, link.as_matrix(), atol=1e-5)
-    assert rows[:, 6].tolist() == [1, 1, -1, -1, -1]
+    positions, turns = walked(state, chunk(angle=0.5))
+    np.testing.assert_allclose(state[:3] + np.cumsum(rows[:, :3], axis=0), positions, atol=1e-6)
+    for row, facing in zip(rows, turns, strict=True):
+        orientation = Rotation.from_euler(convention, row[3:6]) * orientation
+        np.testing.assert_allclose(facing.as_matrix() @ frame, orientation.as_matrix(), atol=1e-5)
+    assert rows[:, 6].tolist() == [1, 1, closed, closed, closed]
 
 
 def test_neither_simpler_takes_the_others_observations() -> None:
@@ -134,7 +128,7 @@ def test_neither_simpler_takes_the_others_observations() -> None:
         three.read({**three.example(), "observation/eef_pos": pose})
 
 
-def test_droid_joints_lead_where_the_actions_do() -> None:
+def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     from spear.sim.control import kinematics
 
     robot = embodiments.load("droid")
@@ -153,19 +147,11 @@ def test_droid_joints_lead_where_the_actions_do() -> None:
     assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
     fast = robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)
     assert np.abs(fast[:, :7]).max() <= 1
-
-
-def test_droid_cartesian_positions_are_those_of_the_flange() -> None:
-    robot = embodiments.load("droid")
-    seen = robot.example()
-    state = robot.read(seen)["observation/state"]
     rows = robot.controls["cartesian_position"].convert(chunk(), state, seen)
-    positions, turns = walked(state, chunk())
+    hand_in_flange = Rotation.from_euler("ZX", [-45, 180], degrees=True)
     for row, position, facing in zip(rows[2::3], positions, turns, strict=True):
         flange = Rotation.from_euler("xyz", row[3:6])
-        hand = (
-            flange * Rotation.from_euler("z", -45, degrees=True) * Rotation.from_euler("x", 180, degrees=True)
-        )
+        hand = flange * hand_in_flange
         np.testing.assert_allclose(row[:3] + flange.apply([0, 0, 0.1034]), position, atol=1e-5)
         assert (hand.inv() * facing).magnitude() < 1e-5
 

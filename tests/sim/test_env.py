@@ -32,21 +32,14 @@ def test_keeps_gymnasiums_contract(renderer: Renderer) -> None:
     check_env(TabletopEnv("put_on", (64, 48), (32, 32), renderer), skip_render_check=True)
     assert gymnasium.spec("spear/Tabletop-v0").entry_point == "spear.sim.env:TabletopEnv"
     made = gymnasium.make("spear/Tabletop-v0", family="stack_cube", images=False)
-    assert made.reset(seed=1)[0]["prompt"]
-
-
-def test_observations_are_what_policies_take(renderer: Renderer) -> None:
-    env = TabletopEnv("put_on", (192, 128), (96, 96), renderer)
-    observation, info = env.reset(seed=4)
-    assert observation["observation/image"].shape == (128, 192, 3)
-    assert observation["observation/wrist_image"].shape == (96, 96, 3)
+    observation, info = made.reset(seed=1)
     state = observation["observation/state"]
-    assert state.dtype == np.float32 and state.shape == (8,)
-    assert abs(np.linalg.norm(state[3:7]) - 1) < 1e-6 and state[3] >= 0 and state[7] > 0.95
-    assert observation["prompt"] == env.world.spec.instruction
+    assert state.dtype == np.float32 and state.shape == (8,) and state[3] >= 0 and observation["prompt"]
     assert set(info) >= {"success", "reached", "grasped", "wrong_object_moved", "unreachable"}
-    for image in (observation["observation/image"], observation["observation/wrist_image"]):
-        assert image.std() > 10
+    with pytest.raises(SpearError, match="quaternion"):
+        made.unwrapped.step(np.zeros(8))
+    with pytest.raises(SpearError, match="put_on"):
+        TabletopEnv("put_onn")
 
 
 def test_the_same_seed_gives_the_same_pixels_whatever_else_is_rendered(renderer: Renderer) -> None:
@@ -79,20 +72,6 @@ def test_the_expert_succeeds_and_doing_nothing_fails(family: str) -> None:
     assert truncated and not info["success"] and not info["reached"]
 
 
-def test_rotation_matters() -> None:
-    """The expert without its turns does not get long objects off the table across the fingers."""
-    env = TabletopEnv("spoon_on_towel", images=False)
-    wins = 0
-    for seed in range(4):
-        _, info = env.reset(seed=seed)
-        while not info["success"] and env.steps < 30:
-            action = expert.act(env.world)
-            action[3:7] = STILL[3:7]
-            info = env.physics_step(action)
-        wins += bool(info["success"])
-    assert wins <= 1
-
-
 def test_an_object_that_is_not_let_go_is_no_success() -> None:
     env = TabletopEnv("put_on", images=False)
     _, info = env.reset(seed=3)
@@ -105,15 +84,6 @@ def test_an_object_that_is_not_let_go_is_no_success() -> None:
     for _ in range(3):
         info = env.physics_step(expert.act(env.world))
     assert info["success"]
-
-
-def test_bad_requests_are_refused() -> None:
-    with pytest.raises(SpearError, match="put_on"):
-        TabletopEnv("put_onn")
-    env = TabletopEnv("put_on", images=False)
-    env.reset(seed=0)
-    with pytest.raises(SpearError, match="quaternion"):
-        env.step(np.zeros(8))
 
 
 def test_without_an_opengl_driver_the_packages_to_install_are_named(tmp_path: Path) -> None:

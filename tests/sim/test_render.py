@@ -1,4 +1,4 @@
-"""Rendering contexts: what becomes of one is nothing to the others."""
+"""Pictures: depth, masks, boxes and cameras tell one story; rendering contexts leave each other alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,94 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from spear.sim import Renderer
-from spear.sim.scene import clutter_scene
-from spear.sim.world import World
+from spear.errors import SpearError
+from spear.sim import Renderer, World, clutter_frame, clutter_scene, frame_of, sample_scene
+from spear.sim.world import GRIPPER
+from spear.types import Frame
+
+SIZE = (280, 210)
 
 
-def _shot(renderer: Renderer, world: World) -> NDArray[np.uint8]:
+def unproject(frame: Frame) -> np.ndarray:
+    """[h, w, 3] points, camera frame."""
+    assert frame.depth is not None and frame.intrinsics is not None
+    height, width = frame.depth.shape
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(frame.intrinsics).T
+    return rays * frame.depth[..., None]
+
+
+def in_box(points: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Box coordinates of points (0 … 1 inside) and the box's side lengths; corners in binary order."""
+    edges = vertices[[4, 2, 1]] - vertices[0]
+    lengths = np.linalg.norm(edges, axis=1)
+    return (points - vertices[0]) @ (edges / lengths[:, None] ** 2).T, lengths
+
+
+@pytest.mark.parametrize("camera", ["external", "wrist"])
+def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Renderer, camera: str) -> None:
+    checked = 0
+    for seed in range(6):
+        frame = clutter_frame(seed, camera, SIZE, renderer)
+        assert frame.instances is not None and frame.boxes is not None
+        points = unproject(frame)
+        for index, name in frame.names.items():
+            inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
+            slack = 0.004 / lengths
+            within = ((inside > -slack) & (inside < 1 + slack)).all(axis=1)
+            assert within.mean() > 0.97, (seed, name)
+            checked += 1
+    assert checked > 12
+
+
+def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
+    spreads = []
+    for seed in range(4):
+        frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE, renderer)
+        assert frame.instances is not None and frame.boxes is not None
+        inside, _ = in_box(unproject(frame)[frame.instances == 1], frame.boxes[1])
+        spreads.append(np.ptp(inside, axis=0))
+    assert np.median(spreads, axis=0).min() > 0.85
+
+
+def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
+    world = World(sample_scene("stack_cube", 5))
+    frame = frame_of(world, "external", SIZE, renderer)
+    assert frame.extrinsics is not None
+    points = unproject(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
+    geoms = renderer.layers(world, "external", SIZE)[2].ravel()
+    heights = points[geoms == world.model.geom("table").id, 2]
+    assert len(heights) > 5000
+    assert np.abs(heights).max() < 2e-3
+
+
+def test_names_masks_and_boxes_agree(renderer: Renderer) -> None:
+    scene = clutter_scene(1)
+    world = World(scene)
+    for camera in ("external", "wrist"):
+        frame = frame_of(world, camera, (192, 128), renderer)
+        assert frame.instances is not None and frame.boxes is not None
+        ids = set(np.unique(frame.instances)) - {0}
+        assert ids == set(frame.names) == set(frame.boxes)
+        assert {frame.names[i] for i in ids} <= {thing.kind for thing in scene.things} | {GRIPPER}
+        assert frame.image.shape == (128, 192, 3) and frame.depth is not None
+        assert frame.depth.min() > 0.01 and frame.depth.max() < 6
+        assert frame.source == f"sim/clutter/1/{camera}"
+
+
+def test_labels_and_pictures_show_the_same(renderer: Renderer) -> None:
+    assert GRIPPER in clutter_frame(2, "wrist", (112, 112), renderer).names.values()
+    world = World(sample_scene("put_on", 6))
+    for large in (SIZE, (700, 525)):  # the buffer grows
+        image, wrist = renderer.images(world, [("external", large), ("wrist", (60, 90))])
+        np.testing.assert_array_equal(image, frame_of(world, "external", large, renderer).image)
+        assert image[-100:].std() > 3 and wrist.shape == (90, 60, 3) and wrist.std() > 5
+    with pytest.raises(SpearError, match="wrst"):
+        frame_of(world, "wrst", SIZE, renderer)
+
+
+def _shot(renderer: Renderer, world: World) -> np.ndarray:
     return renderer.images(world, [("external", (96, 72))])[0]
 
 

@@ -13,7 +13,6 @@ from spear.sim.scene import (
     FAMILIES,
     IN_BASKET,
     PUT_ON,
-    START,
     SYNONYMS,
     TEMPLATES,
     clutter_scene,
@@ -61,31 +60,16 @@ def test_each_family_casts_its_roles_and_names_them() -> None:
                 assert any(word in scenes[family].instruction for word in SYNONYMS.get(name, (name,)))
 
 
-def test_the_gripper_starts_tilted_near_the_middle() -> None:
-    scenes = [sample_scene("put_on", seed) for seed in range(60)]
-    offsets = np.array([scene.ee_position for scene in scenes]) - START
-    assert np.abs(offsets).max() <= 0.08 and np.abs(offsets).max(axis=0).min() > 0.06
-    w, x, y, z = np.array([scene.ee_rotation for scene in scenes]).T
-    tilt = np.degrees(np.arccos(1 - 2 * (x * x + y * y)))
-    assert tilt.max() <= 18.01 and tilt.max() > 14 and (w > 0).all()
-    assert np.ptp(np.degrees(2 * np.arctan2(z, w))) > 40
-
-
 def test_clutter_is_varied() -> None:
     scenes = [clutter_scene(seed) for seed in range(120)]
     assert scenes[3] == clutter_scene(3)
     assert all(2 <= len(scene.things) <= 7 for scene in scenes)
-    assert any(scene.held is not None for scene in scenes)
     names = {thing.kind for scene in scenes for thing in scene.things}
     assert names == set(KINDS)
     assert any(len({t.kind for t in s.things}) < len(s.things) for s in scenes)
     heights = np.array([scene.ee_position[2] for scene in scenes])
     assert heights.min() < 0.05 and heights.max() > 0.25
-
-
-def test_a_held_object_is_between_the_fingers() -> None:
-    held = [scene for scene in map(clutter_scene, range(80)) if scene.held is not None]
-    for scene in held[:8]:
+    for scene in [scene for scene in scenes if scene.held is not None][:8]:  # between the fingers
         world = World(scene)
         assert scene.held is not None
         ee, _ = world.servo.pose()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -54,13 +53,8 @@ class Tab:
                 return dict(message["result"])
 
     def open(self, url: str, width: int = 1400, height: int = 1000) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
@@ -95,14 +89,8 @@ class Tab:
     def enter(self) -> None:
         """Press the Enter key."""
         for kind in ("keyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent",
-                type=kind,
-                key="Enter",
-                code="Enter",
-                windowsVirtualKeyCode=13,
-                text="\r",
-            )
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            self.call("Input.dispatchKeyEvent", type=kind, **key)
 
     def choose_file(self, selector: str, path: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
@@ -112,9 +100,6 @@ class Tab:
     def dark(self, on: bool = True) -> None:
         value = "dark" if on else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
 class Browser:
@@ -136,20 +121,11 @@ def chromium(folder: Path) -> Iterator[Browser]:
     program = os.environ.get("SPEAR_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("no Chromium found (set SPEAR_CHROMIUM)")
-    options = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-extensions",
-        "--disable-background-networking",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={folder}",
-    ]
-    process = subprocess.Popen(
-        [program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    options = ["headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"]
+    options += ["disable-extensions", "disable-background-networking", "remote-debugging-port=0"]
+    options += [f"user-data-dir={folder}"]
+    command = [program, *(f"--{option}" for option in options), "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ready = folder / "DevToolsActivePort"
         until(lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text()), program)

@@ -104,7 +104,7 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     np.testing.assert_allclose(drawn, expected, atol=6)  # dashed lines may begin with a gap
 
 
-def test_predict_step_start_and_stop(tab: Tab) -> None:
+def test_what_the_buttons_do(tab: Tab) -> None:
     assert painted(tab, "#space", "accent")[0] == 0
     tab.click("#predict")
     tab.wait("view.chunk")
@@ -130,9 +130,6 @@ def test_predict_step_start_and_stop(tab: Tab) -> None:
     tab.wait("view.seed === 4 && view.step === 0")
     settled(tab)
     assert tab.run("view.chunk") is None
-
-
-def test_boxes_follow_and_questions_are_answered(tab: Tab) -> None:
     tab.type("#object", tab.run("view.objects[0]"))
     tab.enter()
     tab.wait("view.boxes.length === 1")

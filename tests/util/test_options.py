@@ -30,12 +30,11 @@ def test_names_are_those_of_the_command_line() -> None:
     assert option_names(Outer) == ["--first-seed", "--pairs", "--dry", "--no-dry", "--quality"]
 
 
-@pytest.mark.parametrize(
-    ("bad", "key"), [({"first_seed": -1}, "--first-seed -1"), ({"pairs": (1, 0)}, "--pairs 0")]
-)
-def test_a_number_outside_its_range_is_named(bad: dict[str, object], key: str) -> None:
-    with pytest.raises(SpearError, match=key):
-        Outer(**bad)  # type: ignore[arg-type]
+def test_a_number_outside_its_range_is_named() -> None:
+    with pytest.raises(SpearError, match="--first-seed -1"):
+        Outer(first_seed=-1)
+    with pytest.raises(SpearError, match="--pairs 0"):
+        Outer(pairs=(1, 0))
     with pytest.raises(SpearError, match="--quality 101"):
         Inner(quality=101)
 

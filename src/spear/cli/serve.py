@@ -79,8 +79,7 @@ def vla_eval(options: VlaEvalOptions) -> None:
 
 
 def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
-    """The policy and its service, which has answered once. Raises `SpearError` for an unknown robot, control,
-    device or policy."""
+    """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything."""
     import torch
 
     from spear import embodiments

@@ -38,8 +38,7 @@ class HarnessServer(ModelServer):
         tg.start_soon(self._batcher.run)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """Forgets the last episode. What is random depends on the task and the episode's number alone: a run
-        repeats however it is sharded."""
+        """Forgets the last episode. Randomness depends on task and episode number alone, however they run."""
         task = config.get("task") or {}
         name = f"{task.get('name')}/{task.get('episode_idx')}"
         self._seeds[ctx.session_id] = 1000 * zlib.crc32(name.encode())

@@ -70,10 +70,8 @@ class Service:
         for (i, ours), result in zip(good.items(), predicted, strict=True):
             failed = isinstance(result, SpearError)
             results[i] = result if failed else _attempt(self._command, result, ours, observations[i])
-        timing = {
-            "infer_ms": 1000 * (inferred - read),
-            "embodiment_ms": 1000 * (time.perf_counter() - inferred + read - started),
-        }
+        around = time.perf_counter() - inferred + read - started
+        timing = {"infer_ms": 1000 * (inferred - read), "embodiment_ms": 1000 * around}
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
     def warm_up(self) -> None:

@@ -211,9 +211,5 @@ def bare_model() -> mujoco.MjModel:
 
 def ee_from_flange() -> NDArray[np.float64]:
     """[4, 4] pose of the EE frame in the flange frame."""
-    pose = np.eye(4)
     c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
-    hand = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    pose[:3, :3] = hand @ np.diag([1.0, -1.0, -1.0])
-    pose[2, 3] = EE_OFFSET
-    return pose
+    return np.array([[c, s, 0, 0], [s, -c, 0, 0], [0, 0, -1, EE_OFFSET], [0, 0, 0, 1]])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spear.sim.control import Motion, check_action
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import FAMILIES, sample_scene
-from spear.sim.world import SUBSTEPS, World, status
+from spear.sim.world import SUBSTEPS, World, milestones
 
 RATE_HZ = 5.0
 MAX_STEPS = 60
@@ -45,8 +45,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
-    quaternion. `info` has the milestones of `spear.sim.world.Status` (all but success: at any time so far)
-    and the flags of `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
+    quaternion. `info` has `spear.sim.world.milestones` (all but success: at any time so far) and the flags of
+    `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": RATE_HZ}  # noqa: RUF012
@@ -131,7 +131,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return self.renderer.images(self.world, [("external", self.image_size)])[0]
 
     def _info(self, motion: Motion) -> dict[str, Any]:
-        now = asdict(status(self.world))
+        now = milestones(self.world)
         for key in self._milestones:
             self._milestones[key] = now[key] = self._milestones[key] or now[key]
         return {**now, **asdict(motion), "steps": self.steps}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size
 from spear.types import Episode
+from spear.util import processes
 from spear.util.images import encode_jpeg
 
 MISSED = 5
@@ -66,11 +66,8 @@ def record(
     the work; the episodes are the same whatever their number.
     """
     job = functools.partial(_job, image_size, wrist_size, disturbance)
-    if workers <= 1:
-        yield from map(job, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(job, tasks)
+    with processes.pool(workers if workers > 1 else 0, __name__, "give fewer --workers") as executor:
+        yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
 
 
 def record_episode(
@@ -138,8 +135,7 @@ def _push(
     holding: bool,
     missed: bool,
 ) -> NDArray[np.float32]:
-    """A random step instead of the expert's; the gripper stays as it was, drops what it holds, or has
-    `missed`."""
+    """A random step instead of the expert's; the gripper stays, drops what it holds, or has `missed`."""
     step = rng.normal(0, disturbance.translation, 3)
     vector = rng.normal(0, disturbance.rotation, 3)
     vector[2] += rng.normal(0, disturbance.twist)

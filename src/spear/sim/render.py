@@ -47,9 +47,8 @@ _LOST: list[tuple[Any, mujoco.MjrContext]] = []
 
 
 def _free(gl: Any, context: mujoco.MjrContext) -> None:
-    """Give a context back. Buffers and textures have the same small numbers in every context, and MuJoCo
-    deletes them in whichever is current: were it another renderer's, that one would draw nothing but its
-    background from then on."""
+    """Give a context back. MuJoCo deletes its buffers, by numbers that all contexts share, in whichever is
+    current: another renderer's would draw nothing but its background from then on."""
     try:
         gl.make_current()
     except Exception:  # each driver has its own: it is current in another thread

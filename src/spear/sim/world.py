@@ -170,36 +170,26 @@ class World:
         return result
 
 
-@dataclass(frozen=True)
-class Status:
-    """The milestones of a task in one state of the world.
+def milestones(world: World) -> dict[str, bool]:
+    """How far the task of a scene is now.
 
     reached             the gripper is at the object to be moved.
     grasped             it is between both fingers and lifted.
     success             it rests, released, on (in) the target.
     wrong_object_moved  an object that is neither source nor target has been displaced.
     """
-
-    reached: bool
-    grasped: bool
-    success: bool
-    wrong_object_moved: bool
-
-
-def status(world: World) -> Status:
-    """The milestones now; the scene must have a task."""
     source, target = roles(world)
     touching = world.fingers_touching(source)
     position = world.position(source)
     ee, _ = world.servo.pose()
     displaced = np.array([world.position(i) for i in range(len(world.bodies))]) - world.start
     bystander = [i for i in range(len(world.bodies)) if i not in (source, target)]
-    return Status(
-        reached=length(ee - position) < NEAR,
-        grasped=bool(touching == 2 and displaced[source, 2] > LIFTED),
-        success=touching == 0 and world.speed(source) < SLOW and placed(world),
-        wrong_object_moved=bool((np.linalg.norm(displaced[bystander], axis=1) > MOVED).any()),
-    )
+    return {
+        "reached": length(ee - position) < NEAR,
+        "grasped": bool(touching == 2 and displaced[source, 2] > LIFTED),
+        "success": touching == 0 and world.speed(source) < SLOW and placed(world),
+        "wrong_object_moved": bool((np.linalg.norm(displaced[bystander], axis=1) > MOVED).any()),
+    }
 
 
 def placed(world: World) -> bool:

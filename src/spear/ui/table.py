@@ -8,6 +8,7 @@ else in the base frame.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -49,20 +50,16 @@ class Studio:
     def __init__(self, policy: Spear1Policy, name: str) -> None:
         self.policy, self.name = policy, name
         self.vlm = VlmBundle(policy.model.vlm, policy.processor)
-        self._renderer: Renderer | None = None
 
-    @property
+    @functools.cached_property
     def renderer(self) -> Renderer:
         """Made by the thread that first uses it. Raises `SpearError` where rendering is impossible."""
-        if self._renderer is None:
-            self._renderer = Renderer()
-        return self._renderer
+        return Renderer()
 
     def close(self) -> None:
         """Give the rendering context back, in the thread that used it."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        if "renderer" in self.__dict__:
+            self.renderer.close()
 
     def about(self) -> View:
         """What does not change: the model, the task families, the edges of a box."""
@@ -144,7 +141,7 @@ class Table:
 
     def predict(self, instruction: str) -> View:
         """The chunk of actions that the policy would take next. Raises `SpearError` for a bad instruction."""
-        return {"chunk": self._predict(tools.prompt({"prompt": instruction}))[1]}
+        return {"chunk": self._predict(instruction)[1]}
 
     def step(self, instruction: str, follow: bool) -> View:
         """Makes one step of 0.2 s, with a new look when the last chunk is used up.
@@ -157,7 +154,7 @@ class Table:
             raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
         if self._executor.wants():
-            actions, view["chunk"] = self._predict(tools.prompt({"prompt": instruction}))
+            actions, view["chunk"] = self._predict(instruction)
             self._executor.give(actions)
         self._info = self._env.physics_step(self._executor.next())
         view |= self._look()
@@ -217,7 +214,7 @@ class Table:
             observation = {**self._env.observe(), "seed": 1000 * self._env.seed + self._steps}
         else:
             observation = {"observation/image": self._image(), "observation/state": NEUTRAL}
-        observation["prompt"] = instruction
+        observation["prompt"] = tools.prompt({"prompt": instruction})
         started = time.perf_counter()
         actions = self._studio.policy.infer(observation)["actions"]
         elapsed = time.perf_counter() - started
