@@ -104,8 +104,7 @@ def held_out_frames(
 
     Raises SpearError for seeds that training uses (10,000 and above).
     """
-    from spear.sim.render import clutter_frame
-    from spear.sim.render import Renderer
+    from spear.sim.render import Renderer, clutter_frame
     from spear.sim.scene import held_out_seeds
 
     seeds, renderer = held_out_seeds(first_seed, scenes), Renderer()
