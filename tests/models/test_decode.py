@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models_tiny import START, TINY, pixels, text, vlm
+from spear.errors import SpearError
 from spear.models import decode
 
 NUMBER = (START, START + TINY.bins)
@@ -74,6 +75,13 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: bo
         assert found[row].tolist() == expected + [PAD] * (found.shape[1] - len(expected))
     assert not bool((found == PAD).all(0).any())  # no columns of padding alone
     assert not found.is_inference()
+
+
+@pytest.mark.parametrize(("grammar", "needs"), [([NUMBER] * 3, 4), (decode.Worded(2, ((3, 20),), NUMBER), 5)])
+def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
+    ids, _ = text(1, 6)
+    with pytest.raises(SpearError, match=f"{needs} tokens"):
+        vlm().answer(pixels(1, views=("external",)), ids, None, max_new_tokens=needs - 1, grammars=[grammar])
 
 
 def test_the_head_runs_on_the_rows_that_may_be_said_and_layers_only_where_there_is_a_choice(

@@ -9,8 +9,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from models_tiny import actions, pixels, spear1, text, vlm
-from spear.models.gemma import FastRMSNorm
-from spear.models.layers import grouped_attention, recompute_layers
+from spear.models.layers import FastRMSNorm, grouped_attention, recompute_layers
 
 
 def act(model: torch.nn.Module) -> torch.Tensor:

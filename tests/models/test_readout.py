@@ -9,10 +9,9 @@ import torch
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models.decode import Watched
-from spear.models.readout import DECODES, Distribution, with_numbers
+from spear.models.readout import DECODES, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
-from spear.types import Pixel
 
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
@@ -51,11 +50,6 @@ def test_mode_mean_and_median_by_hand() -> None:
 def test_below_undoes_quantile(share: float) -> None:
     d = some(50)
     np.testing.assert_allclose(d.below(d.quantile(share)), share, atol=1e-6)
-
-
-def test_numbers_are_replaced_and_nothing_else() -> None:
-    point = Pixel(0.1, 0.2)
-    assert with_numbers(["a ", 1.0, point, 2.0], np.array([3, 4])) == ["a ", 3.0, point, 4.0]
 
 
 def test_the_logits_of_each_step_are_those_the_tokens_came_from() -> None:

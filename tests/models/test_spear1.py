@@ -84,21 +84,6 @@ def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
     torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_loss_ignores_masked_steps() -> None:
-    model = spear1()
-    images, ids, mask, state = inputs()
-    target = actions(B, H)
-    wild = Action(target.translation.clone(), target.rotation, target.gripper)
-    wild.translation[:, -1] = 100
-    counts = torch.arange(H).expand(B, H) < H - 1
-    noise, time = actions(B, 1, H, seed=2), torch.zeros(B, 1)  # at τ = 0 the noisy action is all noise
-    fixed = {"noise": noise, "time": time}
-    torch.testing.assert_close(
-        model(images, ids, mask, state, target, counts, **fixed).loss,
-        model(images, ids, mask, state, wild, counts, **fixed).loss,
-    )
-
-
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
     model = spear1().train()
     images, ids, mask, state = inputs()

@@ -9,7 +9,6 @@ import torch
 
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
-from spear.models import decode
 from spear.models.layers import positions, prefix_lm_mask
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import preset, spear1_config, vlm_config
@@ -109,26 +108,6 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
     each = -(target * logits.log_softmax(-1)).sum(-1)
     loss, _ = token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
     torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("most", [5, 12])
-def test_a_worded_answer_has_its_numbers_whatever_the_weights_say(seed: int, most: int) -> None:
-    model = vlm(seed)
-    ids, mask = text(3, 6)
-    number = (START, START + TINY.bins)
-    grammar = decode.Worded(2, ((3, 20),), number)
-    answers = model.answer(
-        pixels(3, views=("external",)), ids, mask, max_new_tokens=most, grammars=[grammar] * 3
-    )
-    for row in answers.tolist():
-        said = row[: row.index(1)]
-        assert sum(number[0] <= token < number[1] for token in said) == 2
-        assert all(3 <= token < 20 or number[0] <= token < number[1] for token in said)
-        assert 3 <= said[0] < 20 and 3 <= said[-1] < 20
-        assert not any(row[len(said) + 1 :])
-    with pytest.raises(SpearError, match="answer too long"):
-        model.answer(pixels(3, views=("external",)), ids, mask, max_new_tokens=4, grammars=[grammar] * 3)
 
 
 def test_gradients_reach_every_weight() -> None:

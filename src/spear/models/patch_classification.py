@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
-from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.vlm import SpearVLMForConditionalGeneration, SpearVLMOutput
 
 CELLS = 4
 """A patch is cut into so many cells a side."""
-
-
-@dataclass
-class NamingOutput(ModelOutput):
-    """loss and its parts: "names" and "cells" (sigmoid losses, nats), "centres" (mean error, patches)."""
-
-    loss: torch.Tensor | None = None
-    parts: dict[str, torch.Tensor] | None = None
 
 
 class PatchClassification(nn.Module):
@@ -54,8 +44,8 @@ class PatchClassification(nn.Module):
         cells: torch.Tensor,
         centre: torch.Tensor,
         largest: torch.Tensor,
-    ) -> NamingOutput:
-        """The loss of a batch.
+    ) -> SpearVLMOutput:
+        """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
 
         pixels   [B, 3, h, w] uint8 of one view.
         shown    [B, P, C] bool: patch p shows an object called c.
@@ -72,7 +62,7 @@ class PatchClassification(nn.Module):
         filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
-        return NamingOutput(
+        return SpearVLMOutput(
             loss=naming + placing + filling,
             parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
         )

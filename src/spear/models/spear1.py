@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 from spear import flow
 from spear.errors import SpearError
 from spear.models.fast.linear import use_fast_linear
-from spear.models.gemma import Gemma
 from spear.models.layers import (
+    Gemma,
     PortableConfig,
     RecomputesLayers,
     choose_attention,

@@ -16,12 +16,12 @@ from transformers.utils import ModelOutput
 from spear.errors import SpearError, unknown_name
 from spear.models import decode
 from spear.models.fast.linear import linear, use_fast_linear
-from spear.models.gemma import language_model
 from spear.models.layers import (
     KVCache,
     PortableConfig,
     RecomputesLayers,
     choose_attention,
+    language_model,
     positions,
     prefix_lm_mask,
 )

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
-from spear.models.gemma import FastRMSNorm
-from spear.models.layers import recompute_layers
+from spear.models.layers import FastRMSNorm, recompute_layers
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration

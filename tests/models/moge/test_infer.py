@@ -17,16 +17,19 @@ def helpers(shared: Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(a) for name, a in arrays(shared / "fixtures" / "moge", "helpers").items()}
 
 
+def everywhere(points: torch.Tensor) -> torch.Tensor:
+    return torch.ones(points.shape[:-1], dtype=torch.bool)
+
+
 def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
     for case in ("exact", "masked_noisy"):
-        mask = helpers.get(f"{case}.mask")
-        focal, shift = recover_focal_shift(
-            helpers[f"{case}.points"][None], None if mask is None else mask[None]
-        )
+        points = helpers[f"{case}.points"]
+        mask = helpers.get(f"{case}.mask", everywhere(points))
+        focal, shift = recover_focal_shift(points[None], mask[None])
         torch.testing.assert_close(focal[0], helpers[f"{case}.focal"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(shift[0], helpers[f"{case}.shift"], rtol=1e-5, atol=1e-6)
     points = helpers["focal_given_batch.points"]
-    focal, shift = recover_focal_shift(points, focal=helpers["focal_given_batch.focal_in"])
+    focal, shift = recover_focal_shift(points, everywhere(points), helpers["focal_given_batch.focal_in"])
     assert torch.equal(focal, helpers["focal_given_batch.focal"])
     torch.testing.assert_close(shift, helpers["focal_given_batch.shift"], rtol=1e-5, atol=1e-6)
     focal, shift = recover_focal_shift(points, helpers["empty_mask_batch.mask"])
@@ -52,14 +55,15 @@ def scene(focal: float, shift: float, width: int = 90, height: int = 60) -> torc
 
 @pytest.mark.parametrize(("focal", "shift"), [(0.6, 0.0), (1.0, 0.8), (2.4, -1.5)])
 def test_a_known_camera_is_found(focal: float, shift: float) -> None:
-    found = recover_focal_shift(scene(focal, shift))
+    points = scene(focal, shift)
+    found = recover_focal_shift(points, everywhere(points))
     assert found[0].item() == pytest.approx(focal, rel=2e-3)
     assert found[1].item() == pytest.approx(shift, abs=5e-3)
 
 
 def test_unknown_points_do_not_matter() -> None:
     points = scene(1.0, 0.8)
-    mask = torch.ones(points.shape[:3], dtype=torch.bool)
+    mask = everywhere(points)
     mask[:, :20] = False
     clean = recover_focal_shift(points, mask)
     points[:, :20] = 1e3
@@ -73,7 +77,7 @@ def test_unknown_points_do_not_matter() -> None:
 def test_without_points_there_is_a_plain_answer() -> None:
     points = scene(1.0, 0.8).repeat(3, 1, 1, 1)
     points[1, ..., :2] = 0  # every point on the axis: any focal length fits
-    mask = torch.ones(points.shape[:3], dtype=torch.bool)
+    mask = everywhere(points)
     mask[0] = False
     points[2] = torch.nan
     focal, shift = recover_focal_shift(points, mask)

@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear.models.fast.graphs import CudaGraphCache
 from spear.models.fast.linear import Fused, Prepared
-from spear.models.gemma import Gemma, Gemma2
-from spear.models.layers import positions
+from spear.models.layers import Gemma, Gemma2, positions
 
 
 class StaticKVCache:

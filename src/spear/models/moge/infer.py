@@ -103,21 +103,19 @@ def infer(
 
 
 def recover_focal_shift(
-    points: torch.Tensor, mask: torch.Tensor | None = None, focal: torch.Tensor | None = None
+    points: torch.Tensor, mask: torch.Tensor, focal: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The focal length and the shift along z that make points project to their own pixels.
 
     Least squares over focal · xy / (z + shift) − uv on a subsampled map, as MoGe fits it. The camera's axis
     is taken to pass through the image's centre.
 
-    points [B, h, w, 3] affine point maps. mask [B, h, w] bool, False where a point is unknown; None for all
-    known; points that are not finite count as unknown. focal [B] in half diagonals where known, else None.
+    points [B, h, w, 3] affine point maps. mask [B, h, w] bool, False where a point is unknown, as points that
+    are not finite are. focal [B] in half diagonals where known, else None.
     Returns focal [B] (in half diagonals) and shift [B] (in the points' unit), float32. A map of fewer than
     two known points has focal 1 (or the given one) and shift 0.
     """
     height, width = points.shape[1:3]
-    if mask is None:
-        mask = torch.ones_like(points[..., 0], dtype=torch.bool)
     uv = view_plane(width, height, device=points.device).permute(2, 0, 1).expand(len(points), -1, -1, -1)
     maps = torch.cat([points.float().permute(0, 3, 1, 2), uv, mask[:, None].float()], dim=1)
     maps = nn.functional.interpolate(maps, (FIT_SIDE, FIT_SIDE), mode="nearest")

@@ -55,8 +55,8 @@ _FIXED_STACK = {
 class MogeV1(nn.Module):
     """The network: DINOv2's last layers, summed after a projection each, and a convolutional head.
 
-    config: a published checkpoint's `model_config`. most_tokens: the most patches that it was trained to cut an
-    image into. Raises `SpearError` for what is not supported.
+    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
+    the most patches that it was trained to cut an image into.
     """
 
     unit: Unit = "relative"
@@ -141,8 +141,8 @@ def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
 class MogeV2(nn.Module):
     """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
 
-    config: a published checkpoint's `model_config`. most_tokens: the most patches that it was trained to cut an
-    image into. Raises `SpearError` for what is not supported.
+    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
+    the most patches that it was trained to cut an image into.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
