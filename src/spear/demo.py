@@ -18,8 +18,6 @@ from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
 from spear.evaluate.agents import Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
-from spear.evaluate.results import Results
-from spear.evaluate.stats import Estimate
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.fit.accuracy import compare
@@ -50,10 +48,8 @@ HELD_OUT = 0.25
 MOST_EPISODES = 400
 """Of a larger dataset, so many episodes are used."""
 
-Fact = tuple[str, str]
-"""A card on top of the page: a number, and what it is."""
 Values = dict[str, Any]
-"""What a part of templates/demo.html.j2 shows."""
+"""What a part of templates/demo.html.j2 shows; its "fact" is a card on top: a number, and what it is."""
 
 
 def make(out: Path, data: Path | None = None, log: Console | None = None) -> Path:
@@ -82,7 +78,7 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
         begun = time.perf_counter()
         values = job()
         parts[name] = {**values, "seconds": time.perf_counter() - begun}
-    facts: list[Fact] = [values["fact"] for values in parts.values() if "fact" in values]
+    facts = [values["fact"] for values in parts.values() if "fact" in values]
     minutes = (time.perf_counter() - started) / 60
     html = render(
         "demo.html",
@@ -90,9 +86,8 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
         facts=[*facts, (f"{minutes:.1f} min", "to make this page")],
         **parts,
     )
-    path = out / "index.html"
-    write_text(path, html)
-    return path
+    write_text(out / "index.html", html)
+    return out / "index.html"
 
 
 def labelled_scenes() -> Values:
@@ -128,12 +123,10 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         ExpertAgent(),
         IdleAgent(),
     )
-    results: list[Results] = []
-    films: list[closed_loop.Film] = []
-    for index, agent in enumerate(agents):
-        result, made = closed_loop.evaluate(agent, TabletopOptions(SCENES, films=0 if index else 1))
-        results.append(result)
-        films += made
+    ran = [
+        closed_loop.evaluate(a, TabletopOptions(SCENES, films=0 if i else 1)) for i, a in enumerate(agents)
+    ]
+    results, films = [result for result, _ in ran], ran[0][1]
     rows = []
     for family in FAMILIES:
         s = results[0].summary(family)
@@ -141,21 +134,15 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
         rows.append([spaced(family), *numbers, steps])
     every = results[0].summary().success
-    return {
-        "scenes": SCENES,
-        "rates": bars(
-            [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
-        ),
-        "rows": rows,
-        "films": [
-            (f.data, f.mime, f"{spaced(f.outcome.family)}, scene {f.outcome.seed}: {ending(f.outcome)}")
-            for f in films
-        ],
-        "fact": (
-            f"{results[0].mean().value:.0%}",
-            f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}",
-        ),
-    }
+    rates = [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
+    shown = [
+        (film.data, film.mime, f"{spaced(o.family)}, scene {o.seed}: {ending(o)}")
+        for film in films
+        for o in [film.outcome]
+    ]
+    words = f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
+    fact = f"{results[0].mean().value:.0%}", words
+    return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
 
 
 def real_episodes(out: Path, data: Path | None) -> Values:
@@ -177,25 +164,22 @@ def real_episodes(out: Path, data: Path | None) -> Values:
         open_loop.score("before fine-tuning", Spear1Policy.load("nano"), held_out),
     ]
     names = {
-        "translation_mm": "translation of one step, mm",
-        "chunk_end_mm": "where five steps lead, mm",
-        "rotation_deg": "rotation of one step, degrees",
-        "gripper_accuracy": "gripper command right",
+        "translation_mm": ("translation of one step, mm", ".2f"),
+        "chunk_end_mm": ("where five steps lead, mm", ".2f"),
+        "rotation_deg": ("rotation of one step, degrees", ".2f"),
+        "gripper_accuracy": ("gripper command right", ".0%"),
     }
     summaries = [s.summary() for s in scores]
-    ours, mean = summaries[0]["translation_mm"], summaries[1]["translation_mm"]
+    ours, mean = (s["translation_mm"].value for s in summaries[:2])
     return {
         "source": source.name,
         "learned": len(learned),
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(s.name for s in scores)],
-        "rows": [[words, *(_interval(s[name], name) for s in summaries)] for name, words in names.items()],
+        "rows": [[words, *(s[name].say(f) for s in summaries)] for name, (words, f) in names.items()],
         "charts": open_loop_charts(scores[0], scores[1]),
-        "fact": (
-            f"{ours.value:.1f} mm",
-            f"error per step on real held-out episodes; mean action {mean.value:.1f} mm",
-        ),
+        "fact": (f"{ours:.1f} mm", f"error per step on real held-out episodes; mean action {mean:.1f} mm"),
     }
 
 
@@ -214,8 +198,3 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
             prepare(source, target, split)
         stores.append(EpisodeStore(target))
     return stores[0], stores[1]
-
-
-def _interval(e: Estimate, name: str) -> str:
-    digits = ".0%" if name == "gripper_accuracy" else ".2f"
-    return f"{e.value:{digits}} [{e.low:{digits}}, {e.high:{digits}}]"

@@ -10,8 +10,6 @@ import pytest
 
 from spear.evaluate.results import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
-from spear.report.ablations import rate
-from spear.report.plot import points
 from spear.types import Array
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,9 +39,9 @@ def strata(line: str) -> list[Array]:
 def test_a_published_line_is_what_was_kept(line: str) -> None:
     families = strata(line)
     assert sum(family.size for family in families) >= 200
-    assert f"| {rate(mean_over_seeds(families))} |" in line
+    assert f"| {mean_over_seeds(families).say('.1f', 100)} |" in line
     if key_of(line) != key_of(FIRST):
-        assert f"| {points(difference_over_seeds(families, strata(FIRST)))} |" in line
+        assert f"| {difference_over_seeds(families, strata(FIRST)).say('+.1f', 100)} |" in line
 
 
 def test_all_that_is_kept_is_published() -> None:

@@ -132,7 +132,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     print(f"{len(held_out)} held-out episodes".ljust(24) + names.rstrip())
     summaries = [score.summary() for score in scores]
     for name in summaries[0]:
-        cells = (f"{s[name].value:.3f} [{s[name].low:.3f}, {s[name].high:.3f}]" for s in summaries)
+        cells = (s[name].say(".3f") for s in summaries)
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
         write_text(o.plot, open_loop_page(ours, reference))

@@ -138,7 +138,7 @@ def show(options: ShowOptions) -> None:
     label_page(folder, shown, target, tokenizer)
     print(f"open {target.resolve()}")
     if options.rerun is not None:
-        from spear.report.rerun import write_rerun
+        from spear.report.labels import write_rerun
 
         write_rerun(shown, _point_maps(folder, shown), options.rerun)
         print(f"rerun {options.rerun}")

@@ -16,7 +16,8 @@ from spear.types import Array, Policy
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
-IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
+Sizes = Mapping[str, tuple[int, int]]
+IMAGE_SIZES: Sizes = {"external": (280, 210), "wrist": (112, 112)}
 """Sizes (width, height) of the pictures of an agent that does not say which it needs, in pixels."""
 
 
@@ -32,7 +33,7 @@ class Agent(Protocol):
     name: str
     weights: str | None = None
     needs_images: bool = False
-    image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
+    image_sizes: Sizes = IMAGE_SIZES
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene.
@@ -50,11 +51,7 @@ class PolicyAgent(Agent):
     needs_images = True
 
     def __init__(
-        self,
-        policy: Policy,
-        name: str,
-        weights: str | None = None,
-        image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES,
+        self, policy: Policy, name: str, weights: str | None = None, image_sizes: Sizes = IMAGE_SIZES
     ) -> None:
         self.policy, self.name, self.weights, self.image_sizes = policy, name, weights, image_sizes
 

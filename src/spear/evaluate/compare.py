@@ -118,7 +118,7 @@ def cells(row: Row) -> list[str]:
     d = row.difference
     rates = [f"{row.first.value:.1%}", f"{row.second.value:.1%}"]
     decided = f"{row.only_first} : {row.only_second}"
-    gap = f"{points(d.value)} [{points(d.low)}, {points(d.high)}]"
+    gap = d.say("+.1f", 100)
     return [row.name, str(d.n), *rates, gap, p_value(row.p).removeprefix("= "), decided]
 
 

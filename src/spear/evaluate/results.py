@@ -123,9 +123,8 @@ class Results:
         rows = []
         for family in self.families:
             s = self.summary(family)
-            success = f"{s.success.value:.0%} [{s.success.low:.0%}, {s.success.high:.0%}]"
             rates = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.wrong_object)]
-            rows.append([family, success, *rates, "" if s.steps is None else f"{s.steps:.0f}"])
+            rows.append([family, s.success.say(".0%"), *rates, "" if s.steps is None else f"{s.steps:.0f}"])
         mean = self.mean()
         rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4])
         title = f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"

@@ -65,8 +65,7 @@ def run_evaluation(
 
     scenes    family → the seeds of its scenes.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
-    options   of which `films`, `out` and `shard` count here. Episodes that `out` already holds are not run
-              again, only filmed where a film is wanted and missing.
+    options   episodes that `out` already holds are only filmed, where a film is wanted and missing.
 
     Raises SpearError for a folder with results of another policy or of other settings, for a part without
     scenes, and for one that another process is running.
@@ -74,10 +73,7 @@ def run_evaluation(
     index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
     if most < index:
-        raise SpearError(
-            f"--shard {index}/{of}: holds no scene, as there are only {most}: give more --scenes, or make "
-            f"at most {most} parts"
-        )
+        raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {most} parts")
     films = _FilmMaker(simulator, options.films, options.out)
     journal = None
     outcomes: list[Outcome] = []

@@ -38,6 +38,15 @@ class Estimate:
         """Half the interval's width: the number is known to about ± this."""
         return (self.high - self.low) / 2
 
+    def say(self, form: str, scale: float = 1.0) -> str:
+        """As text, each number times `scale` in this format.
+
+        >>> Estimate(0.8, 0.49, 0.943, 10).say(".1f", 100)
+        '80.0 [49.0, 94.3]'
+        """
+        value, low, high = (format(scale * number, form) for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
 
 def wilson(successes: int, n: int) -> Estimate:
     """A proportion with Wilson's score interval, which stays inside [0, 1] and is honest at 0 and n.

@@ -13,7 +13,7 @@ from spear.ablations.table import Filled, Line, to_json
 from spear.evaluate.stats import Estimate
 from spear.report import plot
 from spear.report.page import render
-from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences, points
+from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences
 from spear.util.files import write_text
 
 CURVE = "images"
@@ -51,11 +51,6 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
     return [out / f"ablations.{ending}" for ending in texts]
 
 
-def rate(e: Estimate) -> str:
-    """A success rate in percent, with its interval."""
-    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
-
-
 def _section(filled: Filled) -> dict[str, Any]:
     """A table as the templates show it."""
     apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
@@ -66,36 +61,27 @@ def _section(filled: Filled) -> dict[str, Any]:
         "chart": scaling_curve(curve) if filled.table.name == CURVE and curve else _bars(filled),
         "against": next(line.row.title for line in filled.lines if line.row.name == filled.table.against),
         "differences": differences(apart) if apart else "",
-        "headers": _headers(filled),
-        "rows": [_cells(line, filled) for line in filled.lines],
+        "headers": list(_cells(filled.lines[0], filled)),
+        "rows": [list(_cells(line, filled).values()) for line in filled.lines],
     }
 
 
-def _cells(line: Line, filled: Filled) -> list[str]:
-    """A line as text, under `_headers`."""
+def _cells(line: Line, filled: Filled) -> dict[str, str]:
+    """A line as text, by the columns' names."""
     first = line.row.name == filled.table.against
-    row = [
-        line.row.title,
-        "not run yet" if line.success is None else rate(line.success),
-        "–" if first or line.against is None else points(line.against),
-    ]
-    if filled.source:
-        row.append("–" if line.published is None else f"{line.published:.1f}")
-        row.append("–" if line.published_against is None else f"{line.published_against:+.1f}")
-        row.append(line.verdict)
+    cells = {"row": line.row.title}
     if filled.table.name == CURVE:
-        row.insert(1, f"{line.images:,}")
-    return [*row, " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–", f"{line.steps:,}"]
-
-
-def _headers(filled: Filled) -> list[str]:
-    """Of the columns of `_cells`."""
-    names = ["row", "success, % [95 %]", "difference, points [95 %]"]
+        cells["3D-labelled images"] = f"{line.images:,}"
+    success, against = line.success, None if first else line.against
+    cells["success, % [95 %]"] = "not run yet" if success is None else success.say(".1f", 100)
+    cells["difference, points [95 %]"] = "–" if against is None else against.say("+.1f", 100)
     if filled.source:
-        names += ["paper (theirs), %", "points (theirs)", "verdict"]
-    if filled.table.name == CURVE:
-        names.insert(1, "3D-labelled images")
-    return [*names, "each seed, %", "policy steps"]
+        theirs, apart = line.published, line.published_against
+        cells["paper (theirs), %"] = "–" if theirs is None else f"{theirs:.1f}"
+        cells["points (theirs)"] = "–" if apart is None else f"{apart:+.1f}"
+        cells["verdict"] = line.verdict
+    cells["each seed, %"] = " ".join(f"{100 * value:.1f}" for value in line.by_seed) or "–"
+    return {**cells, "policy steps": f"{line.steps:,}"}
 
 
 def _bars(filled: Filled) -> str:
@@ -103,7 +89,9 @@ def _bars(filled: Filled) -> str:
     groups = []
     for line in filled.lines:
         e = line.success
-        rows = [Bar("here", e.value, rate(e), e.low, e.high) if e else Bar("here", None, "not run yet")]
+        rows = [
+            Bar("here", e.value, e.say(".1f", 100), e.low, e.high) if e else Bar("here", None, "not run yet")
+        ]
         if line.published is not None:
             theirs = f"{line.published:.1f} (theirs)"
             rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))

@@ -41,20 +41,15 @@ def text(report: Report) -> str:
 
 def conclusion(report: Report) -> str:
     """One line: whether the layout is right."""
-    found = [
-        (part, f, f"{part.name} {QUESTIONS[f.question]}") for part in report.parts for f in part.findings
-    ]
-    wrong = [
-        f"{name}: {f.best}, not {f.said}" for part, f, name in found if f.verdict == part.verdict == "wrong"
-    ]
-    wrong = wrong or [f"{part.name}s: the whole reading" for part in report.parts if part.verdict == "wrong"]
+    found = [(p, f, f"{p.name} {QUESTIONS[f.question]}") for p in report.parts for f in p.findings]
+    wrong = [f"{name}: {f.best}, not {f.said}" for p, f, name in found if f.verdict == p.verdict == "wrong"]
+    wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
     if wrong or report.states:
         return f"the layout is WRONG: {'; '.join([*report.states, *wrong])}"
     open_ones = [(f, name) for part, f, name in found if not part.note]
     unsure = [f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"]
-    unsure += [
-        f"{name} (not in the layout; {f.best} fits best)" for f, name in open_ones if f.verdict == "not said"
-    ]
+    unsaid = [(f, name) for f, name in open_ones if f.verdict == "not said"]
+    unsure += [f"{name} (not in the layout; {f.best} fits best)" for f, name in unsaid]
     unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
     if unsure:
         return f"nothing contradicts the layout; it cannot be told: {'; '.join(unsure)}"
@@ -64,20 +59,15 @@ def conclusion(report: Report) -> str:
 def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
     millimetres, degrees = 1000 * report.closure[0], np.degrees(report.closure[1])
+    ends = f"and {degrees:.3f}°: how far converted actions, integrated, end from the last state"
+    facts = [(f"{report.episodes:,}", f"episodes, {report.steps:,} steps"), (f"{millimetres:.3f} mm", ends)]
+    for part in report.parts:
+        words = f"of the logged {part.name}s unexplained by their best reading"
+        facts.append((f"{part.best.relative:.1%}", words))
     html = render(
         "audit.html",
         title=f"Audit: {Path(report.path).resolve().name}",
-        facts=[
-            (f"{report.episodes:,}", f"episodes, {report.steps:,} steps"),
-            (
-                f"{millimetres:.3f} mm",
-                f"and {degrees:.3f}°: how far converted actions, integrated, end from the last state",
-            ),
-            *(
-                (f"{part.best.relative:.1%}", f"of the logged {part.name}s unexplained by their best reading")
-                for part in report.parts
-            ),
-        ],
+        facts=facts,
         report=report,
         conclusion=conclusion(report),
         questions=QUESTIONS,

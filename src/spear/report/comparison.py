@@ -29,12 +29,10 @@ def comparison_page(
     published  tables of others; `ours`, by name, are shown below each.
     """
     c, mean = comparison, comparison.mean
+    a, b, d = mean.first, mean.second, mean.difference
     facts = [
-        (f"{e.value:.1%}", f"{name}: mean success [{e.low:.0%}, {e.high:.0%}]")
-        for name, e in ((c.first, mean.first), (c.second, mean.second))
-    ]
-    d = mean.difference
-    facts += [
+        (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
+        (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
         (points(d.value), f"points between them [{points(d.low)}, {points(d.high)}]"),
         (f"p {p_value(mean.p)}", f"exact paired test, {len(c.pairs)} shared scenes"),
     ]
@@ -53,21 +51,19 @@ def comparison_page(
     )
 
 
-def open_loop_page(model: OpenLoop, reference: OpenLoop, episodes: int = 3) -> str:
+def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
     """A self-contained document with `open_loop_charts`."""
     title = f"{model.name}: predicted actions on held-out episodes"
-    return render(
-        "open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference, episodes)
-    )
+    return render("open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference))
 
 
-def open_loop_charts(model: OpenLoop, reference: OpenLoop, episodes: int = 3) -> list[list[str]]:
-    """Per held-out episode: predicted and true displacement along each axis, and the gripper, by step."""
+def open_loop_charts(model: OpenLoop, reference: OpenLoop) -> list[list[str]]:
+    """Of three held-out episodes: predicted and true displacement along each axis, and gripper, by step."""
     names = ("Forward (x), mm", "Left (y), mm", "Up (z), mm", "Gripper opening")
     shown = []
-    for truth, ours, theirs in list(zip(model.truth, model.predicted, reference.predicted, strict=True))[
-        :episodes
-    ]:
+    for truth, ours, theirs in zip(
+        model.truth[:3], model.predicted[:3], reference.predicted[:3], strict=True
+    ):
         charts = []
         for row, name in enumerate(names):
             scale, column = (1000, row) if row < 3 else (1, 7)

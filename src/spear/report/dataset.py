@@ -17,7 +17,7 @@ from PIL import Image
 
 from spear.data.actions import episode_actions
 from spear.data.inspect import inspect, layout_known, leaves
-from spear.data.readers.formats import Dataset, episode_counts, open_dataset, read_episodes
+from spear.data.readers.formats import episode_counts, open_dataset, read_episodes
 from spear.data.readers.layout import Steps
 from spear.data.readers.spec import SPEC_FILE, Layout
 from spear.data.store.episode_store import EpisodeStore
@@ -50,13 +50,18 @@ def write_page(path: str | Path, out: Path, layout: Layout = None) -> None:
     split = next(iter(counts))
     folder = open_dataset(path)
     known = layout is not None or layout_known(path)
-    episodes: Iterator[dict[str, Any]]
-    if known or isinstance(folder, EpisodeStore):
-        read = read_episodes(path, split, layout, lambda error: reasons.append(str(error)))
-        episodes = (_episode(e) for e in read)
-    else:
-        episodes = (_columns(*found) for found in _good(folder, split, reasons))
-    shown = list(itertools.islice(episodes, EPISODES))
+
+    def episodes() -> Iterator[dict[str, Any]]:
+        if known or isinstance(folder, EpisodeStore):
+            yield from map(_episode, read_episodes(path, split, layout, lambda e: reasons.append(str(e))))
+            return
+        for source, steps in folder.steps(split):
+            if isinstance(steps, SpearError):
+                reasons.append(str(steps))
+            else:
+                yield _columns(source, steps)
+
+    shown = list(itertools.islice(episodes(), EPISODES))
     if not shown:
         why = f": {reasons[-1]}" if reasons else " (it is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
@@ -83,14 +88,14 @@ def _episode(episode: Episode) -> dict[str, Any]:
         Line("commanded", seconds, known[:, 7], dashed=True),
     ]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
+    about = (
+        f"{episode.source}: {len(episode)} steps at {episode.rate_hz:g} Hz, {int(valid.sum())} with a known "
+    )
+    where = f"{episode.source} camera"
     return {
         "title": episode.instruction or "(no instruction)",
-        "about": f"{episode.source}: {len(episode)} steps at {episode.rate_hz:g} Hz, "
-        f"{int(valid.sum())} with a known action{success}",
-        "strips": [
-            (camera, _strip(images, f"{episode.source} camera {camera!r}"))
-            for camera, images in episode.images.items()
-        ],
+        "about": f"{about}known action{success}",
+        "strips": [(name, _strip(images, f"{where} {name!r}")) for name, images in episode.images.items()],
         "charts": [
             chart(_xyz(seconds, 1000 * known[:, :3]), TIME, title="Step, mm (base frame)"),
             chart(_xyz(seconds, turn), TIME, title="Turn, degrees (end-effector frame)"),
@@ -120,15 +125,6 @@ def _path(episode: Episode, across: int, up: int, title: str, axis: Axis, up_tit
             ends = np.stack([position[step], position[step] + length * axes[step, :, i]])
             lines.append(Line("", ends[:, across], ends[:, up], colour))
     return chart(lines, axis, Axis(up_title), title, (360, 260), equal=True)
-
-
-def _good(folder: Dataset, split: str, reasons: list[str]) -> Iterator[tuple[str, Steps]]:
-    """The episodes of a folder as they are; the reasons of those that cannot be read are added."""
-    for source, steps in folder.steps(split):
-        if isinstance(steps, SpearError):
-            reasons.append(str(steps))
-        else:
-            yield source, steps
 
 
 def _columns(source: str, steps: Steps) -> dict[str, Any]:

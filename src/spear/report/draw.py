@@ -129,9 +129,8 @@ def _write_names(canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]]
     centres = [corners.mean(0) for _, _, corners in names]
     for name, colour, corners in sorted(names, key=lambda n: float(np.ptp(n[2][:, 0]))):
         width, height = round(font.getlength(name)) + 2 * pad, size + 2 * pad
-        left, top = np.meshgrid(
-            np.arange(0, canvas.width - width + 1, 3), np.arange(0, canvas.height - height + 1, 3)
-        )
+        across, down = canvas.width - width + 1, canvas.height - height + 1
+        left, top = np.meshgrid(np.arange(0, across, 3), np.arange(0, down, 3))
         anchor = np.clip([corners[:, 0].mean(), corners[:, 1].min() - 3], 0, canvas.size)
         away = np.hypot(left + width / 2 - anchor[0], top + height - anchor[1])
         for x, y in centres:  # rather a little further away than on another object

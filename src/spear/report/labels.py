@@ -1,4 +1,4 @@
-"""Labels to look at: a contact sheet of images with masks, boxes, questions and answers, and statistics."""
+"""Labels to look at: a page with a contact sheet and statistics, and a file for the Rerun viewer."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
+from spear.labels.fit.box3d import EDGES
+from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import spoken, why_not_asked
 from spear.labels.questions.statistics import Statistics, skip_reasons, statistics, token_use
 from spear.labels.questions.store import ask, read_questions
 from spear.labels.store import read
-from spear.report.draw import draw_label
+from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, short, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.files import write_text
+from spear.util.images import decode_image
 
 WIDTH = 640
 """Pixels across of a picture on the sheet, at least."""
 SHOWN_BINS = 64
 """Bars of the chart of token use; each stands for as many neighbouring tokens."""
+MOST_POINTS = 60_000
+"""Points of a cloud that the Rerun file keeps."""
 
 
 def label_page(
     folder: Path, shown: Sequence[LabeledImage], out: Path, tokenizer: CoordinateTokenizer | None = None
 ) -> None:
-    """Write one self-contained page about a folder of labels.
+    """Write one self-contained page about a folder of labels to the file `out`, whole or not at all.
 
-    Args:
-        folder: shards, and questions beside them if they were written; else those of seed 0 are made up.
-        shown: the labels on the contact sheet.
-        out: HTML file, written whole or not at all.
-        tokenizer: 3D tokens whose use is counted; None fits them to the answers about every other image and
-            counts in those about the rest.
+    folder     shards, and questions beside them if they were written; else those of seed 0 are made up.
+    shown      the labels on the contact sheet.
+    tokenizer  3D tokens whose use is counted; None fits them to the answers about every other image and
+               counts in those about the rest.
 
-    Raises:
-        SpearError: no labels there, labels of several units, or 3D tokens of another unit.
+    Raises SpearError for no labels, labels of several units, or 3D tokens of another unit.
     """
     found = statistics(read(folder, pixels=False))
     if tokenizer is not None and tokenizer.unit != found.unit:
@@ -80,12 +82,9 @@ def say(question: Question, label: LabeledImage) -> str:
     """The answer to a question about `label` as a person reads it, image points in pixels."""
     if question.values:
         return spoken(question)
-    size = (label.width, label.height)
-    points = [
-        f"({s.x * size[0]:.0f}, {s.y * size[1]:.0f}) " if isinstance(s, Pixel) else s
-        for s in question.segments
-    ]
-    return spoken(replace(question, segments=[*points, "px"]))
+    w, h = label.width, label.height
+    said = [f"({s.x * w:.0f}, {s.y * h:.0f}) " if isinstance(s, Pixel) else s for s in question.segments]
+    return spoken(replace(question, segments=[*said, "px"]))
 
 
 def _questions(folder: Path) -> Mapping[str, list[Question]]:
@@ -112,16 +111,13 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
 
 def _histograms(found: Statistics) -> list[tuple[str, str]]:
     unit = "m" if found.unit == "metre" else "the image's own unit"
-    spreads = {
+    spreads: dict[str, Any] = {f"Score: {name}": spread for name, spread in found.scores.items()}
+    lengths = {
         f"Distance from the camera ({unit})": found.distance,
         f"Longest side of the box ({unit})": found.size,
-        **{f"Score: {name}": spread for name, spread in found.scores.items()},
     }
-    return [
-        (title, histogram(s.counts, f"{s.edges[0]:.3g}", f"{s.edges[-1]:.3g}"))
-        for title, s in spreads.items()
-        if s is not None
-    ]
+    known = {title: s for title, s in {**lengths, **spreads}.items() if s is not None}
+    return [(t, histogram(s.counts, f"{s.edges[0]:.3g}", f"{s.edges[-1]:.3g}")) for t, s in known.items()]
 
 
 def _rows(counts: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -144,3 +140,49 @@ def _tokens(
     grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
     chart = histogram(grouped, "lowest", "highest")
     return {"bins": tokenizer.bins, "use": use, "given": given, "chart": chart, "numbers": sum(use.counts)}
+
+
+def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path) -> None:
+    """Write `out` (.rrd): pictures, boxes, key points and clouds, one step of the timeline "image" per label.
+
+    clouds  the point map of each label, or None where it is not at hand.
+
+    Raises SpearError where rerun-sdk is not installed, and for a file that cannot be written.
+    """
+    try:
+        import rerun as rr
+    except ImportError as error:
+        raise SpearError('the Rerun viewer needs rerun-sdk: pip install "spear-vla[view]"') from error
+    stream = rr.RecordingStream("spear labels")
+    try:
+        stream.save(out)
+    except (OSError, RuntimeError) as error:
+        raise SpearError(f"{out}: cannot be written ({error}): choose another file") from error
+    stream.log("camera", rr.ViewCoordinates.RDF, static=True)
+    for number, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
+        stream.set_time("image", sequence=number)
+        image = decode_image(label.image)
+        size = [label.width, label.height]
+        stream.log("camera/image", rr.Pinhole(image_from_camera=label.intrinsics, resolution=size))
+        stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
+        stream.log("source", rr.TextDocument(label.source))
+        palette = colors(len(label.objects))
+        boxed = [(o, c) for o, c in zip(label.objects, palette, strict=True) if o.box3d is not None]
+        edges = [o.box3d.vertices[list(pair)] for o, _ in boxed if o.box3d for pair in EDGES]
+        names = [o.name for o, _ in boxed for _ in EDGES]
+        tints = [c for _, c in boxed for _ in EDGES]
+        stream.log("camera/boxes", rr.LineStrips3D(edges, colors=tints, labels=names, show_labels=False))
+        points = [(p, f"{o.name}: {kind}", c) for o, c in boxed for kind, p in o.keypoints.items()]
+        places, kinds, colours = zip(*points, strict=True) if points else ((), (), ())
+        named = rr.Points3D(
+            places, labels=kinds, colors=colours, radii=rr.Radius.ui_points(4), show_labels=False
+        )
+        stream.log("camera/keypoints", named)
+        if cloud is None:
+            stream.log("camera/points", rr.Clear(recursive=False))
+        else:
+            every = max(1, np.count_nonzero(cloud.mask) // MOST_POINTS)
+            kept = cloud.points[cloud.mask][::every], image[cloud.mask][::every]
+            stream.log("camera/points", rr.Points3D(kept[0], colors=kept[1]))
+    stream.flush()
+    stream.disconnect()

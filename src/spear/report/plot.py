@@ -92,24 +92,18 @@ def chart(
     to_x, to_y = _scale(across, left, right, x.log), _scale(up, bottom, top, y.log)
     drawn = []
     for index, line in enumerate(lines):
-        at = [(to_x(a), to_y(b)) for a, b in zip(line.x, line.y, strict=True)]
+        found = [(to_x(a), to_y(b), f"{a:.3g}, {b:.3g}") for a, b in zip(line.x, line.y, strict=True)]
+        ends = zip(line.x if len(line.low) else (), line.low, line.high, strict=True)
         drawn.append(
             {
                 "line": line,
                 "colour": line.colour or COLOURS[index % len(COLOURS)],
-                "path": _path(at) if line.joined else "",
-                "dots": [
-                    (*p, f"{a:.3g}, {b:.3g}")
-                    for p, a, b in zip(at, line.x, line.y, strict=True)
-                    if line.dots and np.isfinite(b)
-                ],
-                "whiskers": [
-                    (to_x(a), to_y(low), to_y(high))
-                    for a, low, high in zip(line.x if len(line.low) else (), line.low, line.high, strict=True)
-                ],
+                "path": _path([(x, y) for x, y, _ in found]) if line.joined else "",
+                "dots": [dot for dot, b in zip(found, line.y, strict=True) if line.dots and np.isfinite(b)],
+                "whiskers": [(to_x(a), to_y(low), to_y(high)) for a, low, high in ends],
             }
         )
-    ends = [max(min(across), min(up)), min(max(across), max(up))]
+    corners = [max(min(across), min(up)), min(max(across), max(up))]
     return render(
         "chart.html",
         lines=drawn,
@@ -121,7 +115,7 @@ def chart(
         x_ticks=[(to_x(v), label) for v, label in x.ticks or _ticks(across, x, (right - left) // 60)],
         y_ticks=[(to_y(v), label) for v, label in y.ticks or _ticks(up, y, (bottom - top) // 40)],
         zero=to_y(0) if not y.log and up[0] < 0 < up[1] else None,
-        diagonal=_path([(to_x(v), to_y(v)) for v in ends]) if diagonal else "",
+        diagonal=_path([(to_x(v), to_y(v)) for v in corners]) if diagonal else "",
     )
 
 
@@ -137,7 +131,7 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: tuple[float, float] 
 def rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
     """Success rates. The first is the one that is judged, and stands out; the others are its references."""
     return [
-        Bar(name, e.value, f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]", e.low, e.high, "quiet" if i else "")
+        Bar(name, e.value, e.say(".0%"), e.low, e.high, "quiet" if i else "")
         for i, (name, e) in enumerate(rates)
     ]
 
@@ -146,15 +140,10 @@ def differences(rows: Sequence[tuple[str, Estimate]]) -> str:
     """Differences of rates, in points, as dots with their intervals on an axis whose middle is zero."""
     reach = max(0.1, max(max(abs(e.low), abs(e.high)) for _, e in rows))
     dots = [
-        Bar(name, e.value, points(e), e.low, e.high, "dot" if e.low <= 0 <= e.high else "sure dot")
+        Bar(name, e.value, e.say("+.1f", 100), e.low, e.high, "dot" if e.low <= 0 <= e.high else "sure dot")
         for name, e in rows
     ]
     return bars([("", dots)], (-reach, reach))
-
-
-def points(e: Estimate) -> str:
-    """A difference of two rates in percentage points."""
-    return f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
 
 
 def histogram(counts: Sequence[int], low: str, high: str) -> str:

@@ -1,5 +1,4 @@
-"""What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best, usual and worst answers
-drawn."""
+"""What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best and worst answers drawn."""
 
 from __future__ import annotations
 
@@ -112,10 +111,8 @@ def _calibration(scores: Scores) -> list[str]:
     ends = (min(values) / 1.2, max(values) * 1.2) if values else (0.1, 10.0)
     share = Axis("central interval", (0.0, 100.0), unit=" %")
     spread = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
-    return [
-        chart(covered, share, replace(share, title="truths in it"), size=(460, 340), diagonal=True),
-        chart(bands, spread, replace(spread, title="error, of the distance"), size=(460, 340), diagonal=True),
-    ]
+    plots = ((covered, share, "truths in it"), (bands, spread, "error, of the distance"))
+    return [chart(y, x, replace(x, title=t), size=(460, 340), diagonal=True) for y, x, t in plots]
 
 
 def _in_words(scores: Scores) -> list[list[str]]:

@@ -183,7 +183,7 @@ class Scores:
         inside = [f"central {level:.0%}" for level in CENTRAL]
         rows = []
         for family, c in self.calibration.items():
-            covered = [f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]" for e in c.coverage.values()]
+            covered = [e.say(".0%") for e in c.coverage.values()]
             halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
             rows.append([family.replace("_", " "), str(c.n), *covered, f"{100 * c.miss:.0f} points", *halves])
         return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
