@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
-from spear.data.actions import RATE_HZ, binarize_gripper, chunk, episode_actions, resample
-from spear.data.episode import check_episode
+from spear.data.actions import RATE_HZ, binarize_gripper, check_episode, chunk, episode_actions, resample
 from spear.geometry import apply_step, quat_distance
 from spear.models.presets import PRESETS
 from spear.types import Episode

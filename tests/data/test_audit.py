@@ -18,7 +18,7 @@ from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.audit import Report, audit, claims, judge
 from spear.data.hypotheses import Recording
-from spear.data.readers.rotations import franka_pose
+from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import DatasetSpec
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.data.actions import with_actions
-from spear.data.episode import check_episode
+from spear.data.actions import check_episode, with_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.types import Episode

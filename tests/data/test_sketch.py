@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spear.data.sketch import QuantileSketch, weighted_quantile
+from spear.data.normalize import QuantileSketch, weighted_quantile
 
 PROBES = np.linspace(0, 1, 41)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spear.data.readers.rotations import franka_pose
+from spear.data.readers.layout import franka_pose
 from spear.errors import SpearError
 from spear.sim import arm
 from spear.sim.control import FLOOR, check_action, kinematics

@@ -44,8 +44,8 @@ def prepare(options: PrepareOptions) -> None:
     """Make robot datasets ready for training: small images, 5 Hz, one meaning of actions.
 
     The result is a LeRobot v3.0 dataset with an index beside it, which `spear train` reads as fast as its
-    images can be decoded. Bad episodes are skipped, with the reasons in skipped.json. If it is stopped, by
-    whatever, the same command continues.
+    images can be decoded. Bad episodes are skipped, with the reasons in skipped.json. If it is stopped, the
+    same command continues.
 
     Examples:
         spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
@@ -68,8 +68,7 @@ def prepare(options: PrepareOptions) -> None:
     for path, name in zip(options.paths, names, strict=True):
         target = options.out if len(names) == 1 else options.out / name
         written, reasons = run(path, target, options.split, how, workers)
-        _report(reasons)
-        print(f"{written} episodes in {target}, {len(reasons)} skipped")
+        _report(written, target, reasons)
 
 
 def _check_layout(path: Path, layout: Path | None) -> None:
@@ -81,9 +80,7 @@ def _check_layout(path: Path, layout: Path | None) -> None:
     if not layout.is_file():
         raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
     if need_format(path) == "store":
-        raise SpearError(
-            f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout: leave it out"
-        )
+        raise SpearError(f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout")
 
 
 def export(options: ExportOptions) -> None:
@@ -108,8 +105,7 @@ def export(options: ExportOptions) -> None:
     bar = ProgressBar("writing", total, "episodes")
     episodes = good_episodes(path, split, options.layout, skipped)
     written = write_lerobot(tracked(episodes, bar), options.out, options.images)
-    _report(skipped.reasons)
-    print(f"{written} episodes in {options.out}, {len(skipped.reasons)} skipped")
+    _report(written, options.out, skipped.reasons)
 
 
 def audit(options: AuditOptions) -> None:
@@ -134,9 +130,7 @@ def audit(options: AuditOptions) -> None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
     if not report.agrees:
-        raise SpearError(
-            f"{options.path}: {conclusion(report)}: say what fits in its spear.json (or --layout)"
-        )
+        raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json")
 
 
 def datasets() -> None:
@@ -155,9 +149,10 @@ def datasets() -> None:
         print(f"{weight}  {name:<62} {spec.robot or '':<16} {rate:<8} {note}")
 
 
-def _report(reasons: Sequence[str]) -> None:
+def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
+    print(f"{written} episodes in {folder}, {len(reasons)} skipped")
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:

@@ -1,9 +1,9 @@
 """Does a dataset mean what its layout says? Every plausible reading of its logged actions against its states.
 
-`audit` reads some episodes of a folder, fits every reading of `spear.data.hypotheses`, and says for each
-question (frame, unit, signs, …) which answer fits best, by how much, and whether the layout says the same. An
-answer is only called wrong, or right, when the 95 % interval (bootstrap over episodes) of how much worse it
-does than the best lies above, or the others' lie above, `MARGIN`; else the data cannot tell.
+For each question (frame, unit, signs, …) `audit` says which answer fits best, by how much, and whether the
+layout says the same. An answer is only called wrong, or right, when the 95 % interval (bootstrap over
+episodes) of how much worse it does than the best lies above, or the others' lie above, `MARGIN`; else the
+data cannot tell.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
-from spear.data.actions import derive_actions
-from spear.data.episode import check_norm
+from spear.data.actions import check_norm
 from spear.data.hypotheses import (
     LENGTH_UNITS,
     UNSCALED,
@@ -30,25 +28,16 @@ from spear.data.hypotheses import (
     translation_fits,
 )
 from spear.data.readers.formats import episode_counts, open_dataset, open_split
-from spear.data.readers.layout import FASTEST, Steps, column, recorded_pose
-from spear.data.readers.rotations import to_quaternion
+from spear.data.readers.layout import FASTEST, Steps, column, recorded_pose, to_quaternion
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Layout
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.geometry import apply_step
 from spear.types import Array
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
-"""Formats of recorded orientations that are not judged, but made quaternions first (see
-`hypotheses.state_forms`)."""
-STORE = DatasetSpec(
-    "store",
-    position="position",
-    rotation="rotation",
-    rotation_format="quat_wxyz",
-    action="action",
-    action_mask="action_mask",
-)
+"""Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
+_OWN: dict[str, Any] = {name: name for name in ("position", "rotation", "action", "action_mask")}
+STORE = DatasetSpec("store", rotation_format="quat_wxyz", **_OWN)
 EPISODES, STEPS = 50, 3000
 """How much of a dataset to read."""
 MARGIN = 0.01
@@ -63,8 +52,7 @@ RESAMPLES = 1000
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
 
 
-@dataclass(frozen=True)
-class Margin:
+class Margin(NamedTuple):
     """How much worse than the best, as part of the motion: the value and its 95 % interval."""
 
     value: float
@@ -108,20 +96,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the audit found.
-
-    states   remarks on the recorded states.
-    closure  how far the converted actions, integrated over whole episodes, end from the recorded states
-             (largest, m and rad).
-    skipped  which episodes were left out, and why.
-    """
+    """All that the audit found: remarks on the recorded `states`, and why some episodes were `skipped`."""
 
     path: str
     episodes: int
     steps: int
     parts: Sequence[Part]
     states: Sequence[str]
-    closure: tuple[float, float]
     recordings: Sequence[Recording]
     skipped: Sequence[str] = ()
 
@@ -141,37 +122,29 @@ def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> 
     spec, found = _logged_steps(path, split or next(iter(episode_counts(path))), layout)
     skipped: list[str] = []
     recordings: list[Recording] = []
-    closure = np.zeros(2)
-    judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     for source, steps in found:
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            episode = _recording(steps, spec, source)
-            closure = np.maximum(closure, _closure(episode, judged))
+            recordings.append(_recording(steps, spec, source))
         except SpearError as error:
             skipped.append(str(error))
-            continue
-        recordings.append(episode)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
     if not recordings:
         raise SpearError(f"no good episode: {path}: {skipped[-1] if skipped else 'the split is empty'}")
-    report = judge(recordings, claims(judged), str(path), (float(closure[0]), float(closure[1])))
-    return replace(report, skipped=skipped)
+    judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
+    return replace(judge(recordings, claims(judged), str(path)), skipped=skipped)
 
 
 def _logged_steps(
     path: str | Path, split: str, layout: Layout
 ) -> tuple[DatasetSpec, Iterator[tuple[str, Steps | SpearError]]]:
-    """The layout of a dataset and the steps of its episodes, without images where possible.
-
-    Raises SpearError for a layout that names no logged actions.
-    """
+    """The layout of a dataset, which must name logged actions, and the steps of its episodes."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         store = open_split(path, split)
-        episodes = (store.without_images(index) for index in range(len(store)))
+        episodes = map(store.without_images, range(len(store)))
         return replace(STORE, rate_hz=float(store.rates_hz[0])), ((e.source, vars(e)) for e in episodes)
     spec = folder.spec(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
@@ -201,30 +174,28 @@ def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
             raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
+    quaternions = to_quaternion(rotation, form, source)
     if form in BELIEVED:
-        rotation = to_quaternion(rotation, form, source)
+        rotation = quaternions
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
     return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
 
 
 def judge(
-    recordings: Sequence[Recording],
-    said: Mapping[str, Mapping[str, str | None]],
-    path: str = "",
-    closure: tuple[float, float] = (0.0, 0.0),
+    recordings: Sequence[Recording], said: Mapping[str, Mapping[str, str | None]], path: str = ""
 ) -> Report:
     """Fit every reading to some recordings; said is what the layout says (see `claims`)."""
     stretches = Stretches(recordings)
     if not stretches.count:
-        raise SpearError(f"nothing to audit: {path}: no episode has five steps with a known action in a row")
+        raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
     parts = []
     if recordings[0].translation is not None:
         parts.append(_part("translation", translation_fits(recordings, stretches), said["translation"]))
     if recordings[0].turn is not None:
         parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
     steps = sum(len(r.position) for r in recordings)
-    return Report(path, len(recordings), steps, parts, _states(recordings), closure, recordings)
+    return Report(path, len(recordings), steps, parts, _states(recordings), recordings)
 
 
 def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
@@ -243,35 +214,17 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     }
 
 
-def _closure(recording: Recording, spec: DatasetSpec) -> Array:
-    """[2] how far the converted actions lead from the last recorded state, m and rad."""
-    assert spec.rotation_format is not None
-    quaternions = to_quaternion(recording.rotation, spec.rotation_format, recording.source)
-    if spec.action is not None and recording.translation is not None and recording.turn is not None:
-        actions = np.concatenate([recording.translation, recording.turn], axis=1)
-    else:
-        actions = derive_actions(recording.position, quaternions, np.zeros(len(quaternions)))
-    where, turn = torch.as_tensor(recording.position), torch.as_tensor(np.asarray(quaternions, np.float64))
-    at, facing = where[0], turn[0]
-    for action in torch.as_tensor(actions[:-1].astype(np.float64)):
-        at, facing = apply_step(at, facing, action[:3], action[3:7])
-    cosine = float((facing * turn[-1]).sum().abs().clamp(max=1))
-    return np.array([float((at - where[-1]).norm()), 2 * np.arccos(cosine)])
-
-
 def _states(recordings: Sequence[Recording]) -> list[str]:
     """What is wrong with the recorded states by themselves."""
     remarks = []
-    position = np.concatenate([r.position for r in recordings])
-    far = float(np.quantile(np.linalg.norm(position, axis=1), 0.95))
-    steps = np.concatenate(
-        [np.linalg.norm(np.diff(r.position, axis=0), axis=1) * r.rate_hz for r in recordings]
-    )
+    far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
+    steps = np.concatenate([np.diff(r.position, axis=0) * r.rate_hz for r in recordings])
+    fast = float(np.quantile(np.linalg.norm(steps, axis=1), 0.99)) if len(steps) else 0.0
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
-    elif len(steps) and np.quantile(steps, 0.99) > FASTEST:
-        remarks.append(f"positions change by {np.quantile(steps, 0.99):.3g} a second: too fast for metres")
+    elif fast > FASTEST:
+        remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])
     _, unit = state_quaternions(rotation)
     if unit == "deg":
@@ -283,17 +236,16 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
 
 
 def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Part:
-    def claimed(fit: Fit) -> bool:
-        return all(
-            said[q] is None or _answer(fit, q) in (said[q], "-") for q in said if q != "unit" or said["kind"]
-        )
+    def same(fit: Fit, question: str) -> bool:
+        return _answer(fit, question) in (said[question], "-")
 
     def likeness(fit: Fit) -> int:
-        return sum(_answer(fit, q) in (said[q], "-") for q in said)
+        return sum(same(fit, q) for q in said)
 
     order = sorted(fits, key=lambda f: (round(f.relative, 4), -likeness(f)))
     best = order[0]
-    counts = _resamples(len(best.error))
+    units = len(best.error)  # of resampling; counts [RESAMPLES, units] is the same in every run
+    counts = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
     moved = float(best.moved.sum() / best.steps)
     note = ""
     if moved < LEAST[name]:
@@ -302,15 +254,15 @@ def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Par
         note = f"no reading explains the states: the best leaves {best.relative:.0%} of the motion"
     findings = [_finding(q, order, said[q], counts, bool(note)) for q in Reading._fields]
     findings = [f for f in findings if f.best != "-" and len(f.answers) > 1]
-    own = next((fit for fit in order if claimed(fit)), None)
-    full = all(said[q] is not None for q in ("kind", "frame", "form"))
+    asked = [q for q in said if said[q] is not None and (q != "unit" or said["kind"])]
+    own = next((fit for fit in order if all(same(fit, q) for q in asked)), None)
     margin = None if own is None else _margin(own, best, counts)
     verdict: Verdict = "agrees"
     if note:
         verdict = "cannot tell"
-    elif own is None or margin is None or margin.low > MARGIN:
+    elif margin is None or margin.low > MARGIN:
         verdict = "wrong"
-    elif not full:
+    elif any(said[q] is None for q in ("kind", "frame", "form")):
         verdict = "not said"
     return Part(name, best, own, margin, findings, verdict, note)
 
@@ -343,11 +295,6 @@ def _finding(question: str, order: Sequence[Fit], said: str | None, counts: Arra
 def size(name: str, value: float) -> str:
     """A distance (m) or an angle (rad) in words."""
     return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
-
-
-def _resamples(units: int) -> Array:
-    """[RESAMPLES, units] how often each unit is drawn; the same in every run."""
-    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
 
 
 def _margin(fit: Fit, best: Fit, counts: Array) -> Margin:

@@ -27,14 +27,13 @@ def demonstrate(
     workers: int = 2,
     quiet: bool = False,
 ) -> tuple[int, int]:
-    """Record `episodes` demonstrations of each task family; returns how many succeeded, which `out` holds,
-    and of how many.
+    """Record `episodes` demonstrations of each task family; returns how many succeeded, and of how many.
 
     sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
 
-    Every shard that is written is kept, and the same call, or one with more episodes, continues behind the
-    last one. Raises `SpearError` for an unknown family, for scenes that are kept for testing, and, before
-    anything is written, for a folder that holds other files, other demonstrations or images of another size.
+    The same call, or one with more episodes, continues behind the last shard that was written. Raises
+    `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
+    for a folder that holds other files, other demonstrations or images of another size.
     """
     check_families(families)
     if first_seed < TRAIN_SEED:

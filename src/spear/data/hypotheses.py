@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spear.data.readers.rotations import FORMS
+from spear.data.readers.layout import FORMS
 from spear.data.readers.spec import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
 from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_rotate
 from spear.types import Array
@@ -32,6 +32,8 @@ FLIPS = np.array([[1.0 if s == "+" else -1.0 for s in signs] for signs in SIGNS]
 Scale = tuple[str, str, float]
 """Kind, unit, and the factor to metres or radians per step."""
 UNSCALED = "unit quaternion"
+JUDGED = tuple(form for form in FORMS if form not in RECORDED_ONLY)
+"""Ways to write an orientation that are tried."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ class Recording:
 
 
 class Reading(NamedTuple):
-    """What logged numbers mean. `state` (how recorded orientations are written) is "-" where it plays no
-    part.
+    """What logged numbers mean.
 
     frame   "base", "ee", or "angles": added to the angles (or the rotation vector) themselves.
-    form    how a logged rotation is written; "-" for translations.
     shift   see `SHIFTS`.
+    state   how recorded orientations are written; "-" where that plays no part.
+    form    how a logged rotation is written; "-" for translations.
     """
 
     kind: str
@@ -113,9 +115,9 @@ class Stretches:
         for number, recording in enumerate(recordings):
             for first, end in _runs(recording.valid):
                 for low in range(first, end, STRETCH):
-                    steps = np.arange(STRETCH + 1)
-                    rows.append(start + np.minimum(low + steps, end))
-                    inside.append(low + steps[:-1] < end)
+                    steps = low + np.arange(STRETCH + 1)
+                    rows.append(start + np.minimum(steps, end))
+                    inside.append(steps[:-1] < end)
                     episode.append(number)
             start += len(recording.position)
         self.count = len(rows)
@@ -137,10 +139,8 @@ class Stretches:
 def _runs(valid: Array) -> Iterator[tuple[int, int]]:
     """(first, end) such that for every state first ≤ t < end the actions of all shifts are valid."""
     early, late = max(SHIFTS), -min(SHIFTS)
-    good = np.array(
-        [valid[t - early : t + late + 1].all() for t in range(early, len(valid) - late - 1)], bool
-    )
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(int), [0]])))
+    good = [int(valid[t - early : t + late + 1].all()) for t in range(early, len(valid) - late - 1)]
+    edges = np.flatnonzero(np.diff([0, *good, 0]))
     for first, end in zip(edges[::2], edges[1::2], strict=True):
         yield early + int(first), early + int(end)
 
@@ -149,15 +149,11 @@ def _vector(values: Array) -> torch.Tensor:
     return torch.as_tensor(np.asarray(values, np.float64))
 
 
-JUDGED = tuple(form for form in FORMS if form not in RECORDED_ONLY)
-"""Ways to write an orientation that are tried."""
-
-
 def _quaternions(form: str, values: torch.Tensor) -> torch.Tensor:
     return quat_normalize(FORMS[form][1](values))
 
 
-def forms_of(values: Array) -> list[str]:
+def _forms(values: Array) -> list[str]:
     """The ways in which numbers [N, d] may be meant as rotations."""
     return [name for name in JUDGED if FORMS[name][0] == values.shape[1]]
 
@@ -165,11 +161,10 @@ def forms_of(values: Array) -> list[str]:
 def state_forms(values: Array) -> list[str]:
     """The ways in which recorded numbers [N, d] may be meant as orientations.
 
-    Not yaw, pitch, roll: that both states and actions are written so, with their frames exchanged, is the
-    mirror image of roll, pitch, yaw, which rotations alone can never tell. Where one of the two is written
-    so, the audit says it of the actions.
+    Not yaw, pitch, roll: states and actions written so, with frames exchanged, are the mirror image of roll,
+    pitch, yaw. Rotations alone cannot tell the two; where only one is written so, it is said of the actions.
     """
-    return [name for name in forms_of(values) if name != "euler_zyx"]
+    return [name for name in _forms(values) if name != "euler_zyx"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
@@ -177,12 +172,11 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
 
     Angles beyond a whole turn are degrees, others radians: changes alone could not tell.
     """
-    scaled = rotation.shape[1] == 3
-    unit = "deg" if scaled and np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
-    values = _vector(rotation * ANGLE_UNITS[unit] if scaled else rotation)
-    return {
-        name: _quaternions(name, values).numpy() for name in state_forms(rotation)
-    }, unit if scaled else UNSCALED
+    unit = UNSCALED
+    if rotation.shape[1] == 3:
+        unit = "deg" if np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
+    values = _vector(rotation * ANGLE_UNITS.get(unit, 1.0))
+    return {name: _quaternions(name, values).numpy() for name in state_forms(rotation)}, unit
 
 
 def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
@@ -202,9 +196,7 @@ def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) 
 def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
     """The fit of every reading of the logged translations."""
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
-    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(
-        np.float64
-    )
+    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(float)
     turns, _ = state_quaternions(np.concatenate([r.rotation for r in recordings]))
     rows, inside = stretches.rows, stretches.inside
     start = position[rows[:, :1]]
@@ -315,7 +307,7 @@ def _angle(cosine: Array) -> Array:
 def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading], torch.Tensor]:
     """Every way to read logged rotations, [K], and the quaternions [K, N, 4] that it gives."""
     readings, quaternions = [], []
-    for (kind, unit, factor), form in itertools.product(scales, forms_of(logged)):
+    for (kind, unit, factor), form in itertools.product(scales, _forms(logged)):
         for signs, flip in zip(SIGNS, FLIPS, strict=True):
             if logged.shape[1] == 3:
                 turn = _quaternions(form, _vector(logged * flip * factor))

@@ -12,11 +12,10 @@ import numpy as np
 
 from spear.data.readers.formats import open_dataset
 from spear.data.readers.layout import Steps
-from spear.data.readers.lerobot import LeRobotFolder
+from spear.data.readers.lerobot import LeRobotFolder, read_ends
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.stats import read_stats
 from spear.errors import SpearError
 from spear.util.images import decode_image
 
@@ -36,20 +35,16 @@ def inspect(path: str | Path) -> str:
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         return _describe_store(folder)
-    if isinstance(folder, RldsFolder):
-        return _describe_rlds(folder)
-    assert isinstance(folder, LeRobotFolder)
-    return _describe_lerobot(folder)
+    return _describe_rlds(folder) if isinstance(folder, RldsFolder) else _describe_lerobot(folder)
 
 
 def _describe_store(store: EpisodeStore) -> str:
     lengths = store.lengths
     rates = Counter(f"{rate:g} Hz" for rate in store.rates_hz)
-    more = ", ".join(f"{rate} ({n})" for rate, n in rates.most_common())
     lines = [
         f"{store.path}: a store of episodes",
         f"episodes      {len(store)}, {lengths.sum()} steps ({_spread(lengths)} each)",
-        f"rate          {', '.join(rates) if len(rates) == 1 else more}",
+        f"rate          {', '.join(f'{rate} ({n} episodes)' for rate, n in rates.most_common())}",
         f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
     ]
     if len(store) > LOOKED_AT:
@@ -82,11 +77,12 @@ def _describe_rlds(folder: RldsFolder) -> str:
         raise SpearError(f"no episodes: {folder.path}: its dataset_info.json names no split")
     first = next(iter(folder.splits))
     # A broken record in the middle of a file does not hide the good ones behind it.
-    examples = list(itertools.islice((example for _, example in folder.examples(first)), LOOKED_AT))
-    reasons = [str(example) for example in examples if isinstance(example, SpearError)]
-    steps = [example["steps"] for example in examples if not isinstance(example, SpearError)]
+    found = [steps for _, steps in itertools.islice(folder.steps(first), LOOKED_AT)]
+    reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
+    steps = [steps for steps in found if not isinstance(steps, SpearError)]
     if not steps:
         raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
+    lengths = np.array([len(next(values for _, values in leaves(s))) for s in steps])
     try:  # RLDS does not hold the rate: the layout does
         rate = f"{folder.spec().rate_hz:g} Hz, by the layout"
     except SpearError:
@@ -96,7 +92,7 @@ def _describe_rlds(folder: RldsFolder) -> str:
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {len(steps)} episodes ({_spread(np.array([_length(s) for s in steps]))} steps each)",
+        f"looked at     {len(steps)} episodes ({_spread(lengths)} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
@@ -117,25 +113,18 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
         f"rate          {info.fps:g} Hz",
     ]
-    stats = read_stats(folder.path)
+    ends = read_ends(folder.path)
     for name, feature in info.features.items():
         if name in folder.cameras:
             kind = "images in video" if feature.dtype == "video" else "images"
             lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(map(str, feature.shape))}")
-        else:
-            what = f"{feature.dtype} {feature.shape}{_axes(feature.names)}"
-            lines += [f"  {name.replace('.', '/'):<34} {what}", *_ends(stats.get(name, {}))]
+            continue
+        lines.append(f"  {name.replace('.', '/'):<34} {feature.dtype} {feature.shape}{_axes(feature.names)}")
+        # What a layout's ranges are read from.
+        for word, values in zip(("from", "to"), ends.get(name, ()), strict=False):
+            if 1 < len(values) <= MOST_AXES:
+                lines.append(f"  {'':<34}   {word:<5}" + "".join(f"{value:>9.4g}" for value in values))
     return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
-
-
-def _ends(stats: Mapping[str, Any]) -> list[str]:
-    """The smallest and largest value of each number of a feature: what a layout's ranges are read from."""
-    ends = [(word, np.ravel(stats[key])) for word, key in (("from", "min"), ("to", "max")) if key in stats]
-    return [
-        f"  {'':<34}   {word:<5}" + "".join(f"{value:>9.4g}" for value in values)
-        for word, values in ends
-        if 1 < len(values) <= MOST_AXES
-    ]
 
 
 def _axes(names: Any) -> str:
@@ -182,10 +171,6 @@ def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
             yield name, f"image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
         else:
             yield name, "text"
-
-
-def _length(steps: Steps) -> int:
-    return len(next(values for _, values in leaves(steps)))
 
 
 def _spread(lengths: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,8 @@ class Mixture:
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
         self._begin = [np.concatenate([[0], np.cumsum(store.known)]) for store in self.stores]
         self._starts = [np.concatenate([[0], np.cumsum(store.lengths)]) for store in self.stores]
-        self._episode = functools.lru_cache(maxsize=EPISODES_KEPT)(self._read)
+        read = lambda source, episode: self.stores[source].without_images(episode)  # noqa: E731
+        self._episode: Callable[[int, int], Episode] = functools.lru_cache(EPISODES_KEPT)(read)
         for name, begin in zip(self.names, self._begin, strict=True):
             if not begin[-1]:
                 raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
@@ -88,21 +89,16 @@ class Mixture:
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
         draws = random.random((batch_size, 2 + JITTER_DRAWS))
         sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")
-        return [
-            self._sample(int(source), int(row[1] * self._begin[source][-1]), row[2:])
-            for source, row in zip(sources, draws, strict=True)
-        ]
-
-    def _sample(self, source: int, index: int, draws: Array) -> Sample:
-        """The sample of a dataset's valid step `index`."""
-        begin = self._begin[source]
-        episode = int(np.searchsorted(begin, index, side="right")) - 1
-        known = np.asarray(self._episode(source, episode).action_mask)
-        step = int(np.flatnonzero(known)[index - int(begin[episode])])
-        return Sample(source, episode, step, int(self._starts[source][episode]) + step, draws)
-
-    def _read(self, source: int, episode: int) -> Episode:
-        return self.stores[source].without_images(episode)
+        samples = []
+        for source, row in zip(sources.tolist(), draws, strict=True):
+            begin = self._begin[source]
+            index = int(row[1] * begin[-1])  # among the dataset's valid steps
+            episode = int(np.searchsorted(begin, index, side="right")) - 1
+            known = np.asarray(self._episode(source, episode).action_mask)
+            step = int(np.flatnonzero(known)[index - int(begin[episode])])
+            flat = int(self._starts[source][episode]) + step
+            samples.append(Sample(source, episode, step, flat, row[2:]))
+        return samples
 
     def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
         """State [8], action chunk [H, 8] and its mask [H] of a sample."""
@@ -136,8 +132,7 @@ class TrainingSamples:
     augment    strength of photometric jitter, 0 for none (never geometric: depth depends on it).
 
     A batch of B samples
-        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks that
-                     camera
+        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks it
         views        camera -> [B] bool, whether it has it
         position     [B, 3] m, base frame       rotation  [B, 4]       gripper  [B] opening 0 … 1
         action       [B, H, 8] metres, as `Action.to_vector`
@@ -163,8 +158,7 @@ class TrainingSamples:
         states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
         images, present = {}, {}
         for camera, (height, width) in self.views.items():
-            # In memory the channels come first, as the network takes them: a turned copy costs half a
-            # decoding.
+            # In memory the channels come first, as the network takes them: turning costs half a decoding.
             planes = np.zeros((batch_size, 3, height, width), np.uint8)
             found = [self._decode(sample, camera, out) for sample, out in zip(samples, planes, strict=True)]
             present[camera] = np.array(found)

@@ -31,7 +31,6 @@ def text(report: Report) -> str:
     return render(
         "audit.txt",
         report=report,
-        closure=(1000 * report.closure[0], np.degrees(report.closure[1])),
         questions=QUESTIONS,
         size=size,
         interval=_interval,
@@ -58,9 +57,7 @@ def conclusion(report: Report) -> str:
 
 def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
-    millimetres, degrees = 1000 * report.closure[0], np.degrees(report.closure[1])
-    ends = f"and {degrees:.3f}°: how far converted actions, integrated, end from the last state"
-    facts = [(f"{report.episodes:,}", f"episodes, {report.steps:,} steps"), (f"{millimetres:.3f} mm", ends)]
+    facts = [(f"{report.episodes:,}", f"episodes, {report.steps:,} steps")]
     for part in report.parts:
         words = f"of the logged {part.name}s unexplained by their best reading"
         facts.append((f"{part.best.relative:.1%}", words))

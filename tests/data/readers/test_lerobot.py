@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from spear.data.readers.formats import episode_counts, find_format, read_episodes
-from spear.data.readers.lerobot import open_lerobot
+from spear.data.readers.lerobot import open_lerobot, read_ends
 from spear.data.readers.rlds import open_rlds
 from spear.data.store.prepare import prepare
-from spear.data.store.stats import read_stats
 from spear.errors import SpearError
 from spear.util.images import decode_image
 
@@ -88,21 +87,20 @@ def test_the_same_episodes_as_from_rlds(lerobot: Path, shared: Path, tmp_path: P
 
 def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) -> None:
     """v2.1 has them for each episode, v3.0 for all: the library says the same of the same rows."""
-    whole, parts = (read_stats(lerobot / version) for version in ("v3.0_image", "v2.1_video"))
+    whole, parts = (read_ends(lerobot / version) for version in ("v3.0_image", "v2.1_video"))
     assert set(whole) == set(parts)
     for name in ("observation.state", "action", "timestamp"):
-        for which, values in parts[name].items():
-            np.testing.assert_allclose(values, whole[name][which], atol=1e-6, err_msg=f"{name} {which}")
+        np.testing.assert_allclose(parts[name], whole[name], atol=1e-6, err_msg=name)
     folder = copied(lerobot / "v2.1_video", tmp_path / "set", LAYOUT)
     stats = folder / "meta/episodes_stats.jsonl"
     stats.write_text(stats.read_text()[:-100])
     with pytest.raises(SpearError, match=r"unreadable: .*episodes_stats\.jsonl: "):
-        read_stats(folder)
+        read_ends(folder)
     stats.unlink()
-    assert read_stats(folder) == {}
+    assert read_ends(folder) == {}
 
 
-def test_a_folder_without_a_layout_says_how_to_give_one(lerobot: Path, tmp_path: Path) -> None:
+def test_a_layout_is_needed_and_its_columns_must_be_there(lerobot: Path, tmp_path: Path) -> None:
     with pytest.raises(SpearError, match=r"unknown dataset 'v3.0_image'.*describe yours in .*spear\.json"):
         next(read_episodes(lerobot / "v3.0_image"))
     (tmp_path / "layout.json").write_text(json.dumps(LAYOUT))
@@ -185,7 +183,7 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
         open_lerobot(folder)
 
 
-def test_a_video_with_other_frames_than_rows_is_named(lerobot: Path, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v3.0_video", tmp_path / "set")
     file = folder / "videos/observation.images.image_0/chunk-000/file-000.mp4"
     with av.open(str(file)) as source:
@@ -200,9 +198,7 @@ def test_a_video_with_other_frames_than_rows_is_named(lerobot: Path, tmp_path: P
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
     assert len(good) == 7 and "frames and rows differ: set#7" in reasons[0] and "5 frames" in reasons[0]
 
-
-def test_a_file_without_episode_numbers_is_named(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v3.0_image", tmp_path / "set")
+    folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
     change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
     with pytest.raises(SpearError, match=r"cannot read: .*file-000\.parquet: no column 'episode_index'"):
         next(read_episodes(folder))

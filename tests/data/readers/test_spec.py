@@ -12,8 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from spear.data.hypotheses import JUDGED
-from spear.data.readers.layout import column, episode_from, recorded_pose
-from spear.data.readers.rotations import FORMS, franka_pose, to_quaternion
+from spear.data.readers.layout import FORMS, column, episode_from, franka_pose, recorded_pose, to_quaternion
 from spear.data.readers.spec import (
     ANGLES,
     RECORDED_ONLY,
@@ -119,9 +118,9 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     np.testing.assert_allclose(
         to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_columns")[0, 0], 1
     )
-    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written column after"):
+    with pytest.raises(SpearError, match=r"mine step 0: .* matrix4_columns"):
         to_quaternion(pose.reshape(1, 16), "matrix4_columns", "mine")
-    with pytest.raises(SpearError, match=r"mine step 0: the 16 numbers are no pose written row after"):
+    with pytest.raises(SpearError, match=r"mine step 0: .* matrix4_rows"):
         to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_rows", "mine")
     with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
         to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")

@@ -27,7 +27,6 @@ from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.readers.formats import find_format, read_episodes
 from spear.data.readers.layout import episode_from
 from spear.data.readers.lerobot import open_lerobot
-from spear.data.store import parts
 from spear.data.store import prepare as preparing
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.index import INDEX, index_batch
@@ -194,8 +193,8 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
             return wrapped
 
-        parts._to_disk = deadly(parts._to_disk)
-        parts.save_sketches = deadly(parts.save_sketches)
+        preparing._to_disk = deadly(preparing._to_disk)
+        preparing.save_sketches = deadly(preparing.save_sketches)
         Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
         run(recorded, out)
 
@@ -240,7 +239,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
     out = tmp_path / "arm"
 
     def die() -> None:
-        parts.Parts.finish = lambda self, note: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+        preparing._Parts.finish = lambda self, note: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
         run(recorded, out)
 
     killed(die)
@@ -304,7 +303,7 @@ def test_several_datasets_continue_behind_those_that_are_done(
     command = ["data", "prepare", str(other), str(recorded), "--out", str(out), "--workers", "0"]
 
     def die() -> None:
-        parts.Parts.finish = finish_or_die  # type: ignore[method-assign]
+        preparing._Parts.finish = finish_or_die  # type: ignore[method-assign]
         main(command)
 
     killed(die)
@@ -323,10 +322,10 @@ def test_several_datasets_continue_behind_those_that_are_done(
         assert message in capsys.readouterr().err
 
 
-_finish = parts.Parts.finish
+_finish = preparing._Parts.finish
 
 
-def finish_or_die(self: parts.Parts, note: dict[str, str]) -> None:
+def finish_or_die(self: preparing._Parts, note: dict[str, str]) -> None:
     """Die at the end of the recorded episodes."""
     if self.episodes > 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,10 +25,6 @@ FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool]]] = {
 """Name -> what it is called and known by, and whether a path is in it."""
 
 
-Dataset = RldsFolder | LeRobotFolder
-"""A folder that other people's tools wrote: its metadata are read, its episodes are not yet."""
-
-
 def find_format(path: str | Path) -> str | None:
     """The name of the format that a path is in, or None."""
     return next((name for name, (_, is_one) in FORMATS.items() if is_one(path)), None)
@@ -45,7 +41,7 @@ def need_format(path: str | Path) -> str:
     return found
 
 
-def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
+def open_dataset(path: str | Path) -> RldsFolder | LeRobotFolder | EpisodeStore:
     """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
     name = need_format(path)
     if name == "store":
@@ -59,8 +55,7 @@ def read_episodes(
     """Episodes of a folder in any format, in our conventions, at their own rate, checked.
 
     split     which episodes: "train", "train[:20%]", … (see `spear.data.readers.splits`).
-    dataset   the layout; without it, the folder's own `spear.json`, else the registry's entry of its name. A
-              store needs none.
+    dataset   the layout; None for the dataset's own (see `find_spec`).
     Whatever is wrong with an episode raises SpearError naming it, or, with `on_bad`, is reported there and
     the episode is left out.
     """
@@ -69,8 +64,7 @@ def read_episodes(
         yield from open_split(path, split)
         return
     spec = folder.spec(dataset)
-    columns = [column.partition("[")[0] for column in spec.images.values()]
-    for source, steps in folder.steps(split, columns):
+    for source, steps in folder.steps(split, list(spec.images.values())):
         try:
             if isinstance(steps, SpearError):
                 raise steps

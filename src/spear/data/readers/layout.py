@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import binarize_gripper, derive_actions
-from spear.data.episode import check_actions, check_episode
-from spear.data.readers.rotations import franka_pose, to_quaternion
+from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
-from spear.geometry import quat_canonical, quat_multiply
+from spear.geometry import (
+    euler_to_quat,
+    euler_zxy_to_quat,
+    matrix_to_quat,
+    quat_canonical,
+    quat_exp,
+    quat_multiply,
+)
 from spear.types import Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
@@ -44,12 +50,12 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     episode = check_episode(
         Episode(
             images={
-                camera: unsquash(_images(steps, key, source), spec.image_aspect.get(camera))
+                camera: _unsquash(_images(steps, key, source), spec.image_aspect.get(camera))
                 for camera, key in spec.images.items()
             },
             position=position,
             rotation=to_quaternion(rotation, form, source),
-            gripper=to_opening(_numbers(steps, spec.gripper, source), *spec.gripper_range),
+            gripper=_opening(_numbers(steps, spec.gripper, source), *spec.gripper_range),
             instruction=_instruction(column(steps, spec.instruction, source)),
             rate_hz=spec.rate_hz,
             source=source,
@@ -63,17 +69,15 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
         return check_actions(_with_own_parts(episode, steps, spec))
     if spec.command is None:
         return episode
-    command = binarize_gripper(to_opening(_numbers(steps, spec.command, source), *spec.command_range))
+    command = binarize_gripper(_opening(_numbers(steps, spec.command, source), *spec.command_range))
     action = derive_actions(episode.position, turned, command)
     known = np.arange(len(episode)) < len(episode) - 1
     return check_actions(dataclasses.replace(episode, action=action, action_mask=known))
 
 
 def column(steps: Steps, where: str, source: str) -> Any:
-    """The rows of a column, e.g. "observation/state[0:3]" -> [T, 3], "action[6]" -> [T].
-
-    Raises SpearError naming the column and what there is instead.
-    """
+    """The rows of a column: "observation/state[0:3]" -> [T, 3], "action[6]" -> [T]. Raises SpearError naming
+    the column and what there is instead."""
     match = _COLUMN.match(where)
     if not match:
         raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
@@ -157,34 +161,26 @@ def _instruction(rows: Any) -> str:
 def _check_jumps(episode: Episode) -> None:
     """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
-    cosine = np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1)
-    turned = 2 * np.arccos(cosine)
-    if len(moved) and moved.max() * episode.rate_hz > FASTEST:
-        step = int(moved.argmax())
-        raise SpearError(
-            f"jump: {episode.source} step {step + 1}: the end-effector is {moved[step]:.3g} m from where "
-            "it was a step before; leave the episode out, or check the column and its unit (length_unit)"
-        )
-    if len(turned) and turned.max() * episode.rate_hz > FASTEST_TURN:
-        step = int(turned.argmax())
-        raise SpearError(
-            f"jump: {episode.source} step {step + 1}: the end-effector is turned by "
-            f"{np.degrees(turned[step]):.3g}° from a step before; leave the episode out, or check the "
-            "column and how its rotations are written"
-        )
+    turned = 2 * np.arccos(np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1))
+    for change, fastest, what, check in (
+        (moved, FASTEST, "moved by {:.3g} m", "its unit (length_unit)"),
+        (turned, FASTEST_TURN, "turned by {:.3g} rad", "how its rotations are written"),
+    ):
+        if change.max(initial=0) * episode.rate_hz > fastest:
+            step = int(change.argmax())
+            raise SpearError(
+                f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])} "
+                f"in one step; leave the episode out, or check the column and {check}"
+            )
 
 
-def to_opening(values: Array, closed: float, opened: float) -> Array:
+def _opening(values: Array, closed: float, opened: float) -> Array:
     """Gripper readings [T] or [T, 1] to openings [T], 0 closed … 1 open, clipped."""
-    flat = np.asarray(values, np.float64).reshape(len(values))
-    return np.clip((flat - closed) / (opened - closed), 0, 1)
+    return np.clip((values.reshape(len(values)) - closed) / (opened - closed), 0, 1)
 
 
-def unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
-    """Give images that were squeezed into another shape their camera's width / height back.
-
-    aspect None leaves them as they are. The height is kept; depth depends on the true proportions.
-    """
+def _unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
+    """Give squeezed images their camera's width / height back; depth depends on the true proportions."""
     if aspect is None:
         return list(images)
     widened = []
@@ -193,3 +189,97 @@ def unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
         image = image.resize((round(image.height * aspect), image.height), Image.Resampling.BICUBIC)
         widened.append(encode_jpeg(np.asarray(image)))
     return widened
+
+
+def _from_pose(pose: torch.Tensor) -> torch.Tensor:
+    return matrix_to_quat(pose[..., :3, :3].contiguous())
+
+
+FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
+    "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
+    "euler_zyx": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
+    "euler_zxy": (3, euler_zxy_to_quat),
+    "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
+    "quat_wxyz": (4, lambda v: v),
+    "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
+    "matrix4_columns": (16, lambda v: _from_pose(v.unflatten(-1, (4, 4)).mT)),
+    "matrix4_rows": (16, lambda v: _from_pose(v.unflatten(-1, (4, 4)))),
+}
+"""Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z).
+
+Quaternions keep the length that was written. Joint angles are no such format: see `franka_pose`.
+"""
+
+
+def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Array:
+    """Orientations [T, d] in a dataset's layout, angles in rad, to quaternions [T, 4] (w, x, y, z).
+
+    Raises SpearError when d is not what the layout has, and for 16 numbers that are no pose.
+    """
+    tensor = torch.as_tensor(np.asarray(values, np.float64))
+    width, convert = FORMS[layout]
+    if tensor.ndim != 2 or tensor.shape[1] != width:
+        shape = tuple(tensor.shape)
+        raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
+    if layout.startswith("matrix4"):
+        pose = tensor.unflatten(-1, (4, 4))
+        _check_poses(pose.mT if layout == "matrix4_columns" else pose, layout, source)
+    return convert(tensor).numpy()
+
+
+def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
+    matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
+    error = (matrix @ matrix.mT - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
+    row = (pose[:, 3] - last).abs().amax(1)
+    bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
+    if bad.any():
+        raise SpearError(
+            f"not a rotation: {source} step {int(bad.int().argmax())}: the 16 numbers are no pose written as "
+            f"{layout}; leave it out, or check the layout"
+        )
+
+
+_DH = (
+    (0.0, 0.333, 0.0),
+    (0.0, 0.0, -math.pi / 2),
+    (0.0, 0.316, math.pi / 2),
+    (0.0825, 0.0, math.pi / 2),
+    (-0.0825, 0.384, -math.pi / 2),
+    (0.0, 0.0, math.pi / 2),
+    (0.088, 0.0, math.pi / 2),
+)
+"""Franka's published parameters (Craig's convention) of each joint: a m, d m, α rad."""
+_FINGERTIPS = 0.107 + 0.1034
+"""From joint 7 to the flange, and on to the point between the tips of Franka's own fingers, m."""
+
+
+def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
+    """Joint angles [T, 7] of a Franka, rad, to positions [T, 3], m, and quaternions [T, 4] in the base frame.
+
+    The pose is that of our end-effector frame: between the finger tips of Franka's own hand, parallel to the
+    base frame when the gripper points straight down. Raises SpearError for other than seven columns of
+    radians.
+    """
+    if joints.ndim != 2 or joints.shape[1] != 7:
+        raise SpearError(f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7")
+    if len(joints) and np.abs(joints).max() > 2 * math.pi:
+        raise SpearError(f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected")
+    pose = np.tile(np.eye(4), (len(joints), 1, 1))
+    for (a, d, alpha), angle in zip(_DH, joints.T, strict=True):
+        pose = pose @ _link(a, d, alpha, angle)
+    pose[:, :3, 3] += _FINGERTIPS * pose[:, :3, 2]
+    # The hand is turned by -45° on the flange; half a turn about x makes its axes ours.
+    hand = _link(0, 0, 0, np.array([-math.pi / 4]))[0, :3, :3] @ np.diag([1.0, -1.0, -1.0])
+    return pose[:, :3, 3], matrix_to_quat(torch.from_numpy(pose[:, :3, :3] @ hand)).numpy()
+
+
+def _link(a: float, d: float, alpha: float, angle: Array) -> Array:
+    """[T, 4, 4] transforms over one joint."""
+    c, s, ca, sa = np.cos(angle), np.sin(angle), math.cos(alpha), math.sin(alpha)
+    link = np.zeros((len(angle), 4, 4))
+    link[:, 0] = np.stack([c, -s, 0 * c, a + 0 * c], axis=1)
+    link[:, 1] = np.stack([s * ca, c * ca, -sa + 0 * c, -d * sa + 0 * c], axis=1)
+    link[:, 2] = np.stack([s * sa, c * sa, ca + 0 * c, d * ca + 0 * c], axis=1)
+    link[:, 3, 3] = 1
+    return link

@@ -7,8 +7,7 @@
     videos/**.mp4                             in videos
 
 What the columns mean is told by the `spear.json` in the folder, as for RLDS (our own writer puts one there).
-LeRobot's names become paths: "observation.state" is the column "observation/state"; "task" is the
-instruction.
+LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from spear.data.readers.layout import Steps
 from spear.data.readers.spec import DatasetSpec, Layout, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
@@ -41,7 +40,7 @@ TIME_TOLERANCE = 0.25
 
 
 class Feature(BaseModel):
-    """A column; names are those of its components, in whatever form."""
+    """A column; `names` are those of its components, in whatever form."""
 
     dtype: str
     shape: list[int]
@@ -61,13 +60,15 @@ class Info(BaseModel):
     total_episodes: int | None = None
     splits: dict[str, Any] | None = None
 
+    @property
+    def videos(self) -> list[str]:
+        """Features that are in videos."""
+        return [name for name, feature in self.features.items() if feature.dtype == "video"]
+
 
 @dataclass(frozen=True)
 class LeRobotEpisode:
-    """Where one episode is.
-
-    videos  feature -> (file, first time, end time) in s.
-    """
+    """Where one episode is; videos: feature -> (file, first time, end time) in s."""
 
     index: int
     length: int
@@ -78,11 +79,7 @@ class LeRobotEpisode:
 
 @dataclass(frozen=True)
 class LeRobotFolder:
-    """What the metadata of a dataset folder say.
-
-    splits    split name -> (first episode, end).
-    tasks     task index -> instruction.
-    """
+    """The metadata of a folder; splits: name -> (first episode, end); tasks: index -> instruction."""
 
     path: Path
     name: str
@@ -130,8 +127,8 @@ class LeRobotFolder:
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise SpearError(f"broken rows: {self.name}#{index}: {reason}; leave the episode out") from error
+            why = first_line(error)
+            raise SpearError(f"broken rows: {self.name}#{index}: {why}; leave the episode out") from error
 
     def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
         rows = _rows(episode, self.name)
@@ -165,10 +162,9 @@ def is_lerobot(path: str | Path) -> bool:
 
 def open_lerobot(path: str | Path) -> LeRobotFolder:
     """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
-    folder = Path(path)
-    if not is_lerobot(folder):
-        raise SpearError(f"not a LeRobot dataset: {folder}: no {INFO} in it")
-    return _open(folder, (folder / INFO).stat().st_mtime_ns)
+    if not is_lerobot(path):
+        raise SpearError(f"not a LeRobot dataset: {path}: no {INFO} in it")
+    return _open(Path(path), (Path(path) / INFO).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -185,8 +181,7 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
         raise SpearError(f"unreadable: {where}: {key} {said(error)}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise SpearError(f"unreadable: {where}: {reason}; copy the dataset again") from error
+        raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
     if info.total_episodes not in (None, len(episodes)):
         raise SpearError(
             f"episodes missing: {folder}: {INFO} says {info.total_episodes}, {len(episodes)} are listed; "
@@ -205,23 +200,16 @@ def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     return found or {"train": (0, count)}
 
 
-def _videos(info: Info) -> list[str]:
-    return [name for name, feature in info.features.items() if feature.dtype == "video"]
-
-
 def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
-    tasks = {row["task_index"]: row["task"] for row in _json_lines(folder / "meta/tasks.jsonl")}
     episodes = []
     for row in _json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
         place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
-        videos = {
-            name: (folder / str(info.video_path).format(video_key=name, **place), 0.0, np.inf)
-            for name in _videos(info)
-        }
+        files = {name: str(info.video_path).format(video_key=name, **place) for name in info.videos}
+        videos = {name: (folder / file, 0.0, np.inf) for name, file in files.items()}
         data = folder / info.data_path.format(**place)
         episodes.append(LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos))
-    return tasks, episodes
+    return {row["task_index"]: row["task"] for row in _json_lines(folder / "meta/tasks.jsonl")}, episodes
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -251,11 +239,31 @@ def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
                     float(row[f"videos/{name}/from_timestamp"]),
                     float(row[f"videos/{name}/to_timestamp"]),
                 )
-                for name in _videos(info)
+                for name in info.videos
             }
             data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
             episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
     return tasks, sorted(episodes, key=lambda episode: episode.index)
+
+
+def read_ends(folder: Path) -> dict[str, list[Any]]:
+    """feature -> its smallest and largest values, by the statistics of a LeRobot dataset.
+
+    Version 2.1 keeps them for each episode. Empty where the dataset has none. Raises SpearError, naming the
+    file, for one that is not in order.
+    """
+    file = folder / "meta/stats.json"
+    try:
+        if file.is_file():
+            parts = [json.loads(file.read_text())]
+        elif (file := folder / "meta/episodes_stats.jsonl").is_file():
+            parts = [row["stats"] for row in _json_lines(file)]
+        else:
+            return {}
+        ends = ("min", np.min), ("max", np.max)
+        return {n: [np.ravel(end([p[n][key] for p in parts], axis=0)) for key, end in ends] for n in parts[0]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpearError(f"unreadable: {file}: {first_line(error)}; copy the dataset again") from error
 
 
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
@@ -269,15 +277,14 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
                 f"{episode.length} rows; copy the dataset again, or leave the episode out"
             )
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        groups = np.unique(np.searchsorted(starts, where, side="right") - 1)
+        group = np.repeat(np.arange(len(sizes)), sizes)  # of each row
+        groups = np.unique(group[where])
         if not len(groups):
             return file.schema_arrow.empty_table()
-        inside = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups])
+        inside = np.flatnonzero(np.isin(group, groups))
         return file.read_row_groups(groups.tolist()).take(np.flatnonzero(np.isin(inside, where)))
     except (OSError, KeyError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise SpearError(f"cannot read: {episode.data}: {reason}; copy the dataset again") from error
+        raise SpearError(f"cannot read: {episode.data}: {first_line(error)}; copy it again") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -316,16 +323,10 @@ def _frames(file: Path, first: float, end: float, times: Any, step: float, sourc
     """The frames of an episode as JPEG. Raises SpearError unless there is exactly one for each row."""
     slack = TIME_TOLERANCE * step
     found = list(read_frames(file, first - slack, end - slack))
-    if len(found) != len(times):
-        raise SpearError(
-            f"frames and rows differ: {source}: {file} has {len(found)} frames of it, but there are "
-            f"{len(times)} rows; leave the episode out"
-        )
-    late = np.abs(np.array([time for time, _ in found]) - first - times)
-    if len(late) and late.max() > slack:
-        row = int(late.argmax())
-        raise SpearError(
-            f"frames and rows differ: {source}: row {row} is at {times[row]:.3f} s, but its frame in "
-            f"{file} is {late[row]:.3f} s away; leave the episode out"
-        )
+    why = f"it has {len(found)} frames, but there are {len(times)} rows"
+    if len(found) == len(times):
+        late = np.abs(np.array([time for time, _ in found]) - first - times)
+        why = f"the frame of row {late.argmax()} is {late.max():.3f} s off" if (late > slack).any() else ""
+    if why:
+        raise SpearError(f"frames and rows differ: {source}: {file}: {why}; leave the episode out")
     return [encode_jpeg(image) for _, image in found]

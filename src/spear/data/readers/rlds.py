@@ -4,7 +4,7 @@ A dataset is a folder with `dataset_info.json` (splits and shards), `features.js
 TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
 flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
 of varying length ("ragged") come with their row lengths. Here they become the nested arrays that
-tensorflow_datasets would give, images still encoded. Shards are read one after the other, in order.
+tensorflow_datasets would give, images still encoded.
 """
 
 from __future__ import annotations
@@ -98,12 +98,9 @@ def _version_folders(path: Path) -> list[Path]:
 def open_rlds(path: str | Path) -> RldsFolder:
     """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
     found = _version_folders(Path(path))
-    if not found:
-        raise SpearError(
-            f"not an RLDS folder: {path}: it has no features.json; give the folder of one version"
-        )
-    if len(found) > 1:
-        raise SpearError(f"several datasets: {path}: choose one of {', '.join(p.name for p in found)}")
+    if len(found) != 1:
+        names = f"choose one of {', '.join(p.name for p in found)}" if found else "it has no features.json"
+        raise SpearError(f"not an RLDS folder: {path}: {names}")
     folder = found[0]
     info = _read_json(folder / "dataset_info.json")
     features = _read_json(folder / "features.json")
@@ -120,12 +117,9 @@ def open_rlds(path: str | Path) -> RldsFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SpearError(f"unreadable: {path}: {error}; an RLDS folder needs this file") from error
-    if not isinstance(content, dict):
-        raise SpearError(f"unreadable: {path}: it holds no JSON object; copy the folder again")
-    return content
+        return {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise SpearError(f"unreadable: {path}: {error}; an RLDS folder needs this JSON object") from error
 
 
 def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[Path, int]]:
@@ -150,8 +144,8 @@ def _unflatten(
 ) -> Any:
     """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
 
-    description  a node of `features.json`; features the flat lists of one example; name the path so far;
-    depth the number of sequences above. Raises KeyError or ValueError for what does not fit the description.
+    description is a node of `features.json`; features are the flat lists of one example; name is the path so
+    far, depth the number of sequences above. Raises KeyError or ValueError for what does not fit.
     """
     if "featuresDict" in description:
         children = description["featuresDict"]["features"]
@@ -209,7 +203,11 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
     if encoding in ("bytes", "zlib"):
         if not isinstance(values, list):
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
-        return np.stack([_decode(value, encoding, dtype, name).reshape(shape) for value in values])
+        try:
+            plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
+        except zlib.error as error:
+            raise ValueError(f"feature {name!r} cannot be decompressed: {error}") from error
+        return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in plain])
     if isinstance(values, list) and values:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
     flat = np.asarray(values, dtype)
@@ -218,10 +216,3 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
     if len(flat) % math.prod(shape):
         raise ValueError(f"feature {name!r} has {len(flat)} values, which do not fill {shape}")
     return flat.reshape(-1, *shape)
-
-
-def _decode(value: bytes, encoding: str, dtype: str, name: str) -> Array:
-    try:
-        return np.frombuffer(zlib.decompress(value) if encoding == "zlib" else value, dtype)
-    except zlib.error as error:
-        raise ValueError(f"feature {name!r} cannot be decompressed: {error}") from error

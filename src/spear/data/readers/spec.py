@@ -50,13 +50,11 @@ quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
 matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column after column or row after row.
 """
 RecordedOnly = Literal["euler_zxy", "franka_joints"]
-"""Formats of recorded orientations alone. The audit believes these and makes them quaternions first: joint
-angles are nothing else, and angles about z, x, y are the mirror image of roll, pitch, yaw about other axes,
-which rotations alone cannot tell.
+"""Formats of recorded orientations alone. The audit does not judge them: nothing else looks like joint
+angles, and rotations alone cannot tell angles about z, x, y from roll, pitch, yaw about other axes.
 
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
-franka_joints    the pose follows from a Franka's seven joint angles, which are the column of positions and of
-                 rotations (see `spear.data.readers.rotations.franka_pose`).
+franka_joints    a Franka's seven joint angles, the column of both positions and rotations (`franka_pose`).
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
@@ -66,8 +64,6 @@ LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 """Unit -> metres."""
 ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
 """Unit -> radians."""
-UNIT_TOLERANCE = 1e-3
-"""How far the norm of `tool_rotation` may be from 1 (our choice)."""
 SPEC_FILE = "spear.json"
 
 
@@ -78,7 +74,7 @@ def _two_readings(span: tuple[float, float]) -> tuple[float, float]:
 
 
 def _unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
-    if abs(math.hypot(*quaternion) - 1) > UNIT_TOLERANCE:
+    if abs(math.hypot(*quaternion) - 1) > 1e-3:
         raise ValueError("give a unit quaternion (w, x, y, z)")
     return quaternion
 
@@ -172,7 +168,7 @@ def find_spec(
     if isinstance(given, DatasetSpec):
         spec = given
     elif path.is_file() or given is not None:
-        return read_spec(path, name, defaults)
+        spec = read_spec(path, name, defaults)
     elif name in REGISTRY:
         spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
     else:
@@ -180,12 +176,13 @@ def find_spec(
         raise SpearError(f"{unknown_name('dataset', name, REGISTRY)}; {hint}")
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
-        raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in its {SPEC_FILE}")
+        raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")
     return spec
 
 
 def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) -> DatasetSpec:
-    """The layout that a JSON file describes. Raises SpearError, naming file and key, for a bad one."""
+    """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, for a bad
+    one."""
     try:
         fields = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -198,29 +195,16 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     if like is not None and like not in REGISTRY:
         raise unknown_name(f"dataset (like, in {path})", str(like), REGISTRY)
     base = vars(REGISTRY[like]) if like is not None else {}
-    spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
-    if unknown := missing(spec):
-        names = ", ".join(unknown)
-        raise SpearError(f'incomplete: {path}: add {names}, or name a similar dataset as "like"')
-    return spec
+    return _spec({**base, **(defaults or {}), "name": name, **fields}, path)
 
 
 def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
     """A `DatasetSpec` of fields as JSON or TOML have them; the SpearError for a bad value names its key."""
-    names = [f.name for f in dataclasses.fields(DatasetSpec) if f.name in fields]
-    values: dict[str, Any] = {
-        k: tuple(fields[k]) if isinstance(fields[k], list) else fields[k] for k in names
-    }
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
         return DatasetSpec(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        if key == "logged_rotation_format" and fields[key] in RECORDED_ONLY:
-            raise SpearError(
-                f"wrong value: {path}: only recorded orientations are ever in {fields[key]}: give {key} "
-                f"how the logged rotations are written ({', '.join(get_args(LoggedFormat))}), or leave it out"
-            ) from error
+        key = str(error.errors()[0]["loc"][0])
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):
             known = ", ".join(choices).replace(" or ", ", ").replace("'", "").split(", ")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -41,17 +40,12 @@ def read_frames(path: Path, first: float = 0.0, end: float = np.inf) -> Iterator
 class VideoWriter:
     """An AV1 video in an MP4 file, with the settings of LeRobot (crf 30, a key frame every second frame).
 
-    frames, bytes   what was written so far (the encoder keeps the last frames back until it is closed).
-
-    rate_hz  frames per second. The file is complete when the writer is closed.
+    frames, bytes   what was written so far. The file is complete when the writer is closed.
     """
 
     def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
         if height % 2 or width % 2 or min(height, width) < 64:
-            raise SpearError(
-                f"cannot make a video: {width} x {height} pixels: AV1 needs even sides of at least 64 "
-                "pixels; write images instead"
-            )
+            raise SpearError(f"no video of {width} x {height} pixels: AV1 needs even sides of at least 64")
         av = _av()
         if "libsvtav1" not in av.codecs_available:
             raise SpearError("this PyAV has no AV1 encoder: write images, or pip install --upgrade av")
@@ -68,11 +62,8 @@ class VideoWriter:
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
         frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        if self.frames:
+        with nullcontext() if self.frames else _as_urgent_as_before():  # the first frame starts the encoder
             self._mux(self._stream.encode(frame))
-        else:
-            with _as_urgent_as_before():  # the first frame starts the encoder
-                self._mux(self._stream.encode(frame))
         self.frames += 1
 
     def _mux(self, packets: Any) -> None:
@@ -88,18 +79,16 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 @contextmanager
 def _as_urgent_as_before() -> Iterator[None]:
-    """All threads of this process keep their scheduling, and new ones get the calling one's (Linux).
+    """Threads keep their scheduling, and new ones get the calling one's (Linux).
 
-    Started by root, as in most containers, SVT-AV1 makes the thread that calls it a real-time one, for good,
-    and its own with it: nothing else would get a processor while they work.
+    SVT-AV1, started by root, makes its threads and its caller's real-time ones: nothing else would get a
+    processor while they work.
     """
     if not hasattr(os, "sched_setscheduler"):
         yield
@@ -116,7 +105,6 @@ def _as_urgent_as_before() -> Iterator[None]:
 
 
 def _schedulers() -> dict[int, int]:
-    """How each thread of this process is scheduled (Linux)."""
     found = {}
     for thread in map(int, os.listdir("/proc/self/task")):
         with suppress(OSError):  # it has ended
@@ -125,10 +113,8 @@ def _schedulers() -> dict[int, int]:
 
 
 def _av() -> Any:
-    try:
-        import av
-        import av.logging
-    except ImportError:
-        raise SpearError("videos need PyAV, which is not installed: pip install 'spear-vla[data]'") from None
+    import av
+    import av.logging
+
     av.logging.set_level(av.logging.ERROR)
     return av

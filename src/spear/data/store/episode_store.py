@@ -1,21 +1,22 @@
 """The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
 
-It knows how episodes are written and found again, and nothing of where they came from or what is trained on
-them. There are two kinds of folder, with one way to read them:
+There are two kinds of folder, with one way to read them:
 
     recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes
                 append (`write_episodes`); episodes may differ in rate, cameras and image sizes.
     prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.store.prepare`), for training.
 
 Why Arrow IPC (uncompressed): training draws random single frames. Parquet has to decode a column chunk to
-reach one row; an uncompressed Arrow file is its own index, so a frame is a slice of mapped memory, and the
-operating system caches what is used. The images are compressed already (JPEG or PNG).
+reach one row; in an uncompressed Arrow file a frame is a slice of mapped memory. The images are compressed
+already (JPEG or PNG).
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from spear.data.actions import with_actions
-from spear.data.episode import check_episode
+from spear.data.actions import check_episode, with_actions
 from spear.data.store.index import INDEX, Shard, corrupt, image_columns, number_columns, open_index
 from spear.errors import SpearError
 from spear.types import Array, Episode
@@ -47,17 +47,14 @@ def write_episodes(
     if not append and any(folder.glob(SHARD_GLOB)):
         raise SpearError(f"episodes exist: {folder}: choose another folder, remove it, or append to it")
     folder.mkdir(parents=True, exist_ok=True)
-    waiting: list[Episode] = []
-    written = 0
-    for episode in episodes:
-        waiting.append(with_actions(check_episode(episode)))
-        if len(waiting) == shard_size:
-            written += _write_shard(waiting, folder)
-            waiting = []
-    return written + (_write_shard(waiting, folder) if waiting else 0)
+    checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
+    while shard := list(itertools.islice(checked, shard_size)):
+        _write_shard(shard, folder)
+        written += len(shard)
+    return written
 
 
-def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
+def _write_shard(episodes: Sequence[Episode], folder: Path) -> None:
     table = pa.RecordBatch.from_pydict(number_columns(episodes) | image_columns(episodes))
     table = table.replace_schema_metadata({"format": FORMAT})
     temporary = ""
@@ -69,17 +66,13 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        number = len(list(folder.glob(SHARD_GLOB)))
-        while True:
-            try:
+        for number in itertools.count(len(list(folder.glob(SHARD_GLOB)))):
+            with contextlib.suppress(FileExistsError):
                 os.link(temporary, folder / f"episodes-{number:05d}.arrow")
-                return len(episodes)
-            except FileExistsError:
-                number += 1
+                break
     except OSError as error:
-        raise SpearError(
-            f"cannot write: {folder}: {error}; free some space, or take another folder"
-        ) from error
+        why = f"cannot write: {folder}: {error}; free some space, or take another folder"
+        raise SpearError(why) from error
     finally:
         if temporary:
             os.unlink(temporary)
@@ -88,9 +81,9 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> int:
 class EpisodeStore:
     """Random access to the episodes of a folder, and to single frames, by memory mapping.
 
-    Opening maps the files and reads their indices; nothing is loaded until asked for. Every episode has
-    canonical actions and a mask of those that are known. `whole` is False for a `subset`. Raises SpearError
-    for a folder without episodes, and for a corrupt or truncated file, naming it.
+    Nothing is loaded until asked for. Every episode has canonical actions and a mask of those that are known.
+    `whole` is False for a `subset`. Raises SpearError for a folder without episodes, and for a corrupt or
+    truncated file, naming it.
     """
 
     def __init__(self, path: str | Path) -> None:

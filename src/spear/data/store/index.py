@@ -1,11 +1,10 @@
 """Many episodes as one Arrow record batch, and single steps found in it again without copying.
 
 One row is one episode; its steps are lists of numbers. The images of recordings are in the batch, as encoded
-bytes (`image:<camera>`). Those of a prepared dataset are in LeRobot's Parquet files: `index.arrow` lies
-beside `meta` and `data`, where LeRobot does not look at it. It has a batch for each file of `data`, with the
-numbers of its episodes and, in `place:<camera>`, two numbers for each step: where in that file the encoded
-image begins, and how long it is. The images are stored there as they are, neither compressed again nor in a
-dictionary, so that a frame is a slice of mapped memory: no Parquet is decoded in training.
+bytes (`image:<camera>`). Those of a prepared dataset are in LeRobot's Parquet files, as they are, neither
+compressed again nor in a dictionary. `index.arrow` beside them has a batch for each file of `data`, with two
+numbers for each step in `place:<camera>`: where in that file the encoded image begins, and how long it is.
+So a frame is a slice of mapped memory: no Parquet is decoded in training.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.data.store import schema as lerobot
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.types import ACTION_DIM, Array, Episode
 
 IMAGE_PREFIX, PLACE_PREFIX = "image:", "place:"
@@ -45,9 +44,7 @@ def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
         "rotation": lists(offsets, np.concatenate([e.rotation for e in episodes])),
         "gripper": lists(offsets, np.concatenate([e.gripper for e in episodes])),
         "action": lists(offsets, np.concatenate([np.asarray(e.action, np.float32) for e in episodes])),
-        "action_mask": lists(
-            offsets, np.concatenate([np.asarray(e.action_mask, np.uint8) for e in episodes])
-        ),
+        "action_mask": lists(offsets, np.concatenate([np.array(e.action_mask, np.uint8) for e in episodes])),
     }
 
 
@@ -76,44 +73,24 @@ def flat_rows(column: pa.Array, width: int, steps: int) -> Array:
     return values
 
 
-class Images(Protocol):
-    """A camera's images in a shard."""
-
-    def find(self, row: int, step: int) -> bytes | None:
-        """The encoded image of a step of the episode in this row, None when it has none."""
-        ...
+FindImage = Callable[[int, int], bytes | None]
+"""(row of an episode, step) -> a camera's encoded image, None when the episode has none."""
 
 
-class _Inside:
+def _inside(column: pa.Array, lengths: Array) -> FindImage:
     """Images that are in the batch itself."""
+    where = column.offsets.to_numpy()
+    counts = np.diff(where)
+    if not ((counts == lengths) | (counts == 0)).all():
+        raise ValueError("a camera has another number of images than steps")
+    _, ends, buffer = column.values.buffers()
+    bounds, data = np.frombuffer(ends, np.int64), memoryview(buffer or b"")
 
-    def __init__(self, column: pa.Array, name: str, lengths: Array) -> None:
-        self.where = column.offsets.to_numpy()
-        counts = np.diff(self.where)
-        if not ((counts == lengths) | (counts == 0)).all():
-            raise ValueError(f"column {name!r} has another number of images than steps")
-        _, ends, data = column.values.buffers()
-        self.bounds = np.frombuffer(ends, np.int64)[: len(column.values) + 1]
-        self.data = memoryview(data or b"")
+    def find(row: int, step: int) -> bytes | None:
+        place = int(where[row]) + step
+        return bytes(data[int(bounds[place]) : int(bounds[place + 1])]) if counts[row] else None
 
-    def find(self, row: int, step: int) -> bytes | None:
-        first = int(self.where[row])
-        if int(self.where[row + 1]) == first:
-            return None
-        return bytes(self.data[int(self.bounds[first + step]) : int(self.bounds[first + step + 1])])
-
-
-FindImages = Callable[[Mapping[str, pa.Array], Array], Mapping[str, Images]]
-"""(columns of a batch, its [E + 1] offsets of steps) -> camera -> its images."""
-
-
-def images_inside(columns: Mapping[str, pa.Array], offsets: Array) -> dict[str, Images]:
-    """The images of a recording."""
-    return {
-        name.removeprefix(IMAGE_PREFIX): _Inside(column, name, np.diff(offsets))
-        for name, column in columns.items()
-        if name.startswith(IMAGE_PREFIX)
-    }
+    return find
 
 
 class Shard:
@@ -121,10 +98,11 @@ class Shard:
 
     offsets [E + 1] of the steps; rates_hz [E]; known [E], how many steps of each episode have a known action;
     words: column -> instruction, source or success of each episode, as Arrow has them.
-    Raises ValueError, KeyError or an error of Arrow when it is broken.
+    folder is where the images of a prepared dataset are. Raises ValueError, KeyError or an error of Arrow
+    when the batch is broken, SpearError when a file of `data` is missing or is not as long as it was.
     """
 
-    def __init__(self, batch: pa.RecordBatch, find_images: FindImages = images_inside) -> None:
+    def __init__(self, batch: pa.RecordBatch, folder: Path | None = None) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         self.words = {name: columns[name] for name in ("instruction", "source", "success")}
@@ -136,7 +114,16 @@ class Shard:
         self.gripper = flat_rows(columns["gripper"], 1, steps)[:, 0]
         self.action = flat_rows(columns["action"], ACTION_DIM, steps)
         self.action_mask = flat_rows(columns["action_mask"], 1, steps)[:, 0]
-        self.images = find_images(columns, self.offsets)
+        kind = IMAGE_PREFIX if folder is None else PLACE_PREFIX
+        cameras = {name.removeprefix(kind): c for name, c in columns.items() if name.startswith(kind)}
+        self.images: dict[str, FindImage] = {}
+        if folder is None:
+            self.images |= {name: _inside(column, np.diff(self.offsets)) for name, column in cameras.items()}
+        else:
+            number, size = (int(columns[name][0].as_py()) for name in ("data_file", "data_bytes"))
+            file = _data_file(folder, number, size)
+            for name, column in cameras.items():
+                self.images[name] = _placed(file, self.offsets, flat_rows(column, 2, steps))
         self.known = np.add.reduceat(self.action_mask != 0, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -144,8 +131,7 @@ class Shard:
 
     def image(self, row: int, step: int, camera: str) -> bytes | None:
         """The encoded image of one step, or None when the episode has no such camera."""
-        found = self.images.get(camera)
-        return None if found is None else found.find(row, step)
+        return self.images[camera](row, step) if camera in self.images else None
 
     def episode(self, row: int, with_images: bool) -> Episode:
         """The episode in a row, its images as encoded bytes."""
@@ -169,8 +155,8 @@ class Shard:
 
 def corrupt(path: Path, error: Exception) -> SpearError:
     """What to say of a file of episodes that is not in order."""
-    reason = str(error).splitlines()[0]
-    return SpearError(f"corrupt or truncated shard: {path}: {reason}; delete it or write it again")
+    why = first_line(error)
+    return SpearError(f"corrupt or truncated shard: {path}: {why}; delete it or write it again")
 
 
 def index_batch(folder: Path, number: int, episodes: Sequence[Episode]) -> pa.RecordBatch:
@@ -243,15 +229,14 @@ def open_index(path: Path, folder: Path) -> list[Shard]:
 
     Raises SpearError when it is broken, and when a file of `data` is missing or is not as long as it was.
     """
-    batches, _ = read_batches(path)
     try:
-        return [Shard(batch, functools.partial(_images, folder)) for batch in batches]
+        return [Shard(batch, folder) for batch in read_batches(path)[0]]
     except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
         raise corrupt(path, error) from error
 
 
-def _images(folder: Path, columns: Mapping[str, pa.Array], offsets: Array) -> dict[str, Images]:
-    number, size = (int(columns[name][0].as_py()) for name in ("data_file", "data_bytes"))
+def _data_file(folder: Path, number: int, size: int) -> tuple[str, int]:
+    """A file of `data`, for `_map`: its path and when it was changed."""
     file = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(number))
     try:
         found = file.stat()
@@ -259,23 +244,17 @@ def _images(folder: Path, columns: Mapping[str, pa.Array], offsets: Array) -> di
         raise SpearError(f"missing file: {file}: {error.strerror}; copy the dataset again") from error
     if found.st_size != size:
         raise SpearError(f"truncated or changed: {file}: {found.st_size} bytes, not {size}; copy it again")
-    key = (str(file), found.st_mtime_ns)
-    return {
-        name.removeprefix(PLACE_PREFIX): _Placed(key, offsets, flat_rows(column, 2, int(offsets[-1])))
-        for name, column in columns.items()
-        if name.startswith(PLACE_PREFIX)
-    }
+    return str(file), found.st_mtime_ns
 
 
-class _Placed:
+def _placed(file: tuple[str, int], offsets: Array, places: Array) -> FindImage:
     """Images that are slices of another file."""
 
-    def __init__(self, file: tuple[str, int], offsets: Array, places: Array) -> None:
-        self.file, self.offsets, self.places = file, offsets, places
+    def find(row: int, step: int) -> bytes | None:
+        first, length = places[int(offsets[row]) + step].tolist()
+        return _map(*file)[first : first + length]
 
-    def find(self, row: int, step: int) -> bytes | None:
-        first, length = self.places[int(self.offsets[row]) + step].tolist()
-        return _map(*self.file)[first : first + length]
+    return find
 
 
 @functools.lru_cache(maxsize=MOST_MAPPED)

@@ -1,9 +1,8 @@
 """Write episodes as a LeRobot v3.0 dataset: the files, schemas and metadata of LeRobot's own library.
 
-The rows hold our nouns: "observation.state" [8] is position (m, base), quaternion (w x y z) and gripper
-opening; "action" [8] is the canonical action (`Action.to_vector`). `spear.json` beside `meta` says so, in the
-same words as for any dataset, so that `read_lerobot` needs nothing else. Columns that LeRobot knows no name
-for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
+"observation.state" [8] is position (m, base), quaternion (w x y z) and gripper opening; "action" [8] is the
+canonical action (`Action.to_vector`). `spear.json` beside `meta` says so, as for any dataset. Columns that
+LeRobot knows no name for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
 """
 
 from __future__ import annotations
@@ -19,20 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.actions import with_actions
-from spear.data.episode import check_episode
+from spear.data.actions import check_episode, with_actions
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store import schema as lerobot
-from spear.data.store.stats import ImageSample, ImageStats, RowStats, Stats, sample_images, to_json
+from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.images import decode_image
 
 EPISODES_PER_FILE = 10_000
 """Rows of one file of `meta/episodes` (our choice)."""
-_IMAGE = ("bytes", "path")
-"""The fields of an image, as the `datasets` library has them."""
 
 
 def write_lerobot(
@@ -41,7 +37,6 @@ def write_lerobot(
     """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
 
     images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
-
     The folder appears when everything is in it. Raises SpearError when it exists already with something in
     it, for a bad episode, when no episode comes, and when episodes differ in cameras, image size or rate.
     """
@@ -54,9 +49,8 @@ def write_lerobot(
         for episode in episodes:
             episode = with_actions(check_episode(episode))
             samples = sample_images(episode)
-            if writer is None:
-                sizes = {camera: samples[camera].size for camera in samples}
-                writer = LeRobotWriter(part, sizes, episode.rate_hz, images)
+            sizes = {camera: seen.size for camera, seen in samples.items()}
+            writer = writer or LeRobotWriter(part, sizes, episode.rate_hz, images)
             writer.check(episode, samples)
             if writer.data_bytes > lerobot.DATA_MB << 20:
                 writer.end_file()
@@ -103,7 +97,7 @@ class LeRobotWriter:
         self.tasks: dict[str, int] = {}
         numbers = [n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")]
         self.rows = {name: RowStats() for name in numbers}
-        self.pictures = {camera: ImageStats() for camera in self.sizes}
+        self.pictures = {camera: ImageSample(size) for camera, size in self.sizes.items()}
         self.episodes = self.frames = self.data_files = self.meta_files = 0
         self.waiting: list[dict[str, Any]] = []
         self.video_files = dict.fromkeys(self.sizes, 0)
@@ -115,17 +109,11 @@ class LeRobotWriter:
         name = episode.source
         if set(episode.images) != set(self.sizes):
             raise SpearError(
-                f"cameras differ: {name} has {sorted(episode.images)}, the first episode "
-                f"{sorted(self.sizes)}: "
-                "a LeRobot dataset has the same cameras throughout; leave the episode out"
+                f"cameras differ: {name} has {sorted(episode.images)}, the first episode {list(self.sizes)}: "
+                "leave the episode out"
             )
         for camera, size in self.sizes.items():
-            if samples[camera].size != size:
-                (h, w), (h0, w0) = samples[camera].size, size
-                raise SpearError(
-                    f"image sizes differ: {name} step 0 camera {camera!r} is {w} x {h} pixels, the first one "
-                    f"{w0} x {h0}: leave it out, or bring all to one size (see `spear data prepare --size`)"
-                )
+            check_size(samples[camera].size, size, f"{name} step 0 camera {camera!r}")
         if episode.rate_hz != self.rate_hz:
             raise SpearError(
                 f"rates differ: {name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}: "
@@ -134,8 +122,7 @@ class LeRobotWriter:
 
     def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
         """Write an episode that `check` lets pass; samples are those of its images (see `sample_images`)."""
-        length = len(episode)
-        columns = self._columns(episode)
+        length, columns = len(episode), self._columns(episode)
         row: dict[str, Any] = {
             "episode_index": self.episodes,
             "tasks": [episode.instruction],
@@ -144,13 +131,12 @@ class LeRobotWriter:
             "dataset_from_index": self.frames,
             "dataset_to_index": self.frames + length,
         }
-        stats: dict[str, Stats] = {}
-        for camera in self.sizes:
+        stats = {name: rows.add(columns[name].reshape(length, -1)) for name, rows in self.rows.items()}
+        for camera, seen in samples.items():
             if self.images == "video":
                 row |= self._write_video(camera, episode)
-            stats[lerobot.feature_name(camera)] = self.pictures[camera].add(samples[camera])
-        for name, rows in self.rows.items():
-            stats[name] = rows.add(columns[name].reshape(length, -1))
+            stats[lerobot.feature_name(camera)] = seen.stats()
+            self.pictures[camera] = self.pictures[camera].plus(seen)
         for name in self.features:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
@@ -159,8 +145,7 @@ class LeRobotWriter:
         self.frames += length
 
     def recall(self, episode: Episode) -> None:
-        """Count an episode whose files are written already, by an earlier process; its images do not
-        matter."""
+        """Count an episode that an earlier process has written; its images do not matter."""
         columns = self._columns(episode)
         for name, rows in self.rows.items():
             rows.update(columns[name].reshape(len(episode), -1))
@@ -187,25 +172,27 @@ class LeRobotWriter:
         }
 
     @property
-    def data_path(self) -> Path:
-        """The file that rows are, or will be, written to."""
-        return self.folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(self.data_files))
+    def data_bytes(self) -> int:
+        """How large the file of rows is now."""
+        return os.path.getsize(self._data_path) if self._data is not None else 0
 
     @property
-    def data_bytes(self) -> int:
-        """How large that file is now."""
-        return os.path.getsize(self.data_path) if self._data is not None else 0
+    def _data_path(self) -> Path:
+        return self.folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(self.data_files))
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         if self._data is None:
-            self.data_path.parent.mkdir(parents=True, exist_ok=True)
+            self._data_path.parent.mkdir(parents=True, exist_ok=True)
             # Images are compressed already: as they are, they can be read by memory mapping.
-            plain = [f"{f.name}.{part}" for f in self.schema if pa.types.is_struct(f.type) for part in _IMAGE]
-            nested = pa.types.is_fixed_size_list
-            others = [f"{f.name}.list.element" if nested(f.type) else f.name for f in self.schema]
-            others = [n for n in others if not any(p.startswith(f"{n}.") for p in plain)]
+            plain, others = [], []
+            for field in self.schema:
+                if pa.types.is_struct(field.type):
+                    plain += [f"{field.name}.bytes", f"{field.name}.path"]
+                else:
+                    nested = pa.types.is_fixed_size_list(field.type)
+                    others.append(f"{field.name}.list.element" if nested else field.name)
             self._data = pq.ParquetWriter(
-                self.data_path,
+                self._data_path,
                 self.schema,
                 compression=dict.fromkeys(plain, "none") | dict.fromkeys(others, "snappy"),
                 use_dictionary=others,
@@ -213,8 +200,10 @@ class LeRobotWriter:
         arrays = []
         for field in self.schema:
             if pa.types.is_struct(field.type):
-                camera = field.name.removeprefix("observation.images.")
-                arrays.append(pa.array(lerobot.picture_rows(episode.images[camera]), field.type))
+                images = episode.images[field.name.removeprefix("observation.images.")]
+                end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
+                rows = [{"bytes": image, "path": f"frame-{t:06d}.{end}"} for t, image in enumerate(images)]
+                arrays.append(pa.array(rows, field.type))
             elif pa.types.is_fixed_size_list(field.type):
                 flat = pa.array(columns[field.name].reshape(-1))
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
@@ -238,9 +227,7 @@ class LeRobotWriter:
         for step, encoded in enumerate(episode.images[camera]):
             where = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(encoded, where)
-            if image.shape[:2] != self.sizes[camera]:
-                (h, w), (h0, w0) = image.shape[:2], self.sizes[camera]
-                raise SpearError(f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}")
+            check_size(image.shape[:2], self.sizes[camera], where)
             video.write(image)
         return {
             **lerobot.place_of(f"videos/{name}", self.video_files[camera]),
@@ -274,16 +261,14 @@ class LeRobotWriter:
         self.close()
         if self.waiting:
             self.write_episodes()
-        totals: dict[str, RowStats | ImageStats] = dict(self.rows)
-        totals |= {lerobot.feature_name(camera): pictures for camera, pictures in self.pictures.items()}
-        stats = {name: to_json(totals[name].total()) for name in self.features if name in totals}
-        lerobot.write_json(self.folder / "meta/stats.json", stats)
-        lerobot.write_json(self.folder / "meta/info.json", self._info())
-        lerobot.write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
-        lerobot.write_json(self.folder / SPEC_FILE, lerobot.our_layout(self.sizes))
-
-    def _info(self) -> dict[str, Any]:
-        return {
+        stats = {name: rows.total() for name, rows in self.rows.items()}
+        stats |= {lerobot.feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
+        lists = {
+            name: {which: values.tolist() for which, values in stats[name].items()}
+            for name in self.features
+            if name in stats
+        }
+        info = {
             "codebase_version": "v3.0",
             "robot_type": "unknown",
             "total_episodes": self.episodes,
@@ -298,3 +283,7 @@ class LeRobotWriter:
             "video_path": lerobot.VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
+        lerobot.write_json(self.folder / "meta/stats.json", lists)
+        lerobot.write_json(self.folder / "meta/info.json", info)
+        lerobot.write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+        lerobot.write_json(self.folder / SPEC_FILE, lerobot.our_layout(self.sizes))

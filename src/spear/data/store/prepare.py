@@ -5,10 +5,10 @@ in the size that the model sees. Beside it lie `index.arrow`, by which `EpisodeS
 without decoding Parquet, `sketches.npz` (see `spear.data.normalize`), and `skipped.json`: which episodes
 were left out, and why.
 
-The work is done in blocks of episodes, made ready by any number of processes, and written in order: the bytes
-do not depend on how many there are. Blocks are gathered in parts, one file of `data` each. A part counts when
-its index is complete, in the folder `.OUT.part`; a run that was killed, by whatever, continues behind the
-last one, and what was begun is written again.
+Blocks of episodes are made ready by any number of processes and written in order: the bytes do not depend on
+how many there are. Blocks are gathered in parts: a file of `data`, one of `meta/episodes`, and an index of
+both. A part counts from the moment when its index is there under its name, in the folder `.OUT.part`; a run
+that was killed continues behind the last one, and what was begun is written again.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from spear.data.actions import RATE_HZ, resample, with_actions
+from spear.data.normalize import save_sketches
 from spear.data.readers.formats import episode_counts, need_format, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE, Layout
 from spear.data.readers.splits import split_ranges
+from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.index import INDEX, read_batches
-from spear.data.store.lerobot_write import check_free
-from spear.data.store.parts import SKIPPED, Parts, Ready
-from spear.data.store.stats import sample_images
+from spear.data.store.index import INDEX, index_batch, open_index, read_batches, write_batches
+from spear.data.store.lerobot_write import LeRobotWriter, check_free
+from spear.data.store.stats import ImageSample, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
@@ -42,14 +46,16 @@ from spear.util.progress import ProgressBar
 
 BLOCK = 16
 """Episodes that are made ready at a time (our choice)."""
-QUALITY = 95
-"""Of the JPEGs that are written; colour is kept at full resolution (our choice)."""
 PART_MB = 100
 """Images in a part: the size that LeRobot gives its files."""
 MOST_BAD = 0.5
 """The share of bad episodes above which preparing is given up (our choice)."""
 MARK = "request"
 """The note in the index that tells for which request a dataset was prepared."""
+SKIPPED = "skipped.json"
+
+Ready = tuple[Episode, Mapping[str, ImageSample]]
+"""An episode with canonical actions, and what its images look like (see `sample_images`)."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,14 @@ class Conversion:
     rate_hz    steps per second.
     sizes      camera -> (width, height) in pixels, "" for all others; those that have none stay as they are.
     fit_image  brings an image to its size, aspect kept.
-    quality    of the JPEGs, for images that are changed.
+    quality    of the JPEGs, for images that are changed; colour is kept at full resolution (our choice).
     """
 
     layout: Layout = None
     rate_hz: float = RATE_HZ
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     fit_image: FitImage | None = None
-    quality: int = QUALITY
+    quality: int = 95
 
 
 def prepare(
@@ -84,16 +90,15 @@ def prepare(
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
     A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
-    that differs from the first in its cameras or image sizes is skipped. Raises SpearError when more than
-    half are bad, or nothing good is left; when `out_dir` holds something else (also other
-    episodes); and when it cannot be written (a full disk): then, as after any interruption, the same call
-    continues. `out_dir` appears when everything is in it; the same call then finds it there, and does
-    nothing.
+    that differs from the first in its cameras or image sizes is skipped. `out_dir` appears when everything is
+    in it; the same call then finds it there, and does nothing. Raises SpearError when more than half are bad,
+    or nothing good is left; when `out_dir` holds something else (also other episodes); and when it cannot be
+    written (a full disk): then, as after any interruption, the same call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     if how.sizes and how.fit_image is None:
         raise SpearError("image sizes without a way to get there: give fit_image as well")
-    todo = blocks(path, split)
+    todo = _blocks(path, split)
     request = {
         "path": str(path.resolve()),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
@@ -113,19 +118,19 @@ def prepare(
         )
     check_free(out)
     work = out.with_name(f".{out.name}.part")
-    skipped = Skipped(MOST_BAD)
     try:
         with alone(work, "preparing data in"):
             same_settings(work / "request.json", request, begun=any(work.glob("parts/*.arrow")))
-            parts = Parts(work, how.rate_hz, PART_MB, skipped)
+            parts = _Parts(work, how.rate_hz)
             try:
                 parts.resume()
-                before = sum(length for _, length in todo[: parts.blocks])
-                total = sum(length for _, length in todo)
+                left, skipped = todo[parts.blocks :], parts.skipped
+                before, total = (sum(n for _, n in some) for some in (todo[: parts.blocks], todo))
                 bar = ProgressBar(f"preparing {path.name}", total, "episodes", before)
-                left = todo[parts.blocks :]
-                results = ready_blocks(path, how, [block for block, _ in left], workers)
-                with bar, contextlib.closing(results):
+                advice = "use fewer --workers, and run the same command again: it continues"
+                with bar, processes.pool(workers, __name__, advice) as pool:
+                    make, splits = partial(make_ready, path, how), [block for block, _ in left]
+                    results = processes.in_order(pool, make, splits, workers)
                     for (_, length), (ready, reasons) in zip(left, results, strict=True):
                         parts.add(ready, reasons)
                         bar.update(bar.done + length, f"{len(skipped.reasons)} skipped")
@@ -144,6 +149,132 @@ def prepare(
             f"cannot write: {out}: {error}; free some space and give the same command again (it "
             "continues), or choose another folder"
         ) from error
+
+
+class _Parts:
+    """The parts of a dataset: those that are complete, and the one that is being written.
+
+    work      holds `dataset`, which becomes the result, and `parts`, their indices.
+    blocks    how many blocks are in complete parts.
+    """
+
+    def __init__(self, work: Path, rate_hz: float) -> None:
+        self.folder, self.done, self.rate_hz = work / "dataset", work / "parts", rate_hz
+        self.skipped = Skipped(MOST_BAD)
+        self.blocks = self.open_blocks = 0
+        self.writer: LeRobotWriter | None = None
+
+    @property
+    def episodes(self) -> int:
+        """How many were written."""
+        return self.writer.episodes if self.writer is not None else 0
+
+    def resume(self) -> None:
+        """Take over the complete parts, and remove what was written behind them."""
+        self.folder.mkdir(exist_ok=True)
+        self.done.mkdir(exist_ok=True)
+        for file in self._indices():
+            note = json.loads(read_batches(file)[1]["part"])
+            sizes = {camera: (h, w) for camera, (h, w) in note["sizes"].items()}
+            writer = self.writer = self.writer or LeRobotWriter(self.folder, sizes, self.rate_hz)
+            for shard in open_index(file, self.folder):
+                for row in range(len(shard)):
+                    writer.recall(shard.episode(row, with_images=False))
+            for camera, (histogram, frames) in note["pictures"].items():
+                seen = ImageSample(sizes[camera], np.array(histogram, np.int64), frames)
+                writer.pictures[camera] = writer.pictures[camera].plus(seen)
+            writer.data_files += 1
+            writer.meta_files += 1
+            self.blocks = note["blocks"]
+            self.skipped.reasons += note["reasons"]
+        self.open_blocks = self.blocks
+        self._begin()
+        self._remove_unfinished()
+
+    def _indices(self) -> list[Path]:
+        return sorted(self.done.glob("part-*.arrow"))
+
+    def _remove_unfinished(self) -> None:
+        """Remove the files that belong to no complete part."""
+        for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
+            keep = {template.format(**lerobot.chunk_of(i)) for i in range(len(self._indices()))}
+            for path in self.folder.glob(f"{template.partition('/chunk')[0]}/*/*"):
+                if str(path.relative_to(self.folder)) not in keep:
+                    path.unlink()
+
+    def _begin(self) -> None:
+        self.waiting: list[Episode] = []
+        self.bytes = 0
+        self.reasons_before = len(self.skipped.reasons)
+        self.seen_before = dict(self.writer.pictures) if self.writer is not None else {}
+
+    def add(self, ready: Sequence[Ready], reasons: Sequence[str]) -> None:
+        """Write a block; end the part when it is large enough."""
+        for reason in reasons:
+            self.skipped(reason)
+        for episode, samples in ready:
+            sizes = {camera: seen.size for camera, seen in samples.items()}
+            self.writer = self.writer or LeRobotWriter(self.folder, sizes, self.rate_hz)
+            try:
+                self.writer.check(episode, samples)
+            except SpearError as error:
+                self.skipped(error)
+                continue
+            self.writer.add(episode, samples)
+            self.waiting.append(episode)
+            self.bytes += sum(len(image) for images in episode.images.values() for image in images)
+        self.skipped.check(self.episodes)
+        self.open_blocks += 1
+        if self.bytes >= PART_MB * 2**20:
+            self.end()
+
+    def end(self) -> None:
+        """Complete the part: from now on it counts."""
+        if self.writer is None or not self.waiting:
+            return
+        number = self.writer.data_files
+        self.writer.end_file()
+        self.writer.write_episodes()
+        for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
+            _to_disk(self.folder / template.format(**lerobot.chunk_of(number)))
+        pictures = {}  # camera -> the histogram of its images in this part, and of how many frames
+        for camera, seen in self.writer.pictures.items():
+            before = self.seen_before.get(camera, ImageSample(seen.size))
+            pictures[camera] = (seen.histogram - before.histogram).tolist(), seen.frames - before.frames
+        note = {
+            "blocks": self.open_blocks,
+            "reasons": self.skipped.reasons[self.reasons_before :],
+            "sizes": self.writer.sizes,
+            "pictures": pictures,
+        }
+        batch = index_batch(self.folder, number, self.waiting)
+        write_batches(self.done / f"part-{number:06d}.arrow", [batch], {"part": json.dumps(note)})
+        self.blocks = self.open_blocks
+        self._begin()
+
+    def abandon(self) -> None:
+        """Close and remove what does not count: on a full disk, every byte does."""
+        with contextlib.suppress(OSError):  # what went wrong first is told
+            if self.writer is not None:
+                self.writer.close()
+        with contextlib.suppress(OSError):
+            self._remove_unfinished()
+
+    def finish(self, note: Mapping[str, str]) -> None:
+        """End the last part, and write what sums up the dataset; `note` goes into the index."""
+        self.end()
+        assert self.writer is not None  # something good is there
+        self.writer.finish()
+        lerobot.write_json(self.folder / SKIPPED, self.skipped.reasons)
+        batches = (batch for file in self._indices() for batch in read_batches(file)[0])
+        write_batches(self.folder / INDEX, batches, note)
+        save_sketches(self.folder)
+
+
+def _to_disk(path: Path) -> None:
+    """A part must be on the disk before its index says that it is there."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def good_episodes(path: str | Path, split: str, layout: Layout, skipped: Skipped) -> Iterator[Episode]:
@@ -167,7 +298,7 @@ def _check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> No
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
-def blocks(path: Path, split: str) -> list[tuple[str, int]]:
+def _blocks(path: Path, split: str) -> list[tuple[str, int]]:
     """A split in pieces of at most `BLOCK` episodes: (a split that the readers take, its length) of each."""
     pieces = []
     for name, start, end in split_ranges(episode_counts(path), split, path):
@@ -199,7 +330,7 @@ def _ready(episode: Episode, how: Conversion) -> Ready:
     episode = with_actions(resample(episode, how.rate_hz))
     images = {camera: _fit(episode, camera, how) for camera in episode.images}
     episode = dataclasses.replace(episode, images=images)
-    return Ready(episode, sample_images(episode))
+    return episode, sample_images(episode)
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
@@ -216,15 +347,6 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
     return fitted
 
 
-def ready_blocks(
-    path: Path, how: Conversion, splits: Sequence[str], workers: int
-) -> Generator[tuple[list[Ready], list[str]], None, None]:
-    """`make_ready` of each split, in order, by so many processes (0: this one). Close it to stop them."""
-    advice = "use fewer --workers, and run the same command again: it continues"
-    with processes.pool(workers, __name__, advice) as pool:
-        yield from processes.in_order(pool, partial(make_ready, path, how), splits, workers)
-
-
 def _layout_text(path: Path, how: Conversion) -> str:
     """What the columns are said to mean, to notice when that has changed."""
     file = how.layout if isinstance(how.layout, Path) else path / SPEC_FILE
@@ -237,8 +359,8 @@ def open_store(
     """The episodes of a split of a folder in any format, as training reads them, and why some were skipped.
 
     A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
-    `work_dir` whose name depends on path and split. With `wait`, another process does that, and this one
-    waits until it has.
+    `work_dir` whose name depends on path and split. With `wait`, this process waits until another has done
+    that.
     """
     if need_format(path) == "store":
         return open_split(path, split), []

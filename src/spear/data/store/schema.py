@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,45 +66,34 @@ def make_schema(features: Mapping[str, Any]) -> pa.Schema:
     fields: list[pa.Field] = []
     note: dict[str, Any] = {}
     for name, feature in features.items():
-        dtype = feature["dtype"]
-        if dtype == "video":
-            continue
+        dtype, length = feature["dtype"], feature["shape"][0]
+        value = {"dtype": dtype, "_type": "Value"}
         if dtype == "image":
             fields.append(pa.field(name, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
             note[name] = {"_type": "Image"}
-            continue
-        value = {"dtype": dtype, "_type": "Value"}
-        if feature["shape"] == [1]:
+        elif dtype != "video" and length == 1:
             fields.append(pa.field(name, _ARROW[dtype]))
             note[name] = value
-        else:
-            length = feature["shape"][0]
+        elif dtype != "video":
             fields.append(pa.field(name, pa.list_(pa.field("element", _ARROW[dtype]), length)))
             note[name] = {"feature": value, "length": length, "_type": "List"}
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": note}})})
-
-
-def picture_rows(images: Sequence[bytes]) -> list[dict[str, Any]]:
-    end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
-    return [{"bytes": image, "path": f"frame-{step:06d}.{end}"} for step, image in enumerate(images)]
 
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
     """The tasks as pandas would write them, with the task as the index of the table."""
     index = "__index_level_0__"
 
-    def column(
-        name: str | None, field: str | None, kind: str, numpy: str, note: Any = None
-    ) -> dict[str, Any]:
-        names = {"name": name, "field_name": field}
-        return {**names, "pandas_type": kind, "numpy_type": numpy, "metadata": note}
+    def column(name: str | None, field: str | None, *types: Any) -> dict[str, Any]:
+        names = ("name", "field_name", "pandas_type", "numpy_type", "metadata")
+        return dict(zip(names, (name, field, *types), strict=True))
 
     pandas = {
         "index_columns": [index],
         "column_indexes": [column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
         "columns": [
-            column("task_index", "task_index", "int64", "int64"),
-            column(None, index, "unicode", "object"),
+            column("task_index", "task_index", "int64", "int64", None),
+            column(None, index, "unicode", "object", None),
         ],
         "attributes": {},
         "creator": {"library": "pyarrow", "version": pa.__version__},
