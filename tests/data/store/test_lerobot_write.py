@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -15,6 +17,7 @@ import pytest
 from data_tiny import make
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import open_lerobot
+from spear.data.readers.video import VideoWriter
 from spear.data.store import lerobot_write
 from spear.data.store import schema as lerobot_schema
 from spear.data.store.episode_store import EpisodeStore
@@ -192,3 +195,18 @@ def test_statistics_of_many_rows_stay_small_and_true(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(total["q90"], np.quantile(values, 0.9, axis=0), atol=0.12)
     kept = np.concatenate(rows._kept)[:, 0]
     np.testing.assert_array_equal(kept, values[:: rows._stride, 0])  # evenly spread over all episodes
+
+
+def _schedulers() -> set[int]:
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")
+def test_no_thread_becomes_a_real_time_one(tmp_path: Path) -> None:
+    # As root, SVT-AV1 makes the calling thread one, which would starve whatever else is on the machine.
+    before = _schedulers() | {os.sched_getscheduler(0)}
+    with VideoWriter(tmp_path / "video.mp4", 64, 64, 10) as video:
+        for _ in range(3):
+            video.write(np.zeros((64, 64, 3), np.uint8))
+            assert _schedulers() <= before
+    assert _schedulers() <= before

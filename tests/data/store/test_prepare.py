@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from data_tiny import make
 from spear.cli import main
-from spear.data.actions import episode_actions, resample
+from spear.data.actions import episode_actions, resample, with_actions
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.readers.formats import find_format, read_episodes
 from spear.data.readers.layout import episode_from
@@ -43,16 +43,14 @@ COUNT = 11
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Episodes of 20 Hz and of 5 Hz, with and without actions of their own, one camera among them that one
-    lacks."""
+    """Episodes of 20 Hz and of 5 Hz, with and without actions of their own; one lacks a camera."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
     wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
     episodes = []
     for i in range(COUNT):
-        changes: dict[str, Any] = (
-            {"rate_hz": 20.0} if i % 3 == 0 else {"action": action, "success": i % 2 == 0}
-        )
+        own = {"action": action, "success": i % 2 == 0}
+        changes: dict[str, Any] = {"rate_hz": 20.0} if i % 3 == 0 else own
         episode = make(i, 9, size=(60, 90), **changes)
         episodes.append(dataclasses.replace(episode, images={**episode.images, **wrist}))
     episodes[4] = dataclasses.replace(episodes[4], images=make(4, 9, size=(60, 90)).images)
@@ -279,16 +277,12 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
     assert "image sizes differ: made#2 step 0 camera 'external' is 48 x 48" in reasons[1]
     assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
-    written, reasons = prepare(
-        tmp_path / "arm", tmp_path / "fit", how=Conversion(sizes={"": (32, 32)}, fit_image=fit_image)
-    )
+    how = Conversion(sizes={"": (32, 32)}, fit_image=fit_image)
+    written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=how)
     assert written == 3 and len(reasons) == 1
-    with pytest.raises(
-        SpearError, match=r"no good episode: .*no camera 'wirst': made#\d: its cameras are external"
-    ):
-        prepare(
-            tmp_path / "arm", tmp_path / "no", how=Conversion(sizes={"wirst": (32, 32)}, fit_image=fit_image)
-        )
+    how = Conversion(sizes={"wirst": (32, 32)}, fit_image=fit_image)
+    with pytest.raises(SpearError, match=r"no good episode: .*'wirst': made#\d: its cameras are external"):
+        prepare(tmp_path / "arm", tmp_path / "no", how=how)
     with pytest.raises(SpearError, match="sizes without a way"):
         prepare(tmp_path / "arm", tmp_path / "no", how=Conversion(sizes={"": (32, 32)}))
     assert not any("no" in p.name for p in tmp_path.iterdir())
@@ -301,6 +295,14 @@ def test_several_datasets_continue_behind_those_that_are_done(
     other, out = tmp_path / "other", tmp_path / "all"
     write_episodes([make(0, size=(60, 90))], other)
     command = ["data", "prepare", str(other), str(recorded), "--out", str(out), "--workers", "0"]
+
+    finish = preparing._Parts.finish
+
+    def finish_or_die(self: Any, note: dict[str, str]) -> None:
+        """Die at the end of the recorded episodes."""
+        if self.episodes > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(self, note)
 
     def die() -> None:
         preparing._Parts.finish = finish_or_die  # type: ignore[method-assign]
@@ -322,16 +324,6 @@ def test_several_datasets_continue_behind_those_that_are_done(
         assert message in capsys.readouterr().err
 
 
-_finish = preparing._Parts.finish
-
-
-def finish_or_die(self: preparing._Parts, note: dict[str, str]) -> None:
-    """Die at the end of the recorded episodes."""
-    if self.episodes > 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    _finish(self, note)
-
-
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_images_are_found_whatever_is_in_them(
@@ -343,11 +335,7 @@ def test_images_are_found_whatever_is_in_them(
     writer = LeRobotWriter(folder, {"external": (64, 80)}, 5.0)
     episodes: list[Episode] = []
     for i, each in enumerate(images):
-        episode = make(i, len(each))
-        action, mask = episode_actions(episode)
-        episodes.append(
-            dataclasses.replace(episode, images={"external": each}, action=action, action_mask=mask)
-        )
+        episodes.append(with_actions(make(i, len(each), images={"external": each})))
         writer.add(episodes[-1], seen)
     writer.end_file()
     places = index_batch(folder, 0, episodes).column("place:external").values.to_numpy().reshape(-1, 2)

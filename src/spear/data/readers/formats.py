@@ -23,6 +23,8 @@ FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool]]] = {
     "lerobot": ("a LeRobot dataset (meta/info.json)", is_lerobot),
 }
 """Name -> what it is called and known by, and whether a path is in it."""
+Dataset = RldsFolder | LeRobotFolder
+"""A folder that other tools wrote: its metadata are read, its episodes are not yet."""
 
 
 def find_format(path: str | Path) -> str | None:
@@ -41,7 +43,7 @@ def need_format(path: str | Path) -> str:
     return found
 
 
-def open_dataset(path: str | Path) -> RldsFolder | LeRobotFolder | EpisodeStore:
+def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
     name = need_format(path)
     if name == "store":

@@ -132,11 +132,11 @@ class LeRobotWriter:
             "dataset_to_index": self.frames + length,
         }
         stats = {name: rows.add(columns[name].reshape(length, -1)) for name, rows in self.rows.items()}
-        for camera, seen in samples.items():
+        for camera in self.sizes:
             if self.images == "video":
                 row |= self._write_video(camera, episode)
-            stats[lerobot.feature_name(camera)] = seen.stats()
-            self.pictures[camera] = self.pictures[camera].plus(seen)
+            stats[lerobot.feature_name(camera)] = samples[camera].stats()
+            self.pictures[camera] = self.pictures[camera].plus(samples[camera])
         for name in self.features:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
