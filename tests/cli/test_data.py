@@ -25,8 +25,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A store, exported, inspected, prepared and listed for labelling, by the same words as any other
-    data."""
+    """A store, exported, inspected, prepared and listed for labelling."""
     out = tmp_path / "set"
     assert main(["data", "export", str(store), "--out", str(out), "--split", "train[:2]"]) == 0
     assert "2 episodes in" in capsys.readouterr().out
@@ -98,23 +97,15 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
 def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "out")]
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
-        (
-            ["data", "prepare", str(data), "--out", str(tmp_path / "out"), "--workers", "0"],
-            "unknown dataset 'v3.0_image'",
-        ),
-        (
-            ["data", "inspect", str(data), "--out", str(tmp_path / "p.html"), "--layout", str(layout)],
-            "no column 'observation/image_9'",
-        ),
-        (
-            ["data", "export", str(data), "--out", str(tmp_path / "out"), "--layout", str(layout)],
-            "no column 'observation/image_9'",
-        ),
+        (["data", "prepare", str(data), *out, "--workers", "0"], "unknown dataset 'v3.0_image'"),
+        (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
+        (["data", "export", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
         (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),
     ):
         assert main(arguments) == 2, arguments

@@ -110,10 +110,9 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
     position = (1 - part) * episode.position[low] + part * episode.position[high]
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()
     covered_to = np.maximum(np.ceil(when[1:] - 1e-6).astype(int) - 1, low)  # last source step of each new one
-    mask = None
+    action, mask = None, None
     if episode.action_mask is not None:
         mask = np.array([episode.action_mask[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
-    action = None
     if episode.action is not None:
         action = derive_actions(position, quaternion, episode.action[covered_to, 7])
         mask = np.ones(count, bool) if mask is None else mask
@@ -188,9 +187,8 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
         raise SpearError(f"wrong shape: {name}: {what} is {array.shape}, expected {shape}")
     bad = ~np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
     if bad.any():
-        raise SpearError(
-            f"not a number: {name} step {bad.argmax()}: {what} is {array[bad.argmax()].tolist()}"
-        )
+        step = int(bad.argmax())
+        raise SpearError(f"not a number: {name} step {step}: {what} is {array[step].tolist()}")
     return array
 
 

@@ -150,7 +150,7 @@ def _logged_steps(
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
         raise SpearError(
             f"nothing to audit: {spec.name}: its layout names no logged actions; add logged_translation and "
-            'logged_rotation to its spear.json, for example "logged_translation": "action[0:3]"'
+            'logged_rotation, for example "logged_translation": "action[0:3]"'
         )
     return spec, folder.steps(split, images=())
 

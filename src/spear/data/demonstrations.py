@@ -37,9 +37,7 @@ def demonstrate(
     """
     check_families(families)
     if first_seed < TRAIN_SEED:
-        raise SpearError(
-            f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing: raise it"
-        )
+        raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
     check_own(out, SHARD_GLOB, "record")
     kept, first = _look(out, tasks, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
@@ -57,17 +55,13 @@ def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size]) -> tuple[
     for index in range(len(store)):
         place = places.get(store.source(index), -1)
         if place <= last:
-            raise SpearError(
-                f"{out} holds demonstrations of other settings ({store.source(index)} is not the next of "
-                "these): give the settings that it was recorded with, or another folder"
-            )
+            why = f"other settings ({store.source(index)} is not the next of these)"
+            raise SpearError(f"{out} holds demonstrations of {why}: give the same ones, or another folder")
         last = place
     for camera, (width, height) in sizes.items():
         image = store.image(0, 0, camera)
         shape = None if image is None else decode_image(image, store.source(0)).shape[1::-1]
         if shape != (width, height):
-            raise SpearError(
-                f"{out} holds demonstrations with other images ({camera}: {shape}, not {(width, height)}): "
-                "give the --preset that it was recorded with, or another folder"
-            )
+            why = f"other images ({camera}: {shape}, not {(width, height)})"
+            raise SpearError(f"{out} holds demonstrations with {why}: give the same --preset")
     return len(store), last + 1

@@ -46,9 +46,8 @@ def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeSt
 
 
 class Mixture:
-    """Weighted stores to draw single steps from.
+    """Weighted stores to draw single steps from: (name, store, weight) triples; weights need not sum to one.
 
-    sources  (name, store, weight) triples; weights need not sum to one.
     Raises SpearError for a weight that is not positive, a store without a valid step, or one not at 5 Hz.
     """
 
@@ -64,10 +63,8 @@ class Mixture:
             wrong = ~np.isclose(store.rates_hz, RATE_HZ)
             if wrong.any():
                 index = int(wrong.argmax())
-                raise SpearError(
-                    f"wrong rate: dataset {name!r} ({store.source(index)}): {store.rates_hz[index]:g} Hz, "
-                    f"training is at {RATE_HZ:g}; prepare it (see `spear data prepare`)"
-                )
+                rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
+                raise SpearError(f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it")
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
@@ -186,7 +183,7 @@ class TrainingSamples:
         if image.size != (width, height):
             image = Image.fromarray(self.fit_image(np.asarray(image), height, width))
         if self.augment:
-            image = image.point(jitter_table(sample.draws, self.augment))
+            image = image.point(_jitter_table(sample.draws, self.augment))
         for plane, band in zip(out, image.split(), strict=True):
             plane[...] = np.asarray(band)
         return True
@@ -196,13 +193,12 @@ def jitter(image: Array, draws: Array, strength: float) -> Array:
     """Another exposure of the same scene: brightness, contrast and colour balance, by five draws in [0, 1).
 
     It is the one change of an image that keeps geometry true. image [h, w, 3] uint8 -> the same shape. At
-    strength 1: brightness ± 10 % of the range, contrast ± 20 %, each channel's gain ± 5 % (our choice). The
-    same draws give the same change in every view.
+    strength 1: brightness ± 10 % of the range, contrast ± 20 %, each channel's gain ± 5 % (our choice).
     """
-    return np.asarray(Image.fromarray(image).point(jitter_table(draws, strength)))
+    return np.asarray(Image.fromarray(image).point(_jitter_table(draws, strength)))
 
 
-def jitter_table(draws: Array, strength: float) -> list[int]:
+def _jitter_table(draws: Array, strength: float) -> list[int]:
     """What `jitter` makes of each of the 256 values of red, then green, then blue."""
     offset, contrast, *gains = (2 * draws - 1) * strength
     level = np.arange(256, dtype=np.float32)[:, None]

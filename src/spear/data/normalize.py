@@ -132,9 +132,8 @@ class Normalizer:
         try:
             return _from_json(json.loads(Path(path).read_text()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SpearError(
-                f"cannot read normalisation statistics: {path}: {error}; take the file saved with the weights"
-            ) from error
+            why = f"cannot read normalisation statistics: {path}: {error}; take the file beside the weights"
+            raise SpearError(why) from error
 
 
 def _from_json(fields: dict[str, Any]) -> Normalizer:

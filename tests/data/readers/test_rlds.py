@@ -47,10 +47,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> None:
-    """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders.
-
-    (With TensorFlow's fast integer transform instead of Pillow's exact one, all 250 image digests are equal.)
-    """
+    """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders."""
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
     truth = json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
     read = list(open_rlds(bridge).examples())
@@ -102,21 +99,17 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
             split_ranges(folder.lengths, far, copy)
 
 
-def test_a_slice_reads_only_its_episodes(bridge: Path) -> None:
+def test_bridge_episodes_are_canonical(bridge: Path) -> None:
     sources = [source for source, _ in open_rlds(bridge).examples("train[20%:28%]+train[-1:]")]
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
-
-
-def test_bridge_episodes_are_canonical(bridge: Path) -> None:
     episodes = list(read_episodes(bridge))
     raw = [example["steps"] for _, example in open_rlds(bridge).examples()]
     assert len(episodes) == 25
     for episode, steps in zip(episodes, raw, strict=True):
         state = steps["observation"]["state"]
         np.testing.assert_array_equal(episode.position, state[:, :3])
-        turned = Rotation.from_euler("xyz", state[:, 3:6]).inv() * Rotation.from_quat(
-            episode.rotation, scalar_first=True
-        )
+        got = Rotation.from_quat(episode.rotation, scalar_first=True)
+        turned = Rotation.from_euler("xyz", state[:, 3:6]).inv() * got
         assert turned.magnitude().max() < 1e-5
         assert (episode.gripper >= 0).all() and (episode.gripper <= 1).all()
         assert episode.action is not None and episode.action_mask is not None

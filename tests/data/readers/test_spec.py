@@ -130,10 +130,9 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
 
 
 def test_what_the_audit_may_find_a_layout_can_say() -> None:
-    assert set(WRITTEN) | {"franka_joints"} == {
-        name for part in get_args(RotationFormat) for name in get_args(part)
-    }
-    assert set(FORMS) == set(WRITTEN) and set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
+    named = {name for part in get_args(RotationFormat) for name in get_args(part)}
+    assert named == set(WRITTEN) | {"franka_joints"} and set(FORMS) == set(WRITTEN)
+    assert set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
     assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(RECORDED_ONLY)
 
 

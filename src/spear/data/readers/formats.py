@@ -15,8 +15,6 @@ from spear.errors import SpearError
 from spear.types import Episode
 
 OnBad = Callable[[SpearError], None]
-"""Takes the reason why an episode was left out."""
-
 FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool]]] = {
     "store": (f"a store of episodes ({SHARD_GLOB})", is_store),
     "rlds": ("an RLDS dataset (features.json)", is_rlds),
@@ -52,7 +50,10 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
 
 def read_episodes(
-    path: str | Path, split: str = "train", dataset: Layout = None, on_bad: OnBad | None = None
+    path: str | Path,
+    split: str = "train",
+    dataset: Layout = None,
+    on_bad: OnBad | None = None,
 ) -> Iterator[Episode]:
     """Episodes of a folder in any format, in our conventions, at their own rate, checked.
 

@@ -183,10 +183,8 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
     if info.total_episodes not in (None, len(episodes)):
-        raise SpearError(
-            f"episodes missing: {folder}: {INFO} says {info.total_episodes}, {len(episodes)} are listed; "
-            "copy it again"
-        )
+        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed"
+        raise SpearError(f"episodes missing: {folder}: {listed}; copy it again")
     return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
 
 
@@ -247,11 +245,8 @@ def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
 
 
 def read_ends(folder: Path) -> dict[str, list[Any]]:
-    """feature -> its smallest and largest values, by the statistics of a LeRobot dataset.
-
-    Version 2.1 keeps them for each episode. Empty where the dataset has none. Raises SpearError, naming the
-    file, for one that is not in order.
-    """
+    """feature -> its smallest and largest values, as far as a LeRobot dataset has statistics (v2.1: of each
+    episode). Raises SpearError, naming the file, for one that is not in order."""
     file = folder / "meta/stats.json"
     try:
         if file.is_file():
@@ -272,10 +267,8 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
         file, index = _open_data(episode.data, episode.data.stat().st_mtime_ns)
         where = np.flatnonzero(index == episode.index)
         if len(where) != episode.length:
-            raise SpearError(
-                f"rows missing: {name}#{episode.index}: {episode.data} has {len(where)} of its "
-                f"{episode.length} rows; copy the dataset again, or leave the episode out"
-            )
+            there = f"{episode.data} has {len(where)} of its {episode.length} rows"
+            raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         group = np.repeat(np.arange(len(sizes)), sizes)  # of each row
         groups = np.unique(group[where])

@@ -110,9 +110,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
         splits = {split["name"]: _shards(folder, info["name"], split) for split in info["splits"]}
         return RldsFolder(folder, info["name"], info.get("version", ""), splits, features)
     except (KeyError, TypeError, ValueError) as error:
-        raise SpearError(
-            f"unreadable: {folder / 'dataset_info.json'}: {error!r}; copy the folder again"
-        ) from error
+        raise SpearError(f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What is known of each robot dataset, as data: where its columns are and what they mean.
 
 The datasets are in `oxe.toml`. One that is not there is described in a file `spear.json` in its folder, with
-the fields of `DatasetSpec` (where the file says nothing, those of the entry that "like" names are taken
-over):
+the fields of `DatasetSpec` (the rest is taken from the entry that "like" names):
 
     {"like": "bridge_dataset", "instruction": "language_instruction", "rate_hz": 10,
      "images": {"external": "observation/image", "wrist": "observation/wrist_image"},
@@ -18,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import field
@@ -104,8 +104,8 @@ class DatasetSpec:
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise.
     rate_hz          steps per second.
-    logged_translation, logged_rotation   columns of the logged arm actions. Training does not use them, as
-                     motions are derived from the states.
+    logged_translation, logged_rotation   columns of the logged arm actions (for the audit alone: motions are
+                     derived from the states).
     logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
                      in the base or the end-effector frame.
     action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
@@ -207,7 +207,7 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         key = str(error.errors()[0]["loc"][0])
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):
-            known = ", ".join(choices).replace(" or ", ", ").replace("'", "").split(", ")
+            known = re.findall(r"'(\w+)'", " ".join(choices))
             raise unknown_name(f"{key} (in {path})", fields[key], known) from error
         raise SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {said(error)}") from error
 

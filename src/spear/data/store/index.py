@@ -162,12 +162,9 @@ def corrupt(path: Path, error: Exception) -> SpearError:
 def index_batch(folder: Path, number: int, episodes: Sequence[Episode]) -> pa.RecordBatch:
     """The index of file `number` of `data`, which is complete and holds these episodes in this order."""
     path = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(number))
-    count = len(episodes)
-    columns = {
-        **number_columns(episodes),
-        "data_file": pa.array(np.full(count, number, np.int64)),
-        "data_bytes": pa.array(np.full(count, path.stat().st_size, np.int64)),
-    }
+    columns = number_columns(episodes)
+    for name, value in (("data_file", number), ("data_bytes", path.stat().st_size)):
+        columns[name] = pa.array(np.full(len(episodes), value, np.int64))
     offsets = np.cumsum([0] + [len(e) for e in episodes])
     for camera, places in _find_places(path, episodes).items():
         columns[PLACE_PREFIX + camera] = lists(offsets, places)

@@ -63,9 +63,8 @@ def write_lerobot(
         part.replace(target)
         return writer.episodes
     except OSError as error:
-        raise SpearError(
-            f"cannot write: {target}: {error}; free some space, or take another folder"
-        ) from error
+        why = f"cannot write: {target}: {error}; free some space, or take another folder"
+        raise SpearError(why) from error
     finally:
         if writer is not None:
             with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
@@ -106,19 +105,14 @@ class LeRobotWriter:
 
     def check(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
         """Raises SpearError when an episode differs from the others in cameras, image sizes or rate."""
-        name = episode.source
-        if set(episode.images) != set(self.sizes):
-            raise SpearError(
-                f"cameras differ: {name} has {sorted(episode.images)}, the first episode {list(self.sizes)}: "
-                "leave the episode out"
-            )
+        name, cameras = episode.source, sorted(episode.images)
+        if cameras != list(self.sizes):
+            raise SpearError(f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}")
         for camera, size in self.sizes.items():
             check_size(samples[camera].size, size, f"{name} step 0 camera {camera!r}")
         if episode.rate_hz != self.rate_hz:
-            raise SpearError(
-                f"rates differ: {name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}: "
-                "resample (see `spear data prepare`), or leave the episode out"
-            )
+            rates = f"{name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}"
+            raise SpearError(f"rates differ: {rates}: resample (see `spear data prepare`)")
 
     def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
         """Write an episode that `check` lets pass; samples are those of its images (see `sample_images`)."""

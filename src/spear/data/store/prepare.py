@@ -113,8 +113,8 @@ def prepare(
         if read_batches(out / INDEX)[1].get(MARK) == mark:
             return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
         raise SpearError(
-            f"{out} was prepared from other episodes, or in another way: {path} or its layout may have "
-            "changed since: remove that folder, or choose another --out"
+            f"{out} was prepared from other episodes, or in another way (is {path} or its layout new?): "
+            "remove that folder, or choose another --out"
         )
     check_free(out)
     work = out.with_name(f".{out.name}.part")
@@ -323,10 +323,8 @@ def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Ready], li
 def _ready(episode: Episode, how: Conversion) -> Ready:
     unknown = set(how.sizes) - {"", *episode.images}
     if unknown:
-        raise SpearError(
-            f"no camera {min(unknown)!r}: {episode.source}: its cameras are "
-            f"{', '.join(sorted(episode.images))}"
-        )
+        known = ", ".join(sorted(episode.images))
+        raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
     episode = with_actions(resample(episode, how.rate_hz))
     images = {camera: _fit(episode, camera, how) for camera in episode.images}
     episode = dataclasses.replace(episode, images=images)

@@ -1,8 +1,7 @@
 """Statistics of features as LeRobot keeps them: per episode, and over the dataset.
 
-min, max, mean, std, count and the 1, 10, 50, 90 and 99 % quantiles of each component. Those of an image are
-per channel, of pixel values in 0 … 1, over some frames of each episode. LeRobot averages the quantiles of
-episodes into those of the dataset; ours are the quantiles of the rows themselves.
+Those of an image are per channel, of pixel values in 0 … 1, over some frames of each episode. LeRobot's
+quantiles of a dataset are averages over its episodes; ours are the quantiles of the rows themselves.
 """
 
 from __future__ import annotations
