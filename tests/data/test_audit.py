@@ -302,5 +302,5 @@ def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observati
 
 def test_short_episodes_are_refused() -> None:
     short = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings()]
-    with pytest.raises(SpearError, match="no episode has five steps"):
+    with pytest.raises(SpearError, match="no episode has five known steps"):
         judge(short, RIGHT)
