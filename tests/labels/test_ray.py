@@ -16,6 +16,7 @@ from spear.labels.options import WorkOptions
 from spear.labels.ray_engine import run_ray
 from spear.labels.run import label_folder
 
+pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each other
 WORK = WorkOptions(shard_size=8, batch_size=3)
 
 

@@ -75,6 +75,7 @@ def test_kubernetes_pods_find_each_other_and_run_our_command(capsys: pytest.Capt
     assert "lr" in capsys.readouterr().err
 
 
+@pytest.mark.xdist_group("ray")  # two Rays at a time starve each other
 def test_ray_trains_with_two_workers(tmp_path: Path) -> None:
     pytest.importorskip("ray.train.torch", reason="needs ray[train]")
     write_episodes([make(0), make(1)], tmp_path / "made")
