@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spear.ablations.data import Data
-from spear.ablations.plan import Plan, Scoring, Training, Weights
+from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.evaluate.agents import load_agent
@@ -38,7 +37,7 @@ def final(out: Path, training: Training) -> Path:
 
 def scored(out: Path, scoring: Scoring) -> Results | None:
     """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
-    found = journals(out / "scores" / scoring.folder)
+    found = journals(out / "scores" / scoring.policy.key)
     if not found:
         return None
     whole = merge([read_journal(path) for path in found])
@@ -105,7 +104,10 @@ def run(
                     if isinstance(job, Scoring):
                         which = f"{job.policy.folder}, seed {job.policy.seed}"
                         say(f"scoring {which}, {job.scenes} scenes per family")
-                        _score(job, out, quiet)
+                        agent = load_agent(str(final(out, job.policy)))
+                        agent.name = job.policy.folder  # the folder may be moved
+                        journal, families = out / "scores" / job.policy.key, tuple(job.families)
+                        evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families), quiet)
                         on_score()
                     else:
                         say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
@@ -118,7 +120,7 @@ def run(
 
 
 def _name(job: Job) -> str:
-    return f"score-{job.folder}" if isinstance(job, Scoring) else job.key
+    return f"score-{job.policy.key}" if isinstance(job, Scoring) else job.key
 
 
 def _needs(job: Job) -> list[str]:
@@ -139,10 +141,3 @@ def _train(
     inputs = Inputs(data.labels, robots, before, job.moge.folder if job.moge else None)
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _score(job: Scoring, out: Path, quiet: bool) -> None:
-    agent = load_agent(str(final(out, job.policy)))
-    agent.name = job.policy.folder  # the folder may be moved
-    journal = out / "scores" / job.folder
-    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=tuple(job.families)), quiet)

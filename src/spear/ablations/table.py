@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spear.ablations.data import Data
-from spear.ablations.plan import Plan
+from spear.ablations.plan import Data, Plan
 from spear.ablations.rows import Row, Table
 from spear.ablations.run import scored
 from spear.evaluate.reference import references

@@ -40,7 +40,7 @@ COMMANDS: dict[str, str] = {
     "evaluate merge": "evaluate:merge",
     "evaluate reference": "evaluate:reference",
     "evaluate vqa": "evaluate:evaluate_vqa",
-    "evaluate ablations": "ablations:ablations",
+    "evaluate ablations": "train:ablations",
     "serve": "serve:serve",
     "vla-eval": "serve:vla_eval",
     "data inspect": "data:inspect",
@@ -51,7 +51,7 @@ COMMANDS: dict[str, str] = {
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
     "convert policy": "convert:convert_policy",
-    "plan": "plan:plan",
+    "plan": "train:plan",
 }
 """Every command by its words, in the order of the help: where it is, as FILE:FUNCTION of this folder."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from spear.train import parallel
 from spear.train.lora import add_adapters, merge_adapters, save_adapters
 from spear.train.optimize import Task
 from spear.train.options import Inputs, Recipe, check_inputs
-from spear.train.tasks.depth import DepthTask
-from spear.train.tasks.patch_classification import PatchTask
+from spear.train.tasks.encoders import DepthTask, PatchTask
 from spear.train.tasks.questions import QuestionSamples, VlmTask, fit_coordinates, load_depth, load_labels
 from spear.train.tasks.vla import VlaTask
 from spear.types import LabeledImage
@@ -49,35 +48,30 @@ def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
     """
     check_inputs(stage, inputs)
     torch.manual_seed(seed)
-    size = _with_flow(preset(stage.preset), stage.flow)
+    known = {field.name for field in dataclasses.fields(FlowConfig)}
+    for key in stage.flow:
+        if key not in known:
+            raise unknown_name("flow setting", key, known)
+    size = preset(stage.preset)
+    size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
     pieces = stage.optimization.accumulate
     stage = stage.changed(
         batch_size=parallel.share(stage.batch_size, "batch_size", pieces),
         question_images=parallel.share(stage.question_images, "question_images", pieces),
     )
     make = {"depth": _depth, "naming": _naming, "vlm": _vlm, "vla": _vla}[stage.kind]
-    built = make(stage, size, inputs, seed)
-    return _with_lora(stage, *built) if stage.lora_rank else built
-
-
-def _with_flow(size: Preset, changes: Mapping[str, Any]) -> Preset:
-    known = {field.name for field in dataclasses.fields(FlowConfig)}
-    for key in changes:
-        if key not in known:
-            raise unknown_name("flow setting", key, known)
-    return dataclasses.replace(size, flow={**size.flow, **changes})
-
-
-def _with_lora(stage: Recipe, model: torch.nn.Module, task: Task, save: Callable[[Path], None]) -> Built:
-    """The same with LoRA. Saved are the LoRA, in `adapter`, and a plain model with the LoRA merged in."""
+    model, task, save = make(stage, size, inputs, seed)
+    if not stage.lora_rank:
+        return model, task, save
     add_adapters(model, stage.lora_rank, stage.lora_alpha)
 
-    def save_merged(folder: Path) -> None:
+    def save_with_lora(folder: Path) -> None:
+        """The LoRA, in `adapter`, and a plain model with the LoRA merged in."""
         save_adapters(model, folder / "adapter", stage.lora_rank, stage.lora_alpha)
         merge_adapters(model)
         save(folder)
 
-    return model, task, save_merged
+    return model, task, save_with_lora
 
 
 def _saver(
@@ -301,10 +295,8 @@ def _with_moge(
         raise SpearError(
             f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
         )
-    encoder = weights.load(MogeForDepth, moge)
-    assert model.moge is not None
-    model.moge.load_state_dict(encoder.moge.state_dict())
-    assert model.moge_projector is not None
+    assert model.moge is not None and model.moge_projector is not None
+    model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
     with torch.no_grad():
         # A visual token becomes the average of two projections. With twice SigLIP's and nothing of MoGe's it
         # is at the start what it was, so that the language model still reads it (our choice for nano).

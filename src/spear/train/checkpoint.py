@@ -48,9 +48,12 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state.json`: what `Checkpoints.save` was given, and "step"."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if missing := {"step", "settings"} - set(state):
+        missing = {"step", "skipped", "counts"} - set(state) | {"seed", "pieces", "about"} - set(
+            state["settings"]
+        )
+        if missing:
             raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unreadable(path, error) from error
     return state
 
@@ -109,7 +112,7 @@ class Checkpoints:
                 pending.result()
         except _FAILED as error:
             raise SpearError(
-                f"a checkpoint cannot be written to {self.folder} ({_first_line(error)}): "
+                f"a checkpoint cannot be written to {self.folder} ({_reason(error)}): "
                 "make room there; the same command continues from the one before"
             ) from error
 
@@ -132,16 +135,20 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(
-        self, path: Path, model: torch.nn.Module, ema: Ema, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
-        """Put a checkpoint back into `model`, `ema` and `optimizer` (in place); returns its state.
+        self,
+        path: Path,
+        counts: dict[str, float],
+        model: torch.nn.Module,
+        ema: Ema,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Put a checkpoint back into `model`, `ema` and `optimizer`, in place. counts: as in its state.
 
         Raises `SpearError` when it cannot be read or is of another model.
         """
-        state = read_state(path)
         try:
             stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-            _make_moments(optimizer, _names(model), state.get("counts", {}))
+            _make_moments(optimizer, _names(model), counts)
             tensors = _tensors(model, ema, optimizer)
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
@@ -157,7 +164,6 @@ class Checkpoints:
             )
         except _FAILED as error:
             raise _unreadable(path, error) from error
-        return state
 
 
 def _names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
@@ -209,13 +215,12 @@ def _copy(tensor: torch.Tensor, processes: Any) -> torch.Tensor:
 
 def _unreadable(path: Path, error: BaseException) -> SpearError:
     return SpearError(
-        f"checkpoint {path} cannot be read ({_first_line(error)}): "
+        f"checkpoint {path} cannot be read ({_reason(error)}): "
         "delete that folder to continue from the one before"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    """The last line of a message that says something: PyTorch's begin with the traceback of another
-    process."""
+def _reason(error: BaseException) -> str:
+    """The last line: PyTorch's messages begin with the traceback of another process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -141,11 +141,13 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
 
     number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
     """
-    tensors, others = _flat(batch)
+    flat = _flat(batch)
+    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, torch.Tensor)}
+    others = {k: v for k, v in flat.items() if k not in tensors}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"step": step, "number": number, "seed": seed, "others": others}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"batch": json.dumps(about)})
+    save_file(tensors, path, {"batch": json.dumps(about)})
     return path
 
 
@@ -164,17 +166,9 @@ def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return batch, about
 
 
-def _flat(batch: dict[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors, and anything else, by path: "questions/input_ids"."""
-    tensors: dict[str, torch.Tensor] = {}
-    others: dict[str, Any] = {}
+def _flat(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by path, such as "questions/input_ids"."""
+    flat: dict[str, Any] = {}
     for key, value in batch.items():
-        if isinstance(value, dict):
-            inner, rest = _flat(value, f"{prefix}{key}/")
-            tensors |= inner
-            others |= rest
-        elif isinstance(value, torch.Tensor):
-            tensors[prefix + key] = value
-        else:
-            others[prefix + key] = value
-    return tensors, others
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return flat

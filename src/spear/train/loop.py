@@ -59,9 +59,6 @@ class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
         except SpearError as error:
             return error
 
-    def __len__(self) -> int:
-        raise TypeError("a run has no last batch of its own")
-
 
 def batches(
     task: Task, first: int, last: int, workers: int, accumulate: int = 1, device: torch.device = parallel.CPU
@@ -99,11 +96,7 @@ def divided(opt: Optimization, out: Path) -> Optimization:
     latest = checkpoint.find_latest(out / "checkpoints")
     if latest is None:
         return opt
-    pieces = checkpoint.read_state(latest)["settings"].get("pieces")
-    if pieces is None:
-        raise SpearError(
-            f"{latest} was written by an earlier version: finish it with that one, or use a new --out"
-        )
+    pieces = checkpoint.read_state(latest)["settings"]["pieces"]
     if pieces % parallel.world():
         fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
         raise SpearError(
@@ -124,9 +117,8 @@ def run(
 
     about: what the run is of, by name; a run continues only where all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
-    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`,
-    when more than `opt.max_skipped` steps had a loss or gradient that is not finite, or when another process
-    of the run is gone.
+    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
+    after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone.
     """
     how = how or RunOptions()
     opt = divided(opt, out)
@@ -143,7 +135,7 @@ def run(
         if latest is not None:
             state = checkpoint.read_state(latest)
             _check_same(out, state, settings, opt.steps)
-            checkpoints.load(latest, stepper.model, stepper.ema, stepper.optimizer)
+            checkpoints.load(latest, state["counts"], stepper.model, stepper.ema, stepper.optimizer)
             first, skipped = state["step"], state["skipped"]
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
@@ -181,7 +173,7 @@ def run(
 
 def _check_same(out: Path, state: Mapping[str, Any], settings: Mapping[str, Any], steps: int) -> None:
     """Raises `SpearError` unless a checkpoint's run is this one, at no later a step."""
-    there = {"seed": state["settings"]["seed"], **state["settings"].get("about", {})}
+    there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
     here = {"seed": settings["seed"], **settings["about"]}
     for name in there:
         if name in here and there[name] != here[name]:

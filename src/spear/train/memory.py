@@ -215,17 +215,13 @@ def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
 
 def _observation(size: Preset, batch: int) -> dict[str, Any]:
     return {
-        "pixel_values": _pixels(size, batch),
+        "pixel_values": {
+            view: torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+            for view, (width, height) in size.image_sizes.items()
+        },
         "input_ids": torch.zeros(batch, size.prompt_tokens, dtype=torch.long),
         "attention_mask": torch.ones(batch, size.prompt_tokens, dtype=torch.long),
         "state": torch.zeros(batch, STATE_FEATURES),
-    }
-
-
-def _pixels(size: Preset, batch: int) -> dict[str, torch.Tensor]:
-    return {
-        view: torch.zeros(batch, 3, height, width, dtype=torch.uint8)
-        for view, (width, height) in size.image_sizes.items()
     }
 
 
@@ -235,8 +231,8 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     `SpearVLMForConditionalGeneration.forward` looks at the contents of its batch, which fake tensors do not
     have; this does the same work without looking.
     """
-    view = next(iter(size.image_sizes))
-    features, valid = vlm.encode_images({view: _pixels(size, images)[view]})
+    view, (width, height) = next(iter(size.image_sizes.items()))
+    features, valid = vlm.encode_images({view: torch.zeros(images, 3, height, width, dtype=torch.uint8)})
     owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
     ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
     hidden = vlm.run_text(features[owners], valid[owners], ids, keep_cache=False).hidden
@@ -245,28 +241,25 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     return vlm.token_loss(hidden, labels)[0]
 
 
-def savers(stage: Recipe) -> list[dict[str, Any]]:
-    """Changes to a recipe that save memory: none, then one more each time; what costs least comes first."""
-    opt, batch = stage.optimization, stage.batch_size
-    found: list[tuple[str, Any]] = []
-    if opt.precision == "bf16" and opt.frozen_precision != "bf16":
-        found.append(("frozen_precision", "bf16"))
-    if not opt.gradient_checkpointing:
-        found.append(("gradient_checkpointing", True))
-    for piece in (8, 1):
-        if batch // opt.accumulate > piece and batch % piece == 0:
-            found.append(("accumulate", batch // piece))
-    if opt.moments != "bf16":
-        found.append(("moments", "bf16"))
-    if opt.ema > 0:
-        found.append(("ema", 0))
-    return [dict(found[:count]) for count in range(len(found) + 1)]
-
-
 def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
-    """Each of the recipe's `savers` and what it needs with them; measured when it is asked for."""
-    for changes in savers(stage):
-        yield changes, training(stage.changed(**changes))
+    """Changes to a recipe that save memory, and what it needs with them; measured when asked for.
+
+    First no changes, then one more each time, and what costs least comes first.
+    """
+    opt, batch = stage.optimization, stage.batch_size
+    found: dict[str, Any] = {}
+    yield {}, training(stage)
+    savers: list[tuple[bool, str, Any]] = [
+        (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
+        (not opt.gradient_checkpointing, "gradient_checkpointing", True),
+        *((batch // opt.accumulate > n and batch % n == 0, "accumulate", batch // n) for n in (8, 1)),
+        (opt.moments != "bf16", "moments", "bf16"),
+        (opt.ema > 0, "ema", 0),
+    ]
+    for useful, name, value in savers:
+        if useful:
+            found[name] = value
+            yield dict(found), training(stage.changed(**found))
 
 
 def flags(changes: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from spear.tokens import CoordinateTokenizer, Spacing
 from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix
 from spear.train.parallel import is_sharded
-from spear.types import LabeledImage, LabeledObject, Question
+from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
 
 LENGTH_GROUPS, GROUP_ROWS = 4, 32
@@ -46,14 +46,12 @@ def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict
     """
     folder = Path(folder)
     found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
-    return {
-        view: [dataclasses.replace(label, objects=_compact(label.objects, masks)) for label in read(path)]
-        for view, path in found.items()
-    }
 
+    def compact(label: LabeledImage) -> LabeledImage:
+        kept = (dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in label.objects)
+        return dataclasses.replace(label, objects=tuple(kept))
 
-def _compact(objects: Sequence[LabeledObject], masks: bool) -> tuple[LabeledObject, ...]:
-    return tuple(dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in objects)
+    return {view: [compact(label) for label in read(path)] for view, path in found.items()}
 
 
 def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:

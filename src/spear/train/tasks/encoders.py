@@ -1,14 +1,19 @@
-"""Stage 0, image encoder: what each patch shows (nano only; see `spear.models.patch_classification`)."""
+"""Stage 0, the two encoders (nano only): depth from single images, standing in for MoGe's pretraining, and
+what each patch shows (`spear.models.patch_classification`), standing in for SigLIP's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from spear.data.mixture import JITTER_DRAWS, jitter
+from spear.errors import SpearError
 from spear.labels.fit.masks import decode_mask
+from spear.labels.store import DepthImages
+from spear.models.moge.encoder import MogeForDepth
 from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, fit_image, window
 from spear.train.optimize import Batch, Loss
@@ -17,6 +22,31 @@ from spear.util.images import decode_image
 
 LEAST = 0.01
 """Share of a patch that an object must cover to be shown by it."""
+
+
+class DepthTask:
+    """Batches of images with depth, and the loss of `MogeForDepth`.
+
+    folder  has a sub-folder per view; every fourth batch is of the wrist camera when there is one.
+    """
+
+    def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.views = {path.name: DepthImages(path) for path in sorted(folder.glob("*/"))}
+        if not self.views:
+            raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+
+    def batch(self, step: int) -> Batch:
+        """uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
+        rng = np.random.default_rng((self.seed, step))
+        images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"]
+        rows = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
+        pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
+        return {"pixels": torch.stack(pixels), "depth": torch.stack([torch.from_numpy(d) for _, d in rows])}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Mean absolute error of log depth, shape and scale apart."""
+        return self.model(batch["pixels"], batch["depth"]).loss, {}
 
 
 class PatchTask:
@@ -74,9 +104,11 @@ def _targets(
     most = np.full((rows, columns), LEAST, np.float32)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
     for o in label.objects:
-        mask = _fitted(decode_mask(o.mask, label.height, label.width), size)[
-            : rows * patch, : columns * patch
-        ]
+        mask = decode_mask(o.mask, label.height, label.width)
+        if mask.shape != (size[1], size[0]):  # what share of each pixel it covers
+            grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+            mask = fit_image(grey, size[1], size[0])[..., 0] / np.float32(255)
+        mask = mask[: rows * patch, : columns * patch]
         fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
         share = fine.mean((2, 3))
         if o.name in names:
@@ -96,13 +128,3 @@ def _targets(
         centre.reshape(flat, 2),
         (most > LEAST).reshape(flat),
     )
-
-
-def _fitted(mask: Array, size: tuple[int, int]) -> Array:
-    """A mask [h, w] bool -> what share of each pixel it covers [height, width] when its image is fitted to
-    `size`."""
-    width, height = size
-    if mask.shape == (height, width):
-        return mask
-    grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
-    return fit_image(grey, height, width)[..., 0] / np.float32(255)
