@@ -18,9 +18,18 @@ import pytest
 import torch
 
 from spear import flow
-from spear.ablations.data import Data, expected, look_at
-from spear.ablations.data import record as record_demonstrations
-from spear.ablations.plan import Plan, Pretrained, Scoring, Training, Weights, describe, make_plan, pretrained
+from spear.ablations.plan import (
+    Data,
+    Plan,
+    Pretrained,
+    Weights,
+    describe,
+    expected,
+    look_at,
+    make_plan,
+    pretrained,
+)
+from spear.ablations.plan import record as record_demonstrations
 from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
@@ -114,21 +123,16 @@ def test_what_rows_share_is_trained_once() -> None:
         "multi_modal_projector",
         "language_model.embed_tokens",
     )
-    seen: set[str] = set()
-    for job in plan.jobs:  # what is needed comes first
-        needs = [job.policy.key] if isinstance(job, Scoring) else [job.init] * isinstance(job.init, str)
-        assert seen.issuperset(needs)
-        seen |= {job.key} if isinstance(job, Training) else set()
     everything = planned()
     assert len({t.key for t in everything.trainings}) == len(everything.trainings)
     names = ("full", "quantile", "siglip-trained", "all-images", "full-again", "s3-mse")
-    assert len({everything.scoring(row, 0).folder for row in names}) == 1
-    assert everything.scoring("s3-cosine", 0).folder != everything.scoring("full", 0).folder
+    assert len({everything.scoring(row, 0).policy.key for row in names}) == 1
+    assert everything.scoring("s3-cosine", 0).policy.key != everything.scoring("full", 0).policy.key
 
 
 def test_keys_follow_what_decides_the_result() -> None:
-    key = planned("full", seeds=1).scoring("full", 0).folder
-    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).folder == key
+    key = planned("full", seeds=1).scoring("full", 0).policy.key
+    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).policy.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
     others = [
         more,
@@ -137,9 +141,9 @@ def test_keys_follow_what_decides_the_result() -> None:
         planned("full", seeds=1, budget=7),
         planned("full", seeds=1, set=("lr=1e-5",)),
     ]
-    assert len({key, *(plan.scoring("full", 0).folder for plan in others)}) == 6
+    assert len({key, *(plan.scoring("full", 0).policy.key for plan in others)}) == 6
     moved = replace(START, vlm=replace(START.vlm, folder=Path("elsewhere")))
-    assert planned("full", start=moved, seeds=1).scoring("full", 0).folder == key
+    assert planned("full", start=moved, seeds=1).scoring("full", 0).policy.key == key
     # What sees no demonstrations is shared, whatever they are.
     ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more))
     assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
@@ -155,8 +159,6 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     assert steps["scratch-x9"] == [11_200]
     assert steps["siglip-thawed"][-2:] == [600, 600]
     assert steps["no-images"] == [0, 1200]
-    less = planned("full", seeds=1, budget=1200, pretraining=0.1)
-    assert [t.steps for t in less.chains["full", 0]] == [20, 260, 1200]
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
@@ -204,7 +206,7 @@ def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
     """Journals as scoring writes them, with so many successes."""
     for (row, seed), chain in plan.chains.items():
         if row in rates:
-            folder = out / "scores" / plan.scoring(row, seed).folder
+            folder = out / "scores" / plan.scoring(row, seed).policy.key
             journal = Journal(folder, chain[-1].folder, {}, (1, 1))
             rng = np.random.default_rng(seed)
             for family in FAMILIES:
@@ -228,9 +230,7 @@ def test_tables_say_what_is_so(tmp_path: Path) -> None:
     assert re.search(r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|", markdown)
     assert "not run yet" in markdown and "arXiv 2511.17411" in markdown
     assert page.count("(theirs)</div>") == 6 and "<svg" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
     assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_other_families_are_left_out(tmp_path: Path) -> None:
@@ -283,21 +283,16 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path) -> None:
     assert all(done(tmp_path, job) for job in plan.jobs)
     assert len(said) == len(plan.jobs) - len(kept)
     assert not list(tmp_path.glob("stages/*/checkpoints"))
-    again: list[str] = []
-    assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []
     points = final(tmp_path, plan.chains["points", 0][-2])
     asked = json.loads((points / "recipe.json").read_text())["recipe"]["questions"]["families"]
     assert "pixel_point" in asked and "box_vertices" not in asked
     table = fill(plan, tmp_path, data)[0]
     assert all(line.success is not None for line in table.lines)
-    said_of_plan = describe(plan, plan.jobs).splitlines()
-    assert [line.split()[:3] for line in said_of_plan[1:-1]] == [
-        ["nano-vlm-1", "2", "2"],
-        ["nano-vlm-2", "2", "2"],
-        ["nano-vla", "2", "2"],
-        ["scoring", "2", "2"],
-    ]
+    lines = describe(plan, plan.jobs).splitlines()[1:-1]
+    assert [line.split()[0] for line in lines] == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
+    assert all(line.split()[1:3] == ["2", "2"] for line in lines)
     shutil.rmtree(tmp_path / "stages")
+    again: list[str] = []
     assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []  # all policies are scored
 
 

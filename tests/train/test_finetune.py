@@ -19,7 +19,6 @@ from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import observations
 from spear.serve.client import RemotePolicy
 
-PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
 QUICK = ["--steps", "2", "--set", "batch_size=4", "flow_samples=1", "warmup=1"]
 
 
@@ -74,31 +73,3 @@ def test_from_a_dataset_to_a_served_policy_in_four_commands(
         policy.close()
     assert actions.shape == (5, 8) and np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)
-
-
-def test_the_split_that_was_trained_on_is_the_one_asked_for(robot: Path, tmp_path: Path) -> None:
-    """Prepared once per split: another split of the same folder is not taken for it."""
-    from spear.data.store.prepare import open_store
-
-    sources = [e.source for e in read_episodes(robot)]
-    for split, expected in (("train[:2]", sources[:2]), ("train[2:]", sources[2:]), ("train", sources)):
-        for _ in range(2):
-            store, _ = open_store(robot, tmp_path, split)
-            assert [e.source for e in store] == expected
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_the_page_has_the_commands_that_were_tried() -> None:
-    """The four commands of the page are commands of ours, with options that exist."""
-    from spear.cli import _command, load, options_of
-    from spear.util.options import option_names
-
-    block = PAGE.read_text().split("```sh\n")[1].split("```")[0]
-    lines = [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("spear ")]
-    names = []
-    for line in lines:
-        words = line.partition(" #")[0].split()[1:]
-        names.append(_command(words))
-        options = options_of(load(names[-1]))
-        assert options is None or {w for w in words if w.startswith("--")} <= set(option_names(options))
-    assert names == ["data audit", "train", "evaluate data", "serve"]

@@ -11,7 +11,6 @@ from torch._C._profiler import _EventType
 
 from models_tiny import TINY
 from spear.cli import main
-from spear.errors import SpearError
 from spear.models import presets
 from spear.models.presets import spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -50,8 +49,7 @@ class Acting:
 def allocated(stage: Recipe) -> int:
     """Most bytes that the allocator held in a step: what it gave out in it, and weights and states before.
 
-    Read from the allocator's own running total: a sum over the recorded events is right only if all of them
-    are there and in order, which they have not always been. A mark says where the total stood before.
+    Read from the allocator's own running total; a mark says where it stood before.
     """
     task = Acting()
     stepper = Stepper(task, stage.optimization, seed=0)
@@ -79,10 +77,8 @@ def allocated(stage: Recipe) -> int:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"gradient_checkpointing": True},
-        {"frozen": ("vlm",), "frozen_precision": "bf16", "ema": 0},
-        {"moments": "bf16", "frozen": ("vlm.moge",)},
+        {"frozen": ("vlm",), "frozen_precision": "bf16", "moments": "bf16", "ema": 0},
     ],
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
@@ -98,11 +94,7 @@ def test_weights_gradients_and_states_are_exact() -> None:
     learning = sum(p.numel() for p in stepper.learning.values())
     stored = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
     assert planned.learning == learning and planned.parameters > learning
-    assert (planned.gradients, planned.moments, planned.averaged) == (
-        4 * learning,
-        4 * learning,
-        4 * learning,
-    )
+    assert {planned.gradients, planned.moments, planned.averaged} == {4 * learning}
     assert planned.weights == stored
 
 
@@ -139,7 +131,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert main(["plan", "--preset", "tiny", "--gpu", "8GB", "--recipe", "inference"]) == 0
     said = capsys.readouterr().out
     assert "bfloat16" in said and said.count("fits in 8GB") == 2
-    for wrong, named in ((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")):
+    for wrong, named in (
+        *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
+        (("--gpu", "-3GB"), "-3GB"),
+    ):
         assert main(["plan", "--preset", "tiny", *wrong]) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
@@ -152,26 +147,3 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(51, 0, 0, 0, 0, 1, 1))
     assert main([*arguments]) == 0
     assert "does not fit even with --set" in capsys.readouterr().out
-
-
-def test_the_table_of_the_docs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    enough = memory.Memory(10 * 2**30, 0, 0, 0, 0, 1, 1)
-    monkeypatch.setattr(memory, "training", lambda stage: enough)
-    assert main(["plan", "--table", "--preset", "tiny"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in lines[2:]] == [
-        "| full fine-tuning (`post-train-bridge`)",
-        "| LoRA (`finetune-lora`)",
-        "| expert only (`finetune-expert`)",
-        "| acting, bfloat16",
-        "| acting, float32",
-    ]
-    assert all(line.count("|") == 8 for line in lines)
-    assert lines[2].split(" | ")[1:3] == ["no (10.0 GiB)", "10.0 GiB"]
-
-
-def test_sizes_of_gpus() -> None:
-    assert memory.usable("24GB") == memory.usable("24 GiB") == memory.usable("24")
-    assert 0.9 * 24 * memory.GIB < memory.usable("24GB") < 24 * memory.GIB
-    with pytest.raises(SpearError):
-        memory.usable("-3GB")

@@ -28,21 +28,18 @@ from train_tiny import EMBEDDINGS, Acting, go, rows, said, start
 
 OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
 WHOLE = Optimization(
-    steps=4,
+    steps=2,
     lr=1e-2,
     lr_scale={"vlm": 0.5},
     frozen=("vlm.moge",),
     schedule="constant",
-    warmup=2,
+    warmup=1,
     weight_decay=0.0,
     grad_clip=0.5,
     ema=0.9,
     precision="fp32",
 )
-HALF = replace(WHOLE, steps=2)
-LOWER = replace(
-    HALF, precision="bf16", frozen_precision="bf16", moments="bf16", gradient_checkpointing=True, lr=1e-3
-)
+HALF = replace(WHOLE, steps=1)
 PATIENCE = 900  # seconds: some machines are busy
 
 
@@ -109,7 +106,6 @@ def runs(root: Path) -> None:
         task.model.save_pretrained(root / "plain")
     go(Acting(), HALF, root / "from-two", sharded=True)
     go(Acting(), WHOLE, root / "from-one", sharded=True)
-    go(Acting(), LOWER, root / "lower", sharded=True)
     go(Broken(7), OPT, root / "skipped")
     with pytest.raises(SpearError if parallel.rank() == 0 else SystemExit) as stop:
         go(Broken(7, 8), replace(OPT, max_skipped=1), root / "stopped")
@@ -157,20 +153,18 @@ def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def same_run(first: Path, second: Path, steps: int, rel: float = 1e-5) -> None:
-    """Losses, their parts and gradient norms within `rel`; weights, averages and moments accordingly."""
+def same_run(first: Path, second: Path, steps: int) -> None:
+    """Losses, their parts and gradient norms within 1e-5; weights, averages and moments accordingly."""
     one, two = rows(first), rows(second)
     assert len(one) == len(two) == steps
     for a, b in zip(one, two, strict=True):
         for key in set(a) - {"steps_per_s", "data_wait"}:
-            assert b[key] == pytest.approx(a[key], rel=rel, abs=1e-6), key
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), key
     left, right = tensors(first, steps), tensors(second, steps)
     assert left.keys() == right.keys()
     for key, value in left.items():
         if not key.endswith(("k_proj.bias", "key.bias")):  # their gradient is zero but for rounding
-            torch.testing.assert_close(
-                right[key].float(), value.float(), rtol=200 * rel, atol=20 * rel, msg=key
-            )
+            torch.testing.assert_close(right[key], value, rtol=2e-3, atol=2e-4, msg=key)
 
 
 def test_two_processes_are_one_run(two: Two, tmp_path: Path) -> None:
@@ -179,12 +173,11 @@ def test_two_processes_are_one_run(two: Two, tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Two) -> None:
-    same_run(one, two.root / "ddp", 4)
-
-
-def test_a_sharded_run_is_the_same_run(one: Path, two: Two) -> None:
-    same_run(one, two.root / "fsdp", 4)
-    files = sorted((two.root / "fsdp" / "checkpoints" / "step-00000004").glob("*.safetensors"))
+    """With whole models and sharded ones; also where the one continued what two began, and the reverse."""
+    go(Acting(), WHOLE, two.root / "from-two")
+    for name in ("ddp", "fsdp", "from-two", "from-one"):
+        same_run(one, two.root / name, 2)
+    files = sorted((two.root / "fsdp" / "checkpoints" / "step-00000002").glob("*.safetensors"))
     sizes = [file.stat().st_size for file in files]
     assert len(files) == 2 and min(sizes) > 0.4 * max(sizes)
 
@@ -192,32 +185,14 @@ def test_a_sharded_run_is_the_same_run(one: Path, two: Two) -> None:
 def test_only_the_rows_that_shall_learn_do(one: Path, two: Two) -> None:
     before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
     for out in (one, two.root / "ddp", two.root / "fsdp"):
-        after = tensors(out, 4)[f"model.{EMBEDDINGS}"]
+        after = tensors(out, 2)[f"model.{EMBEDDINGS}"]
         assert torch.equal(before[:START], after[:START])
         assert not torch.equal(before[START:], after[START:])
 
 
-def test_one_process_continues_what_two_began(one: Path, two: Two) -> None:
-    go(Acting(), WHOLE, two.root / "from-two")
-    same_run(one, two.root / "from-two", 4)
-
-
-def test_two_processes_continue_what_one_began(one: Path, two: Two) -> None:
-    same_run(one, two.root / "from-one", 4)
-
-
-def test_sharded_layers_in_bfloat16(two: Two, tmp_path: Path) -> None:
-    """Losses within 2 % of one process's: it rounds to bfloat16 in other places."""
-    go(Acting(), replace(LOWER, accumulate=2), tmp_path)
-    for a, b in zip(rows(tmp_path), rows(two.root / "lower"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
-    kinds = {key.split(".")[0]: value.dtype for key, value in tensors(two.root / "lower", 2).items()}
-    assert kinds["exp_avg"] == torch.bfloat16 and kinds["ema"] == torch.float32
-
-
 def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:
     model = weights.load(Spear1ForActionPrediction, two.root / "plain")
-    trained = tensors(two.root / "fsdp", 4)
+    trained = tensors(two.root / "fsdp", 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"model.{name}"]), name
     config = json.loads((two.root / "plain" / "config.json").read_text())

@@ -59,10 +59,7 @@ class Data:
 
 
 def look_at(labels: Path, episodes: Path) -> Data:
-    """What is in two folders, known by the names, sizes and ends of their files.
-
-    Raises `SpearError` for a folder without labelled images or episodes.
-    """
+    """What is in two folders. Raises `SpearError` for one without labelled images or episodes."""
     EpisodeStore(episodes)
     view = labels / "external"
     images = len(LabelStore(view if view.is_dir() else labels))
@@ -99,7 +96,7 @@ def expected(options: AblationOptions) -> Data:
 
 
 def record(folder: Path, families: Sequence[str], each: int, workers: int = 2) -> None:
-    """Records `each` demonstrations of each family into `folder`: all or none. Goes on where it was killed."""
+    """Records `each` demonstrations per family into `folder`: all or none. Goes on where it was killed."""
     part = folder.with_name(f".part-{folder.name}")
     demonstrate(part, families, each, TRAIN_SEED, preset(PRESET).image_sizes, workers)
     part.replace(folder)

@@ -1,5 +1,4 @@
-"""Does what a plan says. Killed at any moment, the same command goes on; started several times, they share
-the work.
+"""Does what a plan says. Killed at any moment, it goes on; started several times, they share the work.
 
 OUT/stages/RECIPE-KEY/   a training: log, TensorBoard events, `final` (checkpoints only while it runs)
 OUT/scores/KEY/          the journal of a policy's episodes

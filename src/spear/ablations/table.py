@@ -88,7 +88,7 @@ def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
 
 
 def judge(against: Estimate | None, published: float | None, seeds: int) -> Verdict:
-    """Whether a difference has the sign of the published one, if its interval leaves that open or not.
+    """Whether a difference has the sign of the published one, if its interval does not leave that open.
 
     against    ours; None where one of the two has not run. published: theirs, points.
     seeds      trainings behind ours. One alone cannot tell a better recipe from a lucky draw.
@@ -130,11 +130,8 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
 
 def _success(plan: Plan, results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
     """Success [seeds, scenes] of each family, scenes in order."""
-    tables = []
-    for family in plan.families:
-        rows = []
-        for seed in seeds:
-            outcomes = sorted((o for o in results[seed].outcomes if o.family == family), key=lambda o: o.seed)
-            rows.append([o.success for o in outcomes])
-        tables.append(np.array(rows, bool))
-    return tables
+    ordered = {seed: sorted(results[seed].outcomes, key=lambda o: o.seed) for seed in seeds}
+    return [
+        np.array([[o.success for o in ordered[seed] if o.family == family] for seed in seeds], bool)
+        for family in plan.families
+    ]

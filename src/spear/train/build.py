@@ -174,8 +174,7 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
 
 
 def _labels(inputs: Inputs) -> Path:
-    """The folder of labels, which `check_inputs` has seen to be given."""
-    assert inputs.labels is not None
+    assert inputs.labels is not None  # as `check_inputs` has seen
     return inputs.labels
 
 

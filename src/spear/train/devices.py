@@ -12,8 +12,7 @@ from spear.errors import SpearError, unknown_name
 from spear.models.fast.linear import HAS_BFLOAT16
 from spear.train.options import Optimization
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""As in glibc's malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 MAPPED = 2**25
 """Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
 

@@ -61,7 +61,12 @@ class Logger:
         self.spikes, self.waited, self.written = Spikes(), 0.0, self.started
         _keep_lines_until(out / "log.jsonl", first_step)
         self.file = (out / "log.jsonl").open("a")
-        self.board = _tensorboard(out)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.board: Any = None
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"))
         self.bar, self.info = ProgressBar(out.name, total, "steps", first_step, quiet), ""
 
     def __enter__(self) -> Logger:
@@ -112,14 +117,6 @@ def _keep_lines_until(log: Path, step: int) -> None:
             except ValueError:
                 continue
         log.write_text("".join(lines))
-
-
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"))
 
 
 class NotFinite(Exception):

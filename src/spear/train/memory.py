@@ -46,9 +46,8 @@ class Memory:
 
     weights      all parameters and buffers, in the precision that they are kept in.
     gradients, moments, averaged  of what learns: its gradients, AdamW's two averages, the EMA weights.
-    activations  whatever else is alive then: tensors kept for the backward pass, temporary ones, bfloat16
-                 copies.
-    parameters, learning  numbers, not bytes: all parameters, and those that learn.
+    activations  whatever else is alive then: kept for the backward pass, temporary, bfloat16 copies.
+    parameters, learning  counts, not bytes: all parameters, and those that learn.
     """
 
     weights: int
@@ -226,10 +225,9 @@ def _observation(size: Preset, batch: int) -> dict[str, Any]:
 
 
 def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.Tensor:
-    """The loss of as many questions about external images as the mix may ask, as long as they may be.
+    """The loss of as many questions about external images as the mix may ask, of the greatest length.
 
-    `SpearVLMForConditionalGeneration.forward` looks at the contents of its batch, which fake tensors do not
-    have; this does the same work without looking.
+    `SpearVLMForConditionalGeneration.forward` looks into its batch, and fake tensors have no contents.
     """
     view, (width, height) = next(iter(size.image_sizes.items()))
     features, valid = vlm.encode_images({view: torch.zeros(images, 3, height, width, dtype=torch.uint8)})

@@ -45,14 +45,12 @@ class Optimization:
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
     weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. On a CPU that
-                      does not compute in bfloat16 a recipe runs in float32 (`spear.train.devices`).
-    frozen_precision  "bf16" keeps the frozen linear layers and token embeddings in bfloat16: half the memory.
-                      They are used in bfloat16 under autocast anyway.
+    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. A CPU without
+                      bfloat16 computes in float32 (`spear.train.devices`).
+    frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.optimize.HalfStateAdamW`).
-    accumulate        a process works through its batch in so many pieces, whose gradients are averaged. A run
-                      that is continued keeps its pieces, whatever the number of processes
-                      (`spear.train.parallel`).
+    accumulate        pieces in which a process works through its batch; their gradients are averaged. A run
+                      that is continued keeps its pieces (`spear.train.parallel`).
     max_skipped       steps whose loss or gradient is not finite are skipped; more than so many end the run.
     gradient_checkpointing  layers run again on the way back instead of being kept (`spear.models.layers`).
     """
@@ -81,15 +79,13 @@ class Optimization:
 class QuestionMix:
     """Which questions a batch asks.
 
-    families             of `spear.labels.questions.generate`, drawn with equal chance; a name given twice
-                         counts twice.
+    families             of `spear.labels.questions.generate`; a name given twice is drawn twice as often.
     pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
-    wrist                fraction of batches drawn from wrist-camera images (our choice; 0 when there are
-                         none).
+    wrist                fraction of batches drawn from wrist-camera images (our choice).
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
-    coordinate_smoothing standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
-                         3D token; 0 is the paper's one-hot target.
-    most_images          ask about so many of the labelled images of each view, the first ones (0: about all).
+    coordinate_smoothing standard deviation, in bins, of the Gaussian target of a 3D token; 0 is the paper's
+                         one-hot target.
+    most_images          ask only about the first so many labelled images of each view (0: about all).
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -108,25 +104,21 @@ class Recipe:
     preset        the model's size (`spear.models.presets`).
     moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
     coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
-    smooth_tokens  new 3D tokens start out alike where their bins are alike (our choice for nano; see
-                  `spear.tokens.init_new_embeddings`).
-    bins, spacing  so many 3D tokens, and where the edges of their bins lie, fitted to the labels; a stage
-                  that starts from another's result then replaces that one's 3D tokens by new ones. None:
-                  those of the result it starts from; without one, the preset's number, at quantiles (the
-                  paper).
+    smooth_tokens  new 3D tokens start out alike where their bins are alike (`spear.tokens`; our choice).
+    bins, spacing  how many 3D tokens, and where the edges of their bins lie: new ones, fitted to the labels.
+                  None: those of `--init`; without one, the preset's number, at quantiles (the paper).
     starts_from   the stage whose result `--init` takes; None starts from random weights.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
     question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
     question_weight  weight of their loss.
     augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper's choice), "minmax" or "meanstd" (its ablation);
-                  positions in the state follow it (our choice).
+    normalization  of translations: "quantile" (the paper), "minmax" or "meanstd" (its ablation); positions
+                  in the state follow it (our choice).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
-    lora_rank     if not 0, the language model learns through LoRA matrices of this rank (`spear.train.lora`);
-                  the freeze schedule still decides which of its own weights learn beside them.
-    lora_alpha    they count alpha / rank.
+    lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
+    lora_alpha    they count alpha / rank (`spear.train.lora`).
     """
 
     name: str
@@ -153,10 +145,9 @@ class Recipe:
     lora_alpha: Positive = 16.0
 
     def changed(self, **changes: Any) -> Recipe:
-        """With some of its own fields, its optimisation's or its question mix's replaced (None: kept).
+        """With fields of its own, its optimisation or its question mix replaced (None: kept).
 
-        Raises `SpearError`, suggesting the nearest name, for a key that none of them has, and for a value
-        that is not one of the key's.
+        Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
         """
         parts: dict[str, Any] = {"": self, "optimization": self.optimization, "questions": self.questions}
         known = {f.name: part for part in parts for f in dataclasses.fields(parts[part])}
@@ -191,11 +182,9 @@ def _check(part: type, key: str, value: Any) -> None:
         raise SpearError(f"recipe key {key} is {value}: the fewest come first")
     if key == "families":
         known = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
-        if not value:
-            raise SpearError(f"recipe key {key} is empty: give at least one of {', '.join(known)}")
-        for family in value:
+        for family in value or [""]:
             if family not in known:
-                raise unknown_name("family of questions", family, known)
+                raise unknown_name(f"family of questions (recipe key {key})", family, known)
 
 
 @dataclass(frozen=True)
@@ -292,5 +281,3 @@ class PlanOptions(Options):
     batch_size: Number = None
     """Examples per training step (per observation for inference), when not the recipe's."""
     set: Changes = ()
-    table: bool = False
-    """Print the table of docs/memory.md instead: three ways to train, and acting, on GPUs of six sizes."""

@@ -12,7 +12,7 @@ this file): 1/N of each weight, gradient, moment and average, and the rest only 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,10 +50,7 @@ def world() -> int:
 
 
 def share(total: int, what: str, accumulate: int = 1) -> int:
-    """What one piece has of a batch, when each process takes its part of it in `accumulate` pieces.
-
-    Raises `SpearError` when the batch cannot be divided evenly.
-    """
+    """A piece's part of a batch, for `accumulate` pieces per process. Raises `SpearError` if it is uneven."""
     if total % (world() * accumulate):
         pieces = f" in {accumulate} pieces each (accumulate)" if accumulate > 1 else ""
         raise SpearError(
@@ -92,22 +89,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
             grads.append(parameter.grad)
-    for bucket in _buckets(grads):
+    while grads:
+        bucket, size = [], 0
+        while grads and size < BUCKET:
+            bucket.append(grads.pop(0))
+            size += bucket[-1].numel()
         flat = average(torch.cat([grad.reshape(-1) for grad in bucket]))
         for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
-
-
-def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The tensors in their order, in groups of about `BUCKET` numbers."""
-    bucket: list[torch.Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.numel() for t in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def wait() -> None:
@@ -122,18 +111,17 @@ def lost(error: RuntimeError) -> bool:
 
 
 def mesh(kind: str) -> DeviceMesh:
-    """All processes in a row. kind: "cpu" or "cuda"."""
+    """All processes in a row, on "cpu" or "cuda"."""
     return init_device_mesh(kind, (world(),))
 
 
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     """Shard `model` over all processes, in place, on `device`: a group per transformer layer and one more.
 
-    lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters, gradients and what is reduced
-        stay float32. (On a CPU layers are gathered as they are and autocast does the rest: its layer norms
-        want their weights in the precision of their input.)
+    lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters and gradients stay float32. (A
+        CPU's layer norms want their weights in the precision of their input: autocast does the rest there.)
     A step gathers each layer once and keeps it for the backward pass: the language model's keys and values
-    leave their layer through a cache, past the hooks by which FSDP would know that it is needed again.
+    leave their layer through a cache, past FSDP's hooks.
     Raises `SpearError` for a model with parameters that have no dimension.
     """
     single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]

@@ -95,15 +95,14 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
     stores = [(name, f"{len(store)} episodes, share {share:g}") for name, store, share in inputs.episodes]
     given = {"--labels": inputs.labels, "--init": inputs.init, "--moge": inputs.moge}
-    marks = {name: None if folder is None else _mark(folder) for name, folder in given.items()}
+    marks: dict[str, str | None] = dict.fromkeys(given)
+    for name, folder in given.items():
+        if folder is not None:
+            digest = hashlib.sha256()
+            add_files(digest, folder, ("*.parquet", "*.safetensors"))
+            marks[name] = digest.hexdigest()[:12]
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
-
-
-def _mark(folder: Path) -> str:
-    digest = hashlib.sha256()
-    add_files(digest, folder, ("*.parquet", "*.safetensors"))
-    return digest.hexdigest()[:12]
 
 
 def _made_by(folder: Path) -> Any:
