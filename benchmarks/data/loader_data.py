@@ -22,7 +22,7 @@ from spear.models.presets import preset
 from spear.models.processing import Processor, fit_image
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
-from spear.train.tasks.vla import robot_inputs
+from spear.train.tasks import robot_inputs
 from spear.types import Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
@@ -54,7 +54,7 @@ def make(index: int, steps: int, size: tuple[int, int] = (480, 640)) -> Episode:
 
 
 class Ours:
-    """What `spear.train.tasks.vla.VlaTask.batch` makes, without its network."""
+    """What `spear.train.tasks.VlaTask.batch` makes, without its network."""
 
     def __init__(self, mixture: Mixture, batch_size: int) -> None:
         self.samples = TrainingSamples(mixture, VIEWS, fit_image)

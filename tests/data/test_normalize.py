@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer, QuantileSketch, weighted_quantile
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.train.tasks.vla import robot_inputs
+from spear.train.tasks import robot_inputs
 from spear.types import Action, Episode
 
 

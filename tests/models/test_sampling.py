@@ -161,7 +161,7 @@ def test_changed_weights_are_noticed() -> None:
 
 def test_lora_is_part_of_the_fast_path() -> None:
     pytest.importorskip("peft")
-    from spear.train.lora import add_adapters
+    from spear.train.optimize import add_adapters
 
     model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
     before = model.sample_actions(**given, steps=2, noise=noise).to_vector()

@@ -23,7 +23,7 @@ from spear.train.optimize import Task
 from spear.train.options import Inputs, Optimization, Recipe
 from spear.train.recipes import recipe
 from spear.train.run import train
-from spear.train.tasks.questions import length_groups
+from spear.train.tasks import length_groups
 from spear.types import Action
 
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from spear.errors import SpearError
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, locate
-from spear.train import lora
+from spear.train.optimize import is_adapter
 from train_tiny import rows, run_recipe
 
 pytest.importorskip("peft")
@@ -87,7 +87,7 @@ def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> 
     texts = [path.read_text() for path in alone.iterdir() if path.suffix == ".json"]
     assert not any(str(trained.parent) in text for text in texts)
     policy = Spear1Policy.load(alone)
-    assert not any(lora.is_adapter(name) for name, _ in policy.model.named_parameters())
+    assert not any(is_adapter(name) for name, _ in policy.model.named_parameters())
     observation = {
         "observation/image": np.full((240, 320, 3), 90, np.uint8),
         "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),

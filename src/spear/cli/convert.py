@@ -170,7 +170,7 @@ def _processor(folder: Path, config: Any) -> Processor | None:
 def _coordinates(path: Path, bins: int, seed: int) -> CoordinateTokenizer:
     """3D tokens from a file, a folder that holds one, or fitted to labelled images."""
     from spear.tokens import CoordinateTokenizer
-    from spear.train.tasks.questions import fit_coordinates, load_labels
+    from spear.train.tasks import fit_coordinates, load_labels
 
     file = path / "coordinates.json" if path.is_dir() else path
     if file.is_file():

@@ -27,12 +27,18 @@ from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import parallel
-from spear.train.lora import add_adapters, merge_adapters, save_adapters
-from spear.train.optimize import Task
+from spear.train.optimize import Task, add_adapters, merge_adapters, save_adapters
 from spear.train.options import Inputs, Recipe, check_inputs
-from spear.train.tasks.encoders import DepthTask, PatchTask
-from spear.train.tasks.questions import QuestionSamples, VlmTask, fit_coordinates, load_depth, load_labels
-from spear.train.tasks.vla import VlaTask
+from spear.train.tasks import (
+    DepthTask,
+    PatchTask,
+    QuestionSamples,
+    VlaTask,
+    VlmTask,
+    fit_coordinates,
+    load_depth,
+    load_labels,
+)
 from spear.types import LabeledImage
 
 Built = tuple[torch.nn.Module, Task, Callable[[Path], None]]

@@ -26,8 +26,7 @@ from spear.models.layers import FastRMSNorm, recompute_layers
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.train.lora import add_adapters
-from spear.train.optimize import BLOCK, apply_freeze, store_weights
+from spear.train.optimize import BLOCK, add_adapters, apply_freeze, store_weights
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
 

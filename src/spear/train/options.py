@@ -118,7 +118,7 @@ class Recipe:
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
-    lora_alpha    they count alpha / rank (`spear.train.lora`).
+    lora_alpha    they count alpha / rank (`spear.train.optimize`).
     """
 
     name: str

@@ -14,7 +14,7 @@ from spear.labels.fit.image import unproject
 from spear.labels.questions.generate import generate
 from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.labels.store import DepthImages, write_depth
-from spear.train.tasks.questions import load_depth
+from spear.train.tasks import load_depth
 from spear.types import LabeledImage
 from spear.util.images import encode_jpeg
 

@@ -11,7 +11,7 @@ from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.patch_classification import PatchClassification
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.train.tasks.encoders import _targets
+from spear.train.tasks import _targets
 from spear.types import LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
 

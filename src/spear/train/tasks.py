@@ -1,0 +1,350 @@
+"""What the stages train on and how wrong a model is there: their batches and losses (`Task`).
+
+Stage 0, nano only: depth from single images, standing in for MoGe's pretraining, and what each patch shows
+(`spear.models.patch_classification`), standing in for SigLIP's. Then questions about labelled images for
+SPEAR-VLM, and demonstrations for SPEAR-1, with 3D questions alongside so that the VLM keeps what it knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
+from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
+from spear.errors import SpearError
+from spear.labels.fit.masks import decode_mask
+from spear.labels.questions.generate import generate
+from spear.labels.store import DepthImages, read
+from spear.models.moge.encoder import MogeForDepth
+from spear.models.patch_classification import CELLS, PatchClassification
+from spear.models.processing import Processor, fit_image, window
+from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.tokens import CoordinateTokenizer, Spacing
+from spear.train.optimize import Batch, Loss
+from spear.train.options import QuestionMix, Recipe
+from spear.train.parallel import is_sharded
+from spear.types import Action, Array, LabeledImage, Question
+from spear.util.images import decode_image
+
+LEAST = 0.01
+"""Share of a patch that an object must cover to be shown by it."""
+
+
+class DepthTask:
+    """Batches of images with depth, and the loss of `MogeForDepth`.
+
+    folder  has a sub-folder per view; every fourth batch is of the wrist camera when there is one.
+    """
+
+    def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.views = {path.name: DepthImages(path) for path in sorted(folder.glob("*/"))}
+        if not self.views:
+            raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+
+    def batch(self, step: int) -> Batch:
+        """uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
+        rng = np.random.default_rng((self.seed, step))
+        images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"]
+        rows = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
+        pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
+        return {"pixels": torch.stack(pixels), "depth": torch.stack([torch.from_numpy(d) for _, d in rows])}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Mean absolute error of log depth, shape and scale apart."""
+        return self.model(batch["pixels"], batch["depth"]).loss, {}
+
+
+class PatchTask:
+    """Batches of labelled images with what each patch shows, and the loss of `PatchClassification`.
+
+    labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every
+            fourth batch is of the wrist camera when there is one.
+    """
+
+    def __init__(
+        self,
+        model: PatchClassification,
+        processor: Processor,
+        names: Sequence[str],
+        labels: Mapping[str, Sequence[LabeledImage]],
+        images: int,
+        seed: int,
+    ) -> None:
+        self.model, self.processor, self.images, self.seed = model, processor, images, seed
+        patch = model.vlm.config.vision_config.patch_size
+        self.views = {
+            view: [_targets(label, names, patch, processor.image_sizes[view]) for label in found]
+            for view, found in labels.items()
+        }
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `PatchClassification.forward`."""
+        rng = np.random.default_rng((self.seed, 2, step))
+        view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
+        rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
+        images, *targets = zip(*rows, strict=True)
+        jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
+        pixels = torch.stack([self.processor.image(image, view) for image in jittered])
+        columns = (torch.from_numpy(np.stack(column)) for column in targets)
+        named = zip(("shown", "cells", "centre", "largest"), columns, strict=True)
+        return {"view": view, "pixels": pixels, **dict(named)}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Names and centres."""
+        output = self.model(**batch)
+        return output.loss, output.parts
+
+
+def _targets(
+    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
+) -> tuple[bytes, Array, Array, Array, Array]:
+    """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
+    largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
+    rows, columns = size[1] // patch, size[0] // patch
+    left, top, across, _ = window((label.width, label.height), size)
+    side = patch // CELLS
+    shown = np.zeros((rows, columns, len(names)), bool)
+    cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
+    centre = np.zeros((rows, columns, 2), np.float32)
+    most = np.full((rows, columns), LEAST, np.float32)
+    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
+    for o in label.objects:
+        mask = decode_mask(o.mask, label.height, label.width)
+        if mask.shape != (size[1], size[0]):  # what share of each pixel it covers
+            grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+            mask = fit_image(grey, size[1], size[0])[..., 0] / np.float32(255)
+        mask = mask[: rows * patch, : columns * patch]
+        fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+        share = fine.mean((2, 3))
+        if o.name in names:
+            name = names.index(o.name)
+            shown[..., name] |= share > LEAST
+            cells[..., name] = np.maximum(cells[..., name], np.rint(255 * fine).astype(np.uint8))
+        x0, y0, x1, y1 = o.box2d
+        place = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top]) * (size[0] / across) / patch
+        larger = share > most
+        centre[larger] = (place - grid)[larger]
+        most = np.maximum(most, share)
+    flat = rows * columns
+    return (
+        label.image,
+        shown.reshape(flat, -1),
+        cells.reshape(flat, CELLS * CELLS, -1),
+        centre.reshape(flat, 2),
+        (most > LEAST).reshape(flat),
+    )
+
+
+LENGTH_GROUPS, GROUP_ROWS = 4, 32
+"""Answers differ in length (a point 3 tokens, a box 24): running texts of like length together, in at most so
+many groups, saves up to a quarter of the work. With fewer texts per group another pass over the layers costs
+more: for the 8 texts beside a nano policy's actions 1 group takes 0.6 of the time of 4, for the 64 of a
+SPEAR-VLM step 2 take 0.9 of that."""
+
+
+def length_groups(model: torch.nn.Module, batch: Batch) -> int:
+    """How many groups the texts of a batch run in: 1 to `LENGTH_GROUPS`.
+
+    Always 1 for a sharded model, whose processes must run every layer equally often.
+    """
+    rows = len(batch["input_ids"])
+    return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
+
+
+def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
+    """All labels of a folder, by view; without their masks unless asked for (questions do not need them).
+
+    The folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
+    """
+    folder = Path(folder)
+    found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
+
+    def compact(label: LabeledImage) -> LabeledImage:
+        kept = (dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in label.objects)
+        return dataclasses.replace(label, objects=tuple(kept))
+
+    return {view: [compact(label) for label in read(path)] for view, path in found.items()}
+
+
+def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
+    """The depth of the images that `load_labels` gave, by view: row i belongs to label i.
+
+    Raises `SpearError` for a folder without depth, or with that of other images.
+    """
+    found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
+    for view, images in found.items():
+        if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
+            raise SpearError(
+                f"{folder}: depth/{view} is of other images than the labels: run `spear label --scenes` again"
+            )
+    return found
+
+
+class QuestionSamples:
+    """Batches of images with questions: a pure function of (seed, step).
+
+    labels   view -> labelled images. A batch is of one view: "wrist" with probability `mix.wrist`.
+    augment  strength of photometric jitter.
+    depth    view -> the depth of these images (`load_depth`), needed where the mix asks about pixels.
+    """
+
+    def __init__(
+        self,
+        labels: Mapping[str, Sequence[LabeledImage]],
+        processor: Processor,
+        mix: QuestionMix,
+        images: int,
+        seed: int,
+        augment: float = 0.0,
+        depth: Mapping[str, DepthImages] | None = None,
+    ) -> None:
+        if not labels or not all(labels.values()):
+            raise SpearError("no labelled images: make some with `spear label --out …`")
+        self.labels = {view: images[: mix.most_images or None] for view, images in labels.items()}
+        self.depth, self.processor, self.mix = depth, processor, mix
+        self.images, self.seed, self.augment = images, seed, augment
+
+    def batch(self, step: int) -> Batch:
+        """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
+        rng = np.random.default_rng((self.seed, 1, step))
+        wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
+        view = "wrist" if wrist else next(iter(self.labels))
+        labels = self.labels[view]
+        pixels: list[torch.Tensor] = []
+        questions: list[Question] = []
+        owners: list[int] = []
+        while len(pixels) < self.images:
+            row = int(rng.integers(len(labels)))
+            label = labels[row]
+            depth = None if self.depth is None else self.depth[view][row][1]
+            asked = generate(label, rng, self.mix.pairs, self.mix.families, depth=depth)
+            if not asked:
+                continue
+            image = decode_image(label.image, label.source)
+            if self.augment > 0:
+                image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
+            owners += [len(pixels)] * len(asked)
+            pixels.append(self.processor.image(image, view))
+            questions += asked
+        return {
+            "pixel_values": {view: torch.stack(pixels)},
+            "image_index": torch.tensor(owners),
+            **self.processor.questions(questions),
+        }
+
+
+def fit_coordinates(
+    labels: Sequence[LabeledImage],
+    bins: int,
+    seed: int,
+    spacing: Spacing = "quantile",
+    most: int = 20_000,
+) -> CoordinateTokenizer:
+    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers.
+
+    Raises SpearError for labels of several units.
+    """
+    rng = np.random.default_rng(seed)
+    values: list[float] = []
+    for index in rng.permutation(len(labels))[:most]:
+        for question in generate(labels[index], rng, (4, 4)):
+            values += question.values
+    units = {label.unit for label in labels}
+    if len(units) != 1:
+        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
+    return CoordinateTokenizer.fit(np.array(values), bins, units.pop(), spacing)
+
+
+class VlmTask:
+    """The questions' loss; with `coordinate_rows_only` only the 3D tokens' rows of the embeddings learn."""
+
+    def __init__(
+        self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
+    ) -> None:
+        self.model, self.batch = model, samples.batch
+        self.learning_rows: dict[str, tuple[int, int]] = {}
+        if coordinate_rows_only:
+            first = model.config.coordinate_start
+            last = first + model.config.coordinate_bins
+            self.learning_rows = {"language_model.embed_tokens.weight": (first, last)}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """λ-weighted cross-entropy and its parts."""
+        output = self.model(**batch, length_groups=length_groups(self.model, batch))
+        return output.loss, output.parts
+
+
+class VlaTask:
+    """Batches of robot steps (and of questions) as in `stage`; the flow loss (plus the questions' loss)."""
+
+    def __init__(
+        self,
+        model: Spear1ForActionPrediction,
+        processor: Processor,
+        normalizer: Normalizer,
+        samples: TrainingSamples,
+        stage: Recipe,
+        questions: QuestionSamples | None = None,
+    ) -> None:
+        self.model, self.processor, self.normalizer = model, processor, normalizer
+        self.samples, self.stage, self.questions = samples, stage, questions
+
+    def batch(self, step: int) -> Batch:
+        """Network inputs of one step: pixels, prompt, state, action chunk and mask; and questions."""
+        raw = self.samples.batch(step, self.stage.batch_size)
+        batch = robot_inputs(self.processor, self.normalizer, raw)
+        if self.questions is not None:
+            batch["questions"] = self.questions.batch(step)
+        return batch
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """Flow loss + weight · question loss, and the parts of both."""
+        output = self.model(
+            batch["pixel_values"],
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["state"],
+            Action.from_vector(batch["actions"]),
+            batch["action_mask"],
+            flow_samples=self.stage.flow_samples,
+            view_mask=batch["view_mask"],
+            generator=generator,
+        )
+        total, parts = output.loss, dict(output.parts)
+        if self.questions is not None:
+            questions = batch["questions"]
+            asked = self.model.vlm(**questions, length_groups=length_groups(self.model, questions))
+            total = total + self.stage.question_weight * asked.loss
+            parts |= {f"question_{k}": v for k, v in asked.parts.items()}
+        return total, parts
+
+
+def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str, Any]) -> Batch:
+    """A batch of `TrainingSamples` as network inputs, each row normalised as its dataset is."""
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(raw[k])) for k in ("position", "rotation", "gripper")}
+    vectors = torch.from_numpy(raw["action"])
+    action, state = torch.empty_like(vectors), torch.empty(len(vectors), STATE_VECTOR_DIM)
+    kinds = list(normalizer.datasets.values())
+    for index, own in enumerate(kinds or [normalizer]):
+        rows = torch.from_numpy(raw["dataset"] == index if kinds else np.ones(len(vectors), bool))
+        action[rows] = own.normalize_action(Action.from_vector(vectors[rows])).to_vector()
+        position, rotation, gripper = (tensors[k][rows] for k in ("position", "rotation", "gripper"))
+        state[rows] = own.state_vector(position, rotation, gripper[..., None])
+    images = {k: torch.from_numpy(v).permute(0, 3, 1, 2).contiguous() for k, v in raw["images"].items()}
+    return {
+        "pixel_values": images,
+        "view_mask": {k: torch.from_numpy(v) for k, v in raw["views"].items()},
+        "state": state,
+        "actions": action,
+        "action_mask": torch.from_numpy(raw["action_mask"]),
+        **processor.prompts(raw["instruction"]),
+    }
