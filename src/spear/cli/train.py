@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import open_episodes
 from spear.errors import SpearError
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
-
-if TYPE_CHECKING:
-    from spear.data.store.episode_store import EpisodeStore
 
 
 def train(options: TrainOptions) -> None:
