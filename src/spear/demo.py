@@ -124,7 +124,8 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         IdleAgent(),
     )
     ran = [
-        closed_loop.evaluate(a, TabletopOptions(SCENES, films=0 if i else 1)) for i, a in enumerate(agents)
+        closed_loop.evaluate(a, TabletopOptions(SCENES, films=0 if i else 1, families=FAMILIES))
+        for i, a in enumerate(agents)
     ]
     results, films = [result for result, _ in ran], ran[0][1]
     rows = []
