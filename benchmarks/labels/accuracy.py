@@ -20,10 +20,9 @@ import numpy as np
 import tyro
 from scipy import ndimage
 
-from spear.labels.fit.accuracy import box_errors, compare, instance_of
 from spear.labels.fit.box3d import box_from_vertices, make_box
 from spear.labels.fit.masks import decode_mask
-from spear.labels.fit.quality import failings
+from spear.labels.fit.quality import box_errors, compare, failings, instance_of
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
 from spear.labels.objects import ESTIMATED, BoxSettings

@@ -32,9 +32,8 @@ from tyro.extras import SubcommandApp
 
 from accuracy import WrongMasks, wrong_depth
 from spear.errors import SpearError
-from spear.labels.fit.accuracy import compare
 from spear.labels.fit.image import clip
-from spear.labels.fit.quality import BAR
+from spear.labels.fit.quality import VISIBLE, compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label
@@ -138,7 +137,7 @@ def make(
     for view, size in sizes.items():
         frames = [clutter_frame(seed, view, size, renderer) for seed in checked]
         for arm in ARMS:
-            a = compare(islice(read(out / arm / view), len(frames)), frames, BAR.visible)
+            a = compare(islice(read(out / arm / view), len(frames)), frames, VISIBLE)
             print(
                 f"| {arm} | {view} | {a.n} | {1000 * a.center:.1f} mm | {1000 * a.vertex:.1f} mm | "
                 f"{a.iou:.2f} "

@@ -20,7 +20,7 @@ from spear.evaluate.agents import Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
-from spear.labels.fit.accuracy import compare
+from spear.labels.fit.quality import compare
 from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report.comparison import ending, open_loop_charts

@@ -13,7 +13,7 @@ import pytest
 
 from rgbd_folders import write_coco, write_plain, write_scannet
 from spear.cli import main
-from spear.labels.fit.accuracy import Accuracy, compare
+from spear.labels.fit.quality import Accuracy, compare
 from spear.labels.questions.store import read_questions
 from spear.labels.scenes import label_frames
 from spear.labels.store import read

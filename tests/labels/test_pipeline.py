@@ -6,10 +6,10 @@ import pytest
 
 from labels_scenes import random_frame, render
 from spear.errors import SpearError
-from spear.labels.fit.accuracy import compare
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.points import inliers, subsample, support_plane
+from spear.labels.fit.quality import compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection, Detector, PointMap, Segmenter
 from spear.labels.objects import BoxSettings

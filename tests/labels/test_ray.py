@@ -11,9 +11,8 @@ import pytest
 
 from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, listing, photos
 from spear.errors import SpearError
-from spear.labels.engine import Graph
+from spear.labels.engine import Graph, run_ray
 from spear.labels.options import WorkOptions
-from spear.labels.ray_engine import run_ray
 from spear.labels.run import label_folder
 
 pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each other

@@ -10,8 +10,8 @@ from PIL import Image
 from labels_scenes import random_frame
 from rgbd_folders import millimetres, write_plain, write_scannet
 from spear.errors import SpearError
-from spear.labels.fit.accuracy import compare
 from spear.labels.fit.image import unproject
+from spear.labels.fit.quality import compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.rgbd import align_depth, open_scene

@@ -1,22 +1,28 @@
-"""The local engine: networks in batches in this process, everything else in worker processes.
+"""The two engines, which do the same: read → detect → segment → locate → finish.
 
-Batches come out in the order in which they went in, whatever the number of workers, and only a few are on
-their way at any time.
+The local one runs the networks in this process, and all else in worker processes; only a few batches are on
+their way at any time. The other is a streaming Ray Data pipeline, on one machine or a cluster: the networks
+are actors that keep their component, reading and finishing are tasks, and inputs must be at the same paths
+on every node. Batches come out in the order in which they went in.
 """
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from spear.errors import SpearError
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.objects import BoxSettings
+from spear.labels.options import WorkOptions
 from spear.labels.pipeline import Work, detect, lift, locate, segment
 from spear.labels.store import to_table
 from spear.util import processes
@@ -24,13 +30,12 @@ from spear.util import processes
 
 @dataclass(frozen=True)
 class Graph:
-    """What is done with an image.
+    """What is done with an image. Images in which nothing is found are skipped.
 
     detector, segmenter, pointmap  each makes its component; can be sent to another process.
-    boxes         how boxes are fitted.
-    longest       photos are made smaller until their longer side has so many pixels; None keeps them. 840 is
-                  what the paper labelled at.
-    need_objects  skip images in which nothing is found.
+    boxes    how boxes are fitted.
+    longest  photos are made smaller until their longer side has so many pixels; None keeps them. 840 is what
+             the paper labelled at.
     """
 
     detector: Callable[[], Detector]
@@ -38,7 +43,6 @@ class Graph:
     pointmap: Callable[[], PointMap]
     boxes: BoxSettings = field(default_factory=BoxSettings)
     longest: int | None = 840
-    need_objects: bool = True
 
 
 class SkippedImage(NamedTuple):
@@ -86,7 +90,7 @@ def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[l
     for works in batches:
         if networks is None:
             networks = graph.detector(), graph.segmenter(), graph.pointmap()
-        detect(works, networks[0], graph.need_objects)
+        detect(works, networks[0], need_objects=True)
         segment(works, networks[1])
         locate_and_pack(works, networks[2])
         yield works
@@ -108,8 +112,8 @@ def _pack(work: Work) -> Work:
 
 def _unpack(work: Work) -> Work:
     assert work.frame is not None and work.masks is not None
-    width = work.frame.image.shape[1]
-    return replace(work, masks=np.unpackbits(work.masks, axis=-1, count=width).view(bool))
+    masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1])
+    return replace(work, masks=masks.view(bool))
 
 
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
@@ -127,3 +131,81 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
         except Exception as error:
             skipped.append(SkippedImage(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
     return Done(to_table(labels), skipped)
+
+
+def run_ray(graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
+    """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
+
+    Args:
+        graph: what is done with an image.
+        work: its `copies` and `gpus`, of detector, segmenter and point map.
+        batches: items that go through the networks together.
+
+    Raises:
+        SpearError: Ray is not installed, or a component cannot be made.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise SpearError('the ray engine needs Ray Data: pip install "spear-vla[ray]"') from error
+    rows = [{"data": pickle.dumps(list(batch))} for batch in batches]
+    if not rows:
+        return
+    begun = not ray.is_initialized()
+    if begun:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        # More blocks would burden Ray's scheduler.
+        data: Any = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
+        data = data.map(partial(_apply, partial(read, longest=graph.longest)))
+        for make, stage, copies, gpus in zip(
+            (graph.detector, graph.segmenter, graph.pointmap),
+            (partial(detect, need_objects=True), segment, locate_and_pack),
+            work.copies,
+            work.gpus,
+            strict=True,
+        ):
+            made = {"fn_constructor_args": (make, stage), "concurrency": copies, "num_gpus": gpus}
+            # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
+            data = data.map(_Network, **made, num_cpus=0)
+        data = data.map(partial(_apply, partial(finish, graph.boxes)))
+        for row in data.iter_rows():
+            done = pickle.loads(row["data"])
+            if isinstance(done, SpearError):
+                raise done
+            yield done
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+Row = dict[str, bytes]
+"""A batch on its way through Ray, which knows no types of ours: {"data": the pickled batch}."""
+
+
+def _apply(call: Callable[[Any], Any], row: Row) -> Row:
+    """Send a batch through a stage; an error that a stage has met goes to the end, where it is raised."""
+    batch = pickle.loads(row["data"])
+    return row if isinstance(batch, SpearError) else {"data": pickle.dumps(call(batch))}
+
+
+class _Network:
+    """An actor with a component, made when the first batch comes, through which batches go."""
+
+    def __init__(self, make: Callable[[], Any], stage: Callable[[list[Work], Any], None]) -> None:
+        self.make, self.stage = make, stage
+        self.component: Any = None
+
+    def __call__(self, row: Row) -> Row:
+        return _apply(self._call, row)
+
+    def _call(self, works: list[Work]) -> list[Work] | SpearError:
+        try:
+            self.component = self.component or self.make()
+        except SpearError as error:
+            return error
+        self.stage(works, self.component)
+        return works

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from spear.labels.fit.box3d import Mode, fit_box, keypoints
+from spear.labels.fit.box3d import fit_box, keypoints
 from spear.labels.fit.image import tight_box
 from spear.labels.fit.masks import clean_points, encode_mask, erode, snap
 from spear.labels.fit.points import NEAR, Plane, inliers, subsample
@@ -24,23 +24,19 @@ since the outermost of many is near the edge. Our choice, measured."""
 class BoxSettings:
     """How boxes are fitted (all our choice; the paper says only "outlier removal, oriented box").
 
-    mode         see `box3d.fit_box`.
-    band         how many pixels an estimated mask's outline may be off: pixels that near to it are decided
-                 anew by where they are in 3D (`masks.snap`). 0 for true masks.
-    erosion      how many pixels along the outline take their depth from further inside where they fly,
-                 because estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
-                 Both are pixels of an image of up to 256; in larger ones they grow in proportion.
-    min_points   objects with fewer clean points (or fewer than 8) get no box.
-    max_points   points kept per object, up to half of them from its outline.
-    deviations   outlier threshold, see `points.inliers`.
+    band        how many pixels an estimated mask's outline may be off: pixels that near to it are decided
+                anew by where they are in 3D (`masks.snap`). 0 for true masks.
+    erosion     how many pixels along the outline take their depth from further inside where they fly,
+                because estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
+                Both are pixels of an image of up to `EDGE`; in larger ones they grow in proportion.
+    min_points  objects with fewer clean points (or fewer than 8) get no box.
+    max_points  points kept per object, up to half of them from its outline.
     """
 
-    mode: Mode = "auto"
     band: int = 0
     erosion: int = 0
     min_points: int = 12
     max_points: int = 600
-    deviations: float = 3.0
 
 
 ESTIMATED = BoxSettings(band=1, erosion=1)
@@ -56,8 +52,8 @@ def label_object(
     pointmap: PointMapResult,
     plane: Plane | None,
     settings: BoxSettings,
-    taken: Array | None = None,
-    noise: float = 0.0,
+    taken: Array,
+    noise: float,
 ) -> LabeledObject | None:
     """Lift one detection to 3D.
 
@@ -66,7 +62,7 @@ def label_object(
         mask: [h, w] bool, its pixels.
         pointmap: of the whole image.
         plane: the support plane of the image, None when none was found.
-        taken: [h, w] bool, the pixels of other objects, when known.
+        taken: [h, w] bool, the pixels of all objects.
         noise: of the depth, see `points.noise_level`.
 
     Returns:
@@ -80,16 +76,11 @@ def label_object(
         return None
     band, erosion = (_pixels(n, mask.shape) for n in (settings.band, settings.erosion))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
-    window = (
-        slice(max(y0 - room, 0), y1 + room),
-        slice(max(x0 - room, 0), x1 + room),
-    )
+    window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
     if band:
-        others = np.zeros_like(inside) if taken is None else taken[window] & ~inside
-        inside = snap(inside, points, known, others, plane, band, noise)
-        if not inside.any():
-            inside = mask[window]
+        snapped = snap(inside, points, known, taken[window] & ~inside, plane, band, noise)
+        inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
     cloud = _cloud(inside & known, clean_points(inside & known, points, erosion, noise), settings)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
@@ -98,7 +89,7 @@ def label_object(
         distance = float(np.median(cloud[:, 2]))
         margin = MARGIN * distance / float(pointmap.intrinsics[0, 0])
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
-        fit = partial(fit_box, up=up, support=support, mode=settings.mode, margin=margin, noise=noise)
+        fit = partial(fit_box, up=up, support=support, margin=margin, noise=noise)
         box = fit(cloud)
         points3d = keypoints(cloud, box)
         scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
@@ -122,7 +113,7 @@ def _cloud(inside: Array, points: Array, settings: BoxSettings) -> Array:
     inner = erode(inside, 1)
     outline = subsample(points[inside & ~inner], settings.max_points // 2)
     cloud = np.concatenate([outline, subsample(points[inner], settings.max_points - len(outline))])
-    return cloud[inliers(cloud, deviations=settings.deviations)].astype(np.float64)
+    return cloud[inliers(cloud)].astype(np.float64)
 
 
 def _outline(

@@ -1,7 +1,7 @@
 """Images in, 3D-labelled images out: detect → segment → point map → box.
 
 Each stage is a function on a batch of `Work`. `label` runs them one after the other; the engines
-(`spear.labels.engine`, `spear.labels.ray_engine`) run the same functions in processes or on a cluster.
+(`spear.labels.engine`) run the same functions in processes or on a cluster.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
-that is there is finished and one that is not is made again. Its footer names the images that were skipped,
-and holds a hash of the keys of its items, which shows an input that has changed meanwhile. Images that were
-skipped for a reason that may pass can be tried again; the shard is then what it would have been had they
-gone well at once.
+that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
+hash of the keys of its items, which shows an input that has changed meanwhile. Images that were skipped for a
+reason that may pass can be tried again, and take their places in the shard.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ import pyarrow as pa
 import spear
 from spear.errors import SpearError
 from spear.labels.components import Choice, graph
-from spear.labels.engine import Done, Engine, SkippedImage, run_local
+from spear.labels.engine import Done, Engine, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.questions.statistics import write_card
-from spear.labels.ray_engine import run_ray
 from spear.labels.sources import items as find_items
 from spear.labels.store import REJECTED, SCHEMA, ParquetWriter, footer, sweep, tables
 from spear.util.files import check_own
@@ -47,7 +45,6 @@ image) and "temporary" (which of those, by number, were skipped for a reason tha
 SETTINGS = "run.json"
 MOST_BAD = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
-_REJECTED = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
 T = TypeVar("T")
 
 
@@ -64,13 +61,12 @@ class Progress:
 
 
 class _Shard(NamedTuple):
-    """A shard that is to be made: its number, how many items it stands for and a hash of their keys; the keys
-    themselves when it is there and some of its items are tried again, else none."""
+    """A shard that is to be made: its number, the keys of its items, and whether it is there, and only its
+    retryable items are `again` tried."""
 
     number: int
-    items: int
-    keys: str
-    again: tuple[str, ...] = ()
+    keys: tuple[str, ...]
+    again: bool
 
     def path(self, folder: Path) -> Path:
         return folder / f"labels-{self.number:05d}.parquet"
@@ -158,14 +154,15 @@ def label_folder(
         def counted(results: Iterable[tuple[_Shard, Done]]) -> Iterator[Done]:
             nonlocal progress
             for _, done in results:
-                progress = _add(progress, done)
-                for image in done.skipped:
-                    if not image.empty:
-                        bad(
-                            image.reason
-                            if image.source in image.reason
-                            else f"{image.source}: {image.reason}"
-                        )
+                progress = dataclasses.replace(
+                    progress,
+                    done=progress.done + len(done.labels) + len(done.skipped),
+                    skipped=progress.skipped + len(done.skipped),
+                    retryable=progress.retryable + sum(image.retryable for image in done.skipped),
+                )
+                for source, reason, empty, _ in done.skipped:
+                    if not empty:
+                        bad(reason if source in reason else f"{source}: {reason}")
                 seen = progress.done - (0 if retry_skipped else before)
                 bad.check(seen - len(bad.reasons), finished=progress.done == total)
                 on_progress(progress)
@@ -176,14 +173,17 @@ def label_folder(
             for shard, group in groupby(results, key=lambda result: result[0]):
                 path = shard.path(out)
                 with ParquetWriter(path, SCHEMA) as writer:
-                    batches = counted(group)
+                    batches: Iterable[Done] = counted(group)
                     if shard.again:
-                        batches = merged(path, shard.again, skipped[shard.number], batches)
+                        there = [table.cast(SCHEMA) for table in tables(path)]
+                        old = [Done(table, []) for table in there] + [Done(_NONE, skipped[shard.number])]
+                        found = _by_key(old) | _by_key(batches)
+                        batches = (found[key] for key in shard.keys)
                     refused: list[SkippedImage] = []
                     for done in batches:
                         writer.write(done.labels)
                         refused += done.skipped
-                    writer.commit({FOOTER: json.dumps(_footer(shard, refused))})
+                    writer.commit({FOOTER: json.dumps(_footer(shard.keys, refused))})
         _write_rejected(out)
         write_card(out)
     return progress
@@ -197,35 +197,24 @@ def _labelled(
     work: WorkOptions,
     retry_skipped: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
-    """The batches of the shards that are not finished, and of what is tried again, in order, each with its
-    shard."""
+    """The batches of unfinished shards, and of what is tried again, in order, each with its shard."""
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:
         for number, members in enumerate(chunks(items, work.shard_size)):
-            keys = tuple(item.key for item in members)
-            shard = _Shard(number, len(members), hashlib.sha256("\0".join(keys).encode()).hexdigest())
-            if (known := finished.get(number)) is not None:
-                if known["keys"] != shard.keys:
+            known = finished.get(number)
+            shard = _Shard(number, tuple(item.key for item in members), again=known is not None)
+            if known is not None:
+                if known["keys"] != _hash(shard.keys):
                     raise _changed(out, number, known)
-                members = [members[i] for i in to_retry(keys, _skipped(known))] if retry_skipped else []
-                shard = shard._replace(again=keys)
+                retried = {image.source for image in _skipped(known) if image.retryable and retry_skipped}
+                members = [item for item in members if item.key in retried]
             for batch in chunks(members, work.batch_size):
                 handed.append(shard)
                 yield batch
 
     for done in engine(batches()):
         yield handed.popleft(), done
-
-
-def _add(progress: Progress, done: Done) -> Progress:
-    """The progress with one more batch."""
-    return dataclasses.replace(
-        progress,
-        done=progress.done + len(done.labels) + len(done.skipped),
-        skipped=progress.skipped + len(done.skipped),
-        retryable=progress.retryable + sum(image.retryable for image in done.skipped),
-    )
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -235,52 +224,21 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def to_retry(keys: Sequence[str], skipped: Iterable[SkippedImage]) -> list[int]:
-    """Which items of a shard, with these keys, were skipped for a reason that may pass."""
-    waiting = deque(skipped)
-    found = []
-    for number, key in enumerate(keys):
-        if waiting and waiting[0].source == key and waiting.popleft().retryable:
-            found.append(number)
+_NONE = SCHEMA.empty_table()
+
+
+def _by_key(batches: Iterable[Done]) -> dict[str, Done]:
+    """Batches → key of an item → a batch of it alone."""
+    found: dict[str, Done] = {}
+    for labels, skipped in batches:
+        for row, source in enumerate(labels["source"].to_pylist()):
+            found[source] = Done(labels.slice(row, 1), [])
+        found |= {image.source: Done(_NONE, [image]) for image in skipped}
     return found
 
 
-def merged(
-    shard: Path, keys: Sequence[str], skipped: Sequence[SkippedImage], again: Iterable[Done]
-) -> Iterator[Done]:
-    """All of a shard's images in order, one at a time: those that it has, and those tried `again` in their
-    place.
-
-    Args:
-        shard: the file, which is read as a whole.
-        keys: of all its items.
-        skipped: its skipped images.
-        again: batches of the items of `to_retry`.
-    """
-    tried = set(to_retry(keys, skipped))
-    new = _one_by_one((keys[number] for number in sorted(tried)), again)
-    rows = pa.concat_tables([SCHEMA.empty_table(), *(table.cast(SCHEMA) for table in tables(shard))])
-    for number, old in enumerate(_one_by_one(keys, [Done(rows, list(skipped))])):
-        yield next(new) if number in tried else old
-
-
-def _one_by_one(keys: Iterable[str], batches: Iterable[Done]) -> Iterator[Done]:
-    """Batches of items with these keys, as a batch for each item."""
-    source = iter(batches)
-    rows, row, skipped = SCHEMA.empty_table(), 0, deque[SkippedImage]()
-    for key in keys:
-        while row == len(rows) and not skipped:
-            rows, images = next(source)
-            row, skipped = 0, deque(images)
-        if skipped and skipped[0].source == key:
-            yield Done(SCHEMA.empty_table(), [skipped.popleft()])
-        else:
-            yield Done(rows.slice(row, 1), [])
-            row += 1
-
-
 def _finished(out: Path) -> dict[int, dict[str, Any]]:
-    """Number → footer of the shards that are there."""
+    """The shards that are there: number → what the footer says, see `FOOTER`."""
     found = {}
     for path in sorted(out.glob("labels-*.parquet")):
         text = footer(path, FOOTER)
@@ -290,10 +248,14 @@ def _finished(out: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _footer(shard: _Shard, skipped: Sequence[SkippedImage]) -> dict[str, Any]:
+def _hash(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(keys).encode()).hexdigest()
+
+
+def _footer(keys: Sequence[str], skipped: Sequence[SkippedImage]) -> dict[str, Any]:
     return {
-        "items": shard.items,
-        "keys": shard.keys,
+        "items": len(keys),
+        "keys": _hash(keys),
         "rejected": [(image.source, image.reason) for image in skipped],
         "temporary": [number for number, image in enumerate(skipped) if image.retryable],
     }
@@ -316,11 +278,12 @@ def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
 
 
 def _write_rejected(out: Path) -> None:
-    with ParquetWriter(out / REJECTED, _REJECTED, rows_per_group=4096) as writer:
+    schema = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
+    with ParquetWriter(out / REJECTED, schema, rows_per_group=4096) as writer:
         for known in _finished(out).values():
             rows = [
-                {"source": image.source, "reason": image.reason, "temporary": image.retryable}
-                for image in _skipped(known)
+                {"source": source, "reason": reason, "temporary": retryable}
+                for source, reason, _, retryable in _skipped(known)
             ]
-            writer.write(pa.Table.from_pylist(rows, _REJECTED))
+            writer.write(pa.Table.from_pylist(rows, schema))
         writer.commit()

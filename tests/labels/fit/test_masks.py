@@ -110,7 +110,7 @@ def test_noise_is_measured(frame: Frame, noise: float) -> None:
 
 
 def test_estimates_are_labelled_with_care(frame: Frame) -> None:
-    from spear.labels.fit.accuracy import compare
+    from spear.labels.fit.quality import compare
     from spear.labels.models.ground_truth import (
         GroundTruthDetector,
         GroundTruthPointMap,

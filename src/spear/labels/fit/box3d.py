@@ -9,15 +9,12 @@ to the camera frame; this definition is our choice.
 from __future__ import annotations
 
 from itertools import combinations, permutations, product
-from typing import Literal
 
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
 from spear.labels.fit.points import UP_PRIOR
 from spear.types import Array, Box3D
-
-Mode = Literal["auto", "yaw", "full"]
 
 SIGNS = np.array(
     [(-1, -1, -1), (1, -1, -1), (1, -1, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1), (-1, 1, 1)],
@@ -108,7 +105,6 @@ def fit_box(
     points: Array,
     up: Array | None = None,
     support: float | None = None,
-    mode: Mode = "auto",
     margin: float = 0.0,
     noise: float = 0.0,
 ) -> Box3D:
@@ -116,12 +112,11 @@ def fit_box(
 
     Args:
         points: [n >= 1, 3] clean points of the object, camera frame.
-        up: [3] unit normal of the support surface, camera frame, when known.
+        up: [3] unit normal of the support surface, camera frame, when known. The box is then turned about it
+            only (smallest area seen along `up`), but for an object without `support` whose freely turned box
+            (smallest volume) has less than half the volume. Without `up` the box is turned freely.
         support: height of that surface under the object (up · p), when known: the box then reaches down to
             it, though its bottom is hidden.
-        mode: "yaw" turns the box about `up` only (smallest area seen along `up`); "full" turns it freely
-            (smallest volume); "auto" is yaw for an object that stands on its support, full where no `up` is
-            known, and otherwise full only where that box has less than half the volume.
         margin: how far the object reaches beyond its outermost points on each side.
         noise: standard deviation of the points' depth, as a fraction of it. Noise pushes the outermost points
             further out along their rays; the box is drawn in by as much as that direction has of each of its
@@ -131,10 +126,10 @@ def fit_box(
         The box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
-    if mode == "full" or up is None:
+    if up is None:
         return _boxed(points, _smallest_volume(points), margin, noise)
     upright = _boxed(points, _upright(points, up), margin, noise, support)
-    if mode == "yaw" or support is not None:
+    if support is not None:
         return upright
     free = _boxed(points, _smallest_volume(points), margin, noise)
     return free if np.prod(free.size) < 0.5 * np.prod(upright.size) else upright
@@ -274,22 +269,15 @@ def _inside(a: Box3D, b: Box3D) -> Array:
     return candidates[(np.abs(candidates) <= half + tolerance).all(axis=1)] @ axes.T + center
 
 
-def _symmetries() -> Array:
-    """[48, 8] the relabellings of a box's vertices that keep it a box."""
-    index = {tuple(s): n for n, s in enumerate(SIGNS.astype(int).tolist())}
-    return np.array(
-        [
-            [
-                index[tuple(sign * s[i] for i, sign in zip(order, signs, strict=True))]
-                for s in SIGNS.astype(int)
-            ]
-            for order in permutations(range(3))
-            for signs in product((-1, 1), repeat=3)
-        ]
-    )
-
-
-SYMMETRIES = _symmetries()
+_NUMBER = {tuple(side): number for number, side in enumerate(SIGNS.tolist())}
+SYMMETRIES = np.array(
+    [
+        [_NUMBER[tuple(side[list(order)] * signs)] for side in SIGNS]
+        for order in permutations(range(3))
+        for signs in product((-1, 1), repeat=3)
+    ]
+)
+"""[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 
 def vertex_error(a: Array, b: Array) -> float:

@@ -37,17 +37,17 @@ def subsample(points: Array, most: int) -> Array:
     return points[((np.arange(most) * _GOLDEN % 1.0) * n).astype(np.intp)]
 
 
-def inliers(points: Array, neighbours: int = 8, deviations: float = 3.0) -> Array:
+def inliers(points: Array) -> Array:
     """Statistical outlier removal: which points [n, 3] are no further from their neighbours than usual.
 
-    A point stays when its mean distance to its nearest `neighbours` is at most the mean over all points plus
-    `deviations` standard deviations. Returns [n] bool; all True when there are too few points to tell.
+    A point stays when its mean distance to its nearest 8 is at most the mean over all points plus 3 standard
+    deviations. Returns [n] bool; all True when there are too few points to tell.
     """
-    if len(points) <= 2 * neighbours:
+    if len(points) <= 16:
         return np.ones(len(points), bool)
-    distances, _ = cKDTree(points, balanced_tree=False).query(points, k=neighbours + 1)
+    distances, _ = cKDTree(points, balanced_tree=False).query(points, k=9)
     spread = distances[:, 1:].mean(axis=1)
-    keep: Array = spread <= spread.mean() + deviations * spread.std()
+    keep: Array = spread <= spread.mean() + 3.0 * spread.std()
     return keep
 
 
@@ -65,19 +65,15 @@ def noise_level(points: Array, known: Array) -> float:
     return float(1.4826 * np.median(bend[three]) / np.sqrt(6.0))
 
 
-def support_plane(
-    points: Array, up: Array | None = None, tolerance: float = 0.01, hypotheses: int = 128
-) -> Plane | None:
-    """The largest level plane among the points [n, 3] of a scene's background (RANSAC).
+def support_plane(points: Array, up: Array | None = None) -> Plane | None:
+    """The largest level plane among the points [n, 3] of a scene's background (RANSAC with a fixed seed: of
+    planes through three points each, with those nearer than 1 % of the median distance from the camera).
 
     Args:
         points: camera frame, any unit.
         up: [3] unit vector against gravity, camera frame, when known: the plane's normal is within 10° of it.
             Otherwise within 50° of `UP_PRIOR`; up to 90° (a wall, or the table of a camera that looks
             straight down) only where that plane has 2.5 times as many points (our choice).
-        tolerance: how far from the plane a point may be, as a fraction of the median distance from the
-            camera.
-        hypotheses: planes tried, each through three points; drawn with a fixed seed, so results repeat.
 
     Returns:
         The plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
@@ -86,8 +82,8 @@ def support_plane(
     points = np.asarray(subsample(points, 600), np.float64)
     if len(points) < 30:
         return None
-    limit = tolerance * float(np.median(np.linalg.norm(points, axis=1)))
-    a, b, c = points[np.random.default_rng(0).integers(0, len(points), (3, hypotheses))]
+    limit = 0.01 * float(np.median(np.linalg.norm(points, axis=1)))
+    a, b, c = points[np.random.default_rng(0).integers(0, len(points), (3, 128))]
     normals = np.cross(b - a, c - a)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     heights = np.einsum("ij,ij->i", normals, a)

@@ -1,44 +1,31 @@
-"""How good a label of an object is, in numbers, and the one rule that says which objects are asked about."""
+"""How good labels of objects are: their scores, the one rule that says which objects are asked about, and
+their errors against true boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from spear.labels.fit.box3d import vertex_error
-from spear.types import Array, Box3D
+from spear.errors import SpearError
+from spear.labels.fit.box3d import box_from_vertices, iou, vertex_error
+from spear.labels.fit.masks import decode_mask
+from spear.types import Array, Box3D, Frame, LabeledImage, LabeledObject
+
+VISIBLE = 0.7
+"""3D questions ask about objects of whose outline at least this fraction is their own. Below it, the median
+error of the centre is three times that of the others (our choice, from benchmarks/labels/accuracy.py)."""
+EDGE = 0.05
+"""… of whose outline at most this fraction is cut by the image's edge: how far it goes on is not known."""
+LEAST = {"visible": VISIBLE, "points": 30.0, "stability": 0.6}
+"""… whose scores are at least these. The others stay in the labels, with their scores."""
 
 
-@dataclass(frozen=True)
-class QualityBar:
-    """The least good object that 3D questions are asked about (all our choice, from
-    benchmarks/labels/accuracy.py).
-
-    visible    at least this fraction of its outline is its own. Below 0.7 the median error of the centre is
-               three times that of the others.
-    edge       at most this fraction of its outline is cut by the image's edge: how far it goes on is not
-               known.
-    points     at least this many points.
-    stability  at least this stable under resampling.
-    """
-
-    visible: float = 0.7
-    edge: float = 0.05
-    points: float = 30
-    stability: float = 0.6
-
-
-BAR = QualityBar()
-"""Objects under it stay in the labels, with their scores, but are not asked about."""
-
-
-def failings(scores: Mapping[str, float], bar: QualityBar = BAR) -> tuple[str, ...]:
-    """The scores of an object that are under the bar, by name; a score that it does not have is not."""
-    least = {"visible": bar.visible, "points": bar.points, "stability": bar.stability}
-    low = tuple(name for name, limit in least.items() if scores.get(name, limit) < limit)
-    return (*low, "edge") if scores.get("edge", 0.0) > bar.edge else low
+def failings(scores: Mapping[str, float]) -> tuple[str, ...]:
+    """The scores for which an object is not asked about, by name; a score that it does not have is none."""
+    low = tuple(name for name, limit in LEAST.items() if scores.get(name, limit) < limit)
+    return (*low, "edge") if scores.get("edge", 0.0) > EDGE else low
 
 
 def planarity(points: Array) -> float:
@@ -48,13 +35,85 @@ def planarity(points: Array) -> float:
     return float((second - third) / first) if first > 0 else 0.0
 
 
-def stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D], seed: int = 0) -> float:
+def stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float:
     """How little the `box` of points [n >= 8, 3] changes when it is fitted to one half of them, or the other.
 
     1 minus the vertices' mean distance (up to the box's symmetries) from those of `box`, as a fraction of
     half its diagonal; not below 0. The halves are drawn at random, from a fixed seed.
     """
-    order = np.random.default_rng(seed).permutation(len(points))
+    order = np.random.default_rng(0).permutation(len(points))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     moved = np.mean([vertex_error(fit(points[half]).vertices, box.vertices) for half in halves])
     return max(0.0, 1.0 - float(moved) / (0.5 * float(np.linalg.norm(box.size))))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Medians over n boxes.
+
+    center   distance between the centres.
+    vertex   mean distance between the vertices, up to the symmetry of a box.
+    ordered  the same in the order that questions give them, without symmetry.
+    iou      3D intersection over union.
+    missed   true boxes of visible objects that no label has.
+    """
+
+    n: int
+    center: float
+    vertex: float
+    ordered: float
+    iou: float
+    missed: int
+
+    def __str__(self) -> str:
+        return (
+            f"n {self.n} · centre {self.center:.4f} · vertex {self.vertex:.4f} · "
+            f"ordered vertex {self.ordered:.4f} · IoU {self.iou:.3f} · missed {self.missed}"
+        )
+
+
+def instance_of(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
+    """The instance of a frame that the object's mask covers most; 0 when it covers none."""
+    assert frame.instances is not None
+    covered = frame.instances[decode_mask(o.mask, label.height, label.width)]
+    return int(np.bincount(covered[covered > 0], minlength=1).argmax())
+
+
+def box_errors(box: Box3D, true: Box3D) -> tuple[float, float, float]:
+    """Distance of the centres, mean distance of the vertices up to the box's symmetries, 3D IoU."""
+    center = float(np.linalg.norm(box.center - true.center))
+    return center, vertex_error(box.vertices, true.vertices), iou(box, true)
+
+
+def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible: float = 0.0) -> Accuracy:
+    """Median errors of labels against the frames they were made from (pairwise, in order): of every labelled
+    box against the true box of the instance that its mask covers most.
+
+    Args:
+        min_visible: leaves out objects whose "visible" score is lower, as questions do below `VISIBLE`.
+
+    Raises:
+        SpearError: a frame without instance map or true boxes, or nothing to compare.
+    """
+    rows: list[tuple[float, ...]] = []
+    missed = 0
+    for label, frame in zip(labels, frames, strict=True):
+        if frame.instances is None or frame.boxes is None:
+            raise SpearError(
+                f"{frame.source or 'frame'}: no instances or boxes: compare with frames that have both"
+            )
+        found: dict[int, tuple[float, tuple[float, ...]]] = {}
+        for o in label.objects:
+            instance = instance_of(o, label, frame)
+            if o.box3d is None or instance not in frame.boxes:
+                continue
+            true = box_from_vertices(frame.boxes[instance])
+            center, vertex, overlap = box_errors(o.box3d, true)
+            ordered = float(np.linalg.norm(o.box3d.vertices - true.vertices, axis=1).mean())
+            found[instance] = o.scores.get("visible", 1.0), (center, vertex, ordered, overlap)
+        rows += [errors for visible, errors in found.values() if visible >= min_visible]
+        missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
+    if not rows:
+        raise SpearError("accuracy: no labelled box has a true box: give frames with instances and boxes")
+    center, vertex, ordered, overlap = np.median(rows, axis=0).tolist()
+    return Accuracy(len(rows), center, vertex, ordered, overlap, missed)

@@ -1,29 +1,31 @@
-"""The answers to the six families of 3D questions, worked out from a label."""
+"""The answers to all families of questions, 3D and 2D, worked out from a label.
+
+Most families ask about one object or two, drawn at random; `_one` and `_two` make these from what is said
+about the objects drawn. Random numbers are drawn in a fixed order: objects first, their wording last.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from spear.labels.questions.templates import POINTS, with_article
-from spear.types import Array, LabeledImage, LabeledObject, Pixel
+from spear.labels.questions.templates import EVERYDAY, POINTS, with_article
+from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel
 
 NEAR_TIE = 0.05
 """Distances that differ by less than this fraction of the larger are not compared, nor places nearer to each
 other than this fraction of the image's width (our choice)."""
 
 
-_NUMBER = re.compile(r"[\s_#-]*\d+$")
-
-
 @dataclass(frozen=True)
 class Scene:
-    """A label, its objects fit for 3D questions (`solid`) and for 2D ones (`flat`), and names it may lack.
+    """A label, and its objects fit for 3D questions (`solid`) and for 2D ones (`flat`).
 
     depth  of the image's pixels, where it is known, as `store.write_depth` keeps it: of the middle one of
            each square of pixels, [h / s, w / s], in the label's unit, 0 or not finite where unknown.
@@ -32,16 +34,17 @@ class Scene:
     label: LabeledImage
     solid: Sequence[LabeledObject]
     flat: Sequence[LabeledObject]
-    absent: Sequence[str]
     depth: Array | None = None
 
 
 T = TypeVar("T")
+Random = np.random.Generator
 Segments = list[str | float | Pixel]
 Answer = tuple[dict[str, str], Segments, tuple[str, ...]]
 """What fills a template ({"x": name, …}), the answer, and the names asked about."""
-Maker = Callable[[Scene, np.random.Generator], Answer | None]
+Maker = Callable[[Scene, Random], Answer | None]
 """Asks about a scene at random; None when it does not allow the question drawn."""
+Fit = Literal["solid", "flat"]
 
 
 def is_a(name: str, kind: str) -> bool:
@@ -55,35 +58,63 @@ def is_a(name: str, kind: str) -> bool:
 
 def _plain(name: str) -> str:
     name = name.casefold().strip()
-    return _NUMBER.sub("", name) or name
+    return re.sub(r"[\s_#-]*\d+$", "", name) or name
 
 
-def pick(items: Sequence[T], rng: np.random.Generator) -> T:
+def pick(items: Sequence[T], rng: Random) -> T:
     """One of `items`, all alike likely."""
     return items[int(rng.random() * len(items))]
 
 
-def noun(name: str, rng: np.random.Generator) -> str:
+def _noun(o: LabeledObject, rng: Random) -> str:
     """The name with an article, mostly the definite one."""
-    return with_article(name, rng.random() < 0.8)
+    return with_article(o.name, rng.random() < 0.8)
 
 
-def nouns(a: LabeledObject, b: LabeledObject, rng: np.random.Generator) -> dict[str, str]:
-    """What stands for two objects in a template."""
-    return {"x": noun(a.name, rng), "y": noun(b.name, rng)}
-
-
-def two(objects: Sequence[LabeledObject], rng: np.random.Generator) -> tuple[LabeledObject, LabeledObject]:
-    """Two different ones of `objects`."""
+def _pair(objects: Sequence[LabeledObject], rng: Random) -> tuple[LabeledObject, LabeledObject]:
     first = int(rng.random() * len(objects))
     second = (first + 1 + int(rng.random() * (len(objects) - 1))) % len(objects)
     return objects[first], objects[second]
 
 
+def _one(fit: Fit, say: Callable[[LabeledObject, LabeledImage], Segments | None]) -> Maker:
+    """Asks about one object what `say` answers."""
+
+    def make(scene: Scene, rng: Random) -> Answer | None:
+        objects: Sequence[LabeledObject] = getattr(scene, fit)
+        if not objects:
+            return None
+        o = pick(objects, rng)
+        said = say(o, scene.label)
+        return None if said is None else ({"x": _noun(o, rng)}, said, (o.name,))
+
+    return make
+
+
+def _two(
+    fit: Fit, say: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None], tries: int = 1
+) -> Maker:
+    """Asks about two objects what `say` answers; of other two when it says nothing, `tries` times in all."""
+
+    def make(scene: Scene, rng: Random) -> Answer | None:
+        objects: Sequence[LabeledObject] = getattr(scene, fit)
+        for _ in range(tries if len(objects) > 1 else 0):
+            a, b = _pair(objects, rng)
+            if (said := say(a, b, scene.label)) is not None:
+                return {"x": _noun(a, rng), "y": _noun(b, rng)}, said, (a.name, b.name)
+        return None
+
+    return make
+
+
+def _box(o: LabeledObject) -> Box3D:
+    assert o.box3d is not None
+    return o.box3d
+
+
 def distance(o: LabeledObject) -> float:
     """From the camera to the middle of the object's box, in the label's unit."""
-    assert o.box3d is not None
-    x, y, z = o.box3d.center.tolist()
+    x, y, z = _box(o).center.tolist()
     return sqrt(x * x + y * y + z * z)
 
 
@@ -98,62 +129,27 @@ def pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     return found
 
 
-def _box_vertices(scene: Scene, rng: np.random.Generator) -> Answer | None:
+def _keypoint(scene: Scene, rng: Random) -> Answer | None:
     if not scene.solid:
         return None
-    o = pick(scene.solid, rng)
-    assert o.box3d is not None
-    return {"x": noun(o.name, rng)}, o.box3d.vertices.ravel().tolist(), (o.name,)
+    o, point = pick(scene.solid, rng), pick(tuple(POINTS), rng)
+    return {"x": _noun(o, rng), "p": pick(POINTS[point], rng)}, o.keypoints[point].tolist(), (o.name,)
 
 
-def _keypoint(scene: Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
+def _back_projection(o: LabeledObject, label: LabeledImage) -> Segments | None:
+    corners = [pixel for pixel in pixels(_box(o).vertices, label) if pixel is not None]
+    return [*corners] if len(corners) == 8 else None
+
+
+def _closer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
+    first, second = distance(a), distance(b)
+    if abs(first - second) < NEAR_TIE * max(first, second):
         return None
-    o = pick(scene.solid, rng)
-    point = pick(tuple(POINTS), rng)
-    return {"x": noun(o.name, rng), "p": pick(POINTS[point], rng)}, o.keypoints[point].tolist(), (o.name,)
+    closer = a.name if first < second else b.name
+    return [f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"]
 
 
-def _offset(scene: Scene, rng: np.random.Generator) -> Answer | None:
-    if len(scene.solid) < 2:
-        return None
-    a, b = two(scene.solid, rng)
-    assert a.box3d is not None and b.box3d is not None
-    return nouns(a, b, rng), (b.box3d.center - a.box3d.center).tolist(), (a.name, b.name)
-
-
-def _camera_distance(scene: Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = pick(scene.solid, rng)
-    return {"x": noun(o.name, rng)}, [distance(o)], (o.name,)
-
-
-def _back_projection(scene: Scene, rng: np.random.Generator) -> Answer | None:
-    if not scene.solid:
-        return None
-    o = pick(scene.solid, rng)
-    assert o.box3d is not None
-    corners = [pixel for pixel in pixels(o.box3d.vertices, scene.label) if pixel is not None]
-    return ({"x": noun(o.name, rng)}, [*corners], (o.name,)) if len(corners) == 8 else None
-
-
-def _chain_of_thought(scene: Scene, rng: np.random.Generator) -> Answer | None:
-    if len(scene.solid) < 2:
-        return None
-    for _ in range(4):  # a near-tie is no reason to ask about something else
-        a, b = two(scene.solid, rng)
-        first, second = distance(a), distance(b)
-        if abs(first - second) >= NEAR_TIE * max(first, second):
-            closer = a.name if first < second else b.name
-            segments: Segments = [
-                f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"
-            ]  # fmt: skip
-            return nouns(a, b, rng), segments, (a.name, b.name)
-    return None
-
-
-def _pixel_point(scene: Scene, rng: np.random.Generator) -> Answer | None:
+def _pixel_point(scene: Scene, rng: Random) -> Answer | None:
     """Where a pixel drawn at random is in 3D, whatever it shows."""
     if scene.depth is None:
         return None
@@ -168,13 +164,81 @@ def _pixel_point(scene: Scene, rng: np.random.Generator) -> Answer | None:
     return {"p": str(Pixel(x / label.width, y / label.height))}, point.tolist(), ()
 
 
+def _pixel(x: float, y: float, label: LabeledImage) -> Pixel:
+    """A place given in pixels, cut at the image's edge."""
+    return Pixel(*(min(max(p / n, 0.0), 1.0 - 1e-6) for p, n in ((x, label.width), (y, label.height))))
+
+
+def _corners(o: LabeledObject, label: LabeledImage) -> Segments:
+    x0, y0, x1, y1 = o.box2d.tolist()
+    return [_pixel(x0, y0, label), _pixel(x1, y1, label)]
+
+
+def _middle(o: LabeledObject, label: LabeledImage) -> Pixel:
+    x0, y0, x1, y1 = o.box2d.tolist()
+    return _pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
+
+
+def _what_at(scene: Scene, rng: Random) -> Answer | None:
+    """Which object is at a point: somewhere in the middle half of its 2D box."""
+    if not scene.flat:
+        return None
+    o = pick(scene.flat, rng)
+    x0, y0, x1, y1 = o.box2d.tolist()
+    u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
+    place = _pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), scene.label)
+    return {"p": str(place)}, [o.name], (o.name,)
+
+
+def _exists(scene: Scene, rng: Random) -> Answer | None:
+    shown = [o.name for o in scene.label.objects]
+    if shown and rng.random() < 0.5:
+        name, answer = pick(shown, rng), "yes"
+    else:
+        name, answer = pick(EVERYDAY, rng), "no"
+        if any(is_a(other, name) for other in shown):
+            return None
+    return {"x": with_article(name, definite=False)}, [answer], (name,)
+
+
+def _count(scene: Scene, rng: Random) -> Answer | None:
+    shown = [o.name for o in scene.label.objects]
+    name = pick(shown if shown and rng.random() < 0.8 else EVERYDAY, rng)
+    return {"x": name}, [str(sum(is_a(other, name) for other in shown))], (name,)
+
+
+def _left_or_right(gap: float) -> Segments | None:
+    """Which side something is on that is so far right of the other, in widths of the image."""
+    return None if abs(gap) < NEAR_TIE else ["left" if gap < 0 else "right"]
+
+
+def _list(scene: Scene, rng: Random) -> Answer | None:
+    objects = sorted(scene.label.objects, key=lambda o: _middle(o, scene.label).x)
+    places = [_middle(o, scene.label).x for o in objects]
+    if not objects or any(b - a < NEAR_TIE / 2 for a, b in pairwise(places)):
+        return None
+    names = tuple(o.name for o in objects)
+    return {}, [", ".join(names)], names
+
+
 MAKERS: Mapping[str, Maker] = {
-    "box_vertices": _box_vertices,
+    "box_vertices": _one("solid", lambda o, label: _box(o).vertices.ravel().tolist()),
     "keypoint": _keypoint,
-    "offset": _offset,
-    "distance": _camera_distance,
-    "back_projection": _back_projection,
-    "chain_of_thought": _chain_of_thought,
+    "offset": _two("solid", lambda a, b, label: (_box(b).center - _box(a).center).tolist()),
+    "distance": _one("solid", lambda o, label: [distance(o)]),
+    "back_projection": _one("solid", _back_projection),
+    # a near-tie is no reason to ask about something else
+    "chain_of_thought": _two("solid", _closer, tries=4),
+    "what_at": _what_at,
+    "where_2d": _one("flat", _corners),
+    "centre_2d": _one("flat", lambda o, label: [_middle(o, label)]),
+    "exists": _exists,
+    "count": _count,
+    "which_side": _one("flat", lambda o, label: _left_or_right(_middle(o, label).x - 0.5)),
+    "left_or_right": _two(
+        "flat", lambda a, b, label: _left_or_right(_middle(a, label).x - _middle(b, label).x)
+    ),
+    "list": _list,
+    "pixel_point": _pixel_point,
 }
-MAKERS_PIXEL: Mapping[str, Maker] = {"pixel_point": _pixel_point}
-"""3D questions that know of no object: the paper's ablation."""
+"""Family of `templates` → what asks it. "pixel_point" knows of no object: it is the paper's ablation."""

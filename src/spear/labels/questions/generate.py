@@ -20,25 +20,18 @@ choice).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
-from spear.labels.fit.quality import BAR, QualityBar, failings
-from spear.labels.questions.answers import MAKERS, MAKERS_PIXEL, Maker, Scene, Segments, is_a, pick, pixels
-from spear.labels.questions.answers_2d import MAKERS_2D
-from spear.labels.questions.templates import (
-    EVERYDAY,
-    FAMILIES,
-    POINTS,
-    PROMPTS,
-    UNITS,
-    with_article,
-)
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
+from spear.labels.fit.quality import failings
+from spear.labels.questions.answers import MAKERS, Scene, Segments, is_a, pick, pixels
+from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, with_article
+from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
 
-_MAKERS: Mapping[str, Maker] = {**MAKERS, **MAKERS_2D, **MAKERS_PIXEL}
+if TYPE_CHECKING:
+    from spear.tokens import CoordinateTokenizer
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
 """Families whose answers are numbers alone -> how many."""
@@ -49,44 +42,30 @@ MIN_VISIBLE_2D = 0.6
 """Objects less of whose outline is seen are not asked about in 2D (our choice)."""
 
 
-class Rounding(Protocol):
-    """What 3D tokens do to numbers: `spear.tokens.CoordinateTokenizer`, of which labels know no more."""
-
-    unit: Unit
-
-    def encode(self, values: Any) -> Any:
-        """Numbers to the ids of their bins."""
-        ...
-
-    def decode(self, ids: Any) -> Any:
-        """Ids of bins to the numbers that they stand for."""
-        ...
-
-
-def why_not_asked(label: LabeledImage, bar: QualityBar = BAR) -> list[tuple[str, ...]]:
+def why_not_asked(label: LabeledImage) -> list[tuple[str, ...]]:
     """For each object of a label, all that keeps 3D questions from asking about it; empty for a good one.
 
     "ambiguous": its name also fits another object of the image. "no box". "outside": its centre is not in the
-    image. Or the names of the scores in which it fails the bar (`quality.failings`).
+    image. Or the names of the scores in which it fails (`quality.failings`).
     """
-    return [_reasons(o, label, bar) for o in label.objects]
-
-
-def _reasons(o: LabeledObject, label: LabeledImage, bar: QualityBar) -> tuple[str, ...]:
-    ambiguous = () if _alone(o, label) else ("ambiguous",)
-    if o.box3d is None:
-        return (*ambiguous, "no box")
-    outside = ("outside",) if pixels(o.box3d.center[None], label) == [None] else ()
-    return (*ambiguous, *outside, *failings(o.scores, bar))
+    found: list[tuple[str, ...]] = []
+    for o in label.objects:
+        why = () if _alone(o, label) else ("ambiguous",)
+        if o.box3d is None:
+            found.append((*why, "no box"))
+            continue
+        outside = ("outside",) if pixels(o.box3d.center[None], label) == [None] else ()
+        found.append((*why, *outside, *failings(o.scores)))
+    return found
 
 
 def _alone(o: LabeledObject, label: LabeledImage) -> bool:
     return sum(is_a(other.name, o.name) for other in label.objects) == 1
 
 
-def askable(label: LabeledImage, bar: QualityBar = BAR) -> list[LabeledObject]:
+def askable(label: LabeledImage) -> list[LabeledObject]:
     """The objects that 3D questions are asked about."""
-    return [o for o in label.objects if not _reasons(o, label, bar)]
+    return [o for o, why in zip(label.objects, why_not_asked(label), strict=True) if not why]
 
 
 def generate(
@@ -94,9 +73,7 @@ def generate(
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
     families: Sequence[str] = FAMILIES,
-    bar: QualityBar = BAR,
-    absent: Sequence[str] = EVERYDAY,
-    coordinates: Rounding | None = None,
+    coordinates: CoordinateTokenizer | None = None,
     depth: Array | None = None,
 ) -> list[Question]:
     """Ask about an image.
@@ -106,12 +83,9 @@ def generate(
         rng: decides everything random here; the same state gives the same questions.
         pairs: fewest and most questions.
         families: of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
-        bar: objects under it are not asked about in 3D.
-        absent: names that "exists" may ask about when the image does not show them.
         coordinates: 3D tokens to whose numbers those of the answers are rounded; which of two is closer is
             not asked when they make it a tie. None leaves the numbers as they are.
-        depth: of the image, see `spear.labels.questions.answers.Scene`; without it "pixel_point" is not
-            asked.
+        depth: of the image, see `answers.Scene`; without it "pixel_point" is not asked.
 
     Returns:
         Up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not allow
@@ -124,21 +98,21 @@ def generate(
     if not 1 <= fewest <= most:
         raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
     for family in families:
-        if family not in _MAKERS:
-            raise unknown_name("question family", family, _MAKERS)
+        if family not in MAKERS:
+            raise unknown_name("question family", family, MAKERS)
     if coordinates is not None and coordinates.unit != label.unit:
         raise SpearError(
             f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: "
             "use tokens fitted on labels of the same unit"
         )
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
-    scene = Scene(label, askable(label, bar), flat, absent, depth)
+    scene = Scene(label, askable(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
     questions: list[Question] = []
     seen = set()
     for _ in range(4 * wanted):
         family = pick(families, rng)
-        answer = _MAKERS[family](scene, rng)
+        answer = MAKERS[family](scene, rng)
         if answer is None:
             continue
         words, segments, objects = answer
@@ -159,12 +133,12 @@ def generate(
     return questions
 
 
-def rounded(segments: Sequence[str | float | Pixel], coordinates: Rounding) -> Segments:
+def rounded(segments: Sequence[str | float | Pixel], coordinates: CoordinateTokenizer) -> Segments:
     """An answer with its numbers as 3D tokens will say them."""
     return [float(coordinates.decode(coordinates.encode(s))) if isinstance(s, float) else s for s in segments]
 
 
-def spoken(question: Question, coordinates: Rounding | None = None) -> str:
+def spoken(question: Question, coordinates: CoordinateTokenizer | None = None) -> str:
     """The answer as a person reads it: numbers to three decimals with their unit, as 3D tokens will say them
     when `coordinates` is given; points in threes; image locations as PaliGemma's tokens."""
     segments = question.segments if coordinates is None else rounded(question.segments, coordinates)

@@ -8,31 +8,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError
-from spear.labels.questions.generate import Rounding, why_not_asked
+from spear.labels.questions.generate import why_not_asked
 from spear.labels.store import QUESTIONS, REJECTED, read
-from spear.types import Array, LabeledImage, Unit
+from spear.types import LabeledImage, Unit
 from spear.util.files import write_text
+
+if TYPE_CHECKING:
+    from spear.tokens import CoordinateTokenizer
 
 SCORES = ("detection", "points", "visible", "edge", "planarity", "stability")
 MOST_NAMES = 20
 """Names of objects that the card lists."""
-
-
-class Bins(Rounding, Protocol):
-    """3D tokens with their bins: `edges` [bins + 1]."""
-
-    edges: Array
-
-    @property
-    def bins(self) -> int:
-        """How many."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +136,7 @@ def histogram(values: Sequence[float], bins: int = 40) -> Histogram | None:
     return Histogram(len(values), edges.tolist(), counts.tolist(), p5, median, p95)
 
 
-def token_use(values: Sequence[float], coordinates: Bins) -> TokenUse:
+def token_use(values: Sequence[float], coordinates: CoordinateTokenizer) -> TokenUse:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
     low, high = float(coordinates.edges[0]), float(coordinates.edges[-1])
     ids = coordinates.encode(np.clip(np.asarray(values, np.float64), low, high))
