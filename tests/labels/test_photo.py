@@ -9,7 +9,6 @@ import pytest
 
 from labels_tiny import WORDS, save_grounding_dino, save_owlv2, save_sam2
 from moge_reference import random_v1
-from spear.labels.fit.quality import QualityBar
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector
 from spear.labels.models.pointmap import MogePointMap
 from spear.labels.models.protocols import Detector
@@ -22,7 +21,6 @@ from spear.types import Frame
 from spear.util.images import decode_image
 
 data = pytest.importorskip("skimage.data", reason="scikit-image brings the photograph")
-ANY = QualityBar(visible=0, edge=1, points=0, stability=0)
 VOCABULARY = [word for word in WORDS if word in ("cup", "plate", "bowl")]
 
 
@@ -66,5 +64,5 @@ def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_
     for o in boxed:
         assert o.box3d is not None and o.box3d.vertices.shape == (8, 3)
         assert np.isfinite(o.box3d.vertices).all() and set(o.keypoints) == {"closest", "furthest", "centre"}
-    for question in generate(seen, np.random.default_rng(0), (1, 4), FAMILIES, ANY):
+    for question in generate(seen, np.random.default_rng(0), (1, 4), FAMILIES):
         assert question.unit == "relative" and set(question.objects) <= set(VOCABULARY)

@@ -129,7 +129,7 @@ def test_a_bad_image_is_set_aside_with_its_reason(frames: list[Frame]) -> None:
     skipped = Skipped(0.5, patience=200)
     detector, segmenter, pointmap = RefusesDark(), *TRUTH[1:]
     mixed = [*frames[:5], *bad, *frames[5:10]]
-    labels = list(label(mixed, detector, segmenter, pointmap, skipped=skipped, batch_size=4))
+    labels = list(label(mixed, detector, segmenter, pointmap, skipped=skipped))
     assert len(labels) == 10
     reasons = {name: reason for name, _, reason in (line.partition(": ") for line in skipped.reasons)}
     assert list(reasons) == ["grey.png", "tiny.png", "dark.png", "photo.png", "flat.png"]

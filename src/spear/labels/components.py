@@ -40,10 +40,14 @@ Maker = Callable[[str | None, Choice], Any]
 """(what follows NAME= or NAME:, choice) → the component."""
 
 
-def _load(module: str, name: str, takes: tuple[str, ...], model: str | None, choice: Choice) -> Any:
-    """A class of `spear.labels.models`, with the parts of the choice that it `takes`."""
-    made = getattr(importlib.import_module(f"spear.labels.models.{module}"), name)
-    return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
+def _named(module: str, name: str, *takes: str) -> Maker:
+    """Makes a class of `spear.labels.models`, with the parts of the choice that it takes."""
+
+    def make(model: str | None, choice: Choice) -> Any:
+        made = getattr(importlib.import_module(f"spear.labels.models.{module}"), name)
+        return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
+
+    return make
 
 
 def _moge(default: str, model: str | None, choice: Choice) -> Any:
@@ -57,10 +61,6 @@ def _from_file(name: str, path: str | None, choice: Choice) -> Any:
     from spear.labels.models import annotations
 
     return partial(getattr(annotations, name), annotations.open_annotations(path or ""))
-
-
-def _named(module: str, name: str, *takes: str) -> Maker:
-    return partial(_load, module, name, takes)
 
 
 KINDS: dict[str, dict[str, Maker]] = {
@@ -93,17 +93,13 @@ def build(kind: str, description: str, choice: Choice) -> Any:
     """
     check(kind, description)
     first, plus, otherwise = description.partition("+")
-    made = _make(kind, first, choice)
+    name, argument = _split(first)
+    made = KINDS[kind][name](argument, choice)
     if isinstance(made, partial):  # from a file, which may leave some images to another component
-        return made(_make(kind, otherwise, choice) if plus else None)
+        return made(build(kind, otherwise, choice) if plus else None)
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
     return made
-
-
-def _make(kind: str, description: str, choice: Choice) -> Any:
-    name, argument = _split(description)
-    return KINDS[kind][name](argument, choice)
 
 
 def check(kind: str, description: str) -> None:
@@ -123,13 +119,8 @@ def _split(description: str) -> tuple[str, str | None]:
 
 
 def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest: int | None = 840) -> Graph:
-    """The whole of what is done with an image, from the three descriptions; nothing is loaded yet.
-
-    longest: see `Graph`.
-
-    Raises:
-        SpearError: an unknown name.
-    """
+    """The whole of what is done with an image, from the three descriptions; nothing is loaded yet. longest:
+    see `Graph`. `SpearError` for an unknown name."""
     for kind, description in zip(KINDS, (detector, segmenter, pointmap), strict=True):
         check(kind, description)
     return Graph(

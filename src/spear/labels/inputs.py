@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,10 +104,7 @@ def _walk(folder: str, rate: float) -> Iterator[Item]:
 def _take_videos(folder: str) -> list[str]:
     """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
     for place in (folder, os.path.join(folder, "downscaled", "448")):
-        names = sorted(os.listdir(place)) if os.path.isdir(place) else []
-        names = [
-            n for n in names if n.endswith(".mp4") and not n.startswith(".") and not _NOT_COLOUR.search(n)
-        ]
+        names = sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n))
         if names:
             return [os.path.join(place, name) for name in names]
     return []
@@ -208,10 +205,8 @@ def _image_column(schema: pa.Schema, path: str) -> str:
 
 
 def find_video(path: str, rate: float) -> Iterator[Item]:
-    """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number.
-
-    The number supposes a constant frame rate. No frame is listed twice, so a rate above the video's gives
-    every frame once.
+    """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number, which
+    supposes a constant frame rate. A rate above the video's gives every frame once.
 
     Raises:
         SpearError: not a video, or one that does not say how long it is.
@@ -304,24 +299,24 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     works: list[Work] = []
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         members = list(group)
-        contents = _contents(partial(reader, path, [item.place for item in members]), len(members))
+        contents = _contents(reader, path, [item.place for item in members])
         works += [_work(item.key, content, longest) for item, content in zip(members, contents, strict=True)]
     return works
 
 
-def _contents(call: Callable[[], Iterator[Content]], count: int) -> list[Content]:
+def _contents(reader: Reader, path: str, places: Sequence[Any]) -> list[Content]:
     """What a reader gives; when it breaks down, that is the reason for all that it did not give."""
     contents: list[Content] = []
     reason = SpearError("the file ends before this image: copy it again")
     try:
-        contents.extend(call())
+        contents.extend(reader(path, places))
     except SpearError as error:
         reason = error
     except OSError as error:
         reason = RetryableError(f"cannot be read: {error.strerror or error}")
     except pa.ArrowException as error:
         reason = SpearError(f"cannot be read: {error}")
-    return contents + [reason] * (count - len(contents))
+    return contents + [reason] * (len(places) - len(contents))
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:

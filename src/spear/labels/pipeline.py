@@ -64,16 +64,14 @@ def label(
     pointmap: PointMap,
     settings: BoxSettings | None = None,
     skipped: Skipped | None = None,
-    batch_size: int = 8,
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come.
 
     Args:
         frames: images, with ground truth where the components read it.
-        detector, segmenter, pointmap: the models; each gets `batch_size` images at a time.
+        detector, segmenter, pointmap: the models; each gets eight images at a time.
         settings: how boxes are fitted; None for those of `settings_for` the models.
         skipped: collects the reasons of skipped images; None stops at more than a tenth of bad ones.
-        batch_size: images per call of a model.
 
     Yields:
         One label per good image, in order; an image without any detection is a label without objects.
@@ -83,7 +81,7 @@ def label(
     """
     skipped = Skipped(0.1, "images", patience=200) if skipped is None else skipped
     good, source = 0, iter(frames)
-    while batch := list(islice(source, batch_size)):
+    while batch := list(islice(source, 8)):
         works = [admit(frame) for frame in batch]
         detect(works, detector)
         segment(works, segmenter)

@@ -43,13 +43,10 @@ class Scene:
     for; one that cannot be read is a `SpearError` that concerns no other.
 
     Args:
-        folder: as above.
+        folder: as above; without colour and depth images a `SpearError`.
         camera: [3, 3] intrinsics of the colour images.
         depth_camera: [3, 3] of the depth images, None where both show the same view.
         names: of the instances, None without any.
-
-    Raises:
-        SpearError: there are no colour and depth images.
     """
 
     def __init__(
@@ -89,11 +86,8 @@ class Scene:
 
 
 def open_scene(folder: str | Path) -> Scene:
-    """The frames of a ScanNet scan, or of a plain folder.
-
-    Raises:
-        SpearError: the folder is neither or incomplete, or a scan's two cameras do not stand in one place.
-    """
+    """The frames of a ScanNet scan, or of a plain folder. `SpearError` for one that is neither or incomplete,
+    and for a scan whose two cameras do not stand in one place."""
     path = Path(folder)
     calibration = path / "intrinsic"
     if calibration.is_dir():
@@ -115,28 +109,21 @@ def open_scene(folder: str | Path) -> Scene:
 
 
 def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width: int) -> Array:
-    """Depth seen by one camera, as another camera in the same place and direction sees it.
-
-    Args:
-        depth: [h, w] along z.
-        k_depth: [3, 3] its camera, pixel centres at +0.5, without skew.
-        k_image: [3, 3] the other camera.
-        height, width: of the other camera's image.
+    """Depth [h, w] along z, seen by the camera `k_depth` [3, 3] (pixel centres at +0.5, without skew), as the
+    camera `k_image` in the same place and direction sees it.
 
     Returns:
         [height, width]: each pixel the nearest one of `depth` on its ray, 0 where that saw nothing of it.
     """
-    rows = _matching(height, k_image[1], k_depth[1], 1, depth.shape[0])
-    columns = _matching(width, k_image[0], k_depth[0], 0, depth.shape[1])
+    chosen = []
+    for axis, size, most in ((1, height, depth.shape[0]), (0, width, depth.shape[1])):
+        image, seen = k_image[axis], k_depth[axis]
+        along = (np.arange(size) + 0.5 - image[2]) / image[axis] * seen[axis] + seen[2]
+        number = np.floor(along).astype(np.intp)
+        chosen.append(np.where((number >= 0) & (number < most), number, -1))
     padded = np.pad(depth, ((0, 1), (0, 1)))  # number -1: outside
-    aligned: Array = padded[np.ix_(rows, columns)]
+    aligned: Array = padded[np.ix_(*chosen)]
     return aligned
-
-
-def _matching(size: int, image: Array, depth: Array, axis: int, most: int) -> Array:
-    along = (np.arange(size) + 0.5 - image[2]) / image[axis] * depth[axis] + depth[2]
-    number = np.floor(along).astype(np.intp)
-    return np.where((number >= 0) & (number < most), number, -1)
 
 
 def read_depth(path: Path) -> Array:

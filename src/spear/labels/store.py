@@ -11,7 +11,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,7 @@ class LabelStore:
     """Random access to the labels of a shard or folder: `len(store)`, `store[i]`.
 
     Keeps the row groups last used, at most `cache_groups` of them, in memory. Safe to hand to worker
-    processes.
-
-    Raises:
-        SpearError: no shard there, or a broken one.
+    processes. `SpearError` when there is no shard, or a broken one.
     """
 
     def __init__(self, path: str | Path, cache_groups: int = 64) -> None:
@@ -181,9 +178,7 @@ class LabelStore:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> LabeledImage:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"label {index} of {len(self)}")
-        index %= len(self)
+        index = range(len(self))[index]
         group = bisect.bisect_right(self._ends, index)
         table = self._group(group)
         row = index - self._ends[group] + len(table)
@@ -226,17 +221,19 @@ def footer(path: Path, key: str) -> str | None:
     return None if value is None else value.decode()
 
 
-def _broken(path: Path, error: Exception) -> SpearError:
-    return SpearError(
-        f"{path}: broken label shard ({first_line(error)}): delete it and label its images again"
-    )
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise SpearError(
+            f"{path}: broken ({first_line(error)}): delete it and label its images again"
+        ) from error
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    try:
+    with _reading(path):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _broken(path, error) from error
     missing = set(SCHEMA.names) - set(file.schema_arrow.names)
     if missing:
         lacks = ", ".join(sorted(missing))
@@ -245,11 +242,9 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = True) -> pa.Table:
-    columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
-    try:
+    with _reading(path):
+        columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
         return file.read_row_group(group, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise _broken(path, error) from error
 
 
 def _flat(array: Any) -> Any:
@@ -334,12 +329,8 @@ class DepthImages:
         files = sorted(folder.glob("*.parquet"))
         if not files:
             raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
-        try:
+        with _reading(folder):
             self.table = pa.concat_tables([pq.read_table(f) for f in files]).combine_chunks()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise SpearError(
-                f"images with depth in {folder} cannot be read ({error}): label again"
-            ) from error
 
     def __len__(self) -> int:
         return len(self.table)

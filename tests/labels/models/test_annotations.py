@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spear.errors import SpearError
-from spear.labels.fit.masks import encode_mask
+from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.models.annotations import (
     Annotation,
     CocoAnnotations,
@@ -19,8 +19,6 @@ from spear.labels.models.annotations import (
     FileSegmenter,
     RelationAnnotations,
     decompress,
-    polygon_mask,
-    run_lengths,
 )
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection

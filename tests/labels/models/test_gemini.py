@@ -1,5 +1,4 @@
 import json
-import pickle
 import socket
 import sys
 import threading
@@ -135,7 +134,7 @@ def test_overload_is_waited_out(server: Server) -> None:
     ]
     gemini = detector(server)
     assert [d.name for d in gemini.detect([frame()])[0]] == ["red cup"]
-    assert gemini.usage.requests == len(server.requests) == 4
+    assert gemini.usage["requests"] == len(server.requests) == 4
 
 
 def test_overload_that_does_not_end_concerns_one_image(server: Server) -> None:
@@ -258,7 +257,7 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     first = detector(server, cache=tmp_path).detect([frame()])
     again = detector(server, cache=tmp_path)
     assert found(again.detect([frame()])[0]) == found(first[0])
-    assert len(server.requests) == 1 and again.usage.cached == 1 and again.usage.requests == 0
+    assert len(server.requests) == 1 and again.usage == {"cached": 1}
     for other in (
         detector(server, cache=tmp_path, vocabulary=["cup"]),
         detector(server, cache=tmp_path, model="other"),
@@ -305,7 +304,7 @@ def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice
     server.replies = [blocked, boxes(CUP)]
     skipped = Skipped(0.5, patience=200)
     gemini = detector(server, concurrency=1)
-    labels = list(label(frames, gemini, Nothing(), GroundTruthPointMap(), skipped=skipped, batch_size=4))
+    labels = list(label(frames, gemini, Nothing(), GroundTruthPointMap(), skipped=skipped))
     assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
     (reason,) = skipped.reasons
     assert reason.startswith("0.jpg") and "SAFETY" in reason
@@ -319,7 +318,7 @@ def test_tokens_are_counted(server: Server, tmp_path: Path) -> None:
     gemini.detect([frame(0), frame(1)])
     gemini.detect([frame(0)])
     used = gemini.usage
-    assert (used.requests, used.cached, used.input_tokens, used.output_tokens) == (2, 1, 2400, 200)
+    assert used == {"requests": 2, "cached": 1, "input": 2400, "output": 200}
     assert all(number in gemini.bill() for number in ("2 requests", "1 answers", "2400", "200"))
 
 
@@ -352,17 +351,6 @@ def test_without_a_network_it_says_so_once_and_stops() -> None:
             gemini.detect([frame(1)])
 
 
-def test_travels_to_other_processes_without_the_key(server: Server) -> None:
-    server.replies = [boxes(CUP)]
-    gemini = detector(server, vocabulary=["cup"])
-    gemini.detect([frame()])
-    data = pickle.dumps(gemini)
-    assert b"secret-key" not in data
-    copy = pickle.loads(data)
-    assert copy.name == gemini.name and copy.usage.requests == 0
-    assert len(copy.detect([frame()])[0]) == 1
-
-
 def test_the_name_tells_settings_apart() -> None:
     changes: list[dict[str, Any]] = [
         {}, {"model": "other"}, {"vocabulary": ["cup"]}, {"vocabulary": ["mug"]}
@@ -370,12 +358,6 @@ def test_the_name_tells_settings_apart() -> None:
     names = {GeminiDetector(**change).name for change in changes}
     assert len(names) == len(changes)
     assert GeminiDetector(concurrency=2, attempts=9).name in names
-
-
-@pytest.mark.parametrize("changes", [{"attempts": 0}, {"concurrency": 0}])
-def test_settings_without_sense_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(SpearError, match="at least 1"):
-        GeminiDetector(**changes)
 
 
 @pytest.mark.parametrize(

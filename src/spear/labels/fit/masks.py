@@ -51,6 +51,49 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     return flat.reshape((height, width), order="F")
 
 
+def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
+    """The union [height, width] bool of polygons, each x0, y0, x1, y1, … in pixels, filled by COCO's rule.
+    `SpearError` for a polygon of an odd number of coordinates, fewer than three points, or not finite."""
+    for polygon in polygons:
+        corners = np.asarray(polygon, np.float64)
+        if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
+            raise SpearError(
+                f"polygon of {corners.size} numbers: give x, y of three points or more, all finite"
+            )
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise SpearError('COCO polygons need pycocotools: pip install "spear-vla[label]"') from error
+    mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
+    return mask.astype(bool)
+
+
+def run_lengths(text: str) -> list[int]:
+    """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
+
+    Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
+    makes it printable. From the third on, it is the difference from the run two before. Not by pycocotools,
+    which takes a string that is cut off for a mask, filled up with what was in memory.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        code = ord(letter) - 48
+        if not 0 <= code < 64:
+            raise SpearError(f"compressed mask: {letter!r} is not part of one: give COCO run lengths")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise SpearError("compressed mask: it ends in the middle of a number: give the whole string")
+    return runs
+
+
 def erode(mask: Array, pixels: int) -> Array:
     """The mask [h, w] without its outermost `pixels` (4-neighbourhood), but for those at the image's edge."""
     for _ in range(pixels):

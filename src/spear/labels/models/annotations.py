@@ -1,7 +1,6 @@
 """Detector and segmenter that read what somebody has annotated: COCO's JSON, or Ego-Exo4D's relations.
 
-Annotated masks are used as they are. Where a file does not know an image, or knows no mask of an object,
-another detector or segmenter can take over.
+Where a file does not know an image, or knows no mask of an object, another one can take over.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from spear.errors import SpearError
 from spear.labels.fit.image import clip, iou2d, tight_box
-from spear.labels.fit.masks import decode_mask
+from spear.labels.fit.masks import decode_mask, polygon_mask, run_lengths
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 
@@ -28,11 +28,9 @@ from spear.types import Array, Frame
 class Annotation:
     """One annotated object.
 
-    name     what it is called.
     box2d    [4] x0, y0, x1, y1 in pixels of the image as annotated, the upper ends exclusive; None for the
              tight box of the mask.
-    size     (height, width) of the image as annotated; None when the file does not say (then it is that of
-             the image at hand).
+    size     (height, width) of the image as annotated; None for that of the image at hand.
     outline  (height, width) -> mask [height, width] bool; None when only the box is annotated.
     score    1 for a person's annotation.
     """
@@ -45,10 +43,7 @@ class Annotation:
 
     def box_in(self, height: int, width: int) -> Array:
         """The box [4] float32 in pixels of an image of this size, inside it; zeros for an empty mask.
-
-        Raises:
-            SpearError: the annotation is for an image of another shape.
-        """
+        `SpearError` as in `mask_in`."""
         if self.box2d is None:
             mask = self.mask_in(height, width)
             return tight_box(mask) if mask is not None else np.zeros(4, np.float32)
@@ -58,10 +53,7 @@ class Annotation:
 
     def mask_in(self, height: int, width: int) -> Array | None:
         """The mask [height, width] bool in an image of this size (nearest pixel); None without an outline.
-
-        Raises:
-            SpearError: the annotation is for an image of another shape, or its mask is broken.
-        """
+        `SpearError` when the annotation is for an image of another shape, or its mask is broken."""
         if self.outline is None:
             return None
         rows, columns = self._annotated_size(height, width)
@@ -101,7 +93,7 @@ class FileDetector:
 
     def __init__(self, annotations: Annotations, otherwise: Detector | None = None) -> None:
         self.annotations, self.otherwise = annotations, otherwise
-        self.name = annotations.name + (f", otherwise {otherwise.name}" if otherwise else "")
+        self.name = _name(annotations, otherwise)
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The annotated objects of each image, in the file's order; those with an empty box are left out."""
@@ -113,10 +105,14 @@ class FileDetector:
                 "add a detector for the others"
             )
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
-        return [
-            next(others) if annotated is None else _detections(frame, annotated)
-            for frame, annotated in zip(frames, found, strict=True)
-        ]
+        results = []
+        for frame, annotated in zip(frames, found, strict=True):
+            if annotated is None:
+                results.append(next(others))
+                continue
+            boxed = [(a, a.box_in(*frame.image.shape[:2])) for a in annotated]
+            results.append([Detection(a.name, b, a.score) for a, b in boxed if b[2] > b[0] and b[3] > b[1]])
+        return results
 
 
 class FileSegmenter:
@@ -132,7 +128,7 @@ class FileSegmenter:
 
     def __init__(self, annotations: Annotations, otherwise: Segmenter | None = None) -> None:
         self.annotations, self.otherwise = annotations, otherwise
-        self.name = annotations.name + (f", otherwise {otherwise.name}" if otherwise else "")
+        self.name = _name(annotations, otherwise)
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
@@ -161,28 +157,22 @@ class FileSegmenter:
         masks = np.zeros((len(detections), height, width), bool)
         annotated = [a for a in self.annotations.find(frame.source) or () if a.outline is not None]
         boxes = [a.box_in(height, width) for a in annotated]
-        pairs = []
-        for i, detection in enumerate(detections):
-            for j, (annotation, box) in enumerate(zip(annotated, boxes, strict=True)):
-                overlap = float(iou2d(detection.box2d, box))
-                if overlap > 0.5:
-                    pairs.append((annotation.name != detection.name, -overlap, i, j))
+        pairs = sorted(
+            (annotated[j].name != detection.name, -overlap, i, j)
+            for i, detection in enumerate(detections)
+            for j, box in enumerate(boxes)
+            if (overlap := float(iou2d(detection.box2d, box))) > 0.5
+        )
         matched: dict[int, int] = {}
-        for _, _, i, j in sorted(pairs):
+        for _, _, i, j in pairs:
             if i not in matched and j not in matched.values():
                 matched[i] = j
-        for i, j in matched.items():
-            masks[i] = annotated[j].mask_in(height, width)
+                masks[i] = annotated[j].mask_in(height, width)
         return masks, [i for i in range(len(detections)) if i not in matched]
 
 
-def _detections(frame: Frame, annotated: Sequence[Annotation]) -> list[Detection]:
-    boxes = [a.box_in(*frame.image.shape[:2]) for a in annotated]
-    return [
-        Detection(a.name, box, a.score)
-        for a, box in zip(annotated, boxes, strict=True)
-        if box[2] > box[0] and box[3] > box[1]
-    ]
+def _name(annotations: Annotations, otherwise: Detector | Segmenter | None) -> str:
+    return annotations.name + (f", otherwise {otherwise.name}" if otherwise else "")
 
 
 def open_annotations(path: str | Path) -> Annotations:
@@ -193,10 +183,7 @@ def open_annotations(path: str | Path) -> Annotations:
 
 def load_json(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     """The JSON object in a file, and its name for the provenance: kind, file name and a hash of the content.
-
-    Raises:
-        SpearError: no such file, or no JSON object in it.
-    """
+    `SpearError` when there is none."""
     try:
         data = path.read_bytes()
         content = json.loads(data)
@@ -290,52 +277,6 @@ def _outline(segmentation: Any) -> Callable[[int, int], Array]:
     return outline
 
 
-def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
-    """The union [height, width] bool of polygons, each x0, y0, x1, y1, … in pixels, filled by COCO's rule.
-
-    Raises:
-        SpearError: a polygon of an odd number of coordinates, fewer than three points, or not finite.
-    """
-    for polygon in polygons:
-        corners = np.asarray(polygon, np.float64)
-        if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
-            raise SpearError(
-                f"polygon of {corners.size} numbers: give x, y of three points or more, all finite"
-            )
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise SpearError('COCO polygons need pycocotools: pip install "spear-vla[label]"') from error
-    mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
-    return mask.astype(bool)
-
-
-def run_lengths(text: str) -> list[int]:
-    """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
-
-    Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
-    makes it printable. From the third on, it is the difference from the run two before. Not by pycocotools,
-    which takes a string that is cut off for a mask, filled up with what was in memory.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for letter in text:
-        code = ord(letter) - 48
-        if not 0 <= code < 64:
-            raise SpearError(f"compressed mask: {letter!r} is not part of one: give COCO run lengths")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise SpearError("compressed mask: it ends in the middle of a number: give the whole string")
-    return runs
-
-
 class RelationAnnotations:
     """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
 
@@ -386,17 +327,16 @@ def _cameras(masks: Mapping[str, Any]) -> dict[str, dict[int, list[Annotation]]]
             for number in view.get("annotated_frames", ()):
                 frames.setdefault(int(number), [])
             for number, entry in view["annotation"].items():
-                frames.setdefault(int(number), []).append(_relation(name, entry))
+                size, outline = (
+                    (int(entry["height"]), int(entry["width"])),
+                    partial(_packed, entry["encodedMask"]),
+                )
+                frames.setdefault(int(number), []).append(Annotation(name, None, size, outline))
     return cameras
 
 
-def _relation(name: str, entry: Mapping[str, Any]) -> Annotation:
-    encoded = entry["encodedMask"]
-
-    def outline(height: int, width: int) -> Array:
-        return decode_mask(run_lengths(decompress(encoded)), height, width)
-
-    return Annotation(name, None, (int(entry["height"]), int(entry["width"])), outline)
+def _packed(encoded: str, height: int, width: int) -> Array:
+    return decode_mask(run_lengths(decompress(encoded)), height, width)
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-$"

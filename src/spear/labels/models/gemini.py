@@ -1,9 +1,6 @@
-"""Gemini as a detector: one request per image, boxes and names as structured JSON.
-
-The paper's images were labelled so; which of Gemini's models is our choice, and so is the prompt. Retries are
-ours: those of Google's client neither wait as long as the service asks nor stop when the day's quota is used
-up.
-"""
+"""Gemini as a detector: one request per image, boxes and names as structured JSON, as the paper's labels were
+made. Which of Gemini's models is our choice, and so is the prompt. Retries are ours: those of Google's client
+neither wait as long as the service asks nor stop when the day's quota is used up."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -75,32 +72,16 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@dataclass
-class Usage:
-    """What was asked so far.
-
-    requests  that reached the service; those that it refused count too.
-    cached    answers that cost nothing, since they were known already.
-    input_tokens, output_tokens  as the service counts them, thinking among the output.
-    """
-
-    requests: int = 0
-    cached: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
 class GeminiDetector:
     """Finds and names objects with Gemini (`google-genai`; the key comes from the environment, see `KEYS`).
 
     Images of a batch are asked about at the same time. Overload (429, 5xx, lost connections) is waited out,
     as long as the service asks or with exponential backoff; an unusable answer is asked for once more. An
-    image that is refused or stays unanswered is a `SpearError` of its own. What would fail for every image
-    (key, model, daily quota, no network) makes no further requests: every following image fails at once, with
-    the same message. These failures, and images that stay unanswered, are a `RetryableError`.
+    image that is refused is a `SpearError`, one that stays unanswered a `RetryableError`. So is what would
+    fail for every image (key, model, daily quota, no network): all that follow then fail at once.
 
-    Answers are kept by image, prompt and settings, so that a repeated run costs nothing, and a failure in a
-    batch does not make the rest of it be asked again.
+    Answers are kept by image, prompt and settings, so that a repeated run, or a batch in which one image
+    failed, costs nothing.
 
     Args:
         model: name of the model.
@@ -112,7 +93,7 @@ class GeminiDetector:
         base_url: another address of the API.
 
     Raises:
-        SpearError: no key, google-genai is not installed, or a setting makes no sense.
+        SpearError: no key, or google-genai is not installed.
     """
 
     def __init__(
@@ -126,17 +107,11 @@ class GeminiDetector:
         first_wait: float = 1.0,
         base_url: str | None = None,
     ) -> None:
-        if min(attempts, concurrency) < 1:
-            raise SpearError("Gemini: attempts and concurrency are at least 1")
         self.model, self.cache, self.concurrency = model, cache, concurrency
-        self.attempts, self.first_wait, self.base_url = attempts, first_wait, base_url
+        self.attempts, self.first_wait = attempts, first_wait
         self.prompt = PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
         self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
-        self._start()
-
-    def _start(self) -> None:
-        """What does not travel to another process: the connection, the answers, the counts."""
         try:
             genai = importlib.import_module("google.genai")
         except ImportError as error:
@@ -146,9 +121,15 @@ class GeminiDetector:
             raise SpearError(f"Gemini: no key: set {KEYS[0]} (get one at https://aistudio.google.com/apikey)")
         self._types, self._errors = genai.types, genai.errors
         options = genai.types.HttpOptions(
-            base_url=self.base_url, api_version="v1beta", timeout=int(1000 * TIMEOUT)
+            base_url=base_url, api_version="v1beta", timeout=int(1000 * TIMEOUT)
         )
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
+        self._config = genai.types.GenerateContentConfig(
+            response_mime_type="application/json",
+            response_schema=SCHEMA,
+            max_output_tokens=MAX_TOKENS,
+            thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING),
+        )
         self._offline = _transport_errors()
         self._kept: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
@@ -156,14 +137,7 @@ class GeminiDetector:
         self._fatal: str | None = None
         self._reached = False
         self._held = 0.0  # until then (monotonic seconds) the service wants no requests
-        self.usage = Usage()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "usage"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        self.usage = Counter[str]()
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, as Gemini lists them."""
@@ -173,11 +147,11 @@ class GeminiDetector:
         return [answer.result() for answer in asked]
 
     def bill(self) -> str:
-        """What was asked so far, in requests and tokens."""
-        u = self.usage
+        """What was asked so far: requests that reached the service, and tokens, thinking among the output."""
+        used = self.usage
         return (
-            f"{self.model}: {u.requests} requests, {u.cached} answers from the cache, {u.input_tokens} "
-            f"tokens in, {u.output_tokens} out"
+            f"{self.model}: {used['requests']} requests, {used['cached']} answers from the cache, "
+            f"{used['input']} tokens in, {used['output']} out"
         )
 
     def _detect(self, frame: Frame, batch: bool) -> list[Detection]:
@@ -190,7 +164,7 @@ class GeminiDetector:
         with contextlib.suppress(KeyError, Unusable):
             found = parse(self._known(key)["text"], *frame.image.shape[:2])
             with self._lock:
-                self.usage.cached += 1
+                self.usage["cached"] += 1
             return found
         try:
             text, found = self._ask(frame)
@@ -203,7 +177,7 @@ class GeminiDetector:
         if self.cache is None:
             self._kept[key] = answer
             return found
-        try:
+        try:  # several processes may share the folder
             write_text(self._file(key), json.dumps(answer))
         except SpearError as error:
             raise self._stop(f"cannot keep an answer: {error}, or choose another cache folder") from error
@@ -211,10 +185,10 @@ class GeminiDetector:
 
     def _known(self, key: str) -> dict[str, str]:
         """An answer that was kept; an empty one when there is none that can be read."""
+        if self.cache is None:
+            return self._kept.get(key, {})
         with contextlib.suppress(OSError, ValueError):
-            answer = (
-                self._kept.get(key, {}) if self.cache is None else json.loads(self._file(key).read_bytes())
-            )
+            answer = json.loads(self._file(key).read_bytes())
             return answer if isinstance(answer, dict) else {}
         return {}
 
@@ -240,7 +214,7 @@ class GeminiDetector:
             wait = min(LONGEST_WAIT, self.first_wait * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 response = self._client.models.generate_content(
-                    model=self.model, contents=contents, config=self._config()
+                    model=self.model, contents=contents, config=self._config
                 )
             except self._errors.APIError as error:
                 self._count()
@@ -297,11 +271,11 @@ class GeminiDetector:
     def _count(self, tokens: Any = None) -> None:
         with self._lock:
             self._reached = True
-            self.usage.requests += 1
+            self.usage["requests"] += 1
             if tokens is not None:
-                self.usage.input_tokens += tokens.prompt_token_count or 0
-                self.usage.output_tokens += tokens.candidates_token_count or 0
-                self.usage.output_tokens += tokens.thoughts_token_count or 0
+                self.usage["input"] += tokens.prompt_token_count or 0
+                self.usage["output"] += tokens.candidates_token_count or 0
+                self.usage["output"] += tokens.thoughts_token_count or 0
 
     def _image(self, image: Array) -> Any:
         height, width = image.shape[:2]
@@ -310,14 +284,6 @@ class GeminiDetector:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
         return self._types.Part.from_bytes(data=encode_jpeg(image), mime_type="image/jpeg")
-
-    def _config(self) -> Any:
-        return self._types.GenerateContentConfig(
-            response_mime_type="application/json",
-            response_schema=SCHEMA,
-            max_output_tokens=MAX_TOKENS,
-            thinking_config=self._types.ThinkingConfig(thinking_level=THINKING),
-        )
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
@@ -361,12 +327,15 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
+
+
 def _item(item: Any) -> tuple[list[float], str]:
     if not isinstance(item, dict) or not isinstance(item.get("label"), str):
         raise Unusable("an object without a label")
     box = item.get("box_2d")
-    numbers = isinstance(box, list) and all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
-    if not isinstance(box, list) or not numbers or len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise Unusable(f"box_2d of {item['label']!r} is not four numbers")
     return box, " ".join(item["label"].encode(errors="ignore").decode().lower().split())
 

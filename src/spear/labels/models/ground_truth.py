@@ -37,12 +37,9 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
 
 
 class GroundTruthDetector:
-    """Reads `frame.instances` and `frame.names`; drops those of fewer than `min_pixels` visible pixels."""
+    """Reads `frame.instances` and `frame.names`; drops those of fewer than 12 visible pixels."""
 
     name = GROUND_TRUTH
-
-    def __init__(self, min_pixels: int = 12) -> None:
-        self.min_pixels = min_pixels
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The named instances of each frame, by instance id."""
@@ -53,7 +50,7 @@ class GroundTruthDetector:
         for instance, box in sorted(instance_boxes(frame).items()):
             x0, y0, x1, y1 = box.astype(int)
             assert frame.instances is not None
-            if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= self.min_pixels:
+            if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= 12:
                 found.append(Detection(frame.names[instance], box))
         return found
 

@@ -6,6 +6,7 @@ key. Both networks are Transformers'. Thresholds and the suppression of boxes on
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.labels.fit.image import clip, suppress
-from spear.labels.models.pretrained import digest, enough_memory, load_model, load_processor
+from spear.labels.models.pretrained import enough_memory, load_model, load_processor
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
@@ -24,10 +25,8 @@ PROMPT = "a photo of a {}"
 
 
 class GroundingDinoDetector:
-    """Finds the objects of a vocabulary.
-
-    An object has the name whose best token fits it best. A vocabulary too long for a prompt is asked in
-    several.
+    """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
+    too long for a prompt is asked in several.
 
     Args:
         model: name on the Hub, or folder.
@@ -56,8 +55,7 @@ class GroundingDinoDetector:
         self._processor = load_processor(GroundingDinoProcessor, "grounding-dino", model)
         self._network = load_model(GroundingDinoForObjectDetection, "grounding-dino", model, device)
         self._prompts = self._split(names)
-        asked = f"{len(names)} names {digest(', '.join(names))}"
-        self.name = f"grounding-dino {model} ({asked}, threshold {threshold:g}, overlap {overlap:g})"
+        self.name = f"grounding-dino {model} ({_asked(names, ', '.join(names), threshold, overlap)})"
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
@@ -130,18 +128,7 @@ class GroundingDinoDetector:
 
 
 class Owlv2Detector:
-    """Finds the objects of a vocabulary.
-
-    Args:
-        model: name on the Hub, or folder.
-        vocabulary: names to look for.
-        threshold: lowest score of a detection.
-        overlap: of two boxes with a higher IoU the better stays.
-        device: see `load_model`.
-
-    Raises:
-        SpearError: an empty vocabulary, or no such model.
-    """
+    """Finds the objects of a vocabulary; arguments and errors as of `GroundingDinoDetector`."""
 
     def __init__(
         self,
@@ -159,8 +146,7 @@ class Owlv2Detector:
         self.threshold, self.overlap = threshold, overlap
         self._processor = load_processor(Owlv2Processor, "owlv2", model)
         self._network = load_model(Owlv2ForObjectDetection, "owlv2", model, device)
-        asked = f"{len(self._names)} names {digest(', '.join(self._prompts))}"
-        self.name = f"owlv2 {model} ({asked}, threshold {threshold:g}, overlap {overlap:g})"
+        self.name = f"owlv2 {model} ({_asked(self._names, ', '.join(self._prompts), threshold, overlap)})"
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
@@ -205,14 +191,16 @@ def _detections(boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str])
     return [Detection(name, box, float(score)) for name, box, score in rows]
 
 
+def _asked(names: Sequence[str], prompt: str, threshold: float, overlap: float) -> str:
+    """The settings, for a detector's name."""
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    return f"{len(names)} names {digest}, threshold {threshold:g}, overlap {overlap:g}"
+
+
 def _names(vocabulary: Sequence[str], who: str) -> list[str]:
     """Each name once, in lower case, without the marks that end a name in a prompt."""
-    if isinstance(vocabulary, str):
-        raise SpearError(f"{who}: the vocabulary is one text: give a list of names")
     names = [" ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary]
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
-        raise SpearError(
-            f'{who}: the vocabulary is empty: say what to look for, as in --vocabulary "mug, spoon"'
-        )
+        raise SpearError(f'{who}: nothing to look for: name it, as in --vocabulary "mug, spoon"')
     return names

@@ -1,7 +1,4 @@
-"""MoGe behind the labeller's protocol `PointMap`: images in, the 3D point of every pixel out.
-
-spear.labels.pipeline.label(frames, detector, segmenter, MogePointMap.load("Ruicheng/moge-vitl"))
-"""
+"""MoGe behind the labeller's protocol `PointMap`: images in, the 3D point of every pixel out."""
 
 from __future__ import annotations
 
@@ -45,9 +42,8 @@ class MogePointMap:
             SpearError: a device that is not there.
         """
         chosen = choose_device(device)
-        self.dtype = (
-            torch.float16 if chosen.type == "cuda" else torch.float32
-        )  # mixed precision, as MoGe does
+        # mixed precision, as MoGe does
+        self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32
         self.model, self.num_tokens = model.to(chosen).eval(), num_tokens
         self.name = f"{'moge-v1' if isinstance(model, MogeV1) else 'moge-2'} {name}"
 

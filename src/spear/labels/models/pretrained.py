@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,10 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     from transformers import AutoConfig
 
     where = choose_device(device)
-    config = _load(AutoConfig, kind, model)
+    config = load_processor(AutoConfig, kind, model)
     if config.model_type not in (kind, *also):
         raise SpearError(f"{model}: a {config.model_type} model, not {kind}: give a {kind} model")
-    network, info = _load(
+    network, info = load_processor(
         cls, kind, model, dtype=torch.float32, output_loading_info=True, use_safetensors=True
     )
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -41,11 +40,6 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
             f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give the whole model"
         )
     return network.to(where).eval()
-
-
-def load_processor(cls: Any, kind: str, model: str) -> Any:
-    """The processor that goes with a network; arguments and errors as of `load_model`."""
-    return _load(cls, kind, model)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -69,12 +63,8 @@ def enough_memory(images: int) -> Iterator[None]:
         raise SpearError(f"memory is full with {images} images at a time: give a smaller batch") from error
 
 
-def digest(text: str) -> str:
-    """Eight hexadecimal digits that tell long settings apart in a component's name."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _load(cls: Any, kind: str, model: str, **options: Any) -> Any:
+def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
+    """The processor that goes with a network (or another part); arguments and errors as of `load_model`."""
     path = Path(model).expanduser()
     local = path.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
     if local and not path.is_dir():

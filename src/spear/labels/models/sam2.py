@@ -26,22 +26,10 @@ AT_ONCE = 16
 
 
 class Sam2Segmenter:
-    """Outlines detected objects from their boxes.
+    """Outlines detected objects from their boxes. model: name on the Hub, or folder; device and errors: see
+    `load_model`."""
 
-    Args:
-        model: name on the Hub, or folder.
-        device: see `load_model`.
-
-    Raises:
-        SpearError: no such model.
-    """
-
-    def __init__(
-        self,
-        model: str = "facebook/sam2.1-hiera-large",
-        *,
-        device: str = "auto",
-    ) -> None:
+    def __init__(self, model: str = "facebook/sam2.1-hiera-large", *, device: str = "auto") -> None:
         from transformers import Sam2Model
 
         # The published checkpoints are those of the video model, which holds this one

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
 SCORES = ("detection", "points", "visible", "edge", "planarity", "stability")
-MOST_NAMES = 20
-"""Names of objects that the card lists."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +203,8 @@ def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
 def _head(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     """The most common, by count and then by name; the others together."""
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    rest = sum(count for _, count in ranked[MOST_NAMES:])
-    return ranked[:MOST_NAMES] + ([(f"({len(ranked) - MOST_NAMES} others)", rest)] if rest else [])
+    rest = [count for _, count in ranked[20:]]
+    return ranked[:20] + ([(f"({len(rest)} others)", sum(rest))] if rest else [])
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
