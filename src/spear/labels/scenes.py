@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,18 +35,19 @@ WORDING = "wording.txt"
 known."""
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """`count` scenes from seed `first` on: shard `index` of every view of `sizes`."""
 
     out: Path
-    number: int
+    index: int
     first: int
     count: int
     sizes: Mapping[str, Size]
     labelled: Labelled
 
     def shard(self, view: str) -> Path:
-        return self.out / view / f"labels-{self.number:05d}.parquet"
+        return self.out / view / f"labels-{self.index:05d}.parquet"
 
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
@@ -150,7 +152,7 @@ def _make(job: Job) -> int:
 
         labels = list(job.labelled(frames()))
         depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
-        write_depth(depth, job.out / "depth" / view / f"depth-{job.number:05d}.parquet")
+        write_depth(depth, job.out / "depth" / view / f"depth-{job.index:05d}.parquet")
         write_labels(labels, job.shard(view))
     renderer.close()
     return job.count
