@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_too_many_bad_images_stop_the_run(frames: list[Frame]) -> None:
     good = label([*frames[:3], bad], *TRUTH, skipped=Skipped(0.2))
     with pytest.raises(SpearError, match=r"1 of 4.*flat\.png.*depth"):
         list(good)
-    endless = (bad for _ in iter(int, 1))
+    endless = (replace(bad, source=f"{i}/flat.png") for i in count())  # reasons name their images
     with pytest.raises(SpearError, match="flat"):
         list(label(endless, *TRUTH, skipped=Skipped(0.1, patience=16)))
 
