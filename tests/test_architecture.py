@@ -48,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 1950, "ablations": 950, "cli": 1600, "data": 4950, "embodiments": 750, "evaluate": 3200,
-    "labels": 5650, "models": 5100, "report": 1350, "serve": 900, "sim": 2400, "train": 2850, "ui": 600,
-    "util": 700,
+    "(top)": 1820, "ablations": 900, "cli": 1480, "data": 4530, "embodiments": 720, "evaluate": 2980,
+    "labels": 5310, "models": 4640, "report": 1280, "serve": 860, "sim": 1970, "train": 2750, "ui": 580,
+    "util": 630,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

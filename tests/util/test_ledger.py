@@ -45,7 +45,7 @@ def test_settings_are_kept_and_held_to(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
-    skipped = Skipped(limit=0.5, patience=4)
+    skipped = Skipped(limit=0.5, patience=4, once=True)
     skipped("broken: 1")
     skipped("broken: 1")  # the same error, met again
     assert skipped.reasons == ["broken: 1"]
@@ -57,3 +57,11 @@ def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
     skipped("broken: 3")
     with pytest.raises(SpearError, match="3 of 5"):
         skipped.check(good=2)
+
+
+def test_endless_failures_of_one_kind_end_the_work() -> None:
+    skipped = Skipped(limit=0.1, unit="images", patience=16)
+    with pytest.raises(SpearError, match="16 of 16"):
+        while True:
+            skipped("unnamed: no depth")
+            skipped.check(good=0)

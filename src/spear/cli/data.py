@@ -99,7 +99,7 @@ def export(options: ExportOptions) -> None:
     from spear.util.ledger import Skipped
     from spear.util.progress import ProgressBar, tracked
 
-    path, split, skipped = options.path, options.split, Skipped(MOST_BAD)
+    path, split, skipped = options.path, options.split, Skipped(MOST_BAD, once=True)
     _check_layout(path, options.layout)
     total = sum(end - first for _, first, end in split_ranges(episode_counts(path), split, path))
     bar = ProgressBar("writing", total, "episodes")

@@ -224,10 +224,14 @@ def content(**changes: Any) -> dict[str, Any]:
     image = {"id": 7, "file_name": "kitchen/1.jpg", "height": 12, "width": 20}
     ring = {"size": [12, 20]}
     return {
-        "images": [image, {**image, "id": 8, "file_name": "hall/1.jpg"}, {**image, "id": 9, "file_name": "2.png"}],
+        "images": [
+            image,
+            {**image, "id": 8, "file_name": "hall/1.jpg"},
+            {**image, "id": 9, "file_name": "2.png"},
+        ],
         "categories": [{"id": 1, "name": "ring"}, {"id": 4, "name": "tile"}],
         "annotations": [
-            {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": {**ring, "counts": PLAIN}},
+            {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": ring | {"counts": PLAIN}},
             {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": [SQUARE], "score": 0.5},
             {"image_id": 7, "category_id": 4, "bbox": [0, 0, 20, 12], "iscrowd": 1},
             {"image_id": 8, "category_id": 1, "segmentation": {**ring, "counts": compressed(RING)}},

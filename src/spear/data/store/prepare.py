@@ -160,7 +160,7 @@ class _Parts:
 
     def __init__(self, work: Path, rate_hz: float) -> None:
         self.folder, self.done, self.rate_hz = work / "dataset", work / "parts", rate_hz
-        self.skipped = Skipped(MOST_BAD)
+        self.skipped = Skipped(MOST_BAD, once=True)
         self.blocks = self.open_blocks = 0
         self.writer: LeRobotWriter | None = None
 
