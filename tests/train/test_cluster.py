@@ -83,6 +83,7 @@ def test_ray_trains_with_two_workers(tmp_path: Path) -> None:
     few = ["--set", "batch_size=4", "flow_samples=1", "warmup=1"]
     script = [sys.executable, str(CLUSTER / "ray_train.py"), "--storage", str(tmp_path / "ray")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
+    environment |= {"RAY_worker_niceness": "0"}  # workers at 15 starve beside other tests
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*script, "--workers", "2", "spear", "train", "nano-post", *given, *few]
     done = subprocess.run(
