@@ -120,11 +120,6 @@ class Skipped:
             )
 
 
-def fingerprint(*values: Any) -> str:
-    """SHA-256 of values that JSON knows, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def add_files(digest: hashlib._Hash, folder: Path, kinds: Sequence[str]) -> None:
     """Adds names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below to a hash.
 
