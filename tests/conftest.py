@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")
     return path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail with one line, which it returns."""
+    from spear.cli import main
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="module")

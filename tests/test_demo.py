@@ -83,7 +83,8 @@ def test_evaluate_writes_results_films_and_a_comparison(
     assert json.loads(expert.read_text())["mean_success"] == 1
     assert [p.name for p in (tmp_path / "expert").glob("*.mp4")] == ["stack_cube-success-0.mp4"]
     capsys.readouterr()
-    assert main(["evaluate", *scenes, str(tmp_path / "nano"), "--compare", str(expert)]) == 0
+    assert main(["evaluate", *scenes, str(tmp_path / "nano")]) == 0
+    assert main(["evaluate", "compare", str(tmp_path / "nano"), str(expert)]) == 0
     assert "against expert" in capsys.readouterr().out
     assert main(["evaluate", "vqa", "nano", "sim", "--images", "2", "--out", str(tmp_path / "vqa")]) == 0
     assert json.loads((tmp_path / "vqa/scores.json").read_text())["families"]["distance"]["n"] > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -45,30 +44,15 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert content == [make(1, 9).images["external"][0]]
 
 
-class Tags(HTMLParser):
-    """Counts tags, and fails on one that is not closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-
-
 def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "deep" / "look.html"
     assert main(["data", "inspect", str(store), "--out", str(page)]) == 0
     assert f"open {page}" in capsys.readouterr().out
-    tags = Tags()
-    tags.feed(page.read_text())
-    assert tags.counts["h2"] == 4 and tags.counts["svg"] == 3 * 5
-    assert tags.counts["img"] == 6 + 8 + 1 and "script" not in tags.counts
-    assert all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
-    assert "push the block 1" in page.read_text() and "a success" in page.read_text()
-    assert "nan" not in page.read_text().partition("</pre>")[2].lower()
+    html = page.read_text()
+    assert [html.count(tag) for tag in ("<h2", "<svg", "<img", "<script")] == [4, 3 * 5, 6 + 8 + 1, 0]
+    assert not re.search(r'(src|href)="(?!data:image/jpeg;base64,)', html)
+    assert "push the block 1" in html and "a success" in html
+    assert "nan" not in html.partition("</pre>")[2].lower()
 
 
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
@@ -84,10 +68,9 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
         for words in (["from", "0.2059"], ["to", "0.3301"])
     )
     assert low.split()[-1] == "0.5433" and high.split()[-1] == "1.005"  # the gripper's range
-    tags = Tags()
-    tags.feed(page.read_text())
-    assert tags.counts["h2"] == 5 and tags.counts["img"] == 4 * 8 and "script" not in tags.counts
-    body = page.read_text().partition("</pre>")[2]
+    html = page.read_text()
+    assert [html.count(tag) for tag in ("<h2", "<img", "<script")] == [5, 4 * 8, 0]
+    body = html.partition("</pre>")[2]
     for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
         assert words in body, words
     assert "counts from 0 to 9" in body and "<b>frame_index</b>" not in body  # a row's number is no signal
@@ -119,16 +102,6 @@ def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(REGISTRY)
     assert next(line for line in lines if "bridge_dataset" in line).split()[:2] == ["18.0", "%"]
-
-
-@pytest.mark.parametrize(("option", "value"), [("--rate", "nan"), ("--quality", "500"), ("--workers", "-1")])
-def test_numbers_that_make_no_sense_are_refused(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
-) -> None:
-    assert main(["data", "prepare", str(store), "--out", str(tmp_path / "out"), option, value]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {option} {value}: ") and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
@@ -37,12 +33,7 @@ def test_scenes_are_labelled_asked_about_and_shown(
     options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
     assert main(["label", "sim:3-4", *options]) == 0
     said = capsys.readouterr().out
-    assert (
-        "2 labelled images" in said
-        and "0 skipped" in said
-        and re.search(r"images/(s|min)", said)
-        and "questions about" in said
-    )
+    assert all(words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about"))
     labels = LabelStore(out)
     assert [labels[i].source for i in range(2)] == ["sim:3", "sim:4"] and labels[0].objects
     assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
@@ -84,33 +75,3 @@ def test_a_photo_without_what_the_component_needs_is_named(
     folder = photos(tmp_path / "photos", 2, bad=False)
     line = fails(capsys, "label", str(folder), "--out", str(tmp_path / "out"), "--workers", "0", *TRUTH)
     assert "2 of 2" in line and "instance map" in line
-
-
-@pytest.mark.parametrize(
-    ("argv", "hint"),
-    [
-        (["nowhere.jpg"], "no such file"),
-        (["sim:1", "--detector", "owl"], "did you mean 'owlv2'"),
-        (["sim:1", "--engine", "dask"], "engine"),
-        (["sim:x"], "write a scene as"),
-    ],
-)
-def test_bad_input_is_one_line(
-    argv: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hint in fails(capsys, "label", *argv, "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("mujoco")
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    line = fails(capsys, "label", "sim:1", "--out", str(tmp_path / "out"), "--workers", "0", *TRUTH)
-    assert "the disk is full: free some space" in line
-    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["run.json"]

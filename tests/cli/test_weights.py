@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,14 +30,7 @@ from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer
 
 BACKBONES = ("convert", "backbones")
-
-
-class Room(NamedTuple):
-    """What `shutil.disk_usage` gives."""
-
-    total: int
-    used: int
-    free: int
+Refused = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +44,6 @@ def coordinates(path: Path, bins: int = TINY14.bins) -> str:
     return str(path)
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
-
-
 def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "model.pt")
@@ -64,20 +51,10 @@ def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.Capt
     vlm, policy, back = (tmp_path / name for name in ("vlm", "policy", "back"))
     meaning = coordinates(tmp_path / "coordinates.json")
     size = ("--preset", "tiny14")
+    small = (*size, "--shard", "100KB")
     made = [
         (*BACKBONES, str(folder), str(moge), "--out", str(vlm), "--coordinates", meaning, *size),
-        (
-            "convert",
-            "vlm",
-            str(vlm),
-            "--out",
-            str(policy),
-            "--expert",
-            str(expert),
-            *size,
-            "--shard",
-            "100KB",
-        ),
+        ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *small),
         ("convert", "policy", str(policy), "--out", str(back)),
     ]
     for argv in made:
@@ -99,46 +76,45 @@ def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_what_does_not_fit_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
     folder = str(publish_paligemma(paligemma(), tmp_path / "paligemma"))
     few = coordinates(tmp_path / "few.json", 8)
     size = ("--preset", "tiny14", "--dry-run")
-    assert "'bf16'" in fails(capsys, *BACKBONES, bare, "none", "--dtype", "bf16", *size)
-    assert "did you mean 'spear1'?" in fails(capsys, *BACKBONES, bare, "none", "--preset", "spear")
-    assert "needs a tokenizer" in fails(capsys, *BACKBONES, bare, "none", "--coordinates", few, *size)
-    assert "has 8 3D tokens, the preset 24" in fails(
-        capsys, *BACKBONES, folder, "none", "--coordinates", few, *size
+    assert "'bf16'" in refused(*BACKBONES, bare, "none", "--dtype", "bf16", *size)
+    assert "did you mean 'spear1'?" in refused(*BACKBONES, bare, "none", "--preset", "spear")
+    assert "needs a tokenizer" in refused(*BACKBONES, bare, "none", "--coordinates", few, *size)
+    assert "has 8 3D tokens, the preset 24" in refused(
+        *BACKBONES, folder, "none", "--coordinates", few, *size
     )
-    assert "MoGe checkpoint not found" in fails(capsys, *BACKBONES, bare, str(tmp_path / "moge.pt"), *size)
-    assert "says 'paligemma'" in fails(capsys, "convert", "vlm", bare, "--dry-run")
-    assert "did you mean '--dry-run'?" in fails(capsys, *BACKBONES, bare, "none", "--dryrun")
-    assert "write it as 5GB or 500MB" in fails(capsys, *BACKBONES, bare, "none", "--shard", "5 gigs", *size)
+    assert "MoGe checkpoint not found" in refused(*BACKBONES, bare, str(tmp_path / "moge.pt"), *size)
+    assert "says 'paligemma'" in refused("convert", "vlm", bare, "--dry-run")
+    assert "did you mean '--dry-run'?" in refused(*BACKBONES, bare, "none", "--dryrun")
+    assert "write it as 5GB or 500MB" in refused(*BACKBONES, bare, "none", "--shard", "5 gigs", *size)
     into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
-    assert "cannot write" in fails(capsys, *BACKBONES, bare, "none", *into)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Room(10**6, 10**6 - 9, 9))
+    assert "cannot write" in refused(*BACKBONES, bare, "none", *into)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     into = ("--out", str(tmp_path / "full"), "--preset", "tiny14")
-    assert "no room for" in fails(capsys, *BACKBONES, bare, "none", *into)
+    assert "no room for" in refused(*BACKBONES, bare, "none", *into)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
     monkeypatch.undo()
     know_tiny(monkeypatch)
     assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
     assert "without a processor" in capsys.readouterr().out
-    assert "is there already" in fails(
-        capsys, *BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"
+    assert "is there already" in refused(
+        *BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"
     )
 
 
-def test_a_processor_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_processor_of_another_model_is_refused(tmp_path: Path, refused: Refused) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     out, size = str(tmp_path / "vlm"), ("--preset", "tiny14")
     meaning = coordinates(tmp_path / "coordinates.json")
     assert main([*BACKBONES, str(folder), "none", "--out", out, "--coordinates", meaning, *size]) == 0
-    capsys.readouterr()
     file = tmp_path / "vlm" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "coordinate_start": 7}))
-    said = fails(capsys, "convert", "vlm", out, *size, "--dry-run")
+    said = refused("convert", "vlm", out, *size, "--dry-run")
     assert "1312 … 1335" in said and "7 … 30" in said
 
 

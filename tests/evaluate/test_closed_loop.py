@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from spear.cli import load, options_of
-from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
@@ -128,23 +127,6 @@ def test_latency_costs_steps() -> None:
     assert sum(o.steps for o in late.outcomes) > 1.5 * sum(o.steps for o in soon.outcomes)
     assert late.settings["latency_ms"] == 200 and late.settings["execution"] == "sync"
     assert run(IDLE, 1, execution="async").outcomes[0].steps == 60
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"scenes": 10, "first_seed": 9_995}, "9995 … 10004"),
-        ({"families": ("stack_cubes",)}, "stack_cube"),
-        ({"batch": 0}, "--batch 0"),
-        ({"replan": 0}, "--replan 0"),
-        ({"latency_ms": -1.0}, "--latency-ms -1"),
-        ({"shard": "2/2", "scenes": 1}, "2/2"),
-    ],
-)
-def test_what_is_refused_leaves_no_journal(options: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match=named):
-        evaluate(IDLE, TabletopOptions(**options, out=tmp_path / "out"), quiet=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:

@@ -12,7 +12,7 @@ from spear.evaluate import film as video
 
 def test_a_film_decodes_to_its_frames_and_holds_the_last() -> None:
     shots = [
-        video.compose(np.full((210, 280, 3), 12 * i, np.uint8), np.full((112, 112, 3), 200, np.uint8), "go")
+        video.compose(np.full((210, 280, 3), 12 * i, np.uint8), np.full((9, 9, 3), 200, np.uint8), "go")
         for i in range(8)
     ]
     data, mime = video.encode(shots, rate_hz=5)

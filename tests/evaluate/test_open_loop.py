@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from data_tiny import make
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
@@ -20,20 +19,9 @@ from spear.types import Array, Episode
 
 
 def episode(seed: int, steps: int = 12) -> Episode:
-    rng = np.random.default_rng(seed)
-    picture = io.BytesIO()
-    Image.fromarray(np.full((24, 32, 3), 40 + seed, np.uint8)).save(picture, "PNG")
-    angle = np.cumsum(rng.normal(0, 0.05, steps))
-    zeros = np.zeros(steps)
-    return Episode(
-        images={"external": [picture.getvalue()] * steps},
-        position=np.cumsum(rng.normal(0.01, 0.01, (steps, 3)), axis=0),
-        rotation=np.stack([np.cos(angle / 2), zeros, zeros, np.sin(angle / 2)], 1),
-        gripper=(np.arange(steps) < 6).astype(float),
-        instruction="put it there",
-        rate_hz=5.0,
-        source=f"test/{seed}",
-    )
+    """Of `data_tiny`, with steps that differ in length; the gripper closes half way."""
+    moved = np.random.default_rng(seed).normal(0.01, 0.01, (steps, 3)).cumsum(0)
+    return make(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
 
 
 class Replay:
@@ -108,7 +96,7 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
 
 def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     e = episode(0)
-    with pytest.raises(SpearError, match="no external camera: test/0"):
+    with pytest.raises(SpearError, match="no external camera: made#0"):
         observations(Episode(**{**vars(e), "images": {"side": e.images["external"]}}))
     write_episodes([episode(0, steps=3)], tmp_path)
     store = EpisodeStore(tmp_path)

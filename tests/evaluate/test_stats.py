@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,21 +35,18 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "nonsense",
+    ("function", "nonsense"),
     [
-        *(lambda k=k, n=n: wilson(k, n) for k, n in ((0, 0), (3, 2), (-1, 4))),
-        lambda: paired_difference([]),
-        lambda: bootstrap([np.array([])]),
-        *(
-            lambda s=s: mean_over_seeds(s)
-            for s in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])
-        ),
-        lambda: difference_over_seeds([np.zeros((2, 4))], [np.zeros((2, 5))]),
+        *((wilson, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
+        (paired_difference, ([],)),
+        (bootstrap, ([np.array([])],)),
+        *((mean_over_seeds, (t,)) for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])),
+        (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )
-def test_nonsense_is_refused(nonsense: Callable[[], object]) -> None:
+def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError):
-        nonsense()
+        function(*nonsense)
 
 
 def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:

@@ -20,15 +20,11 @@ from spear.util.options import AtLeast, Dataset, Device, Dtype, File, Folder, Mo
 if TYPE_CHECKING:
     from spear.evaluate.agents import Agent
 
-BESIDE = "An earlier folder or results.json: also print the difference on the scenes seen by both."
-Earlier = Annotated[Path | None, arg(metavar="FILE", help=BESIDE)]
-
 
 @dataclass(frozen=True)
 class EvaluateOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: TabletopOptions = field(default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate")))
-    compare: Earlier = None
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -40,21 +36,19 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Examples:
         spear evaluate --policy nano --scenes 200
-        spear evaluate --policy runs/my_policy --families stack_cube --compare runs/evaluate --out runs/mine
+        spear evaluate --policy runs/my_policy --families stack_cube --out runs/mine
         spear evaluate --policy nano --shard 2/5 --films failures
     """
     from spear.evaluate.closed_loop import evaluate as run
 
-    earlier = load(options.compare) if options.compare else None
     run(_load(options.agent), options.loop)
-    _report(options.agent.policy, options.loop.out, earlier)
+    _report(options.agent.policy, options.loop.out)
 
 
 @dataclass(frozen=True)
 class EvaluateSimplerOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: SimplerOptions = field(default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler")))
-    compare: Earlier = None
 
 
 def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
@@ -74,10 +68,9 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     policy = options.agent.policy
     if policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    earlier = load(options.compare) if options.compare else None
     oracle = policy == "oracle" and options.agent.dataset is None
     run(OracleAgent() if oracle else _load(options.agent), options.loop)
-    _report(policy, options.loop.out, earlier)
+    _report(policy, options.loop.out)
 
 
 @dataclass(frozen=True)
@@ -266,8 +259,7 @@ def merge(options: MergeOptions) -> None:
         for film in filter(None, (film_file(_folder(path), o.film_name) for o in part.outcomes)):
             if film.parent.resolve() != out.resolve():
                 write_bytes(out / film.name, film.read_bytes())
-    _save(results, out, results.policy)
-    print(f"results in {out}")
+    _report(results.policy, out, results)
 
 
 @dataclass(frozen=True)
@@ -309,25 +301,14 @@ def _folder(results: Path) -> Path:
     return results if results.is_dir() else results.parent
 
 
-def _report(policy: str, out: Path | None, earlier: Results | None) -> None:
-    """Save and print the results in a folder, beside published ones and against `earlier` ones."""
+def _report(name: str, out: Path | None, results: Results | None = None) -> None:
+    """Write results.json into a folder, and print its results (or these), beside published numbers."""
     from rich import print as show
-
-    from spear.evaluate.compare import compare as difference
 
     assert out is not None
-    results = load(out)
-    _save(results, out, policy)
-    if earlier:
-        show(difference(results, earlier).table())
-    print(f"results in {out}")
-
-
-def _save(results: Results, out: Path, name: str) -> None:
-    """Write results.json, and print the table, beside published numbers."""
-    from rich import print as show
-
+    results = results or load(out)
     results.save(out / "results.json")
     show(results.table())
     for table in beside(results):
         show(table.table([(name, results)]))
+    print(f"results in {out}")

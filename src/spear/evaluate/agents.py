@@ -24,8 +24,7 @@ IMAGE_SIZES: Sizes = {"external": (280, 210), "wrist": (112, 112)}
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
-    name         for reports.
-    weights      tells trained weights apart (a hash of them); None where there are none, or out of sight.
+    weights      a hash of trained weights; None where there are none, or out of sight.
     needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
     image_sizes  camera -> (width, height) of its pictures in the embedded simulator.
     """
@@ -38,8 +37,7 @@ class Agent(Protocol):
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene.
 
-        envs: the running scenes, each with its `seed` and its `steps` so far. Agents that look at the true
-        state know the simulator, and so more of it.
+        envs: the running scenes, each with its `seed` and its `steps` so far, and with its simulator's truth.
         """
         ...
 
@@ -97,10 +95,8 @@ def load_agent(
     remote = name.startswith(("ws://", "wss://"))
     if dataset is not None and (remote or name in ("expert", "oracle", "nothing")):
         raise SpearError(f"--dataset {dataset}: is for a policy that is loaded here: leave it out for {name}")
-    if name == "expert":
-        return ExpertAgent()
-    if name == "nothing":
-        return IdleAgent()
+    if name in ("expert", "nothing"):
+        return ExpertAgent() if name == "expert" else IdleAgent()
     if remote:
         from spear.serve.client import RemotePolicy
 

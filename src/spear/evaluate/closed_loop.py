@@ -13,7 +13,7 @@ from spear.chunks import ChunkExecutor
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer
@@ -68,8 +68,8 @@ class _Tabletop:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, list[Array]]]:
-        """All seeds through a few environments, which share one renderer: the outcome and the poses of each
-        episode as it ends. A scene that ends makes room for the next seed."""
+        """All seeds through a few environments, which share one renderer. A scene that ends makes room for
+        the next seed."""
         waiting = list(seeds)[::-1]
         slots: list[_Slot] = []
         sizes = self._sizes["external"], self._sizes["wrist"]
@@ -127,12 +127,6 @@ def _execute(slot: _Slot, filming: bool) -> bool:
 
 
 def _outcome(slot: _Slot) -> Outcome:
-    milestones = ("success", "reached", "grasped", "wrong_object_moved")
-    return Outcome(
-        family=slot.env.family,
-        seed=slot.seed,
-        instruction=slot.env.world.spec.instruction,
-        **{name: bool(slot.info[name]) for name in milestones},
-        unreachable=slot.unreachable,
-        steps=slot.env.steps,
-    )
+    seen: Any = {name: bool(slot.info[name]) for name in MILESTONES}
+    where = slot.env.family, slot.seed, slot.env.world.spec.instruction
+    return Outcome(*where, **seen, unreachable=slot.unreachable, steps=slot.env.steps)

@@ -61,17 +61,17 @@ class Comparison:
         d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
         won, lost = self.mean.only_first, self.mean.only_second
         if self.mean.p >= ALPHA:
-            return f"No difference shown between {self.first} and {self.second}: {_gap(d)}, {chance}."
+            return f"No difference shown between {self.first} and {self.second}: {points(d)}, {chance}."
         if (won - lost) * d.value <= 0:
             return (
-                f"No verdict between {self.first} and {self.second}: the mean of the families ({_gap(d)}) "
+                f"No verdict between {self.first} and {self.second}: the mean of the families ({points(d)}) "
                 f"and the scenes that only one solved ({won} : {lost}) speak for different ones, since the "
                 "families have different numbers of scenes: judge each by its own row."
             )
         if won > lost:
-            return f"{self.first} is better than {self.second}: {_gap(d)}, {chance}."
+            return f"{self.first} is better than {self.second}: {points(d)}, {chance}."
         turned = Estimate(-d.value, -d.high, -d.low, d.n)
-        return f"{self.second} is better than {self.first}: {_gap(turned)}, {chance}."
+        return f"{self.second} is better than {self.first}: {points(turned)}, {chance}."
 
     def table(self) -> Table:
         """The rows for a terminal."""
@@ -122,18 +122,14 @@ def cells(row: Row) -> list[str]:
     return [row.name, str(d.n), *rates, gap, p_value(row.p).removeprefix("= "), decided]
 
 
-def points(difference: float) -> str:
-    """A difference of rates in percentage points."""
-    return f"{100 * difference:+.1f}"
+def points(difference: Estimate) -> str:
+    """A difference of rates, as "+35.0 points [+20.1, +47.2]"."""
+    return difference.say("+.1f", 100, " points")
 
 
 def p_value(p: float) -> str:
     """A p-value with its sign: "= 0.021" or "< 0.0001"."""
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
-
-
-def _gap(d: Estimate) -> str:
-    return f"{points(d.value)} points [{points(d.low)}, {points(d.high)}]"
 
 
 def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:

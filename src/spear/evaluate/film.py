@@ -6,6 +6,7 @@ import functools
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +52,14 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
 
 def check() -> None:
     """Raises `SpearError` where films cannot be written."""
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise SpearError(
-            "films need PyAV: it is not installed: run pip install 'spear-vla[report]'"
-        ) from None
+    if find_spec("av") is None:
+        raise SpearError("films need PyAV: it is not installed: run pip install 'spear-vla[report]'")
 
 
-def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 1.0) -> tuple[bytes, str]:
+def encode(frames: Sequence[Array], rate_hz: float) -> tuple[bytes, str]:
     """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
 
-    hold_seconds  how long the last frame stays, so that a looping film shows its outcome.
+    The last frame stays for a second, so that a looping film shows its outcome.
     """
     check()
     import av
@@ -76,8 +73,7 @@ def encode(frames: Sequence[Array], rate_hz: float = 5.0, hold_seconds: float = 
         stream = out.add_stream(name, rate=Fraction(rate_hz).limit_denominator(1000), options=options)
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        held = [frames[-1]] * round(hold_seconds * rate_hz)
-        for image in [*frames, *held]:
+        for image in [*frames, *[frames[-1]] * round(rate_hz)]:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         out.mux(stream.encode())
     return buffer.getvalue(), mime
@@ -95,5 +91,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _fit(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font up to 24 in which the text fits the width, or else the smallest, 11."""
+    """The largest font up to 24 in which the text fits the width, or else 11."""
     return next((f for f in map(_font, range(24, 10, -1)) if f.getlength(text) <= width), _font(11))

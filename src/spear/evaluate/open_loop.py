@@ -57,14 +57,11 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
     names = {"external": "observation/image", "wrist": "observation/wrist_image"}
     parts = [episode.position, episode.rotation, episode.gripper[:, None]]
     state = np.concatenate(parts, 1, dtype=np.float32)
-    seen: list[dict[str, Any]] = []
-    for step in range(len(episode)):
-        observation: dict[str, Any] = {"observation/state": state[step], "prompt": episode.instruction}
-        for camera, key in names.items():
-            if camera in episode.images:
-                encoded = episode.images[camera][step]
-                observation[key] = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
-        seen.append(observation)
+    seen: list[dict[str, Any]] = [{"observation/state": s, "prompt": episode.instruction} for s in state]
+    for camera, key in names.items():
+        for step, encoded in enumerate(episode.images.get(camera, ())):
+            where = f"{episode.source} step {step} camera {camera!r}"
+            seen[step][key] = decode_image(encoded, where)
     return seen
 
 
@@ -96,13 +93,12 @@ def score_last_action(held_out: EpisodeStore) -> OpenLoop:
     In an episode's first step, where nothing was done before: for standing still, the gripper as it is.
     """
 
-    def repeated(episode: Episode) -> Array:
+    def repeated(episode: Episode) -> tuple[Episode, Array]:
         still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
         before = np.concatenate([still, episode_actions(episode)[0][:-1]])
-        return np.repeat(before[:, None], HORIZON, axis=1)
+        return episode, np.repeat(before[:, None], HORIZON, axis=1)
 
-    chunks = ((e, repeated(e)) for e in _without_images(held_out))
-    return _score("last action", chunks)
+    return _score("last action", map(repeated, _without_images(held_out)))
 
 
 def _without_images(store: EpisodeStore) -> list[Episode]:

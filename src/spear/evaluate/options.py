@@ -10,8 +10,7 @@ from tyro.conf import arg
 from spear.util.options import AtLeast, Dataset, Device, Dtype, Folder, Options, Seed, Within
 
 Films = int | Literal["failures", "all"]
-"""Which episodes of a family are filmed: so many successes and as many failures, lowest seeds first; all
-failures; or all."""
+"""Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
 Decode = Annotated[
     Literal["mode", "mean", "median"],
     arg(

@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 class Reference:
     """A published table.
 
-    title, source   what it shows, and where it was published.
-    columns         tasks, and `families` the same tasks as families of our results; empty for means alone.
-    rows            method -> success per column, %.
-    means           method -> mean success, %, as published.
-    note            what to know when reading it.
-    trials          trials per task where we know or infer it.
+    columns   tasks, and `families` the same tasks as families of our results; empty for means alone.
+    rows      method -> success per column, %.
+    means     method -> mean success, %, as published.
+    note      what to know when reading it.
+    trials    trials per task where we know or infer it.
     """
 
     title: str

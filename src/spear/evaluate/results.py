@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
+MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
+"""The yes-or-no fields of an `Outcome`."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,8 @@ class Results:
         """The numbers of one family, or of all episodes together."""
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
-        names = ("success", "reached", "grasped", "wrong_object_moved")
-        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in names)
-        success, reached, grasped, wrong = rates
-        return Summary(success, reached, grasped, wrong, float(np.mean(steps)) if steps else None)
+        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES)
+        return Summary(*rates, float(np.mean(steps)) if steps else None)  # type: ignore[call-arg,arg-type]
 
     def save(self, path: Path) -> None:
         """Writes JSON, the summaries first, whole or not at all."""

@@ -63,12 +63,11 @@ def run_evaluation(
 ) -> tuple[Results, list[Film]]:
     """Runs an evaluation, and gives its results and the films made now.
 
-    scenes    family → the seeds of its scenes.
+    scenes    family → the seeds of its scenes. Those that `options.out` holds are only filmed, where a film
+              is wanted and missing.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
-    options   episodes that `out` already holds are only filmed, where a film is wanted and missing.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for a part without
-    scenes, and for one that another process is running.
+    Raises SpearError for a folder with other results, and for a part that is empty or runs elsewhere.
     """
     index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
@@ -107,7 +106,7 @@ def run_evaluation(
 
 
 class _FilmMaker(Generic[Track]):
-    """Makes the films that are wanted. filming: whether an episode's first run is to give its track."""
+    """Makes the films that are wanted. filming: whether an episode's first run gives its track."""
 
     def __init__(self, simulator: Simulator[Track], films: Films, out: Path | None) -> None:
         if films:
@@ -126,13 +125,15 @@ class _FilmMaker(Generic[Track]):
             self.make(outcome, track)
 
     def finish(self, ended: Sequence[Outcome]) -> list[int]:
-        """A family's episodes have all ended: the seeds of those that must run again for their film."""
+        """When a family's episodes have ended: the seeds of those that must run again for their film."""
         tracks, self._tracks = self._tracks, {}
-        missing = self._missing(ended)
-        for outcome in missing:
+        again = []
+        for outcome in self._missing(ended):
             if outcome.seed in tracks:
                 self.make(outcome, tracks[outcome.seed])
-        return [o.seed for o in missing if o.seed not in tracks]
+            else:
+                again.append(outcome.seed)
+        return again
 
     def make(self, outcome: Outcome, track: Track) -> None:
         """One film, on disk when this returns."""

@@ -11,7 +11,7 @@ chance). With one seed it speaks of that one training only.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,14 +38,14 @@ class Estimate:
         """Half the interval's width: the number is known to about ± this."""
         return (self.high - self.low) / 2
 
-    def say(self, form: str, scale: float = 1.0) -> str:
-        """As text, each number times `scale` in this format.
+    def say(self, form: str, scale: float = 1.0, unit: str = "") -> str:
+        """As text, each number times `scale` in this format, `unit` behind the first.
 
         >>> Estimate(0.8, 0.49, 0.943, 10).say(".1f", 100)
         '80.0 [49.0, 94.3]'
         """
         value, low, high = (format(scale * number, form) for number in (self.value, self.low, self.high))
-        return f"{value} [{low}, {high}]"
+        return f"{value}{unit} [{low}, {high}]"
 
 
 def wilson(successes: int, n: int) -> Estimate:
@@ -83,10 +83,8 @@ def samples_for(half_width: float, rate: float = 0.5) -> int:
     """
     if not 0 < half_width < 0.5 or not 0 <= rate <= 1:
         raise ValueError(f"samples_for: ±{half_width} around {rate}")
-    # With x = z² / n the half width h is sqrt(p(1-p)x + x²/4) / (1 + x): a x² + b x + h² = 0.
-    a, b = half_width**2 - 0.25, 2 * half_width**2 - rate * (1 - rate)
-    x = (-b - math.sqrt(b * b - 4 * a * half_width**2)) / (2 * a)
-    return math.ceil(Z95**2 / x)
+    intervals = ((n, *_score_interval(rate, n)) for n in itertools.count(1))
+    return next(n for n, low, high in intervals if high - low <= 2 * half_width)
 
 
 def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Estimate:

@@ -27,13 +27,13 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
     lines = [line for filled in tables for line in filled.lines]
     verdicts = [line.verdict.partition(":")[0] for line in lines]
     waiting = sum(line.success is None for line in lines)
-    values = {
+    values: dict[str, Any] = {
         "title": "Ablations at nano size",
         "facts": [
-            (str(verdicts.count("agrees")), "rows in which nano agrees with the paper"),
-            (str(verdicts.count("disagrees")), "in which it disagrees"),
-            (str(verdicts.count("cannot tell")), "in which the intervals cannot tell"),
-            (str(waiting), "rows that have not run yet"),
+            (verdicts.count("agrees"), "rows in which nano agrees with the paper"),
+            (verdicts.count("disagrees"), "in which it disagrees"),
+            (verdicts.count("cannot tell"), "in which the intervals cannot tell"),
+            (waiting, "rows that have not run yet"),
         ],
         "plan": plan,
         "done": sum(len(line.by_seed) for line in lines),
@@ -41,14 +41,11 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
         "waiting": waiting,
         "tables": [_section(filled) for filled in tables],
     }
-    texts = {
-        "md": render("ablations.md", **values),
-        "html": render("ablations.html", **values),
-        "json": json.dumps(to_json(tables), indent=1),
-    }
-    for ending, text in texts.items():
-        write_text(out / f"ablations.{ending}", text)
-    return [out / f"ablations.{ending}" for ending in texts]
+    texts = [render(name, **values) for name in ("ablations.md", "ablations.html")]
+    files = [out / f"ablations.{ending}" for ending in ("md", "html", "json")]
+    for file, text in zip(files, [*texts, json.dumps(to_json(tables), indent=1)], strict=True):
+        write_text(file, text)
+    return files
 
 
 def _section(filled: Filled) -> dict[str, Any]:
@@ -88,10 +85,9 @@ def _bars(filled: Filled) -> str:
     """Ours as full bars with intervals; below each the paper's number as a hollow one."""
     groups = []
     for line in filled.lines:
-        e = line.success
-        rows = [
-            Bar("here", e.value, e.say(".1f", 100), e.low, e.high) if e else Bar("here", None, "not run yet")
-        ]
+        rows = [Bar("here", None, "not run yet")]
+        if (e := line.success) is not None:
+            rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
         if line.published is not None:
             theirs = f"{line.published:.1f} (theirs)"
             rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))

@@ -29,11 +29,11 @@ def comparison_page(
     published  tables of others; `ours`, by name, are shown below each.
     """
     c, mean = comparison, comparison.mean
-    a, b, d = mean.first, mean.second, mean.difference
+    a, b = mean.first, mean.second
     facts = [
         (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
         (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
-        (points(d.value), f"points between them [{points(d.low)}, {points(d.high)}]"),
+        tuple(points(mean.difference).split(" ", 1)),
         (f"p {p_value(mean.p)}", f"exact paired test, {len(c.pairs)} shared scenes"),
     ]
     groups = [(spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows]

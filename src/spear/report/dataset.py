@@ -88,14 +88,12 @@ def _episode(episode: Episode) -> dict[str, Any]:
         Line("commanded", seconds, known[:, 7], dashed=True),
     ]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
-    about = (
-        f"{episode.source}: {len(episode)} steps at {episode.rate_hz:g} Hz, {int(valid.sum())} with a known "
-    )
-    where = f"{episode.source} camera"
+    source, steps = episode.source, f"{len(episode)} steps at {episode.rate_hz:g} Hz"
+    cameras = episode.images.items()
     return {
         "title": episode.instruction or "(no instruction)",
-        "about": f"{about}known action{success}",
-        "strips": [(name, _strip(images, f"{where} {name!r}")) for name, images in episode.images.items()],
+        "about": f"{source}: {steps}, {int(valid.sum())} with a known action{success}",
+        "strips": [(name, _strip(images, f"{source} camera {name!r}")) for name, images in cameras],
         "charts": [
             chart(_xyz(seconds, 1000 * known[:, :3]), TIME, title="Step, mm (base frame)"),
             chart(_xyz(seconds, turn), TIME, title="Turn, degrees (end-effector frame)"),

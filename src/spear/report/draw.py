@@ -75,14 +75,12 @@ def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, scale:
 
     Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
     """
-    in_3d = len(numbers(answer)) in (3, 24)
-    if in_3d and intrinsics is None:
-        raise SpearError(
-            "cannot draw 3D points: the camera of this image is not known: ask where the vertices of the "
-            "object appear in the image (--family back_projection)"
-        )
     if places(answer, image.shape[1], image.shape[0], intrinsics) is None:
-        wrong = "lies behind the camera" if in_3d else "has no box, point or image location"
+        wrong = "has no box, point or image location"
+        if len(numbers(answer)) in (3, 24):
+            wrong = "lies behind the camera"
+            if intrinsics is None:
+                wrong = "is in 3D, the camera of this image unknown: ask with --family back_projection"
         raise SpearError(f"cannot draw: the answer {wrong}")
     return draw_answers(image, intrinsics, [(answer, PREDICTION)], scale)
 

@@ -67,7 +67,7 @@ def label_page(
         found=found,
         cards=[_card(label, questions[label.source]) for label in shown],
         histograms=_histograms(found),
-        names=_rows(dict(list(found.names.items())[:20])),
+        names=_rows(found.names)[:20],
         reasons=_rows(found.reasons),
         families=[(spaced(name), count) for name, count in _rows(families)],
         most=names[:1],
@@ -111,13 +111,11 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
 
 def _histograms(found: Statistics) -> list[tuple[str, str]]:
     unit = "m" if found.unit == "metre" else "the image's own unit"
-    spreads: dict[str, Any] = {f"Score: {name}": spread for name, spread in found.scores.items()}
-    lengths = {
-        f"Distance from the camera ({unit})": found.distance,
-        f"Longest side of the box ({unit})": found.size,
-    }
-    known = {title: s for title, s in {**lengths, **spreads}.items() if s is not None}
-    return [(t, histogram(s.counts, f"{s.edges[0]:.3g}", f"{s.edges[-1]:.3g}")) for t, s in known.items()]
+    lengths = {"Distance from the camera": found.distance, "Longest side of the box": found.size}
+    spreads = [(f"{title} ({unit})", spread) for title, spread in lengths.items()]
+    spreads += [(f"Score: {name}", spread) for name, spread in found.scores.items()]
+    known = [(title, s) for title, s in spreads if s is not None]
+    return [(t, histogram(s.counts, f"{s.edges[0]:.3g}", f"{s.edges[-1]:.3g}")) for t, s in known]
 
 
 def _rows(counts: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -128,15 +126,14 @@ def _tokens(
     questions: Mapping[str, Sequence[Question]], tokenizer: CoordinateTokenizer | None
 ) -> dict[str, Any] | None:
     """How often each 3D token occurs in the answers; None where these hold too few numbers to fit any."""
-    values = [[v for q in asked for v in q.values] for asked in questions.values()]
-    given = tokenizer is not None
+    numbers = [[v for q in asked for v in q.values] for asked in questions.values()]
+    given, every = tokenizer is not None, 1 if tokenizer else 2
     if tokenizer is None:
-        fitted = [v for image in values[::2] for v in image]
+        fitted = [v for image in numbers[::2] for v in image]
         if len(set(fitted)) < 2:
             return None
         tokenizer = CoordinateTokenizer.fit(fitted)
-        values = values[1::2]
-    use = token_use([v for image in values for v in image], tokenizer)
+    use = token_use([v for image in numbers[every - 1 :: every] for v in image], tokenizer)
     grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
     chart = histogram(grouped, "lowest", "highest")
     return {"bins": tokenizer.bins, "use": use, "given": given, "chart": chart, "numbers": sum(use.counts)}
@@ -161,28 +158,24 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
     stream.log("camera", rr.ViewCoordinates.RDF, static=True)
     for number, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
         stream.set_time("image", sequence=number)
-        image = decode_image(label.image)
         size = [label.width, label.height]
         stream.log("camera/image", rr.Pinhole(image_from_camera=label.intrinsics, resolution=size))
         stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
         stream.log("source", rr.TextDocument(label.source))
-        palette = colors(len(label.objects))
-        boxed = [(o, c) for o, c in zip(label.objects, palette, strict=True) if o.box3d is not None]
-        edges = [o.box3d.vertices[list(pair)] for o, _ in boxed if o.box3d for pair in EDGES]
-        names = [o.name for o, _ in boxed for _ in EDGES]
-        tints = [c for _, c in boxed for _ in EDGES]
-        stream.log("camera/boxes", rr.LineStrips3D(edges, colors=tints, labels=names, show_labels=False))
-        points = [(p, f"{o.name}: {kind}", c) for o, c in boxed for kind, p in o.keypoints.items()]
-        places, kinds, colours = zip(*points, strict=True) if points else ((), (), ())
-        named = rr.Points3D(
-            places, labels=kinds, colors=colours, radii=rr.Radius.ui_points(4), show_labels=False
-        )
-        stream.log("camera/keypoints", named)
+        found = [(o, o.box3d, c) for o, c in zip(label.objects, colors(len(label.objects)), strict=True)]
+        boxed = [(o, box, c) for o, box, c in found if box is not None]
+        edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in EDGES]
+        points = [(p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()]
+        radii: Any = {"radii": rr.Radius.ui_points(4)}
+        drawn: Any = (("boxes", edges, rr.LineStrips3D, {}), ("keypoints", points, rr.Points3D, radii))
+        for what, some, shape, look in drawn:
+            at, names, tints = zip(*some, strict=True) if some else ((), (), ())
+            stream.log(f"camera/{what}", shape(at, labels=names, colors=tints, show_labels=False, **look))
         if cloud is None:
             stream.log("camera/points", rr.Clear(recursive=False))
         else:
             every = max(1, np.count_nonzero(cloud.mask) // MOST_POINTS)
-            kept = cloud.points[cloud.mask][::every], image[cloud.mask][::every]
-            stream.log("camera/points", rr.Points3D(kept[0], colors=kept[1]))
+            colours = decode_image(label.image)[cloud.mask][::every]
+            stream.log("camera/points", rr.Points3D(cloud.points[cloud.mask][::every], colors=colours))
     stream.flush()
     stream.disconnect()

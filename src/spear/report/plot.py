@@ -1,6 +1,6 @@
 """The one plotter of all pages: line charts and histograms as SVG, bars with intervals as HTML.
 
-No script and no library: plots are drawn by templates/plots.html.j2, and are readable on light and dark.
+No script and no library: templates draw them, readable on light and dark.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _ends(axis: Axis, values: Sequence[Sequence[float] | Array]) -> tuple[float,
     """Where an axis begins and ends: around all finite values, with some air."""
     if axis.ends is not None:
         return axis.ends
-    every = np.concatenate([np.asarray(v, float).ravel() for v in values])
+    every = np.concatenate([np.ravel(v).astype(float) for v in values])
     finite = every[np.isfinite(every) & ((every > 0) | (not axis.log))]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.1, 1.0)
     if axis.log:
@@ -185,9 +185,8 @@ def _path(at: Sequence[tuple[float, float]]) -> str:
     """An SVG path, broken where a point is not finite."""
     out, pen = [], False
     for a, b in at:
-        known = bool(np.isfinite(a) and np.isfinite(b))
-        if known:
-            out.append(f"{'L' if pen else 'M'}{a:g} {b:g}")
+        known = bool(np.isfinite([a, b]).all())
+        out.append(f"{'L' if pen else 'M'}{a:g} {b:g}" if known else "")
         pen = known
     return "".join(out)
 

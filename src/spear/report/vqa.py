@@ -100,9 +100,8 @@ def _extremes(scores: Scores, family: str, shown: int) -> list[tuple[str, list[t
 
 def _calibration(scores: Scores) -> list[str]:
     """How often the truth lies in the central intervals, and errors over predicted spreads."""
-    found = scores.calibration.items()
-    levels = [100 * level for level in LEVELS]
-    covered = [Line(spaced(family), levels, [100 * share for share in c.curve]) for family, c in found]
+    found, levels = scores.calibration.items(), 100 * np.array(LEVELS)
+    covered = [Line(spaced(family), levels, 100 * np.array(c.curve)) for family, c in found]
     bands = [
         Line(spaced(family), [b.spread for b in c.bands], [b.error for b in c.bands], dots=True)
         for family, c in found

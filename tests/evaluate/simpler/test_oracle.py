@@ -11,7 +11,6 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from spear import embodiments
-from spear.cli import main
 from spear.embodiments.simpler_widowx import POSE
 from spear.errors import SpearError
 from spear.evaluate.simpler import oracle
@@ -148,21 +147,3 @@ def test_other_assets_are_told_apart(tmp_path: Path) -> None:
     assert assets_hash(put("a", "robots/widowx/.cache/when", "now")) == found[0]
     assert assets_hash(put("a", "robots/panda/panda.urdf", "x")) == found[0]  # not of these tasks
     assert assets_hash(put("a", "robots/widowx/wx250s.urdf", "x")) != found[0]
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--tasks", "PutCarrotOnPlate-v1"], "PutCarrotOnPlateInScene-v1"),
-        (["--scenes", "0"], "--scenes 0"),
-        (["--batch", "0"], "--batch 0"),
-        (["--films", "some"], "--films"),
-        (["--policy", "expert"], "oracle"),
-    ],
-)
-def test_mistakes_are_said_in_one_line(
-    options: list[str], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert main(["evaluate", "simpler", "--policy", "oracle", "--out", str(tmp_path), *options]) == 2
-    error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1

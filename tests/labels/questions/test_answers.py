@@ -15,11 +15,12 @@ from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
 from spear.errors import SpearError
-from spear.evaluate.vqa.ask import held_out_labels
+from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.fit.box3d import make_box
 from spear.labels.questions.answers import is_a
 from spear.labels.questions.generate import FAMILIES, askable, generate, spoken, why_not_asked
 from spear.labels.questions.templates import UNITS
+from spear.labels.scenes import label_frames
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, LabeledObject, Question
 
@@ -28,7 +29,8 @@ NAMES = ("bowl", "red cube", "cube", "Cube", "mug 2", "mug", "eggplant", "tin bo
 
 @pytest.fixture(scope="module")
 def simulated() -> list[LabeledImage]:
-    return held_out_labels(8, 40, (192, 128)) + held_out_labels(4, 60, (112, 112), "wrist")
+    wrist = held_out_frames(4, 60, (112, 112), "wrist")
+    return [*label_frames(held_out_frames(8, 40, (192, 128))), *label_frames(wrist)]
 
 
 def made_up(rng: np.random.Generator) -> LabeledImage:

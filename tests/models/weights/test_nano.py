@@ -10,7 +10,8 @@ import pytest
 
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.ask import held_out_labels
+from spear.evaluate.vqa.ask import held_out_frames
+from spear.labels.scenes import label_frames
 from spear.policy import SHIPPED, Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES
@@ -36,7 +37,7 @@ def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) ->
 
 def test_the_vlm_sees_where_things_are() -> None:
     vlm = load_vlm("nano")
-    labels = held_out_labels(12, 500, vlm.processor.image_sizes["external"])
+    labels = list(label_frames(held_out_frames(12, 500, vlm.processor.image_sizes["external"])))
     scores = vqa.evaluate(vlm, labels, QuestionOptions(families=("keypoint",)))
     found = scores.families["keypoint"]
     assert found.measures["error"].value < 0.6 * found.constant["error"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +22,7 @@ from spear.errors import unknown_name
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import SimplerOptions
-from spear.evaluate.results import Outcome, Results
+from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
@@ -65,7 +65,7 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
 
 @dataclass
 class SimplerScene:
-    """A running scene: all that an agent may know of it.
+    """A running scene.
 
     seed      of the task's starts it is number seed modulo their count; a policy's noise has the seed itself.
     moment    what is known since the last look.
@@ -78,12 +78,11 @@ class SimplerScene:
     moment: Moment
     process: SimplerProcess
     chunks: ChunkExecutor
-    pictures: list[Array] = field(default_factory=list)
+    pictures: list[Array]
     achieved: int | None = None
 
     @property
     def steps(self) -> int:
-        """Control steps so far."""
         return self.moment.steps
 
 
@@ -111,7 +110,7 @@ class Simpler:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, list[Array]]]:
-        """All seeds through a few processes: the outcome and the pictures of each episode as it ends."""
+        """All seeds through a few processes."""
         if not seeds:
             return
         free = self.open(family, min(self._batch, len(seeds)))
@@ -133,13 +132,11 @@ class Simpler:
                 scenes = [s for s, over in zip(scenes, ended, strict=True) if not over]
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
-        """The pictures with the instruction, and the outcome on the last."""
         frames = [video.compose(picture, None, outcome.instruction) for picture in track[:-1]]
         frames.append(video.compose(track[-1], None, outcome.instruction, outcome.success))
         return Film(outcome, *video.encode(frames, RATE_HZ))
 
     def close(self) -> None:
-        """Ends all processes."""
         for process in self._processes:
             process.close()
         self._processes = []
@@ -155,10 +152,8 @@ class Simpler:
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
         moment = process.reset(seed % TASKS[task].starts, image)
-        scene = SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan))
-        if image:
-            scene.pictures = [moment.observation["observation/image"]]
-        return scene
+        seen = [moment.observation["observation/image"]] if image else []
+        return SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan), seen)
 
     def _execute(
         self, scene: SimplerScene, chunk: Array, observation: Mapping[str, Any], image: bool, filming: bool
@@ -182,7 +177,6 @@ class Simpler:
 
 def _outcome(scene: SimplerScene) -> Outcome:
     moment = scene.moment
-    names = ("success", "reached", "grasped", "wrong_object_moved", "unreachable")
-    seen = {name: getattr(moment, name) for name in names}
-    instruction, steps = moment.observation["prompt"], scene.achieved or moment.steps
-    return Outcome(family=scene.task, seed=scene.seed, instruction=instruction, steps=steps, **seen)
+    seen = {name: getattr(moment, name) for name in (*MILESTONES, "unreachable")}
+    where = scene.task, scene.seed, moment.observation["prompt"]
+    return Outcome(*where, **seen, steps=scene.achieved or moment.steps)

@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import warnings
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,14 @@ def assets_hash(root: Path) -> str:
 
 def check_installed() -> None:
     """Raises `SpearError` where ManiSkill is not installed."""
-    from importlib.util import find_spec
-
     if find_spec("mani_skill") is None:
         raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
 
 
 class SimplerWorld:
-    """One task. Raises `SpearError` where ManiSkill, its assets or a renderer are missing."""
+    """One task. Raises `SpearError` where its assets or a renderer are missing."""
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
-        check_installed()
         os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
         self._env = _make(task)
         self._mode = self._env._obs_mode
@@ -125,10 +123,8 @@ class SimplerWorld:
     def picture(self) -> Array:
         """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
         self._env._obs_mode = self._mode
-        try:
-            data = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
-        finally:
-            self._env._obs_mode = "none"
+        data = self._env.get_obs()["sensor_data"][CAMERA]["rgb"][0]
+        self._env._obs_mode = "none"
         return np.asarray(data, np.uint8)
 
     def _notice(self) -> None:
@@ -244,11 +240,9 @@ class SimplerProcess:
         return self._ask("reset", start, image)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
-        """As `SimplerWorld.run`."""
         return self._ask("run", rows, image, filming)
 
     def close(self) -> None:
-        """Ends the process."""
         self._pipe.close()
         self._process.join(5)
         if self._process.is_alive():

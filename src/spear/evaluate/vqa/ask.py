@@ -73,7 +73,8 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     if view not in processor.image_sizes:
         raise unknown_name("view", view, processor.image_sizes)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
-        labels = held_out_labels(images, sim_seed(where), processor.image_sizes[view], view)
+        frames = held_out_frames(images, sim_seed(where), processor.image_sizes[view], view)
+        labels = list(label_frames(frames))
     else:
         folder = Path(where)
         if not folder.exists():
@@ -110,10 +111,3 @@ def held_out_frames(
     seeds, renderer = held_out_seeds(first_seed, scenes), Renderer()
     for seed in seeds:
         yield clutter_frame(seed, camera, size, renderer)
-
-
-def held_out_labels(
-    scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
-) -> list[LabeledImage]:
-    """The same scenes with 3D labels."""
-    return list(label_frames(held_out_frames(scenes, first_seed, size, camera)))

@@ -23,9 +23,9 @@ whichever is right more often.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,16 +51,16 @@ class Measure:
     unit: str
     statistic: Literal["median", "mean", "rate"]
 
-    def say(self, value: float) -> str:
-        """A value with its unit."""
-        if self.statistic == "rate":
-            return f"{value:.0%}"
-        return f"{value:.2f}" if not self.unit else f"{value:.1f} {self.unit}"
+    @property
+    def average(self) -> Callable[[Any], Any]:
+        """What sums it up."""
+        return np.median if self.statistic == "median" else np.mean
 
-    def say_with_interval(self, e: Estimate) -> str:
-        """As "12.3 mm [10.1, 14.0]"."""
-        low, high = (self.say(v).removesuffix(f" {self.unit}") for v in (e.low, e.high))
-        return f"{self.say(e.value)} [{low}, {high}]"
+    def say(self, value: float | Estimate) -> str:
+        """A value with its unit; an estimate as "12.3 mm [10.1, 14.0]"."""
+        form = ".0%" if self.statistic == "rate" else ".1f" if self.unit else ".2f"
+        unit = f" {self.unit}" if self.unit else ""
+        return value.say(form, 1.0, unit) if isinstance(value, Estimate) else format(value, form) + unit
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -94,7 +94,7 @@ def image_points(segments: Segments) -> Array:
 
 def grammatical(question: Question, answer: Segments) -> bool:
     """Whether an answer has exactly as many numbers and image points as the truth (24 numbers for a box)."""
-    return _shape(answer) == _shape(question.segments)
+    return all(len(of(answer)) == len(of(question.segments)) for of in (numbers, image_points))
 
 
 def scales(question: Question, label: LabeledImage) -> Array:
@@ -174,8 +174,7 @@ def constant_guess(questions: Sequence[Question]) -> list[Segments]:
     if questions[0].family == "back_projection":
         middle = np.median([image_points(q.segments) for q in questions], axis=0)
         return [[Pixel(float(x), float(y)) for x, y in middle]] * len(questions)
-    values = np.median([numbers(q.segments) for q in questions], axis=0)
-    return [_words(q, with_numbers(q.segments, values), questions) for q in questions]
+    return _guess(questions, [1.0] * len(questions))
 
 
 def depth_guess(questions: Sequence[Question], labels: Sequence[LabeledImage]) -> list[Segments] | None:
@@ -186,10 +185,13 @@ def depth_guess(questions: Sequence[Question], labels: Sequence[LabeledImage]) -
     if questions[0].family == "back_projection":
         return None
     boxes = [[o.box3d for o in label.objects if o.box3d is not None] for label in labels]
-    depths = [float(np.median([box.center[2] for box in some])) for some in boxes]
-    pairs = list(zip(questions, depths, strict=True))
-    usual = np.median([numbers(q.segments) / d for q, d in pairs], axis=0)
-    return [_words(q, with_numbers(q.segments, usual * d), questions) for q, d in pairs]
+    return _guess(questions, [float(np.median([box.center[2] for box in some])) for some in boxes])
+
+
+def _guess(questions: Sequence[Question], units: Sequence[float]) -> list[Segments]:
+    pairs = list(zip(questions, units, strict=True))
+    usual = np.median([numbers(q.segments) / unit for q, unit in pairs], axis=0)
+    return [_words(q, with_numbers(q.segments, usual * unit), questions) for q, unit in pairs]
 
 
 def _words(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
@@ -199,7 +201,3 @@ def _words(question: Question, guess: Segments, questions: Sequence[Question]) -
     first = [np.subtract(*numbers(q.segments)) < 0 for q in questions]
     closer = question.objects[0 if np.mean(first) >= 0.5 else 1]
     return [*guess[:-1], f" so the {closer} is closer"]
-
-
-def _shape(segments: Segments) -> tuple[int, int]:
-    return sum(isinstance(s, float) for s in segments), sum(isinstance(s, Pixel) for s in segments)

@@ -41,9 +41,7 @@ def evaluate(
         raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
-        raise SpearError(
-            f"no questions: {len(labels)} images, none has an object to ask about (see `spear label show`)"
-        )
+        raise SpearError(f"no questions: no object to ask about in {len(labels)} images: `spear label show`")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
     def ask(part: Sequence[tuple[int, Question]], family: str | None, decode: Decode) -> list[Asked]:

@@ -55,7 +55,7 @@ class Asked:
 
     @property
     def grammatical(self) -> bool:
-        """Whether the answer has as many numbers and image points as the truth."""
+        """See `evaluate.vqa.measures`."""
         return grammatical(self.question, self.answer)
 
     @cached_property
@@ -110,8 +110,7 @@ class Readings:
 
 @dataclass(frozen=True)
 class Scores:
-    """A whole evaluation. readings and calibration have the families with numbers, if the model gave
-    distributions."""
+    """A whole evaluation. readings, calibration: of families with numbers, if distributions were given."""
 
     unit: Unit
     decode: Decode
@@ -150,8 +149,8 @@ class Scores:
         for family, s in self.families.items():
             main = "error" if self.unit == "metre" else "relative"
             main = "pixels" if family == "back_projection" else main
-            errors = [said(s.measures, main), said(s.measures, "relative")]
-            guesses = [guessed(s.constant, main), guessed(s.depth_only, main)]
+            errors = [_said(name, s.measures.get(name)) for name in (main, "relative")]
+            guesses = [_said(main, guess.get(main)) for guess in (s.constant, s.depth_only)]
             grammar = [f"{s.grammar.value:.1%}", f"{s.free.value:.1%}"]
             rows.append([family.replace("_", " "), str(s.n), *errors, *guesses, *grammar])
         return [*headers, "grammar", "free"], rows
@@ -162,9 +161,8 @@ class Scores:
         for family, s in self.families.items():
             for name, estimate in s.measures.items():
                 if name not in ("relative", "error", "pixels"):
-                    value = MEASURES[name].say_with_interval(estimate)
-                    guesses = [guessed(s.constant, name), guessed(s.depth_only, name)]
-                    rows.append([family.replace("_", " "), MEASURES[name].title, value, *guesses])
+                    cells = [_said(name, e) for e in (estimate, s.constant.get(name), s.depth_only.get(name))]
+                    rows.append([family.replace("_", " "), MEASURES[name].title, *cells])
         return ["question", "what", "value [95 %]", "constant guess", "depth only"], rows
 
     def reading_rows(self) -> tuple[list[str], list[list[str]]]:
@@ -173,8 +171,7 @@ class Scores:
         rows = []
         for family, r in self.readings.items():
             errors = [f"{r.error[d]:.2f} %" for d in DECODES]
-            gains = (tuple(100 * v for v in (g.value, g.low, g.high)) for g in r.gain.values())
-            saved = [f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]" for value, low, high in gains]
+            saved = [gain.say("+.1f", 100, " %") for gain in r.gain.values()]
             rows.append([family.replace("_", " "), *errors, r.best, *saved])
         return headers, rows
 
@@ -206,39 +203,28 @@ def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[La
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)
 
 
-def said(measures: Mapping[str, Estimate], name: str) -> str:
-    """A measure with its interval, or a dash."""
-    return MEASURES[name].say_with_interval(measures[name]) if name in measures else "–"
-
-
-def guessed(measures: Mapping[str, float], name: str) -> str:
-    """A guess's measure, or a dash."""
-    return MEASURES[name].say(measures[name]) if name in measures else "–"
+def _said(name: str, value: Estimate | float | None) -> str:
+    return "–" if value is None else MEASURES[name].say(value)
 
 
 def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for a in rows:
-        for name, value in a.measures.items():
-            found.setdefault(name, []).append((a.image, value))
-    ordered = [name for name in MEASURES if name in found]
+    found = {n: [(a.image, a.measures[n]) for a in rows if n in a.measures] for n in MEASURES}
     questions = [a.question for a in rows]
     return FamilyScore(
         n=len(rows),
         images=len({a.image for a in rows}),
         grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
         free=wilson(sum(free), len(free)),
-        measures={name: _estimate(name, found[name]) for name in ordered},
+        measures={name: _estimate(name, values) for name, values in found.items() if values},
         constant=_guess(rows, constant_guess(questions)),
         depth_only=_guess(rows, depth_guess(questions, [a.label for a in rows])),
     )
 
 
 def _estimate(name: str, values: Sequence[tuple[int, float]]) -> Estimate:
-    statistic = MEASURES[name].statistic
-    if statistic == "rate":
+    if MEASURES[name].statistic == "rate":
         return wilson(round(sum(v for _, v in values)), len(values))
-    return bootstrap(by_image(values), np.median if statistic == "median" else np.mean)
+    return bootstrap(by_image(values), MEASURES[name].average)
 
 
 def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[str, float]:
@@ -246,8 +232,7 @@ def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[st
         return {}
     measured = [measure(a.question, guess, a.label) for a, guess in zip(rows, answers, strict=True)]
     names = [name for name in MEASURES if name in measured[0] and name != "consistent"]
-    how = {n: np.median if MEASURES[n].statistic == "median" else np.mean for n in names}
-    return {n: float(how[n]([m[n] for m in measured])) for n in names}
+    return {n: float(MEASURES[n].average([m[n] for m in measured])) for n in names}
 
 
 def _readings(rows: Sequence[Asked]) -> Readings:
