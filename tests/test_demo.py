@@ -15,7 +15,7 @@ from PIL import Image
 import spear.policy
 from spear import demo
 from spear.cli import main
-from spear.errors import SpearError
+from spear.evaluate import closed_loop
 from spear.evaluate import film as video
 
 
@@ -46,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shipped(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(spear.policy, "SHIPPED", weights / "shipped")
-    small = {"SCENES": 1, "QUESTION_SCENES": 2, "LABEL_SCENES": 2, "FINE_TUNE_STEPS": 1}
+    small = {"SCENES": 1, "QUESTION_SCENES": 1, "LABEL_SCENES": 2, "FINE_TUNE_STEPS": 1}
     for name, value in {**small, "FAMILIES": ("put_on",)}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(video, "HEIGHT", 84)
@@ -75,7 +75,7 @@ def test_ask_answers_in_metres_and_draws(
 
 
 def test_evaluate_writes_results_films_and_a_comparison(
-    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = ["--families", "stack_cube", "--scenes", "1", "--out"]
     assert main(["evaluate", "--policy", "expert", *scenes, str(tmp_path / "expert")]) == 0
@@ -83,17 +83,17 @@ def test_evaluate_writes_results_films_and_a_comparison(
     assert json.loads(expert.read_text())["mean_success"] == 1
     assert [p.name for p in (tmp_path / "expert").glob("*.mp4")] == ["stack_cube-success-0.mp4"]
     capsys.readouterr()
+    monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     assert main(["evaluate", *scenes, str(tmp_path / "nano")]) == 0
     assert main(["evaluate", "compare", str(tmp_path / "nano"), str(expert)]) == 0
     assert "against expert" in capsys.readouterr().out
-    assert main(["evaluate", "vqa", "nano", "sim", "--images", "2", "--out", str(tmp_path / "vqa")]) == 0
-    assert json.loads((tmp_path / "vqa/scores.json").read_text())["families"]["distance"]["n"] > 0
 
 
 def test_the_page_without_real_data_says_how_to_get_some(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     assert main(["demo", "--out", "page"]) == 0
     html = (tmp_path / "page/index.html").read_text()
     assert str(tmp_path / "page/index.html") in capsys.readouterr().out
@@ -112,8 +112,8 @@ def test_real_episodes_are_learned_and_scored(shipped: Path, shared: Path, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_missing_or_truncated_checkpoint_is_one_line(
-    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_truncated_checkpoint_is_one_line(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "policy"
     shutil.copytree(shipped / "shipped/nano", broken)
@@ -122,10 +122,6 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
     assert main(["evaluate", "--policy", str(broken), "--scenes", "1"]) == 2
     said = capsys.readouterr().err
     assert "model.safetensors" in said and said.count("\n") == 1
-    monkeypatch.setattr(spear.policy, "SHIPPED", tmp_path / "nothing")
-    with pytest.raises(SpearError, match="no model 'nano'"):
-        demo.make(tmp_path / "page")
-    assert not (tmp_path / "page").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +135,6 @@ def test_a_missing_or_truncated_checkpoint_is_one_line(
         (["ask", "sim:7", "how far?", "--family", "distanse"], "did you mean 'distance'?"),
         (["train", "nano-post", "--init", "nano", "--episodes", "/nowhere"], "/nowhere"),
         (["train", "nano-post", "--episodes", "x", "--init", "nanno"], "'nanno'"),
-        (["train", "nano-post", "--init", "nano", "--set", "batch_sise=2"], "'batch_size'"),
     ],
 )
 def test_bad_questions_and_recipes_are_one_line(

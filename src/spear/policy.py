@@ -32,12 +32,9 @@ def locate(name: str | Path) -> Path:
 
     Raises `SpearError` when there is none.
     """
-    path = Path(name)
-    if (path / "final" / "config.json").is_file():
-        return path / "final"
+    path, shipped = Path(name), SHIPPED / str(name)
     if path.is_dir():
-        return path
-    shipped = SHIPPED / str(name)
+        return path / "final" if (path / "final" / "config.json").is_file() else path
     if (shipped / "config.json").is_file():
         return shipped
     names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))

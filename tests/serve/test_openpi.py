@@ -1,4 +1,4 @@
-"""`spear serve` and the real openpi-client, each in its own process and environment, as on a robot.
+"""`spear serve --ui` and the real openpi-client, each in its own process and environment, as on a robot.
 
 openpi-client pins numpy < 2. The environment is made once, in the folder for temporary files or in
 SPEAR_OPENPI_VENV; without a package index the test is skipped.
@@ -71,16 +71,18 @@ def openpi_python() -> Path:
 
 
 def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
     code = "import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--port", "0", "--embodiment", "droid", "--token", "secret"]
+    options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
     server = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", "nano", *options], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "serve", *options], stdout=subprocess.PIPE, text=True
     )
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
         found = re.fullmatch(r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line)
         assert found, line
+        assert server.stdout.readline() == f"page at http://127.0.0.1:{found[1]}/\n"
         robot = embodiments.load("droid")
         seen = {**robot.example(), "observation/exterior_image_1_left": np.zeros((360, 640, 3), np.uint8)}
         np.savez(tmp_path / "seen.npz", **seen)

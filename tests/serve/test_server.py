@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,10 @@ from websockets.sync.client import connect
 
 from serve_here import Homing, homing, serving
 from spear.embodiments import load
-from spear.errors import Notice, SpearError, notice
+from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
-from spear.serve.options import ServeOptions
 from spear.serve.server import PolicyServer
-from spear.serve.service import Service
 
 GENERIC = load("generic")
 
@@ -185,20 +181,6 @@ def test_dead_and_slow_clients_hold_nobody_up() -> None:
         slow.close()
 
 
-def test_warming_up_tells_nobody_of_the_examples_images() -> None:
-    class Noticing(Homing):
-        def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
-            notice("images have another aspect")
-            return super().infer_batch(observations)
-
-    service = Service(Noticing(), GENERIC)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        service.warm_up()
-    with pytest.warns(Notice, match="another aspect"):
-        service.answer([seen()])
-
-
 SLOW = """
 import asyncio
 from serve_here import Homing
@@ -240,10 +222,3 @@ def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def test_a_port_that_is_taken_is_said() -> None:
-    with serving() as server:
-        second = PolicyServer(Service(Homing(), GENERIC), ServeOptions("test", port=server.port))
-        with pytest.raises(SpearError, match=str(server.port)):
-            asyncio.run(second.run())

@@ -7,10 +7,7 @@ import base64
 import io
 import json
 import re
-import signal
 import struct
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import zlib
@@ -134,26 +131,6 @@ def test_the_page_is_whole_and_the_policy_is_still_there(server: PolicyServer) -
     robot = RemotePolicy(f"ws://127.0.0.1:{server.port}/")
     assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
     robot.close()
-
-
-def test_the_command_prints_where_the_page_is(renderer: Any) -> None:
-    code = "import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "serve", "nano", "--ui", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        found = re.fullmatch(r"page at (http://127\.0\.0\.1:\d+/)\n", process.stdout.readline())
-        assert found
-        with urllib.request.urlopen(found[1], timeout=PATIENCE) as reply:
-            assert "<title>SPEAR-1</title>" in reply.read().decode()
-        with connect(found[1].replace("http", "ws") + "ui", max_size=None, proxy=None) as opened:
-            assert json.loads(opened.recv())["model"] == "nano"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 0
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:

@@ -50,7 +50,9 @@ class RemotePolicy:
             # every answer is read, so that a refused one leaves nothing behind for the next call
             replies = [connection.recv() for connection, _ in sent]
             for index, (connection, message) in enumerate(sent):
-                while _busy(replies[index]) and time.monotonic() < deadline:
+                while isinstance(said := replies[index], str) and said.startswith("busy: "):
+                    if time.monotonic() > deadline:
+                        break
                     time.sleep(PAUSE)
                     connection.send(message)
                     replies[index] = connection.recv()
@@ -85,7 +87,3 @@ class RemotePolicy:
                 raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
             self.metadata = wire.decode(greeting)
             self._connections.append(connection)
-
-
-def _busy(reply: str | bytes) -> bool:
-    return isinstance(reply, str) and reply.startswith("busy: ")

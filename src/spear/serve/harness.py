@@ -28,8 +28,7 @@ class HarnessServer(ModelServer):
     def __init__(self, service: Service, options: VlaEvalOptions) -> None:
         self._service, self._options = service, options
         self._replan = REPLAN if options.replan is None else options.replan
-        self._rows: dict[str, deque[Array]] = {}
-        self._seeds: dict[str, int] = {}
+        self._episodes: dict[str, tuple[int, deque[Array]]] = {}  # seed, actions that are left
 
     async def on_serve_start(self, tg: TaskGroup) -> None:
         """The harness calls this before the first connection."""
@@ -41,23 +40,21 @@ class HarnessServer(ModelServer):
         """Forgets the last episode. Randomness depends on task and episode number alone, however they run."""
         task = config.get("task") or {}
         name = f"{task.get('name')}/{task.get('episode_idx')}"
-        self._seeds[ctx.session_id] = 1000 * zlib.crc32(name.encode())
-        self._rows[ctx.session_id] = deque()
+        self._episodes[ctx.session_id] = 1000 * zlib.crc32(name.encode()), deque()
 
     async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
         """Answers with the next action of the chunk; asks the policy again when those are used up."""
-        rows = self._rows.setdefault(ctx.session_id, deque())
+        seed, rows = self._episodes.setdefault(ctx.session_id, (0, deque()))
         if not rows:
             if "seed" in self._service.embodiment.optional:
-                obs = {**obs, "seed": self._seeds.get(ctx.session_id, 0) + ctx.step}
+                obs = {**obs, "seed": seed + ctx.step}
             result = await self._batcher.submit(ctx.session_id, obs)
             rows.extend(result["actions"][: self._replan])
         await ctx.send_action({"actions": rows.popleft()})
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
         """Also called when the connection is lost."""
-        self._rows.pop(ctx.session_id, None)
-        self._seeds.pop(ctx.session_id, None)
+        self._episodes.pop(ctx.session_id, None)
         self._batcher.forget(ctx.session_id)
 
     def get_observation_params(self) -> dict[str, Any]:

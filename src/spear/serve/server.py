@@ -7,6 +7,7 @@ on. `GET /healthz` says "ok"; `GET /metrics` has counts for Prometheus.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import http
 import logging
@@ -32,6 +33,7 @@ QUIET = logging.getLogger("spear.serve.websockets")
 QUIET.setLevel(logging.CRITICAL)
 LARGEST_MESSAGE = 16 * 2**20
 """Bytes (our choice)."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 30.0
 """How long requests under way may take when the server stops."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -111,13 +113,9 @@ class PolicyServer:
         Raises `SpearError` when the port cannot be had.
         """
         loop = asyncio.get_running_loop()
-        signals = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
+        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: `stop` is for that
+            for number in SIGNALS:
                 loop.add_signal_handler(number, self.stop)
-                signals.append(number)
-            except (ValueError, RuntimeError, NotImplementedError):  # not the main thread: `stop` is for that
-                break
         answering = asyncio.create_task(self._batcher.run())
         try:
             async with await self._listen() as server:
@@ -130,7 +128,7 @@ class PolicyServer:
             answering.cancel()
             if self.page:
                 await self.page.close()
-            for number in signals:
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
 
     async def _listen(self) -> Server:
@@ -153,7 +151,7 @@ class PolicyServer:
         self._draining = True
         server.close(close_connections=False)
         deadline = time.monotonic() + DRAIN_S
-        while (self._answering or not self._batcher.idle) and time.monotonic() < deadline:
+        while self._answering and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await asyncio.gather(*(c.close(1001, "the server stops") for c in self._clients))
 

@@ -150,16 +150,10 @@ class Batcher:
         self._seen: dict[Hashable, float] = {}
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self._running = 0
 
     def __len__(self) -> int:
         """Requests that wait."""
         return len(self._queue)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing is being answered."""
-        return not self._queue and not self._running
 
     async def submit(self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
         """The result for one request of `client`. Raises `Busy` at once when the queue is full.
@@ -187,11 +181,9 @@ class Batcher:
                 batch = await self._collect()
                 if not batch:  # everyone who asked has left
                     continue
-                self._running = len(batch)
                 started = time.perf_counter()
                 results = await loop.run_in_executor(self._thread, self._safely, [w.request for w in batch])
                 self._done(len(batch), time.perf_counter() - started)
-                self._running = 0
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
                         self._seen[waiting.client] = time.perf_counter()

@@ -41,12 +41,7 @@ LARGEST_SEED = 2**31 - 1
 REQUESTS = ("reset", "instruct", "predict", "step", "start", "stop", "boxes", "question", "follow")
 """What a tab may ask for: each is a method of `Session`, with _ before its name."""
 SOCKET = "/ui"
-FILES = {
-    "/": ("index.html", "text/html"),
-    "/ui.css": ("ui.css", "text/css"),
-    "/ui.js": ("ui.js", "text/javascript"),
-    "/space.js": ("space.js", "text/javascript"),
-}
+FILES = {"/": "html", "/ui.css": "css", "/ui.js": "javascript", "/space.js": "javascript"}
 MOST_TABS = 8
 """Open at a time (our choice)."""
 POLICY = (
@@ -68,7 +63,8 @@ class Page:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
         self._token, self._about, self._tabs = token, {"max_bytes": max_bytes}, 0
         folder = resources.files("spear.ui")
-        self._files = {path: (folder.joinpath(f).read_bytes(), kind) for path, (f, kind) in FILES.items()}
+        read = {path: folder.joinpath(path[1:] or "index.html").read_bytes() for path in FILES}
+        self._files = {path: (data, f"text/{FILES[path]}") for path, data in read.items()}
 
     def owns(self, request: Request) -> bool:
         """Whether a request is for the page, and not for the policy, whose websocket is everywhere else."""
@@ -83,11 +79,7 @@ class Page:
         if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):
             return self._enter(request, sent[-1])
         if not self._known(request) and parts.path != "/ui.css":
-            return _response(
-                http.HTTPStatus.UNAUTHORIZED,
-                ASK.format("This page asks for the server's token."),
-                "text/html",
-            )
+            return _door("This page asks for the server's token.")
         if parts.path != SOCKET:
             return _response(http.HTTPStatus.OK, *self._files[parts.path])
         if self._tabs >= MOST_TABS:
@@ -124,9 +116,7 @@ class Page:
 
     def _enter(self, request: Request, sent: str) -> Response:
         if self._token is not None and not _equal(sent, self._token):
-            return _response(
-                http.HTTPStatus.UNAUTHORIZED, ASK.format("That is not the token: try again."), "text/html"
-            )
+            return _door("That is not the token: try again.")
         response = _response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
@@ -168,6 +158,10 @@ def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plai
         }
     )
     return Response(status.value, status.phrase, headers, data)
+
+
+def _door(words: str) -> Response:
+    return _response(http.HTTPStatus.UNAUTHORIZED, ASK.format(words), "text/html")
 
 
 class Session:

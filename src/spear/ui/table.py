@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,16 +109,7 @@ class Table:
 
     def show(self, data: bytes) -> View:
         """A photo, as its file. Raises `SpearError` for one that cannot be read or is too large."""
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
-        except Exception:  # what is wrong with it is said below
-            width = height = 0
-        if max(width, height) > tools.LONGEST_SIDE:
-            raise SpearError(
-                f"the image: {width} x {height} pixels: send sides of at most {tools.LONGEST_SIDE}"
-            )
-        pixels = load_image(data, "the image")
+        pixels = load_image(data, "the image", tools.LONGEST_SIDE)
         self._photo = tools.image({"the image": pixels}, "the image")
         self._env, self._trail, self._asked = None, [], []
         shown = Image.fromarray(self._photo)

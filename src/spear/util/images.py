@@ -56,14 +56,15 @@ def encode_jpeg(image: Array, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def load_image(source: str | Path | bytes, name: str = "") -> Array:
+def load_image(source: str | Path | bytes, name: str = "", longest: int | None = None) -> Array:
     """An image file as [h, w, 3] uint8 RGB, turned as its EXIF orientation says.
 
     CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid
     on white; of an animation the first frame is taken. Embedded colour profiles are not applied. (Our
     choice.)
 
-    source  a path, or the bytes of the file; name: what errors call it, the path when not given.
+    source   a path, or the bytes of the file; name: what errors call it, the path when not given.
+    longest  the most pixels that a side may have: looked at before the pixels are.
 
     Raises `SpearError` for no such file, not an image, a broken or truncated one, one that claims to be
     enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
@@ -77,6 +78,9 @@ def load_image(source: str | Path | bytes, name: str = "") -> Array:
         raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if longest and max(image.size) > longest:
+                size = "{} x {}".format(*image.size)
+                raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             image.load()
             return np.array(_rgb(ImageOps.exif_transpose(image), name))
     except SpearError:
