@@ -42,7 +42,6 @@ from spear.data.mixture import Mixture
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import Conversion, prepare
-from spear.models.processing import fit_image
 from spear.train import loop
 
 GOALS = {"decode": "0.8", "video recorded": "3", "tf recorded": "3"}
@@ -80,7 +79,7 @@ def make_data(root: Path, episodes: int, steps: int) -> None:
     write_episodes(ordered, root / "recorded", shard_size=8)
     sizes = {camera: (width, height) for camera, (height, width) in VIEWS.items()}
     begun = time.perf_counter()
-    how = Conversion(sizes=sizes, fit_image=fit_image)
+    how = Conversion(sizes=sizes)
     prepare(root / "recorded", root / "prepared", how=how, workers=CORES)
     took = time.perf_counter() - begun
     frames = int(EpisodeStore(root / "prepared").lengths.sum())

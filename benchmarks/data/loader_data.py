@@ -19,12 +19,12 @@ from spear.data.normalize import Normalizer
 from spear.data.readers.lerobot import open_lerobot
 from spear.data.store.episode_store import EpisodeStore
 from spear.models.presets import preset
-from spear.models.processing import Processor, fit_image
+from spear.models.processing import Processor
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.tasks import robot_inputs
 from spear.types import Array, Episode
-from spear.util.images import decode_image, encode_jpeg
+from spear.util.images import decode_image, encode_jpeg, fit_image
 
 VIEWS = {"external": (210, 280), "wrist": (112, 112)}
 CORES = 2
@@ -57,7 +57,7 @@ class Ours:
     """What `spear.train.tasks.VlaTask.batch` makes, without its network."""
 
     def __init__(self, mixture: Mixture, batch_size: int) -> None:
-        self.samples = TrainingSamples(mixture, VIEWS, fit_image)
+        self.samples = TrainingSamples(mixture, VIEWS)
         self.normalizer = Normalizer.fit([(store, 1.0) for store in mixture.stores])
         values = np.random.default_rng(0).normal(size=4000)
         self.processor = Processor.build(preset("nano"), WORDS, CoordinateTokenizer.fit(values))

@@ -16,9 +16,8 @@ from PIL import Image
 from tyro.conf import Positional
 
 from spear.data.store.stats import sample_images
-from spear.models.processing import fit_image
 from spear.types import Episode
-from spear.util.images import decode_image, encode_jpeg, open_image
+from spear.util.images import decode_image, encode_jpeg, fit_image, open_image
 
 SIZES = {"external": (210, 280), "wrist": (112, 112)}
 

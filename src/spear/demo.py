@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from spear.data.readers.formats import episode_counts
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.prepare import prepare
+from spear.data.store.prepare import folder_in, prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
 from spear.evaluate.agents import Agent, ExpertAgent, IdleAgent, PolicyAgent
@@ -192,9 +192,8 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
     if cut < 1:
         raise SpearError(f"too few episodes: {source}: its split {name!r} has {count}: give at least 2")
     stores = []
-    for part, split in (("learn", f"{name}[:{cut}]"), ("test", f"{name}[{cut}:{count}]")):
-        key = hashlib.sha256(f"{source.resolve()} {split}".encode()).hexdigest()[:8]
-        target = out / f"episodes-{part}-{key}"
+    for split in (f"{name}[:{cut}]", f"{name}[{cut}:{count}]"):
+        target = folder_in(out, source, split)
         if not target.is_dir():
             prepare(source, target, split)
         stores.append(EpisodeStore(target))

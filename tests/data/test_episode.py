@@ -70,10 +70,6 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
 
 
 def test_append_adds_shards_and_overwriting_is_refused(tmp_path: Path) -> None:
-    bad = dataclasses.replace(make_episode(1), instruction=" ")
-    with pytest.raises(SpearError, match=r"empty instruction: test 1"):
-        write_episodes([make_episode(0), bad], tmp_path)
-    assert list(tmp_path.iterdir()) == []  # a failed write leaves nothing
     write_episodes([make_episode(0)], tmp_path)
     with pytest.raises(SpearError, match="episodes exist"):
         write_episodes([make_episode(1)], tmp_path)
@@ -81,7 +77,7 @@ def test_append_adds_shards_and_overwriting_is_refused(tmp_path: Path) -> None:
     assert [e.source for e in EpisodeStore(tmp_path)] == ["test 0", "test 1"]
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.2, 0.7, 0.98])
+@pytest.mark.parametrize("keep", [0.0, 0.7, 0.98])
 def test_truncated_shard_is_named(tmp_path: Path, keep: float) -> None:
     write_episodes([make_episode(i) for i in range(20)], tmp_path)
     shard = tmp_path / "episodes-00000.arrow"
@@ -97,15 +93,13 @@ def test_nearly_unit_quaternions_are_normalised_and_others_refused() -> None:
     episode = make_episode(3)
     near = dataclasses.replace(episode, rotation=episode.rotation * -1.0009)
     np.testing.assert_allclose(check_episode(near).rotation, episode.rotation, atol=1e-6)
-    far = dataclasses.replace(episode, rotation=episode.rotation * np.linspace(1, 1.0011, 6)[:, None])
-    with pytest.raises(SpearError, match=r"test 3 step 5: rotation quaternion has norm 1\.001"):
-        check_episode(far)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instruction": ""}, "empty instruction"),
+        ({"rotation": np.eye(4)[[0] * 6] * np.linspace(1, 1.0011, 6)[:, None]}, r"test 1 step 5: .*1\.001"),
+        ({"instruction": " "}, "empty instruction"),
         ({"rate_hz": 0.0}, "bad rate"),
         ({"images": {}}, "no camera"),
         ({"images": {"external": [b"x"] * 5}}, "camera 'external' has 5 rows but there are 6"),
@@ -117,6 +111,8 @@ def test_nearly_unit_quaternions_are_normalised_and_others_refused() -> None:
         ({"position": np.where(np.arange(18).reshape(6, 3) == 13, np.nan, 0)}, "test 1 step 4: position"),
     ],
 )
-def test_bad_episodes_are_refused(change: dict[str, object], message: str) -> None:
+def test_bad_episodes_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    bad = dataclasses.replace(make_episode(1), **change)
     with pytest.raises(SpearError, match=message):
-        check_episode(dataclasses.replace(make_episode(1), **change))
+        write_episodes([make_episode(0), bad], tmp_path)
+    assert list(tmp_path.iterdir()) == []  # a failed write leaves nothing

@@ -112,27 +112,16 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
 
 
-finite = st.floats(-2, 2, width=32)
-triples = st.tuples(finite, finite, finite)
-scales = st.tuples(*[st.floats(1e-3, 2)] * 3)
-
-
-@given(triples, scales, st.lists(triples, min_size=1, max_size=5), st.floats(0, 1))
-def test_inverse(
-    offset: tuple[float, float, float],
-    scale: tuple[float, float, float],
-    translations: list[tuple[float, float, float]],
-    opening: float,
-) -> None:
-    normalizer = Normalizer("quantile", offset, scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1)
-    vector = torch.zeros(len(translations), 8, dtype=torch.float64)
-    vector[:, :3] = torch.tensor(translations, dtype=torch.float64)
-    vector[:, 3], vector[:, 7] = 1, opening
-    action = Action.from_vector(vector)
-    normal = normalizer.normalize_action(action)
-    assert float(normal.gripper.min()) >= -1 and float(normal.gripper.max()) <= 1
-    back = normalizer.unnormalize_action(normal).to_vector()
-    torch.testing.assert_close(back, vector, atol=1e-12, rtol=0)
+def test_inverse() -> None:
+    rng = np.random.default_rng(0)
+    for offset, scale in zip(rng.uniform(-2, 2, (20, 3)), rng.uniform(1e-3, 2, (20, 3)), strict=True):
+        normalizer = Normalizer("quantile", tuple(offset), tuple(scale), (0.0,) * 3, (1.0,) * 3, 1)
+        action = as_action(rng.uniform(-2, 2, (5, 3)))
+        action = dataclasses.replace(action, gripper=torch.rand(5, 1, dtype=torch.float64))
+        normal = normalizer.normalize_action(action)
+        assert float(normal.gripper.min()) >= -1 and float(normal.gripper.max()) <= 1
+        back = normalizer.unnormalize_action(normal).to_vector()
+        torch.testing.assert_close(back, action.to_vector(), atol=1e-12, rtol=0)
 
 
 def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
@@ -161,9 +150,6 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SpearError, match=r"normalizer\.json"):
             Normalizer.load(path)
-
-
-def test_unknown_mode_and_nothing_to_fit(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
     with pytest.raises(SpearError, match="did you mean 'quantile'"):
         Normalizer.fit([(store, 1.0)], "quantiles")  # type: ignore[arg-type]
@@ -206,7 +192,7 @@ def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]
         sketch.add(piece)
     assert sketch.count == count and sketch.weighted()[1].sum() == count
     assert worst_rank(sketch, values) <= sketch.rank_error + 1e-12
-    assert sketch.rank_error <= 6 / 256
+    assert sketch.rank_error <= 6 / 256 and len(sketch.weighted()[0]) <= 6 * 256
     assert (sketch.low, sketch.high) == (values.min(), values.max())
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-9 * np.abs(values).max())
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
@@ -219,14 +205,3 @@ def test_nothing_is_lost_while_it_fits(values: list[float], q: float, cut: int) 
     sketch.add(np.array(values[cut:]))
     assert sketch.rank_error == 0
     assert weighted_quantile(*sketch.weighted(), q) == pytest.approx(np.quantile(values, q), abs=1e-9)
-
-
-def test_a_million_values_to_a_thousandth_of_rank_in_little_memory() -> None:
-    values = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)
-    sketch = QuantileSketch()
-    for piece in np.array_split(values, 80):
-        sketch.add(piece)
-    assert sketch.rank_error <= 1e-3
-    assert worst_rank(sketch, values) <= 1e-3
-    assert len(sketch.weighted()[0]) < 130_000
-    assert weighted_quantile(*sketch.weighted(), 0.99) == pytest.approx(np.quantile(values, 0.99), abs=0.01)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from spear.errors import SpearError
 from spear.models.presets import preset
-from spear.models.processing import Processor, fit_image, fitting, window
+from spear.models.processing import Processor, fitting, window
 from spear.models.vlm import IGNORE
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
+from spear.util.images import fit_image
 
 TEXTS = [
     "put the carrot on the plate",

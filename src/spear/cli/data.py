@@ -54,7 +54,6 @@ def prepare(options: PrepareOptions) -> None:
     from spear.data.readers.formats import dataset_name
     from spear.data.store.prepare import Conversion
     from spear.data.store.prepare import prepare as run
-    from spear.models.processing import fit_image
 
     if not options.paths:
         raise SpearError("nothing to prepare: give one folder of robot data, or several")
@@ -63,7 +62,7 @@ def prepare(options: PrepareOptions) -> None:
     names = [dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
-    how = Conversion(options.layout, options.rate, options.sizes(), fit_image, options.quality)
+    how = Conversion(options.layout, options.rate, options.sizes(), options.quality)
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     for path, name in zip(options.paths, names, strict=True):
         target = options.out if len(names) == 1 else options.out / name
@@ -73,13 +72,13 @@ def prepare(options: PrepareOptions) -> None:
 
 def _check_layout(path: Path, layout: Path | None) -> None:
     """Raises `SpearError` for a --layout that is no file, or is given with data that need none."""
-    from spear.data.readers.formats import FORMATS, need_format
+    from spear.data.readers.formats import FORMATS, find_format
 
     if layout is None:
         return
     if not layout.is_file():
         raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
-    if need_format(path) == "store":
+    if find_format(path) == "store":
         raise SpearError(f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout")
 
 

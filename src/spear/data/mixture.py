@@ -20,7 +20,7 @@ from spear.data.actions import HORIZON, RATE_HZ, chunk
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array, Episode
-from spear.util.images import FitImage, open_image
+from spear.util.images import fit_image, open_image
 
 EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory (our choice)."""
@@ -124,9 +124,8 @@ class Sample:
 class TrainingSamples:
     """Batches as the trainer takes them: a map from step to a dict of arrays.
 
-    views      camera name -> (height, width) in pixels.
-    fit_image  brings a decoded image to that size, aspect kept.
-    augment    strength of photometric jitter, 0 for none (never geometric: depth depends on it).
+    views    camera name -> (height, width) in pixels; images are brought to it, aspect kept.
+    augment  strength of photometric jitter, 0 for none (never geometric: depth depends on it).
 
     A batch of B samples
         images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks it
@@ -141,12 +140,10 @@ class TrainingSamples:
         self,
         mixture: Mixture,
         views: Mapping[str, tuple[int, int]],
-        fit_image: FitImage,
         horizon: int = HORIZON,
         augment: float = 0.0,
     ) -> None:
-        self.mixture, self.views, self.fit_image = mixture, dict(views), fit_image
-        self.horizon, self.augment = horizon, augment
+        self.mixture, self.views, self.horizon, self.augment = mixture, dict(views), horizon, augment
 
     def batch(self, step: int, batch_size: int) -> dict[str, Any]:
         """The batch of training step `step`. Raises SpearError, naming it, for a broken image."""
@@ -181,7 +178,7 @@ class TrainingSamples:
         image = open_image(encoded, f"{source} step {sample.step} camera {camera!r}")
         height, width = out.shape[1:]
         if image.size != (width, height):
-            image = Image.fromarray(self.fit_image(np.asarray(image), height, width))
+            image = Image.fromarray(fit_image(np.asarray(image), height, width))
         if self.augment:
             image = image.point(_jitter_table(sample.draws, self.augment))
         for plane, band in zip(out, image.split(), strict=True):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,6 +19,7 @@ from spear.models.presets import Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question
+from spear.util.images import fit_image
 
 LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
@@ -38,26 +38,6 @@ def window(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, flo
     scale = min(tw / w, th / h)
     width, height = tw / scale, th / scale
     return (w - width) / 2, (h - height) / 2, width, height
-
-
-def fit_image(image: Array, height: int, width: int) -> Array:
-    """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
-
-    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black
-    around it. Raises SpearError for any other kind of array.
-    """
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise SpearError(f"wrong image type: {what}: give a uint8 array of shape [h, w, 3]")
-    h, w = image.shape[:2]
-    if (h, w) == (height, width):
-        return image
-    scale = min(width / w, height / h)
-    inner = (max(1, round(w * scale)), max(1, round(h * scale)))
-    fitted = Image.new("RGB", (width, height))
-    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-    fitted.paste(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR), corner)
-    return np.asarray(fitted)
 
 
 def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:

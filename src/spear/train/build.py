@@ -20,7 +20,7 @@ from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.patch_classification import PatchClassification
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.processing import LOCATIONS, Processor, fit_image
+from spear.models.processing import LOCATIONS, Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
@@ -163,7 +163,7 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
                 f"dataset {name!r}: no camera {' or '.join(views)}: it has {', '.join(store.cameras)}: "
                 "name them so in its spear.json"
             )
-    samples = TrainingSamples(Mixture(episodes, seed), views, fit_image, model.config.horizon, stage.augment)
+    samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
         questions = _questions(stage, _labels(inputs), known, processor, stage.question_images, seed)

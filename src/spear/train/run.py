@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 import spear
+from spear.data.readers.formats import dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
@@ -131,9 +131,3 @@ def mixture(
         parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
     return list(zip(map(dataset_name, folders), stores, chosen, strict=True))
-
-
-def dataset_name(folder: Path) -> str:
-    """What a dataset's folder is called; the one above it, where it is a version (bridge_dataset/1.0.0)."""
-    whole = folder.resolve()
-    return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name

@@ -24,7 +24,7 @@ from spear.labels.questions.generate import generate
 from spear.labels.store import DepthImages, read
 from spear.models.moge.encoder import MogeForDepth
 from spear.models.patch_classification import CELLS, PatchClassification
-from spear.models.processing import Processor, fit_image, window
+from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, Spacing
@@ -32,7 +32,7 @@ from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, Question
-from spear.util.images import decode_image
+from spear.util.images import decode_image, fit_image
 
 LEAST = 0.01
 """Share of a patch that an object must cover to be shown by it."""

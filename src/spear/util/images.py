@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,6 @@ from PIL import Image, ImageOps
 
 from spear.errors import SpearError, first_line
 from spear.types import Array
-
-FitImage = Callable[[Array, int, int], Array]
-"""(image [h, w, 3] uint8, height, width) -> [height, width, 3] uint8, aspect kept by cropping or padding."""
 
 
 def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
@@ -29,6 +25,26 @@ def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
 def decode_image(encoded: bytes, where: str = "an image") -> Array:
     """`open_image` as [h, w, 3] uint8, writable."""
     return np.array(open_image(encoded, where))
+
+
+def fit_image(image: Array, height: int, width: int) -> Array:
+    """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
+
+    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black
+    around it. Raises SpearError for any other kind of array.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise SpearError(f"wrong image type: {what}: give a uint8 array of shape [h, w, 3]")
+    h, w = image.shape[:2]
+    if (h, w) == (height, width):
+        return image
+    scale = min(width / w, height / h)
+    inner = (max(1, round(w * scale)), max(1, round(h * scale)))
+    fitted = Image.new("RGB", (width, height))
+    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
+    fitted.paste(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR), corner)
+    return np.asarray(fitted)
 
 
 def picture_format(name: str) -> str:

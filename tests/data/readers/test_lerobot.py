@@ -9,7 +9,6 @@ from typing import Any
 
 import av
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -120,20 +119,10 @@ def change_rows(file: Path, change: Any) -> None:
     pq.write_table(change(table), file)
 
 
-def with_state(table: pa.Table, row: int, values: dict[int, float]) -> pa.Table:
-    state = np.array(table["observation.state"].to_pylist(), np.float32)
-    for place, value in values.items():
-        state[row, place] = value
-    at = table.column_names.index("observation.state")
-    field = table.schema.field(at)
-    return table.set_column(at, field, pa.array(state.tolist(), field.type))
-
-
 def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
+    """What can only go wrong with files of one episode each; the rest is in test_bad_input.py."""
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
-    change_rows(data / "episode_000000.parquet", lambda t: with_state(t, 3, {0: float("nan")}))
-    change_rows(data / "episode_000001.parquet", lambda t: with_state(t, 5, {1: 2.0}))
     change_rows(data / "episode_000002.parquet", lambda t: t.slice(0, 9))
     (data / "episode_000003.parquet").write_bytes((data / "episode_000003.parquet").read_bytes()[:900])
     (videos / "episode_000004.mp4").unlink()
@@ -146,26 +135,15 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     change_rows(data / "episode_000006.parquet", lambda t: t.slice(0, 9))
     reasons: list[str] = []
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
-    assert [e.source for e in good] == ["set/train#7"]
-    expected = (
-        "not a number: set/train#0 step 3: position",
-        "jump: set/train#1 step 5",
-        "rows missing: set#2",
-        "cannot read: ",
-        "missing video: ",
-        "video: ",
-        "frames and rows differ: set#6",
-    )
-    assert len(reasons) == len(expected)
-    for reason, start in zip(reasons, expected, strict=True):
-        assert start in reason and "\n" not in reason, reason
+    assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 7)]
+    named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4", "set#6")
+    assert len(reasons) == len(named)
+    assert all(name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True))
     written, aside = prepare(folder, tmp_path / "store", "train[7:]")
     assert written == 1 and not aside
 
 
 def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match="not a LeRobot dataset"):
-        open_lerobot(tmp_path)
     folder = copied(lerobot / "v3.0_image", tmp_path / "set")
     info = json.loads((folder / "meta/info.json").read_text())
     for change, message in (
@@ -200,5 +178,5 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
 
     folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
     change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
-    with pytest.raises(SpearError, match=r"cannot read: .*file-000\.parquet: no column 'episode_index'"):
+    with pytest.raises(SpearError, match=r"file-000\.parquet: .*episode_index"):
         next(read_episodes(folder))

@@ -192,19 +192,13 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
         ({"images": "observation/image_0"}, "images is .*dictionary"),
-        ({"gripper_range": [1]}, "gripper_range is "),
-        ({"gripper_range": [0.0, "1"]}, "gripper_range is "),
         ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
         ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
-        ({"command_range": [1, 1]}, r"command_range is \[1, 1\]: give two"),
-        ({"rate_hz": math.inf}, "rate_hz is Infinity: .*finite"),
-        ({"rate_hz": -5}, "rate_hz is -5: .*greater than 0"),
         ({"image_aspect": {"external": 0}}, "image_aspect is .*: .*greater than 0"),
         ({"tool_rotation": [0, 0, 0, 0]}, "tool_rotation is .*: give a unit quaternion"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
         ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),
-        ({"angle_unit": 5}, "angle_unit is 5"),
         ({"logged_rotation_format": "euler_zxy"}, "unknown logged_rotation_format .*'euler_zxy'"),
         ({"like": "bridge_datset"}, "did you mean 'bridge_dataset'"),
         ({"gripper": "observation/state[7]"}, r"no column 'observation/state\[7\]'.*\(10, 7\)"),
@@ -218,9 +212,6 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     (copy / "spear.json").write_text(json.dumps(mine))
     with pytest.raises(SpearError, match=r"'my_arm': images; position: say it in .*spear\.json"):
         next(read_episodes(copy))
-    (copy / "spear.json").write_text("{")
-    with pytest.raises(SpearError, match=r"unreadable: .*spear\.json"):
-        next(read_episodes(copy))
 
 
 def test_descriptions_that_do_not_fit(copy: Path) -> None:
@@ -230,15 +221,10 @@ def test_descriptions_that_do_not_fit(copy: Path) -> None:
 
     edit(copy / "features.json", wrong_shape)
     assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(next(open_rlds(copy).examples())[1]))
-    (copy / "features.json").write_text("[]")
-    with pytest.raises(SpearError, match=r"unreadable: .*info\.json|unreadable: .*features\.json"):
-        open_rlds(copy)
-    (copy / "dataset_info.json").unlink()
-    with pytest.raises(SpearError, match=r"unreadable: .*dataset_info\.json"):
-        open_rlds(copy)
-    (copy / "features.json").unlink()
-    with pytest.raises(SpearError, match="not an RLDS folder"):
-        open_rlds(copy)
+    for name in ("features.json", "dataset_info.json"):
+        (copy / name).write_text("[]")
+        with pytest.raises(SpearError, match=name):
+            open_rlds(copy)
 
 
 def test_inspect_says_what_a_folder_is(bridge: Path, tmp_path: Path) -> None:

@@ -34,9 +34,8 @@ from spear.data.store.lerobot_write import LeRobotWriter
 from spear.data.store.prepare import Conversion, open_store, prepare
 from spear.data.store.stats import sample_images
 from spear.errors import SpearError
-from spear.models.processing import fit_image
 from spear.types import Episode
-from spear.util.images import decode_image
+from spear.util.images import decode_image, fit_image
 
 COUNT = 11
 
@@ -69,7 +68,7 @@ SIZES = {"": (48, 40), "wrist": (24, 24)}
 
 def run(recorded: Path, out: Path, **changes: Any) -> tuple[int, list[str]]:
     """Prepare in parts of one block each."""
-    how = Conversion(sizes=changes.pop("sizes", SIZES), fit_image=fit_image)
+    how = Conversion(sizes=changes.pop("sizes", SIZES))
     return prepare(recorded, out, how=how, **changes)
 
 
@@ -146,16 +145,15 @@ def test_the_images_lie_open_in_parquet(whole: Path) -> None:
     assert [e["data/file_index"] for e in episodes] == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
 
 
-def test_the_statistics_are_taken_once(whole: Path, recorded: Path) -> None:
+def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     store = EpisodeStore(whole)
     everything = store.subset(range(len(store)))
     assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(everything, 1.0)])
-    (whole / SKETCHES).rename(whole / "elsewhere")
-    (whole / SKETCHES).write_bytes(b"no statistics")
-    with pytest.raises(SpearError, match=f"unreadable: .*{SKETCHES}"):
-        Normalizer.fit([(store, 1.0)])
-    Normalizer.fit([(everything, 1.0)])  # a part of a dataset has statistics of its own
-    (whole / "elsewhere").rename(whole / SKETCHES)
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    (copy / SKETCHES).write_bytes(b"no statistics")
+    with pytest.raises(SpearError, match=SKETCHES):
+        Normalizer.fit([(EpisodeStore(copy), 1.0)])
+    Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
 
 
 def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
@@ -171,7 +169,7 @@ def killed(target: Callable[[], object]) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("kill_at", [0, 1, 5, 9, 18, 19, 20])
+@pytest.mark.parametrize("kill_at", [0, 1, 5, 18, 20])
 def test_a_killed_run_continues_to_the_same_bytes(
     recorded: Path, whole: Path, tmp_path: Path, kill_at: int
 ) -> None:
@@ -277,14 +275,12 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
     assert "image sizes differ: made#2 step 0 camera 'external' is 48 x 48" in reasons[1]
     assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
-    how = Conversion(sizes={"": (32, 32)}, fit_image=fit_image)
+    how = Conversion(sizes={"": (32, 32)})
     written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=how)
     assert written == 3 and len(reasons) == 1
-    how = Conversion(sizes={"wirst": (32, 32)}, fit_image=fit_image)
+    how = Conversion(sizes={"wirst": (32, 32)})
     with pytest.raises(SpearError, match=r"no good episode: .*'wirst': made#\d: its cameras are external"):
         prepare(tmp_path / "arm", tmp_path / "no", how=how)
-    with pytest.raises(SpearError, match="sizes without a way"):
-        prepare(tmp_path / "arm", tmp_path / "no", how=Conversion(sizes={"": (32, 32)}))
     assert not any("no" in p.name for p in tmp_path.iterdir())
 
 

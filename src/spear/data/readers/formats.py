@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,38 +16,31 @@ from spear.errors import SpearError
 from spear.types import Episode
 
 OnBad = Callable[[SpearError], None]
-FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool]]] = {
-    "store": (f"a store of episodes ({SHARD_GLOB})", is_store),
-    "rlds": ("an RLDS dataset (features.json)", is_rlds),
-    "lerobot": ("a LeRobot dataset (meta/info.json)", is_lerobot),
-}
-"""Name -> what it is called and known by, and whether a path is in it."""
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
+_Opened = Callable[[str | Path], Dataset | EpisodeStore]
+FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool], _Opened]] = {
+    "store": (f"a store of episodes ({SHARD_GLOB})", is_store, EpisodeStore),
+    "rlds": ("an RLDS dataset (features.json)", is_rlds, open_rlds),
+    "lerobot": ("a LeRobot dataset (meta/info.json)", is_lerobot, open_lerobot),
+}
+"""Name -> what it is called and known by, whether a path is in it, and how it is opened."""
 
 
 def find_format(path: str | Path) -> str | None:
     """The name of the format that a path is in, or None."""
-    return next((name for name, (_, is_one) in FORMATS.items() if is_one(path)), None)
-
-
-def need_format(path: str | Path) -> str:
-    """`find_format`. Raises SpearError, saying which formats there are, for a path in none."""
-    if not Path(path).exists():
-        raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
-    found = find_format(path)
-    if found is None:
-        known = "; ".join(title for title, _ in FORMATS.values())
-        raise SpearError(f"no robot data: {path}: none of: {known}")
-    return found
+    return next((name for name, (_, is_one, _) in FORMATS.items() if is_one(path)), None)
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
-    name = need_format(path)
-    if name == "store":
-        return EpisodeStore(path)
-    return open_rlds(path) if name == "rlds" else open_lerobot(path)
+    if not Path(path).exists():
+        raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
+    found = find_format(path)
+    if found is None:
+        known = "; ".join(title for title, _, _ in FORMATS.values())
+        raise SpearError(f"no robot data: {path}: none of: {known}")
+    return FORMATS[found][2](path)
 
 
 def read_episodes(
@@ -97,6 +91,8 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
 
 
 def dataset_name(path: str | Path) -> str:
-    """What a dataset is called: as RLDS says (its folder is a version), or else like its folder."""
-    folder = open_dataset(path)
-    return Path(path).resolve().name if isinstance(folder, EpisodeStore) else folder.name
+    """What a dataset is called: as RLDS says; or as its folder, or the one above a version (1.0.0)."""
+    if find_format(path) == "rlds":
+        return open_rlds(path).name
+    whole = Path(path).resolve()
+    return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name

@@ -162,8 +162,6 @@ def is_lerobot(path: str | Path) -> bool:
 
 def open_lerobot(path: str | Path) -> LeRobotFolder:
     """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
-    if not is_lerobot(path):
-        raise SpearError(f"not a LeRobot dataset: {path}: no {INFO} in it")
     return _open(Path(path), (Path(path) / INFO).stat().st_mtime_ns)
 
 
@@ -262,30 +260,17 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
 
 
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
-    """The rows of one episode. Only the row groups that hold it are read."""
+    """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        file, index = _open_data(episode.data, episode.data.stat().st_mtime_ns)
-        where = np.flatnonzero(index == episode.index)
-        if len(where) != episode.length:
-            there = f"{episode.data} has {len(where)} of its {episode.length} rows"
-            raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        group = np.repeat(np.arange(len(sizes)), sizes)  # of each row
-        groups = np.unique(group[where])
-        if not len(groups):
-            return file.schema_arrow.empty_table()
-        inside = np.flatnonzero(np.isin(group, groups))
-        return file.read_row_groups(groups.tolist()).take(np.flatnonzero(np.isin(inside, where)))
+        rows = pq.read_table(
+            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
+        )
     except (OSError, KeyError, pa.ArrowException) as error:
         raise SpearError(f"cannot read: {episode.data}: {first_line(error)}; copy it again") from error
-
-
-@functools.lru_cache(maxsize=4)
-def _open_data(path: Path, changed: int) -> tuple[pq.ParquetFile, np.ndarray]:
-    file = pq.ParquetFile(path)
-    if "episode_index" not in file.schema_arrow.names:
-        raise SpearError(f"cannot read: {path}: no column 'episode_index'; copy the dataset again")
-    return file, file.read(columns=["episode_index"]).column(0).to_numpy()
+    if len(rows) != episode.length:
+        there = f"{episode.data} has {len(rows)} of its {episode.length} rows"
+        raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
+    return rows
 
 
 def _values(column: pa.ChunkedArray, folder: Path) -> Any:

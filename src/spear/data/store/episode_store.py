@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from spear.data.actions import check_episode, with_actions
-from spear.data.store.index import INDEX, Shard, corrupt, image_columns, number_columns, open_index
+from spear.data.store.index import INDEX, Shard, image_columns, number_columns, open_shards
 from spear.errors import SpearError
 from spear.types import Array, Episode
 
@@ -159,18 +159,8 @@ def is_store(path: str | Path) -> bool:
 
 def _open(folder: Path) -> list[Shard]:
     if (folder / INDEX).is_file():
-        return open_index(folder / INDEX, folder)
-    files = sorted(folder.glob(SHARD_GLOB))
-    if not files:
+        return open_shards(folder / INDEX, folder)
+    shards = [s for file in sorted(folder.glob(SHARD_GLOB)) for s in open_shards(file, None, FORMAT)]
+    if not shards:
         raise SpearError(f"no episodes: {folder}: no {SHARD_GLOB} in it; record or convert some")
-    return [_open_recording(file) for file in files]
-
-
-def _open_recording(path: Path) -> Shard:
-    try:
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-            if (reader.schema.metadata or {}).get(b"format") != FORMAT.encode():
-                raise SpearError(f"not an episode shard: {path}: expected {FORMAT!r}; record it again")
-            return Shard(reader.get_batch(0))
-    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-        raise corrupt(path, error) from error
+    return shards

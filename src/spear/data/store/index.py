@@ -153,7 +153,7 @@ class Shard:
         )
 
 
-def corrupt(path: Path, error: Exception) -> SpearError:
+def _corrupt(path: Path, error: Exception) -> SpearError:
     """What to say of a file of episodes that is not in order."""
     why = first_line(error)
     return SpearError(f"corrupt or truncated shard: {path}: {why}; delete it or write it again")
@@ -161,7 +161,7 @@ def corrupt(path: Path, error: Exception) -> SpearError:
 
 def index_batch(folder: Path, number: int, episodes: Sequence[Episode]) -> pa.RecordBatch:
     """The index of file `number` of `data`, which is complete and holds these episodes in this order."""
-    path = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(number))
+    path = folder / lerobot.place(lerobot.DATA_PATH, number)
     columns = number_columns(episodes)
     for name, value in (("data_file", number), ("data_bytes", path.stat().st_size)):
         columns[name] = pa.array(np.full(len(episodes), value, np.int64))
@@ -209,32 +209,32 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], note: Mapping[s
     part.replace(path)
 
 
-def read_batches(path: Path) -> tuple[list[pa.RecordBatch], dict[str, str]]:
-    """The mapped batches of an index file, and its note. Raises SpearError when it is broken."""
+def read_batches(path: Path, form: str = FORMAT) -> tuple[list[pa.RecordBatch], dict[str, str]]:
+    """The mapped batches of a file of this format, and its note. Raises SpearError when it is broken."""
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             note = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-            if note.pop("format", None) != FORMAT:
-                raise SpearError(f"not an index: {path}: expected {FORMAT!r}; prepare the dataset again")
+            if note.pop("format", None) != form:
+                raise SpearError(f"other format: {path}: expected {form!r}; prepare or record it again")
             return [reader.get_batch(i) for i in range(reader.num_record_batches)], note
     except (pa.ArrowException, OSError) as error:
-        raise corrupt(path, error) from error
+        raise _corrupt(path, error) from error
 
 
-def open_index(path: Path, folder: Path) -> list[Shard]:
-    """The shards of an index file; its images are in the files of `folder`.
+def open_shards(path: Path, folder: Path | None, form: str = FORMAT) -> list[Shard]:
+    """The shards of a file; its images are in it, or in the files of `folder`.
 
     Raises SpearError when it is broken, and when a file of `data` is missing or is not as long as it was.
     """
     try:
-        return [Shard(batch, folder) for batch in read_batches(path)[0]]
+        return [Shard(batch, folder) for batch in read_batches(path, form)[0]]
     except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
-        raise corrupt(path, error) from error
+        raise _corrupt(path, error) from error
 
 
 def _data_file(folder: Path, number: int, size: int) -> tuple[str, int]:
     """A file of `data`, for `_map`: its path and when it was changed."""
-    file = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(number))
+    file = folder / lerobot.place(lerobot.DATA_PATH, number)
     try:
         found = file.stat()
     except OSError as error:

@@ -172,7 +172,7 @@ class LeRobotWriter:
 
     @property
     def _data_path(self) -> Path:
-        return self.folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(self.data_files))
+        return self.folder / lerobot.place(lerobot.DATA_PATH, self.data_files)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         if self._data is None:
@@ -215,7 +215,7 @@ class LeRobotWriter:
             self.video_files[camera] += 1
             video = None
         if video is None:
-            path = lerobot.VIDEO_PATH.format(video_key=name, **lerobot.chunk_of(self.video_files[camera]))
+            path = lerobot.place(lerobot.VIDEO_PATH, self.video_files[camera], video_key=name)
             video = self._videos[camera] = VideoWriter(self.folder / path, *self.sizes[camera], self.rate_hz)
         first = video.frames
         for step, encoded in enumerate(episode.images[camera]):
@@ -238,7 +238,7 @@ class LeRobotWriter:
 
     def write_episodes(self) -> None:
         """Write a file of `meta/episodes` from what is waiting for it."""
-        path = self.folder / lerobot.EPISODES_PATH.format(**lerobot.chunk_of(self.meta_files))
+        path = self.folder / lerobot.place(lerobot.EPISODES_PATH, self.meta_files)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.waiting), path)
         self.waiting, self.meta_files = [], self.meta_files + 1
@@ -258,9 +258,9 @@ class LeRobotWriter:
         stats = {name: rows.total() for name, rows in self.rows.items()}
         stats |= {lerobot.feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
         lists = {
-            name: {which: values.tolist() for which, values in stats[name].items()}
-            for name in self.features
-            if name in stats
+            n: {which: values.tolist() for which, values in stats[n].items()}
+            for n in self.features
+            if n in stats
         }
         info = {
             "codebase_version": "v3.0",

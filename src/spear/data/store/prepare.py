@@ -29,18 +29,18 @@ import numpy as np
 
 from spear.data.actions import RATE_HZ, resample, with_actions
 from spear.data.normalize import save_sketches
-from spear.data.readers.formats import episode_counts, need_format, open_split, read_episodes
+from spear.data.readers.formats import episode_counts, open_dataset, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE, Layout
 from spear.data.readers.splits import split_ranges
 from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.index import INDEX, index_batch, open_index, read_batches, write_batches
+from spear.data.store.index import INDEX, index_batch, open_shards, read_batches, write_batches
 from spear.data.store.lerobot_write import LeRobotWriter, check_free
 from spear.data.store.stats import ImageSample, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
-from spear.util.images import FitImage, decode_image, encode_jpeg
+from spear.util.images import decode_image, encode_jpeg, fit_image
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.progress import ProgressBar
 
@@ -64,15 +64,14 @@ class Conversion:
 
     layout     what their columns mean, as for `read_episodes`.
     rate_hz    steps per second.
-    sizes      camera -> (width, height) in pixels, "" for all others; those that have none stay as they are.
-    fit_image  brings an image to its size, aspect kept.
+    sizes      camera -> (width, height) in pixels, "" for all others, brought to it with their aspect kept;
+               those that have none stay as they are.
     quality    of the JPEGs, for images that are changed; colour is kept at full resolution (our choice).
     """
 
     layout: Layout = None
     rate_hz: float = RATE_HZ
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    fit_image: FitImage | None = None
     quality: int = 95
 
 
@@ -96,8 +95,6 @@ def prepare(
     written (a full disk): then, as after any interruption, the same call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
-    if how.sizes and how.fit_image is None:
-        raise SpearError("image sizes without a way to get there: give fit_image as well")
     todo = _blocks(path, split)
     request = {
         "path": str(path.resolve()),
@@ -177,17 +174,15 @@ class _Parts:
             note = json.loads(read_batches(file)[1]["part"])
             sizes = {camera: (h, w) for camera, (h, w) in note["sizes"].items()}
             writer = self.writer = self.writer or LeRobotWriter(self.folder, sizes, self.rate_hz)
-            for shard in open_index(file, self.folder):
+            for shard in open_shards(file, self.folder):
                 for row in range(len(shard)):
                     writer.recall(shard.episode(row, with_images=False))
             for camera, (histogram, frames) in note["pictures"].items():
-                seen = ImageSample(sizes[camera], np.array(histogram, np.int64), frames)
-                writer.pictures[camera] = writer.pictures[camera].plus(seen)
+                writer.pictures[camera] = ImageSample(sizes[camera], np.array(histogram, np.int64), frames)
             writer.data_files += 1
             writer.meta_files += 1
-            self.blocks = note["blocks"]
-            self.skipped.reasons += note["reasons"]
-        self.open_blocks = self.blocks
+            self.blocks = self.open_blocks = note["blocks"]
+            self.skipped.reasons = note["reasons"]
         self._begin()
         self._remove_unfinished()
 
@@ -197,16 +192,13 @@ class _Parts:
     def _remove_unfinished(self) -> None:
         """Remove the files that belong to no complete part."""
         for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
-            keep = {template.format(**lerobot.chunk_of(i)) for i in range(len(self._indices()))}
-            for path in self.folder.glob(f"{template.partition('/chunk')[0]}/*/*"):
-                if str(path.relative_to(self.folder)) not in keep:
-                    path.unlink()
+            keep = {self.folder / lerobot.place(template, i) for i in range(len(self._indices()))}
+            for path in {*self.folder.glob(f"{template.partition('/chunk')[0]}/*/*")} - keep:
+                path.unlink()
 
     def _begin(self) -> None:
         self.waiting: list[Episode] = []
         self.bytes = 0
-        self.reasons_before = len(self.skipped.reasons)
-        self.seen_before = dict(self.writer.pictures) if self.writer is not None else {}
 
     def add(self, ready: Sequence[Ready], reasons: Sequence[str]) -> None:
         """Write a block; end the part when it is large enough."""
@@ -236,17 +228,10 @@ class _Parts:
         self.writer.end_file()
         self.writer.write_episodes()
         for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
-            _to_disk(self.folder / template.format(**lerobot.chunk_of(number)))
-        pictures = {}  # camera -> the histogram of its images in this part, and of how many frames
-        for camera, seen in self.writer.pictures.items():
-            before = self.seen_before.get(camera, ImageSample(seen.size))
-            pictures[camera] = (seen.histogram - before.histogram).tolist(), seen.frames - before.frames
-        note = {
-            "blocks": self.open_blocks,
-            "reasons": self.skipped.reasons[self.reasons_before :],
-            "sizes": self.writer.sizes,
-            "pictures": pictures,
-        }
+            _to_disk(self.folder / lerobot.place(template, number))
+        seen = {camera: (s.histogram.tolist(), s.frames) for camera, s in self.writer.pictures.items()}
+        reasons, sizes = self.skipped.reasons, self.writer.sizes
+        note = {"blocks": self.open_blocks, "reasons": reasons, "sizes": sizes, "pictures": seen}
         batch = index_batch(self.folder, number, self.waiting)
         write_batches(self.done / f"part-{number:06d}.arrow", [batch], {"part": json.dumps(note)})
         self.blocks = self.open_blocks
@@ -334,13 +319,13 @@ def _ready(episode: Episode, how: Conversion) -> Ready:
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
     """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte."""
     size = how.sizes.get(camera, how.sizes.get(""))
-    if size is None or how.fit_image is None:
+    if size is None:
         return episode.images[camera]
     fitted = []
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
         if image.shape[1::-1] != size or encoded[:2] != b"\xff\xd8":
-            encoded = encode_jpeg(how.fit_image(image, size[1], size[0]), how.quality)
+            encoded = encode_jpeg(fit_image(image, size[1], size[0]), how.quality)
         fitted.append(encoded)
     return fitted
 
@@ -349,6 +334,12 @@ def _layout_text(path: Path, how: Conversion) -> str:
     """What the columns are said to mean, to notice when that has changed."""
     file = how.layout if isinstance(how.layout, Path) else path / SPEC_FILE
     return repr(how.layout) + (file.read_text() if file.is_file() else "")
+
+
+def folder_in(work: Path, path: Path, split: str) -> Path:
+    """Where in a folder for such work a split of a dataset is prepared."""
+    whole = path.resolve()
+    return work / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
 
 
 def open_store(
@@ -360,11 +351,9 @@ def open_store(
     `work_dir` whose name depends on path and split. With `wait`, this process waits until another has done
     that.
     """
-    if need_format(path) == "store":
+    if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
-    whole = Path(path).resolve()
-    key = hashlib.sha256(f"{whole} {split}".encode()).hexdigest()[:8]
-    target = Path(work_dir) / f"{whole.name}-{key}"
+    target = folder_in(Path(work_dir), Path(path), split)
     while wait and not target.is_dir():
         time.sleep(0.5)
     reasons: list[str] = []

@@ -114,12 +114,13 @@ def feature_name(camera: str) -> str:
     return f"observation.images.{camera}"
 
 
-def chunk_of(number: int) -> dict[str, int]:
-    return {"chunk_index": number // CHUNK_FILES, "file_index": number % CHUNK_FILES}
+def place(template: str, number: int, **names: str) -> str:
+    """The path of file `number` of one kind below the folder of the dataset."""
+    return template.format(chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names)
 
 
 def place_of(prefix: str, number: int) -> dict[str, int]:
-    return {f"{prefix}/{name}": value for name, value in chunk_of(number).items()}
+    return {f"{prefix}/chunk_index": number // CHUNK_FILES, f"{prefix}/file_index": number % CHUNK_FILES}
 
 
 def whole(rate_hz: float) -> int | float:
