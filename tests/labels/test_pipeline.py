@@ -9,7 +9,7 @@ from labels_scenes import random_frame, render
 from spear.errors import SpearError
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.masks import decode_mask
-from spear.labels.fit.points import inliers, subsample, support_plane
+from spear.labels.fit.points import support_plane
 from spear.labels.fit.quality import compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection, Detector, PointMap, Segmenter
@@ -36,22 +36,21 @@ def frames() -> list[Frame]:
 def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
     result = compare(label(frames, *TRUTH), frames)
     assert result.n == 100 and result.missed == 0
-    assert result.center < 0.002
-    assert result.vertex < 0.005
-    assert result.iou > 0.85
+    assert result.center < 0.002 and result.vertex < 0.005 and result.iou > 0.85
+    eroded = compare(label(frames[:6], *TRUTH, settings=BoxSettings(erosion=1)), frames[:6])
+    assert eroded.iou > 0.75  # the boxes do not shrink
 
 
 def test_boxes_survive_noisy_depth(frames: list[Frame]) -> None:
     rng = np.random.default_rng(0)
     noisy = []
-    for frame in frames:
+    for frame in frames[:8]:
         assert frame.depth is not None
         depth = frame.depth * (1 + 0.003 * rng.normal(size=frame.depth.shape))
         flying = rng.random(depth.shape) < 0.01
         noisy.append(replace(frame, depth=np.where(flying, depth * 1.5, depth).astype(np.float32)))
-    result = compare(label(noisy, *TRUTH), frames)
-    assert result.vertex < 0.012
-    assert result.iou > 0.65
+    result = compare(label(noisy, *TRUTH), frames[:8])
+    assert result.vertex < 0.012 and result.iou > 0.65
 
 
 def test_labels_hold_what_the_frame_shows(frames: list[Frame]) -> None:
@@ -159,32 +158,8 @@ def test_unknown_depth_leaves_objects_without_box(frames: list[Frame]) -> None:
     (result,) = label([replace(frames[0], depth=depth)], *TRUTH)
     assert [o.box3d is None for o in result.objects] == [True, True, False, False, False]
     assert result.objects[0].keypoints == {}
-
-
-def test_an_image_of_nothing_is_a_label_without_objects(frames: list[Frame]) -> None:
-    (result,) = label([replace(frames[0], names={})], *TRUTH)
-    assert result.objects == []
-
-
-def test_erosion_does_not_shrink_the_boxes(frames: list[Frame]) -> None:
-    result = compare(label(frames, *TRUTH, settings=BoxSettings(erosion=1)), frames)
-    assert result.iou > 0.75
-
-
-def test_outliers_are_removed_and_only_they() -> None:
-    rng = np.random.default_rng(0)
-    points = np.concatenate([rng.uniform(0, 0.1, (300, 3)), [[0.5, 0, 0], [0, 0, 1]]])
-    keep = inliers(points)
-    assert not keep[-2:].any()
-    assert keep[:-2].mean() > 0.95
-
-
-def test_subsample_is_even() -> None:
-    grid = np.stack([*np.mgrid[:100, :40], np.zeros((100, 40))], axis=-1).reshape(-1, 3)
-    points = subsample(grid, 500)
-    assert len(points) == 500
-    assert np.bincount(points[:, 1].astype(int)).min() >= 8  # every column of the image is seen
-    assert (subsample(grid[:10], 500) == grid[:10]).all()
+    (nothing,) = label([replace(frames[0], names={})], *TRUTH)
+    assert nothing.objects == []
 
 
 def test_support_plane_is_the_table(frames: list[Frame]) -> None:
@@ -203,13 +178,6 @@ def test_camera_pixel_centres_are_at_one_half() -> None:
     points = unproject(np.full((16, 32), 2.0), k)
     np.testing.assert_allclose(points[8, 16], [0.01, 0.01, 2], atol=1e-6)
     np.testing.assert_allclose(project(points[3, 5], k), [5.5, 3.5], atol=1e-4)
-
-
-def test_a_truncated_image_is_refused(frames: list[Frame]) -> None:
-    (result,) = label(frames[:1], *TRUTH)
-    for broken in (result.image[: len(result.image) // 2], b"", b"not an image"):
-        with pytest.raises(SpearError, match="broken image"):
-            decode_image(broken)
 
 
 def test_drawing_marks_the_objects(frames: list[Frame]) -> None:

@@ -1,4 +1,4 @@
-"""The Ray engine makes what the local one makes. One Ray serves all tests of this file."""
+"""The Ray engine makes what the local one makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each ot
 WORK = WorkOptions(shard_size=8, batch_size=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def cluster() -> Iterator[None]:
     """A Ray of two CPUs whose workers can import the tests' own modules."""
     ray = pytest.importorskip("ray")
@@ -36,6 +36,10 @@ def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began
     source = photos(tmp_path / "photos", 21)
     label_folder(listing(source), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
+    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
+    with pytest.raises(SpearError, match=r"^no API key: set ONE$"):
+        label_folder(listing(source), tmp_path / "none", broken, {}, WORK)
+    assert [path.name for path in (tmp_path / "none").glob("[!.]*")] == ["run.json"]
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
     done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK)
@@ -46,11 +50,3 @@ def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began
 def no_key() -> Any:
     """A component that cannot be made."""
     raise SpearError("no API key: set ONE")
-
-
-def test_a_component_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    source = photos(tmp_path / "photos", 4, bad=False)
-    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
-    with pytest.raises(SpearError, match=r"^no API key: set ONE$"):
-        label_folder(listing(source), tmp_path / "labels", broken, {}, WORK)
-    assert [path.name for path in (tmp_path / "labels").glob("[!.]*")] == ["run.json"]

@@ -27,8 +27,8 @@ def truth() -> list[Frame]:
 
 
 def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:
-    scene = open_scene(write_plain(tmp_path / "s", truth))
-    assert len(scene) == 3
+    scene = open_scene(write_plain(tmp_path / "s", [*truth] * 4))
+    assert [Path(source).stem for source in scene.sources] == [str(i) for i in range(12)]  # by number
     for i, true in enumerate(truth):
         frame = scene[i]
         assert (frame.image == true.image).all() and frame.source == scene.sources[i]
@@ -94,11 +94,6 @@ def test_intrinsics_as_json(tmp_path: Path, truth: list[Frame]) -> None:
     np.testing.assert_allclose(frame.intrinsics, k)
 
 
-def test_frames_come_by_number(tmp_path: Path, truth: list[Frame]) -> None:
-    scene = open_scene(write_plain(tmp_path / "s", [truth[0]] * 11))
-    assert [Path(source).stem for source in scene.sources] == [str(i) for i in range(11)]
-
-
 def test_a_bad_frame_is_set_aside_alone(tmp_path: Path, truth: list[Frame]) -> None:
     folder = write_scannet(tmp_path / "s", truth)
     path = folder / "depth" / "1.png"
@@ -109,39 +104,23 @@ def test_a_bad_frame_is_set_aside_alone(tmp_path: Path, truth: list[Frame]) -> N
         scene[1]
 
 
-def eight_bits(folder: Path) -> None:
-    Image.new("L", (96, 64), 3).save(folder / "depth" / "0.png")
-
-
-def three_channels(folder: Path) -> None:
-    Image.new("RGB", (96, 64)).save(folder / "depth" / "0.png")
-
-
-def stretched(folder: Path) -> None:
-    np.savetxt(folder / "pose" / "0.txt", np.diag([2.0, 1, 1, 1]))
-
-
-def normalised(folder: Path) -> None:
-    np.savetxt(folder / "intrinsics.txt", np.diag([0.9, 0.9, 1.0]))
+ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (eight_bits, r"0\.png: 8 bits are no depth"),
-        (three_channels, r"0\.png: pixels are uint8 \(64, 96, 3\)"),
-        (stretched, r"0\.txt: not a pose"),
-        (normalised, r"intrinsics\.txt: not intrinsics in pixels"),
-        (lambda folder: (folder / "intrinsics.txt").unlink(), r"intrinsics\.txt: cannot read the matrix"),
-        (lambda folder: (folder / "intrinsics.txt").write_text("fx fy"), "not a matrix"),
-        (lambda folder: (folder / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
-        (lambda folder: (folder / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
-        (
-            lambda folder: (folder / "intrinsics.json").write_text('{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'),
-            r"intrinsics\.json: not intrinsics in pixels",
-        ),
-        (lambda folder: (folder / "color" / "0.png").unlink(), "no image in color/ has a depth PNG"),
-        (lambda folder: (folder / "color").rename(folder / "pictures"), "no color/ or no depth/"),
+        (lambda at: Image.new("L", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: 8 bits"),
+        (lambda at: Image.new("RGB", (96, 64)).save(at / "depth/0.png"), r"0\.png: .* \(64, 96, 3\)"),
+        (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
+        (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
+        (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt: no matrix"),
+        (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt: no matrix"),
+        (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
+        (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
+        (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json: .* in pixels"),
+        (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
+        (lambda at: (at / "color").rename(at / "pictures"), "no color/ or no depth/"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, truth: list[Frame], spoil: Any, message: str) -> None:
@@ -158,8 +137,5 @@ def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
     with pytest.raises(SpearError, match="registered to one camera"):
         open_scene(folder)
-
-
-def test_a_folder_without_a_scene_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match="no RGB-D scene here"):
+    with pytest.raises(SpearError, match="no RGB-D scene"):
         open_scene(tmp_path)

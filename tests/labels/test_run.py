@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from pathlib import Path
@@ -150,7 +149,7 @@ def _labels_in_a_process(source: str, out: str, workers: int) -> None:
     run(Path(source), Path(out), workers, detector=(0.02, "00017.png"))
 
 
-def test_killed_ten_times_it_loses_nothing_and_doubles_nothing(
+def test_killed_again_and_again_it_loses_nothing_and_doubles_nothing(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("forkserver")
@@ -158,13 +157,13 @@ def test_killed_ten_times_it_loses_nothing_and_doubles_nothing(
     out = tmp_path / "labels"
     chance = random.Random(0)
     deaths = shards = 0
-    while deaths < 10 or not shards:  # on a slow computer, ten may all die young: then give them more time
-        args = (str(source), str(out), deaths % 3 == 2)
+    while deaths < 6 or not shards:  # on a slow computer, all may die young: then give them more time
+        args = (str(source), str(out), deaths == 2)
         process = context.Process(target=_labels_in_a_process, args=args)
         process.start()
         while not (out / "run.json").is_file():
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 8)))
+        time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -217,7 +216,9 @@ def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, sha
 def test_a_folder_of_another_run_is_refused_and_the_difference_named(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    before = contents(whole)
+    before, seen = contents(whole), []
+    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, skipped=3)
+    assert len(seen) == 1  # nothing is left to do
     assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
     assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
@@ -225,13 +226,6 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_named(
     (tmp_path / "thesis.txt").write_text("words")
     assert "holds other files" in refused(source, tmp_path)
     assert "holds other files" in refused(source, Path(__file__).parent)
-
-
-def test_a_finished_run_has_nothing_left_to_do(source: Path, whole: Path) -> None:
-    before = contents(whole)
-    seen: list[Progress] = []
-    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, skipped=3)
-    assert len(seen) == 1 and contents(whole) == before
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
@@ -278,21 +272,6 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert contents(out) == contents(whole)
 
 
-def test_a_write_that_really_fails_leaves_nothing_half_written(source: Path, tmp_path: Path) -> None:
-    """With a limit on the size of files, the operating system refuses to write on."""
-    out = tmp_path / "labels"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        line = refused(source, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert "labels-00000.parquet: cannot be written (File too large)" in line
-    assert sorted(contents(out)) == ["run.json"]
-
-
 def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 8, bad=False)
     for path in sorted(folder.iterdir())[:5]:
@@ -303,13 +282,16 @@ def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> 
 
 
 def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> None:
-    """Such as one whose detector has no key: the next may have another."""
+    """Such as one whose detector has no key: the next may have another; nor is no input a run."""
 
     def no_key(batches: Any) -> Any:
         raise SpearError("no API key: set ONE")
         yield
 
     source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
+    with pytest.raises(SpearError, match="no image to label"):
+        label_folder(lambda: iter(()), out, engine(), SETTINGS, WorkOptions())
+    assert not out.exists()
     with pytest.raises(SpearError, match="no API key"):
         label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
     settings = {"detector": "other"}
@@ -317,9 +299,3 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     with pytest.raises(SpearError, match='detector is "other" there, "bright" here'):
         label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
-
-
-def test_no_input_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match="no image to label"):
-        label_folder(lambda: iter(()), tmp_path / "labels", engine(), SETTINGS, WorkOptions())
-    assert not (tmp_path / "labels").exists()

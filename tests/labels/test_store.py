@@ -85,7 +85,7 @@ def test_broken_shards_are_named(labels: list[LabeledImage], tmp_path: Path) -> 
     (path,) = write(labels, tmp_path, 99)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken.*label its images again"):
+    with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken.*label it again"):
         LabelStore(tmp_path)
     path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
     with pytest.raises(SpearError, match=r"labels-00000\.parquet: broken"):

@@ -12,173 +12,91 @@ WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", 
 
 def save_sam2(folder: Path, video: bool = False) -> Path:
     """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when `video`."""
-    from transformers import (
-        Sam2Config,
-        Sam2HieraDetConfig,
-        Sam2MaskDecoderConfig,
-        Sam2Model,
-        Sam2PromptEncoderConfig,
-        Sam2VideoConfig,
-        Sam2VideoModel,
-        Sam2VisionConfig,
-    )
+    import transformers as hf
 
-    backbone = Sam2HieraDetConfig(
-        hidden_size=8,
-        image_size=[64, 64],
-        blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[4, 2, 2, 2],
-        global_attention_blocks=[3],
+    backbone = hf.Sam2HieraDetConfig(
+        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 2, 2, 2], global_attention_blocks=[3],
         window_positional_embedding_background_size=[4, 4],
-    )
-    vision = Sam2VisionConfig(
-        backbone_config=backbone,
-        backbone_channel_list=[64, 32, 16, 8],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-        fpn_hidden_size=32,
-    )
-    config = Sam2Config(
-        vision_config=vision,
-        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=64, mask_input_channels=4),
-        mask_decoder_config=Sam2MaskDecoderConfig(
-            hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
-        ),
-        initializer_range=0.3,
-    )
+    )  # fmt: skip
+    vision = hf.Sam2VisionConfig(
+        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32,
+    )  # fmt: skip
+    prompt = {"hidden_size": 32, "image_size": 64, "mask_input_channels": 4}
+    decoder = {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    both = {"vision_config": vision, "initializer_range": 0.3}
     torch.manual_seed(0)
     if not video:
-        Sam2Model(config).save_pretrained(folder)
+        config = hf.Sam2Config(
+            prompt_encoder_config=hf.Sam2PromptEncoderConfig(**prompt),
+            mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder),
+            **both,
+        )
+        hf.Sam2Model(config).save_pretrained(folder)
         return folder
-    memory = Sam2VideoConfig(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": 32,
-            "mlp_dim": 32,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 16,
-        },
-        image_size=64,
-        initializer_range=0.3,
-        memory_attention_hidden_size=32,
-        memory_attention_num_layers=1,
-        memory_attention_feed_forward_hidden_size=32,
-        memory_attention_rope_feat_sizes=[4, 4],
-        memory_encoder_hidden_size=32,
-        memory_encoder_output_channels=8,
-        mask_downsampler_embed_dim=32,
-        memory_fuser_embed_dim=32,
-        memory_fuser_num_layers=1,
-        memory_fuser_intermediate_dim=32,
-    )
-    Sam2VideoModel(memory).save_pretrained(folder)
+    memory = hf.Sam2VideoConfig(
+        prompt_encoder_config=prompt, mask_decoder_config=decoder, **both, image_size=64,
+        memory_attention_hidden_size=32, memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[4, 4],
+        memory_encoder_hidden_size=32, memory_encoder_output_channels=8, mask_downsampler_embed_dim=32,
+        memory_fuser_embed_dim=32, memory_fuser_num_layers=1, memory_fuser_intermediate_dim=32,
+    )  # fmt: skip
+    hf.Sam2VideoModel(memory).save_pretrained(folder)
     return folder
 
 
 def save_grounding_dino(folder: Path) -> Path:
     """Grounding DINO with ten queries and prompts of 16 tokens; [CLS], [SEP], "." and "?" have BERT's
     numbers."""
-    from transformers import (
-        BertConfig,
-        BertTokenizer,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessorPil,
-        GroundingDinoProcessor,
-        SwinConfig,
-    )
+    import transformers as hf
 
-    vocabulary = {f"[unused{i}]": i for i in range(1040)}
-    for token, number in {
-        "[PAD]": 0,
-        "[UNK]": 100,
-        "[CLS]": 101,
-        "[SEP]": 102,
-        "[MASK]": 103,
-        ".": 1012,
-    }.items():
-        vocabulary = {t: n for t, n in vocabulary.items() if n != number} | {token: number}
-    vocabulary = {t: n for t, n in vocabulary.items() if n != 1029} | {"?": 1029}
+    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
+    taken = set(special.values())
+    vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in taken} | special
     vocabulary |= {word: 1040 + i for i, word in enumerate(WORDS)}
-    config = GroundingDinoConfig(
-        backbone_config=SwinConfig(
-            image_size=64,
-            embed_dim=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
+    config = hf.GroundingDinoConfig(
+        backbone_config=hf.SwinConfig(
+            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
             out_features=["stage2", "stage3", "stage4"],
         ),
-        text_config=BertConfig(
-            vocab_size=1060,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
+        text_config=hf.BertConfig(
+            vocab_size=1060, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=32,
         ),
-        num_queries=10,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        max_text_len=16,
-    )
+        num_queries=10, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=16,
+    )  # fmt: skip
     torch.manual_seed(0)
-    GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
-    GroundingDinoProcessor(processor, BertTokenizer(vocab=vocabulary)).save_pretrained(folder)
+    hf.GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    processor = hf.GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
+    hf.GroundingDinoProcessor(processor, hf.BertTokenizer(vocab=vocabulary)).save_pretrained(folder)
     return folder
 
 
 def save_owlv2(folder: Path) -> Path:
     """OWLv2 for squares of 32 pixels and queries of 16 letters or words."""
-    from transformers import (
-        CLIPTokenizer,
-        Owlv2Config,
-        Owlv2ForObjectDetection,
-        Owlv2ImageProcessorPil,
-        Owlv2Processor,
-    )
+    import transformers as hf
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = ["!", *letters, *(f"{letter}</w>" for letter in letters), "cu", "cup</w>"]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-    config = Owlv2Config(
-        text_config={
-            "vocab_size": len(vocabulary),
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "bos_token_id": start,
-            "eos_token_id": end,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.Owlv2Config(
+        text_config={"vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end, **tower},
+        vision_config={"image_size": 32, "patch_size": 8, **tower},
         projection_dim=16,
     )
     torch.manual_seed(0)
-    network = Owlv2ForObjectDetection(config)
+    network = hf.Owlv2ForObjectDetection(config)
     for parameter in network.box_head.parameters():
         parameter.data *= 0.1  # so that boxes stay near their patches
     network.save_pretrained(folder)
-    tokenizer = CLIPTokenizer(
+    tokenizer = hf.CLIPTokenizer(
         vocab=vocabulary, merges=[("c", "u"), ("cu", "p</w>")], pad_token="!", model_max_length=16
     )
-    Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(
-        folder
-    )
+    processor = hf.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})
+    hf.Owlv2Processor(processor, tokenizer).save_pretrained(folder)
     return folder

@@ -200,12 +200,12 @@ class _Network:
         self.component: Any = None
 
     def __call__(self, row: Row) -> Row:
-        return _apply(self._call, row)
+        def call(works: list[Work]) -> list[Work] | SpearError:
+            try:
+                self.component = self.component or self.make()
+            except SpearError as error:
+                return error
+            self.stage(works, self.component)
+            return works
 
-    def _call(self, works: list[Work]) -> list[Work] | SpearError:
-        try:
-            self.component = self.component or self.make()
-        except SpearError as error:
-            return error
-        self.stage(works, self.component)
-        return works
+        return _apply(call, row)

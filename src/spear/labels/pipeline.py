@@ -7,8 +7,9 @@ Each stage is a function on a batch of `Work`. `label` runs them one after the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
 from spear.util.ledger import Skipped
 
+T = TypeVar("T")
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
 
@@ -109,57 +111,45 @@ def admit(frame: Frame) -> Work:
 
 def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
     """Find the objects of each image. With `need_objects`, images in which none is found are skipped."""
-
-    def call(good: Sequence[Work]) -> None:
-        for work, found in zip(good, detector.detect(_frames(good)), strict=True):
-            work.detections = found
-            work.provenance["detector"] = detector.name
-            if need_objects and not found:
-                work.reason, work.empty = "no object was found", True
-
-    _each_good(works, call)
+    for work, found in _answers(works, lambda good, frames: detector.detect(frames)):
+        work.detections = found
+        work.provenance["detector"] = detector.name
+        if need_objects and not found:
+            work.reason, work.empty = "no object was found", True
 
 
 def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
     """Outline the objects of each image."""
 
-    def call(good: Sequence[Work]) -> None:
-        masks = segmenter.segment(_frames(good), [work.detections for work in good])
-        for work, outlines in zip(good, masks, strict=True):
-            work.masks = outlines
-            work.provenance["segmenter"] = segmenter.name
+    def outline(good: Sequence[Work], frames: Sequence[Frame]) -> list[Array]:
+        return segmenter.segment(frames, [work.detections for work in good])
 
-    _each_good(works, call)
+    for work, masks in _answers(works, outline):
+        work.masks = masks
+        work.provenance["segmenter"] = segmenter.name
 
 
 def locate(works: Sequence[Work], pointmap: PointMap) -> None:
     """Predict the point map of each image."""
-
-    def call(good: Sequence[Work]) -> None:
-        for work, geometry in zip(good, pointmap.predict(_frames(good)), strict=True):
-            work.geometry = geometry
-            work.provenance["pointmap"] = pointmap.name
-
-    _each_good(works, call)
+    for work, geometry in _answers(works, lambda good, frames: pointmap.predict(frames)):
+        work.geometry = geometry
+        work.provenance["pointmap"] = pointmap.name
 
 
-def _each_good(works: Sequence[Work], call: Callable[[Sequence[Work]], None]) -> None:
-    """Call a model on the batch; when it refuses, image by image, skipping those that it refuses alone."""
+def _answers(
+    works: Sequence[Work], call: Callable[[Sequence[Work], Sequence[Frame]], list[T]]
+) -> list[tuple[Work, T]]:
+    """The answer to each good image by a model, which gets the works and their frames; when it refuses them,
+    image by image, skipping those that it refuses alone."""
     good = [work for work in works if work.reason is None]
-    if not good:
-        return
     try:
-        call(good)
+        frames = [work.frame for work in good if work.frame is not None]
+        return list(zip(good, call(good, frames), strict=True)) if good else []
     except SpearError as error:
-        if len(good) == 1:
-            good[0].skip(error)
-            return
-        for work in good:
-            _each_good([work], call)
-
-
-def _frames(works: Sequence[Work]) -> list[Frame]:
-    return [work.frame for work in works if work.frame is not None]
+        if len(good) > 1:
+            return [pair for work in good for pair in _answers([work], call)]
+        good[0].skip(error)
+        return []
 
 
 def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
@@ -169,12 +159,12 @@ def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
 
 
 def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
-    """Fit the boxes of an image that has gone through all models.
-
-    settings  None: those of `settings_for` the models that it has gone through.
-    """
+    """Fit the boxes of an image that has gone through all models; `settings`: None for those of
+    `settings_for` them. Points that are NaN, infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
-    frame, geometry = work.frame, _finite(work.geometry)
+    frame, geometry = work.frame, work.geometry
+    known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
+    geometry = replace(geometry, mask=known)
     if settings is None:
         settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
@@ -196,9 +186,3 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
         source=work.source,
         provenance=work.provenance,
     )
-
-
-def _finite(geometry: PointMapResult) -> PointMapResult:
-    """Points that are NaN, infinite or behind the camera become unknown."""
-    mask = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
-    return PointMapResult(geometry.points, mask, geometry.intrinsics, geometry.unit)

@@ -65,12 +65,10 @@ class Scene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
-        image = load_image(color)
-        height, width = image.shape[:2]
-        depth = read_depth(depth_file)
+        image, depth = load_image(color), read_depth(depth_file)
+        (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:
-            rows, columns = depth.shape
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         path = self.folder / "instance-filt" / f"{color.stem}.png"
         known = self.names is not None and path.is_file()
@@ -101,8 +99,7 @@ def open_scene(folder: str | Path) -> Scene:
         return Scene(path, color, depth, _scannet_names(path))
     if not (path / "depth").is_dir():
         raise SpearError(
-            f"{path}: no RGB-D scene here: give a folder with depth/, color/ and intrinsics.txt, or an "
-            "exported ScanNet scan"
+            f"{path}: no RGB-D scene: give a folder with depth/, color/, intrinsics.txt, or a ScanNet scan"
         )
     file = path / "intrinsics.json"
     return Scene(path, read_intrinsics(file if file.is_file() else file.with_suffix(".txt")))
@@ -138,12 +135,8 @@ def read_matrix(path: Path) -> Array:
     """A 3×3 or 4×4 matrix from a text file, one row per line; `SpearError` for another or no file."""
     try:
         matrix = np.loadtxt(path, ndmin=2)
-    except OSError as error:
-        raise SpearError(
-            f"{path}: cannot read the matrix ({error.strerror or error}): add the file"
-        ) from error
-    except ValueError as error:
-        raise SpearError(f"{path}: not a matrix ({error}): give one row of numbers per line") from error
+    except (OSError, ValueError) as error:
+        raise SpearError(f"{path}: no matrix ({error}): give one row of numbers per line") from error
     if matrix.shape not in ((3, 3), (4, 4)):
         raise SpearError(f"{path}: a matrix of {'×'.join(map(str, matrix.shape))}: give 3×3 or 4×4 numbers")
     return matrix
@@ -190,9 +183,7 @@ def _read_png(path: Path) -> Array:
     except (OSError, SyntaxError, ValueError) as error:
         raise SpearError(f"{path}: not a readable PNG ({error}): replace it") from error
     if values.ndim != 2 or values.dtype.kind not in "iu":
-        raise SpearError(
-            f"{path}: pixels are {values.dtype} {values.shape}: give one channel of whole numbers"
-        )
+        raise SpearError(f"{path}: pixels are {values.dtype} {values.shape}: give one channel of integers")
     return values
 
 
@@ -210,9 +201,7 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
     pairs = [(path, depths[path.stem]) for path in color.iterdir() if path.stem in depths]
     if not pairs:
         raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
-    return sorted(
-        pairs, key=lambda pair: (int(pair[0].stem) if pair[0].stem.isdecimal() else -1, pair[0].name)
-    )
+    return sorted(pairs, key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
 
 
 def _scannet_names(folder: Path) -> dict[int, str] | None:

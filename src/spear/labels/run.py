@@ -68,9 +68,6 @@ class _Shard(NamedTuple):
     keys: tuple[str, ...]
     again: bool
 
-    def path(self, folder: Path) -> Path:
-        return folder / f"labels-{self.number:05d}.parquet"
-
 
 def label_photos(
     options: LabelOptions, on_progress: Callable[[Progress], None] = lambda progress: None
@@ -171,7 +168,7 @@ def label_folder(
         labelled = _labelled(out, items(), engine, finished, work, retry_skipped)
         with closing(labelled) as results:
             for shard, group in groupby(results, key=lambda result: result[0]):
-                path = shard.path(out)
+                path = out / f"labels-{shard.number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
                     batches: Iterable[Done] = counted(group)
                     if shard.again:
@@ -183,8 +180,19 @@ def label_folder(
                     for done in batches:
                         writer.write(done.labels)
                         refused += done.skipped
-                    writer.commit({FOOTER: json.dumps(_footer(shard.keys, refused))})
-        _write_rejected(out)
+                    about = {
+                        "items": len(shard.keys),
+                        "keys": _hash(shard.keys),
+                        "rejected": [(image.source, image.reason) for image in refused],
+                        "temporary": [number for number, image in enumerate(refused) if image.retryable],
+                    }
+                    writer.commit({FOOTER: json.dumps(about)})
+        schema = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
+        with ParquetWriter(out / REJECTED, schema, rows_per_group=4096) as writer:
+            for known in _finished(out).values():
+                rows = [image._asdict() | {"temporary": image.retryable} for image in _skipped(known)]
+                writer.write(pa.Table.from_pylist(rows, schema))
+            writer.commit()
         write_card(out)
     return progress
 
@@ -201,7 +209,7 @@ def _labelled(
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:
-        for number, members in enumerate(chunks(items, work.shard_size)):
+        for number, members in enumerate(_chunks(items, work.shard_size)):
             known = finished.get(number)
             shard = _Shard(number, tuple(item.key for item in members), again=known is not None)
             if known is not None:
@@ -209,7 +217,7 @@ def _labelled(
                     raise _changed(out, number, known)
                 retried = {image.source for image in _skipped(known) if image.retryable and retry_skipped}
                 members = [item for item in members if item.key in retried]
-            for batch in chunks(members, work.batch_size):
+            for batch in _chunks(members, work.batch_size):
                 handed.append(shard)
                 yield batch
 
@@ -217,8 +225,7 @@ def _labelled(
         yield handed.popleft(), done
 
 
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items; the last may be shorter."""
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk
@@ -252,15 +259,6 @@ def _hash(keys: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(keys).encode()).hexdigest()
 
 
-def _footer(keys: Sequence[str], skipped: Sequence[SkippedImage]) -> dict[str, Any]:
-    return {
-        "items": len(keys),
-        "keys": _hash(keys),
-        "rejected": [(image.source, image.reason) for image in skipped],
-        "temporary": [number for number, image in enumerate(skipped) if image.retryable],
-    }
-
-
 def _skipped(known: Mapping[str, Any]) -> list[SkippedImage]:
     """The skipped images of a shard, in order, by its footer."""
     retryable = set(known.get("temporary", ()))
@@ -275,15 +273,3 @@ def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
         f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} "
         "of its images: label the present input into another folder"
     )
-
-
-def _write_rejected(out: Path) -> None:
-    schema = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
-    with ParquetWriter(out / REJECTED, schema, rows_per_group=4096) as writer:
-        for known in _finished(out).values():
-            rows = [
-                {"source": source, "reason": reason, "temporary": retryable}
-                for source, reason, _, retryable in _skipped(known)
-            ]
-            writer.write(pa.Table.from_pylist(rows, schema))
-        writer.commit()

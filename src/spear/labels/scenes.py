@@ -6,23 +6,20 @@ Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) a
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from spear.errors import SpearError
+import spear
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.store import sweep, write_depth, write_labels
-from spear.types import Array, Frame, LabeledImage
+from spear.types import Frame, LabeledImage
+from spear.util import processes
 from spear.util.files import check_own, write_text
-from spear.util.ledger import alone
+from spear.util.ledger import alone, same_settings
 from spear.util.progress import ProgressBar
 
 Size = tuple[int, int]
@@ -31,8 +28,7 @@ Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 processes."""
 SCENES_PER_JOB = 256
 WORDING = "wording.txt"
-"""The instructions that the simulator gives: the first file that is written, by which such a folder is
-known."""
+"""The instructions that the simulator gives, by which such a folder is known: the first file in it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Job:
 
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
-    """Frames with ground truth → labels, through the same pipeline that real models fill."""
+    """Frames with ground truth → labels."""
     return label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 
 
@@ -84,42 +80,24 @@ def label_scenes(
         for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
     ]
     check_own(out, WORDING, "label")
-    _refuse_others(out, jobs, sizes)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(alone(out, "labelling into"))
-        write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
+    settings = {"spear": spear.__version__, "scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
+    advice = "use fewer --work.workers, and run the same command again"
+    with alone(out, "labelling into"):
+        if not (out / WORDING).is_file():
+            write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
+        same_settings(out / "run.json", settings, begun=any(out.glob("*/labels-*.parquet")))
         for view in sizes:
             sweep(out / view)
             sweep(out / "depth" / view)
         todo = [job for job in jobs if not all(job.shard(view).is_file() for view in sizes)]
-        made: Iterator[int] = map(_make, todo)
-        if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
-            made = pool.imap_unordered(_make, todo)
         before = scenes - sum(job.count for job in todo)
-        bar = stack.enter_context(ProgressBar("labelling", scenes, "scenes", before, quiet))
-        for count in made:
-            bar.update(bar.done + count)
+        with (
+            processes.pool(workers if workers > 1 else 0, __name__, advice) as pool,
+            ProgressBar("labelling", scenes, "scenes", before, quiet) as bar,
+        ):
+            for count in processes.in_order(pool, _make, todo, workers):
+                bar.update(bar.done + count)
     return scenes * len(sizes)
-
-
-def _refuse_others(out: Path, jobs: Sequence[Job], sizes: Mapping[str, Size]) -> None:
-    """Raises `SpearError` if `out` holds a shard that is not one of these jobs'."""
-    for view, size in sizes.items():
-        for path in sorted((out / view).glob("labels-*.parquet")):
-            index = int(path.stem.removeprefix("labels-"))
-            shard = pq.ParquetFile(path)
-            (first,) = shard.read_row_group(0, columns=["source", "width", "height"]).slice(0, 1).to_pylist()
-            rows, found = shard.metadata.num_rows, (first["width"], first["height"])
-            if index < len(jobs):
-                job = jobs[index]
-                own = first["source"].endswith(f"sim/clutter/{job.first}/{view}")
-                if own and (rows, found) == (job.count, size):
-                    continue
-            raise SpearError(
-                f"{path}: holds {rows} images of {found[0]}×{found[1]} pixels from {first['source']} on, "
-                "of a run with other settings: label into another folder, or use its settings"
-            )
 
 
 def wording(draws: int = 2000) -> list[str]:
@@ -137,21 +115,11 @@ def _make(job: Job) -> int:
     from spear.sim.world import World
 
     renderer = Renderer()
-    worlds: dict[int, Any] = {}
+    worlds = [World(clutter_scene(seed)) for seed in range(job.first, job.first + job.count)]
     for view, size in job.sizes.items():
-        maps: list[Array] = []
-
-        def frames(view: str = view, size: Size = size, maps: list[Array] = maps) -> Iterator[Frame]:
-            for seed in range(job.first, job.first + job.count):
-                if seed not in worlds:
-                    worlds[seed] = World(clutter_scene(seed))
-                frame = frame_of(worlds[seed], view, size, renderer)
-                assert frame.depth is not None
-                maps.append(frame.depth)
-                yield frame
-
-        labels = list(job.labelled(frames()))
-        depth = [(item.image, map_) for item, map_ in zip(labels, maps, strict=True)]
+        frames = [frame_of(world, view, size, renderer) for world in worlds]
+        labels = list(job.labelled(iter(frames)))
+        depth = [(item.image, frame.depth) for item, frame in zip(labels, frames, strict=True)]
         write_depth(depth, job.out / "depth" / view / f"depth-{job.index:05d}.parquet")
         write_labels(labels, job.shard(view))
     renderer.close()

@@ -226,16 +226,13 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise SpearError(
-            f"{path}: broken ({first_line(error)}): delete it and label its images again"
-        ) from error
+        raise SpearError(f"{path}: broken ({first_line(error)}): delete it and label it again") from error
 
 
 def _open(path: Path) -> pq.ParquetFile:
     with _reading(path):
         file = pq.ParquetFile(path)
-    missing = set(SCHEMA.names) - set(file.schema_arrow.names)
-    if missing:
+    if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
         lacks = ", ".join(sorted(missing))
         raise SpearError(f"{path}: not a label shard, it lacks {lacks}: give another file")
     return file
@@ -252,22 +249,17 @@ def _flat(array: Any) -> Any:
 
 
 def _to_row(label: LabeledImage) -> dict[str, Any]:
-    return {
+    return vars(label) | {
         "image": {"bytes": label.image, "path": None},
-        "width": label.width,
-        "height": label.height,
         "intrinsics": np.asarray(label.intrinsics, np.float64).ravel(),
         "objects": [_object_to_row(o) for o in label.objects],
-        "unit": label.unit,
-        "source": label.source,
         "provenance": json.dumps(dict(label.provenance), sort_keys=True),
     }
 
 
 def _object_to_row(o: LabeledObject) -> dict[str, Any]:
     box = o.box3d
-    return {
-        "name": o.name,
+    return vars(o) | {
         "box2d": _flat(o.box2d),
         "mask": list(o.mask),
         "box3d": box and {field.name: _flat(getattr(box, field.name)) for field in _BOX},
@@ -277,16 +269,13 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
 
 
 def _from_row(row: dict[str, Any]) -> LabeledImage:
-    return LabeledImage(
-        image=row["image"]["bytes"] if "image" in row else b"",
-        width=row["width"],
-        height=row["height"],
-        intrinsics=np.array(row["intrinsics"]).reshape(3, 3),
-        objects=[_object_from_row(o) for o in row["objects"]],
-        unit=row["unit"],
-        source=row["source"],
-        provenance=json.loads(row["provenance"]),
-    )
+    made = {
+        "image": row["image"]["bytes"] if "image" in row else b"",
+        "intrinsics": np.array(row["intrinsics"]).reshape(3, 3),
+        "objects": [_object_from_row(o) for o in row["objects"]],
+        "provenance": json.loads(row["provenance"]),
+    }
+    return LabeledImage(**row | made)
 
 
 def _object_from_row(row: dict[str, Any]) -> LabeledObject:
@@ -305,11 +294,12 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
     )
 
 
-def write_depth(rows: Iterable[tuple[bytes, Array]], path: Path) -> None:
+def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
     """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, on which a small
     depth encoder is pretrained. Raises `SpearError` when it cannot be written."""
     found = []
     for image, depth in rows:
+        assert depth is not None
         small = np.ascontiguousarray(depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16)
         height, width = small.shape
         found.append({"image": image, "depth": small.tobytes(), "height": height, "width": width})

@@ -1,6 +1,6 @@
 import numpy as np
 
-from spear.labels.fit.image import clip, iou2d, suppress, tight_box
+from spear.labels.fit.image import iou2d, suppress, tight_box
 
 
 def test_iou_of_boxes() -> None:
@@ -14,10 +14,6 @@ def test_tight_box_holds_every_pixel() -> None:
     assert tight_box(mask).tolist() == [0, 0, 0, 0]
     mask[1, 2] = mask[3, 5] = True
     assert tight_box(mask).tolist() == [2, 1, 6, 4]
-
-
-def test_clip_keeps_what_is_inside() -> None:
-    assert clip(np.array([[-1.0, 2, 9, 9], [8, 8, 9, 9]]), 6, 7).tolist() == [[0, 2, 7, 6], [7, 6, 7, 6]]
 
 
 def test_suppression_keeps_the_best_of_a_heap() -> None:

@@ -149,9 +149,6 @@ def test_run_lengths_keep_a_mask(height: int, width: int, bits: int) -> None:
 def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:
     mask = np.array([[0, 1, 1], [0, 0, 1]], bool)
     assert encode_mask(mask) == [2, 1, 1, 2] and encode_mask(~mask) == [0, 2, 1, 1, 2]
-
-
-@pytest.mark.parametrize("runs", [[3, 2], [7], [8, -2]])
-def test_wrong_run_lengths_are_refused(runs: list[int]) -> None:
-    with pytest.raises(SpearError, match="2×3"):
-        decode_mask(runs, 2, 3)
+    for runs in ([3, 2], [7], [8, -2]):
+        with pytest.raises(SpearError, match="2×3"):
+            decode_mask(runs, 2, 3)

@@ -83,7 +83,6 @@ def test_every_reason_is_given() -> None:
     assert can.box3d is not None
     outside = replace(can, name="cup", box3d=replace(can.box3d, center=np.array([9.0, 0, 1])))
     label_ = replace(
-        image,
-        objects=[can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside],
+        image, objects=[can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside]
     )
     assert why_not_asked(label_) == [("ambiguous",), ("ambiguous",), ("no box",), ("outside",)]

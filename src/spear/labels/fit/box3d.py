@@ -8,6 +8,7 @@ to the camera frame; this definition is our choice.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import combinations, permutations, product
 
 import numpy as np
@@ -16,10 +17,7 @@ from scipy.spatial import ConvexHull, QhullError
 from spear.labels.fit.points import UP_PRIOR
 from spear.types import Array, Box3D
 
-SIGNS = np.array(
-    [(-1, -1, -1), (1, -1, -1), (1, -1, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, -1), (1, 1, 1), (-1, 1, 1)],
-    float,
-)
+SIGNS = np.array([(x, y, z) for y in (-1, 1) for x, z in ((-1, -1), (1, -1), (1, 1), (-1, 1))], float)
 """[8, 3] which side of the box each vertex is on, along its right, down and away axes."""
 
 EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
@@ -90,23 +88,14 @@ def _camera_like(axes: Array) -> tuple[list[int], Array]:
     up = int(np.argmax(np.abs(UP_PRIOR @ axes)))
     first, second = (i for i in range(3) if i != up)
     right, away = (first, second) if abs(axes[0, first]) >= abs(axes[0, second]) else (second, first)
-    x = axes[:, right] * (1.0 if axes[0, right] >= 0 else -1.0)
-    down = axes[:, up] * (-1.0 if UP_PRIOR @ axes[:, up] >= 0 else 1.0)
-    forward = np.cross(x, down)
-    signs = [
-        np.sign(x @ axes[:, right]),
-        np.sign(down @ axes[:, up]),
-        np.sign(forward @ axes[:, away]) or 1.0,
-    ]
-    return [right, up, away], np.array(signs)
+    x = 1.0 if axes[0, right] >= 0 else -1.0
+    down = -1.0 if UP_PRIOR @ axes[:, up] >= 0 else 1.0
+    forward = np.cross(x * axes[:, right], down * axes[:, up])
+    return [right, up, away], np.array([x, down, np.sign(forward @ axes[:, away]) or 1.0])
 
 
 def fit_box(
-    points: Array,
-    up: Array | None = None,
-    support: float | None = None,
-    margin: float = 0.0,
-    noise: float = 0.0,
+    points: Array, up: Array | None = None, support: float | None = None, margin: float = 0, noise: float = 0
 ) -> Box3D:
     """The oriented box of an object of which only the side that faces the camera is seen.
 
@@ -236,20 +225,14 @@ def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
 
 def iou(a: Box3D, b: Box3D) -> float:
     """Volume of the intersection of two boxes over that of their union; exact up to rounding."""
-    volume_a, volume_b = float(np.prod(a.size, dtype=np.float64)), float(np.prod(b.size, dtype=np.float64))
-    shared = _intersection(a, b)
-    return shared / (volume_a + volume_b - shared)
-
-
-def _intersection(a: Box3D, b: Box3D) -> float:
     # A convex intersection is the hull of each box's corners inside the other and of where edges cross faces.
     corners = np.concatenate([_inside(a, b), _inside(b, a)])
-    if len(corners) < 4:
-        return 0.0
-    try:
-        return float(ConvexHull(corners - corners.mean(axis=0)).volume)
-    except QhullError:
-        return 0.0
+    shared = 0.0
+    if len(corners) >= 4:
+        with suppress(QhullError):  # they touch
+            shared = float(ConvexHull(corners - corners.mean(axis=0)).volume)
+    volume_a, volume_b = (float(np.prod(box.size, dtype=np.float64)) for box in (a, b))
+    return shared / (volume_a + volume_b - shared)
 
 
 def _inside(a: Box3D, b: Box3D) -> Array:

@@ -57,9 +57,7 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
     for polygon in polygons:
         corners = np.asarray(polygon, np.float64)
         if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
-            raise SpearError(
-                f"polygon of {corners.size} numbers: give x, y of three points or more, all finite"
-            )
+            raise SpearError(f"polygon of {corners.size} numbers: give x, y of three points or more, finite")
     try:
         from pycocotools import mask as coco
     except ImportError as error:

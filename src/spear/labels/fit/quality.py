@@ -51,25 +51,17 @@ def stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float
 class Accuracy:
     """Medians over n boxes.
 
-    center   distance between the centres.
-    vertex   mean distance between the vertices, up to the symmetry of a box.
-    ordered  the same in the order that questions give them, without symmetry.
-    iou      3D intersection over union.
-    missed   true boxes of visible objects that no label has.
+    center  distance between the centres.
+    vertex  mean distance between the vertices, up to the symmetry of a box.
+    iou     3D intersection over union.
+    missed  true boxes of visible objects that no label has.
     """
 
     n: int
     center: float
     vertex: float
-    ordered: float
     iou: float
     missed: int
-
-    def __str__(self) -> str:
-        return (
-            f"n {self.n} · centre {self.center:.4f} · vertex {self.vertex:.4f} · "
-            f"ordered vertex {self.ordered:.4f} · IoU {self.iou:.3f} · missed {self.missed}"
-        )
 
 
 def instance_of(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
@@ -107,13 +99,11 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
             instance = instance_of(o, label, frame)
             if o.box3d is None or instance not in frame.boxes:
                 continue
-            true = box_from_vertices(frame.boxes[instance])
-            center, vertex, overlap = box_errors(o.box3d, true)
-            ordered = float(np.linalg.norm(o.box3d.vertices - true.vertices, axis=1).mean())
-            found[instance] = o.scores.get("visible", 1.0), (center, vertex, ordered, overlap)
+            errors = box_errors(o.box3d, box_from_vertices(frame.boxes[instance]))
+            found[instance] = o.scores.get("visible", 1.0), errors
         rows += [errors for visible, errors in found.values() if visible >= min_visible]
         missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
     if not rows:
         raise SpearError("accuracy: no labelled box has a true box: give frames with instances and boxes")
-    center, vertex, ordered, overlap = np.median(rows, axis=0).tolist()
-    return Accuracy(len(rows), center, vertex, ordered, overlap, missed)
+    center, vertex, overlap = np.median(rows, axis=0).tolist()
+    return Accuracy(len(rows), center, vertex, overlap, missed)
