@@ -22,6 +22,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.utils import logging
 
 from pi0_pair import SIZES, reduced
+from spear.models.decode import greedy
 from spear.models.presets import vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from timing import Times, race
@@ -95,7 +96,8 @@ def main(
                 grammar = [[(first, last)] * NUMBERS] * batch
 
                 def answer() -> torch.Tensor:
-                    return ours.answer(  # noqa: B023
+                    return greedy(
+                        ours,  # noqa: B023
                         {"external": image},  # noqa: B023
                         ids,  # noqa: B023
                         max_new_tokens=NUMBERS + 1,

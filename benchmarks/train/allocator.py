@@ -21,8 +21,8 @@ import torch
 import tyro
 
 from spear.data.store.episode_store import EpisodeStore
+from spear.models.devices import keep_freed_memory
 from spear.train.build import build
-from spear.train.devices import keep_freed_memory
 from spear.train.optimize import Stepper
 from spear.train.options import Inputs
 from spear.train.recipes import recipe

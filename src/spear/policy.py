@@ -15,7 +15,7 @@ from spear.data.normalize import Normalizer
 from spear.embodiments.tools import Checked, check
 from spear.errors import SpearError
 from spear.labels.questions.generate import NUMBERS, PIXELS
-from spear.models.decode import Watched
+from spear.models.decode import Watched, greedy
 from spear.models.processing import Processor
 from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -93,7 +93,8 @@ class VlmBundle:
         first = self.processor.coordinate_start
         last = first + self.processor.coordinates.bins
         watched = Watched((first, last)) if distributions or decode != "mode" else None
-        ids = self.model.answer(
+        ids = greedy(
+            self.model,
             {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
             text["input_ids"].to(device),
             text["attention_mask"].to(device),

@@ -69,7 +69,7 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: bo
     owners = torch.tensor([1, 0, 1])
     if not padded:
         mask = torch.ones_like(mask)
-    found = model.answer(images, ids, mask if padded else None, owners, most, grammars)
+    found = decode.greedy(model, images, ids, mask if padded else None, owners, most, grammars)
     for row, grammar in enumerate(grammars):
         expected = slowly(model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most)
         assert found[row].tolist() == expected + [PAD] * (found.shape[1] - len(expected))
@@ -81,7 +81,7 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: bo
 def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
     ids, _ = text(1, 6)
     with pytest.raises(SpearError, match=f"{needs} tokens"):
-        vlm().answer(pixels(1, views=("external",)), ids, None, max_new_tokens=needs - 1, grammars=[grammar])
+        decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, None, needs - 1, [grammar])
 
 
 def test_the_head_runs_on_the_rows_that_may_be_said_and_layers_only_where_there_is_a_choice(
@@ -97,7 +97,7 @@ def test_the_head_runs_on_the_rows_that_may_be_said_and_layers_only_where_there_
     monkeypatch.setattr(layers, "_before", lambda layer, x, *a: runs.append(x.shape[1]) or run(layer, x, *a))
     ids, _ = text(1, 6)
     grammar = [(7, 8), NUMBER, NUMBER, (9, 10)]
-    model.answer(pixels(1, views=("external",)), ids, None, max_new_tokens=20, grammars=[grammar])
+    decode.greedy(model, pixels(1, views=("external",)), ids, None, max_new_tokens=20, grammars=[grammar])
     assert rows == [TINY.bins, TINY.bins]
     depth = len(layers.layers)
     assert runs == [6 + 6] * depth + [1] * 2 * depth  # the prompt, and before each number

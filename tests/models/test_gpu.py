@@ -9,7 +9,7 @@ import torch
 
 from models_tiny import START, TINY, actions, pixels, spear1, text, vlm
 from spear import flow
-from spear.models.decode import STACK
+from spear.models.decode import STACK, greedy
 from spear.models.fast.stack import can_compile
 from spear.types import Action
 
@@ -48,14 +48,14 @@ def test_answers_from_graphs() -> None:
     ids, mask = text(3, 6)
     images = pixels(3, views=("external",))
     grammars = [[number] * 5, [(7, 8), number], [number]]
-    on_cpu = model.answer(images, ids, mask, max_new_tokens=8, grammars=grammars)
+    on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammars=grammars)
     model.cuda()
     moved = {view: image.cuda() for view, image in images.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            found = model.answer(moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammars=grammars)
+            found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammars=grammars)
             assert torch.equal(found.cpu(), on_cpu)
-    free = model.answer(moved, ids.cuda(), mask.cuda(), max_new_tokens=12)
+    free = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12)
     assert free.shape[1] <= 12
     assert len(STACK(model.language_model, True, can_compile(model.device)).replay) == 1

@@ -8,7 +8,7 @@ import torch
 
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
-from spear.models.decode import Watched
+from spear.models.decode import Watched, greedy
 from spear.models.readout import DECODES, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
@@ -59,7 +59,7 @@ def test_the_logits_of_each_step_are_those_the_tokens_came_from() -> None:
     watched = Watched(number)
     grammars = [[number] * 3, [(7, 8), number]]
     images = pixels(2, views=("external",))
-    answers = model.answer(images, ids, mask, max_new_tokens=4, grammars=grammars, watched=watched)
+    answers = greedy(model, images, ids, mask, max_new_tokens=4, grammars=grammars, watched=watched)
     assert len(watched.logits) == 3  # the fourth token is the end in both rows: no choice
     likeliest = torch.stack([step.argmax(-1) + START for step in watched.logits], dim=1)
     assert likeliest[0].tolist() == answers[0, :3].tolist()

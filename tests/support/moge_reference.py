@@ -7,7 +7,6 @@ fan-in, then changed a little such that x and y are about the view plane and a s
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 
 from spear.models.moge.checkpoint import Checkpoint, build_moge
-from spear.models.moge.infer import centred_intrinsics
 from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
 from spear.types import Array
@@ -107,9 +105,3 @@ def error(found: torch.Tensor, expected: Array) -> float:
     finite = found.isfinite() & wanted.isfinite()
     assert found.shape == wanted.shape and finite.any()
     return float((found - wanted)[finite].abs().max() / wanted[finite].abs().max())
-
-
-def intrinsics_from_fov(fov_x: float, width: int, height: int) -> torch.Tensor:
-    """Intrinsics [3, 3], pixels, of a camera with square pixels and a horizontal field of view in degrees."""
-    focal = width / math.tan(math.radians(fov_x) / 2) / math.hypot(width, height)
-    return centred_intrinsics(torch.tensor([focal]), width, height)[0]

@@ -29,8 +29,10 @@ LAYOUTS = ("2024", "2025", "now")
 
 
 def know_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the preset "tiny14" and a MoGe encoder of width 16 be known."""
+    """Let "tiny14", the same with π0's flow and a MoGe encoder of width 16 be known."""
     monkeypatch.setitem(presets.PRESETS, "tiny14", TINY14)
+    linear = dataclasses.replace(TINY14, flow={**TINY14.flow, "rotation": "linear"})
+    monkeypatch.setitem(presets.PRESETS, "linear14", linear)
     monkeypatch.setitem(ENCODERS, "dinov2_tiny14", MOGE)
 
 

@@ -16,10 +16,10 @@ from torch.utils._device import _device_constructors
 
 from models_tiny import TINY
 from spear.errors import SpearError
+from spear.models.devices import choose_device
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
-from spear.train import devices
-from spear.train.devices import choose_device, for_device
+from spear.train import run
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization
 from train_tiny import Acting
@@ -31,9 +31,9 @@ def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPa
     asked = Optimization(steps=1, lr=1e-3, frozen_precision="bf16", moments="bf16")
     plain = Optimization(steps=1, lr=1e-3, precision="fp32")
     for has in (True, False):
-        monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
-        assert for_device(asked, CUDA) == asked and for_device(plain, CPU) == plain
-        settled = for_device(asked, CPU)
+        monkeypatch.setattr(run, "HAS_BFLOAT16", has)
+        assert run.for_device(asked, CUDA) == asked and run.for_device(plain, CPU) == plain
+        settled = run.for_device(asked, CPU)
         kept = "bf16" if has else "fp32"
         assert (settled.precision, settled.frozen_precision, settled.moments) == (kept, kept, "bf16")
 

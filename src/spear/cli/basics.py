@@ -43,8 +43,8 @@ def ask(options: AskOptions) -> None:
     import torch
 
     from spear.evaluate.vqa import ask as asking
+    from spear.models.devices import choose_device
     from spear.policy import load_vlm
-    from spear.train.devices import choose_device
     from spear.util.images import encode_picture, picture_format
 
     if options.draw:

@@ -107,9 +107,9 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     import torch
 
     from spear.evaluate import open_loop
+    from spear.models.devices import choose_device
     from spear.policy import Spear1Policy
     from spear.report.comparison import open_loop_page
-    from spear.train.devices import choose_device
 
     o, place = options, choose_device(options.device)
     with TemporaryDirectory() as scratch:
@@ -163,9 +163,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
     from spear.evaluate.vqa.ask import find_images
     from spear.evaluate.vqa.run import evaluate as run
+    from spear.models.devices import choose_device
     from spear.policy import load_vlm
     from spear.report.vqa import vqa_page
-    from spear.train.devices import choose_device
 
     o, asked = options, options.asked
     bundle = load_vlm(o.model, choose_device(o.device), getattr(torch, o.dtype))
@@ -290,7 +290,7 @@ def _load(options: AgentOptions) -> Agent:
     import torch
 
     from spear.evaluate.agents import load_agent
-    from spear.train.devices import choose_device
+    from spear.models.devices import choose_device
 
     o, device = options, choose_device(options.device)
     return load_agent(o.policy, device, getattr(torch, o.dtype), o.dataset)

@@ -83,9 +83,9 @@ def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
     import torch
 
     from spear import embodiments
+    from spear.models.devices import choose_device
     from spear.policy import Spear1Policy
     from spear.serve.service import Service
-    from spear.train.devices import choose_device
 
     robot = embodiments.load(options.embodiment)
     robot.control(options.control)  # an unknown one is refused before the weights are read

@@ -209,38 +209,19 @@ def _run_checkpointed(forward: Any, *args: Any, past_key_values: KVCache | None 
     return result
 
 
-class Gemma(GemmaModel):
-    """Transformers' Gemma, same parameters and results, with `FastRMSNorm`s."""
+def language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Model:
+    """Transformers' Gemma, or Gemma 2 (PaliGemma 2's), same parameters and results, with `FastRMSNorm`s.
 
-    def __init__(self, config: GemmaConfig) -> None:
-        super().__init__(config)
-        _use_fast_norms(self)
-
-
-class Gemma2(Gemma2Model):
-    """Transformers' Gemma 2, the language model of PaliGemma 2, with `FastRMSNorm`s.
-
-    Every layer sees the whole sequence: Gemma 2's window of 4,096 tokens is longer than any of ours.
+    Every layer of a Gemma 2 sees the whole sequence: its window of 4,096 tokens is longer than any of ours.
     """
-
-    def __init__(self, config: Gemma2Config) -> None:
-        super().__init__(config)
-        _use_fast_norms(self)
-
-
-def language_model(config: GemmaConfig | Gemma2Config) -> Gemma | Gemma2:
-    """The language model of a config: PaliGemma's Gemma or PaliGemma 2's Gemma 2."""
-    return Gemma2(config) if isinstance(config, Gemma2Config) else Gemma(config)
-
-
-def _use_fast_norms(model: Gemma | Gemma2) -> None:
-    """Replace the norms of each layer, and the last one, by `FastRMSNorm`s."""
-    width, eps = model.config.hidden_size, model.config.rms_norm_eps
+    model = Gemma2Model(config) if isinstance(config, Gemma2Config) else GemmaModel(config)
+    width, eps = config.hidden_size, config.rms_norm_eps
     for layer in model.layers:
         for name, _ in list(layer.named_children()):
             if name.endswith("layernorm"):
                 setattr(layer, name, FastRMSNorm(width, eps))
     model.norm = FastRMSNorm(width, eps)
+    return model
 
 
 class FastRMSNorm(GemmaRMSNorm):

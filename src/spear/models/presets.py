@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spear.errors import unknown_name
+from spear.util.options import choose
 
 if TYPE_CHECKING:
     from spear.models.spear1 import Spear1Config
@@ -115,9 +115,8 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 def preset(name: str) -> Preset:
     """The preset of that name; raises SpearError, suggesting the nearest name, when there is none."""
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
-    return PRESETS[name]
+    found: Preset = choose("preset", name, PRESETS)
+    return found
 
 
 def vlm_config(

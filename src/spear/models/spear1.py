@@ -19,10 +19,10 @@ from spear import flow
 from spear.errors import SpearError
 from spear.models.fast.linear import use_fast_linear
 from spear.models.layers import (
-    Gemma,
     PortableConfig,
     RecomputesLayers,
     choose_attention,
+    language_model,
     positions,
     sinusoids,
     suffix_mask,
@@ -101,7 +101,7 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
         super().__init__(choose_attention(config))
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
-        self.expert = Gemma(config.expert_config)
+        self.expert = language_model(config.expert_config)
         self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
         width = config.expert_config.hidden_size
         self.state_proj = nn.Linear(STATE_FEATURES, width)

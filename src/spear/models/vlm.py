@@ -14,7 +14,6 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, unknown_name
-from spear.models import decode
 from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.layers import (
     KVCache,
@@ -140,14 +139,6 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         use_fast_linear(self)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings, which are also the output head."""
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings."""
-        self.language_model.embed_tokens = value  # type: ignore[assignment]
-
     def image_features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
         x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
@@ -246,9 +237,8 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         self, hidden: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its parts (see `token_loss`) of tokens [M], read off `hidden` [M, D]."""
-        c = self.config
-        weighing = c.coordinate_loss_weight, c.coordinate_smoothing
-        return token_loss(self.head(hidden), labels, c.coordinate_ids, *weighing)
+        c, logits = self.config, self.head(hidden)
+        return token_loss(logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing)
 
     def forward(
         self,
@@ -301,21 +291,6 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             targets.append(target[wanted])
         loss, parts = self.token_loss(torch.cat(hidden), torch.cat(targets))
         return SpearVLMOutput(loss=loss, parts=parts)
-
-    def answer(
-        self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        max_new_tokens: int = 64,
-        grammars: list[decode.Grammar] | None = None,
-        watched: decode.Watched | None = None,
-    ) -> torch.Tensor:
-        """Greedy answers [N, ≤ max_new_tokens], padded after the end; see `spear.models.decode.greedy`."""
-        return decode.greedy(
-            self, pixel_values, input_ids, attention_mask, image_index, max_new_tokens, grammars, watched
-        )
 
 
 def token_loss(

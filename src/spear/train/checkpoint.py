@@ -28,14 +28,12 @@ from torch.distributed.tensor import DTensor
 
 from spear.errors import SpearError
 from spear.train import parallel
-from spear.train.optimize import HalfStateAdamW
+from spear.train.optimize import HalfStateAdamW, Stepper
 
 _NAME = re.compile(r"step-(\d{8})$")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
-
-Ema = dict[str, torch.Tensor] | None
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -59,10 +57,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the newest `keep` stay. All processes save and load together."""
+    """The checkpoints of a stepper's state in a folder, of which the newest `keep` stay.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    All processes save and load together.
+    """
+
+    def __init__(self, folder: Path, stepper: Stepper, keep: int = 2) -> None:
+        self.folder, self.stepper, self.keep = folder, stepper, keep
+        self._names = {parameter: name for name, parameter in stepper.model.named_parameters()}
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -79,23 +81,15 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
-    def save(
-        self,
-        step: int,
-        model: torch.nn.Module,
-        ema: Ema,
-        optimizer: torch.optim.Optimizer,
-        state: dict[str, Any],
-    ) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy what there is to keep and begin to write it as the checkpoint of `step`.
 
         Waits for the one before. Raises `SpearError` when that could not be written.
         """
         self.wait()
-        names = _names(model)
-        counts = {names[p]: float(s["step"]) for p, s in optimizer.state.items()}
-        processes = parallel.mesh("cpu") if parallel.is_sharded(model) else None
-        tensors = sorted(_tensors(model, ema, optimizer).items(), key=lambda item: -item[1].numel())
+        counts = {self._names[p]: float(s["step"]) for p, s in self.stepper.optimizer.state.items()}
+        processes = parallel.mesh("cpu") if self.stepper.sharded else None
+        tensors = sorted(self._tensors().items(), key=lambda item: -item[1].numel())
         copies = {
             key: _copy(tensor, processes)
             for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
@@ -134,22 +128,15 @@ class Checkpoints:
             for old in sorted(p for p in self.folder.glob("step-*") if _NAME.search(p.name))[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load(
-        self,
-        path: Path,
-        counts: dict[str, float],
-        model: torch.nn.Module,
-        ema: Ema,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """Put a checkpoint back into `model`, `ema` and `optimizer`, in place. counts: as in its state.
+    def load(self, path: Path, counts: dict[str, float]) -> None:
+        """Put a checkpoint back into the stepper, in place. counts: as in its state.
 
         Raises `SpearError` when it cannot be read or is of another model.
         """
         try:
             stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-            _make_moments(optimizer, _names(model), counts)
-            tensors = _tensors(model, ema, optimizer)
+            self._make_moments(counts)
+            tensors = self._tensors()
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
                     raise SpearError(
@@ -165,41 +152,33 @@ class Checkpoints:
         except _FAILED as error:
             raise _unreadable(path, error) from error
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves: parameters and buffers (tied ones once), averaged weights, moments."""
+        seen: set[int] = set()
+        out: dict[str, torch.Tensor] = {}
+        for key, tensor in self.stepper.model.state_dict().items():
+            place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+            if place not in seen or tensor.numel() == 0 or place == 0:
+                out[f"model.{key}"] = tensor
+            seen.add(place)
+        out |= {f"ema.{key}": tensor for key, tensor in (self.stepper.ema or {}).items()}
+        for parameter, name in self._names.items():
+            moments = self.stepper.optimizer.state.get(parameter, {})
+            out |= {f"{kind}.{name}": moments[kind] for kind in _MOMENTS if kind in moments}
+        return out
 
-def _names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _tensors(model: torch.nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The tensors themselves: parameters and buffers (tied ones once), averaged weights, moments."""
-    seen: set[int] = set()
-    out: dict[str, torch.Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-        if place not in seen or tensor.numel() == 0 or place == 0:
-            out[f"model.{key}"] = tensor
-        seen.add(place)
-    out |= {f"ema.{key}": tensor for key, tensor in (ema or {}).items()}
-    for parameter, name in _names(model).items():
-        moments = optimizer.state.get(parameter, {})
-        out |= {f"{kind}.{name}": moments[kind] for kind in _MOMENTS if kind in moments}
-    return out
-
-
-def _make_moments(
-    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], counts: dict[str, float]
-) -> None:
-    """Give the parameters that have taken steps moments to read into, as their optimiser would make them."""
-    half = isinstance(optimizer, HalfStateAdamW)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            count = counts.get(names[parameter])
-            optimizer.state.pop(parameter, None)
-            if count is not None:
+    def _make_moments(self, counts: dict[str, float]) -> None:
+        """Give the parameters that have taken steps moments to read into, as their optimiser would make
+        them."""
+        state = self.stepper.optimizer.state
+        half = isinstance(self.stepper.optimizer, HalfStateAdamW)
+        for parameter in self.stepper.learning.values():
+            state.pop(parameter, None)
+            if (count := counts.get(self._names[parameter])) is not None:
                 dtype = torch.bfloat16 if half else parameter.dtype
                 made = {kind: torch.zeros_like(parameter, dtype=dtype) for kind in _MOMENTS}
                 step = torch.tensor(count, device="cpu" if half else parameter.device)
-                optimizer.state[parameter] = {"step": step, **made}
+                state[parameter] = {"step": step, **made}
 
 
 def _copy(tensor: torch.Tensor, processes: Any) -> torch.Tensor:

@@ -129,13 +129,13 @@ def run(
         "optimization": dataclasses.asdict(opt),
         "about": dict(about or {}),
     }
-    with Checkpoints(out / "checkpoints") as checkpoints:
+    with Checkpoints(out / "checkpoints", stepper) as checkpoints:
         latest = checkpoint.find_latest(checkpoints.folder)
         first = skipped = 0
         if latest is not None:
             state = checkpoint.read_state(latest)
             _check_same(out, state, settings, opt.steps)
-            checkpoints.load(latest, state["counts"], stepper.model, stepper.ema, stepper.optimizer)
+            checkpoints.load(latest, state["counts"])
             first, skipped = state["step"], state["skipped"]
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
@@ -158,8 +158,7 @@ def run(
                     if log is not None:
                         log.log(step, values, opt.lr * learning_rate(step, opt), waited)
                     if (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
-                        now = {"settings": settings, "skipped": skipped}
-                        checkpoints.save(step + 1, stepper.model, stepper.ema, stepper.optimizer, now)
+                        checkpoints.save(step + 1, {"settings": settings, "skipped": skipped})
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise

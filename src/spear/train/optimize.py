@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from spear.errors import SpearError
 from spear.models.layers import recompute_layers
@@ -269,7 +270,7 @@ class Stepper:
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
             generator = step_generator(self.seed, number, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache):
-                loss, parts = self.task.loss(to_device(batch, self.device), generator)
+                loss, parts = self.task.loss(tree_map_only(torch.Tensor, self._move, batch), generator)
             (loss / len(batches)).backward()
             values = {"loss": loss.detach(), **parts}
             keys = list(values)
@@ -300,18 +301,12 @@ class Stepper:
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
         return found
 
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
     def result(self) -> dict[str, torch.Tensor]:
         """The averaged weights, or the plain ones when averaging is off, by parameter name."""
         self.model.eval()
         if self.ema is not None:
             return self.ema
         return {n: p.detach().clone() for n, p in self.learning.items()}
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in nested dicts on `device`; anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return value

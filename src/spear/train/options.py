@@ -46,7 +46,7 @@ class Optimization:
     weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
     precision         "bf16" autocasts the forward pass; the weights that learn stay float32. A CPU without
-                      bfloat16 computes in float32 (`spear.train.devices`).
+                      bfloat16 computes in float32 (`spear.models.devices`).
     frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.optimize.HalfStateAdamW`).
     accumulate        pieces in which a process works through its batch; their gradients are averaged. A run

@@ -25,11 +25,12 @@ from spear.data.readers.formats import dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
+from spear.models.devices import choose_device, keep_freed_memory
+from spear.models.fast.linear import HAS_BFLOAT16
 from spear.train import loop, parallel
 from spear.train.build import build
-from spear.train.devices import choose_device, for_device, keep_freed_memory
 from spear.train.loop import RunOptions
-from spear.train.options import Inputs, Recipe
+from spear.train.options import Inputs, Optimization, Recipe
 from spear.util.ledger import add_files
 
 
@@ -38,7 +39,7 @@ def train(
 ) -> Path:
     """Run a recipe and return `out/final`.
 
-    device: auto, cpu, cuda or cuda:N (`spear.train.devices`), which replaces that of `how`.
+    device: auto, cpu, cuda or cuda:N (`spear.models.devices`), which replaces that of `how`.
     Raises `SpearError` for data or a device that is missing, or as `build` and `loop.run` do.
     """
     started = time.time()
@@ -84,6 +85,13 @@ def train(
         part.replace(final)
     parallel.wait()
     return final
+
+
+def for_device(opt: Optimization, device: torch.device) -> Optimization:
+    """What is asked for; in float32 on a CPU that does not compute in bfloat16."""
+    if opt.precision == "fp32" or device.type != "cpu" or HAS_BFLOAT16:
+        return opt
+    return dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
 
 
 _MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.models.pretrained import choose_device
 from spear.labels.models.protocols import PointMapResult
+from spear.models.devices import choose_device
 from spear.models.moge.checkpoint import load_moge
 from spear.models.moge.infer import Geometry, infer
 from spear.models.moge.networks import MogeV1, MogeV2
@@ -64,7 +64,7 @@ class MogePointMap:
         results: dict[int, PointMapResult] = {}
         for members in groups.values():
             images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(0, 3, 1, 2)
-            found = infer(self.model, images, self.num_tokens, apply_mask=False, dtype=self.dtype)
+            found = infer(self.model, images, self.num_tokens, self.dtype)
             for row, index in enumerate(members):
                 results[index] = self._result(found, row, frames[index].source)
         return [results[index] for index in range(len(frames))]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spear.errors import SpearError, first_line
+from spear.models.devices import choose_device
 
 
 def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
@@ -40,18 +41,6 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
             f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give the whole model"
         )
     return network.to(where).eval()
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device called auto (a GPU if there is one), cpu, cuda, cuda:1 …; `SpearError` for another."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts when it was built without CUDA
-        raise SpearError(f"no device {name}: {first_line(error)}: use cpu, or cuda") from error
-    return device
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import Gemma2Model, GemmaModel
 
 from spear.models.fast.graphs import CudaGraphCache
 from spear.models.fast.linear import Fused, Prepared
-from spear.models.layers import Gemma, Gemma2, positions
+from spear.models.layers import positions
 
 
 class StaticKVCache:
@@ -85,7 +86,7 @@ class Stack:
     packed: see `Fused`. compiled: what is before and after attention by `torch.compile`, once for all layers.
     """
 
-    def __init__(self, model: Gemma | Gemma2, packed: bool = False, compiled: bool = False) -> None:
+    def __init__(self, model: GemmaModel | Gemma2Model, packed: bool = False, compiled: bool = False) -> None:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps

@@ -28,18 +28,14 @@ class Geometry:
 
     In metres where the network has a metric scale, else up to one scale per image.
 
-    points      [B, h, w, 3] float32; infinite where the mask is False.
-    depth       [B, h, w] float32 along z; infinite where the mask is False.
+    points      [B, h, w, 3] float32, also where the mask is False.
     mask        [B, h, w] bool, True where a point is known and in front of the camera.
-    intrinsics  [B, 3, 3] float32 pixels, found or as given; pixel centres at integer + 0.5.
-    normal      [B, h, w, 3] float32 unit surface normals, 0 where the mask is False; None without a head.
+    intrinsics  [B, 3, 3] float32 pixels; pixel centres at integer + 0.5.
     """
 
     points: torch.Tensor
-    depth: torch.Tensor
     mask: torch.Tensor
     intrinsics: torch.Tensor
-    normal: torch.Tensor | None
 
 
 @torch.inference_mode()
@@ -47,96 +43,67 @@ def infer(
     model: MogeV1 | MogeV2,
     images: torch.Tensor,
     num_tokens: int | None = None,
-    intrinsics: torch.Tensor | None = None,
-    project: bool = True,
-    apply_mask: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Geometry:
-    """Predict the geometry of a batch of images of one size.
+    """Predict the geometry of a batch of images of one size; each point lies on the ray of its pixel.
 
     images      [B, 3, h, w], uint8 or float in 0 … 1.
     num_tokens  patches to cut an image into; None: the most that the network was trained for.
-    intrinsics  [B, 3, 3] pixels, when the cameras are known; None to find them. The shift along z is then
-                fitted with the mean of both focal lengths and a centred axis, as MoGe was trained; points are
-                unprojected with exactly these (our choice).
-    project     put each point on the ray of its pixel, at its depth; else x and y stay as predicted.
-    apply_mask  blank out what is not known, in points, depth and normals.
     dtype       float16 or bfloat16 for automatic mixed precision.
 
-    Raises `SpearError` for images, intrinsics or tokens that do not fit.
+    Raises `SpearError` for images or tokens that do not fit.
     """
     device = next(model.parameters()).device
     plain = images.dtype == torch.uint8 or images.is_floating_point()
     if images.dim() != 4 or images.shape[1] != 3 or not plain:
         what = f"{images.dtype} {tuple(images.shape)}"
         raise SpearError(f"wrong image type: {what}: pass uint8 or float tensors [B, 3, h, w]")
-    batch, _, height, width = images.shape
-    if intrinsics is not None and intrinsics.shape != (batch, 3, 3):
-        raise SpearError(f"intrinsics are {tuple(intrinsics.shape)}: pass one [3, 3] matrix per image")
     if num_tokens is not None and num_tokens < 1:
         raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
     images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, num_tokens or model.most_tokens)
     mask = output.mask > 0.5
-    if intrinsics is None:
-        focal, shift = recover_focal_shift(output.points, mask)
-        intrinsics = centred_intrinsics(focal, width, height)
-    else:
-        intrinsics = intrinsics.to(device, torch.float32)
-        focal = (intrinsics[:, 0, 0] + intrinsics[:, 1, 1]) / math.hypot(width, height)
-        _, shift = recover_focal_shift(output.points, mask, focal)
+    focal, shift = recover_focal_shift(output.points, mask)
+    intrinsics = centred_intrinsics(focal, *images.shape[:1:-1])
     depth = output.points[..., 2] + shift[:, None, None]
-    mask = mask & (depth > 0)
-    if project:
-        points = unproject(depth, intrinsics)
-    else:
-        points = torch.cat([output.points[..., :2], depth[..., None]], dim=-1)
+    points = unproject(depth, intrinsics)
     if output.scale is not None:
-        points, depth = points * output.scale[:, None, None, None], depth * output.scale[:, None, None]
-    normal = output.normal
-    if apply_mask:
-        points = points.masked_fill(~mask[..., None], torch.inf)
-        depth = depth.masked_fill(~mask, torch.inf)
-        normal = None if normal is None else normal.masked_fill(~mask[..., None], 0)
-    return Geometry(points, depth, mask, intrinsics, normal)
+        points = points * output.scale[:, None, None, None]
+    return Geometry(points, mask & (depth > 0), intrinsics)
 
 
-def recover_focal_shift(
-    points: torch.Tensor, mask: torch.Tensor, focal: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def recover_focal_shift(points: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The focal length and the shift along z that make points project to their own pixels.
 
     Least squares over focal · xy / (z + shift) − uv on a subsampled map, as MoGe fits it. The camera's axis
     is taken to pass through the image's centre.
 
     points [B, h, w, 3] affine point maps. mask [B, h, w] bool, False where a point is unknown, as points that
-    are not finite are. focal [B] in half diagonals where known, else None.
-    Returns focal [B] (in half diagonals) and shift [B] (in the points' unit), float32. A map of fewer than
-    two known points has focal 1 (or the given one) and shift 0.
+    are not finite are. Returns focal [B] (in half diagonals) and shift [B] (in the points' unit), float32. A
+    map of fewer than two known points has focal 1 and shift 0.
     """
     height, width = points.shape[1:3]
     uv = view_plane(width, height, device=points.device).permute(2, 0, 1).expand(len(points), -1, -1, -1)
     maps = torch.cat([points.float().permute(0, 3, 1, 2), uv, mask[:, None].float()], dim=1)
     maps = nn.functional.interpolate(maps, (FIT_SIDE, FIT_SIDE), mode="nearest")
     rows = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()
-    known = [None] * len(rows) if focal is None else focal.tolist()
-    fits = torch.tensor([_fit(r, f) for r, f in zip(rows, known, strict=True)], device=points.device)
+    fits = torch.tensor([_fit(row) for row in rows], device=points.device)
     return fits[:, 0], fits[:, 1]
 
 
-def _fit(rows: Array, focal: float | None) -> tuple[float, float]:
+def _fit(rows: Array) -> tuple[float, float]:
     """Focal and shift of one map; rows [n, 6] are x, y, z, u, v, known."""
     from scipy.optimize import least_squares
 
     usable = (rows[:, 5] > 0) & np.isfinite(rows[:, :3]).all(axis=1) & (rows[:, 2] != 0)
     xy, z, uv = rows[usable, :2].astype(float), rows[usable, 2].astype(float), rows[usable, 3:5]
     if len(z) < 2 or not xy.any():
-        return 1.0 if focal is None else focal, 0.0
+        return 1.0, 0.0
 
     def project(shift: Array) -> tuple[Array, float]:
         plane = xy / (z + shift)[:, None]
-        return plane, float((plane * uv).sum() / (plane**2).sum()) if focal is None else focal
+        return plane, float((plane * uv).sum() / (plane**2).sum())
 
     def error(shift: Array) -> Array:
         plane, scale = project(shift)

@@ -10,14 +10,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spear.errors import SpearError
 from spear.models.presets import TOKEN_IDS, preset
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.backbones import own_config
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
 from spear.models.weights.load import Part, Shards, reading
@@ -46,33 +45,24 @@ _ENDS = {
 
 
 def plan_policy(
-    vlm: SpearVLMForConditionalGeneration | Path | str,
-    expert: Path | str | None = None,
-    size: str = "spear1",
-    flow: Mapping[str, Any] | None = None,
+    vlm: Path | str, expert: Path | str | None = None, size: str = "spear1"
 ) -> Conversion[Spear1ForActionPrediction]:
     """SPEAR-VLM and an action expert → SPEAR-1, with all names and shapes checked and nothing read yet.
 
-    vlm     a model, a folder, or a name on the Hub. A model in memory shares its weights with the result
-            unless they are converted.
+    vlm     a folder, or a name on the Hub.
     expert  None: a new one of the preset's width, as deep as the VLM. Else a π0 in safetensors: a folder, or
             a name on the Hub. Of its layers that take states and give actions those are loaded that have our
             sizes (state 10, action 8); the others are new, since their numbers mean other things. π0's
             velocity points from the data to the noise, so its last layer is negated; it is new where the flow
             predicts clean actions.
-    size    the preset of the horizon, the flow and a new expert. flow: fields of `spear.flow.FlowConfig`
-            instead of the preset's.
+    size    the preset of the horizon, the flow and a new expert.
 
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
     """
     numbers = preset(size)
-    sources = {"SPEAR-VLM": "a model in memory"}
-    if isinstance(vlm, SpearVLMForConditionalGeneration):
-        inner, dtype = copy.deepcopy(vlm.config), vlm.dtype
-    else:
-        sources["SPEAR-VLM"] = str(vlm)
-        stored = Shards.open(vlm, "SPEAR-VLM")
-        inner, dtype = own_config(stored, SpearVLMConfig), stored.dtype(next(iter(stored.weights)))
+    sources = {"SPEAR-VLM": str(vlm)}
+    stored = Shards.open(vlm, "SPEAR-VLM")
+    inner, dtype = own_config(stored, SpearVLMConfig), stored.dtype(next(iter(stored.weights)))
     text = inner.text_config
     if expert is None:  # the VLM's keys and values are the expert's too
         shared = ("num_hidden_layers", "num_key_value_heads", "head_dim")
@@ -87,21 +77,17 @@ def plan_policy(
         vlm_config=inner,
         expert_config={**fields, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
         horizon=numbers.horizon,
-        flow=dict(numbers.flow if flow is None else flow),
+        flow=dict(numbers.flow),
         **periods,
     )
     with torch.device("meta"):
         wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
     inside = {k: v for k, v in wanted.items() if k.startswith("vlm.")}
     outside = {k: v for k, v in wanted.items() if k not in inside}
-    if isinstance(vlm, SpearVLMForConditionalGeneration):
-        keys = [Key(k, tuple(v.shape), "loaded", "SPEAR-VLM: the model") for k, v in inside.items()]
-        parts: list[Part] = [lambda dtype, _: {f"vlm.{n}": w.to(dtype) for n, w in vlm.state_dict().items()}]
-    else:
-        ours = {f"vlm.{name}": name for name in stored.weights}
-        keys, found = match(inside, stored, ours, "SPEAR-VLM")
-        keys += left_over({o: n for o, n in ours.items() if o not in inside}, stored, {}, "SPEAR-VLM")
-        parts = [reading(stored, found)]
+    ours = {f"vlm.{name}": name for name in stored.weights}
+    keys, found = match(inside, stored, ours, "SPEAR-VLM")
+    keys += left_over({o: n for o, n in ours.items() if o not in inside}, stored, {}, "SPEAR-VLM")
+    parts = [reading(stored, found)]
     if expert is None:
         keys += [_new(name, weight, config) for name, weight in outside.items()]
     else:

@@ -1,27 +1,17 @@
-"""The device that a process trains on: which one, in which precision, and how its memory is kept."""
+"""The device that a process computes on: which one, and how its memory is kept."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 
 import torch
 
 from spear.errors import SpearError, unknown_name
-from spear.models.fast.linear import HAS_BFLOAT16
-from spear.train.options import Optimization
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 MAPPED = 2**25
 """Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
-
-
-def for_device(opt: Optimization, device: torch.device) -> Optimization:
-    """What is asked for; in float32 on a CPU that does not compute in bfloat16."""
-    if opt.precision == "fp32" or device.type != "cpu" or HAS_BFLOAT16:
-        return opt
-    return dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
 
 
 def choose_device(name: str = "auto") -> torch.device:
