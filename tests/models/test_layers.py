@@ -59,16 +59,6 @@ def test_loss_and_gradients_are_the_same(make: Callable[[], torch.nn.Module], ta
     assert step(model, task)[2] == kept
 
 
-def test_transformers_own_switch_does_the_same() -> None:
-    model = spear1().train()
-    loss, gradients, _ = step(model, act)
-    model._set_gradient_checkpointing(
-        enable=True
-    )  # what gradient_checkpointing_enable() of any version calls
-    again, recomputed, _ = step(model, act)
-    assert torch.equal(loss, again) and all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
-
-
 def test_fast_norm_is_gemmas_gradients_included() -> None:
     torch.manual_seed(0)
     theirs, ours = GemmaRMSNorm(24), FastRMSNorm(24)

@@ -21,6 +21,7 @@ from spear.train.optimize import is_adapter
 from train_tiny import rows, run_recipe
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.xdist_group("lora")  # what the tests share is made once
 FEW = {"preset": "nano", "batch_size": 4, "accumulate": 2, "warmup": 1, "ema": 0.5, "schedule": "constant"}
 FEW |= {"precision": "fp32", "frozen_precision": "fp32"}  # on every processor
 LANGUAGE = "vlm.language_model."

@@ -26,6 +26,7 @@ from spear.train import loop, parallel
 from spear.train.options import Optimization
 from train_tiny import EMBEDDINGS, Acting, go, rows, said, start
 
+pytestmark = pytest.mark.xdist_group("parallel")  # what the tests share is made once
 OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
 WHOLE = Optimization(
     steps=2,

@@ -83,7 +83,7 @@ def test_the_loss_teaches_the_encoder_and_falls() -> None:
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
     for _ in range(12):
-        loss = model("external", pixels, shown, cells, centre, largest).loss
+        loss = model(pixels, shown, cells, centre, largest).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

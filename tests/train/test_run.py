@@ -29,6 +29,7 @@ from spear.train.recipes import recipe
 from spear.train.run import mixture
 from train_tiny import rows, run_recipe
 
+pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
 FEW = {"steps": 2, "batch_size": 4, "warmup": 1}
 STILL = {"steps": 0, "batch_size": 4}
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -104,7 +105,7 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> Non
         vlm = weights.load(SpearVLMForConditionalGeneration, walked.folders[name]).eval()
         assert (vlm.moge is None) == (name == "nano-vlm-0")
         with torch.no_grad():
-            tokens.append(vlm.image_features("external", pixels))
+            tokens.append(vlm.image_features(pixels))
     before, start, after = tokens
     torch.testing.assert_close(start, before, rtol=1e-5, atol=1e-5)
     assert (after - before).abs().max() > 1e-4

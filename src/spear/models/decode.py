@@ -18,10 +18,8 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Worded:
-    """The grammar of answers in free words with exactly `count` 3D tokens between them.
-
-    The first and the last token is a word. words, numbers: the ids of either; the end token is not a word.
-    """
+    """The grammar of answers in free words with exactly `count` 3D tokens between them, the first and the
+    last token a word. words, numbers: the ids of either; the end token is not a word."""
 
     count: int
     words: tuple[Range, ...]
@@ -35,10 +33,8 @@ the last range the answer ends. A forced token is a range of one."""
 
 @dataclass(frozen=True)
 class Watched:
-    """Collects the logits [N, last - first] float32 of some ids, step by step, before a grammar forbids any.
-
-    Steps after the last choice have none: nothing is computed there.
-    """
+    """Collects the logits [N, last - first] float32 of some ids, step by step, before a grammar forbids any;
+    none after the last choice, where nothing is computed."""
 
     ids: Range
     logits: list[torch.Tensor] = field(default_factory=list)

@@ -33,11 +33,8 @@ IMPLEMENTATION = "spear"
 
 
 class PortableConfig(PreTrainedConfig):
-    """A config that is saved without the folders that it, or its parts, were loaded from.
-
-    Transformers notes these folders in every config, and writes those of the nested ones to config.json:
-    paths of the machine that the model was trained on, of no use to anybody else.
-    """
+    """A config that is saved without the folders that it, or its parts, were loaded from, which Transformers
+    would write to config.json."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the config and of its parts, but for `_name_or_path`."""
@@ -92,7 +89,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def choose_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config, asking for `grouped_attention` in all its parts unless the user asked for another one."""
+    """The config, asking for `grouped_attention` in all its parts unless the user asked for another."""
     if config._attn_implementation is None:
         config._attn_implementation = IMPLEMENTATION
     return config
@@ -117,7 +114,7 @@ def suffix_mask(valid: torch.Tensor, horizon: int, samples: int) -> torch.Tensor
     """The paper's block-wise mask for [proprioception, `samples` independent chunks of `horizon` actions].
 
     The state sees the prefix and itself; the actions of a chunk see the prefix, the state and each other,
-    never another chunk: several flow samples of one observation share its prefix and state in one sequence.
+    never another chunk: flow samples of one observation share its prefix and state.
 
     valid [B, S] bool of the prefix. -> [B, 1, 1 + samples·horizon, S + 1 + samples·horizon].
     """
@@ -130,10 +127,8 @@ def suffix_mask(valid: torch.Tensor, horizon: int, samples: int) -> torch.Tensor
 
 
 def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
-    """π0's embedding of the flow time: [...] -> [..., width] float32.
-
-    Sines, then cosines, of geometrically spaced periods.
-    """
+    """π0's embedding of the flow time, [...] -> [..., width] float32: sines, then cosines, of geometrically
+    spaced periods."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
     # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
     frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi
@@ -144,9 +139,8 @@ def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: flo
 class KVCache:
     """One key and one value tensor per layer, [B, kv heads, S, head_dim], in the order of the layers.
 
-    Passed to a Gemma model as its cache; gradients flow through what it holds. While `frozen` is False, new
-    keys and values are kept. A frozen cache lends what it holds to other tokens and stays as it is: the
-    action expert reads the prefix so. Inference has `spear.models.fast.stack.StaticKVCache` instead.
+    Passed to a Gemma model as its cache; gradients flow through it. While `frozen` is False, new keys and
+    values are kept; the action expert reads a frozen one. Inference has `fast.stack.StaticKVCache` instead.
     """
 
     def __init__(self) -> None:
@@ -170,9 +164,8 @@ class KVCache:
 def recompute_layers(model: nn.Module, on: bool = True) -> None:
     """Turn gradient checkpointing of all transformer layers in `model` on or off.
 
-    Layers then keep only their input, and compute the rest again on the way back. Losses and gradients stay
-    the same, bit for bit on a CPU; a training step runs each layer forward twice. Without gradients
-    (`torch.no_grad`) nothing changes. Transformers' own way drops the keys and values that a layer leaves for
+    Layers then keep only their input, and compute the rest again on the way back: the same losses and
+    gradients, bit for bit on a CPU. Transformers' own way drops the keys and values that a layer leaves for
     later tokens, which the action expert needs; here they are a result of the layer like any other.
     """
     for layer in model.modules():
@@ -180,14 +173,6 @@ def recompute_layers(model: nn.Module, on: bool = True) -> None:
             vars(layer).pop("forward", None)
             if on:
                 layer.forward = partial(_run_checkpointed, layer.forward)
-
-
-class RecomputesLayers:
-    """Makes a model's `gradient_checkpointing_enable()` and `…_disable()` do what `recompute_layers` does."""
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
-        assert isinstance(self, nn.Module)
-        recompute_layers(self, enable)
 
 
 def _run_checkpointed(forward: Any, *args: Any, past_key_values: KVCache | None = None, **kwargs: Any) -> Any:

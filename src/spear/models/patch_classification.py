@@ -17,12 +17,10 @@ CELLS = 4
 class PatchClassification(nn.Module):
     """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
 
-    SigLIP's sigmoid loss, between patches and names instead of images and captions: a patch's visual token
-    shall point towards the text embeddings of what the patch shows, as the language model will see both. Two
-    linear heads, thrown away afterwards, teach the token places finer than patches: how much of each object
-    each of its `CELLS` × `CELLS` cells shows, and where the centre of its largest object lies.
-
-    names: token ids of each object name.
+    SigLIP's sigmoid loss, between patches and names: a patch's visual token shall point towards the text
+    embeddings of what it shows. Two linear heads, thrown away afterwards, teach places finer than patches:
+    how much of each object each of its `CELLS` × `CELLS` cells shows, and where the centre of its largest
+    object lies. names: token ids of each object name.
     """
 
     def __init__(self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]) -> None:
@@ -38,7 +36,6 @@ class PatchClassification(nn.Module):
 
     def forward(
         self,
-        view: str,
         pixels: torch.Tensor,
         shown: torch.Tensor,
         cells: torch.Tensor,
@@ -47,13 +44,13 @@ class PatchClassification(nn.Module):
     ) -> SpearVLMOutput:
         """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
 
-        pixels   [B, 3, h, w] uint8 of one view.
+        pixels   [B, 3, h, w] uint8.
         shown    [B, P, C] bool: patch p shows an object called c.
         cells    [B, P, CELLS · CELLS, C] uint8: the share of each cell that shows it, 255 for all of it.
         centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
         largest  [B, P] bool: there is such an object.
         """
-        tokens = self.vlm.image_features(view, pixels)
+        tokens = self.vlm.image_features(pixels)
         embed = self.vlm.get_input_embeddings()
         names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
         directions = nn.functional.normalize(tokens.float(), dim=-1)

@@ -41,10 +41,8 @@ def window(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, flo
 
 
 def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:
-    """What padding does to an image of another aspect than the target's, in words; None where it is the same.
-
-    Sizes are (width, height); aspects that differ by less than a hundredth are the same (our choice).
-    """
+    """What padding does to an image of another aspect than the target's, in words; None where they differ by
+    less than a hundredth (our choice). Sizes are (width, height)."""
     (w, h), (tw, th) = source, target
     _, _, width, height = window(source, target)
     across, down = 1 - w / width, 1 - h / height
@@ -280,10 +278,10 @@ class Processor:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocabulary` tokens for small models, which any text goes through and back.
+    """A tokenizer of at most `vocabulary` tokens for small models; the same texts give the same one.
 
     Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, and last the
-    location tokens, which are part of the count. The same texts give the same tokenizer.
+    location tokens.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

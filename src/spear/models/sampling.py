@@ -21,11 +21,8 @@ from spear.types import Action
 
 
 class Sampler:
-    """What sampling needs of a SPEAR-1's weights, computed in advance.
-
-    Noisy actions a and time t are embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂. The products of
-    W₁ with W and with the time are made here.
-    """
+    """What sampling needs of a SPEAR-1's weights, computed in advance: noisy actions a and time t are
+    embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂, and the products of W₁ are made here."""
 
     def __init__(self, model: Any, packed: bool) -> None:
         inner, hidden = model.action_in_proj, model.action_time_mlp_in

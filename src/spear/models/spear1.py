@@ -20,7 +20,6 @@ from spear.errors import SpearError
 from spear.models.fast.linear import use_fast_linear
 from spear.models.layers import (
     PortableConfig,
-    RecomputesLayers,
     choose_attention,
     language_model,
     positions,
@@ -81,7 +80,7 @@ class Spear1Output(ModelOutput):
     parts: dict[str, torch.Tensor] | None = None
 
 
-class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
+class Spear1ForActionPrediction(PreTrainedModel):
     """SPEAR-1 (the paper, SPEAR-1; π0's architecture).
 
     [images, instruction] → [proprioception] → [actions], block-wise causal. The first block is the whole
@@ -91,10 +90,6 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
     config: Spear1Config
     config_class = Spear1Config
     base_model_prefix = "spear1"
-    main_input_name = "input_ids"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _no_split_modules = SpearVLMForConditionalGeneration._no_split_modules
     _supports_sdpa = True
 
     def __init__(self, config: Spear1Config) -> None:
@@ -128,10 +123,6 @@ class Spear1ForActionPrediction(RecomputesLayers, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The VLM's token embeddings."""
         return self.vlm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the VLM's token embeddings."""
-        self.vlm.set_input_embeddings(value)
 
     def prefix(
         self,

@@ -90,11 +90,9 @@ class _InitializesStem:
 
 
 def position_waves(side: int, width: int) -> torch.Tensor:
-    """[side², width] sines and cosines of rows and columns, root mean square 0.7.
-
-    The initial position embeddings behind a `ConvStem` (our choice): if they start near zero, as in large
-    models, small ones hardly learn where things are in a short training.
-    """
+    """[side², width] sines and cosines of rows and columns, root mean square 0.7: the initial position
+    embeddings behind a `ConvStem` (our choice). Near zero, as in large models, small ones hardly learn where
+    things are in a short training."""
     place = torch.arange(side, dtype=torch.float32)
     frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4)
     angle = place[:, None] * frequency

@@ -18,7 +18,6 @@ from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.layers import (
     KVCache,
     PortableConfig,
-    RecomputesLayers,
     choose_attention,
     language_model,
     positions,
@@ -88,7 +87,6 @@ class SpearVLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
-    past_key_values: KVCache | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Prefix:
     hidden: torch.Tensor
 
 
-class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
+class SpearVLMForConditionalGeneration(PreTrainedModel):
     """SPEAR-VLM (the paper, SPEAR-VLM): images and a question in, text with 3D tokens out.
 
     A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features
@@ -114,15 +112,6 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
     config: SpearVLMConfig
     config_class = SpearVLMConfig
     base_model_prefix = "vlm"
-    main_input_name = "input_ids"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _no_split_modules = [  # noqa: RUF012
-        "GemmaDecoderLayer",
-        "Gemma2DecoderLayer",
-        "SiglipEncoderLayer",
-        "Dinov2Layer",
-    ]
     _supports_sdpa = True
 
     def __init__(self, config: SpearVLMConfig) -> None:
@@ -139,7 +128,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         use_fast_linear(self)
         self.post_init()
 
-    def image_features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
         x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
         siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
@@ -169,7 +158,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             by_size.setdefault(pixel_values[name].shape, []).append(name)
         encoded: dict[str, torch.Tensor] = {}
         for names in by_size.values():
-            together = self.image_features(names[0], torch.cat([pixel_values[name] for name in names]))
+            together = self.image_features(torch.cat([pixel_values[name] for name in names]))
             encoded.update(zip(names, together.chunk(len(names)), strict=True))
         if not given:
             raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
@@ -189,7 +178,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
         image_index: torch.Tensor | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
     ) -> Prefix:
-        """Run images and text through the network; see `forward` for the arguments."""
+        """Images and text through the network; arguments as in `forward`."""
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is not None:
             features, image_valid = features[image_index], image_valid[image_index]
@@ -266,7 +255,7 @@ class SpearVLMForConditionalGeneration(RecomputesLayers, PreTrainedModel):
             state = self.prefix(
                 pixel_values, input_ids, attention_mask, token_type_ids, image_index, view_mask
             )
-            return SpearVLMOutput(logits=self.head(state.hidden), past_key_values=state.cache)
+            return SpearVLMOutput(logits=self.head(state.hidden))
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is None:
             image_index = torch.arange(len(features), device=features.device)

@@ -48,10 +48,8 @@ Labels = dict[str, list[LabeledImage]]
 
 
 def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
-    """A recipe's model and task, before the first step.
-
-    Raises `SpearError` for inputs that are missing, or that do not fit the recipe or each other.
-    """
+    """A recipe's model and task, before the first step. Raises `SpearError` for inputs that are missing, or
+    that do not fit the recipe or each other."""
     check_inputs(stage, inputs)
     torch.manual_seed(seed)
     known = {field.name for field in dataclasses.fields(FlowConfig)}
@@ -214,10 +212,8 @@ def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateT
 
 
 def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed: int) -> None:
-    """Give a model the 3D tokens of `processor`, all of them new, in more rows of embeddings if needed.
-
-    If there are fewer than before, the others stay in the vocabulary as words that no answer has.
-    """
+    """Give a model the 3D tokens of `processor`, all of them new, in more rows of embeddings if needed. If
+    there are fewer than before, the others stay in the vocabulary as words that no answer has."""
     first, bins = processor.coordinate_start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
     new = _new_tokens(words, processor, stage, seed)
@@ -303,8 +299,8 @@ def _with_moge(
     assert model.moge is not None and model.moge_projector is not None
     model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
     with torch.no_grad():
-        # A visual token becomes the average of two projections. With twice SigLIP's and nothing of MoGe's it
-        # is at the start what it was, so that the language model still reads it (our choice for nano).
+        # A visual token becomes the average of two projections: twice SigLIP's and nothing of MoGe's is what
+        # the language model knows (our choice for nano).
         for parameter in model.multi_modal_projector.parameters():
             parameter.mul_(2)
         for parameter in model.moge_projector.parameters():

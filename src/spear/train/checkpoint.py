@@ -1,10 +1,9 @@
 """Checkpoints of a run: everything needed to continue as if it had never stopped. No pickle.
 
 A checkpoint is a folder `step-00001000/` with `state.json` and one safetensors file per process that had
-something to write (PyTorch's distributed checkpoint, in its Hugging Face format). It holds whole tensors with
-their names, however they were divided: it is read on any number of processes, sharded or not, on any device.
-It is written in the background from a copy, under a temporary name, and renamed when all processes are done,
-so it is whole or absent.
+something to write (PyTorch's distributed checkpoint, in its Hugging Face format): whole tensors by name, read
+on any number of processes, sharded or not, on any device. It is written in the background from a copy, under
+a temporary name, and renamed when all processes are done, so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stepper: Stepper, keep: int = 2) -> None:
         self.folder, self.stepper, self.keep = folder, stepper, keep
-        self._names = {parameter: name for name, parameter in stepper.model.named_parameters()}
+        names = stepper.model.named_parameters()
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names}
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None

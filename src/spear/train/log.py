@@ -122,10 +122,8 @@ def _keep_lines_until(log: Path, step: int) -> None:
 class NotFinite(Exception):
     """A step that was not done, because its loss or its gradient is not finite; the weights are as before.
 
-    what      "loss" or "gradient".
-    suspects  this process's pieces, from 0, that may be the cause: those with such a loss, or all for a
-              gradient.
-    values    the loss, its parts and the gradient's norm.
+    what      "loss" or "gradient". values: the loss, its parts and the gradient's norm.
+    suspects  this process's pieces, from 0, that may be the cause: of a gradient, all.
     """
 
     def __init__(self, what: str, suspects: list[int], values: dict[str, float]) -> None:

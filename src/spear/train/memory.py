@@ -1,14 +1,13 @@
 """How much GPU memory a recipe needs, found by running one training step of the real code on empty tensors.
 
-The networks are built on PyTorch's fake tensors, which have shapes and storage sizes but no contents. A
-forward and a backward pass run on them as they would in training; what is alive is added up after every
-operation, and the most is kept. So there is no formula for activations that could disagree with the code. Not
-counted are the CUDA context, what kernels use inside themselves, and memory lost between blocks; `usable`
-leaves room for these.
+A forward and a backward pass run on PyTorch's fake tensors, which have shapes and storage sizes but no
+contents; what is alive is added up after every operation, and the most is kept. Not counted are the CUDA
+context, what kernels use inside themselves, and memory lost between blocks; `usable` leaves room for these.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,11 +97,8 @@ def usable(gpu: str) -> float:
 
     Raises `SpearError` for a text that is no size.
     """
-    number = gpu.strip().upper().removesuffix("IB").removesuffix("GB").removesuffix("G").strip()
-    try:
-        size = float(number) * GIB
-    except ValueError:
-        size = 0.0
+    said = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
+    size = float(said[1]) * GIB if said else 0.0
     if not CONTEXT < size < 1e15:
         raise SpearError(f"no size of a GPU: {gpu!r}: write it like 24GB")
     return size * (1 - FRAGMENTS) - CONTEXT

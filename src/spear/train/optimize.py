@@ -42,17 +42,13 @@ class Task(Protocol):
     """
 
     @property
-    def model(self) -> torch.nn.Module:
-        """What learns."""
-        ...
+    def model(self) -> torch.nn.Module: ...
 
     def batch(self, step: int) -> Batch:
         """The batch of one step: a pure function of the step. Runs in the loader process."""
-        ...
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """The loss of a batch, with the random numbers of `generator`."""
-        ...
 
 
 def learning_rate(step: int, opt: Optimization) -> float:
@@ -171,9 +167,7 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.Ada
 class HalfStateAdamW(torch.optim.AdamW):
     """AdamW with its moments in bfloat16; everything is computed in float32 (our choice).
 
-    A moment moves by 1 − β of its distance to the new value, and bfloat16 keeps 8 bits: with β = 0.95 a
-    second moment stops within 4 % of its goal, which is 2 % of a step's size. β above 0.99 would need more
-    bits.
+    With β = 0.95 a second moment in 8 bits stops within 4 % of its goal, which is 2 % of a step's size.
     """
 
     @torch.no_grad()

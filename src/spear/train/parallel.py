@@ -2,11 +2,8 @@
 
 Started by `torchrun --nproc-per-node N`; alone, every function here is a no-op. A step's batch consists of P
 pieces, each with its own random numbers; the gradient is the mean of theirs. N processes take P/N pieces
-each, one after the other, so every N that divides P learns the same. On CPUs, one process per core is faster
-than one process with as many threads, since small matrices share threads badly.
-
-What the processes hold is either the whole model each (DDP), or their share of it (FSDP2, the second half of
-this file): 1/N of each weight, gradient, moment and average, and the rest only while it is needed.
+each, one after the other, so every N that divides P learns the same. The processes hold the whole model each
+(DDP), or 1/N of each weight, gradient, moment and average (FSDP2, the second half of this file).
 """
 
 from __future__ import annotations

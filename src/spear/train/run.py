@@ -39,8 +39,8 @@ def train(
 ) -> Path:
     """Run a recipe and return `out/final`.
 
-    device: auto, cpu, cuda or cuda:N (`spear.models.devices`), which replaces that of `how`.
-    Raises `SpearError` for data or a device that is missing, or as `build` and `loop.run` do.
+    device: as for `choose_device`; it replaces that of `how`. Raises `SpearError` for data or a device that
+    is missing, or as `build` and `loop.run` do.
     """
     started = time.time()
     earlier = None if inputs.init is None else _made_by(inputs.init)

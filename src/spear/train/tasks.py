@@ -39,10 +39,8 @@ LEAST = 0.01
 
 
 class DepthTask:
-    """Batches of images with depth, and the loss of `MogeForDepth`.
-
-    folder  has a sub-folder per view; every fourth batch is of the wrist camera when there is one.
-    """
+    """Batches of images with depth, and the loss of `MogeForDepth`. folder has a sub-folder per view; every
+    fourth batch is of the wrist camera when there is one."""
 
     def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
         self.model, self.batch_size, self.seed = model, batch_size, seed
@@ -96,7 +94,7 @@ class PatchTask:
         pixels = torch.stack([self.processor.image(image, view) for image in jittered])
         columns = (torch.from_numpy(np.stack(column)) for column in targets)
         named = zip(("shown", "cells", "centre", "largest"), columns, strict=True)
-        return {"view": view, "pixels": pixels, **dict(named)}
+        return {"pixels": pixels, **dict(named)}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Names and centres."""
@@ -146,16 +144,12 @@ def _targets(
 
 LENGTH_GROUPS, GROUP_ROWS = 4, 32
 """Answers differ in length (a point 3 tokens, a box 24): running texts of like length together, in at most so
-many groups, saves up to a quarter of the work. With fewer texts per group another pass over the layers costs
-more: for the 8 texts beside a nano policy's actions 1 group takes 0.6 of the time of 4, for the 64 of a
-SPEAR-VLM step 2 take 0.9 of that."""
+many groups, saves up to a quarter of the work, if there are so many texts in each."""
 
 
 def length_groups(model: torch.nn.Module, batch: Batch) -> int:
-    """How many groups the texts of a batch run in: 1 to `LENGTH_GROUPS`.
-
-    Always 1 for a sharded model, whose processes must run every layer equally often.
-    """
+    """How many groups the texts of a batch run in; 1 for a sharded model, whose processes must run every
+    layer equally often."""
     rows = len(batch["input_ids"])
     return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
 
@@ -176,10 +170,8 @@ def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict
 
 
 def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
-    """The depth of the images that `load_labels` gave, by view: row i belongs to label i.
-
-    Raises `SpearError` for a folder without depth, or with that of other images.
-    """
+    """The depth of the images that `load_labels` gave, by view: row i belongs to label i. Raises `SpearError`
+    for a folder without depth, or with that of other images."""
     found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
     for view, images in found.items():
         if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
@@ -249,10 +241,8 @@ def fit_coordinates(
     spacing: Spacing = "quantile",
     most: int = 20_000,
 ) -> CoordinateTokenizer:
-    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers.
-
-    Raises SpearError for labels of several units.
-    """
+    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers;
+    `SpearError` for labels of several units."""
     rng = np.random.default_rng(seed)
     values: list[float] = []
     for index in rng.permutation(len(labels))[:most]:

@@ -77,10 +77,9 @@ def use_fast_linear(model: nn.Module) -> None:
 class Fused:
     """Linear layers that read the same input, as one, for inference.
 
-    On a GPU their weights become parts of one tensor, which takes no memory: they stay the layers' own, and
-    are trained and saved as before. On a CPU that gains nothing, unless `packed`: then this keeps a copy of
-    them, in oneDNN's own layout where that is faster, for layers that have few rows and run often. Layers
-    that are not plain (a LoRA's), and fake tensors, run one by one.
+    On a GPU their weights become parts of one tensor, and stay the layers' own. On a CPU that gains nothing,
+    unless `packed`: then this keeps a copy of them, in oneDNN's own layout where that is faster, for layers
+    that have few rows and run often. Layers that are not plain (a LoRA's), and fake tensors, run one by one.
     """
 
     def __init__(self, *layers: nn.Module, packed: bool = False) -> None:

@@ -1,9 +1,5 @@
 """The layers of a Gemma as inference runs them, with keys and values in buffers that are made once, and the
-prefill of those buffers with images and text.
-
-The same numbers as the model's own layers give, up to rounding; `tests/models/test_sampling.py` holds them
-together.
-"""
+prefill of those buffers with images and text. The same numbers as the model's own layers, up to rounding."""
 
 from __future__ import annotations
 

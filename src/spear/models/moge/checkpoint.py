@@ -61,8 +61,7 @@ def load_moge(name: Path | str) -> MogeV1 | MogeV2:
     """A MoGe v1 or MoGe-2 in evaluation mode, float32, on the CPU.
 
     name: a local `.pt` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1, "Ruicheng/moge-2-vitl-normal"
-    is MoGe-2 with metric scale).
-    Raises `SpearError` when it is not found, there is no network, it is not a MoGe, its config is not
+    is MoGe-2 with metric scale). Raises `SpearError` when it is not found or no MoGe, its config is not
     supported, or weights are missing, unknown or of another shape.
     """
     return build_moge(read_checkpoint(name))
@@ -85,9 +84,8 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
 def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
     """Fill the encoder of a SPEAR-VLM with that of a published MoGe, in place; the heads are left out.
 
-    checkpoint: from `read_checkpoint`. Raises `SpearError` as `load_moge` does, and when the encoder is of
-    another size or resamples its position embeddings in another way (the preset "spear1" fits ViT-L
-    checkpoints).
+    Raises `SpearError` as `load_moge` does, and when the encoder is of another size or resamples its position
+    embeddings in another way.
     """
     _fill(encoder, checkpoint, encoder_names(encoder, checkpoint))
 

@@ -86,7 +86,6 @@ class MogeForDepth(PreTrainedModel):
     config: MogeDepthConfig
     config_class = MogeDepthConfig
     base_model_prefix = "moge"
-    main_input_name = "pixels"
     _supports_sdpa = True
 
     def __init__(self, config: MogeDepthConfig) -> None:

@@ -115,10 +115,8 @@ def view_plane(
 
 
 def uv_channels(batch: int, width: int, height: int, aspect: float, like: torch.Tensor) -> torch.Tensor:
-    """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor.
-
-    Computed in float32 first: in float16 the errors of the steps would add up along a row.
-    """
+    """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor;
+    computed in float32 first: in float16 the errors of the steps would add up along a row."""
     uv = view_plane(width, height, aspect, like.device).to(like.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 

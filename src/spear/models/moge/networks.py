@@ -53,7 +53,7 @@ _FIXED_STACK = {
 
 
 class MogeV1(nn.Module):
-    """The network: DINOv2's last layers, summed after a projection each, and a convolutional head.
+    """DINOv2's last layers, summed after a projection each, and a convolutional head.
 
     config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
     the most patches that it was trained to cut an image into.
@@ -174,10 +174,8 @@ class MogeV2(nn.Module):
         return "relative" if self.scale_head is None else "metre"
 
     def cut(self, images: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns].
-
-        Raises `SpearError` when an image is too long and thin for so few tokens.
-        """
+        """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
+        `SpearError` when an image is too long and thin for so few tokens."""
         height, width = images.shape[2:]
         aspect = width / height
         rows, columns = round(math.sqrt(num_tokens / aspect)), round(math.sqrt(num_tokens * aspect))
@@ -188,10 +186,8 @@ class MogeV2(nn.Module):
         return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
 
     def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns] and class token.
-
-        The class token is that of the last layer that is read, [B, width].
-        """
+        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
+        [B, width] of the last layer that is read."""
         tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         projected = [

@@ -55,8 +55,7 @@ def plan_backbones(
 ) -> Conversion[SpearVLMForConditionalGeneration]:
     """PaliGemma and MoGe → SPEAR-VLM, with all names and shapes checked and nothing read yet.
 
-    paligemma  a folder as `PaliGemmaForConditionalGeneration` saves it (PaliGemma 1 or 2), or its name on the
-               Hub.
+    paligemma  the folder of a PaliGemma 1 or 2, or its name on the Hub.
     moge       a MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None: a plain PaliGemma, no 3D encoder.
     size       the preset whose views, image sizes and number of 3D tokens the model gets; the sizes of the
                networks are those of the checkpoints.

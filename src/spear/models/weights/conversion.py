@@ -166,9 +166,8 @@ class Conversion(Generic[Model]):
     def run(self, dtype: torch.dtype | None = None, seed: int = 0) -> Model:
         """The model in evaluation mode, on the CPU. The same seed gives the same new weights.
 
-        Built on the meta device and filled weight by weight: beside the weights in `dtype` there is never
-        more than a piece of a file and the covariance of the embeddings in memory.
-        Raises `SpearError` when a weight is missing or refused.
+        Beside the weights in `dtype` there is never more in memory than a piece of a file and the covariance
+        of the embeddings. Raises `SpearError` when a weight is missing or refused.
         """
         self.check()
         dtype = dtype or self.dtype
@@ -195,10 +194,9 @@ class Conversion(Generic[Model]):
     ) -> Model:
         """`run`, and write the model as sharded safetensors with a model card, whole or not at all.
 
-        The tokenizer is written where there is one; `recipe.json` says what the model was made of.
-        shard: the most that one file holds. also: writes more files into the folder (`Processor.save`).
-        Raises `SpearError` as `run` does, for a folder that holds something already, and when it cannot be
-        written or does not fit on the disk, which is looked at before anything is computed.
+        `recipe.json` says what the model was made of. shard: the most that one file holds. also: writes more
+        files into the folder (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds
+        something already, and when it cannot be written or does not fit on the disk.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SpearError(f"{folder} is there already: give a new folder")

@@ -33,8 +33,8 @@ _PIECE = 8 * 2**20
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
     """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
 
-    dtype: None keeps that of the file. Raises SpearError, naming the file, when the folder, a shard or a
-    weight is missing, a file is truncated, or the checkpoint is of another architecture or shape.
+    dtype: None keeps that of the file. Raises SpearError, naming the file, when something is missing or
+    truncated, or the checkpoint is of another architecture or shape.
     """
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
@@ -80,7 +80,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check(cls: type[PreTrainedModel], folder: Path) -> None:
-    """Refuse a folder that is not a whole checkpoint of `cls`."""
+    """Refuse a folder that is not a whole checkpoint of `cls`, or one of quantised weights."""
     if not folder.is_dir():
         raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and safetensors")
     kind = architecture(folder)
@@ -93,7 +93,7 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
     shards = Shards.open(folder, wanted)
     for key in shards.weights:
-        shards.dtype(key)  # refuses quantised ones
+        shards.dtype(key)
 
 
 @dataclass(frozen=True)
