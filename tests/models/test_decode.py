@@ -82,22 +82,3 @@ def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: in
     ids, _ = text(1, 6)
     with pytest.raises(SpearError, match=f"{needs} tokens"):
         decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, None, needs - 1, [grammar])
-
-
-def test_the_head_runs_on_the_rows_that_may_be_said_and_layers_only_where_there_is_a_choice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = vlm()
-    rows: list[int] = []
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda *a: rows.append(head(*a).shape[-1]) or head(*a))
-    layers = decode.STACK(model.language_model, True, False)
-    runs: list[int] = []
-    run = layers._before
-    monkeypatch.setattr(layers, "_before", lambda layer, x, *a: runs.append(x.shape[1]) or run(layer, x, *a))
-    ids, _ = text(1, 6)
-    grammar = [(7, 8), NUMBER, NUMBER, (9, 10)]
-    decode.greedy(model, pixels(1, views=("external",)), ids, None, max_new_tokens=20, grammars=[grammar])
-    assert rows == [TINY.bins, TINY.bins]
-    depth = len(layers.layers)
-    assert runs == [6 + 6] * depth + [1] * 2 * depth  # the prompt, and before each number

@@ -16,7 +16,7 @@ from models_tiny import TEXT, TINY, actions, pixels, spear1, text
 from spear import flow
 from spear.models.fast.linear import FastLinear, Fused, linear
 from spear.models.fast.stack import Stack
-from spear.models.presets import PRESETS, Preset, spear1_config, vlm_config
+from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
@@ -95,26 +95,6 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     slow = reference(model, given, noise, 10)
     assert rough.dtype == torch.float32
     assert distance(rough, slow) < 0.03 and distance(rough, exact) < 0.03
-
-
-def test_the_nano_preset_with_few_layers() -> None:
-    size = PRESETS["nano"]
-    fewer = {
-        part: {**getattr(size, part), "num_hidden_layers": layers}
-        for part, layers in (("vision", 1), ("moge", 4), ("text", 1), ("expert", 1))
-    }
-    size = dataclasses.replace(size, **fewer, vocabulary=64, bins=16)
-    torch.manual_seed(0)
-    model = Spear1ForActionPrediction(spear1_config(size)).eval()
-    given, noise = observation(1, (), False), actions(1, H)
-    given["pixel_values"] = {
-        view: torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
-        for view, (w, h) in size.image_sizes.items()
-    }
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        model.to(dtype)
-        found = model.sample_actions(**given, steps=3, noise=noise).to_vector()
-        assert distance(found, reference(model, given, noise, 3)) < most
 
 
 def test_gemma2_layers_too() -> None:

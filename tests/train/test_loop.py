@@ -130,10 +130,10 @@ def test_waiting_for_data_and_spikes_are_told(tmp_path: Path) -> None:
         for step in range(1, 200):
             logger.spikes.add(step, 100.0 if step in (80, 150) else 1 + 0.01 * math.sin(step))
         logger.written -= 100
-        logger.log(0, {"loss": 1.5, "grad_norm": 2.0}, waited=34.0)
+        logger.log(0, {"loss": 1.0, "grad_norm": 2.0}, waited=34.0)
     (row,) = rows(tmp_path)
     assert row["spikes"] == 2 and row["data_wait"] == pytest.approx(0.34, abs=0.01)
-    assert all(words in logger.info for words in ("34%", "loss 1.500", "2 loss spikes", "150"))
+    assert all(words in logger.info for words in ("34%", "loss 1.000", "2 loss spikes", "150"))
 
 
 def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:

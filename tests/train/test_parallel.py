@@ -59,13 +59,6 @@ class Line:
         return (self.model(x) - x.sum(-1, keepdim=True)).square().mean(), {}
 
 
-class Pairs(Line):
-    """The batches 2k and 2k + 1 together."""
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return {"x": torch.cat([Line.batch(self, 2 * step + r)["x"] for r in (0, 1)])}
-
-
 class Slow(Line):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         time.sleep(0.05)
@@ -166,11 +159,6 @@ def same_run(first: Path, second: Path, steps: int) -> None:
     for key, value in left.items():
         if not key.endswith(("k_proj.bias", "key.bias")):  # their gradient is zero but for rounding
             torch.testing.assert_close(right[key], value, rtol=2e-3, atol=2e-4, msg=key)
-
-
-def test_two_processes_are_one_run(two: Two, tmp_path: Path) -> None:
-    go(Pairs(), OPT, tmp_path)
-    same_run(tmp_path, two.root / "line", 12)
 
 
 def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Two) -> None:

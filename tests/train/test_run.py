@@ -31,6 +31,8 @@ from train_tiny import rows, run_recipe
 
 pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
 FEW = {"steps": 2, "batch_size": 4, "warmup": 1}
+ACT = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
+ACT |= {"schedule": "constant"}
 STILL = {"steps": 0, "batch_size": 4}
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
@@ -59,8 +61,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     made["grown"] = run_recipe("nano-vlm-1", root / "grown", labels, **join, **STILL)
     made["nano-vlm-1"] = run_recipe("nano-vlm-1", root / "1", labels, **join, **FEW)
     made["nano-vlm-2"] = run_recipe("nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW)
-    vla = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
-    made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **vla)
+    made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT)
     return Walk(labels, store, made)
 
 
@@ -151,18 +152,11 @@ def test_the_freeze_schedule_decides_what_learns(walked: Walk) -> None:
 
 
 def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: Path) -> None:
-    few = {**FEW, "question_images": 2, "schedule": "constant"}
-
-    def run(name: str, steps: int) -> Path:
-        changes = {**few, "steps": steps}
-        start = walked.folders["nano-vlm-2"]
-        return run_recipe("nano-vla", tmp_path / name, walked.labels, walked.episodes, start, **changes)
-
-    whole = run("whole", 4)
-    run("parts", 2)
-    parts = run("parts", 4)
+    given = (tmp_path, walked.labels, walked.episodes, walked.folders["nano-vlm-2"])
+    whole = walked.folders["nano-vla"]
+    parts = [run_recipe("nano-vla", *given, **{**ACT, "steps": steps}) for steps in (1, 2)][-1]
     logs = [[row["loss"] for row in rows(folder.parent)] for folder in (whole, parts)]
-    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert logs[0] == logs[1] and len(logs[0]) == 2
     first, second = (dict(Spear1Policy.load(folder).model.named_parameters()) for folder in (whole, parts))
     assert all(torch.equal(first[n], second[n]) for n in first)
 

@@ -53,15 +53,12 @@ def greedy(
 ) -> torch.Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
-    vlm: a `SpearVLMForConditionalGeneration`; arguments as in its `forward`; prompts are padded on the right.
-    grammars: one per prompt, or None for free answers (a single None in the list frees that prompt). watched:
-    also collects the logits of these ids.
-    Returns [N, T] ids: the answer, its end token, then padding.
-    Raises SpearError when a grammar needs more than `max_new_tokens`.
+    vlm: a `SpearVLMForConditionalGeneration`; arguments as in its `forward`. grammars: one per prompt, None
+    for free answers. watched: also collects the logits of these ids. Returns [N, T] ids: the answer, its end
+    token, then padding. Raises SpearError when a grammar needs more than `max_new_tokens`.
 
-    Where the grammar says from which ids a token must come, only their logits are computed (of SPEAR-1's
-    258,176 rows of the head, 1,024 for a 3D token), and none for a token that it gives; nothing runs after
-    the last choice. On a GPU an answer whose length the grammar gives is one CUDA graph, images included.
+    Only the logits that the grammar allows are computed, and nothing after the last choice. On a GPU an
+    answer whose length the grammar gives is one CUDA graph, images included.
     """
     rows = list(grammars) if grammars is not None else [None] * len(input_ids)
     longest = max((_shortest(g) for g in rows if g is not None), default=0)

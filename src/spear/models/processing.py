@@ -121,10 +121,8 @@ class Processor:
         return self._pad([self._prompt(text) for text in texts])
 
     def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Prompts with their answers: also token_type_ids (1 on the answer) and labels.
-
-        Raises `SpearError` for numbers in another unit than the 3D tokens'.
-        """
+        """Prompts with their answers: also token_type_ids (1 on the answer) and labels. Raises `SpearError`
+        for numbers in another unit than the 3D tokens'."""
         for question in questions:
             if question.unit != self.coordinates.unit and question.values:
                 raise SpearError(
@@ -177,10 +175,8 @@ class Processor:
         return Worded(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
 
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
-        """Token ids of an answer -> text, numbers and pixels, up to its end; the inverse of `answer_ids`.
-
-        A number is the representative of its bin. A location token without a partner stays text.
-        """
+        """Token ids of an answer -> text, numbers (representatives of bins) and pixels, up to its end; the
+        inverse of `answer_ids`. A location token without a partner stays text."""
         segments: list[str | float | Pixel] = []
         text: list[int] = []
 
@@ -218,10 +214,8 @@ class Processor:
 
     @staticmethod
     def load(folder: Path, config: SpearVLMConfig | None = None) -> Processor:
-        """Read what `save` wrote. config: of the model that it shall fit.
-
-        Raises SpearError when something is missing or broken, or belongs to another model.
-        """
+        """Read what `save` wrote. config: of the model that it shall fit. Raises SpearError when something is
+        missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         try:
             content = json.loads((folder / "processor.json").read_text(encoding="utf-8"))

@@ -137,10 +137,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return prefix
 
     def predict(self, prefix: Prefix, state: torch.Tensor, noisy: Action, time: torch.Tensor) -> Action:
-        """What the expert says about noisy actions: a velocity or a clean action, as the flow config says.
+        """What the expert says about noisy actions: a velocity or a clean action, as the flow config says,
+        its rotation not normalised.
 
         state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
-        The result has noisy's shape; its rotation is as the network gives it, not normalised.
         """
         dtype = self.state_proj.weight.dtype
         vector = noisy.to_vector().to(dtype)
@@ -192,8 +192,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         state           [B, 10], see `STATE_FEATURES`.
         actions         [B, H, ·] in the model's normalised units.
         action_mask     [B, H] bool, the steps that count.
-        flow_samples    K draws of noise and time per observation, which share its prefix (our choice: a cheap
-                        way to a quieter gradient). noise [B, K, H, ·] and time [B, K] override the drawing.
+        flow_samples    K draws of noise and time per observation, which share its prefix (our choice). noise
+                        [B, K, H, ·] and time [B, K] override the drawing.
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
@@ -227,9 +227,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
     ) -> Action:
         """Actions [B, H, ·] by `steps` Euler steps from noise: normalised units, unit canonical rotations.
 
-        The paper does not give the number of steps; 10 is our choice (π0's). Arguments as in `forward`; noise
-        [B, H, ·] overrides the drawing. Without padding and missing images, attention_mask=None and
-        view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
+        10 steps are our choice (π0's). Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
+        attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
         """
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)

@@ -140,10 +140,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def encode_images(
         self, pixel_values: Mapping[str, torch.Tensor], view_mask: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual tokens of all views given, in the order of `config.views`.
+        """Visual tokens [B, T, width] of all views given, in the order of `config.views`; valid [B, T] bool.
 
-        pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False where an image is missing
-        (its tokens are then masked out). -> features [B, T, width], valid [B, T] bool.
+        pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False for a missing image.
         Raises SpearError for a view that the model does not know, or images of a wrong type.
         """
         for name in (*pixel_values, *(view_mask or {})):
@@ -248,8 +247,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image.
         labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only
                         the places that have one go through the head.
-        length_groups   with `labels`: the texts run in so many groups of similar length, to save padding. The
-                        loss is the same.
+        length_groups   with `labels`: the texts run in so many groups of similar length, to save padding.
         """
         if labels is None:
             state = self.prefix(

@@ -115,11 +115,10 @@ def mesh(kind: str) -> DeviceMesh:
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     """Shard `model` over all processes, in place, on `device`: a group per transformer layer and one more.
 
-    lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters and gradients stay float32. (A
-        CPU's layer norms want their weights in the precision of their input: autocast does the rest there.)
-    A step gathers each layer once and keeps it for the backward pass: the language model's keys and values
-    leave their layer through a cache, past FSDP's hooks.
-    Raises `SpearError` for a model with parameters that have no dimension.
+    lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters and gradients stay float32. A
+    step gathers each layer once and keeps it for the backward pass: the language model's keys and values
+    leave their layer through a cache, past FSDP's hooks. Raises `SpearError` for a model with parameters that
+    have no dimension.
     """
     single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if single:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from moge_reference import arrays, error
-from spear.labels.fit import image
 from spear.models.moge.infer import recover_focal_shift, unproject, view_plane
 
 
@@ -79,10 +78,3 @@ def test_without_points_there_is_a_plain_answer() -> None:
     points[2] = torch.nan
     focal, shift = recover_focal_shift(points, mask)
     assert focal.tolist() == [1, 1, 1] and shift.tolist() == [0, 0, 0]
-
-
-def test_unprojection_is_the_labellers() -> None:
-    depth = torch.rand(2, 5, 7) + 1
-    intrinsics = torch.tensor([[9.0, 0, 3], [0, 8, 2.5], [0, 0, 1]])
-    expected = image.unproject(depth[1].numpy(), intrinsics.numpy())
-    torch.testing.assert_close(unproject(depth, intrinsics.repeat(2, 1, 1))[1], torch.tensor(expected))

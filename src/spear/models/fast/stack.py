@@ -123,9 +123,8 @@ class Stack:
         keys_only: bool = False,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm.
-
-        The tokens' keys and values are left in the cache.
+        """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm; their
+        keys and values are left in the cache.
 
         bias       [B · kv heads, 1, places] added to all scores, or None: `hidden_places` of padding.
         keys_only  the last layer stops at its keys and values, and the result is its input.

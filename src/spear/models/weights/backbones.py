@@ -7,6 +7,7 @@ written since; MoGe as `spear.models.moge.checkpoint` reads it.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,9 @@ def plan_backbones(
     numbers = preset(size)
     shards = Shards.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
-    stored = {_our_name(name): name for name in shards.weights}
+    stored = {}
+    for name in shards.weights:
+        stored[functools.reduce(lambda known, pair: re.sub(*pair, known), _RENAMED, name)] = name
     head = stored.pop("lm_head.weight", None)
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None
@@ -85,7 +88,13 @@ def plan_backbones(
     tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.bins)
     encoder = None if moge is None else read_checkpoint(moge)
     config = _vlm_config(numbers, published, max(rows, start + numbers.bins), start, encoder)
-    _check_grid(numbers, config.vision_config.patch_size)
+    patch = config.vision_config.patch_size
+    for view, (width, height) in numbers.image_sizes.items():
+        if width % patch or height % patch:
+            raise SpearError(
+                f"preset {size} does not fit: its {view} images of {width}×{height} are no multiple of "
+                f"the checkpoint's patch of {patch}: choose another preset"
+            )
 
     with torch.device("meta"):
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
@@ -142,13 +151,6 @@ def own_config(shards: Shards, kind: type[PreTrainedConfig]) -> Any:
     return kind.from_dict(dict(shards.config))
 
 
-def _our_name(name: str) -> str:
-    """What PaliGemma's weight is called in SPEAR-VLM."""
-    for theirs, ours in _RENAMED:
-        name = re.sub(theirs, ours, name)
-    return name
-
-
 def _paligemma_config(shards: Shards) -> Any:
     """The `PaliGemmaConfig` of a folder, checked to be one that SPEAR-VLM can be made from."""
     kind, where = shards.config.get("model_type"), shards.folder / "config.json"
@@ -202,18 +204,8 @@ def _vlm_config(
     return vlm_config(size, coordinate_start=start, networks=networks)
 
 
-def _check_grid(size: Preset, patch: int) -> None:
-    for view, (width, height) in size.image_sizes.items():
-        if width % patch or height % patch:
-            raise SpearError(
-                f"preset {size.name} does not fit: its {view} images of {width}×{height} are no multiple of "
-                f"the checkpoint's patch of {patch}: choose another preset"
-            )
-
-
 def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[list[Key], Part]:
-    """The embeddings in their parts (known rows, the new 3D tokens, known rows after those), and how they are
-    read."""
+    """The embeddings in their parts, known rows and new 3D tokens, and how they are read."""
     rows, width = shards.weights[source].shape
     known, end = min(rows, start), start + bins
     loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
