@@ -130,13 +130,6 @@ def test_changed_weights_are_noticed() -> None:
     assert same()
     model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
     assert same()
-    assert (
-        distance(
-            copy.deepcopy(model).sample_actions(**given, steps=2, noise=noise).to_vector(),
-            model.sample_actions(**given, steps=2, noise=noise).to_vector(),
-        )
-        == 0
-    )
 
 
 def test_lora_is_part_of_the_fast_path() -> None:

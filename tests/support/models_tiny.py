@@ -7,40 +7,18 @@ from typing import Any
 
 import torch
 
-from spear.models.presets import Preset, spear1_config, vlm_config
+from spear.models.presets import Preset, _gemma, _moge, _vision, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-}
+TEXT = _gemma(32, 48, 2, 4, 8, initializer_range=0.2)
 TINY = Preset(
     name="tiny",
     image_sizes={"external": (48, 32), "wrist": (32, 32)},
     stem="conv",
-    vision={
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": 16,
-        "image_size": 32,
-    },
-    moge={
-        "hidden_size": 16,
-        "mlp_ratio": 2,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 2,
-        "patch_size": 16,
-        "image_size": 32,
-    },
+    vision=_vision(24, 32, 2, 2, patch=16, image=32),
+    moge={**_moge(16, 5, 2, patch=16, image=32), "mlp_ratio": 2},
     text=TEXT,
     expert={**TEXT, "hidden_size": 16},
     vocabulary=40,

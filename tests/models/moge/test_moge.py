@@ -112,17 +112,9 @@ def test_the_vlms_encoder_takes_moges_weights(folder: Path, version: int, case: 
 
 
 def test_the_paper_sized_vlm_has_moges_large_encoder() -> None:
-    config = vlm_config(preset("spear1")).moge_config
-    large = dinov2_config("dinov2_vitl14")
-    fields = [
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "mlp_ratio",
-        "patch_size",
-        "image_size",
-    ]
-    for field in [*fields, "layer_norm_eps", "hidden_act", "position_offset", "use_mask_token", "qkv_bias"]:
+    config, large = vlm_config(preset("spear1")).moge_config, dinov2_config("dinov2_vitl14")
+    sizes = "hidden_size num_hidden_layers num_attention_heads mlp_ratio patch_size image_size layer_norm_eps"
+    for field in f"{sizes} hidden_act position_offset use_mask_token qkv_bias".split():
         assert getattr(config, field) == getattr(large, field), field
 
 
