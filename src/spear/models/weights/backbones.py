@@ -7,7 +7,6 @@ written since; MoGe as `spear.models.moge.checkpoint` reads it.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +71,10 @@ def plan_backbones(
     published = _paligemma_config(shards)
     stored = {}
     for name in shards.weights:
-        stored[functools.reduce(lambda known, pair: re.sub(*pair, known), _RENAMED, name)] = name
+        ours = name
+        for theirs, here in _RENAMED:
+            ours = re.sub(theirs, here, ours)
+        stored[ours] = name
     head = stored.pop("lm_head.weight", None)
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None
