@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 1820, "ablations": 900, "cli": 1480, "data": 4530, "embodiments": 720, "evaluate": 2980,
-    "labels": 5200, "models": 4640, "report": 1280, "serve": 840, "sim": 1970, "train": 2750, "ui": 580,
+    "labels": 5200, "models": 4490, "report": 1280, "serve": 840, "sim": 1970, "train": 2630, "ui": 580,
     "util": 630,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
