@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from labels_tiny import WORDS, save_grounding_dino, save_owlv2, save_sam2
 from moge_reference import random_v1
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector
 from spear.labels.models.pointmap import MogePointMap
-from spear.labels.models.protocols import Detector
 from spear.labels.models.sam2 import Sam2Segmenter
 from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import label
@@ -32,12 +32,12 @@ def photo() -> Frame:
 
 @pytest.mark.parametrize("kind", ["grounding-dino", "owlv2"])
 def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_path: Path) -> None:
-    detector: Detector
-    if kind == "grounding-dino":
-        folder = str(save_grounding_dino(tmp_path / "dino"))
-        detector = GroundingDinoDetector(folder, vocabulary=VOCABULARY, threshold=0.0)
-    else:
-        detector = Owlv2Detector(str(save_owlv2(tmp_path / "owl")), vocabulary=VOCABULARY, threshold=0.0)
+    kinds = {
+        "grounding-dino": (GroundingDinoDetector, save_grounding_dino),
+        "owlv2": (Owlv2Detector, save_owlv2),
+    }
+    made, save = kinds[kind]
+    detector = made(str(save(tmp_path / kind)), vocabulary=VOCABULARY, threshold=0.0)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMap(random_v1(), device="cpu", num_tokens=60)
     settings = BoxSettings(min_points=4)
@@ -47,13 +47,8 @@ def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_
     assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
     assert np.abs(decode_image(seen.image).astype(int) - photo.image).mean() < 3
     assert seen.source == "coffee.png"
-    assert seen.provenance == {
-        "detector": detector.name,
-        "segmenter": segmenter.name,
-        "pointmap": pointmap.name,
-    }
-    assert kind.split("-")[0] in detector.name.lower() and "sam2" in segmenter.name.lower()
-    assert seen.intrinsics[0, 0] > 0
+    names = {"detector": detector.name, "segmenter": segmenter.name, "pointmap": pointmap.name}
+    assert seen.provenance == names and seen.intrinsics[0, 0] > 0
     assert seen.objects and {o.name for o in seen.objects} <= set(VOCABULARY)
     for o in seen.objects:
         x0, y0, x1, y1 = o.box2d
@@ -64,5 +59,7 @@ def test_a_photograph_goes_through_the_whole_graph(kind: str, photo: Frame, tmp_
     for o in boxed:
         assert o.box3d is not None and o.box3d.vertices.shape == (8, 3)
         assert np.isfinite(o.box3d.vertices).all() and set(o.keypoints) == {"closest", "furthest", "centre"}
-    for question in generate(seen, np.random.default_rng(0), (1, 4), FAMILIES):
-        assert question.unit == "relative" and set(question.objects) <= set(VOCABULARY)
+    # random networks find nothing that is good enough to be asked about: make it so
+    good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
+    asked = generate(replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES)
+    assert asked and {question.unit for question in asked} == {"relative"}

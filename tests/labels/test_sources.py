@@ -38,15 +38,12 @@ def episode(steps: int, camera: str, first: int) -> Episode:
 def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     write_episodes([episode(10, "external", 0), episode(2, "front", 100)], tmp_path / "robot")
     found = list(items([str(tmp_path / "robot")], per_episode=4))
-    assert [item.key.rpartition("#")[2] for item in found] == [
-        f"{e}/{n}-of-4" for e in (0, 1) for n in (1, 2, 3, 4)
-    ]
+    places = [item.key.rpartition("#")[2] for item in found]
+    assert places == [f"{e}/{n}-of-4" for e in (0, 1) for n in (1, 2, 3, 4)]
     works = read(found)
     values = [work.frame.image[0, 0, 0] for work in works if work.frame is not None]
     assert values == [0, 3, 6, 9, 100, 101]
-    assert [work.reason for work in works[6:]] == [
-        "the episode has only 2 steps: take fewer frames of each"
-    ] * 2
+    assert all("only 2 steps" in (work.reason or "") for work in works[6:])
 
 
 def test_frames_of_a_real_rlds_dataset(shared: Path) -> None:

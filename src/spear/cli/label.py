@@ -150,8 +150,7 @@ def _shards(labels: Path) -> Path:
 
 
 def _point_maps(folder: Path, labels: Sequence[LabeledImage]) -> list[PointMapResult | None]:
-    """The point maps of labels, which are not kept: made again as run.json says; None where that cannot
-    be."""
+    """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
     from spear.labels.components import Choice, build
     from spear.labels.inputs import read
     from spear.labels.pipeline import admit, locate

@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,36 +69,17 @@ def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
     Raises:
         SpearError: nothing there, nothing in there that is an image, or an archive that cannot be listed.
     """
-    if os.path.isdir(argument):
-        items = _walk(argument, rate)
-        first = next(items, None)
-        if first is None:
-            raise SpearError(f"{argument}: no image, tar shard, Parquet file or video in this folder")
-        yield first
-        yield from items
-    elif os.path.isfile(argument):
-        listing = _listing(argument, rate)
-        if listing is None:
-            raise SpearError(f"{argument}: not an image ({', '.join(IMAGES)}), .tar, .parquet or video")
-        yield from listing
-    elif glob.has_magic(argument):
-        names = sorted(glob.glob(argument, recursive=True))
-        if not names:
-            raise SpearError(f"{argument}: nothing matches this pattern")
-        for name in names:
-            yield from (_walk(name, rate) if os.path.isdir(name) else _listing(name, rate)) or ()
-    else:
+    if os.path.exists(argument):
+        names = [argument]
+    elif not glob.has_magic(argument):
         raise SpearError(f"{argument}: no such file or folder")
-
-
-def _walk(folder: str, rate: float) -> Iterator[Item]:
-    if os.path.isdir(os.path.join(folder, TAKE)):
-        for video in _take_videos(os.path.join(folder, TAKE)):
-            yield from find_video(video, rate)
-        return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.name.startswith("."):
-            yield from (_walk(entry.path, rate) if entry.is_dir() else _listing(entry.path, rate)) or ()
+    elif not (names := sorted(glob.glob(argument, recursive=True))):
+        raise SpearError(f"{argument}: nothing matches this pattern")
+    items = chain.from_iterable(_listing(name, rate) for name in names)
+    if (first := next(items, None)) is None:
+        raise SpearError(f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there")
+    yield first
+    yield from items
 
 
 def _take_videos(folder: str) -> list[str]:
@@ -110,16 +91,24 @@ def _take_videos(folder: str) -> list[str]:
     return []
 
 
-def _listing(path: str, rate: float) -> Iterator[Item] | None:
-    """The items of a file by its ending; None for an ending that is none of ours."""
+def _listing(path: str, rate: float) -> Iterator[Item]:
+    """The items of a folder, or of a file by its ending; none for an ending that is none of ours."""
     ending = os.path.splitext(path)[1].lower()
-    if ending in IMAGES:
-        return iter([Item(path, read_file, path)])
-    if ending == ".tar":
-        return find_tar(path)
-    if ending == ".parquet":
-        return find_parquet(path)
-    return find_video(path, rate) if ending in VIDEOS else None
+    if os.path.isdir(os.path.join(path, TAKE)):
+        for video in _take_videos(os.path.join(path, TAKE)):
+            yield from find_video(video, rate)
+    elif os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if not name.startswith("."):
+                yield from _listing(os.path.join(path, name), rate)
+    elif ending in IMAGES:
+        yield Item(path, read_file, path)
+    elif ending == ".tar":
+        yield from find_tar(path)
+    elif ending == ".parquet":
+        yield from find_parquet(path)
+    elif ending in VIDEOS:
+        yield from find_video(path, rate)
 
 
 def read_file(path: str, places: Sequence[None]) -> Iterator[Content]:
@@ -222,14 +211,11 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
         else:
             raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
         per_second = float(stream.average_rate or stream.guessed_rate or rate)
-    count = stream.frames or round(seconds * per_second)
-    last = -1
-    number = 0
-    while (index := int(number / rate * per_second + 1e-6)) < count:
-        if index != last:
-            yield Item(f"{path}#{index}", read_frames, path, index / per_second)
-        last = index
-        number += 1
+    frames = stream.frames or round(seconds * per_second)
+    for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
+        if index >= frames:
+            return
+        yield Item(f"{path}#{index}", read_frames, path, index / per_second)
 
 
 def read_frames(path: str, times: Sequence[float]) -> Iterator[Array | SpearError]:
@@ -320,21 +306,18 @@ def _contents(reader: Reader, path: str, places: Sequence[Any]) -> list[Content]
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
-    if isinstance(content, bytes):
-        try:
-            content = load_image(content, key)
-        except SpearError as error:
-            content = error
-    if isinstance(content, SpearError):
+    try:
+        if isinstance(content, SpearError):
+            raise content
+        content = load_image(content, key) if isinstance(content, bytes) else content
+    except SpearError as error:
         work = Work(key, None)
-        work.skip(content)
+        work.skip(error)
         return work
-    if isinstance(content, Frame):
-        work = admit(dataclasses.replace(content, source=key))
-    else:
-        work = admit(Frame(image=shrink(content, longest), source=key))
-    if work.frame is not None and work.reason is None:
-        work.encoded = encode_jpeg(work.frame.image)
+    frame = content if isinstance(content, Frame) else Frame(shrink(content, longest))
+    work = admit(dataclasses.replace(frame, source=key))
+    if work.reason is None:
+        work.encoded = encode_jpeg(frame.image)
     return work
 
 

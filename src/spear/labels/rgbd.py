@@ -146,7 +146,7 @@ def read_intrinsics(path: Path) -> Array:
     """Intrinsics [3, 3] with pixel centres at +0.5, from a file in which the first pixel's centre is at 0: a
     text file with a matrix, or JSON. `SpearError` where they are missing or not in pixels."""
     if path.suffix == ".json":
-        values, _ = load_json(path, "intrinsics")
+        values, _ = load_json(path)
         try:
             fx, fy, cx, cy = (float(values[key]) for key in ("fx", "fy", "cx", "cy"))
         except (KeyError, TypeError, ValueError) as error:
@@ -209,7 +209,7 @@ def _scannet_names(folder: Path) -> dict[int, str] | None:
     files = sorted(folder.glob("*.aggregation.json"), key=lambda path: len(path.name))
     if not files:
         return None
-    content, _ = load_json(files[0], "aggregation")
+    content, _ = load_json(files[0])
     try:
         names = {int(group["objectId"]) + 1: str(group["label"]) for group in content["segGroups"]}
     except (KeyError, TypeError, ValueError) as error:

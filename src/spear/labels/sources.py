@@ -16,9 +16,10 @@ from typing import Any
 
 from spear.errors import SpearError
 from spear.labels.inputs import Content, Item, find
-from spear.labels.rgbd import Scene, open_scene
+from spear.labels.rgbd import open_scene
 from spear.types import Episode
 
+_scene = lru_cache(maxsize=1)(open_scene)
 CAMERA = "external"
 """The camera of robot episodes that is labelled; the first by name when there is none of this name."""
 SIM_SIZE = (840, 630)
@@ -65,8 +66,7 @@ def _find_scenes(argument: str) -> Iterator[Item]:
     if match is None:
         raise SpearError(f"{argument}: write a scene as sim:7, scenes as sim:10000-10499")
     first = int(match[1])
-    for seed in range(first, int(match[2] or first) + 1):
-        yield Item(f"sim:{seed}", read_scenes, "", seed)
+    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in range(first, int(match[2] or first) + 1))
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
@@ -91,11 +91,6 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
             yield _scene(folder)[number]
         except SpearError as error:
             yield error
-
-
-@lru_cache(maxsize=1)
-def _scene(folder: str) -> Scene:
-    return open_scene(folder)
 
 
 def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:

@@ -14,12 +14,12 @@ from spear.errors import SpearError
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.models.annotations import (
     Annotation,
-    CocoAnnotations,
+    Annotations,
     FileDetector,
     FileSegmenter,
-    RelationAnnotations,
     decompress,
-)
+    open_annotations,
+)  # fmt: skip
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label
@@ -79,27 +79,18 @@ def frame(source: str, height: int = 40, width: int = 60, **known: Any) -> Frame
     return Frame(np.zeros((height, width, 3), np.uint8), source=source, **known)
 
 
-def test_boxes_and_masks_are_those_of_the_file() -> None:
-    known = Known(a=[outlined("cup", 20, 20), outlined("cup", 44, 22, 5)], b=[])
-    frames = [frame("a"), frame("b")]
-    detections = FileDetector(known).detect(frames)
-    assert [d.name for d in detections[0]] == ["cup", "cup"] and detections[1] == []
-    assert detections[0][0].box2d.tolist() == [12, 12, 28, 28]
-    masks, none = FileSegmenter(known).segment(frames, detections)
-    assert (masks[0] == disc(40, 60, 20, 20, 8)).all()
-    assert (masks[1] == disc(40, 60, 44, 22, 5)).all()
-    assert none.shape == (0, 40, 60)
-
-
-def test_an_image_may_be_resized_but_not_cropped() -> None:
-    known = Known(a=[outlined("cup", 20, 20)])
-    for height, width in ((20, 30), (80, 120), (27, 40)):
-        small = [frame("a", height, width)]
-        found = FileDetector(known).detect(small)
-        np.testing.assert_allclose(found[0][0].box2d, np.array([12, 12, 28, 28]) * width / 60, rtol=0.02)
-        (masks,) = FileSegmenter(known).segment(small, found)
-        assert (masks[0] != disc(height, width, 20, 20, 8)).mean() < 0.02
-    with pytest.raises(SpearError, match=r"'cup' is for an image of 60×40, this one is 60×60"):
+def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropped() -> None:
+    known = Known(a=[outlined("cup", 20, 20), outlined("mug", 44, 22, 5)], b=[])
+    for height, width in ((40, 60), (20, 30), (80, 120), (27, 40)):
+        frames = [frame("a", height, width), frame("b", height, width)]
+        (cup, mug), nothing = FileDetector(known).detect(frames)
+        assert (cup.name, mug.name, nothing) == ("cup", "mug", [])
+        np.testing.assert_allclose(cup.box2d, np.array([12, 12, 28, 28]) * width / 60, rtol=0.02)
+        masks, none = FileSegmenter(known).segment(frames, [[cup, mug], nothing])
+        for mask, place in zip(masks, ((20, 20, 8), (44, 22, 5)), strict=True):
+            assert (mask != disc(height, width, *place)).mean() < (0.02 if width != 60 else 1e-9)
+        assert none.shape == (0, height, width)
+    with pytest.raises(SpearError, match=r"'cup' .*60×40.* 60×60"):
         FileDetector(known).detect([frame("a", 60, 60)])
     with pytest.raises(SpearError, match="60×40"):
         FileSegmenter(known).segment([frame("a", 40, 40)], [[Detection("cup", np.array([12, 12, 28, 28]))]])
@@ -139,7 +130,7 @@ def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> N
     frames = [frame("a"), frame("b"), frame("c")]
     spoon = Detection("spoon", np.array([0, 0, 4, 4], np.float32))
     detections = [*FileDetector(known).detect(frames[:2]), [spoon]]
-    with pytest.raises(SpearError, match=r"a: no mask of 'fork' in known: add a segmenter"):
+    with pytest.raises(SpearError, match="'fork'"):
         FileSegmenter(known).segment(frames, detections)
     boxes = FullBoxes()
     masks = FileSegmenter(known, boxes).segment(frames, detections)
@@ -150,9 +141,7 @@ def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> N
 
 def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     known = Known(a=[outlined("mug", 20, 20), outlined("cup", 22, 20)])
-    near = Detection(
-        "cup", np.array([12, 12, 28, 28], np.float32)
-    )  # exactly the mug's box, but a cup by name
+    near = Detection("cup", np.array([12, 12, 28, 28], np.float32))  # the mug's box, but a cup by name
     second = Detection("beaker", np.array([13, 12, 29, 28], np.float32))
     far = Detection("cup", np.array([40, 12, 56, 28], np.float32))
     (masks,) = FileSegmenter(known, FullBoxes()).segment([frame("a")], [[near, second, far]])
@@ -185,17 +174,14 @@ def compressed(mask: Array) -> str:
 def test_compressed_strings_are_those_of_pycocotools(h: int, w: int, seed: int, share: float) -> None:
     mask = np.random.default_rng(seed).random((h, w)) < share
     assert run_lengths(compressed(mask)) == encode_mask(mask)
-
-
-def test_long_runs_survive_compression() -> None:
-    mask = np.zeros((5000, 3000), bool)
-    mask[7:40, 2] = mask[1000:, 2500] = True
-    assert run_lengths(compressed(mask)) == encode_mask(mask) and run_lengths("") == []
+    long = np.zeros((1000, 100 * w), bool)
+    long[7:40, 2] = long[100 * h // 5 :, 90] = True
+    assert run_lengths(compressed(long)) == encode_mask(long)
 
 
 @pytest.mark.parametrize("text", ["01 2", "0é", "0\x7f", "0P"])
 def test_strings_that_are_no_masks_are_refused(text: str) -> None:
-    with pytest.raises(SpearError, match="compressed mask"):
+    with pytest.raises(SpearError):
         run_lengths(text)
 
 
@@ -209,7 +195,7 @@ def test_polygons_cover_their_pixels() -> None:
 
 @pytest.mark.parametrize("polygon", [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, float("nan")], []])
 def test_what_is_no_polygon_is_refused(polygon: list[float]) -> None:
-    with pytest.raises(SpearError, match="polygon"):
+    with pytest.raises(SpearError):
         polygon_mask([polygon], 6, 8)
 
 
@@ -221,14 +207,10 @@ SQUARE = [10.0, 1, 16, 1, 16, 7, 10, 7]
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    image = {"id": 7, "file_name": "kitchen/1.jpg", "height": 12, "width": 20}
+    first = {"id": 7, "file_name": "kitchen/1.jpg", "height": 12, "width": 20}
     ring = {"size": [12, 20]}
     return {
-        "images": [
-            image,
-            {**image, "id": 8, "file_name": "hall/1.jpg"},
-            {**image, "id": 9, "file_name": "2.png"},
-        ],
+        "images": [first, first | {"id": 8, "file_name": "hall/1.jpg"}, {"id": 9, "file_name": "2.png"}],
         "categories": [{"id": 1, "name": "ring"}, {"id": 4, "name": "tile"}],
         "annotations": [
             {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": ring | {"counts": PLAIN}},
@@ -240,21 +222,18 @@ def content(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_coco(folder: Path, data: Any) -> CocoAnnotations:
-    path = folder / "instances.json"
+def written(folder: Path, data: Any) -> Annotations:
+    path = folder / "annotations.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return CocoAnnotations(path)
+    return open_annotations(path)
 
 
 def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
-    coco = write_coco(tmp_path, content())
+    coco = written(tmp_path, content())
     frames = [frame(name, 12, 20) for name in ("photos/kitchen/1.jpg", "hall/1.jpg", "2.png")]
     detections = FileDetector(coco).detect(frames)
-    assert [[(d.name, d.score) for d in found] for found in detections] == [
-        [("ring", 1.0), ("tile", 0.5)],
-        [("ring", 1.0)],
-        [],
-    ]
+    names = [[(d.name, d.score) for d in found] for found in detections]
+    assert names == [[("ring", 1.0), ("tile", 0.5)], [("ring", 1.0)], []]
     assert detections[0][1].box2d.tolist() == [10, 1, 16, 7]
     assert detections[1][0].box2d.tolist() == [3, 2, 11, 9]  # from the mask
     kitchen, hall, _ = FileSegmenter(coco).segment(frames, detections)
@@ -263,46 +242,48 @@ def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
 
 
 def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
-    coco = write_coco(tmp_path, content())
+    coco = written(tmp_path, content())
     assert len(coco.find("/data/kitchen/1.jpg") or ()) == 2
     assert len(coco.find(r"C:\data\kitchen\1.jpg") or ()) == 2
     assert coco.find("2.png") == coco.find("./any/where/2.png") == []
     assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
-    with pytest.raises(SpearError, match=r"1\.jpg: fits 2 images of .*instances\.json: name its folder"):
+    with pytest.raises(SpearError, match=r"1\.jpg: .*annotations\.json"):
         coco.find("1.jpg")
 
 
 def test_images_without_a_size_take_that_of_the_picture(tmp_path: Path) -> None:
     images = [{"id": 7, "file_name": "a.jpg"}]
     annotation = {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": [SQUARE]}
-    coco = write_coco(tmp_path, content(images=images, annotations=[annotation]))
+    coco = written(tmp_path, content(images=images, annotations=[annotation]))
     frames = [frame("a.jpg", 30, 30)]
     (masks,) = FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
     assert masks[0].sum() == 36 and masks.shape == (1, 30, 30)
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "named"),
     [
-        ("{", "not JSON"),
-        ("[]", "its JSON is a list"),
-        ({}, "KeyError: 'categories'"),
-        (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "KeyError: 70"),
+        ("{", "JSON"),
+        ("[]", "list"),
+        ({"images": []}, "'categories'"),
+        (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
-        (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3 has neither a box"),
+        (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),
+        ({"annotations": {"uid": {"take_name": "a"}}}, "'object_masks'"),
+        ({"annotations": []}, "'items'"),
     ],
-)  # fmt: skip
-def test_what_is_not_coco_is_refused(tmp_path: Path, data: Any, message: str) -> None:
-    with pytest.raises(SpearError, match=rf"instances\.json: .*{message}"):
-        write_coco(tmp_path, data)
+)
+def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any, named: str) -> None:
+    with pytest.raises(SpearError, match=rf"annotations\.json: .*{named}"):
+        written(tmp_path, data)
 
 
 def test_a_mask_of_the_wrong_size_concerns_its_image_alone(tmp_path: Path) -> None:
     wrong = {"size": [20, 12], "counts": encode_mask(RING.T)}
     annotation = {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": wrong}
-    coco = write_coco(tmp_path, content(annotations=[annotation]))
+    coco = written(tmp_path, content(annotations=[annotation]))
     frames = [frame("kitchen/1.jpg", 12, 20)]
-    with pytest.raises(SpearError, match="mask of 12×20 in an image of 20×12"):
+    with pytest.raises(SpearError, match=r"12×20 .* 20×12"):
         FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
 
 
@@ -314,36 +295,27 @@ def compress(text: str) -> str:
     return str(pytest.importorskip("lzstring").LZString().compressToEncodedURIComponent(text))
 
 
-def blob(height: int, width: int, seed: int) -> Array:
-    rows, columns = np.mgrid[:height, :width]
-    x, y, r = np.random.default_rng(seed).uniform(
-        [0.3 * width, 0.3 * height, 4], [0.7 * width, 0.7 * height, 9]
-    )
-    return np.hypot(columns - x, rows - y) < r
+FIRST, SECOND, THIRD = disc(48, 48, 20, 25, 8), disc(36, 64, 40, 20, 5), disc(48, 48, 40, 30, 6)
 
 
-def _entry(mask: Array) -> dict[str, Any]:
-    height, width = mask.shape
-    return {"width": width, "height": height, "encodedMask": compress(compressed(mask))}
+def relations(folder: Path, second: str | None = None) -> Annotations:
+    """Two bowls in the wearer's frame 270, one of them in frame 0 of a camera that looks on; frame 30 empty.
+    second: the packed mask in frame 0."""
 
+    def entry(mask: Array) -> dict[str, Any]:
+        height, width = mask.shape
+        return {"width": width, "height": height, "encodedMask": compress(compressed(mask))}
 
-def relations(folder: Path) -> RelationAnnotations:
-    """Two bowls in the wearer's frame 270, one of them in frame 0 of a camera that looks on; frame 30
-    empty."""
+    looking_on = entry(SECOND) if second is None else entry(SECOND) | {"encodedMask": second}
     views = {
         "steel bowl_0": {
-            "aria01_214-1": {
-                "annotation": {"270": _entry(blob(48, 48, 0))},
-                "annotated_frames": [0, 30, 270],
-            },
-            "cam04": {"annotation": {"0": _entry(blob(36, 64, 1))}, "annotated_frames": [0, 30]},
+            "aria01_214-1": {"annotation": {"270": entry(FIRST)}, "annotated_frames": [0, 30, 270]},
+            "cam04": {"annotation": {"0": looking_on}, "annotated_frames": [0, 30]},
         },
-        "glass bowl_11": {"aria01_214-1": {"annotation": {"270": _entry(blob(48, 48, 2))}}},
+        "glass bowl_11": {"aria01_214-1": {"annotation": {"270": entry(THIRD)}}},
     }
-    take = {"take_name": "sfu_cooking_008_3", "scenario": "salad", "object_masks": views}
-    path = folder / "relations_train.json"
-    path.write_text(json.dumps({"annotations": {UID: take}}))
-    return RelationAnnotations(path)
+    takes = {UID: {"take_name": "sfu_cooking_008_3", "scenario": "salad", "object_masks": views}}
+    return written(folder, {"annotations": takes} if second is None else takes)
 
 
 @given(st.text(st.sampled_from("0123OPQabc`z\x7fé€日"), max_size=300))
@@ -353,7 +325,7 @@ def test_decompresses_what_lz_string_compresses(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "A", "A*", "____", "EoFQtg2gTARgDAM"])
 def test_what_is_no_lz_string_is_refused(text: str) -> None:
-    with pytest.raises(SpearError, match="not an lz-string"):
+    with pytest.raises(SpearError):
         decompress(text)
 
 
@@ -365,45 +337,22 @@ def test_annotated_masks_are_used_as_they_are(tmp_path: Path) -> None:
         frame("sfu_cooking_008_3/cam04/frame_000030.png", 36, 64),
     ]
     detections = FileDetector(known).detect(frames)
-    assert [[d.name for d in found] for found in detections] == [
-        ["steel bowl", "glass bowl"],
-        ["steel bowl"],
-        [],
-    ]
+    names = [[d.name for d in found] for found in detections]
+    assert names == [["steel bowl", "glass bowl"], ["steel bowl"], []]
     masks = FileSegmenter(known).segment(frames, detections)
-    assert (masks[0][0] == blob(48, 48, 0)).all() and (masks[0][1] == blob(48, 48, 2)).all()
-    assert (masks[1][0] == blob(36, 64, 1)).all()
+    assert (masks[0] == [FIRST, THIRD]).all() and (masks[1][0] == SECOND).all()
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "sfu_cooking_008_3/cam04/60.jpg",  # not annotated
-        "sfu_cooking_008_3/cam05/0.jpg",
-        "cam04/0.jpg",
-        "sfu_cooking_008_3/cam04/first.jpg",
-        "",
-    ],
-)
+@pytest.mark.parametrize("source", ["cam04/60", "cam05/0", "cam04/first"])
 def test_other_images_are_unknown(tmp_path: Path, source: str) -> None:
-    assert relations(tmp_path).find(source) is None
+    known = relations(tmp_path)
+    assert (
+        known.find(f"sfu_cooking_008_3/{source}.jpg") is known.find("cam04/0.jpg") is known.find("") is None
+    )
 
 
 def test_a_broken_mask_concerns_its_image_alone(tmp_path: Path) -> None:
-    relations(tmp_path)
-    path = tmp_path / "relations_train.json"
-    data = json.loads(path.read_text())
-    views = data["annotations"][UID]["object_masks"]["steel bowl_0"]
-    views["cam04"]["annotation"]["0"]["encodedMask"] = "A*"
-    path.write_text(json.dumps(data["annotations"]))  # also without the outer level
-    known = RelationAnnotations(path)
-    with pytest.raises(SpearError, match="not an lz-string"):
+    known = relations(tmp_path, second="A*")  # also without the outer level
+    with pytest.raises(SpearError, match="Ego-Exo4D"):
         FileDetector(known).detect([frame(f"{UID}/cam04/0.jpg", 36, 64)])
     assert len(FileDetector(known).detect([frame(f"{UID}/aria01_214-1/270.jpg", 48, 48)])[0]) == 2
-
-
-def test_what_is_not_relations_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps({"images": [], "annotations": []}))
-    with pytest.raises(SpearError, match=r"other\.json: not Ego-Exo4D's relations"):
-        RelationAnnotations(path)

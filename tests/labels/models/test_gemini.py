@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -72,8 +73,7 @@ def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: 
     assert np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
     assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
     config = request["generationConfig"]
-    assert config["responseMimeType"] == "application/json"
-    assert config["responseSchema"]["type"] == "ARRAY"
+    assert config["responseMimeType"] == "application/json" and config["responseSchema"]["type"] == "ARRAY"
     assert set(config["responseSchema"]["items"]["required"]) == {"box_2d", "label"}
     assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
@@ -85,7 +85,7 @@ def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
         {"label": "upside down", "box_2d": [500, 100, 100, 600]},
         {"label": "thin", "box_2d": [100, 100, 500, 110]},
         {"label": "", "box_2d": [100, 100, 500, 600]},
-        {"label": "cup\ud800", "box_2d": [100, 100, 500, 600]},
+        {"label": "cup", "box_2d": [100, 100, 500, 600]},
         {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
         {"label": "mug", "box_2d": [100, 100, 500, 600]},
     ]
@@ -97,23 +97,24 @@ def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "named"),
     [
-        ("I see a cup.", "not JSON"),
-        ('[{"box_2d": [1, 2, 3, 4], "label": "cup"', "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('{"label": "cup"}', "a dict, not a list"),
-        ('["cup"]', "an object without a label"),
-        ('[{"box_2d": [1, 2, 3, 4]}]', "an object without a label"),
-        ('[{"label": "cup"}]', "box_2d of 'cup' is not four numbers"),
-        ('[{"label": "cup", "box_2d": [1, 2, 3]}]', "not four numbers"),
-        ('[{"label": "cup", "box_2d": [1, 2, 3, "4"]}]', "not four numbers"),
-        ('[{"label": "cup", "box_2d": [1, 2, 3, NaN]}]', "not four numbers"),
-        ('[{"label": "cup", "box_2d": [1, 2, 3, 1' + "0" * 400 + "]}]", "not four numbers"),
+        ("I see a cup.", "JSON"),
+        ('[{"box_2d": [1, 2, 3, 4], "label": "cup"', "JSON"),
+        ("[" * 100_000, "JSON"),
+        ('[{"label": "\\ud800", "box_2d": [1, 2, 3, 4]}]', "JSON"),
+        ('{"label": "cup"}', "array"),
+        ('["cup"]', "0"),
+        ('[{"box_2d": [1, 2, 3, 4]}]', r"0\.label"),
+        ('[{"label": "cup"}]', r"0\.box_2d"),
+        *(
+            (f'[{{"label": "cup", "box_2d": [1, 2, 3{more}]}}]', r"0\.box_2d")
+            for more in ("", ', "4"', ", NaN", ", true", ", 1" + "0" * 400)
+        ),
     ],
 )
-def test_answers_that_are_not_as_asked_are_unusable(answer: str, message: str) -> None:
-    with pytest.raises(Unusable, match=message):
+def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> None:
+    with pytest.raises(Unusable, match=named):
         parse(answer, 10, 10)
 
 
@@ -125,124 +126,86 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     assert second - first >= 0.3 and third - second >= 0.4
 
 
-def test_overload_is_waited_out(server: Server) -> None:
+def test_overload_is_waited_out_and_without_end_concerns_one_image(server: Server) -> None:
+    overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
     server.replies = [
-        error(503, "UNAVAILABLE", "The model is overloaded."),
-        Reply(502, "<html>Bad gateway</html>"),
-        error(500, "INTERNAL", "Oops."),
-        boxes(CUP),
-    ]
+        overloaded, Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops."), boxes(CUP)
+    ]  # fmt: skip
     gemini = detector(server)
     assert [d.name for d in gemini.detect([frame()])[0]] == ["red cup"]
     assert gemini.usage["requests"] == len(server.requests) == 4
-
-
-def test_overload_that_does_not_end_concerns_one_image(server: Server) -> None:
-    server.replies = [*[error(503, "UNAVAILABLE", "Overloaded.")] * 3, boxes(CUP)]
+    server.replies = [*[overloaded] * 3, boxes(CUP)]
     gemini = detector(server, attempts=3)
-    with pytest.raises(RetryableError, match=r"0\.jpg: .*3 attempts.*503"):
+    with pytest.raises(RetryableError, match=r"0\.jpg: .*503"):
         gemini.detect([frame(0)])
     assert len(gemini.detect([frame(1)])[0]) == 1
 
 
-def test_no_quota_for_long_stops_asking(server: Server) -> None:
-    server.replies = [error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s"))]
-    gemini = detector(server)
-    for _ in range(2):
-        with pytest.raises(SpearError, match=r"no quota left for 7200 s .*label again later"):
-            gemini.detect([frame()])
-    assert len(server.requests) == 1
-
-
 @pytest.mark.parametrize(
-    ("reply", "message"),
+    ("reply", "named"),
     [
-        (
-            error(404, "NOT_FOUND", "models/gemini-x is not found"),
-            r"404 NOT_FOUND: models/gemini-x.*another model",
-        ),
-        (
-            error(403, "PERMISSION_DENIED", "No."),
-            r"403 PERMISSION_DENIED: No\.: check the key in GEMINI_API_KEY",
-        ),
-        (error(400, "INVALID_ARGUMENT", "Bad key.", {"reason": "API_KEY_INVALID"}), r"400 .*check the key"),
+        (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s"),
+        (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x.*another model"),
+        (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
+        (error(400, "INVALID_ARGUMENT", "Bad key.", {"reason": "API_KEY_INVALID"}), "400 .*GEMINI_API_KEY"),
     ],
 )
-def test_what_fails_for_every_image_is_asked_once(server: Server, reply: Reply, message: str) -> None:
+def test_what_fails_for_every_image_is_asked_once(server: Server, reply: Reply, named: str) -> None:
     server.replies = [reply]
     gemini = detector(server)
     for seed in range(3):
-        with pytest.raises(SpearError, match=message):
+        with pytest.raises(RetryableError, match=named):
             gemini.detect([frame(seed)])
     assert len(server.requests) == 1
 
 
-def test_a_refused_request_concerns_one_image(server: Server) -> None:
-    server.replies = [error(400, "INVALID_ARGUMENT", "Unable to process input image."), boxes(CUP)]
-    gemini = detector(server)
-    with pytest.raises(
-        SpearError, match=r"0\.jpg: Gemini refused the request \(400 .*Unable to process"
-    ) as stop:
-        gemini.detect([frame(0)])
-    assert not isinstance(stop.value, RetryableError)
-    assert len(gemini.detect([frame(1)])[0]) == 1
-
-
 @pytest.mark.parametrize(
-    ("reply", "message"),
+    ("reply", "named"),
     [
-        (text("I see a cup."), "not JSON"),
+        (text("I see a cup."), "JSON"),
         (text("[{", end="MAX_TOKENS"), "cut off"),
         (text(""), "empty"),
         (Reply(body={"candidates": []}), "empty"),
         (Reply(body="<html>"), "unreadable response"),
     ],
 )
-def test_an_unusable_answer_is_asked_for_once_more(server: Server, reply: Reply, message: str) -> None:
+def test_an_unusable_answer_is_asked_for_once_more(server: Server, reply: Reply, named: str) -> None:
     server.replies = [reply, boxes(CUP)]
     assert len(detector(server).detect([frame()])[0]) == 1
     server.replies = [reply]
-    with pytest.raises(RetryableError, match=rf"0\.jpg: Gemini gave no answer after 2 attempts .*{message}"):
+    with pytest.raises(RetryableError, match=rf"0\.jpg: .*{named}"):
         detector(server).detect([frame()])
     assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize(
-    ("reply", "message"),
+    ("reply", "named"),
     [
-        (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), r"blocked the image \(SAFETY\)"),
-        (
-            Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}),
-            r"refused to answer \(SAFETY\)",
-        ),
-        (text("[]", end="PROHIBITED_CONTENT"), r"refused to answer \(PROHIBITED_CONTENT\)"),
-        (text("[]", end="SOMETHING_NEW"), r"refused to answer \(SOMETHING_NEW\)"),
+        (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable to process"),
+        (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY"),
+        (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY"),
+        (text("[]", end="PROHIBITED_CONTENT"), "PROHIBITED_CONTENT"),
+        (text("[]", end="SOMETHING_NEW"), "SOMETHING_NEW"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
-def test_a_refusal_is_not_asked_again(server: Server, reply: Reply, message: str) -> None:
-    server.replies = [reply]
-    with pytest.raises(SpearError, match=rf"0\.jpg: Gemini {message}: leave") as stop:
-        detector(server).detect([frame()])
-    assert not isinstance(stop.value, RetryableError)
-    assert len(server.requests) == 1
+def test_a_refusal_is_not_asked_again_and_concerns_one_image(
+    server: Server, reply: Reply, named: str
+) -> None:
+    server.replies = [reply, boxes(CUP)]
+    gemini = detector(server)
+    with pytest.raises(SpearError, match=rf"0\.jpg: .*{named}") as stop:
+        gemini.detect([frame()])
+    assert not isinstance(stop.value, RetryableError) and len(server.requests) == 1
+    assert len(gemini.detect([frame(1)])[0]) == 1
 
 
-def test_images_of_a_batch_are_asked_about_at_the_same_time(server: Server) -> None:
-    together = threading.Barrier(4, timeout=60)
-
-    def answer(request: dict[str, Any]) -> Reply:
-        together.wait()
-        return boxes(CUP)
-
-    server.answer = answer
-    assert [len(d) for d in detector(server, concurrency=4).detect([frame(i) for i in range(4)])] == [1] * 4
-
-
-def test_answers_belong_to_their_images(server: Server) -> None:
+def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(server: Server) -> None:
+    together = threading.Barrier(3, timeout=60)
     frames = [frame(i, 40, 60 + i) for i in range(6)]
 
     def answer(request: dict[str, Any]) -> Reply:
+        together.wait()
         width = picture(request).shape[1]
         time.sleep(0.02 * (66 - width))
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
@@ -258,11 +221,8 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     again = detector(server, cache=tmp_path)
     assert found(again.detect([frame()])[0]) == found(first[0])
     assert len(server.requests) == 1 and again.usage == {"cached": 1}
-    for other in (
-        detector(server, cache=tmp_path, vocabulary=["cup"]),
-        detector(server, cache=tmp_path, model="other"),
-    ):
-        other.detect([frame()])
+    for other in ({"vocabulary": ["cup"]}, {"model": "other"}):
+        detector(server, cache=tmp_path, **other).detect([frame()])
     detector(server, cache=tmp_path).detect([frame(1)])
     assert len(server.requests) == 4
     for path in tmp_path.rglob("*.json"):
@@ -276,7 +236,7 @@ def test_a_cache_that_cannot_be_written_stops_asking(server: Server, tmp_path: P
     (tmp_path / "file").write_text("")
     gemini = detector(server, cache=tmp_path / "file" / "cache")
     for seed in range(2):
-        with pytest.raises(SpearError, match=r"cannot keep an answer: .*another cache folder"):
+        with pytest.raises(RetryableError, match="cache"):
             gemini.detect([frame(seed)])
     assert len(server.requests) == 1
 
@@ -291,15 +251,8 @@ class Nothing:
 
 
 def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice(server: Server) -> None:
-    frames = [
-        Frame(
-            frame(i).image,
-            np.ones((40, 60), np.float32),
-            intrinsics=np.diag([50.0, 50, 1]),
-            source=f"{i}.jpg",
-        )
-        for i in range(4)
-    ]
+    known = {"depth": np.ones((40, 60), np.float32), "intrinsics": np.diag([50.0, 50, 1])}
+    frames = [replace(frame(i), **known) for i in range(4)]
     blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
     server.replies = [blocked, boxes(CUP)]
     skipped = Skipped(0.5, patience=200)
@@ -308,7 +261,7 @@ def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice
     assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
     (reason,) = skipped.reasons
     assert reason.startswith("0.jpg") and "SAFETY" in reason
-    assert len(server.requests) == 4
+    assert len(server.requests) == 4 and gemini.usage["cached"] == 0
     assert labels[0].provenance["detector"] == gemini.name
 
 
@@ -324,7 +277,7 @@ def test_tokens_are_counted(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
-    with pytest.raises(SpearError, match="no key: set GEMINI_API_KEY"):
+    with pytest.raises(SpearError, match="GEMINI_API_KEY"):
         detector(server)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
     detector(server).detect([frame()])
@@ -342,12 +295,10 @@ def test_without_a_network_it_says_so_once_and_stops() -> None:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         gemini = GeminiDetector(base_url=address, attempts=2, first_wait=0.01)
-        with pytest.raises(
-            RetryableError, match=r"cannot reach the service \(no connection: .*check the network"
-        ):
+        with pytest.raises(RetryableError, match="network"):
             gemini.detect([frame(0)])
         gemini.attempts = 10**9  # would never return if it tried again
-        with pytest.raises(RetryableError, match="cannot reach the service"):
+        with pytest.raises(RetryableError, match="network"):
             gemini.detect([frame(1)])
 
 
@@ -366,14 +317,11 @@ def test_the_name_tells_settings_apart() -> None:
         ({}, None, None),
         ({"retry-after": "7"}, {}, 7),
         ({"retry-after": "soon"}, {"error": {"details": "none"}}, None),
-        ({}, {"error": {"details": [{"@type": "x/google.rpc.RetryInfo", "retryDelay": "38.5s"}]}}, 38.5),
-        (
-            {"retry-after": "50"},
-            {"error": {"details": [{"@type": "google.rpc.RetryInfo", "retryDelay": "3s"}]}},
-            50,
-        ),
+        ({}, {"error": {"details": [retry_info("38.5s")]}}, 38.5),
+        ({"retry-after": "50"}, {"error": {"details": [retry_info("3s")]}}, 50),
         ({}, {"error": {"details": [{"@type": "google.rpc.Help"}, 3]}}, None),
         ({}, {"error": {"details": [{"@type": "google.rpc.RetryInfo"}]}}, None),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None, 0),
     ],
 )
 def test_advice_is_read_wherever_it_stands(
@@ -386,4 +334,3 @@ def test_advice_may_be_a_date() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     wait = advised_wait({"retry-after": later}, None)
     assert wait is not None and 60 < wait <= 90
-    assert advised_wait({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None) == 0

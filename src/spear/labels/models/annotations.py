@@ -28,11 +28,9 @@ from spear.types import Array, Frame
 class Annotation:
     """One annotated object.
 
-    box2d    [4] x0, y0, x1, y1 in pixels of the image as annotated, the upper ends exclusive; None for the
-             tight box of the mask.
+    box2d    [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the mask.
     size     (height, width) of the image as annotated; None for that of the image at hand.
     outline  (height, width) -> mask [height, width] bool; None when only the box is annotated.
-    score    1 for a person's annotation.
     """
 
     name: str
@@ -48,8 +46,7 @@ class Annotation:
             mask = self.mask_in(height, width)
             return tight_box(mask) if mask is not None else np.zeros(4, np.float32)
         rows, columns = self._annotated_size(height, width)
-        scale = np.array([width / columns, height / rows] * 2)
-        return clip(self.box2d * scale, height, width)
+        return clip(self.box2d * np.array([width / columns, height / rows] * 2), height, width)
 
     def mask_in(self, height: int, width: int) -> Array | None:
         """The mask [height, width] bool in an image of this size (nearest pixel); None without an outline.
@@ -138,17 +135,16 @@ class FileSegmenter:
             results.append(masks)
             if missing:
                 rest.append((frame, masks, missing, [found[i] for i in missing]))
-        if not rest:
-            return results
-        if self.otherwise is None:
+        if rest and self.otherwise is None:
             frame, _, _, without = rest[0]
             raise SpearError(
                 f"{frame.source}: no mask of {without[0].name!r} in {self.annotations.name}: add a "
                 "segmenter for objects without one"
             )
-        made = self.otherwise.segment([frame for frame, *_ in rest], [without for *_, without in rest])
-        for (_, masks, missing, _), others in zip(rest, made, strict=True):
-            masks[missing] = others
+        if rest and self.otherwise:
+            made = self.otherwise.segment([frame for frame, *_ in rest], [without for *_, without in rest])
+            for (_, masks, missing, _), others in zip(rest, made, strict=True):
+                masks[missing] = others
         return results
 
     def _masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
@@ -176,24 +172,31 @@ def _name(annotations: Annotations, otherwise: Detector | Segmenter | None) -> s
 
 
 def open_annotations(path: str | Path) -> Annotations:
-    """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations."""
-    content, _ = load_json(Path(path), "")
-    return CocoAnnotations(path) if "images" in content else RelationAnnotations(path)
+    """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations. `SpearError` for what
+    is neither."""
+    content, name = load_json(Path(path))
+    try:
+        return (CocoAnnotations if "images" in content else RelationAnnotations)(content, name)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise SpearError(
+            f"{path}: neither COCO's JSON of instances nor Ego-Exo4D's relations ({type(error).__name__}: "
+            f"{error}): give one of the two"
+        ) from error
 
 
-def load_json(path: Path, kind: str) -> tuple[dict[str, Any], str]:
-    """The JSON object in a file, and its name for the provenance: kind, file name and a hash of the content.
+def load_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The JSON object in a file, and for the provenance the file's name and a hash of its content.
     `SpearError` when there is none."""
     try:
         data = path.read_bytes()
         content = json.loads(data)
     except OSError as error:
-        raise SpearError(f"{path}: cannot read the annotations ({error.strerror}): check the path") from error
+        raise SpearError(f"{path}: cannot be read ({error.strerror}): check the path") from error
     except ValueError as error:
-        raise SpearError(f"{path}: not JSON ({error}): give a file of annotations") from error
+        raise SpearError(f"{path}: not JSON ({error}): give another file") from error
     if not isinstance(content, dict):
-        raise SpearError(f"{path}: its JSON is a {type(content).__name__}: give a file of annotations")
-    return content, f"{kind} {path.name} ({hashlib.sha256(data).hexdigest()[:8]})"
+        raise SpearError(f"{path}: its JSON is a {type(content).__name__}, not an object: give another file")
+    return content, f"{path.name} ({hashlib.sha256(data).hexdigest()[:8]})"
 
 
 def path_parts(path: str) -> list[str]:
@@ -202,41 +205,32 @@ def path_parts(path: str) -> list[str]:
 
 
 class CocoAnnotations:
-    """The objects in a COCO JSON file, by image.
+    """The objects in a COCO JSON file, by image; see `open_annotations`.
 
     An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
     Annotations of crowds (`iscrowd`) are left out: they are no instances. Annotations without a box get the
     tight box of their mask.
 
     Raises:
-        SpearError: no such file, or not COCO's JSON; from `find`, a source that fits several images; from
-            masks, run lengths of the wrong size.
+        SpearError: from `find`, a source that fits several images; from masks, run lengths of the wrong size.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        content, self.name = load_json(self.path, "coco")
+    def __init__(self, content: Mapping[str, Any], file: str) -> None:
+        self.name = f"coco {file}"
         self._by_file: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
         self._objects: dict[Any, list[Annotation]] = {}
-        try:
-            categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-            sizes = {}
-            for image in content["images"]:
-                parts = path_parts(image["file_name"])
-                self._by_file[parts[-1]].append((parts, image["id"]))
-                self._objects[image["id"]] = []
-                if "height" in image and "width" in image:
-                    sizes[image["id"]] = (int(image["height"]), int(image["width"]))
-            for a in content["annotations"]:
-                if not a.get("iscrowd"):
-                    size = sizes.get(a["image_id"])
-                    name = categories[a["category_id"]]
-                    self._objects[a["image_id"]].append(_coco_annotation(a, name, size))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise SpearError(
-                f"{self.path}: not COCO's JSON of instances ({type(error).__name__}: {error}): give a "
-                "file with images, annotations and categories"
-            ) from error
+        categories = {c["id"]: str(c["name"]) for c in content["categories"]}
+        sizes = {}
+        for image in content["images"]:
+            parts = path_parts(image["file_name"])
+            self._by_file[parts[-1]].append((parts, image["id"]))
+            self._objects[image["id"]] = []
+            if "height" in image and "width" in image:
+                sizes[image["id"]] = (int(image["height"]), int(image["width"]))
+        for a in content["annotations"]:
+            if not a.get("iscrowd"):
+                size, name = sizes.get(a["image_id"]), categories[a["category_id"]]
+                self._objects[a["image_id"]].append(_coco_annotation(a, name, size))
 
     def find(self, source: str) -> list[Annotation] | None:
         """See `Annotations.find`."""
@@ -248,7 +242,7 @@ class CocoAnnotations:
                 common[image] = length
         best = [image for image, length in common.items() if length == max(common.values())]
         if len(best) > 1:
-            raise SpearError(f"{source}: fits {len(best)} images of {self.path}: name its folder too")
+            raise SpearError(f"{source}: fits {len(best)} images of {self.name}: name its folder too")
         return self._objects[best[0]] if best else None
 
 
@@ -278,7 +272,8 @@ def _outline(segmentation: Any) -> Callable[[int, int], Array]:
 
 
 class RelationAnnotations:
-    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
+    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame; see
+    `open_annotations`.
 
     The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`, `cam04`),
     and ends in the number of the frame in the frame-aligned video, in any spelling of a path:
@@ -287,23 +282,15 @@ class RelationAnnotations:
     The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without finding any
     object is known, and empty. Images may be smaller than the video was: masks are resized to them.
 
-    Raises:
-        SpearError: no such file, or not relations; from masks, one that cannot be decoded.
+    A mask that cannot be decoded is a `SpearError`.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        content, self.name = load_json(self.path, "ego-exo4d relations")
+    def __init__(self, content: Mapping[str, Any], file: str) -> None:
+        self.name = f"ego-exo4d relations {file}"
         self._takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
-        try:
-            for uid, take in content.get("annotations", content).items():
-                cameras = _cameras(take["object_masks"])
-                self._takes[uid] = self._takes[str(take["take_name"])] = cameras
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SpearError(
-                f"{self.path}: not Ego-Exo4D's relations ({type(error).__name__}: {error}): give "
-                "relations_train.json or relations_val.json"
-            ) from error
+        for uid, take in content.get("annotations", content).items():
+            cameras = _cameras(take["object_masks"])
+            self._takes[uid] = self._takes[str(take["take_name"])] = cameras
 
     def find(self, source: str) -> list[Annotation] | None:
         """See `Annotations.find`."""
@@ -357,7 +344,7 @@ def decompress(text: str) -> str:
     broken = SpearError("Ego-Exo4D mask: not an lz-string: give the file as it was published")
     if not set(text) <= _VALUES.keys():
         raise broken
-    bits = [_VALUES[letter] >> i & 1 for letter in text for i in range(5, -1, -1)]
+    bits = "".join(f"{_VALUES[letter]:06b}" for letter in text)
     position = 0
 
     def number(width: int) -> int:
@@ -365,7 +352,7 @@ def decompress(text: str) -> str:
         position += width
         if position > len(bits):
             raise broken
-        return sum(bit << i for i, bit in enumerate(bits[position - width : position]))
+        return int(bits[position - width : position][::-1], 2)
 
     words, pieces = ["", "", ""], [""]
     while (code := number(len(words).bit_length())) != 2:

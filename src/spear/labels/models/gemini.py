@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -18,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Len
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from spear.errors import RetryableError, SpearError, first_line
 from spear.labels.fit.image import iou2d
@@ -80,13 +83,12 @@ class GeminiDetector:
     image that is refused is a `SpearError`, one that stays unanswered a `RetryableError`. So is what would
     fail for every image (key, model, daily quota, no network): all that follow then fail at once.
 
-    Answers are kept by image, prompt and settings, so that a repeated run, or a batch in which one image
-    failed, costs nothing.
+    Answers are kept by image, prompt and settings, so that a repeated run costs nothing.
 
     Args:
         model: name of the model.
         vocabulary: the only names to detect; none for whatever is there.
-        cache: folder of answers, which several processes may share; None keeps them in memory.
+        cache: folder of answers, which several processes may share; None keeps none.
         concurrency: requests at the same time.
         attempts: requests per image, overload included.
         first_wait: seconds after the first failure; doubled after each.
@@ -130,10 +132,11 @@ class GeminiDetector:
             max_output_tokens=MAX_TOKENS,
             thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING),
         )
-        self._offline = _transport_errors()
-        self._kept: dict[str, dict[str, str]] = {}
+        # the client's HTTP library is one of the two
+        libraries = (importlib.import_module(n) for n in ("httpx2", "httpx") if importlib.util.find_spec(n))
+        self._offline = tuple(library.TransportError for library in libraries)
         self._lock = threading.Lock()
-        self._failed: dict[str, SpearError] = {}
+        self._last: dict[str, list[Detection] | SpearError] = {}  # by key, of a batch with a failure in it
         self._fatal: str | None = None
         self._reached = False
         self._held = 0.0  # until then (monotonic seconds) the service wants no requests
@@ -141,10 +144,14 @@ class GeminiDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, as Gemini lists them."""
-        batch = len(frames) > 1
         with ThreadPoolExecutor(max(1, min(self.concurrency, len(frames)))) as threads:
-            asked = [threads.submit(self._detect, frame, batch) for frame in frames]
-        return [answer.result() for answer in asked]
+            found = list(threads.map(self._detect, frames))
+        for failure in found:
+            if isinstance(failure, SpearError):
+                if len(frames) > 1:  # the pipeline asks again image by image, which must cost nothing
+                    self._last = {self._key(f.image): one for f, one in zip(frames, found, strict=True)}
+                raise failure
+        return [one for one in found if not isinstance(one, SpearError)]
 
     def bill(self) -> str:
         """What was asked so far: requests that reached the service, and tokens, thinking among the output."""
@@ -154,46 +161,28 @@ class GeminiDetector:
             f"{used['input']} tokens in, {used['output']} out"
         )
 
-    def _detect(self, frame: Frame, batch: bool) -> list[Detection]:
-        """The objects of one image. A batch in which one fails is asked again image by image, so the failure
-        of an image of a batch is remembered once."""
+    def _detect(self, frame: Frame) -> list[Detection] | SpearError:
+        """The objects of one image, or why there are none."""
         key = self._key(frame.image)
-        with self._lock:
-            if (failure := self._failed.pop(key, None)) is not None:
-                raise failure
-        with contextlib.suppress(KeyError, Unusable):
-            found = parse(self._known(key)["text"], *frame.image.shape[:2])
-            with self._lock:
-                self.usage["cached"] += 1
-            return found
+        if (known := self._last.pop(key, None)) is not None:
+            return known
+        path = None if self.cache is None else Path(self.cache) / key[:2] / f"{key}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if path is not None:
+                found = parse(json.loads(path.read_bytes())["text"], *frame.image.shape[:2])
+                with self._lock:
+                    self.usage["cached"] += 1
+                return found
         try:
             text, found = self._ask(frame)
         except SpearError as error:
-            if batch:
-                with self._lock:
-                    self._failed[key] = error
-            raise
-        answer = {"model": self.model, "text": text}
-        if self.cache is None:
-            self._kept[key] = answer
-            return found
+            return error
         try:  # several processes may share the folder
-            write_text(self._file(key), json.dumps(answer))
+            if path is not None:
+                write_text(path, json.dumps({"model": self.model, "text": text}))
         except SpearError as error:
-            raise self._stop(f"cannot keep an answer: {error}, or choose another cache folder") from error
+            return self._stop(f"cannot keep an answer: {error}, or choose another cache folder")
         return found
-
-    def _known(self, key: str) -> dict[str, str]:
-        """An answer that was kept; an empty one when there is none that can be read."""
-        if self.cache is None:
-            return self._kept.get(key, {})
-        with contextlib.suppress(OSError, ValueError):
-            answer = json.loads(self._file(key).read_bytes())
-            return answer if isinstance(answer, dict) else {}
-        return {}
-
-    def _file(self, key: str) -> Path:
-        return Path(self.cache or "") / key[:2] / f"{key}.json"
 
     def _key(self, image: Array) -> str:
         asked = [self.model, self.prompt, SCHEMA, THINKING, None, MAX_SIDE, image.shape]
@@ -243,11 +232,7 @@ class GeminiDetector:
         )
 
     def _wait(self, error: Any, reason: str, where: str, wait: float) -> float:
-        """Seconds until the next attempt after an error of the service.
-
-        Raises:
-            SpearError: there is no point in another attempt.
-        """
+        """Seconds until the next attempt after an error of the service; `SpearError` when it is pointless."""
         if error.code in _FATAL or "API_KEY_INVALID" in json.dumps(error.details, default=str):
             hint = "choose another model" if error.code == 404 else f"check the key in {' or '.join(KEYS)}"
             raise self._stop(f"{reason}: {hint}")
@@ -286,40 +271,35 @@ class GeminiDetector:
         return self._types.Part.from_bytes(data=encode_jpeg(image), mime_type="image/jpeg")
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the client's HTTP library (either of two) raises when the service cannot be reached."""
-    found: list[type[Exception]] = []
-    for name in ("httpx2", "httpx"):
-        with contextlib.suppress(ImportError):
-            found.append(importlib.import_module(name).TransportError)
-    return tuple(found)
-
-
 class Unusable(ValueError):
     """An answer that is not what was asked for."""
 
 
+class _Object(BaseModel):
+    """One object of an answer; box_2d is ymin, xmin, ymax, xmax in thousandths of the image."""
+
+    model_config = ConfigDict(strict=True)
+    label: str
+    box_2d: Annotated[list[FiniteFloat], Len(4, 4)]
+
+
+_OBJECTS = TypeAdapter(list[_Object])
+
+
 def parse(text: str, height: int, width: int) -> list[Detection]:
-    """Gemini's answer, boxes [ymin, xmin, ymax, xmax] in thousandths of the image, to detections in pixels.
-
-    Boxes are cut at the edge of the image; those of less than a pixel inside it are left out, and so is a box
-    that was given before (same label, IoU above 0.9).
-
-    Raises:
-        Unusable: the text is not what the schema says.
-    """
+    """Gemini's answer as detections in pixels; `Unusable` when it is not what the schema says. Boxes are cut
+    at the edge of the image; left out are those of less than a pixel inside it, and a box that was given
+    before (same label, IoU above 0.9)."""
     try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"not JSON ({error})") from error
-    if not isinstance(items, list):
-        raise Unusable(f"a {type(items).__name__}, not a list")
+        items = _OBJECTS.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Unusable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from error
     found: list[Detection] = []
     for item in items:
-        box, label = _item(item)
-        y0, x0, y1, x1 = (
-            np.clip(v / 1000, 0, 1) * side for v, side in zip(box, (height, width) * 2, strict=True)
-        )
+        label = " ".join(item.label.lower().split())
+        sides = (height, width) * 2
+        y0, x0, y1, x1 = (np.clip(v / 1000, 0, 1) * n for v, n in zip(item.box_2d, sides, strict=True))
         pixels = np.array([x0, y0, x1, y1], np.float32)
         again = any(d.name == label and float(iou2d(d.box2d, pixels)) > 0.9 for d in found)
         if label and min(x1 - x0, y1 - y0) >= 1 and not again:
@@ -327,26 +307,8 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9
-
-
-def _item(item: Any) -> tuple[list[float], str]:
-    if not isinstance(item, dict) or not isinstance(item.get("label"), str):
-        raise Unusable("an object without a label")
-    box = item.get("box_2d")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise Unusable(f"box_2d of {item['label']!r} is not four numbers")
-    return box, " ".join(item["label"].encode(errors="ignore").decode().lower().split())
-
-
 def answer_text(response: Any, where: str) -> str:
-    """The answer's text.
-
-    Raises:
-        SpearError: Gemini refused to answer.
-        Unusable: the answer is cut off or empty.
-    """
+    """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
     feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason:
         raise SpearError(f"{where}: Gemini blocked the image ({_text(feedback.block_reason)}): leave it out")
@@ -368,24 +330,14 @@ def _text(enum: Any) -> str:
 
 
 def advised_wait(headers: Mapping[str, str], details: Any) -> float | None:
-    """Seconds that a refusing service asks to wait; None when it does not say.
-
-    Args:
-        headers: of the response; `Retry-After` in seconds or as a date.
-        details: the JSON of the response, whose error may hold a `google.rpc.RetryInfo` ("38s"). The longer
-            of the two counts.
-    """
-    waits = []
+    """Seconds that a refusing service asks to wait: the longer of `Retry-After` (seconds or a date) in its
+    headers and `google.rpc.RetryInfo` ("38s") in the JSON of its answer; None when it does not say."""
+    body = json.dumps(details, default=str)
+    waits = [float(seconds) for seconds in re.findall(r'"retryDelay": "(\d+\.?\d*)s"', body)]
     if value := headers.get("retry-after"):
         try:
             waits.append(float(value))
         except ValueError:
             with contextlib.suppress(TypeError, ValueError):
                 waits.append((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    error = details.get("error") if isinstance(details, dict) else None
-    entries = error.get("details") if isinstance(error, dict) else None
-    for entry in entries if isinstance(entries, list) else ():
-        if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
-            with contextlib.suppress(ValueError):
-                waits.append(float(str(entry.get("retryDelay", "")).removesuffix("s")))
     return max(0.0, *waits) if waits else None

@@ -18,7 +18,7 @@ from spear.errors import SpearError
 from spear.labels.fit.image import clip, suppress
 from spear.labels.models.pretrained import enough_memory, load_model, load_processor
 from spear.labels.models.protocols import Detection
-from spear.types import Array, Frame
+from spear.types import Frame
 
 PROMPT = "a photo of a {}"
 """What OWLv2 is told for a name."""
@@ -67,18 +67,16 @@ class GroundingDinoDetector:
         for (height, width, _), numbers in sizes.items():
             images = [frames[i].image for i in numbers]
             for prompt, names in self._prompts:
-                for i, detections in zip(numbers, self._ask(images, prompt, names), strict=True):
+                inputs = self._processor(images=images, text=[prompt] * len(images), return_tensors="pt")
+                inputs = inputs.to(self._network.device, self._network.dtype)
+                with torch.inference_mode(), enough_memory(len(images)):
+                    outputs = self._network(**inputs)
+                said = self._read(outputs, inputs["input_ids"][0].tolist(), (height, width), names)
+                for i, detections in zip(numbers, said, strict=True):
                     found[i] += detections
             for i in numbers:
                 found[i] = tidy(found[i], height, width, self.overlap)
         return found
-
-    def _ask(self, images: list[Array], prompt: str, names: Sequence[str]) -> list[list[Detection]]:
-        inputs = self._processor(images=images, text=[prompt] * len(images), return_tensors="pt")
-        inputs = inputs.to(self._network.device, self._network.dtype)
-        with torch.inference_mode(), enough_memory(len(images)):
-            outputs = self._network(**inputs)
-        return self._read(outputs, inputs["input_ids"][0].tolist(), images[0].shape[:2], names)
 
     def _read(
         self, outputs: Any, tokens: Sequence[int], size: tuple[int, ...], names: Sequence[str]
@@ -159,17 +157,12 @@ class Owlv2Detector:
         ).to(self._network.device, self._network.dtype)
         with torch.inference_mode(), enough_memory(len(images)):
             outputs = self._network(**inputs)
+        sizes, names = [image.shape[:2] for image in images], [self._names] * len(images)
         results = self._processor.post_process_grounded_object_detection(
-            outputs,
-            threshold=self.threshold,
-            target_sizes=[image.shape[:2] for image in images],
-            text_labels=[self._names] * len(images),
+            outputs, threshold=self.threshold, target_sizes=sizes, text_labels=names
         )
         found = [_detections(r["boxes"], r["scores"], r["text_labels"]) for r in results]
-        return [
-            tidy(d, image.shape[0], image.shape[1], self.overlap)
-            for d, image in zip(found, images, strict=True)
-        ]
+        return [tidy(d, h, w, self.overlap) for d, (h, w) in zip(found, sizes, strict=True)]
 
 
 def tidy(detections: Sequence[Detection], height: int, width: int, overlap: float) -> list[Detection]:

@@ -33,13 +33,9 @@ class MogePointMap:
     ) -> None:
         """
         Args:
-            model: the network; it is moved to the device.
+            model: the network; it is moved to the device (see `choose_device`).
             name: where its weights come from, for the label's provenance.
-            device: see `choose_device`.
             num_tokens: see `spear.models.moge.infer.infer`; None takes the finest.
-
-        Raises:
-            SpearError: a device that is not there.
         """
         chosen = choose_device(device)
         # mixed precision, as MoGe does

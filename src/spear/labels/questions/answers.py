@@ -40,9 +40,9 @@ class Scene:
 T = TypeVar("T")
 Random = np.random.Generator
 Segments = list[str | float | Pixel]
-Answer = tuple[dict[str, str], Segments, tuple[str, ...]]
+Draft = tuple[dict[str, str], Segments, tuple[str, ...]]
 """What fills a template ({"x": name, …}), the answer, and the names asked about."""
-Maker = Callable[[Scene, Random], Answer | None]
+Maker = Callable[[Scene, Random], Draft | None]
 """Asks about a scene at random; None when it does not allow the question drawn."""
 Fit = Literal["solid", "flat"]
 
@@ -71,16 +71,10 @@ def _noun(o: LabeledObject, rng: Random) -> str:
     return with_article(o.name, rng.random() < 0.8)
 
 
-def _pair(objects: Sequence[LabeledObject], rng: Random) -> tuple[LabeledObject, LabeledObject]:
-    first = int(rng.random() * len(objects))
-    second = (first + 1 + int(rng.random() * (len(objects) - 1))) % len(objects)
-    return objects[first], objects[second]
-
-
 def _one(fit: Fit, say: Callable[[LabeledObject, LabeledImage], Segments | None]) -> Maker:
     """Asks about one object what `say` answers."""
 
-    def make(scene: Scene, rng: Random) -> Answer | None:
+    def make(scene: Scene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, fit)
         if not objects:
             return None
@@ -96,10 +90,12 @@ def _two(
 ) -> Maker:
     """Asks about two objects what `say` answers; of other two when it says nothing, `tries` times in all."""
 
-    def make(scene: Scene, rng: Random) -> Answer | None:
+    def make(scene: Scene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, fit)
         for _ in range(tries if len(objects) > 1 else 0):
-            a, b = _pair(objects, rng)
+            first = int(rng.random() * len(objects))
+            second = first + 1 + int(rng.random() * (len(objects) - 1))
+            a, b = objects[first], objects[second % len(objects)]
             if (said := say(a, b, scene.label)) is not None:
                 return {"x": _noun(a, rng), "y": _noun(b, rng)}, said, (a.name, b.name)
         return None
@@ -129,7 +125,7 @@ def pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     return found
 
 
-def _keypoint(scene: Scene, rng: Random) -> Answer | None:
+def _keypoint(scene: Scene, rng: Random) -> Draft | None:
     if not scene.solid:
         return None
     o, point = pick(scene.solid, rng), pick(tuple(POINTS), rng)
@@ -149,7 +145,7 @@ def _closer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     return [f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"]
 
 
-def _pixel_point(scene: Scene, rng: Random) -> Answer | None:
+def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
     """Where a pixel drawn at random is in 3D, whatever it shows."""
     if scene.depth is None:
         return None
@@ -179,7 +175,7 @@ def _middle(o: LabeledObject, label: LabeledImage) -> Pixel:
     return _pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
 
 
-def _what_at(scene: Scene, rng: Random) -> Answer | None:
+def _what_at(scene: Scene, rng: Random) -> Draft | None:
     """Which object is at a point: somewhere in the middle half of its 2D box."""
     if not scene.flat:
         return None
@@ -190,7 +186,7 @@ def _what_at(scene: Scene, rng: Random) -> Answer | None:
     return {"p": str(place)}, [o.name], (o.name,)
 
 
-def _exists(scene: Scene, rng: Random) -> Answer | None:
+def _exists(scene: Scene, rng: Random) -> Draft | None:
     shown = [o.name for o in scene.label.objects]
     if shown and rng.random() < 0.5:
         name, answer = pick(shown, rng), "yes"
@@ -201,7 +197,7 @@ def _exists(scene: Scene, rng: Random) -> Answer | None:
     return {"x": with_article(name, definite=False)}, [answer], (name,)
 
 
-def _count(scene: Scene, rng: Random) -> Answer | None:
+def _count(scene: Scene, rng: Random) -> Draft | None:
     shown = [o.name for o in scene.label.objects]
     name = pick(shown if shown and rng.random() < 0.8 else EVERYDAY, rng)
     return {"x": name}, [str(sum(is_a(other, name) for other in shown))], (name,)
@@ -212,7 +208,7 @@ def _left_or_right(gap: float) -> Segments | None:
     return None if abs(gap) < NEAR_TIE else ["left" if gap < 0 else "right"]
 
 
-def _list(scene: Scene, rng: Random) -> Answer | None:
+def _list(scene: Scene, rng: Random) -> Draft | None:
     objects = sorted(scene.label.objects, key=lambda o: _middle(o, scene.label).x)
     places = [_middle(o, scene.label).x for o in objects]
     if not objects or any(b - a < NEAR_TIE / 2 for a, b in pairwise(places)):

@@ -1,6 +1,4 @@
-"""Questions and answers about a labelled image: six 3D families, and 2D ones to pretrain a small VLM on.
-
-For an ablation there is a seventh, which is asked only where the depth of the image is given.
+"""Questions and answers about a labelled image: 3D families, and 2D ones to pretrain a small VLM on.
 
 3D answers (numbers in the label's unit, camera frame: x right, y down, z forward):
     box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
@@ -9,12 +7,9 @@ For an ablation there is a seventh, which is asked only where the depth of the i
     distance          1: from the camera to the centre of X, Euclidean.
     back_projection   8 pixels: where the vertices appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
-    pixel_point       3: the point that a pixel shows, drawn at random without regard to objects (the
-                      ablation).
+    pixel_point       3: the point that a pixel drawn at random shows, where the depth is given (ablation).
 
 The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
-Which of two is closer is not asked when their distances differ by less than 5 % (`answers.NEAR_TIE`, our
-choice).
 """
 
 from __future__ import annotations
@@ -155,15 +150,13 @@ def spoken(question: Question, coordinates: CoordinateTokenizer | None = None) -
 def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
     """Every template with every name, and every worded answer: the text that a small tokenizer is trained
     on."""
+    points = [word for synonyms in POINTS.values() for word in synonyms]
     for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
             for family, templates in PROMPTS.items():
-                points = [word for synonyms in POINTS.values() for word in synonyms]
                 fillings = points if family == "keypoint" else [""]
-                for template in templates:
-                    for p in fillings:
-                        yield template.format_map({**words, "p": p})
+                yield from (t.format_map({**words, "p": p}) for t in templates for p in fillings)
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
     yield from (wording.format("") for wordings in UNITS.values() for wording in wordings)

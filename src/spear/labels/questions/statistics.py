@@ -39,13 +39,9 @@ class Histogram:
 
 @dataclass(frozen=True)
 class TokenUse:
-    """How often each 3D token occurs in the answers.
-
-    counts    per bin.
-    unused    bins that never occur.
-    outside   numbers beyond the first or last bin's edge.
-    evenness  1 where all are used alike, 1 / bins where only one is: exp(entropy) / bins.
-    """
+    """How often each 3D token (bin) occurs in the answers: `counts`; how many bins are `unused`, and how many
+    numbers `outside` all; `evenness`, 1 where all are used alike, 1 / bins where only one is: exp(entropy) /
+    bins."""
 
     counts: Sequence[int]
     unused: int
@@ -57,15 +53,12 @@ class TokenUse:
 class Statistics:
     """Of a set of labels, all in one unit.
 
-    images, objects    how many; `boxed`, objects with a 3D box; `asked`, objects that 3D questions may be
-                       about.
-    unit               of distances and sizes.
-    provenance         what made the labels ("detector: …") → images.
-    names              name → objects, most frequent first.
-    distance           from the camera to the box's centre; size, the box's longest side; both of boxed
-                       objects.
-    scores             score → its histogram, of objects that have it.
-    reasons            why objects are not asked about → objects (one may have several reasons).
+    boxed, asked    objects with a 3D box, and those that 3D questions may be about.
+    provenance      what made the labels ("detector: …") → images.
+    names           name → objects, most frequent first.
+    distance, size  of boxed objects: from the camera to the box's centre, and the box's longest side.
+    scores          score → its histogram, of objects that have it.
+    reasons         why objects are not asked about → objects (one may have several reasons).
     """
 
     images: int

@@ -53,10 +53,8 @@ def write_questions(
 ) -> tuple[int, Counter[str]]:
     """Ask about every image of a folder of labels; returns the number of images and the questions per family.
 
-    The file is replaced as a whole; the dataset card names it from then on.
-
-    Raises:
-        SpearError: no labels there, an unknown family, bad pairs, or the disk is full.
+    The file is replaced as a whole; the dataset card names it from then on. `SpearError`: no labels there, an
+    unknown family, bad pairs, or the disk is full.
     """
     counts: Counter[str] = Counter()
     images = 0
@@ -76,17 +74,17 @@ def write_questions(
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     """(source of the image, question) in the order of the labels; nothing when none were written.
-
-    Raises:
-        SpearError: the file is broken.
-    """
+    `SpearError` when the file is broken."""
     path = folder / QUESTIONS
     if not path.is_file():
         return
     try:
         for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
             for row in batch.to_pylist():
-                yield row["source"], _from_row(row)
+                said = json.loads(row["segments"])
+                segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in said]
+                objects = tuple(row["objects"])
+                yield row["source"], Question(row["family"], row["prompt"], segments, objects, row["unit"])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise SpearError(f"{path}: broken ({error}): write it again with `spear questions`") from error
 
@@ -102,8 +100,3 @@ def _to_row(source: str, question: Question) -> dict[str, Any]:
         "objects": list(question.objects),
         "unit": question.unit,
     }
-
-
-def _from_row(row: dict[str, Any]) -> Question:
-    segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in json.loads(row["segments"])]
-    return Question(row["family"], row["prompt"], segments, tuple(row["objects"]), row["unit"])

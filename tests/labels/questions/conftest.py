@@ -1,0 +1,20 @@
+"""Labels of ray-cast scenes, which all tests of questions ask about."""
+
+import numpy as np
+import pytest
+
+from labels_scenes import random_frame
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.pipeline import label
+from spear.types import LabeledImage
+
+NAMES = ("carrot", "green cube", "bowl", "plate", "eggplant", "spoon")
+
+
+@pytest.fixture(scope="package")
+def labels() -> list[LabeledImage]:
+    """Of one to six objects; several have one name in the last six."""
+    rng = np.random.default_rng(1)
+    frames = [random_frame(rng, objects=int(rng.integers(1, 7)), names=NAMES) for _ in range(12)]
+    frames += [random_frame(rng, objects=6, names=NAMES[:4]) for _ in range(6)]
+    return list(label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()))
