@@ -48,7 +48,6 @@ EMBODIMENT = Embodiment(
         "gripper": "opening, 0 … 1",
         "prompt": "the instruction in words",
     },
-    optional={},
     observe=observe,
     controls={"pose": Control("x y z (mm), rotation vector (rad), opening", 5.0, poses)},
     example=example,

@@ -44,7 +44,6 @@ def test_sync_executes_k_of_h_untouched() -> None:
     assert looked == [0, 3, 6]
     assert millimetres(actions) == [0, 1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(actions[3], chunk(3)[0])
-    assert drive(ChunkExecutor("sync", replan=9), 11)[0] == [0, 5, 10]
 
 
 def test_sync_stands_still_while_it_waits() -> None:
@@ -128,6 +127,10 @@ def test_bad_settings_are_refused() -> None:
         ChunkExecutor("asynch")  # type: ignore[arg-type]
     with pytest.raises(SpearError, match="replan 0"):
         ChunkExecutor(replan=0)
+    for mode in ("sync", "async"):
+        with pytest.raises(SpearError, match=r"replan 9.* 5 "):
+            ChunkExecutor(mode, replan=9).give(chunk(0))  # type: ignore[arg-type]
+    ChunkExecutor("ensemble", replan=9).give(chunk(0))
 
 
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:

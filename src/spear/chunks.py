@@ -62,8 +62,7 @@ class ChunkExecutor:
     ) -> None:
         if mode not in get_args(Mode):
             raise unknown_name("way of executing chunks", mode, get_args(Mode))
-        if replan < 1:
-            raise SpearError(f"replan {replan}: execute at least 1 action of a chunk")
+        check_replan(replan)
         self.mode, self.replan, self.decay = mode, replan, decay
         self.tick = 0
         self._gripper = gripper
@@ -86,8 +85,11 @@ class ChunkExecutor:
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
 
-        Both are the present tick by default.
+        Both are the present tick by default. Raises `SpearError` for a chunk of fewer actions than are to be
+        executed of it.
         """
+        if self.mode != "ensemble":
+            check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
         self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
@@ -162,6 +164,13 @@ class Pilot:
             tick, future = self._asked
             self._asked = None
             self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
+
+
+def check_replan(replan: int, horizon: int | None = None) -> None:
+    """Raises `SpearError` where so many actions of a chunk, of `horizon` ones, cannot be executed."""
+    if replan < 1 or (horizon is not None and replan > horizon):
+        most = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
+        raise SpearError(f"--replan {replan}: execute at least 1 action of a chunk{most}")
 
 
 def mean_action(actions: Array, weights: Array | None = None) -> Array:

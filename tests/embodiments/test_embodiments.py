@@ -19,7 +19,7 @@ from spear.geometry import random_quat
 from spear.types import Array
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_robot.py"
-ROBOTS = ["droid", "generic", "simpler_widowx", "widowx"]
+ROBOTS = [name for name in embodiments.names() if name != "sim"]
 REFERENCE = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
 
 
@@ -63,13 +63,15 @@ def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
 def test_what_is_wrong_is_named(name: str) -> None:
     robot = embodiments.load(name)
     good = robot.example()
-    wrong: dict[str, list[Any]] = {"prompt": ["", 5, "x" * 2000, None]}
+    words = next(key for key in robot.required if key in ("prompt", "task_description"))
+    wordless = ["", " ", "\u200b", "\x00", "…", "go\x00", "\ud800 go"]
+    wrong: dict[str, list[Any]] = {words: [*wordless, 5, "x" * 2000, None], "seed": ["1", 0.5, True, None]}
     for key, value in good.items():
         if isinstance(value, np.ndarray) and value.ndim == 3:
             wrong[key] = [value[0], value.astype(np.float32), value[:, :0], value.transpose(2, 0, 1), None]
         elif isinstance(value, np.ndarray):
             wrong[key] = [value[:-1], value * np.nan, value.astype(str), None, [[1], [2, 3]], value + 1e9]
-            if key in ("observation/state", "maniskill3/eef_pos"):  # millimetres
+            if key in ("observation/state", "maniskill3/eef_pos", "states"):  # millimetres
                 wrong[key].append(value * np.where(np.arange(len(value)) < 3, 1000, 1))
     for key, values in wrong.items():
         for value in values:
@@ -79,8 +81,10 @@ def test_what_is_wrong_is_named(name: str) -> None:
         if key in robot.required:
             with pytest.raises(SpearError, match=key):
                 robot.read({k: v for k, v in good.items() if k != key})
-    with pytest.raises(SpearError, match=r"'promt'.*'prompt'"):
-        robot.read({**good, "promt": "x"})
+    with pytest.raises(SpearError, match=f"'{words[:-1]}'.*'{words}'"):
+        robot.read({**good, words[:-1]: "x"})
+    assert "seed" not in robot.read(good)
+    assert robot.read({**good, "seed": np.int64(7)})["seed"] == 7 and "seed" in robot.optional
     with pytest.raises(SpearError, match="a list"):
         robot.read([good])
 

@@ -11,7 +11,7 @@ from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
 from spear.embodiments import generic
 from spear.embodiments.tools import check
-from spear.sim import TabletopEnv
+from spear.sim.env import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
 SENT: list[str] = []
@@ -58,7 +58,6 @@ def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
             "observation/image": observation["images"]["primary"],
             "observation/state": observation["states"],
             "prompt": observation["task_description"],
-            "seed": observation["seed"],
         }
     )
 
@@ -69,14 +68,12 @@ def example() -> dict[str, Any]:
         "images": {"primary": ours["observation/image"]},
         "states": ours["observation/state"],
         "task_description": ours["prompt"],
-        "seed": 0,
     }
 
 
 EMBODIMENT = dataclasses.replace(
     generic.EMBODIMENT,
     required={"images": "images", "states": "the state", "task_description": "the instruction"},
-    optional={"seed": "a whole number"},
     observe=observe,
     example=example,
 )

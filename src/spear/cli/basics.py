@@ -72,7 +72,7 @@ class RecordOptions(Options):
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size whose cameras are used."""
-    workers: Annotated[int, AtLeast(0)] = 2
+    workers: Annotated[int, AtLeast(1)] = 2
     """Processes."""
 
 

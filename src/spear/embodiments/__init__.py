@@ -10,11 +10,11 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spear.embodiments.tools import Checked
+from spear.embodiments.tools import ANY_SEED, SEED, Checked, seed
 from spear.errors import SpearError, unknown_name
 from spear.types import Array
 
@@ -42,10 +42,10 @@ class Embodiment:
 
     about      one line.
     required   observation key → what it is; every one must be there.
-    optional   the same, for keys that may be there. Any other key is refused.
     observe    the robot's observation → that of `spear.types.Policy`; raises `SpearError` naming the key.
     controls   name → `Control`; the first is the default.
     example    an observation as the robot sends it, the same at every call.
+    optional   as `required`, for keys that may be there, the seed always; any other key is refused.
     """
 
     about: str
@@ -53,7 +53,10 @@ class Embodiment:
     observe: Callable[[Observation], dict[str, Any]]
     controls: Mapping[str, Control]
     example: Callable[[], dict[str, Any]]
-    optional: Mapping[str, str]
+    optional: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optional", {**self.optional, SEED: ANY_SEED})
 
     def read(self, observation: Any) -> Checked:
         """The robot's observation as SPEAR-1 wants it. Raises `SpearError` naming the key that is wrong."""
@@ -66,7 +69,7 @@ class Embodiment:
         for key, about in self.required.items():
             if key not in observation:
                 raise SpearError(f"observation without {key!r}: send {about}")
-        return Checked(self.observe(observation))
+        return Checked({**self.observe(observation), **seed(observation)})
 
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""

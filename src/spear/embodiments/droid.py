@@ -123,7 +123,6 @@ EMBODIMENT = Embodiment(
         GRIPPER: "the gripper's position: 0 open … 1 closed",
         "prompt": read.REQUIRED["prompt"],
     },
-    optional={},
     observe=observe,
     controls={
         "joint_velocity": Control(

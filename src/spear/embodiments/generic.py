@@ -25,7 +25,7 @@ def example() -> dict[str, Any]:
 EMBODIMENT = Embodiment(
     about="SPEAR-1's own observations and actions",
     required=read.REQUIRED,
-    optional={WRIST: "the wrist camera's image, uint8 [height, width, 3]", read.SEED: read.ANY_SEED},
+    optional={WRIST: "the wrist camera's image, uint8 [height, width, 3]"},
     observe=read.check,
     controls={
         "delta_pose": Control(

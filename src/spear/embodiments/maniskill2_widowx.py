@@ -57,7 +57,7 @@ EMBODIMENT = Embodiment(
         "states": maniskill3.LINK_POSE + " (the benchmark's send_state: true)",
         "task_description": "the instruction in words",
     },
-    optional={"seed": read.ANY_SEED} | dict.fromkeys(("task_name", "base_pose", "tcp_pose"), "not looked at"),
+    optional=dict.fromkeys(("task_name", "base_pose", "tcp_pose"), "not looked at"),
     observe=observe,
     controls={
         "maniskill2_rotation_vector": Control(

@@ -10,7 +10,7 @@ from spear.embodiments import generic
 
 def example() -> dict[str, Any]:
     """What the first held-out scene shows at its start."""
-    from spear.sim import TabletopEnv
+    from spear.sim.env import TabletopEnv
 
     observation, _ = TabletopEnv("put_on").reset(seed=0)
     return observation

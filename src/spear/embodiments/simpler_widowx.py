@@ -74,7 +74,6 @@ EMBODIMENT = Embodiment(
         POSE: LINK_POSE,
         "prompt": "the instruction in words",
     },
-    optional={},
     observe=observe,
     controls={
         "maniskill3_euler_angles": Control(

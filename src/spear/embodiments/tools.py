@@ -7,6 +7,7 @@ not looked at again on its way to the network.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ REACH = 10.0
 """Metres from the base that no arm exceeds (our choice)."""
 LONGEST_PROMPT = 1000
 """Characters of an instruction (our choice; the model's own limit, in tokens, is smaller)."""
+_UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and halves of characters: no instruction has one."""
 
 
 class Checked(dict[str, Any]):
@@ -52,7 +55,8 @@ def check(observation: Mapping[str, Any]) -> Checked:
     for key in observation:
         if key.startswith("observation/") and key.endswith("image"):
             image(observation, key)
-    return Checked({**observation, **arm(observation, STATE, values, values[3:7])})
+    own = arm(observation, STATE, values, values[3:7])
+    return Checked({**observation, **own, **seed(observation)})
 
 
 def image(observation: Mapping[str, Any], key: str) -> Array:
@@ -99,19 +103,22 @@ def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
 def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
     """The instruction. Raises `SpearError` naming the key."""
     value = observation[key]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not any(map(str.isalnum, value)) or _UNSEEN.search(value):
         raise SpearError(f"{key}: {_what(value)}: send an instruction in words")
     if len(value) > LONGEST_PROMPT:
         raise SpearError(f"{key}: {len(value)} characters: send at most {LONGEST_PROMPT}")
     return value
 
 
-def seed(observation: Mapping[str, Any], key: str = SEED) -> int:
-    """What fixes the random part of an answer: a whole number. Raises `SpearError` naming the key."""
-    value = observation[key]
+def seed(observation: Mapping[str, Any]) -> dict[str, int]:
+    """The entry that fixes the random part of an answer, where there is one. Raises `SpearError` naming the
+    key for anything but a whole number."""
+    if SEED not in observation:
+        return {}
+    value = observation[SEED]
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise SpearError(f"{key}: {_what(value)}: send a whole number")
-    return int(value)
+        raise SpearError(f"{SEED}: {_what(value)}: send a whole number")
+    return {SEED: int(value)}
 
 
 def state(position: Array, rotation: Array, gripper: float, what: str = "the orientation") -> Array:
@@ -138,7 +145,7 @@ def arm(
     `rotation` [4] is the orientation of our end-effector frame.
     """
     last = len(values) - 1
-    found = {
+    return {
         IMAGE: image(observation, camera),
         STATE: state(
             position(values[:3], f"{key}[0:3]"),
@@ -148,7 +155,6 @@ def arm(
         ),
         PROMPT: prompt(observation, instruction),
     }
-    return found if SEED not in observation else {**found, SEED: seed(observation)}
 
 
 def targets(start: Array, actions: Array) -> tuple[Array, Array]:
@@ -181,4 +187,4 @@ def example_image(width: int, height: int) -> Array:
 def _what(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
-    return "an empty text" if isinstance(value, str) else f"a {type(value).__name__}"
+    return f"the text {value[:40]!r}" if isinstance(value, str) else f"a {type(value).__name__}"

@@ -51,7 +51,6 @@ EMBODIMENT = Embodiment(
         STATE: "x y z (m), roll pitch yaw (rad), gripper opening 0 … 1, as the controller's state: 7 numbers",
         "prompt": "the instruction in words",
     },
-    optional={},
     observe=observe,
     controls={
         "step_action": Control(

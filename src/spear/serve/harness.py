@@ -13,7 +13,7 @@ from typing import Any
 from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
-from spear.chunks import REPLAN
+from spear.chunks import REPLAN, check_replan
 from spear.serve.options import VlaEvalOptions
 from spear.serve.service import Batcher, Service
 from spear.types import Array
@@ -46,9 +46,9 @@ class HarnessServer(ModelServer):
         """Answers with the next action of the chunk; asks the policy again when those are used up."""
         seed, rows = self._episodes.setdefault(ctx.session_id, (0, deque()))
         if not rows:
-            if "seed" in self._service.embodiment.optional:
-                obs = {**obs, "seed": seed + ctx.step}
+            obs = {**obs, "seed": seed + ctx.step}
             result = await self._batcher.submit(ctx.session_id, obs)
+            check_replan(self._replan, len(result["actions"]))
             rows.extend(result["actions"][: self._replan])
         await ctx.send_action({"actions": rows.popleft()})
 
