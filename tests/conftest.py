@@ -46,7 +46,7 @@ def renderer() -> Any:
     """The simulator's `Renderer`; skips where there is none."""
     pytest.importorskip("mujoco")
     from spear.errors import SpearError
-    from spear.sim import Renderer
+    from spear.sim.render import Renderer
 
     try:
         return Renderer()

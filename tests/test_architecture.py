@@ -48,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 1820, "ablations": 900, "cli": 1480, "data": 4530, "embodiments": 720, "evaluate": 2980,
-    "labels": 5200, "models": 4490, "report": 1280, "serve": 840, "sim": 1970, "train": 2630, "ui": 580,
-    "util": 630,
+    "(top)": 1800, "ablations": 880, "cli": 1480, "data": 4530, "embodiments": 720, "evaluate": 2980,
+    "labels": 5200, "models": 4490, "report": 1280, "serve": 840, "sim": 1900, "train": 2630, "ui": 580,
+    "util": 640,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -149,17 +149,6 @@ def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed(
         torch.testing.assert_close(u.norm(dim=-1), theta, atol=1e-9, rtol=0)
 
 
-def test_sphere_interpolant_is_the_papers_formula() -> None:
-    noise, data, time = pair(S3)
-    a, b, tau = noise.rotation, data.rotation, time[:, None, None]
-    theta = torch.arccos((a * b).sum(-1, keepdim=True))
-    state = ((1 - tau) * theta).sin() / theta.sin() * a + (tau * theta).sin() / theta.sin() * b
-    u = theta / theta.sin() * (-((1 - tau) * theta).cos() * a + (tau * theta).cos() * b)
-    ours, velocity = flow.interpolate(noise, data, time, S3)
-    torch.testing.assert_close(ours.rotation, state)
-    torch.testing.assert_close(velocity.rotation, u)
-
-
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowConfig) -> None:
     noise, data, time = pair(config)

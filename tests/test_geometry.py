@@ -143,14 +143,9 @@ def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.Euler) -> 
             assert float(measured[2]) == 0
 
 
-def test_euler_conventions_are_what_they_say() -> None:
-    x, y, z = 0.3, -0.4, 1.2
-    rx, ry, rz = (geo.quat_exp(torch.eye(3).double()[i] * a) for i, a in enumerate((x, y, z)))
-    angles = torch.tensor([x, y, z], dtype=torch.float64)
-    same(geo.euler_to_quat(angles, "xyz"), geo.quat_multiply(geo.quat_multiply(rz, ry), rx))
-    same(geo.euler_to_quat(angles, "XYZ"), geo.quat_multiply(geo.quat_multiply(rx, ry), rz))
+def test_an_unknown_euler_convention_is_refused() -> None:
     with pytest.raises(SpearError, match="zyx"):
-        geo.euler_to_quat(angles, "zyx")  # type: ignore[arg-type]
+        geo.euler_to_quat(torch.zeros(3), "zyx")  # type: ignore[arg-type]
 
 
 def test_poses_agree_with_homogeneous_matrices() -> None:
@@ -191,17 +186,6 @@ def test_sphere_log_at_coinciding_and_antipodal_points() -> None:
         same(geo.sphere_exp(a, tangent), target, atol=1e-11)
         same((tangent * a).sum(-1), torch.zeros(len(a)))
         same(tangent.norm(dim=-1), torch.full((len(a),), angle / 2, dtype=a.dtype), atol=1e-11)
-
-
-def test_the_derivative_is_that_of_a_turn() -> None:
-    q = quats(50)
-    omega = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
-    velocity = geo.quat_derivative(q, omega)
-    h = 1e-6
-    step = (
-        geo.quat_multiply(q, geo.quat_exp(omega * h)) - geo.quat_multiply(q, geo.quat_exp(-omega * h))
-    ) / (2 * h)
-    same(velocity, step, atol=1e-9)
 
 
 REGULAR: dict[str, Callable[[Tensor], Tensor]] = {
@@ -248,14 +232,10 @@ def test_gradients_are_finite_at_every_special_rotation(name: str, dtype: torch.
 def test_exp_gradient_at_zero_and_beyond() -> None:
     vectors = torch.tensor([[0.0, 0, 0], [1e-9, 0, 0], [5e-3, 0, 0], [1, 2, -1], [math.pi, 0, 0]])
     assert torch.autograd.gradcheck(geo.quat_exp, (vectors.double().requires_grad_(),))
-
-
-def test_degenerate_inputs_stay_finite() -> None:
-    zero = torch.zeros(2, 4, requires_grad=True)
+    zero = torch.zeros(2, 4, requires_grad=True)  # no rotation: the identity
     out = geo.quat_normalize(zero)
     same(out.detach(), [[1, 0, 0, 0]] * 2)
-    (gradient,) = torch.autograd.grad(out.sum(), zero)
-    assert bool((gradient == 0).all())
+    assert bool((torch.autograd.grad(out.sum(), zero)[0] == 0).all())
 
 
 def test_random_rotations_are_uniform_and_seeded() -> None:

@@ -99,7 +99,6 @@ def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: in
     order = np.sort(values)
     assert (np.diff(fitted.encode(order)) >= 0).all()
     assert fitted.clamped == 0
-    assert CoordinateTokenizer.from_json(fitted.to_json()).edges.tolist() == fitted.edges.tolist()
 
 
 def test_repeated_values_count_as_often_as_they_occur() -> None:
@@ -127,7 +126,8 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
     path = tmp_path / "coordinates.json"
     with pytest.raises(SpearError, match=r"coordinates\.json"):
         CoordinateTokenizer.load(path)
-    good = json.loads(tokenizer.to_json())
+    tokenizer.save(path)
+    good = json.loads(path.read_text())
     bad = [
         "{",
         "[]",

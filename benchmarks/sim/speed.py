@@ -18,8 +18,12 @@ from typing import TypeVar
 import mujoco
 import numpy as np
 
-from spear.sim import FAMILIES, TRAIN_SEED, Renderer, TabletopEnv, World, arm, expert, record, sample_scene
-from spear.sim.world import SUBSTEPS, base_spec
+from spear.sim import arm, expert
+from spear.sim.env import TabletopEnv
+from spear.sim.record import record
+from spear.sim.render import Renderer
+from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
+from spear.sim.world import SUBSTEPS, World, base_spec
 
 T = TypeVar("T")
 

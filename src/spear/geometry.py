@@ -209,22 +209,15 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
     return quat_canonical(quat_normalize(row))
 
 
-def euler_to_quat(angles: Tensor, convention: Euler) -> Tensor:
-    """Angles about x, y, z [..., 3], rad, to canonical unit quaternion [..., 4]; see `Euler`."""
-    _check_convention(convention)
+def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
+    """Angles about x, y, z [..., 3], rad, to canonical unit quaternion [..., 4]; see `Euler`. "zxy": R = Ry
+    Rx Rz."""
     x, y, z = (quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device))
-    first, last = (z, x) if convention == "xyz" else (x, z)
-    return quat_canonical(quat_multiply(quat_multiply(first, y), last))
-
-
-def euler_zxy_to_quat(angles: Tensor) -> Tensor:
-    """Angles [..., 3] about the fixed axes z, x, y in that order, rad, to quaternions [..., 4]: R = Ry Rx
-    Rz."""
-    z, x, y = (
-        quat_exp(angles[..., i, None] * axis)
-        for i, axis in enumerate(torch.eye(3, dtype=angles.dtype, device=angles.device)[[2, 0, 1]])
-    )
-    return quat_canonical(quat_multiply(quat_multiply(y, x), z))
+    orders = {"xyz": (z, y, x), "XYZ": (x, y, z), "zxy": (y, x, z)}
+    if convention not in orders:
+        raise unknown_name("Euler convention", convention, orders)
+    first, second, last = orders[convention]
+    return quat_canonical(quat_multiply(quat_multiply(first, second), last))
 
 
 def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
@@ -233,7 +226,6 @@ def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
     Where y = ±π/2 only a combination of the others is determined: z is set to 0. The result always gives the
     rotation back.
     """
-    _check_convention(convention)
     if convention == "XYZ":
         # The transpose of Rx(a) Ry(b) Rz(c) is Rz(-c) Ry(-b) Rx(-a), which is the other convention.
         return -quat_to_euler(quat_conjugate(q), "xyz")
@@ -313,8 +305,3 @@ def _log(q: Tensor) -> Tensor:
     scale = torch.where(near, series, torch.atan2(length, torch.where(near, 1, w)) / length)
     half_turn = nn.functional.pad(torch.full_like(w, 2 * math.pi), (0, 2))
     return torch.where(opposite, half_turn, 2 * scale * im)
-
-
-def _check_convention(convention: str) -> None:
-    if convention not in ("xyz", "XYZ"):
-        raise unknown_name("Euler convention", convention, ("xyz", "XYZ"))

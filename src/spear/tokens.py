@@ -108,23 +108,22 @@ class CoordinateTokenizer:
             )
         return np.asarray(self.representatives[index])
 
-    def to_json(self) -> str:
-        """All of it but `clamped`, exactly (floats are written with all their digits)."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it but `clamped`, exactly (floats with all their digits), whole or not at all."""
         edges, representatives = self.edges.tolist(), self.representatives.tolist()
-        return json.dumps({"unit": self.unit, "edges": edges, "representatives": representatives})
+        content = {"unit": self.unit, "edges": edges, "representatives": representatives}
+        write_text(Path(path), json.dumps(content))
 
     @staticmethod
-    def from_json(text: str, where: str = "3D tokens") -> CoordinateTokenizer:
-        """The inverse of `to_json`; `SpearError`, naming `where`, if the text is not one."""
+    def load(path: str | os.PathLike[str]) -> CoordinateTokenizer:
+        """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
         try:
-            content = json.loads(text)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             edges = np.asarray(content["edges"], dtype=np.float64)
             representatives = np.asarray(content["representatives"], dtype=np.float64)
             unit = content["unit"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise SpearError(
-                f"not a 3D tokenizer: {where} ({error}): save one with CoordinateTokenizer"
-            ) from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
         inside = edges.shape == (representatives.size + 1,) and bool(
             (np.diff(edges) > 0).all()
             and (edges[:-1] <= representatives).all()
@@ -132,24 +131,11 @@ class CoordinateTokenizer:
         )
         if not inside:
             raise SpearError(
-                f"not a 3D tokenizer: {where}: edges must increase, with one value between each two"
+                f"not a 3D tokenizer: {path}: edges must increase, with one value between each two"
             )
         if unit not in get_args(Unit):
             raise unknown_name("unit", str(unit), get_args(Unit))
         return CoordinateTokenizer(edges, representatives, unit)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` to a file, whole or not at all."""
-        write_text(Path(path), self.to_json())
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> CoordinateTokenizer:
-        """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpearError(f"cannot read 3D tokens: {path}: {error}") from error
-        return CoordinateTokenizer.from_json(text, str(path))
 
 
 def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:

@@ -56,11 +56,7 @@ class Action:
 
     def to(self, *args: Any, **kwargs: Any) -> Action:
         """`torch.Tensor.to` on each part."""
-        return Action(
-            self.translation.to(*args, **kwargs),
-            self.rotation.to(*args, **kwargs),
-            self.gripper.to(*args, **kwargs),
-        )
+        return Action(*(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper)))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointma
 @pytest.fixture(scope="module")
 def frames(renderer: Any) -> list[Frame]:
     """Two scenes of the simulator, the gripper not among their objects. Their cameras differ a little."""
-    from spear.sim import clutter_frame
+    from spear.sim.render import clutter_frame
     from spear.sim.world import GRIPPER
 
     seen = [clutter_frame(seed, "external", (280, 210), renderer) for seed in (3, 4)]

@@ -50,7 +50,7 @@ def run(policy: Homing, **params: Any) -> dict[str, Any]:
 
 
 def test_the_harness_evaluates_as_we_would() -> None:
-    from spear.sim import TabletopEnv
+    from spear.sim.env import TabletopEnv
     from tabletop_benchmark import SENT
 
     policy = Homing()

@@ -13,8 +13,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from spear.errors import SpearError
-from spear.sim import FAMILIES, Renderer, TabletopEnv, expert
-from spear.sim.env import MAX_STEPS
+from spear.sim import expert
+from spear.sim.env import MAX_STEPS, TabletopEnv
+from spear.sim.render import Renderer
+from spear.sim.scene import FAMILIES
 from spear.sim.world import placed
 
 STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
@@ -88,6 +90,6 @@ def test_an_object_that_is_not_let_go_is_no_success() -> None:
 
 def test_without_an_opengl_driver_the_packages_to_install_are_named(tmp_path: Path) -> None:
     no_driver = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": str(tmp_path / "none.json")}
-    command = [sys.executable, "-c", "from spear.sim import Renderer; Renderer()"]
+    command = [sys.executable, "-c", "from spear.sim.render import Renderer; Renderer()"]
     done = subprocess.run(command, env=no_driver, capture_output=True, text=True, check=False)
     assert "SpearError" in done.stderr and "libegl1 libgl1 libgl1-mesa-dri" in done.stderr

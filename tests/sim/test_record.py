@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from spear.sim import FAMILIES, TRAIN_SEED, Disturbance, Renderer, record, record_episode
+from spear.sim.record import Disturbance, record, record_episode
+from spear.sim.render import Renderer
+from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.types import Episode
 
 SIZES = (96, 72), (48, 48)

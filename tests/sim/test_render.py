@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.sim import Renderer, World, clutter_frame, clutter_scene, frame_of, sample_scene
-from spear.sim.world import GRIPPER
+from spear.sim.render import Renderer, clutter_frame, frame_of
+from spear.sim.scene import clutter_scene, sample_scene
+from spear.sim.world import GRIPPER, World
 from spear.types import Frame
 
 SIZE = (280, 210)

@@ -9,15 +9,7 @@ import pytest
 
 from spear.errors import SpearError
 from spear.sim.objects import CUBES, KINDS
-from spear.sim.scene import (
-    FAMILIES,
-    IN_BASKET,
-    PUT_ON,
-    SYNONYMS,
-    TEMPLATES,
-    clutter_scene,
-    sample_scene,
-)
+from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, SYNONYMS, TEMPLATES, clutter_scene, sample_scene
 from spear.sim.world import World
 
 

@@ -110,12 +110,8 @@ def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
     s = o.scores
-    if (
-        s.get("visible", 1) < 0.7
-        or s.get("edge", 0) > 0.05
-        or s.get("points", 99) < 30
-        or s.get("stability", 1) < 0.6
-    ):
+    least = {"visible": 0.7, "points": 30, "stability": 0.6}
+    if s.get("edge", 0) > 0.05 or any(s.get(name, 99) < bar for name, bar in least.items()):
         reasons.append(f"is under the bar: {dict(s)}")
     return reasons
 
@@ -138,13 +134,8 @@ def _answer(label: LabeledImage, family: str, asked: list[LabeledObject], prompt
         start, end = (b, a) if re.search(r"How far is .* from", prompt) else (a, b)
         return [float(e) - float(s) for s, e in zip(_middle(start), _middle(end), strict=True)]
     closer = a if _distance(a) < _distance(b) else b
-    return [
-        f"the {a.name} is ",
-        _distance(a),
-        f" and the {b.name} is ",
-        _distance(b),
-        f" so the {closer.name} is closer",
-    ]
+    words = f"the {a.name} is ", f" and the {b.name} is ", f" so the {closer.name} is closer"
+    return [words[0], _distance(a), words[1], _distance(b), words[2]]
 
 
 def _middle(o: LabeledObject) -> list[float]:

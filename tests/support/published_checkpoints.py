@@ -59,12 +59,15 @@ def paligemma_config(text: str = "gemma", rows: int = ROWS) -> PaliGemmaConfig:
 def paligemma(text: str = "gemma", seed: int = 0, rows: int = ROWS) -> PaliGemmaForConditionalGeneration:
     """A random one, whose norms and biases are not those of an untrained one."""
     torch.manual_seed(seed)
-    model = PaliGemmaForConditionalGeneration(paligemma_config(text, rows)).eval()
+    return _moved(PaliGemmaForConditionalGeneration(paligemma_config(text, rows)))
+
+
+def _moved(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
 def publish_paligemma(
@@ -77,19 +80,16 @@ def publish_paligemma(
         model.save_pretrained(folder)
     else:
         state = {name: weight.contiguous().clone() for name, weight in model.state_dict().items()}
-        renamed = {_published(name, layout): weight for name, weight in state.items()}
-        renamed = {
-            name: weight for name, weight in renamed.items() if layout == "2025" or "lm_head" not in name
-        }
+        kept = {name: w for name, w in state.items() if layout == "2025" or "lm_head" not in name}
+        renamed = {_published(name, layout): weight for name, weight in kept.items()}
         names = sorted(renamed)
         weight_map = {}
         for shard, part in enumerate((names[::2], names[1::2]), 1):
             file = f"model-{shard:05d}-of-00002.safetensors"
             save_file({name: renamed[name] for name in part}, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(part, file)
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map})
-        )
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(index)
         model.config.save_pretrained(folder)
     if tokenizer:
         words = train_tokenizer(["estimate the distance between the mug and the spoon"] * 2, IMAGE_TOKEN)
@@ -142,12 +142,7 @@ def pi0(state: int = 10, action: int = 8, seed: int = 1) -> Pi0:
         max_state_dim=state,
         max_action_dim=action,
     )
-    model = Pi0(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return _moved(Pi0(config))
 
 
 def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:

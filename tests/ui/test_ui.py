@@ -29,7 +29,7 @@ from spear.serve.server import PolicyServer
 
 pytest.importorskip("mujoco")
 
-from spear.sim import TabletopEnv
+from spear.sim.env import TabletopEnv
 from spear.sim.render import camera_pose, object_boxes
 from spear.ui import page as pages
 from spear.ui.page import Page

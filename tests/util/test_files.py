@@ -20,10 +20,7 @@ def test_a_file_is_written_into_its_folder_and_over_an_older_one(tmp_path: Path)
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")],
-)
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])
 def test_a_file_that_cannot_be_written_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:

@@ -123,12 +123,8 @@ class Weights:
     key: str
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """What stands for published weights in all rows and seeds: `vlm` for PaliGemma's, `depth` for MoGe's."""
-
-    vlm: Weights
-    depth: Weights
+Pretrained = tuple[Weights, Weights]
+"""What stands for published weights in all rows and seeds: for PaliGemma's, and for MoGe's."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +198,8 @@ class Plan:
 
 def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> Pretrained:
     """By names or folders; those that come with this package. Raises `SpearError` where there are none."""
-    folders = locate(vlm), locate(depth)
-    return Pretrained(*(Weights(folder, fingerprint(folder)) for folder in folders))
+    one, two = locate(vlm), locate(depth)
+    return Weights(one, fingerprint(one)), Weights(two, fingerprint(two))
 
 
 def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
@@ -211,7 +207,7 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
 
     Raises `SpearError` for an unknown row, family or change.
     """
-    tables, families = choose(options.rows), settle(options.families)
+    (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
     changes = key_values(options.set, "--set")
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
@@ -221,10 +217,10 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
         for _, rows in tables:
             for row in rows:
                 chain: list[Training] = []
-                before: str | Weights | None = start.vlm if row.pretrained else None
+                before: str | Weights | None = vlm if row.pretrained else None
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
-                    moge = start.depth if stage.moge else None
+                    moge = depth if stage.moge else None
                     chain.append(_training(one, seed + AGAIN * stage.again, data, before, moge))
                     before = chain[-1].key
                 chains[row.name, seed] = chain

@@ -40,18 +40,17 @@ class Stage:
 class Row:
     """One line of a table.
 
-    name       for the command line.
-    title      for people: what is different in it.
-    stages     what is trained, in order; the last one is the policy.
-    published  the counterpart's name in the table's published numbers; "" where the paper has none.
-    images     share of the 3D-labelled images that questions are asked about.
+    name        for the command line.
+    title       for people: what is different in it; where the paper has the row, its name in the published
+                numbers.
+    stages      what is trained, in order; the last one is the policy.
+    images      share of the 3D-labelled images that questions are asked about.
     pretrained  begins with the pretrained VLM; False: with random weights.
     """
 
     name: str
     title: str
     stages: Sequence[Stage]
-    published: str = ""
     images: float = 1.0
     pretrained: bool = True
 
@@ -139,11 +138,6 @@ def _scratch(name: str, factor: float) -> Row:
     return Row(name, title, (Stage("nano-vla", _UNTRAINED, factor),), pretrained=False)
 
 
-def _same(name: str, title: str, stages: Sequence[Stage]) -> Row:
-    """A row whose title is also its name in the published table."""
-    return Row(name, title, stages, title)
-
-
 _WEIGHT = PRESETS["nano"].flow["rotation_weight"]
 ROTATION_WEIGHTS = {
     ("s3", "mse"): _WEIGHT,
@@ -191,12 +185,12 @@ TABLES: tuple[Table, ...] = (
         "What 3D pretraining brings",
         "full",
         (
-            Row("full", "full method", _FULL, "full"),
-            Row("no-3d", "no 3D", _longer(1.0), "no 3D"),
-            Row("points", "points, no objects", (*_POINTS, _POLICY), "points but no objects"),
-            Row("no-moge", "no MoGe", _NO_MOGE, "no MoGe"),
-            _same("encoders-frozen", "encoders frozen in the VLM stage", _ENCODERS_FROZEN),
-            _same("moge-trained", "MoGe trained with actions", _MOGE_TRAINED),
+            Row("full", "full", _FULL),
+            Row("no-3d", "no 3D", _longer(1.0)),
+            Row("points", "points but no objects", (*_POINTS, _POLICY)),
+            Row("no-moge", "no MoGe", _NO_MOGE),
+            Row("encoders-frozen", "encoders frozen in the VLM stage", _ENCODERS_FROZEN),
+            Row("moge-trained", "MoGe trained with actions", _MOGE_TRAINED),
             Row("questions-beside", "3D questions beside the actions too", _BESIDE),
         ),
         "ablations",
@@ -206,10 +200,10 @@ TABLES: tuple[Table, ...] = (
         "Rotation: space and loss",
         "s3-cosine",
         (
-            _same("linear-mse", "linear, MSE", _rotation("linear", "mse")),
-            _same("linear-cosine", "linear, cosine", _rotation("linear", "cosine")),
-            _same("s3-mse", "S³, MSE", _rotation("s3", "mse")),
-            _same("s3-cosine", "S³, cosine", _rotation("s3", "cosine")),
+            Row("linear-mse", "linear, MSE", _rotation("linear", "mse")),
+            Row("linear-cosine", "linear, cosine", _rotation("linear", "cosine")),
+            Row("s3-mse", "S³, MSE", _rotation("s3", "mse")),
+            Row("s3-cosine", "S³, cosine", _rotation("s3", "cosine")),
             Row("velocity", "S³, cosine + geodesic, of velocities", _policy(flow=_VELOCITY)),
         ),
         "rotation",
@@ -221,9 +215,9 @@ TABLES: tuple[Table, ...] = (
         "Normalisation of translations",
         "quantile",
         (
-            _same("min-max", "min-max", _policy(normalization="minmax")),
-            _same("quantile", "1–99 % quantile", _FULL),
-            _same("mean-std", "mean-std", _policy(normalization="meanstd")),
+            Row("min-max", "min-max", _policy(normalization="minmax")),
+            Row("quantile", "1–99 % quantile", _FULL),
+            Row("mean-std", "mean-std", _policy(normalization="meanstd")),
         ),
         "normalisation",
         "The policy's own positions (proprioception) are normalised in the same way (our choice).",
@@ -233,9 +227,9 @@ TABLES: tuple[Table, ...] = (
         "SigLIP while actions are learned",
         "siglip-trained",
         (
-            _same("siglip-trained", "trained", _FULL),
-            _same("siglip-frozen", "frozen", _policy(frozen=_SIGLIP_FROZEN)),
-            _same("siglip-thawed", "frozen, then trained", _THAWED),
+            Row("siglip-trained", "trained", _FULL),
+            Row("siglip-frozen", "frozen", _policy(frozen=_SIGLIP_FROZEN)),
+            Row("siglip-thawed", "frozen, then trained", _THAWED),
         ),
         "siglip",
         "Trained is all of SigLIP but its stem and its positions, at 0.3 × the rate of the rest of the VLM, "
@@ -246,7 +240,7 @@ TABLES: tuple[Table, ...] = (
         "Without 3D, trained to convergence",
         "full-again",
         (
-            Row("full-again", "full method", _FULL),
+            Row("full-again", "full", _FULL),
             Row("no-3d-as-long", f"no 3D, {AS_LONG:.1f} × the steps", _longer(AS_LONG)),
             Row("no-3d-x5", f"no 3D, {2 * AS_LONG:.1f} × the steps", _longer(2 * AS_LONG)),
             Row("no-3d-x9", f"no 3D, {4 * AS_LONG:.1f} × the steps", _longer(4 * AS_LONG)),

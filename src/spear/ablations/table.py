@@ -67,8 +67,7 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
         results = {n: {s: one for s, one in each.items() if one is not None} for n, each in found.items()}
         first = next(row for row in rows if row.name == table.against)
         lines = [_line(plan, data, row, first, results, means) for row in rows]
-        source = f"{reference.title}. {reference.source}" if reference else ""
-        filled.append(Filled(table, lines, source))
+        filled.append(Filled(table, lines, f"{reference.title}. {reference.source}" if reference else ""))
     return filled
 
 
@@ -76,12 +75,8 @@ def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
     """Everything that the pages show, as data."""
     return [
         {
-            "table": filled.table.name,
-            "against": filled.table.against,
-            "source": filled.source,
-            "lines": [
-                {**asdict(line), "row": line.row.name, "title": line.row.title} for line in filled.lines
-            ],
+            **{"table": filled.table.name, "against": filled.table.against, "source": filled.source},
+            "lines": [asdict(x) | {"row": x.row.name, "title": x.row.title} for x in filled.lines],
         }
         for filled in tables
     ]
@@ -113,7 +108,7 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
     against = None
     if row != first and shared:
         against = difference_over_seeds(_success(plan, own, shared), _success(plan, other, shared))
-    published, base = means.get(row.published), means.get(first.published)
+    published, base = means.get(row.title), means.get(first.title)
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import spear
 from spear.errors import Notice, SpearError, unknown_name
@@ -153,7 +152,6 @@ def options_of(function: Callable[..., None]) -> type | None:
 def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list[Any]:
     """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
     import tyro
-    from docstring_parser import parse_from_object
 
     from spear.util.options import option_names
 
@@ -164,16 +162,9 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
             raise unknown_name("option", given, known)
     target: Any = options or (lambda: None)
     described: dict[str, Any] = {"prog": f"spear {name}", "description": _description(name)}
-
-    def joined(obj: Any) -> Any:  # tyro keeps the line breaks of what describes a field
-        found = parse_from_object(obj)
-        for one in found.params:
-            one.description = " ".join((one.description or "").split())
-        return found
-
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), patch("docstring_parser.parse_from_object", joined):
+        with contextlib.redirect_stderr(complaint):
             made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
         return [made] if options else []
     except SystemExit as stop:

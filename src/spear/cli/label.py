@@ -132,8 +132,7 @@ def show(options: ShowOptions) -> None:
         from spear.policy import locate
         from spear.tokens import CoordinateTokenizer
 
-        path = locate(options.model) / "coordinates.json"
-        tokenizer = CoordinateTokenizer.from_json(path.read_text(), str(path))
+        tokenizer = CoordinateTokenizer.load(locate(options.model) / "coordinates.json")
     target = options.out or options.labels / "show.html"
     label_page(folder, shown, target, tokenizer)
     print(f"open {target.resolve()}")

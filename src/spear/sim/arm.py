@@ -1,6 +1,6 @@
 """The arm: seven joints with the published Franka kinematics, a parallel gripper and a wrist camera.
 
-It is made of primitives. Joint origins and limits are the manufacturer's; the rest is our choice.
+It is made of primitives (arm.toml). Joint origins and limits are the manufacturer's; the rest is our choice.
 The base stands at the origin of the base frame, on the table surface (z = 0).
 
 The end-effector frame (site "ee") lies between the finger tips and is parallel to the base frame when the
@@ -11,6 +11,8 @@ choice; BridgeData's convention too: the orientation of a gripper pointing down 
 from __future__ import annotations
 
 import math
+import tomllib
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -48,54 +50,9 @@ ROBOT_GROUP = 1
 HIDDEN_GROUP = 3
 """Geom groups: what belongs to the robot; collision shapes that no camera sees."""
 
-WHITE = (0.93, 0.93, 0.94, 1.0)
-GREY = (0.62, 0.64, 0.67, 1.0)
-DARK = (0.17, 0.18, 0.20, 1.0)
-ACCENT = (0.20, 0.45, 0.72, 1.0)
-PAD = (0.10, 0.10, 0.11, 1.0)
-
 _Vec3 = tuple[float, float, float]
-_Shape = tuple[str, tuple[float, ...], _Vec3, _Vec3, tuple[float, ...]]
-"""kind, size, from, to, colour."""
-
-_MASSES = (1.2, 1.2, 1.0, 1.0, 0.8, 0.5, 0.3)
-"""Of the links, kg."""
-_LINKS: tuple[tuple[_Shape, ...], ...] = (
-    (  # link 1: shoulder column
-        ("capsule", (0.058,), (0, 0, -0.16), (0, 0, -0.02), WHITE),
-        ("cylinder", (0.0605,), (0, -0.075, 0), (0, 0.075, 0), WHITE),
-        ("cylinder", (0.048,), (0, -0.088, 0), (0, 0.088, 0), GREY),
-    ),
-    (  # link 2: upper arm
-        ("capsule", (0.056,), (0, -0.02, 0), (0, -0.19, 0), WHITE),
-        ("cylinder", (0.0575,), (0, -0.192, 0), (0, -0.202, 0), GREY),
-    ),
-    (  # link 3: elbow
-        ("capsule", (0.054,), (0, 0, -0.10), (0, 0, -0.055), WHITE),
-        ("capsule", (0.050,), (0, 0, -0.06), (0.0825, 0, 0), WHITE),
-        ("cylinder", (0.055,), (0.0825, -0.065, 0), (0.0825, 0.065, 0), WHITE),
-        ("cylinder", (0.043,), (0.0825, -0.077, 0), (0.0825, 0.077, 0), GREY),
-    ),
-    (  # link 4: forearm, upper half
-        ("capsule", (0.050,), (0, 0, 0), (-0.0825, 0.075, 0), WHITE),
-        ("capsule", (0.052,), (-0.0825, 0.075, 0), (-0.0825, 0.125, 0), WHITE),
-        ("cylinder", (0.0535,), (-0.0825, 0.135, 0), (-0.0825, 0.145, 0), GREY),
-    ),
-    (  # link 5: forearm, lower half
-        ("capsule", (0.050,), (0, 0, -0.235), (0, 0.035, -0.13), WHITE),
-        ("capsule", (0.044,), (0, 0.035, -0.13), (0, 0.0, 0.0), WHITE),
-        ("cylinder", (0.050,), (0, -0.062, 0), (0, 0.062, 0), WHITE),
-        ("cylinder", (0.040,), (0, -0.072, 0), (0, 0.072, 0), GREY),
-    ),
-    (  # link 6: wrist
-        ("capsule", (0.044,), (0, 0, 0), (0.088, 0, 0), WHITE),
-        ("cylinder", (0.050,), (0.088, -0.048, 0), (0.088, 0.050, 0), WHITE),
-    ),
-    (  # link 7: flange
-        ("cylinder", (0.044,), (0, 0, 0.048), (0, 0, 0.085), GREY),
-        ("cylinder", (0.038,), (0, 0, 0.085), (0, 0, FLANGE), ACCENT),
-    ),
-)
+_DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+WHITE, GREY, DARK, PAD = (_DATA["palette"][name] for name in ("white", "grey", "dark", "pad"))
 
 
 def quat_about(axis: str, angle: float) -> list[float]:
@@ -115,7 +72,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
     _shape(body, "cylinder", (0.072,), (0, 0, 0.03), (0, 0, 0.14), WHITE)
     _shape(body, "box", (0.055, 0.05, 0.03), (-0.08, 0, 0.03), None, WHITE)
     _shape(body, "cylinder", (0.064,), (0, 0, 0.14), (0, 0, 0.16), GREY)
-    for i, ((pos, turn), mass, shapes) in enumerate(zip(JOINT_ORIGINS, _MASSES, _LINKS, strict=True)):
+    for i, ((pos, turn), link) in enumerate(zip(JOINT_ORIGINS, _DATA["links"], strict=True)):
         body = body.add_body(name=f"link{i + 1}", pos=pos, quat=quat_about("x", turn), gravcomp=1.0)
         body.add_joint(
             name=f"joint{i + 1}",
@@ -124,8 +81,10 @@ def add_arm(spec: mujoco.MjSpec) -> None:
             limited=mujoco.mjtLimited.mjLIMITED_TRUE,
             armature=0.1,
         )
-        for j, shape in enumerate(shapes):
-            _shape(body, *shape, mass=mass if j == 0 else 0.0)
+        for j, shape in enumerate(link["shapes"]):
+            color = _DATA["palette"][shape["color"]]
+            mass = link["mass"] if j == 0 else 0.0
+            _shape(body, shape["kind"], shape["size"], shape["start"], shape["end"], color, mass)
         _servo(spec, f"joint{i + 1}", STIFFNESS[i], DAMPING[i], TORQUE_LIMIT[i])
     _add_gripper(spec, body)
 

@@ -65,7 +65,7 @@ def record(
     Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
     the work; the episodes are the same whatever their number.
     """
-    job = functools.partial(_job, image_size, wrist_size, disturbance)
+    job = functools.partial(_job, (image_size, wrist_size, disturbance))
     with processes.pool(workers if workers > 1 else 0, __name__, "give fewer --workers") as executor:
         yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
 
@@ -91,12 +91,10 @@ def record_episode(
         if disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
             missed = not holding and rng.random() < disturbance.miss
             pushed = int(rng.integers(2, MISSED + 1) if missed else rng.integers(1, 3))
+        mask.append(pushed == 0)
         if disturbance is not None and pushed > 0:
             pushed -= 1
             action = _push(action, disturbance, rng, holding, missed)
-            mask.append(False)
-        else:
-            mask.append(True)
         images["external"].append(encode_jpeg(observation["observation/image"]))
         images["wrist"].append(encode_jpeg(observation["observation/wrist_image"]))
         states.append(observation["observation/state"])
@@ -122,10 +120,9 @@ _renderer = functools.cache(Renderer)
 """This process's rendering context."""
 
 
-def _job(
-    image_size: Size, wrist_size: Size, disturbance: Disturbance | None, task: tuple[str, int]
-) -> Episode:
-    return record_episode(*task, _renderer(), image_size, wrist_size, disturbance)
+def _job(how: tuple[Size, Size, Disturbance | None], task: tuple[str, int]) -> Episode:
+    external, wrist, disturbance = how
+    return record_episode(*task, _renderer(), external, wrist, disturbance)
 
 
 def _push(

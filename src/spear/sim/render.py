@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, unknown_name
 from spear.sim import arm
 from spear.sim.scene import clutter_scene
-from spear.sim.world import GRIPPER, World, base_spec
+from spear.sim.world import GRIPPER, World, base_spec, half_extent
 from spear.types import Frame
 
 Size = tuple[int, int]
@@ -224,11 +224,7 @@ def _gripper_box(world: World) -> NDArray[np.float64]:
         start = int(model.body(name).geomadr[0])
         for geom in range(start, start + int(model.body(name).geomnum[0])):
             turn = axes.T @ data.geom_xmat[geom].reshape(3, 3)
-            size = model.geom_size[geom]
-            if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX:
-                half = np.abs(turn) @ size
-            else:  # a capsule
-                half = size[0] + size[1] * np.abs(turn[:, 2])
+            half = half_extent(model.geom_type[geom], model.geom_size[geom], turn)
             center = axes.T @ (data.geom_xpos[geom] - origin)
             low, high = np.minimum(low, center - half), np.maximum(high, center + half)
     return (low + _CORNERS * (high - low)) @ axes.T + origin

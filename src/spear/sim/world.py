@@ -38,11 +38,8 @@ MOVED = 0.02
 
 Floats = NDArray[np.float64]
 _SHAPES = {
-    "box": mujoco.mjtGeom.mjGEOM_BOX,
-    "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER,
-    "capsule": mujoco.mjtGeom.mjGEOM_CAPSULE,
-    "ellipsoid": mujoco.mjtGeom.mjGEOM_ELLIPSOID,
-    "sphere": mujoco.mjtGeom.mjGEOM_SPHERE,
+    name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}")
+    for name in ("box", "cylinder", "capsule", "ellipsoid", "sphere")
 }
 _SOLID_FRICTION = (0.9, 0.02, 0.002)
 
@@ -218,19 +215,22 @@ def _extent(part: Part) -> tuple[Floats, Floats]:
     """Corners of a part's axis-aligned extent in its object's frame."""
     rotation = np.empty(9)
     mujoco.mju_quat2Mat(rotation, _euler_quat(part.euler))
-    m = rotation.reshape(3, 3)
-    size = np.array(part.size)
-    if part.shape == "box":
-        half = np.abs(m) @ size
-    elif part.shape == "ellipsoid":
-        half = np.sqrt((m**2) @ (size**2))
-    elif part.shape == "sphere":
-        half = np.full(3, size[0])
-    elif part.shape == "capsule":
-        half = size[0] + size[1] * np.abs(m[:, 2])
-    else:
-        half = size[0] * np.sqrt(np.maximum(0.0, 1 - m[:, 2] ** 2)) + size[1] * np.abs(m[:, 2])
+    half = half_extent(_SHAPES[part.shape], np.array(part.size), rotation.reshape(3, 3))
     return np.array(part.pos) - half, np.array(part.pos) + half
+
+
+def half_extent(shape: int, size: Floats, m: Floats) -> Floats:
+    """[3] half the extent of a primitive (MuJoCo's geom type and size) along axes in which it is turned by
+    `m`."""
+    if shape == mujoco.mjtGeom.mjGEOM_BOX:
+        return np.abs(m) @ size
+    if shape == mujoco.mjtGeom.mjGEOM_ELLIPSOID:
+        return np.sqrt((m**2) @ (size**2))
+    if shape == mujoco.mjtGeom.mjGEOM_SPHERE:
+        return np.full(3, size[0])
+    if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        return size[0] + size[1] * np.abs(m[:, 2])
+    return size[0] * np.sqrt(np.maximum(0.0, 1 - m[:, 2] ** 2)) + size[1] * np.abs(m[:, 2])
 
 
 def _euler_quat(euler: tuple[float, float, float]) -> Floats:

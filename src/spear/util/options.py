@@ -11,8 +11,10 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+from docstring_parser import parse_from_object
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, unknown_name
@@ -34,9 +36,8 @@ class Within:
             raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")
 
 
-def AtLeast(least: float) -> Within:
-    """A number of at least this."""
-    return Within(least)
+AtLeast = Within
+"""The range without a largest number."""
 
 
 class Options:
@@ -58,10 +59,18 @@ def option_name(field: str) -> str:
 
 
 def option_names(options: type) -> list[str]:
-    """The options of a dataclass, with those of dataclasses inside it; positional arguments are none."""
+    """The options of a dataclass, with those of dataclasses inside it; positional arguments are none.
+
+    What stands below each field becomes its help, as one paragraph: tyro by itself keeps the line breaks.
+    """
     found = []
     hints = typing.get_type_hints(options, include_extras=True)
+    said = {
+        p.arg_name: p.description for kind in options.__mro__[-2::-1] for p in parse_from_object(kind).params
+    }
     for field in dataclasses.fields(options):
+        help = " ".join((said.get(field.name) or "").split())
+        field.metadata = MappingProxyType({**field.metadata, "help": help or None})
         hint = hints[field.name]
         inner = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
         if dataclasses.is_dataclass(inner):

@@ -17,7 +17,6 @@ from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSp
 from spear.errors import SpearError
 from spear.geometry import (
     euler_to_quat,
-    euler_zxy_to_quat,
     matrix_to_quat,
     quat_canonical,
     quat_exp,
@@ -199,7 +198,7 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
     "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
     "euler_zyx": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
-    "euler_zxy": (3, euler_zxy_to_quat),
+    "euler_zxy": (3, lambda v: euler_to_quat(v[..., [1, 2, 0]], "zxy")),
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),
     "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
