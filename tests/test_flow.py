@@ -235,6 +235,51 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
             assert parts[part].item() == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.parametrize("delta", [0.003, 0.1, 0.5])
+def test_what_each_term_says_of_speed_and_of_direction(delta: float) -> None:
+    """A velocity of s times the true length |u|, off by φ: in closed form, and its derivatives by both.
+
+    The cosine says nothing of the speed; the geodesic term pulls with δ |u| however small the error is, the
+    squared error in proportion to it. So at an error of 0.2 in both, speed counts for δ |u| / sin 0.2 of
+    direction under cosine and geodesic: 1.5 % at δ = 0.003 and |u| = 1, half at 0.1.
+    """
+    noise, data, _ = pair(S3, (1, 1))
+    time = torch.tensor([0.3], dtype=torch.float64)
+    state, velocity = flow.interpolate(noise, data, time, S3)
+    q, u = state.rotation, velocity.rotation
+    size = float(u.norm())
+    side = torch.randn(4, generator=generator(8), dtype=torch.float64)
+    for along in (q, u / size):
+        side = side - (side * along).sum() * along
+    side = side / side.norm() * size
+
+    def parts(s: Tensor, angle: Tensor, kind: str) -> dict[str, Tensor]:
+        said = dataclasses.replace(velocity, rotation=s * (angle.cos() * u + angle.sin() * side))
+        config = FlowConfig(rotation_loss=kind, geodesic_step=delta)  # type: ignore[arg-type]
+        return flow.loss(said, noise, data, time, config).parts
+
+    arc = delta * size
+    for s, angle in ((1.4, 0.2), (0.7, 0.2), (1.4, 0.0), (0.7, 0.0)):
+        at = (torch.tensor(s, requires_grad=True).double(), torch.tensor(angle, requires_grad=True).double())
+        between = math.cos(arc) * math.cos(s * arc) + math.sin(arc) * math.sin(s * arc) * math.cos(angle)
+        chord = math.sqrt(2 - 2 * between)
+        by_speed = -math.cos(arc) * math.sin(s * arc) + math.sin(arc) * math.cos(s * arc) * math.cos(angle)
+        by_angle = math.sin(arc) * math.sin(s * arc) * math.sin(angle) / chord
+        expected = {
+            ("cosine", "rotation"): (1 - math.cos(angle), 0, math.sin(angle)),
+            ("cosine", "geodesic"): (chord, -arc * by_speed / chord, by_angle),
+            ("mse", "rotation"): (
+                size**2 * (s * s + 1 - 2 * s * math.cos(angle)) / 4,
+                size**2 * (s - math.cos(angle)) / 2,
+                size**2 * s * math.sin(angle) / 2,
+            ),
+        }
+        for (kind, part), wanted in expected.items():
+            value = parts(*at, kind)[part]
+            found = [float(x.detach()) for x in (value, *torch.autograd.grad(value, at))]
+            assert found == pytest.approx(wanted, rel=1e-5, abs=1e-9), (kind, part, s, angle)
+
+
 def test_geodesic_step_is_the_distance_after_that_step() -> None:
     noise, data, time = pair(S3)
     right = truth(noise, data, time, S3)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from spear.errors import unknown_name
 from spear.labels.questions.templates import FAMILIES
 from spear.train.options import Optimization, QuestionMix, Recipe
+from spear.util.options import choose
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
@@ -224,6 +224,5 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name; `SpearError` with the nearest name when there is none."""
-    if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name]
+    found: Recipe = choose("recipe", name, RECIPES)
+    return found
