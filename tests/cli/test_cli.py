@@ -69,6 +69,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("questions nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
         ("record --first-seed 5", "kept for testing"),
+        ("record --workers 0", "--workers 0"),
         ("ask sim:7 'how far?' --draw box.txt", "end it in .png or .jpg"),
         ("ask x.png 'how far?' --model /nowhere", "no model '/nowhere'"),
         ("data prepare /nowhere --out x", "no such folder: /nowhere"),

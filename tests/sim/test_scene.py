@@ -9,7 +9,16 @@ import pytest
 
 from spear.errors import SpearError
 from spear.sim.objects import CUBES, KINDS
-from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, SYNONYMS, TEMPLATES, clutter_scene, sample_scene
+from spear.sim.scene import (
+    FAMILIES,
+    IN_BASKET,
+    PUT_ON,
+    SYNONYMS,
+    TEMPLATES,
+    clutter_scene,
+    held_out_seeds,
+    sample_scene,
+)
 from spear.sim.world import World
 
 
@@ -74,3 +83,6 @@ def test_bad_requests_are_refused() -> None:
     for sample in (clutter_scene, lambda seed: sample_scene("put_on", seed)):
         with pytest.raises(SpearError, match="seed -1"):
             sample(-1)
+    for first, count, said in ((0, 0, "^0 scenes"), (0, -3, "^-3 scenes"), (9_999, 2, "9999 … 10000")):
+        with pytest.raises(SpearError, match=said):
+            held_out_seeds(first, count)

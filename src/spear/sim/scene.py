@@ -107,9 +107,9 @@ def check_families(families: Iterable[str]) -> None:
 def held_out_seeds(first: int, count: int) -> range:
     """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
     if count < 1 or first < 0 or first + count > TRAIN_SEED:
+        which = f"scenes {first} … {first + count - 1}" if count > 0 else f"{count} scenes"
         raise SpearError(
-            f"scenes {first} … {first + count - 1}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes "
-            "and --first-seed within them"
+            f"{which}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes and --first-seed within them"
         )
     return range(first, first + count)
 
