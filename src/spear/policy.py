@@ -13,9 +13,10 @@ import torch
 from spear import flow
 from spear.data.normalize import Normalizer
 from spear.embodiments.tools import Checked, check
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
+from spear.models.devices import bfloat16_is_fast
 from spear.models.processing import Processor
 from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -138,8 +139,16 @@ def load_vlm(
         model = weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     else:
         model = weights.load(SpearVLMForConditionalGeneration, folder, dtype)
-    torch.nn.Module.to(model, device)
+    _place(model, device)
     return VlmBundle(model, Processor.load(folder, model.config))
+
+
+def _place(model: torch.nn.Module, device: str | torch.device) -> None:
+    """Put a loaded model on a device, in place."""
+    half = next(model.parameters()).dtype == torch.bfloat16
+    if half and not bfloat16_is_fast(torch.device(device)):
+        notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
+    torch.nn.Module.to(model, device)
 
 
 @dataclass
@@ -177,7 +186,7 @@ class Spear1Policy:
         """
         folder = locate(name)
         model = weights.load(Spear1ForActionPrediction, folder, dtype)
-        torch.nn.Module.to(model, device)
+        _place(model, device)
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")

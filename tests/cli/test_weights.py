@@ -102,9 +102,10 @@ def test_what_does_not_fit_is_one_line(
     know_tiny(monkeypatch)
     assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
     assert "without a processor" in capsys.readouterr().out
-    assert "is there already" in refused(
-        *BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"
-    )
+    for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare), ("convert", "policy", "nano")):
+        assert main([*command, "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr()
+        assert "is there already" in said.err and not said.out
 
 
 def test_a_processor_of_another_model_is_refused(tmp_path: Path, refused: Refused) -> None:

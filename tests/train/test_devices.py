@@ -6,7 +6,9 @@ So every tensor that a training step makes must say where; a mode of PyTorch's s
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,26 +18,39 @@ from torch.utils._device import _device_constructors
 
 from models_tiny import TINY
 from spear.errors import SpearError
-from spear.models.devices import choose_device
+from spear.models import devices
+from spear.models.devices import bfloat16_is_fast, choose_device
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
-from spear.train import run
+from spear.train import loop
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization
-from train_tiny import Acting
+from train_tiny import Acting, Regression, go
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Optimization(steps=1, lr=1e-3, frozen_precision="bf16", moments="bf16")
-    plain = Optimization(steps=1, lr=1e-3, precision="fp32")
-    for has in (True, False):
-        monkeypatch.setattr(run, "HAS_BFLOAT16", has)
-        assert run.for_device(asked, CUDA) == asked and run.for_device(plain, CPU) == plain
-        settled = run.for_device(asked, CPU)
-        kept = "bf16" if has else "fp32"
-        assert (settled.precision, settled.frozen_precision, settled.moments) == (kept, kept, "bf16")
+def test_bfloat16_is_used_where_it_is_fast_and_a_run_keeps_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "HAS_BFLOAT16", True)
+    assert bfloat16_is_fast(CUDA, tiles=False) and bfloat16_is_fast(CPU, tiles=True)
+    assert not bfloat16_is_fast(CPU, tiles=False)
+    for limit in ("AVX2", "AVX512_CORE", "avx512_core_bf16"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert not bfloat16_is_fast(CPU)
+    monkeypatch.setattr(devices, "HAS_BFLOAT16", False)
+    assert not bfloat16_is_fast(CPU, tiles=True)
+
+    asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16", moments="bf16")
+    plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")
+    for fast, used in ((True, asked), (False, plain)):
+        monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: fast)
+        out = tmp_path / str(fast)
+        assert loop.settled(asked, out, CPU) == used and loop.settled(plain, out, CPU) == plain
+        go(Regression(), loop.settled(asked, out, CPU), out)
+        monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: not fast)  # on another machine
+        assert loop.settled(asked, out, CPU) == used
 
 
 def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

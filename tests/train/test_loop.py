@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,23 +192,47 @@ class Slow(Regression):
         return super().loss(batch, generator)
 
 
-def slow_run(root: Path) -> None:
-    go(Slow(), SMALL, root / "killed", seed=3, workers=1, save_every=5)
+def saves_by_steps(root: Path) -> None:
+    go(Slow(), SMALL, root / "ended", seed=3, workers=1, save_every=5)
 
 
-def test_kill_nine_and_the_same_again(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def saves_by_time(root: Path) -> None:
+    go(Slow(), SMALL, root / "ended", seed=3, save_minutes=1e-6)
+
+
+def saves_when_told(root: Path) -> None:
+    go(Slow(), SMALL, root / "ended", seed=3, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "number", "code"),
+    [
+        (saves_by_steps, signal.SIGKILL, -9),
+        (saves_by_time, signal.SIGKILL, -9),
+        (saves_when_told, signal.SIGTERM, 143),
+        (saves_when_told, signal.SIGINT, 1),  # as any process whose function is interrupted
+    ],
+)
+def test_ended_by_a_signal_and_the_same_again(
+    run: Callable[[Path], None], number: int, code: int, tmp_path: Path
+) -> None:
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
     go(Regression(), SMALL, whole, seed=3)
-    (process,) = start(slow_run, tmp_path, 1)
+    (process,) = start(run, tmp_path, 1)
     deadline = time.monotonic() + 300
-    while not (killed / "checkpoints" / "step-00000010").is_dir():
+    while not (ended / "log.jsonl").is_file() or len(losses(ended)) < 12:
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
+    os.kill(process.pid, number)
     process.join()
-    assert losses(killed)[-1][0] < SMALL.steps
-    go(Regression(), SMALL, killed, seed=3)
-    assert json.dumps(losses(whole)) == json.dumps(losses(killed))
+    assert process.exitcode == code
+    latest = checkpoint.find_latest(ended / "checkpoints")
+    done = losses(ended)[-1][0]
+    assert latest is not None and 12 <= done < SMALL.steps
+    kept = checkpoint.read_state(latest)["step"]
+    assert kept == done if number != signal.SIGKILL else 0 < kept <= done
+    go(Regression(), SMALL, ended, seed=3)
+    assert json.dumps(losses(whole)) == json.dumps(losses(ended))
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"moments": "bf16"}])

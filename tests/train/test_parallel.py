@@ -86,12 +86,19 @@ def slow_run(root: Path) -> None:
     go(Slow(), OPT, root / "killed", save_every=2)
 
 
+def told_run(root: Path) -> None:
+    """Until one of the processes is told to end."""
+    parallel.start()
+    go(Slow(), OPT, root / "told")
+
+
 def runs(root: Path) -> None:
     """All that is done by two processes."""
     parallel.start()
     assert parallel.world() == 2
     go(Line(), OPT, root / "line")
     go(Line(), OPT, root / "killed")
+    go(Line(), OPT, root / "told")
     go(Acting(), WHOLE, root / "ddp")
     task = Acting()
     go(task, WHOLE, root / "fsdp", sharded=True)
@@ -111,6 +118,7 @@ class Two:
     root: Path
     survivor: str
     survived: int
+    told: list[int]
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +131,21 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
         time.sleep(0.01)
     processes[1].kill()
     processes[0].join(PATIENCE)
+    ended = start(told_run, root)
+    while not (root / "told" / "log.jsonl").is_file() or not rows(root / "told"):
+        assert all(process.is_alive() for process in ended) and time.monotonic() < deadline
+        time.sleep(0.01)
+    ended[1].terminate()
+    for process in ended:
+        process.join(PATIENCE)
     go(Acting(), replace(HALF, accumulate=2), root / "from-one")
     others = start(runs, root)
     for process in others:
         process.join(PATIENCE)
     codes = [process.exitcode for process in others]
     assert codes == [0, 0], said(runs, root, 0) + said(runs, root, 1)
-    return Two(root, said(slow_run, root, 0), processes[0].exitcode)
+    told = [process.exitcode for process in ended]
+    return Two(root, said(slow_run, root, 0), processes[0].exitcode, told)
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +204,16 @@ def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:
     assert config["architectures"] == ["Spear1ForActionPrediction"]
 
 
-def test_when_one_process_is_killed_the_other_ends_and_both_continue_exactly(two: Two) -> None:
+def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(two: Two) -> None:
     assert two.survived == 2
     assert two.survivor.count("error: process 0") == 1
     assert "Traceback" not in two.survivor
-    whole, killed = rows(two.root / "line"), rows(two.root / "killed")
-    assert [row["loss"] for row in whole] == [row["loss"] for row in killed]
-    left, right = tensors(two.root / "line", 12), tensors(two.root / "killed", 12)
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert two.told == [143, 143]  # only one was told to end
+    for name in ("killed", "told"):
+        whole, parts = rows(two.root / "line"), rows(two.root / name)
+        assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
+        left, right = tensors(two.root / "line", 12), tensors(two.root / name, 12)
+        assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Two) -> None:
@@ -211,6 +229,6 @@ def test_pieces_that_cannot_be_shared_are_refused(tmp_path: Path, monkeypatch: p
     go(Line(), replace(OPT, steps=2, accumulate=6), tmp_path)
     monkeypatch.setattr(parallel, "world", lambda: 4)
     with pytest.raises(SpearError, match=r"6 pieces.* 4 processes.* 1, 2, 3, 6"):
-        loop.divided(OPT, tmp_path)
+        loop.settled(OPT, tmp_path, parallel.CPU)
     monkeypatch.setattr(parallel, "world", lambda: 3)
-    assert loop.divided(OPT, tmp_path).accumulate == 2
+    assert loop.settled(OPT, tmp_path, parallel.CPU).accumulate == 2

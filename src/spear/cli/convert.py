@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
+from spear.util.files import check_new
 from spear.util.options import Name, Options, Seed
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class ConvertOptions(Options):
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.shard):
             raise SpearError(f"--shard {self.shard}: write it as 5GB or 500MB")
+        if not self.dry_run:
+            check_new(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

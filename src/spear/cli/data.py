@@ -154,6 +154,14 @@ def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
     print(f"{written} episodes in {folder}, {len(reasons)} skipped")
 
 
+def check_episodes(path: Path, split: str) -> None:
+    """Raises `SpearError` for a folder of no format that is known, or without this split; makes nothing."""
+    from spear.data.readers.formats import episode_counts
+    from spear.data.readers.splits import split_ranges
+
+    split_ranges(episode_counts(path), split, path)
+
+
 def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
     """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first
     process."""

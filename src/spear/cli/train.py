@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from spear.ablations.rows import AblationOptions
-from spear.cli.data import open_episodes
+from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
 
@@ -44,10 +44,12 @@ def train(options: TrainOptions) -> None:
 
     init, moge = (locate(name) if name else None for name in (options.init, options.moge))
     disable_progress_bar()
+    how = RunOptions(options.seed, save_every=options.save_every, sharded=options.parallel == "fsdp")
+    run.check(stage, out, Inputs(options.labels, (), init, moge), how, options.device)
+    for path in options.episodes:
+        check_episodes(path, options.split)
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
-    datasets = run.mixture(options.episodes, stores, options.shares)
-    how = RunOptions(seed=options.seed, sharded=options.parallel == "fsdp")
-    inputs = Inputs(options.labels, datasets, init, moge)
+    inputs = Inputs(options.labels, run.mixture(options.episodes, stores, options.shares), init, moge)
     print(f"trained: {run.train(stage, out, inputs, how, options.device)}")
 
 
@@ -127,10 +129,11 @@ def ablations(options: AblationOptions) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from spear.ablations.plan import describe, expected, make_plan, obtain, pretrained
+    from spear.ablations.plan import Weights, describe, expected, make_plan, obtain, pretrained
     from spear.ablations.run import done, run
     from spear.ablations.table import fill
     from spear.report.ablations import write
+    from spear.train.build import check
 
     out, start = options.out, pretrained(options.init, options.moge)
     if options.plan:
@@ -139,7 +142,10 @@ def ablations(options: AblationOptions) -> None:
         return
     disable_progress_bar()
     say = functools.partial(print, file=sys.stderr, flush=True)
-    make_plan(options, expected(options), start)  # mistakes are found before data are made
+    planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
+    for job in {repr(job.recipe): job for job in planned.trainings}.values():
+        init, moge = (part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge))
+        check(job.recipe, Inputs(options.labels, (), init, moge))
     data = obtain(options, say)
     todo = make_plan(options, data, start)
     pages = lambda: write(todo, fill(todo, out, data), out)  # noqa: E731

@@ -8,6 +8,7 @@ import os
 import torch
 
 from spear.errors import SpearError, unknown_name
+from spear.models.fast.linear import HAS_BFLOAT16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 MAPPED = 2**25
@@ -43,6 +44,21 @@ def choose_device(name: str = "auto") -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def bfloat16_is_fast(device: torch.device, tiles: bool | None = None) -> bool:
+    """Whether matrix products take less time in bfloat16 than in float32: on GPUs, and CPUs with AMX's tiles.
+
+    AVX-512 multiplies bfloat16 too, but a training step takes longer in it, since everything beside the
+    products has to convert (`benchmarks/train/step.py`). tiles: whether the CPU has them, and oneDNN may use
+    them; None: as it is here.
+    """
+    if device.type != "cpu":
+        return True
+    if tiles is None:
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+        tiles = torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    return tiles and HAS_BFLOAT16
 
 
 def keep_freed_memory() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,18 @@ from spear.errors import SpearError, unknown_name
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
+from spear.labels.store import shards_in
 from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.patch_classification import PatchClassification
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
-from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
-from spear.train import parallel
-from spear.train.optimize import Task, add_adapters, merge_adapters, save_adapters
+from spear.train import optimize, parallel
+from spear.train.optimize import Task
 from spear.train.options import Inputs, Recipe, check_inputs
 from spear.train.tasks import (
     DepthTask,
@@ -38,6 +38,7 @@ from spear.train.tasks import (
     fit_coordinates,
     load_depth,
     load_labels,
+    view_folders,
 )
 from spear.types import LabeledImage
 
@@ -51,31 +52,81 @@ def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
     """A recipe's model and task, before the first step. Raises `SpearError` for inputs that are missing, or
     that do not fit the recipe or each other."""
     check_inputs(stage, inputs)
+    size = check(stage, inputs)
     torch.manual_seed(seed)
-    known = {field.name for field in dataclasses.fields(FlowConfig)}
-    for key in stage.flow:
-        if key not in known:
-            raise unknown_name("flow setting", key, known)
-    size = preset(stage.preset)
-    size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
-    pieces = stage.optimization.accumulate
-    stage = stage.changed(
-        batch_size=parallel.share(stage.batch_size, "batch_size", pieces),
-        question_images=parallel.share(stage.question_images, "question_images", pieces),
-    )
+    stage = stage.changed(**_shares(stage))
     make = {"depth": _depth, "naming": _naming, "vlm": _vlm, "vla": _vla}[stage.kind]
     model, task, save = make(stage, size, inputs, seed)
     if not stage.lora_rank:
         return model, task, save
-    add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
 
     def save_with_lora(folder: Path) -> None:
         """The LoRA, in `adapter`, and a plain model with the LoRA merged in."""
-        save_adapters(model, folder / "adapter", stage.lora_rank, stage.lora_alpha)
-        merge_adapters(model)
+        optimize.save_adapters(model, folder / "adapter", stage.lora_rank, stage.lora_alpha)
+        optimize.merge_adapters(model)
         save(folder)
 
     return model, task, save_with_lora
+
+
+def _shares(stage: Recipe) -> dict[str, int]:
+    """What a piece takes of a batch. Raises `SpearError` where that is uneven."""
+    pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
+    return {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
+
+
+def check(stage: Recipe, inputs: Inputs) -> Preset:
+    """Raises `SpearError` for what is wrong with a recipe, its labels, `init` and `moge`, as far as a
+    moment's look can tell; returns the recipe's size with its flow. Reads no weights or demonstrations."""
+    init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
+    known = {field.name for field in dataclasses.fields(FlowConfig)}
+    for key in stage.flow:
+        if key not in known:
+            raise unknown_name("flow setting", key, known)
+    _shares(stage)
+    size = preset(stage.preset)
+    size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
+    if labels is not None and stage.kind != "depth":
+        for folder in view_folders(labels, list(size.image_sizes)).values():
+            shards_in(folder)
+    config: Any = vlm_config(size)
+    config.moge_config = config.moge_config if stage.moge else None
+    if init is not None:
+        policy = acts and weights.architecture(init) == Spear1Config.model_type
+        found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
+        inner = found.vlm_config if policy else found
+        widths = inner.text_config.hidden_size, inner.vision_config.hidden_size
+        if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
+            raise SpearError(
+                f"--init {init} is not of preset {size.name}: give the --preset it was made with"
+            )
+        if acts and (stage.bins is not None or stage.spacing is not None):
+            raise SpearError(
+                f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing in the VLM's"
+            )
+        if policy and stage.flow:
+            raise SpearError(
+                f"recipe {stage.name} changes the flow, which that of {init} fixes: begin at a SPEAR-VLM"
+            )
+        if inputs.moge and inner.moge_config is not None:
+            raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
+        if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:
+            raise SpearError(
+                f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
+            )
+        Processor.load(init, inner)
+        config = inner if acts else config
+    if inputs.moge is not None:
+        weights.check(MogeForDepth, inputs.moge)
+    if stage.kind in ("vlm", "vla"):
+        with torch.device("meta"):
+            model = Spear1ForActionPrediction(spear1_config(size, config)) if acts else SpearVLM(config)
+            if stage.lora_rank:
+                optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
+        optimize.apply_freeze(model, stage.optimization)
+        optimize.store_weights(model, stage.optimization)
+    return size
 
 
 def _saver(
@@ -118,7 +169,6 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     else:
         processor = Processor.load(inputs.init)
         earlier = weights.load(SpearVLM, inputs.init)
-        _check_size(earlier.config, size, inputs.init)
         if stage.bins is not None or stage.spacing is not None:
             coordinates = _fitted(stage, known, processor.coordinates.bins, seed)
             processor = dataclasses.replace(processor, coordinates=coordinates)
@@ -135,21 +185,11 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         processor = _new_processor(stage, size, _labels(inputs), known, seed)
         model = _acting(_new_vlm(stage, size, processor, seed), size)
     else:
-        if stage.bins is not None or stage.spacing is not None:
-            raise SpearError(
-                f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing in the VLM's"
-            )
         processor = Processor.load(init)
-        kind = json.loads((init / "config.json").read_text())["model_type"]
-        if kind != Spear1ForActionPrediction.config_class.model_type:
-            model = _acting(weights.load(SpearVLM, init), size)
-        elif stage.flow:
-            raise SpearError(
-                f"recipe {stage.name} changes the flow, which that of {init} fixes: begin at a SPEAR-VLM"
-            )
-        else:
+        if weights.architecture(init) == Spear1Config.model_type:
             model = weights.load(Spear1ForActionPrediction, init)
-        _check_size(model.vlm.config, size, init)
+        else:
+            model = _acting(weights.load(SpearVLM, init), size)
     if stage.normalize_each:
         normalizer = Normalizer.fit_each(episodes, stage.normalization)
     else:
@@ -180,13 +220,6 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
 def _labels(inputs: Inputs) -> Path:
     assert inputs.labels is not None  # as `check_inputs` has seen
     return inputs.labels
-
-
-def _check_size(config: SpearVLMConfig, size: Preset, init: Path) -> None:
-    """Raises `SpearError` if a trained model is not of a preset's size."""
-    widths = config.text_config.hidden_size, config.vision_config.hidden_size
-    if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
-        raise SpearError(f"--init {init} is not of preset {size.name}: give the --preset it was made with")
 
 
 def _questions(
@@ -256,8 +289,6 @@ def _grown(
     joins = (vlm.moge is None) == stage.moge
     if joins:
         vlm = _with_moge(vlm, stage, size, processor, moge)
-    elif moge is not None:
-        raise SpearError(f"--moge {moge}: --init has an encoder already: leave --moge out")
     _weigh_numbers(vlm.config, stage)
     if joins or (stage.coordinate_rows_only and not stage.moge):
         first, bins = processor.coordinate_start, processor.coordinates.bins
@@ -292,11 +323,7 @@ def _with_moge(
     wrong = [k for k in missing if not k.startswith(("moge.", "moge_projector."))] + list(unexpected)
     if wrong:
         raise SpearError(f"--init does not fit recipe {stage.name}: {', '.join(wrong[:3])}")
-    if moge is None:
-        raise SpearError(
-            f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
-        )
-    assert model.moge is not None and model.moge_projector is not None
+    assert moge is not None and model.moge is not None and model.moge_projector is not None
     model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
     with torch.no_grad():
         # A visual token becomes the average of two projections: twice SigLIP's and nothing of MoGe's is what

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from spear.errors import SpearError
+from spear.models.devices import bfloat16_is_fast
 from spear.train import checkpoint, parallel
 from spear.train.checkpoint import Checkpoints
 from spear.train.log import FOLDER, Logger, NotFinite, save_batch
@@ -33,6 +36,7 @@ class RunOptions:
     seed        two runs with the same seed give the same weights.
     workers     processes that make batches ahead; 0: this one does.
     save_every, log_every  steps between checkpoints, and between lines of the log.
+    save_minutes  a checkpoint is also written after so long, as far as that takes a fiftieth of the time.
     quiet       shows no progress.
     device      where the model is put; None leaves it where it is.
     sharded     weights, gradients, moments and averages are divided among the processes (`parallel.shard`).
@@ -41,6 +45,7 @@ class RunOptions:
     seed: int = 0
     workers: int = 1
     save_every: int = 500
+    save_minutes: float = 3.0
     log_every: int = 20
     quiet: bool = False
     device: torch.device | None = None
@@ -62,7 +67,7 @@ class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
 
 def batches(
     task: Task, first: int, last: int, workers: int, accumulate: int = 1, device: torch.device = parallel.CPU
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
 
     `accumulate` of them per step: those that as many processes would take. For a GPU they are in pinned
@@ -75,7 +80,7 @@ def batches(
         sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_serve if workers else None,
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
@@ -84,19 +89,53 @@ def batches(
         yield batch
 
 
-def _one_thread(_: int) -> None:
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def _serve(_: int) -> None:
+    """One thread; a signal that reaches all processes ends the work when the step is done, not before."""
     torch.set_num_threads(1)
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def divided(opt: Optimization, out: Path) -> Optimization:
-    """`opt` with as many pieces per process as continue the run in `out`; as it is when there is none.
+@contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT is put into the list that this gives; the next acts as ever.
 
-    Raises `SpearError` when the run's pieces cannot be shared among the processes that there are.
+    All act as ever in other threads than the main one, which cannot take signals.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _STOPPING if main}
+
+    def restore(number: int = 0, _: Any = None) -> None:
+        came.extend([number] if number else [])
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for known, handler in before.items():
+        signal.signal(known, signal.SIG_IGN if handler is signal.SIG_IGN else restore)
+    try:
+        yield came
+    finally:
+        restore()
+
+
+def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
+    """`opt` with the pieces per process and the precision in which the run in `out` is continued.
+
+    Without a run there: in bfloat16 only where that is fast. Raises `SpearError` when the run's pieces cannot
+    be shared among the processes that there are.
     """
     latest = checkpoint.find_latest(out / "checkpoints")
+    full: dict[str, Any] = {"precision": "fp32", "frozen_precision": "fp32"}
     if latest is None:
-        return opt
-    pieces = checkpoint.read_state(latest)["settings"]["pieces"]
+        return opt if bfloat16_is_fast(device) else dataclasses.replace(opt, **full)
+    before = checkpoint.read_state(latest)["settings"]
+    if before.get("optimization", {}).get("precision") == "fp32":
+        opt = dataclasses.replace(opt, **full)
+    pieces = before["pieces"]
     if pieces % parallel.world():
         fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
         raise SpearError(
@@ -115,34 +154,37 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
+    On SIGTERM and SIGINT all processes finish the step and save; then this raises `SystemExit` (143) or
+    `KeyboardInterrupt`.
+
     about: what the run is of, by name; a run continues only where all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
     Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
     after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone.
     """
     how = how or RunOptions()
-    opt = divided(opt, out)
+    opt = settled(opt, out, how.device or parallel.CPU)
     stepper = Stepper(task, opt, how.seed, how.device, how.sharded)
-    settings = {
+    settings: dict[str, Any] = {
         "seed": how.seed,
         "pieces": parallel.world() * opt.accumulate,
         "optimization": dataclasses.asdict(opt),
         "about": dict(about or {}),
     }
     with Checkpoints(out / "checkpoints", stepper) as checkpoints:
-        latest = checkpoint.find_latest(checkpoints.folder)
         first = skipped = 0
-        if latest is not None:
-            state = checkpoint.read_state(latest)
-            _check_same(out, state, settings, opt.steps)
+        found = state_to_continue(out, how.seed, settings["about"], opt.steps)
+        if found is not None:
+            latest, state = found
             checkpoints.load(latest, state["counts"])
             first, skipped = state["step"], state["skipped"]
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
             logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
         try:
-            with logger as log:
-                ahead = batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
+            made = batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
+            with logger as log, _noted() as signals, contextlib.closing(made) as ahead:
+                saved, blocked = time.monotonic(), 0.0
                 for step in range(first, opt.steps):
                     begun = time.perf_counter()
                     pieces = list(itertools.islice(ahead, opt.accumulate))
@@ -157,8 +199,18 @@ def run(
                         _report(problem, step, skipped, opt.max_skipped, out, log)
                     if log is not None:
                         log.log(step, values, opt.lr * learning_rate(step, opt), waited)
-                    if (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
+                    passed = time.monotonic() - saved >= max(60 * how.save_minutes, 50 * blocked)
+                    late, stopped = parallel.most(passed, *signals[:1] or [0])
+                    if late or stopped or (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
+                        begun = time.monotonic()
                         checkpoints.save(step + 1, {"settings": settings, "skipped": skipped})
+                        saved = time.monotonic()
+                        blocked = saved - begun
+                    if stopped:
+                        checkpoints.wait()
+                        if log is not None:
+                            log.bar.say(f"stopped: {step + 1} steps are saved; the same command continues")
+                        raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise
@@ -170,10 +222,17 @@ def run(
     return stepper.result()
 
 
-def _check_same(out: Path, state: Mapping[str, Any], settings: Mapping[str, Any], steps: int) -> None:
-    """Raises `SpearError` unless a checkpoint's run is this one, at no later a step."""
+def state_to_continue(
+    out: Path, seed: int, about: Mapping[str, Any], steps: int
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in `out/checkpoints` and its state, if there is one; `SpearError` unless its run
+    has this seed, what is known `about` it is the same, and it is at no later a step."""
+    latest = checkpoint.find_latest(out / "checkpoints")
+    if latest is None:
+        return None
+    state = checkpoint.read_state(latest)
     there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
-    here = {"seed": settings["seed"], **settings["about"]}
+    here = {"seed": seed, **about}
     for name in there:
         if name in here and there[name] != here[name]:
             raise SpearError(
@@ -184,6 +243,7 @@ def _check_same(out: Path, state: Mapping[str, Any], settings: Mapping[str, Any]
         raise SpearError(
             f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out"
         )
+    return latest, state
 
 
 def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:

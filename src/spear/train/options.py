@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, unknown_name
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, key_values
+from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within, key_values
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -45,8 +45,8 @@ class Optimization:
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
     weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass; the weights that learn stay float32. A CPU without
-                      bfloat16 computes in float32 (`spear.models.devices`).
+    precision         "bf16" autocasts the forward pass where that is fast (`models.devices`), else as "fp32";
+                      the weights that learn stay float32.
     frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
     moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.optimize.HalfStateAdamW`).
     accumulate        pieces in which a process works through its batch; their gradients are averaged. A run
@@ -250,6 +250,8 @@ class TrainOptions(Options):
     """Number of steps, when it shall not be the recipe's."""
     seed: Seed = 0
     device: Device = "auto"
+    save_every: Annotated[int, Within(1)] = 500
+    """Steps between checkpoints. They are also written every three minutes, on SIGTERM and on Ctrl-C."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What each of several processes (torchrun) holds: ddp, the whole model; fsdp, its share of it."""
     set: Changes = ()

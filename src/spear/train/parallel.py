@@ -73,6 +73,15 @@ def average(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def most(*numbers: int) -> list[int]:
+    """The largest of each number over the processes."""
+    if world() == 1:
+        return list(numbers)
+    all_of = torch.tensor(numbers)  # on the CPU: no GPU has to be waited for
+    dist.all_reduce(all_of, dist.ReduceOp.MAX)
+    return [int(number) for number in all_of.tolist()]
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes. What no process has a gradient of keeps none."""
     learning = list(parameters)

@@ -26,11 +26,9 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.fast.linear import HAS_BFLOAT16
-from spear.train import loop, parallel
-from spear.train.build import build
+from spear.train import build, loop, parallel
 from spear.train.loop import RunOptions
-from spear.train.options import Inputs, Optimization, Recipe
+from spear.train.options import Inputs, Recipe
 from spear.util.ledger import add_files
 
 
@@ -43,17 +41,17 @@ def train(
     is missing, or as `build` and `loop.run` do.
     """
     started = time.time()
+    how = how or RunOptions()
+    place = check(stage, out, inputs, how, device)
     earlier = None if inputs.init is None else _made_by(inputs.init)
-    place = choose_device(device)
-    how = dataclasses.replace(how or RunOptions(), device=place)
+    how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    parallel.start(place)
-    settled = for_device(stage.optimization, place)
-    if settled != stage.optimization and not how.quiet and parallel.rank() == 0:
-        print("note: this CPU does not compute in bfloat16: training in float32", file=sys.stderr)
-    stage = dataclasses.replace(stage, optimization=loop.divided(settled, out))
-    model, task, save = build(stage, inputs, how.seed)
+    opt = loop.settled(stage.optimization, out, place)
+    if opt.precision != stage.optimization.precision and not how.quiet and parallel.rank() == 0:
+        print("note: training in float32, as it began, or since this CPU is faster in it", file=sys.stderr)
+    stage = dataclasses.replace(stage, optimization=opt)
+    model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs))
     with torch.no_grad():
         parameters = dict(model.named_parameters())
@@ -87,11 +85,21 @@ def train(
     return final
 
 
-def for_device(opt: Optimization, device: torch.device) -> Optimization:
-    """What is asked for; in float32 on a CPU that does not compute in bfloat16."""
-    if opt.precision == "fp32" or device.type != "cpu" or HAS_BFLOAT16:
-        return opt
-    return dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
+def check(stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str) -> torch.device:
+    """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
+    device. Commands ask before they make data: inputs may lack the demonstrations."""
+    place = choose_device(device)
+    parallel.start(place)
+    opt = loop.settled(stage.optimization, out, place)
+    build.check(dataclasses.replace(stage, optimization=opt), inputs)
+    if inputs.init is not None:
+        _made_by(inputs.init)
+    known = {k: v for k, v in _about(stage, inputs).items() if k != "--episodes" or inputs.episodes}
+    loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise SpearError(f"{there}: not a folder that can be written to: give another --out")
+    return place
 
 
 _MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")

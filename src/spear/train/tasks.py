@@ -154,19 +154,22 @@ def length_groups(model: torch.nn.Module, batch: Batch) -> int:
     return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
 
 
+def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
+    """The folders of labels by view; see `load_labels`."""
+    return {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
+
+
 def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
     """All labels of a folder, by view; without their masks unless asked for (questions do not need them).
 
     The folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
     """
-    folder = Path(folder)
-    found = {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
 
     def compact(label: LabeledImage) -> LabeledImage:
         kept = (dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in label.objects)
         return dataclasses.replace(label, objects=tuple(kept))
 
-    return {view: [compact(label) for label in read(path)] for view, path in found.items()}
+    return {view: [compact(one) for one in read(path)] for view, path in view_folders(folder, views).items()}
 
 
 def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:

@@ -46,6 +46,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def check_new(folder: Path) -> None:
+    """Raises `SpearError` for a folder that holds something, and for a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SpearError(f"{folder} is there already: give a new folder")
+
+
 def check_own(folder: Path, mark: str, action: str) -> None:
     """Raises `SpearError` for a folder that holds something, but nothing whose name fits the pattern `mark`.
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
+from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
@@ -79,3 +82,12 @@ def test_an_action_does_not_depend_on_what_else_is_in_the_batch() -> None:
     np.testing.assert_allclose(
         np.stack(one_by_one), [r["actions"] for r in policy.infer_batch(unseeded)], atol=1e-4
     )
+
+
+def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spear.policy.bfloat16_is_fast", lambda _: False)
+    with pytest.warns(Notice, match="bfloat16"):
+        load_vlm("nano", dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_vlm("nano")

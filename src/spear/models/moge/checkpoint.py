@@ -77,7 +77,8 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
             f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}: "
             f"{type(error).__name__} {error}: use one of the published checkpoints"
         ) from error
-    _fill(model, checkpoint, _match(model, checkpoint, _PREFIXES[checkpoint.version]))
+    unused = {name for name in checkpoint.weights if name.startswith("normal_head.")}
+    _fill(model, checkpoint, _match(model, checkpoint, _PREFIXES[checkpoint.version], unused))
     return model.eval()
 
 

@@ -28,13 +28,11 @@ class MogeOutput:
 
     points  [B, h, w, 3] float32, affine: z is off by a shift, and all by a scale.
     mask    [B, h, w] float32, over 0.5 where a point is known.
-    normal  [B, h, w, 3] float32 unit surface normals, camera frame, or None.
     scale   [B] float32 metres per unit of the points, or None.
     """
 
     points: torch.Tensor
     mask: torch.Tensor
-    normal: torch.Tensor | None = None
     scale: torch.Tensor | None = None
 
 

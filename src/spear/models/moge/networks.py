@@ -1,7 +1,7 @@
 """MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): one image -> a point map and where it is known.
 
 v1 labelled SPEAR's images; its points are up to a scale and a shift along z. MoGe-2's are up to a shift, with
-their metric scale and normals. `spear.models.moge.checkpoint.load_moge` reads the published weights.
+their metric scale. `spear.models.moge.checkpoint.load_moge` reads the published weights.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _FIXED_V1 = {
     "last_conv_size": 1,
     "mask_threshold": 0.5,
 }
-HEADS = ("points_head", "mask_head", "normal_head")
-"""The heads that a MoGe-2 may have; all have the first two."""
+HEADS = ("points_head", "mask_head")
+"""The heads of a MoGe-2 that are read; some have normals as well."""
 RESAMPLERS = {"conv_transpose": learned_upsample, "bilinear": bilinear_upsample}
 _FIXED_STACK = {
     "res_block_in_norm": "none",
@@ -148,7 +148,7 @@ class MogeV2(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
-        for part in ("encoder", "neck", "points_head", "mask_head"):
+        for part in ("encoder", "neck", *HEADS):
             if config.get(part) is None:
                 raise SpearError(f"MoGe config not supported: no {part}: use a published checkpoint")
         encoder = config["encoder"]
@@ -158,8 +158,7 @@ class MogeV2(nn.Module):
         self.layers = range(depth - read, depth) if isinstance(read, int) else read
         width, project = self.encoder.backbone.config.hidden_size, encoder["dim_out"]
         self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
-        self.heads = [name for name in HEADS if config.get(name)]
-        for name in ("neck", *self.heads):
+        for name in ("neck", *HEADS):
             self.add_module(name, ConvStack(name, config[name]))
         self.scale_head: nn.Sequential | None = None
         if config.get("scale_head"):
@@ -197,7 +196,7 @@ class MogeV2(nn.Module):
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
     def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
-        """What there are heads for, of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
+        """Points, mask and scale of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
@@ -208,15 +207,13 @@ class MogeV2(nn.Module):
         ]
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
         levels = neck(pyramid)
-        raw = {name: self.get_submodule(name)(levels)[-1] for name in self.heads}
+        raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
         scale = None if self.scale_head is None else self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
-            normal = raw["normal_head"].permute(0, 2, 3, 1) if "normal_head" in raw else None
             return MogeOutput(
                 points=exponential_points(raw["points_head"]),
                 mask=raw["mask_head"][:, 0].sigmoid(),
-                normal=None if normal is None else nn.functional.normalize(normal, dim=-1),
                 scale=None if scale is None else scale.float()[:, 0].exp(),
             )
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
 from spear.models.weights.load import Part, Shards, quiet
+from spear.util.files import check_new
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
@@ -198,8 +199,7 @@ class Conversion(Generic[Model]):
         files into the folder (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds
         something already, and when it cannot be written or does not fit on the disk.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SpearError(f"{folder} is there already: give a new folder")
+        check_new(folder)
         self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
         size = self.report.parameters() * (dtype or self.dtype).itemsize

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
@@ -39,7 +39,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
-    _check(cls, folder)
+    check(cls, folder)
     try:
         with quiet():
             loaded: Any = cls.from_pretrained(
@@ -79,8 +79,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check(cls: type[PreTrainedModel], folder: Path) -> None:
-    """Refuse a folder that is not a whole checkpoint of `cls`, or one of quantised weights."""
+def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint of `cls`, whose weights are listed, not read.
+
+    Raises SpearError for a folder that is not a whole checkpoint of `cls`, or one of quantised weights.
+    """
     if not folder.is_dir():
         raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and safetensors")
     kind = architecture(folder)
@@ -94,6 +97,7 @@ def _check(cls: type[PreTrainedModel], folder: Path) -> None:
     shards = Shards.open(folder, wanted)
     for key in shards.weights:
         shards.dtype(key)
+    return cls.config_class.from_dict(dict(shards.config))
 
 
 @dataclass(frozen=True)
