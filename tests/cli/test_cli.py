@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
 import errno
+import re
 import shlex
 import shutil
 import socket
@@ -11,9 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+import spear
 from spear.cli import COMMANDS, load, main, options_of
 
 Refused = Callable[..., str]
@@ -177,3 +182,23 @@ def test_a_full_disk_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr("spear.cli.data.datasets", full)
         assert "the disk is full: free some space" in refused("data", "datasets")
+
+
+def test_every_option_that_a_text_names_exists() -> None:
+    known = {"--help", "--version", "--upgrade", "--nproc-per-node", "--no-python"}  # of pip and torchrun too
+
+    def add(options: Any) -> None:
+        for field, kind in get_type_hints(options).items():
+            known.add(f"--{field.replace('_', '-')}")
+            for part in (kind, *get_args(kind)):
+                if dataclasses.is_dataclass(part):
+                    add(part)
+
+    for name in COMMANDS:
+        if (options := options_of(load(name))) is not None:
+            add(options)
+    for path in Path(spear.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", node.value))
+                assert not named - known, f"{path}:{node.lineno}"

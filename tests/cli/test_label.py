@@ -67,9 +67,48 @@ def test_what_did_not_get_through_is_tried_again(
     assert names == ["00000.png", "00001.png", "00002.png"]
 
 
-def test_a_photo_without_what_the_component_needs_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("photos --pointmap ground-truth", "rgbd:FOLDER"),
+        ("photos --detector file:bad.json", "bad.json"),
+        ("photos --detector owlv2", "--vocabulary"),
+        ("photos --detector owlv2 --vocabulary mug", "owlv2=FOLDER"),
+        ("photos", "--detector owlv2"),
+        ("sim:5-2", "sim:2-5"),
+    ],
+)
+def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
+    given: str,
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = photos(tmp_path / "photos", 2, bad=False)
-    line = fails(capsys, "label", str(folder), "--out", str(tmp_path / "out"), "--workers", "0", *TRUTH)
-    assert "2 of 2" in line and "instance map" in line
+    monkeypatch.chdir(tmp_path)
+    for key in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    photos(tmp_path / "photos", 2, bad=False)
+    (tmp_path / "bad.json").write_text("{}")
+    there = set(tmp_path.iterdir())
+    assert named in fails(capsys, "label", *given.split(), "--workers", "0")
+    assert set(tmp_path.iterdir()) == there
+
+
+def test_the_bill_comes_however_the_work_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Paid(BrightDetector):
+        def bill(self) -> str:
+            return "3 requests"
+
+    folder = photos(tmp_path / "photos", 3, bad=False)
+    monkeypatch.setitem(components.KINDS["segmenter"], "sam2", lambda *_: BoxSegmenter())
+    monkeypatch.setitem(components.KINDS["point map"], "moge-2", lambda *_: SlopePointMap())
+    for unreached, status in (("none", 0), (".png", 2)):
+        monkeypatch.setitem(
+            components.KINDS["detector"], "gemini", lambda *_, u=unreached: Paid(unreached=(u,))
+        )
+        assert main(["label", str(folder), "--out", str(tmp_path / unreached), "--workers", "0"]) == status
+        assert "3 requests" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_ray_makes_the_same_bytes_as_the_local_engine_and_finishes_what_it_began
     broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
     with pytest.raises(SpearError, match=r"^no API key: set ONE$"):
         label_folder(listing(source), tmp_path / "none", broken, {}, WORK)
-    assert [path.name for path in (tmp_path / "none").glob("[!.]*")] == ["run.json"]
+    assert not (tmp_path / "none").exists()
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
     done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK)

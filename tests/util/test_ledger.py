@@ -33,6 +33,21 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     other.join()
 
 
+def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> None:
+    cases = (("new/one", (), ()), ("old", ("x",), ("x", "run.json")), ("done", (), ("run.json", "y")))
+    for name, old, left in cases:
+        folder = tmp_path / name
+        for file in old:
+            folder.mkdir()
+            (folder / file).touch()
+        with pytest.raises(KeyError), alone(folder, "labelling into", "run.json"):
+            for file in ("run.json", *left):
+                (folder / file).touch()
+            raise KeyError
+        assert {path.name for path in folder.glob("[!.]*")} == set(left)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "done"}
+
+
 def test_settings_are_kept_and_held_to(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     same_settings(file, {"size": (8, 4)}, begun=False)

@@ -47,20 +47,22 @@ def _label_photos(options: LabelOptions) -> None:
     from spear.labels.run import label_photos
     from spear.util.progress import ProgressBar
 
-    with ProgressBar("labelling", unit="images") as bar:
+    bills: list[str] = []
+    try:
+        with ProgressBar("labelling", unit="images") as bar:
 
-        def report(now: Progress) -> None:
-            if bar.total is None:
-                bar.begin(now.total, now.before)
-            bar.update(now.done, f"{now.skipped:,} skipped")
+            def report(now: Progress) -> None:
+                if bar.total is None:
+                    bar.begin(now.total, now.before)
+                bar.update(now.done, f"{now.skipped:,} skipped")
 
-        done, bill = label_photos(options, report)
-    said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
-    print(", ".join(part for part in (*said, bar.rate()) if part))
-    if done.retryable:
-        print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
-    if bill:
-        print(bill)
+            done = label_photos(options, report, bills.append)
+        said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
+        print(", ".join(part for part in (*said, bar.rate()) if part))
+        if done.retryable:
+            print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
+    finally:
+        print(*bills, sep="\n", end="\n" if bills else "")
 
 
 def _label_scenes(options: LabelOptions) -> None:

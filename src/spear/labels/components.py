@@ -29,11 +29,13 @@ class Choice:
     vocabulary  names to look for; none for whatever is there, where the detector can.
     device      "cpu", "cuda", …; "auto" takes the GPU if there is one.
     cache       folder of answers of a remote detector, so that asking again costs nothing.
+    per_minute  requests to a remote detector at most; 0 leaves that to the service.
     """
 
     vocabulary: tuple[str, ...] = ()
     device: str = "auto"
     cache: Path | None = None
+    per_minute: int = 0
 
 
 Maker = Callable[[str | None, Choice], Any]
@@ -65,7 +67,7 @@ def _from_file(name: str, path: str | None, choice: Choice) -> Any:
 
 KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
-        "gemini": _named("gemini", "GeminiDetector", "vocabulary", "cache"),
+        "gemini": _named("gemini", "GeminiDetector", "vocabulary", "cache", "per_minute"),
         "grounding-dino": _named("open_vocabulary", "GroundingDinoDetector", "vocabulary", "device"),
         "owlv2": _named("open_vocabulary", "Owlv2Detector", "vocabulary", "device"),
         "file": partial(_from_file, "FileDetector"),

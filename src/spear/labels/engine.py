@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> 
     """Label batches on this computer.
 
     Args:
-        graph: what is done with an image; its components are made here, when the first batch has been read.
+        graph: what is done with an image; its components are made here, before a worker begins.
         workers: processes that read images, fit boxes and encode; 0 does all that in this process.
         batches: items that go through the networks together.
 
@@ -77,23 +78,22 @@ def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> 
         SpearError: a component cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        return
+    networks = graph.detector(), graph.segmenter(), graph.pointmap()
     with processes.pool(workers, __name__, advice) as pool:
-        ahead = workers + 1
-        read_batches = processes.in_order(pool, partial(read, longest=graph.longest), batches, ahead)
-        yield from processes.in_order(
-            pool, partial(finish, graph.boxes), _through_networks(graph, read_batches), ahead
-        )
+        reader = partial(read, longest=graph.longest)
+        works = processes.in_order(pool, reader, chain([first], batches), workers + 1)
+        located = (_through(networks, some) for some in works)
+        yield from processes.in_order(pool, partial(finish, graph.boxes), located, workers + 1)
 
 
-def _through_networks(graph: Graph, batches: Iterable[list[Work]]) -> Iterator[list[Work]]:
-    networks: tuple[Detector, Segmenter, PointMap] | None = None
-    for works in batches:
-        if networks is None:
-            networks = graph.detector(), graph.segmenter(), graph.pointmap()
-        detect(works, networks[0], need_objects=True)
-        segment(works, networks[1])
-        locate_and_pack(works, networks[2])
-        yield works
+def _through(networks: tuple[Detector, Segmenter, PointMap], works: list[Work]) -> list[Work]:
+    detect(works, networks[0], need_objects=True)
+    segment(works, networks[1])
+    locate_and_pack(works, networks[2])
+    return works
 
 
 def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:

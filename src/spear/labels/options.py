@@ -71,6 +71,8 @@ class LabelOptions(Options):
     """Frames of each robot episode."""
     cache: Folder = None
     """Folder of Gemini's answers, which are paid for only once; default: OUT/.answers."""
+    per_minute: Annotated[int, AtLeast(0)] = 0
+    """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
     """Try again the images that were skipped for a reason that may pass, such as a service out of reach."""
     questions: bool = False

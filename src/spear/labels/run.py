@@ -32,6 +32,7 @@ from spear.errors import SpearError
 from spear.labels.components import Choice, graph
 from spear.labels.engine import Done, Engine, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
+from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
@@ -70,17 +71,32 @@ class _Shard(NamedTuple):
 
 
 def label_photos(
-    options: LabelOptions, on_progress: Callable[[Progress], None] = lambda progress: None
-) -> tuple[Progress, str]:
-    """Label `options.photos`. Returns how far it came, and the bill of a detector that has one.
+    options: LabelOptions,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_bill: Callable[[str], None] = lambda bill: None,
+) -> Progress:
+    """Label `options.photos`. Returns how far it came.
+
+    Args:
+        options: see there.
+        on_progress: as for `label_folder`.
+        on_bill: called with the bill of a detector that has one, however the work ends (not with Ray).
 
     Raises:
         SpearError: an unknown component, no input, or as in `label_folder`.
     """
     vocabulary = tuple(name.strip() for name in options.vocabulary.split(",") if name.strip())
-    choice = Choice(vocabulary, options.device, options.cache or options.out / ".answers")
+    cache = options.cache or options.out / ".answers"
+    choice = Choice(vocabulary, options.device, cache, options.per_minute)
     chosen = graph(options.detector, options.segmenter, options.pointmap, choice, options.size or None)
     inputs = [os.path.normpath(photo) for photo in options.photos]
+    for part in ("detector", "segmenter", "pointmap"):
+        for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
+            if not given.startswith(("rgbd:", "sim:")):
+                raise SpearError(
+                    f"--{part} {GROUND_TRUTH}: {given} comes without it: give rgbd:FOLDER with measured "
+                    f"depth, or sim:SEED, or leave --{part} out"
+                )
     settings = {
         "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
         "pointmap": options.pointmap, "vocabulary": vocabulary, "size": options.size, "rate": options.rate,
@@ -96,10 +112,14 @@ def label_photos(
     if options.work.engine == "local":
         engine = partial(run_local, dataclasses.replace(chosen, detector=detector), options.work.workers)
     listing = partial(find_items, inputs, options.rate, options.per_episode)
-    done = label_folder(
-        listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
-    )
-    return done, "".join(component.bill() for component in made if hasattr(component, "bill"))
+    try:
+        return label_folder(
+            listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
+        )
+    finally:
+        for component in made:
+            if hasattr(component, "bill") and (bill := component.bill()):
+                on_bill(bill)
 
 
 def label_folder(
@@ -130,7 +150,7 @@ def label_folder(
     if not total:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
-    with alone(out, "labelling into"):
+    with alone(out, "labelling into", SETTINGS):
         begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
         same_settings(
             out / SETTINGS, {"spear": spear.__version__, **settings, "shard_size": work.shard_size}, begun

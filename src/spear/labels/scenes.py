@@ -81,8 +81,8 @@ def label_scenes(
     ]
     check_own(out, WORDING, "label")
     settings = {"spear": spear.__version__, "scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
-    advice = "use fewer --work.workers, and run the same command again"
-    with alone(out, "labelling into"):
+    advice = "use fewer --workers, and run the same command again"
+    with alone(out, "labelling into", WORDING, "run.json"):
         if not (out / WORDING).is_file():
             write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
         same_settings(out / "run.json", settings, begun=any(out.glob("*/labels-*.parquet")))

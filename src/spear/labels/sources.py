@@ -65,8 +65,10 @@ def _find_scenes(argument: str) -> Iterator[Item]:
     match = re.fullmatch(r"sim:(\d+)(?:-(\d+))?", argument)
     if match is None:
         raise SpearError(f"{argument}: write a scene as sim:7, scenes as sim:10000-10499")
-    first = int(match[1])
-    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in range(first, int(match[2] or first) + 1))
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise SpearError(f"{argument}: ends before it begins: write sim:{last}-{first}")
+    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in range(first, last + 1))
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:

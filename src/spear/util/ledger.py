@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,15 +44,26 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
+def alone(folder: Path, doing: str, *marks: str) -> Iterator[None]:
     """Makes `folder`, and lets one process at a time work in it.
 
-    Raises `SpearError` when another one does. doing: what, for the message: "labelling into".
+    Raises `SpearError` when another one does. doing: what, for the message: "labelling into". marks: files
+    that are written before there is any work; a new folder that has nothing else when work fails is removed.
     """
-    with lock(folder / ".lock") as ours:
-        if not ours:
-            raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
-        yield
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with lock(folder / ".lock") as ours:
+            if not ours:
+                raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+            yield
+    except BaseException:
+        kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", *marks))
+        if new and not any(kept):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for parent in new[1:]:
+                    parent.rmdir()
+        raise
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +128,7 @@ class Skipped:
         if bad > self.limit * seen and (finished or seen >= self.patience):
             raise SpearError(
                 f"too many bad {self.unit}: {bad} of {seen} (more than {self.limit:.0%}); the last one: "
-                f"{self.reasons[-1]}: check the input, or allow a larger share"
+                f"{self.reasons[-1]}: mend the input, or leave them out"
             )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from spear.util.ledger import Skipped
 pytest.importorskip("google.genai")
 
 CUP = ("red cup", [100, 250, 500, 750])
+OF_THE_DAY = {"@type": "x/google.rpc.QuotaFailure", "violations": [{"quotaId": "RequestsPerDayPerProject"}]}
 BUSY = error(429, "RESOURCE_EXHAUSTED", "Slow down.", retry_info("0.3s"))
 
 
@@ -118,6 +120,41 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
         parse(answer, 10, 10)
 
 
+def test_an_answer_may_stand_in_a_fence(server: Server) -> None:
+    answer = '[{"label": "cup", "box_2d": [0, 0, 500, 500]}]'
+    for fenced in (f"```json\n{answer}\n```", f"Here it is:\n```\n{answer}\n```\n"):
+        server.replies = [text(fenced)]
+        assert [d.name for d in detector(server).detect([frame()])[0]] == ["cup"]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error(400, "INVALID_ARGUMENT", "x" * 150 + " the key secret-key is bad"),
+        error(403, "secret-key", "API key secret-key has no access."),
+        error(503, "UNAVAILABLE", "secret-key"),
+        Reply(body="<html> secret-key"),
+        text("secret-key"),
+    ],
+)
+def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
+    server.replies = [reply]
+    gemini = detector(server, attempts=2)
+    with pytest.raises(SpearError) as stop:
+        gemini.detect([frame(0), frame(1)])
+    assert "secret" not in f"{stop.value} {gemini.bill()}"
+
+
+def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(module, "time", clock)
+    gemini = detector(server, per_minute=20, concurrency=1)
+    gemini.detect([frame(i) for i in range(4)])
+    assert clock.now == pytest.approx(9.0) and len(server.requests) == 4
+
+
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     server.replies = [BUSY, error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"), boxes(CUP)]
     (detections,) = detector(server).detect([frame()])
@@ -145,6 +182,7 @@ def test_overload_is_waited_out_and_without_end_concerns_one_image(server: Serve
     ("reply", "named"),
     [
         (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s"),
+        (error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")), "tomorrow"),
         (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x.*another model"),
         (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY"),
         (error(400, "INVALID_ARGUMENT", "Bad key.", {"reason": "API_KEY_INVALID"}), "400 .*GEMINI_API_KEY"),
@@ -277,7 +315,7 @@ def test_tokens_are_counted(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
-    with pytest.raises(SpearError, match="GEMINI_API_KEY"):
+    with pytest.raises(SpearError, match=r"GEMINI_API_KEY.*--detector"):
         detector(server)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
     detector(server).detect([frame()])
@@ -327,10 +365,10 @@ def test_the_name_tells_settings_apart() -> None:
 def test_advice_is_read_wherever_it_stands(
     headers: dict[str, str], details: Any, expected: float | None
 ) -> None:
-    assert advised_wait(headers, details) == expected
+    assert advised_wait(headers, json.dumps(details)) == expected
 
 
 def test_advice_may_be_a_date() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
-    wait = advised_wait({"retry-after": later}, None)
+    wait = advised_wait({"retry-after": later}, "")
     assert wait is not None and 60 < wait <= 90

@@ -8,6 +8,7 @@ from transformers import Sam2Model
 from labels_tiny import save_sam2
 from spear.errors import SpearError
 from spear.labels.models.pretrained import load_model
+from spear.models.weights.load import download
 
 
 def load(model: str | Path, **changes: Any) -> Any:
@@ -34,6 +35,15 @@ def test_a_model_that_is_not_there_is_named(model: str, monkeypatch: pytest.Monk
         load(model)
 
 
+def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://nowhere.invalid")
+    with pytest.raises(SpearError, match=r"no/body.*sam2=FOLDER"):
+        load("no/body")
+    with pytest.raises(SpearError, match=r"no/body.*a file"):
+        download("no/body", "a file", "model.pt")
+
+
 def test_missing_weights_are_not_made_up(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -57,5 +67,5 @@ def test_another_kind_and_broken_folders_are_said(folder: Path) -> None:
 
 
 def test_an_impossible_device_is_refused(folder: Path) -> None:
-    with pytest.raises(SpearError, match="device abacus"):
+    with pytest.raises(SpearError, match="abacus"):
         load(folder, device="abacus")

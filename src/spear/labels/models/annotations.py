@@ -291,6 +291,8 @@ class RelationAnnotations:
         for uid, take in content.get("annotations", content).items():
             cameras = _cameras(take["object_masks"])
             self._takes[uid] = self._takes[str(take["take_name"])] = cameras
+        if not self._takes:
+            raise ValueError("it is empty")
 
     def find(self, source: str) -> list[Annotation] | None:
         """See `Annotations.find`."""

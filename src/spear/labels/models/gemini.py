@@ -1,6 +1,6 @@
 """Gemini as a detector: one request per image, boxes and names as structured JSON, as the paper's labels were
 made. Which of Gemini's models is our choice, and so is the prompt. Retries are ours: those of Google's client
-neither wait as long as the service asks nor stop when the day's quota is used up."""
+(off) neither wait as long as the service asks nor stop when the day's quota is used up."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
 from spear.util.images import encode_jpeg
+from spear.util.network import unreachable
 
 MODEL = "gemini-3.8-flash"
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 """Where the key is looked for in the environment, in this order."""
+ADDRESS = "https://generativelanguage.googleapis.com"
+OTHERWISE = 'or find objects without it: --detector owlv2 --vocabulary "mug, spoon"'
 MAX_TOKENS = 16384
 """Of an answer with its thinking; ends the rare answer that repeats itself for ever."""
 THINKING = "low"
@@ -90,6 +93,7 @@ class GeminiDetector:
         vocabulary: the only names to detect; none for whatever is there.
         cache: folder of answers, which several processes may share; None keeps none.
         concurrency: requests at the same time.
+        per_minute: requests begun in a minute at most, evenly spread; 0 leaves that to the service.
         attempts: requests per image, overload included.
         first_wait: seconds after the first failure; doubled after each.
         base_url: another address of the API.
@@ -105,23 +109,26 @@ class GeminiDetector:
         vocabulary: Sequence[str] = (),
         cache: str | Path | None = None,
         concurrency: int = 8,
+        per_minute: int = 0,
         attempts: int = 6,
         first_wait: float = 1.0,
         base_url: str | None = None,
     ) -> None:
         self.model, self.cache, self.concurrency = model, cache, concurrency
-        self.attempts, self.first_wait = attempts, first_wait
+        self.attempts, self.first_wait, self.pause = attempts, first_wait, 60 / (per_minute or np.inf)
         self.prompt = PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
         self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
+        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
+        if key is None:
+            get = f"set {KEYS[0]} (get one at https://aistudio.google.com/apikey)"
+            raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
         try:
             genai = importlib.import_module("google.genai")
         except ImportError as error:
             raise SpearError('Gemini needs google-genai: pip install "spear-vla[label]"') from error
-        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
-        if key is None:
-            raise SpearError(f"Gemini: no key: set {KEYS[0]} (get one at https://aistudio.google.com/apikey)")
-        self._types, self._errors = genai.types, genai.errors
+        self._types, self._errors, self._key = genai.types, genai.errors, key
+        self._address = base_url or ADDRESS
         options = genai.types.HttpOptions(
             base_url=base_url, api_version="v1beta", timeout=int(1000 * TIMEOUT)
         )
@@ -138,8 +145,7 @@ class GeminiDetector:
         self._lock = threading.Lock()
         self._last: dict[str, list[Detection] | SpearError] = {}  # by key, of a batch with a failure in it
         self._fatal: str | None = None
-        self._reached = False
-        self._held = 0.0  # until then (monotonic seconds) the service wants no requests
+        self._held = 0.0  # no request before then (monotonic seconds)
         self.usage = Counter[str]()
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
@@ -149,21 +155,23 @@ class GeminiDetector:
         for failure in found:
             if isinstance(failure, SpearError):
                 if len(frames) > 1:  # the pipeline asks again image by image, which must cost nothing
-                    self._last = {self._key(f.image): one for f, one in zip(frames, found, strict=True)}
+                    self._last = {self._digest(f.image): one for f, one in zip(frames, found, strict=True)}
                 raise failure
         return [one for one in found if not isinstance(one, SpearError)]
 
     def bill(self) -> str:
-        """What was asked so far: requests that reached the service, and tokens, thinking among the output."""
+        """What was asked so far: requests that reached the service, and tokens, thinking among the output; ""
+        when nothing was."""
         used = self.usage
-        return (
+        said = (
             f"{self.model}: {used['requests']} requests, {used['cached']} answers from the cache, "
             f"{used['input']} tokens in, {used['output']} out"
         )
+        return said if used else ""
 
     def _detect(self, frame: Frame) -> list[Detection] | SpearError:
         """The objects of one image, or why there are none."""
-        key = self._key(frame.image)
+        key = self._digest(frame.image)
         if (known := self._last.pop(key, None)) is not None:
             return known
         path = None if self.cache is None else Path(self.cache) / key[:2] / f"{key}.json"
@@ -184,7 +192,7 @@ class GeminiDetector:
             return self._stop(f"cannot keep an answer: {error}, or choose another cache folder")
         return found
 
-    def _key(self, image: Array) -> str:
+    def _digest(self, image: Array) -> str:
         asked = [self.model, self.prompt, SCHEMA, THINKING, None, MAX_SIDE, image.shape]
         hashed = hashlib.sha256(json.dumps(asked).encode())
         hashed.update(np.ascontiguousarray(image).tobytes())
@@ -195,10 +203,7 @@ class GeminiDetector:
         contents = [self._image(frame.image), self.prompt]
         where, reason, unusable = frame.source or "image", "", 0
         for attempt in range(self.attempts):
-            if self._fatal is not None:
-                raise RetryableError(self._fatal)
-            while (rest := self._held - time.monotonic()) > 0:
-                time.sleep(rest)
+            self._wait_for_turn()
             # less up to half by chance, so that many clients do not come back at once
             wait = min(LONGEST_WAIT, self.first_wait * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
@@ -207,44 +212,61 @@ class GeminiDetector:
                 )
             except self._errors.APIError as error:
                 self._count()
-                reason = f"{error.code} {error.status or ''}: {first_line(error.message or '')[:200]}".strip()
+                reason = self._said(f"{error.code} {error.status or ''}: {error.message or ''}")
                 wait = self._wait(error, reason, where, wait)
             except self._offline as error:
-                reason = f"no connection: {first_line(error)[:200]}"
+                reason = self._said(f"no connection: {first_line(error)}")
             except ValueError as error:  # the client could not read the response
                 self._count()
-                reason, unusable = f"unreadable response: {first_line(error)[:200]}", unusable + 1
+                reason, unusable = self._said(f"unreadable response: {error}"), unusable + 1
             else:
                 self._count(response.usage_metadata)
                 try:
                     text = answer_text(response, where)
                     return text, parse(text, *frame.image.shape[:2])
                 except Unusable as error:
-                    reason, wait, unusable = f"unusable answer: {error}", 0.0, unusable + 1
+                    reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
             if unusable == _ANSWERS:
                 break
             if attempt + 1 < self.attempts:
                 time.sleep(wait)
-        if not self._reached:
-            raise self._stop(f"cannot reach the service ({reason}): check the network, then label again")
         raise RetryableError(
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
         )
 
+    def _wait_for_turn(self) -> None:
+        """Returns when a request may be made; `RetryableError` when none is worth it any more."""
+        if self._fatal is None and (why := unreachable(self._address)):
+            self._stop(f"cannot reach the service ({why}): check the network and label again, {OTHERWISE}")
+        while self._fatal is None:
+            with self._lock:
+                rest = self._held - time.monotonic()
+                if rest <= 0:
+                    self._held = time.monotonic() + self.pause
+                    return
+            time.sleep(rest)
+        raise RetryableError(self._fatal)
+
+    def _said(self, message: str) -> str:
+        """The beginning of what a service says, without our key, which it may have repeated."""
+        return first_line(message.replace(self._key, "[the key]"))[:200]
+
     def _wait(self, error: Any, reason: str, where: str, wait: float) -> float:
         """Seconds until the next attempt after an error of the service; `SpearError` when it is pointless."""
-        if error.code in _FATAL or "API_KEY_INVALID" in json.dumps(error.details, default=str):
+        details = json.dumps(error.details, default=str)
+        if error.code in _FATAL or "API_KEY_INVALID" in details:
             hint = "choose another model" if error.code == 404 else f"check the key in {' or '.join(KEYS)}"
             raise self._stop(f"{reason}: {hint}")
         if error.code not in _AGAIN:
             raise SpearError(
                 f"{where}: Gemini refused the request ({reason}): change the settings, or leave it out"
             )
-        advised = advised_wait(getattr(error.response, "headers", {}), error.details)
+        advised = advised_wait(getattr(error.response, "headers", {}), details)
+        if "PerDay" in details or (advised or 0) > LONGEST_WAIT:  # as Google names the quota of a day
+            when = "tomorrow" if "PerDay" in details else f"in {advised:.0f} s"
+            raise self._stop(f"no quota left ({reason}): label again {when}")
         if advised is None:
             return wait
-        if advised > LONGEST_WAIT:
-            raise self._stop(f"no quota left for {advised:.0f} s ({reason}): label again later")
         with self._lock:
             self._held = max(self._held, time.monotonic() + advised)
         return advised
@@ -255,7 +277,6 @@ class GeminiDetector:
 
     def _count(self, tokens: Any = None) -> None:
         with self._lock:
-            self._reached = True
             self.usage["requests"] += 1
             if tokens is not None:
                 self.usage["input"] += tokens.prompt_token_count or 0
@@ -290,8 +311,9 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     """Gemini's answer as detections in pixels; `Unusable` when it is not what the schema says. Boxes are cut
     at the edge of the image; left out are those of less than a pixel inside it, and a box that was given
     before (same label, IoU above 0.9)."""
+    fenced = re.search(r"```(?:json)?\s(.*?)```", text, re.DOTALL)
     try:
-        items = _OBJECTS.validate_json(text)
+        items = _OBJECTS.validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
         first = error.errors()[0]
         raise Unusable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from error
@@ -329,11 +351,10 @@ def _text(enum: Any) -> str:
     return str(getattr(enum, "value", enum) or "")
 
 
-def advised_wait(headers: Mapping[str, str], details: Any) -> float | None:
+def advised_wait(headers: Mapping[str, str], details: str) -> float | None:
     """Seconds that a refusing service asks to wait: the longer of `Retry-After` (seconds or a date) in its
     headers and `google.rpc.RetryInfo` ("38s") in the JSON of its answer; None when it does not say."""
-    body = json.dumps(details, default=str)
-    waits = [float(seconds) for seconds in re.findall(r'"retryDelay": "(\d+\.?\d*)s"', body)]
+    waits = [float(seconds) for seconds in re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)]
     if value := headers.get("retry-after"):
         try:
             waits.append(float(value))

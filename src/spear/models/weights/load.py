@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
+from spear.util.network import hub_unreachable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _KINDS = {
@@ -201,14 +202,15 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    offline = hub_unreachable()
     try:
         if file is not None:
-            return Path(hf_hub_download(name, file))
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            return Path(hf_hub_download(name, file, local_files_only=bool(offline)))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=bool(offline)))
     except Exception as error:  # the client's errors and its transport's have no common base
         raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name and the "
-            f"network, or give {instead}"
+            f"cannot get {name} from the Hugging Face Hub: {offline or first_line(error)}: check the name "
+            f"and the network, or give {instead}"
         ) from error
 
 
