@@ -77,7 +77,7 @@ def _family(prompt: str) -> str:
         return "back_projection"
     if re.search(r"3D box|bounding box|box that encloses", prompt):
         return "box_vertices"
-    if re.search(r"(est|st|cent(re|er)) point", prompt):
+    if re.search(r"(est|visible|cent(re|er)) point", prompt):
         return "keypoint"
     if re.search(r"x, y|offset", prompt):
         return "offset"
@@ -89,7 +89,7 @@ def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
     does."""
     mentions: dict[int, LabeledObject] = {}
     for o in sorted(label.objects, key=lambda o: -len(o.name)):
-        pattern = rf"\b(?:the|an?) {re.escape(o.name)}\b(?! \d)"
+        pattern = rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)"
         for match in re.finditer(pattern, prompt):
             if not any(s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()):
                 mentions[match.start()] = o
@@ -97,12 +97,14 @@ def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
 
 
 def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
-    def words(name: str) -> list[str]:
+    def words(name: str) -> tuple[list[str], str]:
         name = name.lower().strip()
-        return (re.sub(r"[ _#-]*[0-9]+$", "", name) or name).split(" ")
+        name, _, aside = re.sub(r"[ _#-]*[0-9]+$", "", name).replace(" of ", " (").partition(" (")
+        return name.removesuffix("s").replace("mug", "cup").split(" "), aside
 
-    mine = words(o.name)
-    alike = [other for other in label.objects if words(other.name)[-len(mine) :] == mine]
+    mine, my_aside = words(o.name)
+    theirs = [words(other.name) for other in label.objects]
+    alike = [aside for name, aside in theirs if name[-len(mine) :] == mine and my_aside in ("", aside)]
     reasons = ["could be another"] if len(alike) > 1 else []
     if o.box3d is None:
         return [*reasons, "has no box"]

@@ -2,7 +2,7 @@
 
 3D answers (numbers in the label's unit, camera frame: x right, y down, z forward):
     box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
-    keypoint          3: the closest, the furthest or the centre point of X.
+    keypoint          3: the closest or furthest of the points of X that are seen, or the centre of its box.
     offset            3: centre of Y minus centre of X, signed.
     distance          1: from the camera to the centre of X, Euclidean.
     back_projection   8 pixels: where the vertices appear in the image.
@@ -21,7 +21,8 @@ import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.labels.fit.quality import failings
-from spear.labels.questions.answers import MAKERS, Scene, Segments, is_a, pick, pixels
+from spear.labels.questions.answers import MAKERS, Scene, Segments, pick, pixels
+from spear.labels.questions.names import is_a
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, with_article
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
 

@@ -27,9 +27,11 @@ UNITS = _tuples("units")
 """Unit → how a question says it."""
 EVERYDAY = _tuples("names")["everyday"]
 """Names of things that one may ask for in vain."""
+SAME = tuple(map(frozenset, _DATA["names"]["same"]))
+"""Groups of words that people use for the same thing."""
 
 
-def with_article(name: str, definite: bool) -> str:
+def with_article(name: str, definite: bool = True) -> str:
     """The name with its article: "the carrot", or "a carrot" and "an eggplant"."""
     if definite:
         return f"the {name}"
