@@ -138,7 +138,7 @@ class LabeledObject:
     box2d       [4] x0, y0, x1, y1 in pixels.
     mask        run lengths (COCO, column-major, starting with zeros) of the instance mask.
     box3d       oriented box, or None when too few points were left.
-    keypoints   {"closest", "furthest", "centre"} -> [3] camera frame.
+    keypoints   {"closest", "furthest", "centre"} -> [3] camera frame; the first two of what is seen.
     scores      quality numbers: detection score, points, visible fraction, ...
     """
 

@@ -55,7 +55,7 @@ def test_a_plain_folder_with_masks_from_a_file(
     assert main(["label", *inputs, "--out", str(out), "--questions", *options]) == 0
     said = capsys.readouterr().out
     assert "2 labelled images" in said and "1 skipped" in said and "questions about 2 images" in said
-    (aside,) = pq.read_table(out / "rejected.parquet").to_pylist()
+    (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert aside["source"] == str(tmp_path / "b" / "color" / "0.png")
     assert "not a readable PNG" in aside["reason"]
     labels = list(read(out))

@@ -50,7 +50,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whole: Path) -> None:
     shards = [f"labels-{number:05d}.parquet" for number in range(3)]
-    assert list(contents(whole)) == ["README.md", *shards, "rejected.parquet", "run.json"]
+    assert list(contents(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
     labels = list(read(whole))
     assert [label.source for label in labels] == [
         str(source / f"{i:05d}.png") for i in range(21) if i not in (3, 5, 7)
@@ -60,16 +60,16 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
         (block,) = label.objects
         assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
         assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
-    rejected = {
+    skipped = {
         Path(row["source"]).stem: row["reason"]
-        for row in pq.read_table(whole / "rejected.parquet").to_pylist()
+        for row in pq.read_table(whole / "skipped.parquet").to_pylist()
     }
-    assert list(rejected) == ["00003", "00005", "00007"]
-    assert "not a readable image" in rejected["00003"]
-    assert rejected["00005"] == "request refused" and rejected["00007"] == "no object was found"
+    assert list(skipped) == ["00003", "00005", "00007"]
+    assert "not a readable image" in skipped["00003"]
+    assert skipped["00005"] == "request refused" and skipped["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
     assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
-    assert "3 images were skipped (`rejected.parquet`)" in card
+    assert "3 images were skipped (`skipped.parquet`)" in card
     assert "| block | 18 |" in card and "| no object was found | 1 |" in card
     assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
 
@@ -88,8 +88,8 @@ def test_what_did_not_get_through_is_tried_again_and_takes_its_place(
 ) -> None:
     out = tmp_path / "labels"
     assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, skipped=7, retryable=4)
-    rows = pq.read_table(out / "rejected.parquet").to_pylist()
-    assert [Path(row["source"]).stem for row in rows if row["temporary"]] == [
+    rows = pq.read_table(out / "skipped.parquet").to_pylist()
+    assert [Path(row["source"]).stem for row in rows if row["retryable"]] == [
         "00000", "00004", "00010", "00020"
     ]  # fmt: skip
     before = contents(out)
@@ -134,7 +134,7 @@ def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: P
     assert isinstance(found.features["image"], datasets.Image)
     assert len(found) == 18 and found[4]["image"].size == (60, 40)
     assert found[0]["objects"][0]["name"] == "block"
-    aside = datasets.load_dataset(str(whole), "rejected", cache_dir=str(tmp_path))["train"]
+    aside = datasets.load_dataset(str(whole), "skipped", cache_dir=str(tmp_path))["train"]
     assert aside["reason"][2] == "no object was found"
     single = datasets.load_dataset(
         "parquet", data_files=str(whole / "labels-00001.parquet"), cache_dir=str(tmp_path)

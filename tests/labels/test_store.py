@@ -97,7 +97,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         LabelStore(tmp_path)
     with pytest.raises(SpearError, match="no label shards"):
         list(read(tmp_path / "absent"))
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
     with pytest.raises(SpearError, match="not a label shard, it lacks"):
         LabelStore(tmp_path)
 

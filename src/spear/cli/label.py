@@ -24,7 +24,7 @@ def label(options: LabelOptions) -> None:
 
     Finds every object of an image, outlines it, lifts it to 3D and fits an oriented box. PHOTOS are images,
     folders, patterns, tar shards, Parquet files, videos, EgoExo4D takes, robot episodes, rgbd:FOLDER or
-    sim:SEED-SEED. Writes Parquet shards and a dataset card; what cannot be labelled goes to rejected.parquet
+    sim:SEED-SEED. Writes Parquet shards and a dataset card; what cannot be labelled goes to skipped.parquet
     with the reason. Stopped at any moment, the same command finishes the rest.
 
     Without PHOTOS, scenes of the simulator are labelled from what it knows, in the layout that `spear train`

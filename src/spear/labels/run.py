@@ -1,7 +1,7 @@
 """A folder of labels: begun, continued after any interruption, finished.
 
     LABELS/labels-00000.parquet, …   labelled images (see `spear.labels.store`)
-    LABELS/rejected.parquet          skipped images: source, reason, and whether the reason may pass
+    LABELS/skipped.parquet           skipped images: source, reason, and whether the reason may pass
     LABELS/run.json                  the settings, which every continuation must share
     LABELS/README.md                 dataset card with statistics
 
@@ -36,13 +36,13 @@ from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
-from spear.labels.store import REJECTED, SCHEMA, ParquetWriter, footer, sweep, tables
+from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep, tables
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object with "items", "keys", "rejected" ([source, reason] of each skipped
-image) and "temporary" (which of those, by number, were skipped for a reason that may pass)."""
+"""Key in a shard's footer of a JSON object with "items", "keys" and "skipped": [source, reason, whether that
+may pass] for each skipped image."""
 SETTINGS = "run.json"
 MOST_BAD = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
@@ -203,14 +203,13 @@ def label_folder(
                     about = {
                         "items": len(shard.keys),
                         "keys": _hash(shard.keys),
-                        "rejected": [(image.source, image.reason) for image in refused],
-                        "temporary": [number for number, image in enumerate(refused) if image.retryable],
+                        "skipped": [(image.source, image.reason, image.retryable) for image in refused],
                     }
                     writer.commit({FOOTER: json.dumps(about)})
-        schema = pa.schema({"source": pa.string(), "reason": pa.string(), "temporary": pa.bool_()})
-        with ParquetWriter(out / REJECTED, schema, rows_per_group=4096) as writer:
+        schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
+        with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
             for known in _finished(out).values():
-                rows = [image._asdict() | {"temporary": image.retryable} for image in _skipped(known)]
+                rows = [image._asdict() for image in _skipped(known)]
                 writer.write(pa.Table.from_pylist(rows, schema))
             writer.commit()
         write_card(out)
@@ -268,10 +267,10 @@ def _finished(out: Path) -> dict[int, dict[str, Any]]:
     """The shards that are there: number → what the footer says, see `FOOTER`."""
     found = {}
     for path in sorted(out.glob("labels-*.parquet")):
-        text = footer(path, FOOTER)
-        if text is None:
+        known = json.loads(footer(path, FOOTER) or "{}")
+        if "skipped" not in known:
             raise SpearError(f"{path}: not of this run: move it elsewhere")
-        found[int(path.stem.removeprefix("labels-"))] = json.loads(text)
+        found[int(path.stem.removeprefix("labels-"))] = known
     return found
 
 
@@ -281,11 +280,7 @@ def _hash(keys: Sequence[str]) -> str:
 
 def _skipped(known: Mapping[str, Any]) -> list[SkippedImage]:
     """The skipped images of a shard, in order, by its footer."""
-    retryable = set(known.get("temporary", ()))
-    return [
-        SkippedImage(source, reason, retryable=number in retryable)
-        for number, (source, reason) in enumerate(known["rejected"])
-    ]
+    return [SkippedImage(source, reason, retryable=again) for source, reason, again in known["skipped"]]
 
 
 def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:

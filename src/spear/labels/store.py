@@ -24,7 +24,7 @@ from spear.errors import SpearError, first_line
 from spear.types import Array, Box3D, LabeledImage, LabeledObject
 from spear.util.files import writing
 
-REJECTED = "rejected.parquet"
+SKIPPED = "skipped.parquet"
 QUESTIONS = "questions.parquet"
 """Files that may lie beside the shards in their folder."""
 ROWS_PER_GROUP = 16
@@ -208,10 +208,9 @@ def choose(store: LabelStore, images: int) -> list[LabeledImage]:
 def shards_in(path: str | Path) -> list[Path]:
     """The shards of a folder in order, or the one shard given."""
     path = Path(path)
-    found = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
-    shards = [shard for shard in found if shard.name not in (REJECTED, QUESTIONS)]
+    shards = sorted(path.glob("labels*.parquet")) if path.is_dir() else [path] if path.is_file() else []
     if not shards:
-        raise SpearError(f"{path}: no label shards (*.parquet) here: give a folder that `spear label` wrote")
+        raise SpearError(f"{path}: no label shards (labels*.parquet): give a folder that `spear label` wrote")
     return shards
 
 

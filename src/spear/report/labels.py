@@ -53,7 +53,7 @@ def label_page(
         )
     questions = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
-    rejected = skip_reasons(folder)
+    skipped = skip_reasons(folder)
     names = Counter(name for some in questions.values() for q in some for name in q.objects).most_common()
     html = render(
         "labels.html",
@@ -62,7 +62,7 @@ def label_page(
             (f"{found.images:,}", "labelled images"),
             (f"{found.objects:,}", f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about"),
             (f"{families.total():,}", "questions"),
-            (f"{rejected.total():,}", "images skipped"),
+            (f"{skipped.total():,}", "images skipped"),
         ],
         found=found,
         cards=[_card(label, questions[label.source]) for label in shown],
@@ -73,7 +73,7 @@ def label_page(
         most=names[:1],
         least=names[-1:],
         tokens=_tokens(questions, tokenizer),
-        rejected=_rows(rejected),
+        skipped=_rows(skipped),
     )
     write_text(out, html)
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from spear.errors import SpearError
 from spear.labels.questions.generate import why_not_asked
-from spear.labels.store import QUESTIONS, REJECTED, read
+from spear.labels.store import QUESTIONS, SKIPPED, read
 from spear.types import LabeledImage, Unit
 from spear.util.files import write_text
 
@@ -144,7 +144,7 @@ def token_use(values: Sequence[float], coordinates: CoordinateTokenizer) -> Toke
 def skip_reasons(folder: Path) -> Counter[str]:
     """Why images of a folder were skipped → images, without what is different in every image: paths, numbers,
     and what is said in brackets."""
-    path = folder / REJECTED
+    path = folder / SKIPPED
     reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
     short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)
     return Counter(re.sub(r"\d+(\.\d+)?", "N", reason)[:120] for reason in short)
@@ -169,13 +169,13 @@ def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
         "  default: true",
         "  data_files: labels-*.parquet",
         *(["- config_name: questions", f"  data_files: {QUESTIONS}"] if with_questions else []),
-        *(["- config_name: rejected", f"  data_files: {REJECTED}"] if count else []),
+        *(["- config_name: skipped", f"  data_files: {SKIPPED}"] if count else []),
         "---",
         "# Images with 3D labels",
         "",
         f"{found.images:,} images with {found.objects:,} objects, {found.boxed:,} of them with an "
         f"oriented 3D box; 3D questions can be asked about {found.asked:,}. "
-        + (f"{count:,} images were skipped (`{REJECTED}`)." if count else "No image was skipped."),
+        + (f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped."),
         "",
         "3D numbers are in the camera frame: x right, y down, z forward. The vertices of a box come top four "
         "first, then the bottom four, each four near-left, near-right, far-right, far-left. Masks are "
