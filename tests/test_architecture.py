@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 1800, "ablations": 880, "cli": 1480, "data": 4530, "embodiments": 720, "evaluate": 2980,
+    "(top)": 1800, "ablations": 880, "cli": 1490, "data": 5030, "embodiments": 720, "evaluate": 2980,
     "labels": 5200, "models": 4510, "report": 1280, "serve": 840, "sim": 1900, "train": 2740, "ui": 580,
     "util": 720,
 }  # fmt: skip

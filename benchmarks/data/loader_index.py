@@ -23,10 +23,11 @@ import pyarrow as pa
 import tyro
 
 from spear.data.mixture import Mixture
-from spear.data.normalize import SKETCHES, Normalizer, QuantileSketch
+from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.index import INDEX, PLACE_PREFIX, lists, number_columns, write_batches
+from spear.data.store.stats import QuantileSketch
 from spear.types import Episode
 
 CAMERAS = ("external", "wrist")

@@ -11,7 +11,15 @@ from contextvars import ContextVar
 
 
 class SpearError(Exception):
-    """Bad input. The message is one line: what was wrong, where, and what to do. The CLI exits with 2."""
+    """Bad input. The message is one line: what was wrong, where, what to do. The CLI exits with `code`."""
+
+    code = 2
+
+
+class Undecided(SpearError):
+    """Nothing is wrong that could be shown, nor is it shown to be right."""
+
+    code = 3
 
 
 class RetryableError(SpearError):

@@ -77,6 +77,17 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
     assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
 
 
+def test_a_truncated_file_is_no_healthy_dataset(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    assert main(["data", "export", str(store), "--out", str(out)]) == 0
+    (file,) = (out / "data").rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["data", "inspect", str(out)]) == 2
+    assert file.name in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
@@ -86,7 +97,7 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.Capt
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
-        (["data", "prepare", str(data), *out, "--workers", "0"], "unknown dataset 'v3.0_image'"),
+        (["data", "prepare", str(data), *out, "--workers", "0"], "data describe"),
         (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
         (["data", "export", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
         (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),

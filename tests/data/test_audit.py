@@ -20,9 +20,11 @@ from spear.data.audit import Report, audit, claims, judge
 from spear.data.hypotheses import Recording
 from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import DatasetSpec
+from spear.data.senses import check_cameras, look
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.report.audit import conclusion, text
+from spear.util.images import encode_jpeg
 
 RATE = 10.0
 _BOTH: dict[str, str | None] = {"kind": "delta", "signs": "+++", "shift": "0", "state": "euler_xyz"}
@@ -97,7 +99,7 @@ def verdicts(report: Report, part: str) -> dict[str, tuple[str, str]]:
 
 def test_a_right_dataset_is_found_right() -> None:
     report = judge(recordings(), RIGHT)
-    assert report.agrees and conclusion(report) == "the layout agrees with the data"
+    assert report.outcome == "consistent" and conclusion(report).startswith("consistent: ")
     for part in report.parts:
         assert part.verdict == "agrees" and part.best.relative < 0.05
         assert all(f.verdict in ("agrees", "cannot tell") and f.best == f.said for f in part.findings)
@@ -125,7 +127,7 @@ def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, quest
     made = [only(part, r) for r in recordings(**planted)]
     report = judge(made, RIGHT)
     assert verdicts(report, part)[question] == (truth, "wrong")
-    assert not report.agrees and "WRONG" in text(report)
+    assert report.outcome == "contradiction" and "WRONG" in text(report)
     said = {**RIGHT, part: {**RIGHT[part], question: truth}}
     if question in ("frame", "shift", "signs"):
         found = next(p for p in judge(made, said).parts if p.name == part)
@@ -170,9 +172,11 @@ def canonical(tmp_path: Path) -> Path:
     episodes = []
     for number, (position, rotation) in enumerate(motions(3)):
         turn = rotation.as_quat(scalar_first=True)
-        action = derive_actions(position, turn, np.ones(len(turn)))
+        gripper = np.float32(np.arange(len(turn)) < 12)
+        action = derive_actions(position, turn, np.append(gripper[1:], gripper[-1]))
         mask = np.arange(len(turn)) < len(turn) - 1
         parts = {"position": position, "rotation": turn, "action": action, "action_mask": mask}
+        parts["gripper"] = gripper
         episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, **parts))
     write_episodes(episodes, tmp_path / "store")
     return tmp_path / "store"
@@ -183,7 +187,7 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     page = tmp_path / "audit.html"
     assert main(["data", "audit", str(canonical), "--out", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert "the layout agrees with the data" in shown and "WRONG" not in shown
+    assert shown.splitlines()[-1].startswith("consistent: ") and "WRONG" not in shown
     assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
     assert "http" not in page.read_text()
 
@@ -202,14 +206,14 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
     said = capsys.readouterr()
-    assert "the layout is WRONG: rotation frame: ee, not base\n" in said.out
-    assert said.err.startswith(f"error: {exported}: the layout is WRONG: rotation frame: ee, not base: ")
+    assert said.out.splitlines()[-1].startswith("contradiction: ")
+    assert said.err.startswith(f"error: {exported}: contradiction: ") and "frame: ee, not base" in said.err
     assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     report = audit(shared / "data" / "bridge_v2_sample")
-    assert report.agrees and report.episodes == 25
+    assert report.outcome == "consistent" and report.episodes == 25
     assert verdicts(report, "translation")["frame"] == ("base", "agrees")
     assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
     assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
@@ -223,13 +227,13 @@ def test_bad_episodes_are_skipped_by_name(canonical: Path, tmp_path: Path) -> No
     (file,) = (exported / "data").rglob("*.parquet")
     whole = pq.read_table(file)
     for broken, words in (
-        ({30: [np.nan] * 8}, "not a number: exported/train#1: its position"),
+        ({30: [np.nan] * 8}, "not a number: exported/train#1 step 6: observation/state[0:3]"),
         ({30: [0.3] * 8}, "not a rotation: exported/train#1 step 6: rotation quaternion has norm 0.6"),
         ({30: None}, "broken rows: exported#1"),
     ):
         pq.write_table(with_states(whole, broken), file)
         report = audit(exported)
-        assert report.agrees and report.episodes == 2 and len(report.skipped) == 1
+        assert report.outcome == "undecided" and report.episodes == 2 and len(report.skipped) == 1
         assert words in report.skipped[0] and f"skipped: {report.skipped[0]}" in text(report)
     pq.write_table(with_states(whole, {row: [0.3] * 8 for row in range(72)}), file)
     with pytest.raises(SpearError, match=r"no good episode: .*: not a rotation: exported/train#2 step 0"):
@@ -252,7 +256,8 @@ def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Pa
     rates = np.array([1.0, 1.5, 2.0, 1.2, 1.7, 2.2, 0.8])
     joints = [0, -0.5, 0, -2.0, 0, 1.8, 0.7] + 0.3 * np.sin(rates * time + np.arange(7))
     there, facing = franka_pose(np.roll(joints, -1, axis=0))
-    rows = np.concatenate([joints, np.ones((72, 1))], axis=1)
+    gripper = np.array(whole["observation.state"].to_pylist())[:, 7:]
+    rows = np.concatenate([joints, gripper], axis=1)
     table = with_states(whole, dict(enumerate(rows.tolist())))
     targets = np.concatenate([there, facing, np.ones((72, 1))], axis=1)
     pq.write_table(with_states(table, dict(enumerate(targets.tolist())), "action"), file)
@@ -298,3 +303,75 @@ def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observati
     for row, value in changes.items():
         cells[row] = value
     return table.set_column(at, table.schema.field(at), pa.array(cells, table.schema.field(at).type))
+
+
+BRIDGE = "observation/state"
+
+
+def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
+    """The audit of the real sample with another layout; without its rotations, which saves time."""
+    layout = folder / "layout.json"
+    layout.write_text(json.dumps({"like": "bridge_dataset", "logged_rotation": None, **changes}))
+    return audit(shared / "data" / "bridge_v2_sample", layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "key"),
+    [
+        ({"command_range": [1, 0]}, "gripper command", "command_range"),
+        ({"gripper_range": [1, 0]}, "gripper command", "gripper_range"),
+        ({"command": "action[5]"}, "gripper command", "another column"),
+        ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
+        ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
+        ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
+        (
+            {"images": {"external": "observation/image_0", "wrist": "observation/image_3"}},
+            "camera wrist",
+            "blank",
+        ),
+    ],
+    ids=str,
+)
+def test_grippers_and_cameras_that_are_something_else(
+    shared: Path, tmp_path: Path, changes: dict[str, Any], named: str, key: str
+) -> None:
+    report = bridge(shared, tmp_path, **changes)
+    (check,) = [check for check in report.checks if check.verdict == "wrong"]
+    assert report.outcome == "contradiction" and check.name == named and key in check.words
+
+
+def test_two_cameras_that_are_exchanged() -> None:
+    rng = np.random.default_rng(0)
+    still = rng.integers(0, 255, (60, 80, 3))
+    beside, hand = [], []
+    for step in range(8):
+        beside.append(still.copy())
+        beside[-1][10:20, 5 * step : 5 * step + 20] = 0  # the arm, before the same background
+        hand.append(np.roll(still, 9 * step, axis=1))
+    position = np.arange(24.0).reshape(8, 3) / 100
+    external, wrist = (
+        look([encode_jpeg(image.astype(np.uint8)) for image in images], position, 5.0, "it")
+        for images in (beside, hand)
+    )
+    assert external.change < 0.2 < wrist.change and not external.blank
+    for views, verdict in (((external, wrist), "agrees"), ((wrist, external), "wrong")):
+        (check,) = check_cameras({"external": [views[0]] * 6, "wrist": [views[1]] * 6})
+        assert check.verdict == verdict
+
+
+def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path) -> None:
+    report = bridge(shared, tmp_path, length_unit="mm")
+    assert report.outcome == "contradiction" and "length_unit" in conclusion(report)
+    swapped = {"position": f"{BRIDGE}[3:6]", "rotation": f"{BRIDGE}[0:3]"}
+    assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
+    folder = str(shared / "data" / "bridge_v2_sample")
+    assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
+    with pytest.raises(SpearError, match=r"gripper_range is \[0, 0\.08\]; .* to 1"):
+        bridge(shared, tmp_path, gripper_range=[0, 0.08])
+
+
+def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_path: Path) -> None:
+    """Not as a frame of the actions, which would be the next contradiction."""
+    report = bridge(shared, tmp_path, rotation_format="euler_zyx", logged_rotation="action[3:6]")
+    assert report.outcome == "contradiction" and "euler_xyz" in report.forms
+    assert "rotation_format: euler_xyz" in conclusion(report) and "frame" not in conclusion(report)

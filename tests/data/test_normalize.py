@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer, QuantileSketch, weighted_quantile
+from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError
 from spear.train.tasks import robot_inputs
 from spear.types import Action, Episode

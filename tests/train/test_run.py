@@ -163,8 +163,9 @@ def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: 
 
 def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
-    write_episodes([make(0), make(1)], tmp_path / "store")
-    store, nano, out = EpisodeStore(tmp_path / "store"), locate("nano"), tmp_path / "run"
+    write_episodes([make(0), make(1), make(2)], tmp_path / "store")
+    whole, nano, out = EpisodeStore(tmp_path / "store"), locate("nano"), tmp_path / "run"
+    store = whole.subset([0, 1])
     few = {"steps": 1, "batch_size": 2, "flow_samples": 1, "warmup": 0}
     final = run_recipe("nano-post", out, store=store, init=nano, **few)
     (state,) = out.glob("checkpoints/*/state.json")
@@ -172,6 +173,7 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     for given, words in (
+        ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
         ({"init": final}, "another --init"),
         ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),

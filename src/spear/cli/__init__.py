@@ -43,6 +43,7 @@ COMMANDS: dict[str, str] = {
     "serve": "serve:serve",
     "vla-eval": "serve:vla_eval",
     "data inspect": "data:inspect",
+    "data describe": "data:describe",
     "data prepare": "data:prepare",
     "data export": "data:export",
     "data audit": "data:audit",
@@ -76,7 +77,7 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one
-    line on stderr, as of a `Notice`), 130 when interrupted.
+    line on stderr, as of a `Notice`), 3 for a question that the data cannot answer, 130 when interrupted.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)  # each is given once already
@@ -116,7 +117,7 @@ def _run(args: list[str]) -> int:
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        return 2
+        return getattr(error, "code", 2)
 
 
 def _one_line(error: Exception) -> str | None:

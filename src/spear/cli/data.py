@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spear.data.options import AuditOptions, ExportOptions, InspectOptions, PrepareOptions
-from spear.errors import SpearError
+from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
+from spear.errors import SpearError, Undecided
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -38,6 +38,35 @@ def inspect(options: InspectOptions) -> None:
 
         write_page(path, out, layout)
         print(f"open {out.resolve()}")
+
+
+def describe(options: DescribeOptions) -> None:
+    """Propose a spear.json for a dataset that nobody has described: to be read and corrected.
+
+    Columns, units, ranges, the form of rotations, frames and the gripper's sense are guessed from the
+    metadata and from what explains the recorded motion best; "facts" says why, and what is open (null).
+
+    Examples:
+        spear data describe my_robot
+        spear data describe my_robot --out my_robot/spear.json
+    """
+    import json
+
+    from spear.data.describe import describe as propose
+    from spear.util.files import write_text
+
+    path, out = options.path, options.out
+    if out is not None and out.exists():
+        raise SpearError(f"--out {out}: it exists already: correct it, or choose another name")
+    text = json.dumps(propose(path), indent=2, ensure_ascii=False)
+    if out is None:
+        print(text)
+    else:
+        write_text(out, text + "\n")
+    print(
+        f"read it, correct it, save it as {path / 'spear.json'}; then: spear data audit {path}",
+        file=sys.stderr,
+    )
 
 
 def prepare(options: PrepareOptions) -> None:
@@ -98,7 +127,7 @@ def export(options: ExportOptions) -> None:
     from spear.util.ledger import Skipped
     from spear.util.progress import ProgressBar, tracked
 
-    path, split, skipped = options.path, options.split, Skipped(MOST_BAD, once=True)
+    path, split, skipped = options.path, options.split, Skipped(MOST_BAD)
     _check_layout(path, options.layout)
     total = sum(end - first for _, first, end in split_ranges(episode_counts(path), split, path))
     bar = ProgressBar("writing", total, "episodes")
@@ -108,12 +137,13 @@ def export(options: ExportOptions) -> None:
 
 
 def audit(options: AuditOptions) -> None:
-    """Check that a dataset's logged actions mean what its layout says: frame, unit, signs, delay.
+    """Check that a dataset means what its layout says: frame, unit, signs, delay, gripper, cameras.
 
     Every plausible reading of the logged actions is integrated from the recorded states and compared with
     where the robot went. The table says which fits best, how much worse the next one is, and whether the
     layout (spear.json, or the list of known datasets) says the same; where the data cannot tell, it says so.
-    Ends with exit code 2 when the layout is wrong, so that a script can rely on it; otherwise with 0.
+    The gripper must follow its commands, and a camera must show something. The last line and the exit code
+    say which it is: consistent (0), contradiction (2) or undecided (3).
 
     Examples:
         spear data audit bridge_dataset/1.0.0
@@ -124,12 +154,14 @@ def audit(options: AuditOptions) -> None:
 
     _check_layout(options.path, options.layout)
     report = run(options.path, options.split, options.layout)
-    print(text(report))
     if options.out is not None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
-    if not report.agrees:
+    print(text(report))
+    if report.outcome == "contradiction":
         raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json")
+    if report.outcome == "undecided":
+        raise Undecided(f"{options.path}: {conclusion(report)}")
 
 
 def datasets() -> None:
@@ -155,11 +187,14 @@ def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
 
 
 def check_episodes(path: Path, split: str) -> None:
-    """Raises `SpearError` for a folder of no format that is known, or without this split; makes nothing."""
-    from spear.data.readers.formats import episode_counts
+    """Raises `SpearError` for a folder of no format or layout that is known, or without this split; makes
+    nothing."""
+    from spear.data.readers.formats import Dataset, episode_counts, open_dataset
     from spear.data.readers.splits import split_ranges
 
     split_ranges(episode_counts(path), split, path)
+    if isinstance(folder := open_dataset(path), Dataset):
+        folder.spec()
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:

@@ -8,10 +8,12 @@ data cannot tell.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -28,28 +30,41 @@ from spear.data.hypotheses import (
     translation_fits,
 )
 from spear.data.readers.formats import episode_counts, open_dataset, open_split
-from spear.data.readers.layout import FASTEST, Steps, column, recorded_pose, to_quaternion
-from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Layout
+from spear.data.readers.layout import (
+    FASTEST,
+    FORMS,
+    Steps,
+    column,
+    numbers,
+    openings,
+    recorded_pose,
+    to_quaternion,
+)
+from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Layout, RotationFormat
+from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
+from spear.util.ledger import Skipped
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
-_OWN: dict[str, Any] = {name: name for name in ("position", "rotation", "action", "action_mask")}
-STORE = DatasetSpec("store", rotation_format="quat_wxyz", **_OWN)
-EPISODES, STEPS = 50, 3000
-"""How much of a dataset to read."""
+_OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
+STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
+EPISODES, STEPS, VIEWED = 50, 3000, 12
+"""How much of a dataset to read, and of how many episodes the images."""
+MOST_SKIPPED = 0.5
+"""The share of bad episodes that is put up with."""
 MARGIN = 0.01
 """Part of the motion by which a reading must be worse to be called worse."""
 UNEXPLAINED = 0.5
 """Relative error above which even the best reading explains nothing."""
-FARTHEST = 3.0
-"""Metres from its base that an arm can be believed to reach."""
+NEAREST, FARTHEST = 0.03, 3.0
+"""Metres from its base that an arm can be believed to reach: it goes further than the first."""
 LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000
-Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
+_OPEN = {"wrong", "cannot tell"}
 
 
 class Margin(NamedTuple):
@@ -96,7 +111,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the audit found: remarks on the recorded `states`, and why some episodes were `skipped`."""
+    """All that the audit found.
+
+    states   what is wrong with the recorded states by themselves.
+    checks   of gripper and cameras.
+    forms    formats of the recorded orientations by which, unlike the layout's, everything else agrees.
+    skipped  why some episodes were.
+    """
 
     path: str
     episodes: int
@@ -104,12 +125,17 @@ class Report:
     parts: Sequence[Part]
     states: Sequence[str]
     recordings: Sequence[Recording]
+    checks: Sequence[Check] = ()
+    forms: Sequence[str] = ()
     skipped: Sequence[str] = ()
 
     @property
-    def agrees(self) -> bool:
-        """Whether nothing contradicts the layout."""
-        return not self.states and all(part.verdict != "wrong" for part in self.parts)
+    def outcome(self) -> Literal["consistent", "contradiction", "undecided"]:
+        """Whether the data contradict the layout, agree with it, or say too little."""
+        verdicts = {part.verdict for part in self.parts} | {check.verdict for check in self.checks}
+        if self.states or self.forms or "wrong" in verdicts:
+            return "contradiction"
+        return "undecided" if verdicts - {"agrees"} else "consistent"
 
 
 def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
@@ -119,50 +145,101 @@ def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> 
     Raises SpearError for a layout that names no logged actions, when all episodes are bad, and when none is
     long enough (five steps).
     """
-    spec, found = _logged_steps(path, split or next(iter(episode_counts(path))), layout)
-    skipped: list[str] = []
+    split = split or next(iter(episode_counts(path)))
+    spec = logged_layout(path, layout)
+    report = _judge(path, split, spec)
+    findings = [f for p in report.parts if p.name == "rotation" and p.verdict in _OPEN for f in p.findings]
+    forms: list[str] = []
+    if findings and all(f.question != "state" or f.verdict != "wrong" for f in findings):
+        # If the states are written otherwise, frames and signs of the actions look wrong as well.
+        width = FORMS.get(str(spec.rotation_format), (0, None))[0]
+        for form in (f for f in FORMS if f != spec.rotation_format and FORMS[f][0] == width):
+            with contextlib.suppress(SpearError):
+                other = _judge(path, split, replace(spec, rotation_format=cast(RotationFormat, form)))
+                if not other.states and not {part.verdict for part in other.parts} & _OPEN:
+                    forms.append(form)
+    return replace(
+        report, forms=forms, checks=[*report.checks, *check_cameras(look_at_cameras(path, split, spec))]
+    )
+
+
+def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
+    """The audit of the numbers."""
+    skipped = Skipped(MOST_SKIPPED)
     recordings: list[Recording] = []
-    for source, steps in found:
+    for source, steps in episode_steps(path, split, ()):
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            recordings.append(_recording(steps, spec, source))
+            recordings.append(make_recording(steps, spec, source))
         except SpearError as error:
-            skipped.append(str(error))
+            skipped(error)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
     if not recordings:
-        raise SpearError(f"no good episode: {path}: {skipped[-1] if skipped else 'the split is empty'}")
+        why = skipped.reasons[-1] if skipped.reasons else "the split is empty"
+        raise SpearError(f"no good episode: {path}: {why}")
+    skipped.check(len(recordings), finished=True)
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
-    return replace(judge(recordings, claims(judged), str(path)), skipped=skipped)
+    report = judge(recordings, claims(judged), str(path))
+    return replace(report, skipped=skipped.reasons, checks=check_gripper(recordings))
 
 
-def _logged_steps(
-    path: str | Path, split: str, layout: Layout
-) -> tuple[DatasetSpec, Iterator[tuple[str, Steps | SpearError]]]:
-    """The layout of a dataset, which must name logged actions, and the steps of its episodes."""
+def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str, list[View | None]]:
+    """Camera -> what the first episodes show; None where it is absent. Broken episodes do not count."""
+    views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
+    for source, steps in itertools.islice(episode_steps(path, split, list(spec.images.values())), VIEWED):
+        with contextlib.suppress(SpearError):
+            if isinstance(steps, SpearError):
+                raise steps
+            position, _, _ = recorded_pose(steps, spec, source)
+            for camera, where in spec.images.items():
+                try:
+                    images = column(steps, where, source)
+                except SpearError:
+                    views[camera].append(None)
+                else:
+                    views[camera].append(look(images, position, spec.rate_hz or 1.0, f"{source} {camera!r}"))
+    return {camera: found for camera, found in views.items() if found}
+
+
+def episode_steps(
+    path: str | Path, split: str, images: Sequence[str]
+) -> Iterator[tuple[str, Steps | SpearError]]:
+    """The steps of a dataset's episodes, with the columns of images that are asked for."""
+    folder = open_dataset(path)
+    if not isinstance(folder, EpisodeStore):
+        return folder.steps(split, images)
+    store = open_split(path, split)
+    read = store.__getitem__ if images else store.without_images
+    return ((e.source, vars(e)) for e in map(read, range(len(store))))
+
+
+def logged_layout(path: str | Path, layout: Layout) -> DatasetSpec:
+    """The layout of a dataset, which must name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
-        store = open_split(path, split)
-        episodes = map(store.without_images, range(len(store)))
-        return replace(STORE, rate_hz=float(store.rates_hz[0])), ((e.source, vars(e)) for e in episodes)
+        images = {camera: f"images/{camera}" for camera in folder.cameras}
+        return replace(STORE, rate_hz=float(folder.rates_hz[0]), images=images)
     spec = folder.spec(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
         raise SpearError(
             f"nothing to audit: {spec.name}: its layout names no logged actions; add logged_translation and "
             'logged_rotation, for example "logged_translation": "action[0:3]"'
         )
-    return spec, folder.steps(split, images=())
+    return spec
 
 
-def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
+def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     """One episode's states and logged actions. Raises SpearError where lengths differ, or one is NaN."""
     assert spec.rate_hz is not None
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
         names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
-    logged = [None if n is None else np.asarray(column(steps, n, source), np.float64) for n in names]
+    logged = [None if n is None else numbers(steps, n, source) for n in names]
     position, rotation, form = recorded_pose(steps, spec, source)
+    said = spec if spec.action is None else replace(spec, command=f"{spec.action}[7]")
+    opening, command = openings(steps, said, source)
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = np.asarray(column(steps, spec.action_mask, source), bool).reshape(-1)
@@ -170,8 +247,6 @@ def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     for what, values in zip(names_of, (position, rotation, *logged), strict=True):
         if values is not None and len(values) != len(valid):
             raise SpearError(f"lengths differ: {source}: {what} has {len(values)} rows, not {len(valid)}")
-        if values is not None and not np.isfinite(values).all():
-            raise SpearError(f"not a number: {source}: its {what}; leave the episode out")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     quaternions = to_quaternion(rotation, form, source)
@@ -179,7 +254,7 @@ def _recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
         rotation = quaternions
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
-    return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz)
+    return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz, opening, command)
 
 
 def judge(
@@ -223,6 +298,8 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
+    elif far < NEAREST:
+        remarks.append(f"positions are at most {far:.2g} m from the base: in another unit (length_unit)")
     elif fast > FASTEST:
         remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])

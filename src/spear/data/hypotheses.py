@@ -46,6 +46,7 @@ class Recording:
     turn         [T, d] logged rotations, or None.
     valid        [T] bool, False where the action is none (the last step of derived actions, disturbances).
     rate_hz      steps per second.
+    opening, command   [T] of the gripper, measured and commanded, 0 closed … 1 open, or None.
     """
 
     source: str
@@ -55,6 +56,8 @@ class Recording:
     turn: Array | None
     valid: Array
     rate_hz: float
+    opening: Array | None = None
+    command: Array | None = None
 
 
 class Reading(NamedTuple):

@@ -105,6 +105,10 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
     lengths = np.array([episode.length for episode in folder.episodes])
     if not len(lengths):
         raise SpearError(f"no episodes: {folder.path}: its metadata list none")
+    looked = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), LOOKED_AT)).round().astype(int))
+    reasons = [reason for i in looked if (reason := _why_unreadable(folder, int(i)))]
+    if len(reasons) == len(looked):
+        raise SpearError(f"no good episode: {folder.path}: {reasons[-1]}")
     lines = [
         f"{folder.path}: a LeRobot dataset, {info.codebase_version}",
         f"robot         {info.robot_type or 'not named'}",
@@ -112,6 +116,8 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}, "
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
         f"rate          {info.fps:g} Hz",
+        f"looked at     {len(looked)} episodes, without their images",
+        *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     ends = read_ends(folder.path)
     for name, feature in info.features.items():
@@ -125,6 +131,16 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
             if 1 < len(values) <= MOST_AXES:
                 lines.append(f"  {'':<34}   {word:<5}" + "".join(f"{value:>9.4g}" for value in values))
     return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
+
+
+def _why_unreadable(folder: LeRobotFolder, index: int) -> str:
+    """What is wrong with the rows of an episode; "" if nothing is."""
+    try:
+        folder.read(index, images=())
+    except SpearError as error:
+        return str(error)
+    missing = [file for file, _, _ in folder.episodes[index].videos.values() if not file.is_file()]
+    return f"missing video: {missing[0]}" if missing else ""
 
 
 def _axes(names: Any) -> str:
@@ -145,7 +161,7 @@ def _layout_of(name: str, folder: Path) -> str:
     if (folder / SPEC_FILE).is_file():
         return f"described by {folder / SPEC_FILE}"
     if name not in REGISTRY:
-        return f"not known: describe it in {folder / SPEC_FILE} (see spear.data.readers.spec)"
+        return "not known: see spear data describe"
     unknown = missing(REGISTRY[name])
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 

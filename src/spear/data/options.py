@@ -28,6 +28,13 @@ class InspectOptions(Options):
 
 
 @dataclass(frozen=True)
+class DescribeOptions(Options):
+    path: Source
+    out: File = None
+    """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
+
+
+@dataclass(frozen=True)
 class PrepareOptions(Options):
     paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
     """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""

@@ -39,20 +39,27 @@ def text(report: Report) -> str:
 
 
 def conclusion(report: Report) -> str:
-    """One line: whether the layout is right."""
+    """One line: the outcome, and what it is about."""
     found = [(p, f, f"{p.name} {QUESTIONS[f.question]}") for p in report.parts for f in p.findings]
-    wrong = [f"{name}: {f.best}, not {f.said}" for p, f, name in found if f.verdict == p.verdict == "wrong"]
-    wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
-    if wrong or report.states:
-        return f"the layout is WRONG: {'; '.join([*report.states, *wrong])}"
+    if report.outcome == "contradiction":
+        wrong = [
+            f"{name}: {f.best}, not {f.said}" for p, f, name in found if f.verdict == p.verdict == "wrong"
+        ]
+        wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
+        if report.forms:  # then the actions only look wrong
+            wrong = [f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"]
+        wrong += [f"{check.name}: {check.words}" for check in report.checks if check.verdict == "wrong"]
+        return f"contradiction: the layout is WRONG: {'; '.join([*report.states, *wrong])}"
     open_ones = [(f, name) for part, f, name in found if not part.note]
     unsure = [f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"]
     unsaid = [(f, name) for f, name in open_ones if f.verdict == "not said"]
     unsure += [f"{name} (not in the layout; {f.best} fits best)" for f, name in unsaid]
     unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
-    if unsure:
-        return f"nothing contradicts the layout; it cannot be told: {'; '.join(unsure)}"
-    return "the layout agrees with the data"
+    unsure += [f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"]
+    told = f"; it cannot be told: {'; '.join(unsure)}" if unsure else ""
+    if report.outcome == "undecided":
+        return f"undecided: nothing contradicts the layout{told}"
+    return f"consistent: the layout agrees with the data{told}"
 
 
 def write_audit_page(report: Report, out: Path) -> None:

@@ -109,7 +109,7 @@ _MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")
 def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
-    stores = [(name, f"{len(store)} episodes, share {share:g}") for name, store, share in inputs.episodes]
+    stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
     given = {"--labels": inputs.labels, "--init": inputs.init, "--moge": inputs.moge}
     marks: dict[str, str | None] = dict.fromkeys(given)
     for name, folder in given.items():

@@ -19,7 +19,8 @@ def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise SpearError(f"broken image: {where}: {error}; leave it out") from error
+        why = first_line(error).partition(" <_io.")[0]  # without an address in memory
+        raise SpearError(f"broken image: {where}: {why}; leave it out") from error
 
 
 def decode_image(encoded: bytes, where: str = "an image") -> Array:

@@ -107,20 +107,16 @@ class Skipped:
     limit     the largest share of bad items that is put up with.
     unit      what is counted, as a plural.
     patience  how many items to see before the share means anything; the end of the work is always judged.
-    once      the same reason twice in a row counts once: whoever reads behind the end of a broken file meets
-              its error again.
     """
 
     limit: float
     unit: str = "episodes"
     patience: int = 20
-    once: bool = False
     reasons: list[str] = field(default_factory=list)
 
     def __call__(self, reason: SpearError | str) -> None:
         """Leaves one item out."""
-        if not self.once or str(reason) not in self.reasons[-1:]:
-            self.reasons.append(str(reason))
+        self.reasons.append(str(reason))
 
     def check(self, good: int, finished: bool = False) -> None:
         """Raises `SpearError` when, with so many good items beside them, too many were bad."""

@@ -100,7 +100,7 @@ def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) 
 
 
 def test_a_layout_is_needed_and_its_columns_must_be_there(lerobot: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match=r"unknown dataset 'v3.0_image'.*describe yours in .*spear\.json"):
+    with pytest.raises(SpearError, match=r"'v3.0_image'.*data describe .*spear\.json"):
         next(read_episodes(lerobot / "v3.0_image"))
     (tmp_path / "layout.json").write_text(json.dumps(LAYOUT))
     episode = next(read_episodes(lerobot / "v3.0_image", dataset=tmp_path / "layout.json"))

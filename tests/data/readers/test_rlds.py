@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,9 @@ from scipy.spatial.transform import Rotation
 
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
+from spear.data.readers.layout import column, episode_from
 from spear.data.readers.rlds import open_rlds
+from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
@@ -142,8 +145,11 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).write_bytes(data[: len(data) // 3])
     with pytest.raises(SpearError, match=r"record 8: the file ends .* copy the file again"):
         list(read_episodes(copy))
-    written, reasons = prepare(copy, tmp_path / "store")
-    assert written == 8 and len(reasons) == 1
+    reasons: list[str] = []
+    assert len(list(read_episodes(copy, on_bad=lambda error: reasons.append(str(error))))) == 8
+    assert len(reasons) == 17 and "record 24: " in reasons[-1]  # what was promised and is not there
+    with pytest.raises(SpearError, match="17 of 25"):
+        prepare(copy, tmp_path / "store")
     (copy / SHARD).unlink()
     with pytest.raises(SpearError, match=r"cannot read: .*No such file"):
         list(read_episodes(copy))
@@ -165,7 +171,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         info["splits"][0]["filepathTemplate"] = "bridge_dataset-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
     edit(copy / "dataset_info.json", rename)
-    with pytest.raises(SpearError, match=r"unknown dataset 'my_arm'.*describe yours in .*spear\.json"):
+    with pytest.raises(SpearError, match=r"'my_arm'.*data describe .*spear\.json"):
         next(read_episodes(copy))
     mine = {
         "images": {"external": "observation/image_1"},
@@ -212,6 +218,49 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     (copy / "spear.json").write_text(json.dumps(mine))
     with pytest.raises(SpearError, match=r"'my_arm': images; position: say it in .*spear\.json"):
         next(read_episodes(copy))
+
+
+def copy_of(steps: dict[str, Any]) -> dict[str, Any]:
+    """Its columns, to be changed."""
+    return {key: copy_of(v) if isinstance(v, dict) else v.copy() for key, v in steps.items()}
+
+
+def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
+    """Not only the pose: a NaN of the gripper's command would be a gripper that is always closed."""
+    spec = REGISTRY["bridge_dataset"]
+    ((source, example),) = open_rlds(copy).examples("train[:1]")
+    for where in ("action[6]", "observation/state[6]", "observation/state[4]", "observation/state[1]"):
+        name, _, index = where.rstrip("]").partition("[")
+        steps = copy_of(example["steps"])
+        column(steps, name, source)[3, int(index)] = np.nan
+        with pytest.raises(SpearError, match=rf"{source} step 3: {re.escape(name)}"):
+            episode_from(steps, spec, source)
+    narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
+    with pytest.raises(SpearError, match=r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"):
+        episode_from(example["steps"], narrow, source)
+    broken = copy_of(example["steps"])
+    broken["observation"]["image_0"][4] = b"\xff\xd8no image"
+    with pytest.raises(SpearError, match=r"train#0 step 4 camera 'external': [^<]*$"):  # and no address
+        episode_from(broken, spec, source)
+
+
+def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
+    ((source, example),) = open_rlds(copy).examples("train[5:6]")
+    steps, spec = copy_of(example["steps"]), REGISTRY["bridge_dataset"]
+    steps["observation"]["state"][2:5] = steps["observation"]["state"][2]
+    whole = episode_from(steps, spec, source)
+    busy = episode_from(steps, dataclasses.replace(spec, drop_idle=True), source)
+    assert len(whole) == 10 and len(busy) == 8 == len(busy.images["external"])
+    np.testing.assert_array_equal(busy.position, whole.position[[0, 1, 4, 5, 6, 7, 8, 9]])
+    assert busy.action is not None and REGISTRY["droid"].drop_idle
+    moved = busy.action[:-1, :3].sum(0)
+    np.testing.assert_allclose(moved, whole.position[-1] - whole.position[0], atol=1e-6)
+
+
+def test_versions_that_are_broken_are_refused(copy: Path) -> None:
+    edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
+    with pytest.raises(SpearError, match=r"1\.0\.0: .* 0\.1\.0"):
+        open_rlds(copy).spec()
 
 
 def test_descriptions_that_do_not_fit(copy: Path) -> None:

@@ -22,7 +22,6 @@ from spear.data.store import schema as lerobot_schema
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
-from spear.data.store.stats import RowStats
 from spear.errors import SpearError
 from spear.util.images import decode_image
 
@@ -173,21 +172,6 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
     with pytest.raises(SpearError, match="not empty"):
         write_lerobot([make(0)], tmp_path / "set")
     assert (tmp_path / "set/mine.txt").read_text() == "keep me"
-
-
-def test_statistics_of_many_rows_stay_small_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spear.data.store.stats.MOST_ROWS", 1000)
-    values = np.random.default_rng(0).normal(size=(7000, 2)).astype(np.float32)
-    rows = RowStats()
-    for part in np.array_split(values, 13):
-        rows.add(part)
-    total = rows.total()
-    for name, truth in (("mean", values.mean(0, dtype=float)), ("std", values.std(0, dtype=float))):
-        np.testing.assert_allclose(total[name], truth, atol=1e-9)
-    np.testing.assert_array_equal(total["max"], values.max(0))
-    kept = np.concatenate(rows._kept)
-    assert len(kept) <= 1000
-    np.testing.assert_array_equal(kept, values[:: rows._stride])  # evenly spread over all episodes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")

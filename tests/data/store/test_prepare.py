@@ -30,7 +30,7 @@ from spear.data.readers.lerobot import open_lerobot
 from spear.data.store import prepare as preparing
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.index import INDEX, index_batch
-from spear.data.store.lerobot_write import LeRobotWriter
+from spear.data.store.lerobot_write import LeRobotWriter, write_lerobot
 from spear.data.store.prepare import Conversion, open_store, prepare
 from spear.data.store.stats import sample_images
 from spear.errors import SpearError
@@ -269,19 +269,41 @@ def test_what_has_changed_behind_the_index_is_named(whole: Path, recorded: Path,
 def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:
     broken = make(1)
     broken = dataclasses.replace(broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]})
-    write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1)], tmp_path / "arm")
+    write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1), make(4), make(5)], tmp_path / "arm")
     written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
-    assert written == 2 and len(reasons) == 2
+    assert written == 3 and len(reasons) == 3
+    assert any("nothing to learn from: made#3" in reason for reason in reasons)  # of a single step
+    reasons = [reason for reason in reasons if "made#3" not in reason]
     assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
     assert "image sizes differ: made#2 step 0 camera 'external' is 48 x 48" in reasons[1]
     assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
     how = Conversion(sizes={"": (32, 32)})
     written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=how)
-    assert written == 3 and len(reasons) == 1
+    assert written == 4 and len(reasons) == 2
     how = Conversion(sizes={"wirst": (32, 32)})
     with pytest.raises(SpearError, match=r"no good episode: .*'wirst': made#\d: its cameras are external"):
-        prepare(tmp_path / "arm", tmp_path / "no", how=how)
-    assert not any("no" in p.name for p in tmp_path.iterdir())
+        prepare(tmp_path / "arm", tmp_path / "no" / "data", how=how)
+    with pytest.raises(SpearError, match="val"):
+        open_store(write_set(tmp_path), tmp_path / "no" / "data", "val")
+    assert not (tmp_path / "no").exists()
+
+
+def write_set(folder: Path) -> Path:
+    """A LeRobot dataset."""
+    write_lerobot([make(0)], folder / "set")
+    return folder / "set"
+
+
+def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> None:
+    store = EpisodeStore(recorded)
+    assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
+    assert store.subset(range(COUNT)).digest() == store.digest()
+    folder = write_set(tmp_path)
+    assert prepare(folder, tmp_path / "out")[0] == 1
+    shutil.rmtree(folder)
+    write_lerobot([make(1)], folder)  # as many, at the same place
+    with pytest.raises(SpearError, match="other episodes"):
+        prepare(folder, tmp_path / "out")
 
 
 def test_several_datasets_continue_behind_those_that_are_done(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ FASTEST = 3.0
 """Metres per second that an end-effector can move and still be believed (our choice; a Franka does 1.7)."""
 FASTEST_TURN = 10.0
 """Radians per second that it can turn and still be believed (our choice; a Franka's wrist does 2.6)."""
+SLACK = 0.1
+"""Part of a declared range by which a gripper's reading may lie outside of it (our choice)."""
+STILL, STILL_TURN, STILL_GRIPPER = 2e-3, 1e-2, 1e-2
+"""Metres and radians per second, and change of opening per step, below which a step is idle (our choice)."""
 _ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """What a whole JPEG and a whole PNG end with."""
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
@@ -44,17 +48,15 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     nowhere known and is masked. Raises SpearError for a missing column or a bad episode, among them one whose
     pose jumps (more than 3 m/s or 10 rad/s between two steps), or one of whose images is cut off.
     """
-    assert spec.gripper is not None and spec.gripper_range is not None and spec.rate_hz is not None
+    assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
+    gripper, command = openings(steps, spec, source)
     episode = check_episode(
         Episode(
-            images={
-                camera: _unsquash(_images(steps, key, source), spec.image_aspect.get(camera))
-                for camera, key in spec.images.items()
-            },
+            images={camera: _images(steps, spec, camera, source) for camera in spec.images},
             position=position,
             rotation=to_quaternion(rotation, form, source),
-            gripper=_opening(_numbers(steps, spec.gripper, source), *spec.gripper_range),
+            gripper=gripper,
             instruction=_instruction(column(steps, spec.instruction, source)),
             rate_hz=spec.rate_hz,
             source=source,
@@ -66,10 +68,12 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     episode = dataclasses.replace(episode, rotation=turned)
     if spec.action is not None:
         return check_actions(_with_own_parts(episode, steps, spec))
-    if spec.command is None:
+    command = None if command is None else binarize_gripper(command)
+    if spec.drop_idle:
+        episode, command = _without_idle(episode, command)
+    if command is None:
         return episode
-    command = binarize_gripper(_opening(_numbers(steps, spec.command, source), *spec.command_range))
-    action = derive_actions(episode.position, turned, command)
+    action = derive_actions(episode.position, episode.rotation, command)
     known = np.arange(len(episode)) < len(episode) - 1
     return check_actions(dataclasses.replace(episode, action=action, action_mask=known))
 
@@ -103,11 +107,11 @@ def column(steps: Steps, where: str, source: str) -> Any:
 def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
     """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written."""
     assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
-    position = _numbers(steps, spec.position, source)
+    position = numbers(steps, spec.position, source)
     turn = ANGLE_UNITS[spec.angle_unit]
     if spec.rotation_format == "franka_joints":
         return (*franka_pose(position * turn, source), "quat_wxyz")
-    rotation = _numbers(steps, spec.rotation, source)
+    rotation = numbers(steps, spec.rotation, source)
     if spec.rotation_format in ANGLES:
         rotation = rotation * turn
     return position * LENGTH_UNITS[spec.length_unit], rotation, spec.rotation_format
@@ -128,22 +132,80 @@ def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episod
     return dataclasses.replace(episode, **parts)
 
 
-def _numbers(steps: Steps, where: str, source: str) -> Array:
-    """A column of numbers, [T] or [T, d] float64."""
+def numbers(steps: Steps, where: str, source: str) -> Array:
+    """A column of numbers, [T] or [T, d] float64. Raises SpearError naming it, and the step that is NaN."""
     try:
-        return np.asarray(column(steps, where, source), np.float64)
+        values = np.asarray(column(steps, where, source), np.float64)
     except (TypeError, ValueError) as error:
         raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
+    bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    if bad.any():
+        step = int(bad.argmax())
+        there = f"{source} step {step}: {where} is {values[step].tolist()}"
+        raise SpearError(f"not a number: {there}; leave the episode out")
+    return values
 
 
-def _images(steps: Steps, where: str, source: str) -> Sequence[bytes]:
-    """A column of encoded images. One that does not end as it should is decoded, to see if it is whole."""
-    images: Sequence[bytes] = column(steps, where, source)
-    for step, image in enumerate(images):
-        if not isinstance(image, bytes):
+def openings(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array | None]:
+    """Measured and commanded openings [T] of the gripper, 0 closed … 1 open; None where none are commanded.
+
+    Raises SpearError for a reading that is outside its declared range by more than `SLACK` of it.
+    """
+    assert spec.gripper is not None and spec.gripper_range is not None
+    found = _opening(steps, spec.gripper, "gripper_range", spec.gripper_range, source)
+    if spec.command is None:
+        return found, None
+    return found, _opening(steps, spec.command, "command_range", spec.command_range, source)
+
+
+def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], source: str) -> Array:
+    values = numbers(steps, where, source)
+    if values.size != len(values):
+        raise SpearError(f"no column {where!r}: {source}: it has the shape {values.shape}, not one number")
+    values, (closed, opened) = values.reshape(-1), span
+    part = (values - closed) / (opened - closed)
+    bad = (part < -SLACK) | (part > 1 + SLACK)
+    if bad.any():
+        step = int(bad.argmax())
+        raise SpearError(
+            f"out of range: {source} step {step}: {where} is {values[step]:.4g}, but {key} is [{closed:g}, "
+            f"{opened:g}]; in this episode it runs from {values.min():.4g} to {values.max():.4g}: give its "
+            "readings when closed, then when open"
+        )
+    return np.clip(part, 0, 1)
+
+
+def _without_idle(episode: Episode, command: Array | None) -> tuple[Episode, Array | None]:
+    """Without the steps at which neither arm nor gripper moves, and the command stays as it was."""
+    moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1) * episode.rate_hz > STILL
+    moved |= _turned(episode.rotation) * episode.rate_hz > STILL_TURN
+    moved |= np.abs(np.diff(episode.gripper)) > STILL_GRIPPER
+    if command is not None:
+        moved |= np.diff(command, prepend=command[:1])[:-1] != 0
+    keep = np.flatnonzero(np.append(moved, True))
+    names = ("position", "rotation", "gripper")
+    parts: dict[str, Any] = {name: getattr(episode, name)[keep] for name in names}
+    images = {camera: [images[i] for i in keep.tolist()] for camera, images in episode.images.items()}
+    return dataclasses.replace(episode, images=images, **parts), None if command is None else command[keep]
+
+
+def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[bytes]:
+    """A camera's encoded images. One that does not end as it should is decoded, to see if it is whole.
+
+    Squeezed ones get their camera's width / height back; depth depends on the true proportions.
+    """
+    where, aspect = spec.images[camera], spec.image_aspect.get(camera)
+    images: list[bytes] = []
+    for step, encoded in enumerate(column(steps, where, source)):
+        if not isinstance(encoded, bytes):
             raise SpearError(f"no images in column {where!r}: {source}: name another column")
-        if image and not image.endswith(_ENDS):
-            decode_image(image, f"{source} step {step} column {where!r}")
+        if encoded and (aspect is not None or not encoded.endswith(_ENDS)):
+            pixels = decode_image(encoded, f"{source} step {step} camera {camera!r}")
+            if aspect is not None:
+                size = round(len(pixels) * aspect), len(pixels)
+                wide = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+                encoded = encode_jpeg(np.asarray(wide))
+        images.append(encoded)
     return images
 
 
@@ -160,7 +222,7 @@ def _instruction(rows: Any) -> str:
 def _check_jumps(episode: Episode) -> None:
     """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
-    turned = 2 * np.arccos(np.abs((episode.rotation[1:] * episode.rotation[:-1]).sum(1)).clip(max=1))
+    turned = _turned(episode.rotation)
     for change, fastest, what, check in (
         (moved, FASTEST, "moved by {:.3g} m", "its unit (length_unit)"),
         (turned, FASTEST_TURN, "turned by {:.3g} rad", "how its rotations are written"),
@@ -173,21 +235,9 @@ def _check_jumps(episode: Episode) -> None:
             )
 
 
-def _opening(values: Array, closed: float, opened: float) -> Array:
-    """Gripper readings [T] or [T, 1] to openings [T], 0 closed … 1 open, clipped."""
-    return np.clip((values.reshape(len(values)) - closed) / (opened - closed), 0, 1)
-
-
-def _unsquash(images: Sequence[bytes], aspect: float | None) -> list[bytes]:
-    """Give squeezed images their camera's width / height back; depth depends on the true proportions."""
-    if aspect is None:
-        return list(images)
-    widened = []
-    for encoded in images:
-        image = Image.fromarray(decode_image(encoded))
-        image = image.resize((round(image.height * aspect), image.height), Image.Resampling.BICUBIC)
-        widened.append(encode_jpeg(np.asarray(image)))
-    return widened
+def _turned(rotation: Array) -> Array:
+    """[T - 1] angles between quaternions [T, 4] that follow each other, rad."""
+    return 2 * np.arccos(np.abs((rotation[1:] * rotation[:-1]).sum(1)).clip(max=1))
 
 
 def _from_pose(pose: torch.Tensor) -> torch.Tensor:

@@ -266,7 +266,8 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
             episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
         )
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise SpearError(f"cannot read: {episode.data}: {first_line(error)}; copy it again") from error
+        where = f"{name}#{episode.index}: {episode.data}"
+        raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error
     if len(rows) != episode.length:
         there = f"{episode.data} has {len(rows)} of its {episode.length} rows"
         raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")

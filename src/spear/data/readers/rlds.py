@@ -48,8 +48,12 @@ class RldsFolder:
         return {name: sum(length for _, length in shards) for name, shards in self.splits.items()}
 
     def spec(self, given: Layout = None) -> DatasetSpec:
-        """What its columns mean; see `find_spec`."""
-        return find_spec(self.name, self.path, given)
+        """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
+        spec = find_spec(self.name, self.path, given)
+        if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
+            why = spec.facts.get("newest", "")
+            raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
+        return spec
 
     def steps(
         self, split: str, images: Collection[str] | None = None
@@ -71,8 +75,13 @@ class RldsFolder:
             before = 0
             for file, length in self.splits[name]:
                 low, high = max(first - before, 0), min(end - before, length)
+                index = high - 1
                 for index, record in read_records(file, low, high) if low < high else ():
-                    yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
+                    if index >= low:
+                        yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
+                for lost in range(max(index + 1, low), high):  # what was promised and cannot be found
+                    why = f"lost record: {file} record {lost}: behind a broken one; copy the file again"
+                    yield f"{self.name}/{name}#{before + lost}", SpearError(why)
                 before += length
 
     def _parse(self, record: bytes | SpearError, file: Path, index: int) -> dict[str, Any] | SpearError:
@@ -82,6 +91,10 @@ class RldsFolder:
             return dict(_unflatten(self.features, parse_example(record)))
         except (ValueError, KeyError) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
 def is_rlds(path: str | Path) -> bool:

@@ -108,6 +108,8 @@ class DatasetSpec:
                      derived from the states).
     logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
                      in the base or the end-effector frame.
+    drop_idle        leave out the steps at which neither arm nor gripper moves.
+    newest           the last version of the dataset that is in order, where later ones are not.
     action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
                      `action_mask`, `success` and `source` are columns of the same parts of an `Episode`.
     weight           share of the training mixture, %.
@@ -135,6 +137,8 @@ class DatasetSpec:
     logged_rotation_format: LoggedFormat | None = None
     logged_kind: Literal["delta", "absolute", "velocity"] | None = None
     logged_frame: Literal["base", "ee"] | None = None
+    drop_idle: bool = False
+    newest: str | None = None
     action: str | None = None
     action_mask: str | None = None
     success: str | None = None
@@ -161,7 +165,7 @@ def find_spec(
     given     a layout, or a file like `spear.json` with one.
     defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
               before the registry and after `spear.json`.
-    Raises SpearError for an unknown dataset (suggesting the nearest name), for one of which too little is
+    Raises SpearError for an unknown dataset, for one of which too little is
     known, and for a bad `spear.json`.
     """
     path = given if isinstance(given, Path) else folder / SPEC_FILE
@@ -172,8 +176,8 @@ def find_spec(
     elif name in REGISTRY:
         spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
     else:
-        hint = f"describe yours in {path} (fields: see spear.data.readers.spec)"
-        raise SpearError(f"{unknown_name('dataset', name, REGISTRY)}; {hint}")
+        hint = f"`spear data describe {folder}` proposes a {SPEC_FILE}"
+        raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
         raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import tempfile
@@ -32,6 +33,8 @@ from spear.types import Array, Episode
 
 FORMAT = "spear.episodes.1"
 SHARD_GLOB = "episodes-*.arrow"
+DIGESTED = 1000
+"""Episodes whose numbers `EpisodeStore.digest` reads (our choice)."""
 
 
 def write_episodes(
@@ -145,6 +148,18 @@ class EpisodeStore:
         """Where episode `index` came from."""
         shard, row = self._find(index)
         return str(shard.words["source"][row].as_py())
+
+    def digest(self) -> str:
+        """What tells these episodes from others: all sources and lengths, and the numbers of some."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for index in range(len(self)):
+            digest.update(self.source(index).encode() + b"\0")
+        for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)).tolist():
+            shard, row = self._find(index)
+            rows = slice(int(shard.offsets[row]), int(shard.offsets[row + 1]))
+            for values in (shard.position, shard.rotation, shard.gripper, shard.action, shard.action_mask):
+                digest.update(values[rows].tobytes())
+        return digest.hexdigest()
 
     def without_images(self, index: int) -> Episode:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""

@@ -29,7 +29,7 @@ import numpy as np
 
 from spear.data.actions import RATE_HZ, resample, with_actions
 from spear.data.normalize import save_sketches
-from spear.data.readers.formats import episode_counts, open_dataset, open_split, read_episodes
+from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE, Layout
 from spear.data.readers.splits import split_ranges
 from spear.data.store import schema as lerobot
@@ -41,7 +41,7 @@ from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
 from spear.util.images import decode_image, encode_jpeg, fit_image
-from spear.util.ledger import Skipped, alone, same_settings
+from spear.util.ledger import Skipped, add_files, alone, same_settings
 from spear.util.progress import ProgressBar
 
 BLOCK = 16
@@ -88,16 +88,21 @@ def prepare(
     how        what is made of them; by default at 5 Hz, images as they are.
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
-    A broken record, an episode that `check_episode` refuses (much of BridgeData has no instruction), and one
-    that differs from the first in its cameras or image sizes is skipped. `out_dir` appears when everything is
-    in it; the same call then finds it there, and does nothing. Raises SpearError when more than half are bad,
-    or nothing good is left; when `out_dir` holds something else (also other episodes); and when it cannot be
-    written (a full disk): then, as after any interruption, the same call continues.
+    A broken or lost record, an episode that `check_episode` refuses (much of BridgeData has no instruction),
+    one without a known action, and one that differs from the first in its cameras or image sizes is skipped.
+    `out_dir` appears when everything is in it; the same call then finds it there, and does nothing. Raises
+    SpearError when more than half are bad, or nothing good is left; when `out_dir` holds something else (also
+    other episodes); and when it cannot be written (a full disk): then, as after any interruption, the same
+    call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo = _blocks(path, split)
+    source = open_dataset(path)
+    if isinstance(source, Dataset):
+        source.spec(how.layout)  # says what is wrong with it before anything is written
     request = {
         "path": str(path.resolve()),
+        "data": _digest(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": _layout_text(path, how),
         "sizes": {name: list(size) for name, size in sorted(how.sizes.items())},
@@ -115,6 +120,7 @@ def prepare(
         )
     check_free(out)
     work = out.with_name(f".{out.name}.part")
+    new = [folder for folder in work.parents if not folder.exists()]
     try:
         with alone(work, "preparing data in"):
             same_settings(work / "request.json", request, begun=any(work.glob("parts/*.arrow")))
@@ -137,6 +143,9 @@ def prepare(
                 parts.abandon()
                 if not parts.blocks:  # nothing to continue
                     shutil.rmtree(work, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # another process has put something there
+                        for folder in new:
+                            folder.rmdir()
                 raise
             (work / "dataset").replace(out)
             shutil.rmtree(work, ignore_errors=True)
@@ -157,7 +166,7 @@ class _Parts:
 
     def __init__(self, work: Path, rate_hz: float) -> None:
         self.folder, self.done, self.rate_hz = work / "dataset", work / "parts", rate_hz
-        self.skipped = Skipped(MOST_BAD, once=True)
+        self.skipped = Skipped(MOST_BAD)
         self.blocks = self.open_blocks = 0
         self.writer: LeRobotWriter | None = None
 
@@ -277,7 +286,7 @@ def good_episodes(path: str | Path, split: str, layout: Layout, skipped: Skipped
 
 def _check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
     """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
-    skipped.check(good)
+    skipped.check(good, finished=good > 0)
     if good == 0:
         why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
@@ -311,6 +320,8 @@ def _ready(episode: Episode, how: Conversion) -> Ready:
         known = ", ".join(sorted(episode.images))
         raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
     episode = with_actions(resample(episode, how.rate_hz))
+    if not np.any(episode.action_mask):
+        raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
     images = {camera: _fit(episode, camera, how) for camera in episode.images}
     episode = dataclasses.replace(episode, images=images)
     return episode, sample_images(episode)
@@ -328,6 +339,15 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
             encoded = encode_jpeg(fit_image(image, size[1], size[0]), how.quality)
         fitted.append(encoded)
     return fitted
+
+
+def _digest(source: Dataset | EpisodeStore) -> str:
+    """What tells the data of a folder from others."""
+    if isinstance(source, EpisodeStore):
+        return source.digest()
+    digest = hashlib.sha256()
+    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4"))
+    return digest.hexdigest()
 
 
 def _layout_text(path: Path, how: Conversion) -> str:
@@ -358,6 +378,5 @@ def open_store(
         time.sleep(0.5)
     reasons: list[str] = []
     if not wait:
-        target.parent.mkdir(parents=True, exist_ok=True)
         _, reasons = prepare(path, target, split)
     return EpisodeStore(target), reasons

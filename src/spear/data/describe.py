@@ -1,0 +1,225 @@
+"""A proposal of `spear.json` for a dataset that nobody has described: to be read and corrected.
+
+The columns are read in every way that the audit knows; what explains the recorded motion best is proposed.
+What no column can say (where the gripper's own axes point, the rate of RLDS) is left open.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spear.data.audit import FARTHEST, UNEXPLAINED
+from spear.data.hypotheses import Fit, Recording, Stretches, rotation_fits, translation_fits
+from spear.data.inspect import leaves
+from spear.data.readers.formats import episode_counts, open_dataset
+from spear.data.readers.lerobot import LeRobotFolder
+from spear.data.readers.spec import ANGLES, LENGTH_UNITS
+from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense
+from spear.data.store.episode_store import EpisodeStore
+from spear.errors import SpearError
+from spear.types import Array
+
+EPISODES, VIEWED = 30, 5
+"""Episodes that are read, and those whose images are looked at."""
+TURN, WIDEST = 2.1 * np.pi, 32
+"""Radians beyond which angles are degrees; numbers of a column beyond which it is no measurement."""
+AT_WRIST = ("wrist", "hand", "gripper", "eye_in")
+"""Parts of the names of cameras at the wrist."""
+TWICE = 2.0
+"""How many times as much of a camera's view must change as of all others to be at the wrist."""
+NO_STATE = ("timestamp", "reward", "discount")
+PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
+"""The answers that are taken where others fit as well."""
+Columns = Mapping[str, Sequence[Array]]
+"""Column -> [T, d] of each episode."""
+
+
+class Window(NamedTuple):
+    """Some of the numbers of a column."""
+
+    column: str
+    first: int
+    end: int
+
+    def of(self, columns: Columns) -> list[Array]:
+        """[T, numbers] of each episode."""
+        return [values[:, self.first : self.end] for values in columns[self.column]]
+
+    def name(self, columns: Columns) -> str:
+        """As a layout has it."""
+        if self.end - self.first == columns[self.column][0].shape[1]:
+            return self.column
+        span = f"{self.first}:{self.end}" if self.end > self.first + 1 else f"{self.first}"
+        return f"{self.column}[{span}]"
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What `spear.json` could say of a dataset; its `facts` tell why, and what is open.
+
+    Raises SpearError for a folder that needs none, and for data that hold nothing to go by.
+    """
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
+        raise SpearError(f"nothing to describe: {path} is a store of episodes, whose columns are known")
+    split = next(iter(episode_counts(path)))
+    read = itertools.islice(folder.steps(split, images=()), EPISODES)
+    episodes = [dict(leaves(steps)) for _, steps in read if not isinstance(steps, SpearError)]
+    if not episodes:
+        raise SpearError(f"no good episode: {path}: see spear data inspect")
+    facts = {"tool_rotation": "no column can say it: see docs/data.md"}
+    found: dict[str, Any] = {"images": _cameras(folder.steps(split), facts)}
+    rate = 5.0
+    if isinstance(folder, LeRobotFolder):
+        rate = folder.info.fps
+    else:
+        texts = (n for n, v in episodes[0].items() if isinstance(v, list) and not _is_image(v))
+        found["instruction"] = next((n for n in texts if "instruction" in n or "language" in n), None)
+        found["rate_hz"], facts["rate_hz"] = None, "not in the metadata: write how many steps a second has"
+    columns = {
+        name: [np.asarray(e[name], np.float64).reshape(len(e[name]), -1) for e in episodes]
+        for name, values in episodes[0].items()
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.size <= WIDEST * len(values)
+        if name.rpartition("/")[2] not in NO_STATE
+    }
+    taken = _motion(found, facts, columns, rate)
+    _gripper(found, facts, columns, taken, rate)
+    return {**found, "facts": facts}
+
+
+def _is_image(values: Sequence[Any]) -> bool:
+    return bool(values) and values[0][:4] in (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xdb", b"\x89PNG")
+
+
+def _cameras(read: Iterator[tuple[str, Any]], facts: dict[str, str]) -> dict[str, str]:
+    """Our camera name -> column; at the wrist is one whose name or motion says so."""
+    changes: dict[str, list[float]] = {}
+    for source, steps in itertools.islice(read, VIEWED):
+        for name, values in leaves(steps) if not isinstance(steps, SpearError) else ():
+            if isinstance(values, list) and _is_image(values):
+                all_count = np.arange(3 * len(values)).reshape(-1, 3)  # as if the arm moved at every step
+                view = look(values, all_count, 1.0, f"{source} column {name!r}")
+                changes.setdefault(name, []).extend([] if view.blank else [view.change])
+    shown = {name: float(np.nanmedian(each)) for name, each in changes.items() if each}
+    parts = [f"{name}: {part:.0%} of it change in a step" for name, part in shown.items()]
+    facts["images"] = "; ".join([*parts, *(f"{name} is blank" for name in changes if name not in shown)])
+    if not shown:
+        return {}
+    wrist = max(shown, key=lambda name: (any(word in name for word in AT_WRIST), shown[name]))
+    others = [name for name in shown if name != wrist]
+    moves = others and shown[wrist] > TWICE * max(shown[name] for name in others)
+    if moves or any(word in wrist for word in AT_WRIST):
+        return {"external": others[0], "wrist": wrist} if others else {"wrist": wrist}
+    return {"external": next(iter(shown))}
+
+
+def _motion(found: dict[str, Any], facts: dict[str, str], columns: Columns, rate: float) -> list[Window]:
+    """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
+    keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
+    found |= dict.fromkeys(keys)
+    still = [np.tile([1.0, 0, 0, 0], (len(v), 1)) for v in next(iter(columns.values()), [])]
+    fits: list[tuple[float, Window, Window, Fit]] = []
+    wide = {name: each[0].shape[1] for name, each in columns.items() if each[0].shape[1] >= 3}
+    moves = [Window(name, 0, 3) for name in wide if "action" in name]
+    places = [Window(n, i, i + 3) for n, width in wide.items() if "action" not in n for i in range(width - 2)]
+    for place, move in itertools.product(places, moves):
+        fit = _best("translation", place.of(columns), still, move.of(columns), rate)
+        if fit is not None:
+            fits.append((round(fit.relative, 3), place, move, fit))
+    if not fits:
+        facts["position"] = "no column leads to the next state by any action: name it yourself"
+        return []
+    _, place, move, fit = min(fits, key=lambda each: each[0])
+    far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
+    found |= {"position": place.name(columns), "logged_translation": move.name(columns)}
+    found["length_unit"] = next((u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m")
+    found["logged_kind"] = fit.reading.kind
+    facts["position"] = _why(move.name(columns), fit)
+    turn, act = _beside(place, columns), _beside(move, columns)
+    if turn is None or act is None:
+        return [place, move]
+    written = _best("rotation", place.of(columns), turn.of(columns), act.of(columns), rate)
+    if written is not None:
+        form, widest = written.reading.state, np.abs(np.concatenate(turn.of(columns))).max()
+        found |= {"rotation": turn.name(columns), "rotation_format": form}
+        found["angle_unit"] = "deg" if form in ANGLES and widest > TURN else "rad"
+        found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
+        found["logged_frame"] = "ee" if written.reading.frame == "ee" else "base"
+        facts["rotation"] = _why(act.name(columns), written)
+    return [place, move, turn, act]
+
+
+def _why(name: str, fit: Fit) -> str:
+    reading, unsure = fit.reading, ": too much to rely on" if fit.relative > UNEXPLAINED else ""
+    how = f"{reading.kind}, {reading.frame} frame, {reading.unit}, {reading.signs}, {reading.shift} late"
+    return f"{name} leads from one to the next but for {fit.relative:.0%} of the motion{unsure} ({how})"
+
+
+def _beside(window: Window, columns: Columns) -> Window | None:
+    """Where orientations are, if positions are there: unit quaternions, or else the next three numbers."""
+    ends = {name: each[0].shape[1] for name, each in columns.items()}
+    kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
+    spans = [(window.column, window.end), *((name, 0) for name in kind if name != window.column)]
+    for size in (4, 3):
+        for name, first in spans:
+            numbers = np.concatenate([values[:, first : first + size] for values in columns[name]])
+            unit = size == 3 or bool((np.abs(np.linalg.norm(numbers, axis=1) - 1) < 1e-2).all())
+            if numbers.shape[1] == size and unit:
+                return Window(name, first, first + size)
+    return None
+
+
+def _best(
+    name: str, where: Sequence[Array], turn: Sequence[Array], logged: Sequence[Array], rate: float
+) -> Fit | None:
+    """The best reading of logged values, of equals the plainest; None where nothing moves for five steps."""
+    parts = zip(where, turn, logged, strict=True)
+    recordings = [Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts]
+    stretches = Stretches(recordings)
+    if not stretches.count:
+        return None
+    fits = (translation_fits if name == "translation" else rotation_fits)(recordings, stretches)
+    likely = lambda fit: sum(str(answer) in PLAIN for answer in fit.reading)  # noqa: E731
+    best = min(fits, key=lambda fit: (round(fit.relative, 2), -likely(fit)))
+    return best if best.moved.sum() > 0 else None
+
+
+def _gripper(
+    found: dict[str, Any], facts: dict[str, str], columns: Columns, taken: Sequence[Window], rate: float
+) -> None:
+    """The number that follows a command best, and which end of it is open."""
+    used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
+    free = [Window(n, i, i + 1) for n, each in columns.items() for i in range(each[0].shape[1])]
+    values = {w: [v[:, 0] for v in w.of(columns)] for w in free if (w.column, w.first) not in used}
+    moving = [w for w, each in values.items() if np.ptp(np.concatenate(each)) > 0]
+    pairs = []
+    for state, act in itertools.product(moving, moving):
+        if "action" in act.column and "action" not in state.column:
+            both = [(o, c, rate) for o, c in zip(values[state], values[act], strict=True)]
+            pairs.append((max((strength for _, strength in follows(both)), key=abs), state, act))
+    if not pairs:
+        facts["gripper"] = "no number is left that moves as an action does: name it yourself"
+        return
+    strength, state, act = max(pairs, key=lambda pair: abs(pair[0]))
+    low, high = ends = _ends(values[state])
+    openings = [(v - low) / (high - low) for v in values[state] if np.ptp(v) > MOVES * (high - low)]
+    verdict, words = sense(openings) if len(openings) >= FEWEST else ("cannot tell", "it hardly moves")
+    flipped = verdict == "wrong"
+    found |= {"gripper": state.name(columns), "gripper_range": ends[::-1] if flipped else ends}
+    told = {"agrees": "", "wrong": "; so the ends are exchanged"}.get(verdict, ": check which end is open")
+    facts["gripper_range"] = f"{words.partition(': exchange')[0]}{told}"
+    facts["gripper"] = f"of the free numbers it follows {act.name(columns)} best, correlation {strength:.2f}"
+    if abs(strength) >= FOLLOWS:
+        command = _ends(values[act])
+        same = (strength > 0) != flipped
+        found |= {"command": act.name(columns), "command_range": command if same else command[::-1]}
+
+
+def _ends(values: Sequence[Array]) -> list[float]:
+    """The smallest and largest reading; 0 and 1 where these are meant."""
+    low, high = (float(f"{end(np.concatenate(values)):.4g}") for end in (np.min, np.max))
+    return [0.0, 1.0] if low >= -0.05 and 0.9 <= high <= 1.05 else [low, high]

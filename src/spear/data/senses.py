@@ -1,0 +1,141 @@
+"""Do the gripper and the cameras mean what the layout says? Part of the audit; thresholds are our choice.
+
+The gripper's sense shows in two ways. A gripper that closes on objects comes to rest at different openings,
+one that opens always at the same; and demonstrations begin with an open gripper. Only where both speak
+against the layout is it called wrong. A wrist camera sees almost everything change when the arm moves, one
+that stands beside it sees little more than the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from spear.data.hypotheses import Recording
+from spear.types import Array
+from spear.util.images import decode_image
+
+Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
+MOVES, RESTS = 0.1, 0.02
+"""Change of opening in an episode that counts as moving, and from step to step that counts as rest."""
+FOLLOWS, LATE = 0.6, 0.8
+"""Correlation of command and opening from which one follows the other, and how late it may (s)."""
+FEWEST, FEWEST_VIEWS = 3, 5
+"""Episodes in which the gripper moves, or two cameras can be compared: with fewer nothing is said."""
+SPREAD = 3.0
+"""How many times as different as those of the other side resting openings must be."""
+MOST = 0.8
+"""Share of episodes that must say the same."""
+CLEARLY = 1.5
+"""How many times as much of a wrist view must change as of an external one."""
+FAST, CHANGED = 0.05, 4
+"""Metres per second at which an arm moves; grey levels (of 255) by which a pixel changes."""
+SIZE = 32, 24
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found of one thing: `words` say why, and what to change where it is wrong."""
+
+    name: str
+    verdict: Verdict
+    words: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera in one episode: whether its images show anything, and the share of pixels [0 … 1] that change
+    from one step to the next while the arm moves (NaN where it does not)."""
+
+    blank: bool
+    change: float
+
+
+def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
+    """Whether openings and commands are what the layout says, as far as the gripper moves at all."""
+    moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
+    if len(moving) < FEWEST:
+        words = f"the gripper moves in {len(moving)} of {len(recordings)} episodes"
+        return [Check("gripper", "cannot tell", words)]
+    verdict, words = sense([np.asarray(r.opening) for r in moving])
+    commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
+    if not commanded:
+        return [Check("gripper", verdict, words)]
+    late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
+    said = f"the correlation of command and opening, {late} steps later, is {strength:.2f}"
+    if strength >= FOLLOWS:
+        return [Check("gripper", verdict, words), Check("gripper command", "agrees", said)]
+    if strength <= -FOLLOWS:
+        key = "gripper_range" if verdict == "wrong" else "command_range"
+        return [Check("gripper command", "wrong", f"{said}: exchange the two readings in {key}")]
+    return [Check("gripper command", "wrong", f"{said} at best: command names another column")]
+
+
+def follows(episodes: Sequence[tuple[Array, Array, float]]) -> list[tuple[int, float]]:
+    """(steps, correlation of commands and the openings so many steps later)."""
+    found = []
+    for late in range(1 + round(LATE * episodes[0][2])):
+        pairs = [np.stack([c[: len(o) - late], o[late:]]) for o, c, _ in episodes if len(o) > late]
+        x, y = np.concatenate(pairs, axis=1)
+        found.append((late, float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0))
+    return found
+
+
+def sense(openings: Sequence[Array]) -> tuple[Verdict, str]:
+    """Whether what is called open is open: (verdict, words)."""
+    middles = [(o.min() + o.max()) / 2 for o in openings]
+    started = float(np.mean([o[0] > middle for o, middle in zip(openings, middles, strict=True)]))
+    rests: dict[bool, list[float]] = {False: [], True: []}
+    for opening, middle in zip(openings, middles, strict=True):
+        still = opening[1:][np.abs(np.diff(opening)) < RESTS]
+        for side, values in ((True, still[still > middle]), (False, still[still <= middle])):
+            rests[side] += [float(np.median(values))] if len(values) else []
+    apart = {side: float(np.ptp(found)) if len(found) >= FEWEST else 0.0 for side, found in rests.items()}
+    contact = [apart[side] > SPREAD * max(apart[not side], RESTS) for side in (False, True)]
+    signs = int(contact[0]) - int(contact[1]), int(started >= MOST) - int(started <= 1 - MOST)
+    words = f"{started:.0%} of {len(openings)} episodes begin open; it rests at openings that differ by "
+    words += f"{apart[False]:.2f} when closed, {apart[True]:.2f} when open"
+    if max(signs) < 0:
+        return "wrong", f"{words}: exchange the two readings in gripper_range"
+    return "agrees" if max(signs) > 0 and min(signs) >= 0 else "cannot tell", words
+
+
+def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -> View:
+    """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m)."""
+    small = []
+    for step, encoded in enumerate(images):
+        pixels = Image.fromarray(decode_image(encoded, f"{where} step {step}"))
+        small.append(np.asarray(pixels.convert("L").resize(SIZE, Image.Resampling.BOX), np.float32))
+    frames = np.array(small)
+    moved = np.linalg.norm(np.diff(position, axis=0), axis=1) * rate_hz > FAST
+    share = (np.abs(np.diff(frames, axis=0)) > CHANGED).mean((1, 2))[moved]
+    return View(bool(np.ptp(frames) == 0), float(np.median(share)) if len(share) else float("nan"))
+
+
+def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
+    """Cameras that show nothing, or are exchanged; views: camera -> what each episode shows (None: none)."""
+    found = []
+    for camera, each in views.items():
+        absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
+        if absent + blank == len(each):
+            why = "its column is absent" if absent else "its images are blank"
+            words = f"{why} in all of {len(each)} episodes: name another one in images"
+            found.append(Check(f"camera {camera}", "wrong", words))
+    pairs = np.array([
+        (a.change, b.change)
+        for a, b in zip(views.get("external", ()), views.get("wrist", ()), strict=False)
+        if a is not None and b is not None and not (a.blank or b.blank) and np.isfinite(a.change + b.change)
+    ]).reshape(-1, 2)  # fmt: skip
+    if len(pairs) >= FEWEST_VIEWS:
+        external, wrist = np.median(pairs, axis=0)
+        words = f"when the arm moves, {external:.0%} of the external view change, {wrist:.0%} of the wrist's"
+        ratio = pairs[:, 1] / np.maximum(pairs[:, 0], 1e-3)
+        if np.mean(ratio < 1 / CLEARLY) >= MOST:
+            found.append(Check("cameras", "wrong", f"{words}: exchange wrist and external in images"))
+        elif np.mean(ratio > CLEARLY) >= MOST:
+            found.append(Check("cameras", "agrees", words))
+    return found

@@ -1,0 +1,37 @@
+"""A proposed spear.json: what the columns say, and what they leave open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spear.cli import main
+from spear.data.describe import describe
+from spear.data.readers.formats import read_episodes
+from spear.data.readers.spec import REGISTRY
+
+
+@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
+def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, name: str) -> None:
+    folder, known = shared / "data" / name, REGISTRY["bridge_dataset"]
+    found = describe(folder)
+    for key in ("position", "rotation", "gripper", "command", "logged_translation", "logged_rotation"):
+        assert found[key] == getattr(known, key), key
+    for key in ("rotation_format", "logged_kind", "logged_frame"):
+        assert found[key] == getattr(known, key), key
+    assert found["images"]["external"].startswith("observation/image") and "wrist" not in found["images"]
+    closed, opened = found["gripper_range"]
+    assert closed < opened  # and not the other way round
+    (tmp_path / "layout.json").write_text(json.dumps({**found, "rate_hz": 5.0}))
+    assert next(read_episodes(folder, dataset=tmp_path / "layout.json")).rate_hz == 5
+    if name.startswith("bridge"):
+        assert found["rate_hz"] is None and "rate_hz" in found["facts"]
+
+
+def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = shared / "data" / "lerobot" / "v3.0_image", tmp_path / "layout.json"
+    assert main(["data", "describe", str(folder), "--out", str(out)]) == 0
+    assert "spear data audit" in capsys.readouterr().err and json.loads(out.read_text())["facts"]
+    assert main(["data", "describe", str(folder), "--out", str(out)]) == 2
