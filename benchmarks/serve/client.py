@@ -2,13 +2,15 @@
 
     python benchmarks/serve/client.py URL CLIENTS SECONDS
 
-Prints JSON: round trips and server times, milliseconds, and requests per second.
+The environment may have a TOKEN. Prints JSON: round trips and server times, milliseconds, and requests per
+second.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 
@@ -18,11 +20,16 @@ from websockets.asyncio.client import connect
 from spear import embodiments
 from spear.serve import wire
 
+TOKEN = os.environ.get("TOKEN", "")
+
 
 async def client(url: str, until: float, round_trips: list[float], overheads: list[float]) -> None:
     """One client, which asks for its next chunk as soon as it has one."""
     message = wire.encode(embodiments.load("generic").example())
-    async with connect(url, compression=None, max_size=None, proxy=None) as connection:
+    headers = {"Authorization": f"Api-Key {TOKEN}"}
+    async with connect(
+        url, compression=None, max_size=None, proxy=None, additional_headers=headers
+    ) as connection:
         await connection.recv()
         while time.perf_counter() < until:
             started = time.perf_counter()

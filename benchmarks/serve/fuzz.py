@@ -7,9 +7,13 @@ that bad and good ones meet in a batch. After every hundred of a client, and aft
 limit, which ends its connection, a good observation must be answered, where it has a seed as at the start.
 The server is a process of its own, whose memory and open files are watched (Linux).
 
-    python benchmarks/serve/fuzz.py [FRAMES] [POLICY] [--embodiment NAME] [--seed N] [--quick]
+Before that, structurally generated messages (structures.py) against the decoder, and as values of an
+otherwise good observation against the robot's checks, in this process: what is legal must be understood as it
+was meant, everything else refused in one line.
 
---quick sends 320 frames only.
+    python benchmarks/serve/fuzz.py [FRAMES] [POLICY] [--structures N] [--embodiment NAME] [--seed N]
+
+--quick: 320 frames and 1,000 structures only.
 """
 
 from __future__ import annotations
@@ -34,8 +38,9 @@ from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.server import LARGEST_MESSAGE
 from spear.types import Array
+from structures import Maker, check_message, check_observation
 
-CLIENTS = 16
+CLIENTS = 64
 GOOD_EVERY = 100
 HUGE_EVERY = 2000
 KINDS = ("bytes", "cut", "changed", "nested", "length", "text", "missing", "unknown", "value", "array")
@@ -222,9 +227,21 @@ async def run(served: Server, fuzz: Fuzz, seed: int, frames: int) -> list[float]
     return [*sizes, served.memory()]
 
 
+def structured(fuzz: Fuzz, count: int, seed: int) -> None:
+    """So many generated messages against the decoder, and a third as many values against the robot."""
+    maker, found, started = Maker(np.random.default_rng(seed)), Counter[str](), time.perf_counter()
+    for index in range(count):
+        found["messages " + check_message(maker)] += 1
+        if index % 3 == 0:
+            found["observations " + check_observation(maker, fuzz.robot, fuzz.small())] += 1
+    numbers = ", ".join(f"{number} {what}" for what, number in sorted(found.items()))
+    print(f"{numbers} in {time.perf_counter() - started:.0f} s, each as it was meant", flush=True)
+
+
 def main(
     frames: Positional[int] = 100_000,
     policy: Positional[str] = "nano",
+    structures: int = 200_000,
     embodiment: str = "generic",
     seed: int = 0,
     quick: bool = False,
@@ -232,6 +249,7 @@ def main(
     """Sends so many frames; ends with an error at the first that is not answered as it must be."""
     frames = 320 if quick else CLIENTS * -(-frames // CLIENTS)
     fuzz = Fuzz(embodiments.load(embodiment))
+    structured(fuzz, 1000 if quick else structures, seed)
     started = time.perf_counter()
     with server(policy, "--embodiment", embodiment) as served:
         files = served.files()

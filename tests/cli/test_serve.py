@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from serve_here import Homing, serving
 from spear.cli import main
+from spear.embodiments import names
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
+from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
+
+
+def test_what_is_cheap_is_checked_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Spear1Policy, "load", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        wrong = {"--host 192.0.2.1": "192.0.2.1", "--host no..name": "no..name", f"--port {port}": port}
+        for option, named in {**wrong, "--token=": "--token", "--device tpu9": "tpu9"}.items():
+            assert main(["serve", "nano", *option.split()]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and named in said
+
+
+def test_help_names_every_robot(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name}" in said for name in names())
 
 
 def test_a_token_that_is_set_but_empty_leaves_no_server_open(

@@ -74,9 +74,8 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
     pytest.importorskip("mujoco")
     code = "import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))"
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *options], stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    server = subprocess.Popen([sys.executable, "-c", code, "serve", *options], text=True, **pipes)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
@@ -93,6 +92,7 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         server.send_signal(signal.SIGTERM)
         assert server.wait(120) == 0
+        assert server.stderr is not None and "loading nano on " in server.stderr.read()
     finally:
         server.kill()
         server.wait()

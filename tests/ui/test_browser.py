@@ -137,6 +137,12 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     settled(tab)
     tab.click("#step")
     tab.wait("view.step === 1 && view.boxes[0].step === 1")
+    belongs = "document.querySelector('#belongs').textContent"
+    assert tab.run(belongs).startswith("step 1 · centres in metres in the camera’s frame")
+    tab.click("#follow")
+    tab.click("#step")
+    tab.wait("view.step === 2")
+    assert tab.run(belongs).startswith("step 1, the scene is at step 2 now")
     tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
     tab.enter()
     tab.wait("view.answer")

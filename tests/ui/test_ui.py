@@ -154,12 +154,11 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
 def test_other_sites_get_nothing_and_tabs_are_bounded(
     server: PolicyServer, renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = server.port
-    assert get(server, "/", Host=f"evil.example:{port}")[0] == 403
-    assert get(server, "/", Host=f"localhost:{port}")[0] == 200
+    for path in ("/", "/ui.js", "/ui"):
+        assert get(server, path, Host=f"evil.example:{server.port}")[0] == 403
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
-    Tab(server, origin=f"http://127.0.0.1:{port}").socket.close()
+    Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()
     monkeypatch.setattr(pages, "MOST_TABS", 0)
     with pytest.raises(InvalidStatus, match="503"):
         Tab(server)
@@ -225,6 +224,7 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
     bad: list[tuple[Any, str]] = [
         ("nonsense", "nonsense"),
         ("[" * 5000, "[["),
+        ("[" + 300_000 * "[]," + "[]]", "[[],[]"),
         ('{"do": ["reset"]}', "reset"),
         ({"do": "explode"}, "explode"),
         ({"do": "reset", "family": "put_onn", "seed": 0}, "put_onn"),

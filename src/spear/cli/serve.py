@@ -30,6 +30,7 @@ def serve(options: ServeOptions) -> None:
     """
     import asyncio
 
+    from spear.serve.guard import reachable
     from spear.serve.server import LARGEST_MESSAGE, PolicyServer
 
     if options.token is None:
@@ -42,11 +43,11 @@ def serve(options: ServeOptions) -> None:
         page = Page(policy, options.policy, options.token, LARGEST_MESSAGE)
 
     def ready(server: PolicyServer) -> None:
-        shown = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"{reachable(options.host)}:{server.port}"
         what = f"{options.policy} for {options.embodiment} ({service.metadata['control']})"
-        print(f"serving {what} at ws://{shown}:{server.port}", flush=True)
+        print(f"serving {what} at ws://{address}", flush=True)
         if page:
-            print(f"page at http://{shown}:{server.port}/", flush=True)
+            print(f"page at http://{address}/", flush=True)
         if not options.token:
             _warn_of_others(options, "there is no --token")
 
@@ -65,37 +66,38 @@ def vla_eval(options: VlaEvalOptions) -> None:
     """
     from vla_eval.model_servers.serve import serve
 
+    from spear.serve.guard import cannot_listen, reachable
     from spear.serve.harness import HarnessServer
-    from spear.serve.server import cannot_listen
 
     _, service = _warm(options)
-    address = f"ws://{options.host}:{options.port}"
+    address = f"ws://{reachable(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.embodiment} to vla-eval at {address}", flush=True)
     _warn_of_others(options, "the harness's protocol has no token")
     try:
         serve(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
-        raise cannot_listen(options, group.exceptions[0]) from group
+        raise cannot_listen(options.host, options.port, group.exceptions[0]) from group
 
 
 def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
-    """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything."""
+    """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything
+    and an address that cannot be had, before the weights are read."""
+    from spear.serve.guard import check_address
+
+    check_address(options.host, options.port)
     import torch
 
     from spear import embodiments
     from spear.models.devices import choose_device
-    from spear.policy import Spear1Policy
+    from spear.policy import Spear1Policy, locate
     from spear.serve.service import Service
 
     robot = embodiments.load(options.embodiment)
-    robot.control(options.control)  # an unknown one is refused before the weights are read
-    policy = Spear1Policy.load(
-        options.policy,
-        choose_device(options.device),
-        options.steps,
-        dataset=options.dataset,
-        dtype=getattr(torch, options.dtype),
-    )
+    robot.control(options.control)
+    folder, device = locate(options.policy), choose_device(options.device)
+    print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
+    dtype = getattr(torch, options.dtype)
+    policy = Spear1Policy.load(folder, device, options.steps, dataset=options.dataset, dtype=dtype)
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
     service.warm_up()
     policy.reset()

@@ -75,10 +75,10 @@ def image(observation: Mapping[str, Any], key: str) -> Array:
 
 def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
     """[count] float64, finite; one number may come without a shape. Raises `SpearError` naming the key."""
-    try:
-        array = np.asarray(observation[key])
-    except ValueError:
-        raise SpearError(f"{key}: a list of unequal parts: send {count} numbers") from None
+    value = observation[key]
+    if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
+        raise SpearError(f"{key}: a list of other things: send {count} numbers")  # texts could take GiB here
+    array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.size != count or array.ndim > 1:
         raise SpearError(f"{key}: {_what(array)}: send {count} numbers")
     if not np.isfinite(array).all():
@@ -103,10 +103,10 @@ def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
 def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
     """The instruction. Raises `SpearError` naming the key."""
     value = observation[key]
+    if isinstance(value, str) and len(value) > LONGEST_PROMPT:
+        raise SpearError(f"{key}: {len(value)} characters: send at most {LONGEST_PROMPT}")
     if not isinstance(value, str) or not any(map(str.isalnum, value)) or _UNSEEN.search(value):
         raise SpearError(f"{key}: {_what(value)}: send an instruction in words")
-    if len(value) > LONGEST_PROMPT:
-        raise SpearError(f"{key}: {len(value)} characters: send at most {LONGEST_PROMPT}")
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import http
 import logging
@@ -24,7 +25,8 @@ from websockets.protocol import State
 
 from spear.errors import SpearError
 from spear.serve import wire
-from spear.serve.options import ServeOptions, ServiceOptions
+from spear.serve.guard import Guarded, cannot_listen, stranger
+from spear.serve.options import ServeOptions
 from spear.serve.service import Batcher, Busy, Gone, Service
 
 LOG = logging.getLogger("spear.serve")
@@ -36,6 +38,8 @@ LARGEST_MESSAGE = 16 * 2**20
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 30.0
 """How long requests under way may take when the server stops."""
+REFUSED_S, UNAUTHORIZED_S = 0.05, 0.5
+"""A client whose message was refused is not heard for so long, a wrong token not answered (our choice)."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -95,13 +99,16 @@ class PolicyServer:
         self.options, self.page, self.port = options, page, options.port
         self._max_clients, self._max_bytes = max_clients, max_bytes
         self._metadata = wire.encode(service.metadata)
-        self._clients: set[ServerConnection] = set()
-        self._metrics = Metrics(lambda: len(self._batcher), lambda: len(self._clients))
+        self._peers: dict[Guarded, None] = {}
+        self._metrics = Metrics(lambda: len(self._batcher), self._clients)
         wait_s = options.wait_ms / 1000
         self._batcher = Batcher(service.answer, options.max_batch, wait_s, options.queue, self._metrics.batch)
         self._stop = asyncio.Event()
         self._draining = False
         self._answering = 0
+
+    def _clients(self) -> int:
+        return sum(peer.state is State.OPEN for peer in self._peers)
 
     def stop(self) -> None:
         """Take no more requests, answer those that were taken, then end `run`. Call it in the event loop."""
@@ -124,6 +131,7 @@ class PolicyServer:
                     ready(self)
                 await self._stop.wait()
                 await self._drain(server)
+                answering.cancel()
         finally:
             answering.cancel()
             if self.page:
@@ -137,6 +145,7 @@ class PolicyServer:
                 self._client,
                 self.options.host,
                 self.options.port,
+                create_connection=functools.partial(Guarded, self._peers),  # type: ignore[arg-type]
                 process_request=self._request,
                 compression=None,
                 max_size=self._max_bytes,
@@ -145,7 +154,7 @@ class PolicyServer:
                 logger=QUIET,
             )
         except OSError as error:
-            raise cannot_listen(self.options, error) from error
+            raise cannot_listen(self.options.host, self.options.port, error) from error
 
     async def _drain(self, server: Server) -> None:
         self._draining = True
@@ -153,11 +162,12 @@ class PolicyServer:
         deadline = time.monotonic() + DRAIN_S
         while self._answering and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        await asyncio.gather(*(c.close(1001, "the server stops") for c in self._clients))
+        await asyncio.gather(*(peer.close(1001, "the server stops") for peer in self._peers))
+        for peer in self._peers:
+            peer.transport.abort()
 
     async def _client(self, connection: ServerConnection) -> None:
         """One client, from its first message to its last."""
-        self._clients.add(connection)
         previous: float | None = None
         try:
             if self.page and connection.request and self.page.owns(connection.request):
@@ -168,14 +178,16 @@ class PolicyServer:
                 arrived = time.perf_counter()
                 self._answering += 1
                 try:
-                    await connection.send(await self._reply(connection, message, arrived, previous))
+                    reply = await self._reply(connection, message, arrived, previous)
+                    await connection.send(reply)
                 finally:
                     self._answering -= 1
                 previous = time.perf_counter() - arrived
+                if isinstance(reply, str):
+                    await asyncio.sleep(REFUSED_S)
         except ConnectionClosed:
             pass
         finally:
-            self._clients.discard(connection)
             self._batcher.forget(connection)
 
     async def _reply(
@@ -210,9 +222,17 @@ class PolicyServer:
             self._metrics.requests.labels(outcome).inc()
             self._metrics.latency.observe(time.perf_counter() - arrived)
 
-    def _request(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answers GET requests; None lets a websocket in."""
+    async def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answers GET requests; None lets a websocket in. Whoever guesses tokens waits."""
+        answer = self._answer(connection, request)
+        if answer is not None and answer.status_code == http.HTTPStatus.UNAUTHORIZED:
+            await asyncio.sleep(UNAUTHORIZED_S)
+        return answer
+
+    def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         status = http.HTTPStatus
+        if why := stranger(request, self.options.token):
+            return connection.respond(status.FORBIDDEN, why)
         if request.path == "/healthz":
             return connection.respond(status.OK, "ok\n")
         if self.page and self.page.owns(request):
@@ -225,7 +245,7 @@ class PolicyServer:
             return connection.respond(status.OK, generate_latest(self._metrics.registry).decode())
         if "upgrade" not in request.headers:
             return connection.respond(status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n")
-        if (busy := len(self._clients)) >= self._max_clients:
+        if (busy := self._clients()) >= self._max_clients:
             return connection.respond(status.SERVICE_UNAVAILABLE, f"busy: {busy} clients: try again later\n")
         return None
 
@@ -235,12 +255,6 @@ class PolicyServer:
         sent = request.headers.get_all("Authorization")
         right = f"Api-Key {self.options.token}".encode()
         return len(sent) == 1 and hmac.compare_digest(sent[0].encode(errors="surrogateescape"), right)
-
-
-def cannot_listen(options: ServiceOptions, error: BaseException) -> SpearError:
-    """The error for an address that is taken or does not exist."""
-    where = f"{options.host}:{options.port}"
-    return SpearError(f"cannot listen on {where}: {error}: choose another --port or --host")
 
 
 def gpu_memory() -> float:

@@ -176,6 +176,7 @@ class Batcher:
     async def run(self) -> None:
         """Answers until cancelled."""
         loop = asyncio.get_running_loop()
+        batch: list[_Waiting] = []
         try:
             while True:
                 batch = await self._collect()
@@ -195,6 +196,9 @@ class Batcher:
                         waiting.result.set_result(result)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            for waiting in (*batch, *self._queue):
+                if not waiting.result.done():
+                    waiting.result.set_exception(Gone())
 
     async def _collect(self) -> list[_Waiting]:
         while not self._queue:

@@ -19,6 +19,8 @@ from spear.errors import SpearError
 _TYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _DEPTH = 8
 """The most dimensions of an array, and the deepest nesting of maps and lists."""
+_VALUES = 1000
+"""The most values in the lists and maps of a message: what is many is an array (our choice)."""
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -28,12 +30,32 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse of `encode`; arrays are read-only views. Raises `SpearError` naming the bad key."""
+    """The inverse of `encode`; arrays are read-only views. Raises `SpearError` naming the bad key.
+
+    What it costs is bounded: lists and maps are counted while they are unpacked.
+    """
+    left = _VALUES
+
+    def counted(values: list[Any]) -> list[Any]:
+        nonlocal left
+        left -= 1 + len(values)
+        if left < 0:
+            raise ValueError(f"more than {_VALUES} values in lists and maps")
+        return values
+
+    def unique(pairs: list[Any]) -> dict[Any, Any]:
+        made = dict(counted(pairs))
+        if len(made) < len(pairs):
+            raise ValueError("a map with a key twice")
+        return made
+
+    hooks = {"list_hook": counted, "object_pairs_hook": unique}
     try:
-        message = msgpack.unpackb(data, strict_map_key=True)
+        message = msgpack.unpackb(data, max_array_len=_VALUES, max_map_len=_VALUES, **hooks)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise SpearError(f"message: not msgpack ({reason}): pack one map as openpi-client does") from error
+        how = "pack one map as openpi-client does, with arrays as arrays"
+        raise SpearError(f"message: cannot be unpacked ({reason}): {how}") from error
     if not isinstance(message, dict):
         raise SpearError(f"message: a {type(message).__name__}: send a map of keys to values")
     return {_key(key, "message"): _value(value, _shown(key)) for key, value in message.items()}
@@ -90,8 +112,11 @@ def _scalar(packed: dict[Any, Any], where: str) -> np.generic:
         raise SpearError(f"{where}: a numpy scalar that is a {type(value).__name__}: send a number")
     try:
         scalar: np.generic = dtype.type(value)
-    except (ValueError, OverflowError) as error:
-        raise SpearError(f"{where}: {str(value)[:40]} does not fit {dtype}: send a wider type") from error
+        fits = dtype.kind == "f" or scalar == value
+    except (ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise SpearError(f"{where}: {str(value)[:40]} does not fit {dtype}: send another type")
     return scalar
 
 

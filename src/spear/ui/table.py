@@ -178,7 +178,7 @@ class Table:
         """SPEAR-VLM's answer to any question, in words."""
         image, text = self._image(), tools.prompt({"question": text}, "question")
         answer = ask.ask(self._studio.vlm, image, text)
-        return {"answer": {"question": text, "text": ask.words(answer, image)}}
+        return {"answer": {"question": text, "text": ask.words(answer, image), "step": self._steps}}
 
     @property
     def _steps(self) -> int:

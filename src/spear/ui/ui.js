@@ -70,6 +70,7 @@ function show(part) {
   }
   if ("answer" in part) answered();
   if ("boxes" in part || "objects" in part) found();
+  belongs();
   status();
   buttons();
   soon();
@@ -107,8 +108,7 @@ function status() {
 
 function answered() {
   const a = view.answer;
-  $("answer").className = "answer-text " + (a ? "said" : "soft");
-  $("answer").textContent = a ? a.text : "Numbers are metres from the camera: x to the right, y down, z forward.";
+  $("answer").textContent = a ? a.text : "";
   if (a) $("question").value = a.question;
 }
 
@@ -126,7 +126,16 @@ function found() {
     return row;
   }));
   $("asked").textContent = view.boxes.length
-    ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s · centres in metres` : "";
+    ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s` : "";
+}
+
+// Of which picture the answers are, and in which frame their numbers.
+function belongs() {
+  const frame = "metres in the camera’s frame: x right, y down, z forward";
+  const now = step => step === view.step ? "" : `, the scene is at step ${view.step} now`;
+  const of = found => found ? (view.source === "photo" ? "photo" : `step ${found.step}${now(found.step)}`) + " · " : "";
+  $("belongs").textContent = of(view.boxes[0]) + "centres in " + frame;
+  $("answer-of").textContent = of(view.answer) + frame;
 }
 
 function chip(text, kind, objects) {

@@ -1,0 +1,205 @@
+"""Clients that mean harm: what each limit stops, while an honest client beside it is answered."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tracemalloc
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.serve.structures import Maker, check_message, check_observation
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from serve_here import serving
+from spear.embodiments import load, tools
+from spear.errors import SpearError
+from spear.serve import guard, wire
+from spear.serve.client import RemotePolicy
+
+GENERIC = load("generic")
+MANY = 2**20
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\xdd" + MANY.to_bytes(4, "big") + MANY * b"\x90",
+        b"\x81\xa1a\xdd" + MANY.to_bytes(4, "big") + MANY * b"\x80",
+        b"\x81\xa1a" + 900 * b"\xdc\x03\xe8" + MANY * b"\xc0",
+        b"\x81\xa1a\xdc\x03\xe7" + 999 * (b"\xdc\x03\xe7" + 999 * b"\x90"),
+        b"\xdf" + MANY.to_bytes(4, "big") + MANY * b"\xa1a\xc0",
+        b"\x8a" + b"\xa1a\x91" * MANY,
+    ],
+)
+def test_bombs_are_refused_before_they_are_anything(bomb: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(SpearError, match=r"^message: "):
+            wire.decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_list_of_texts_is_not_made_an_array() -> None:
+    texts = ["x" * MANY, *["y"] * 7]
+    with pytest.raises(SpearError, match="observation/state"):
+        tools.numbers({"observation/state": texts}, "observation/state", 8)
+
+
+def test_messages_of_every_shape_are_refused_or_understood() -> None:
+    maker, counts = Maker(np.random.default_rng(0)), {"refused": 0, "accepted": 0}
+    for _ in range(3000):
+        counts[check_message(maker)] += 1
+    good = {k: v[:16, :16] if np.ndim(v) == 3 else v for k, v in GENERIC.example().items()}
+    for _ in range(500):
+        counts[check_observation(maker, GENERIC, good)] += 1
+    assert min(counts.values()) > 300
+
+
+HELLO = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def deaf(port: int) -> socket.socket:
+    """A client that is welcome and reads nothing more."""
+    made = socket.create_connection(("127.0.0.1", port), 60)
+    made.sendall(HELLO)
+    assert b" 101 " in made.recv(20)
+    return made
+
+
+PING = b"\x89\xfdmask" + bytes(125)
+
+
+@pytest.mark.parametrize(
+    ("attack", "limits"),
+    [
+        (500 * PING, {}),
+        (b"\x02\x81maskx" + 500 * b"\x00\x81maskx", {}),
+        (b"\x82\xff" + (2**23).to_bytes(8, "big") + b"mask" + bytes(2**16), {"HELD": 2**20}),
+        (500 * PING, {"MOST_SMALL": 10**9}),
+    ],
+    ids=["pings", "pieces", "never whole", "never read"],
+)
+def test_a_client_beyond_a_limit_is_cut_off_alone(
+    attack: bytes, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(guard, name, value)
+    with serving() as running:
+        honest, other = RemotePolicy(f"ws://127.0.0.1:{running.port}"), deaf(running.port)
+        with pytest.raises(ConnectionError):
+            other.sendall(attack)
+            while True:
+                other.sendall(500 * (PING if "MOST_SMALL" in limits else b"\0"))
+        assert np.isfinite(honest.infer(GENERIC.example())["actions"]).all()
+        honest.close()
+
+
+def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "OPENING", 3)
+    with serving() as running:
+        silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
+        assert [s.recv(1) for s in silent[:2]] == [b"", b""]
+        RemotePolicy(f"ws://127.0.0.1:{running.port}").close()
+        for s in silent:
+            s.close()
+
+
+WEDGED = """
+import asyncio
+import numpy as np
+from serve_here import Homing
+from spear.embodiments import load
+from spear.serve import guard, server
+from spear.serve.options import ServeOptions
+from spear.serve.service import Service
+
+class Loud(Homing):
+    def infer_batch(self, observations):
+        return [{"actions": np.zeros((2**21, 8), np.float32)} for _ in observations]
+
+server.DRAIN_S, guard.SEND_S = 0.5, 1e6
+made = server.PolicyServer(Service(Loud(), load("generic")), ServeOptions("test", port=0))
+asyncio.run(made.run(lambda made: print(made.port, flush=True)))
+"""
+
+
+def test_sigterm_ends_the_server_whatever_clients_do() -> None:
+    support = Path(__file__).parents[1] / "support"
+    process = subprocess.Popen([sys.executable, "-c", WEDGED], cwd=support, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        stuck = socket.create_connection(("127.0.0.1", port))  # has not said what it wants
+        loud, message = deaf(port), wire.encode(GENERIC.example())
+        loud.sendall(4 * (b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        loud.close()
+        stuck.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/anything"])
+def test_pages_of_others_get_nothing(path: str) -> None:
+    with serving() as running:
+        port = running.port
+
+        def status(**headers: str) -> int:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return int(reply.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        found = 404 if path in ("/", "/anything") else 200
+        for wrong in (
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Origin": f"http://127.0.0.1:{port + 1}"},
+            {"Host": f"evil.example:{port}"},
+            {"Host": "evil.example", "Origin": "http://evil.example"},
+        ):
+            assert status(**wrong) == 403
+        for right in (
+            {"Origin": f"http://127.0.0.1:{port}"},
+            {"Host": f"localhost:{port}"},
+            {"Host": "[::1]"},
+            {"Host": "gpu-box:8000"},
+            {"Host": "host.docker.internal:8000"},
+        ):
+            assert status(**right) == found
+        for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
+            options: dict[str, Any] = headers
+            with pytest.raises(InvalidStatus, match=r"40[03]"):
+                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **options)
+
+
+def test_a_token_lets_the_server_have_any_name() -> None:
+    with serving(token="secret") as running:
+        headers = {"Host": "robots.example", "Authorization": "Api-Key secret"}
+        request = urllib.request.Request(f"http://127.0.0.1:{running.port}/metrics", headers=headers)
+        assert urllib.request.urlopen(request, timeout=60).status == 200
+
+
+def test_an_address_for_others_is_one_that_answers() -> None:
+    assert guard.reachable("::1") == "[::1]" and guard.reachable("10.0.0.5") == "10.0.0.5"
+    address = guard.reachable("0.0.0.0")
+    assert address not in ("", "0.0.0.0")
+    with serving(host="0.0.0.0") as running:
+        RemotePolicy(f"ws://{address}:{running.port}").close()
