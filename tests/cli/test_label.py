@@ -72,8 +72,7 @@ def test_what_did_not_get_through_is_tried_again(
     [
         ("photos --pointmap ground-truth", "rgbd:FOLDER"),
         ("photos --detector file:bad.json", "bad.json"),
-        ("photos --detector owlv2", "--vocabulary"),
-        ("photos --detector owlv2 --vocabulary mug", "owlv2=FOLDER"),
+        ("photos --detector owlv2 --vocabulary mug", "owlv2=PATH"),
         ("photos", "--detector owlv2"),
         ("sim:5-2", "sim:2-5"),
     ],

@@ -155,8 +155,9 @@ def _finish(plan: Conversion[Any], processor: Processor | None, options: Convert
 
 def _folder(name: str, what: str) -> Path:
     """A checkpoint's folder: local, a run's, one that comes with the package, or from the Hub."""
-    from spear.models.weights.load import find, is_hub_name
+    from spear.models.weights.load import find
     from spear.policy import locate
+    from spear.util.network import is_hub_name
 
     if is_hub_name(name) and not Path(name).exists():
         return find(name, what)

@@ -20,6 +20,7 @@ from typing import Any
 from spear.errors import SpearError, unknown_name
 from spear.labels.engine import Graph
 from spear.labels.pipeline import settings_for
+from spear.util.network import need_on_hub
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,18 @@ def _named(module: str, name: str, *takes: str) -> Maker:
     return make
 
 
-def _moge(default: str, model: str | None, choice: Choice) -> Any:
-    from spear.labels.models.pointmap import MogePointMap
+def _network(usual: str, module: str, name: str, *takes: str) -> Maker:
+    """`_named` of a network. usual: "kind=the model on the Hub that it is without another"."""
+    kind, default = usual.split("=")
 
-    return MogePointMap.load(model or default, choice.device)
+    def make(model: str | None, choice: Choice) -> Any:  # importing it takes longer than asking the Hub
+        need_on_hub(model or default, f"a folder or file that holds it, as in {kind}=PATH")
+        return _named(module, name, "device", *takes)(model or default, choice)
+
+    return make
+
+
+_WORDS, _MOGE = "open_vocabulary", ("pointmap", "load_pointmap")
 
 
 def _from_file(name: str, path: str | None, choice: Choice) -> Any:
@@ -68,19 +77,21 @@ def _from_file(name: str, path: str | None, choice: Choice) -> Any:
 KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
         "gemini": _named("gemini", "GeminiDetector", "vocabulary", "cache", "per_minute"),
-        "grounding-dino": _named("open_vocabulary", "GroundingDinoDetector", "vocabulary", "device"),
-        "owlv2": _named("open_vocabulary", "Owlv2Detector", "vocabulary", "device"),
+        "grounding-dino": _network(
+            "grounding-dino=IDEA-Research/grounding-dino-base", _WORDS, "GroundingDinoDetector", "vocabulary"
+        ),
+        "owlv2": _network("owlv2=google/owlv2-base-patch16-ensemble", _WORDS, "Owlv2Detector", "vocabulary"),
         "file": partial(_from_file, "FileDetector"),
         "ground-truth": _named("ground_truth", "GroundTruthDetector"),
     },
     "segmenter": {
-        "sam2": _named("sam2", "Sam2Segmenter", "device"),
+        "sam2": _network("sam2=facebook/sam2.1-hiera-large", "sam2", "Sam2Segmenter"),
         "file": partial(_from_file, "FileSegmenter"),
         "ground-truth": _named("ground_truth", "GroundTruthSegmenter"),
     },
     "point map": {
-        "moge": partial(_moge, "Ruicheng/moge-vitl"),
-        "moge-2": partial(_moge, "Ruicheng/moge-2-vitl-normal"),
+        "moge": _network("moge=Ruicheng/moge-vitl", *_MOGE),
+        "moge-2": _network("moge-2=Ruicheng/moge-2-vitl-normal", *_MOGE),
         "ground-truth": _named("ground_truth", "GroundTruthPointMap"),
     },
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import urllib.error
 import urllib.request
 from functools import lru_cache
+from pathlib import Path
 
-from spear.errors import first_line
+from spear.errors import SpearError, first_line
 
 PATIENCE = 6.0
 """Seconds after which a server that has not answered counts as out of reach."""
@@ -35,6 +37,11 @@ def unreachable(url: str) -> str | None:
     return (found[0] if found else f"no answer within {PATIENCE:.0f} s") or None
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
 def hub_unreachable() -> str | None:
     """Why the Hugging Face Hub cannot be asked, only its cache on this machine; None when it can."""
     from huggingface_hub import constants
@@ -42,3 +49,20 @@ def hub_unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     return unreachable(constants.ENDPOINT)
+
+
+def need_on_hub(model: str, instead: str) -> None:
+    """Raises `SpearError` for a name on the Hub that is neither within reach nor in the cache.
+
+    instead: what to give, for the message. Paths, and names that are none, pass.
+    """
+    from huggingface_hub import constants
+
+    if not is_hub_name(model) or Path(model).exists():
+        return
+    cached = Path(constants.HF_HUB_CACHE, f"models--{model.replace('/', '--')}").is_dir()
+    if not cached and (why := hub_unreachable()):
+        raise SpearError(
+            f"cannot get {model} from the Hugging Face Hub ({why}), and it is not in the cache: check the "
+            f"network, or give {instead}"
+        )

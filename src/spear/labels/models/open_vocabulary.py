@@ -41,7 +41,7 @@ class GroundingDinoDetector:
 
     def __init__(
         self,
-        model: str = "IDEA-Research/grounding-dino-base",
+        model: str,
         *,
         vocabulary: Sequence[str],
         threshold: float = 0.3,
@@ -130,7 +130,7 @@ class Owlv2Detector:
 
     def __init__(
         self,
-        model: str = "google/owlv2-base-patch16-ensemble",
+        model: str,
         *,
         vocabulary: Sequence[str],
         threshold: float = 0.2,

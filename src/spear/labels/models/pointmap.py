@@ -43,12 +43,6 @@ class MogePointMap:
         self.model, self.num_tokens = model.to(chosen).eval(), num_tokens
         self.name = f"{'moge-v1' if isinstance(model, MogeV1) else 'moge-2'} {name}"
 
-    @classmethod
-    def load(cls, name: Path | str, device: str = "auto") -> MogePointMap:
-        """With the weights of a published checkpoint; name as for
-        `spear.models.moge.checkpoint.load_moge`."""
-        return cls(load_moge(name), Path(name).name if Path(name).is_file() else str(name), device)
-
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The point map of each frame. Points that are not known are 0.
 
@@ -72,3 +66,9 @@ class MogePointMap:
             raise SpearError(f"{source or 'image'}: no camera fits the predicted points: leave it out")
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
+
+
+def load_pointmap(model: Path | str, device: str = "auto") -> MogePointMap:
+    """With the weights of a published checkpoint; model as for `spear.models.moge.checkpoint.load_moge`."""
+    name = Path(model).name if Path(model).is_file() else str(model)
+    return MogePointMap(load_moge(model), name, device)

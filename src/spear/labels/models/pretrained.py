@@ -11,7 +11,7 @@ import torch
 
 from spear.errors import SpearError, first_line
 from spear.models.devices import choose_device
-from spear.util.network import hub_unreachable
+from spear.util.network import hub_unreachable, need_on_hub
 
 
 def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
@@ -59,11 +59,13 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     local = path.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
     if local and not path.is_dir():
         raise SpearError(f"{model}: no such folder: give the folder of a model, or its name on the Hub")
-    offline = None if local else hub_unreachable()
+    if not local:
+        need_on_hub(model, f"a folder that holds it, as in {kind}=FOLDER")
+    offline = local or bool(hub_unreachable())
     try:
-        return cls.from_pretrained(str(path) if local else model, local_files_only=bool(offline), **options)
+        return cls.from_pretrained(str(path) if local else model, local_files_only=offline, **options)
     except Exception as error:  # names that do not exist and broken files raise errors of many kinds
         raise SpearError(
-            f"{model}: cannot load this {kind} model ({offline or first_line(error)}): check its name and "
-            f"the network, or give a folder that holds it, as in {kind}=FOLDER"
+            f"{model}: cannot load this {kind} model ({first_line(error)}): check its name and the network, "
+            f"or give a folder that holds it, as in {kind}=FOLDER"
         ) from error

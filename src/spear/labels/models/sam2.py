@@ -29,7 +29,7 @@ class Sam2Segmenter:
     """Outlines detected objects from their boxes. model: name on the Hub, or folder; device and errors: see
     `load_model`."""
 
-    def __init__(self, model: str = "facebook/sam2.1-hiera-large", *, device: str = "auto") -> None:
+    def __init__(self, model: str, *, device: str = "auto") -> None:
         from transformers import Sam2Model
 
         # The published checkpoints are those of the video model, which holds this one

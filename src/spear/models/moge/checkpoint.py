@@ -19,7 +19,8 @@ from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.layers import ENCODERS, dinov2_config
 from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD
-from spear.models.weights.load import download, is_hub_name
+from spear.models.weights.load import download
+from spear.util.network import is_hub_name
 
 Weights = Mapping[str, torch.Tensor]
 Prefixes = tuple[tuple[str, str], ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
-from spear.util.network import hub_unreachable
+from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _KINDS = {
@@ -190,11 +189,6 @@ def find(name: Path | str, what: str) -> Path:
     return download(str(name), "a local folder")
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224"."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-
-
 def download(name: str, instead: str, file: str | None = None) -> Path:
     """One file of a repository, or (file None) the folder of its checkpoint, from the local cache if there.
 
@@ -202,14 +196,15 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    offline = hub_unreachable()
+    need_on_hub(name, instead)
+    offline = bool(hub_unreachable())
     try:
         if file is not None:
-            return Path(hf_hub_download(name, file, local_files_only=bool(offline)))
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=bool(offline)))
+            return Path(hf_hub_download(name, file, local_files_only=offline))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=offline))
     except Exception as error:  # the client's errors and its transport's have no common base
         raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {offline or first_line(error)}: check the name "
+            f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name "
             f"and the network, or give {instead}"
         ) from error
 
