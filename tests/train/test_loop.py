@@ -201,6 +201,7 @@ def saves_by_time(root: Path) -> None:
 
 
 def saves_when_told(root: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     go(Slow(), SMALL, root / "ended", seed=3, workers=1)
 
 
