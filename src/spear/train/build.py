@@ -52,9 +52,8 @@ def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
     """A recipe's model and task, before the first step. Raises `SpearError` for inputs that are missing, or
     that do not fit the recipe or each other."""
     check_inputs(stage, inputs)
-    size = check(stage, inputs)
+    stage, size = check(stage, inputs)
     torch.manual_seed(seed)
-    stage = stage.changed(**_shares(stage))
     make = {"depth": _depth, "naming": _naming, "vlm": _vlm, "vla": _vla}[stage.kind]
     model, task, save = make(stage, size, inputs, seed)
     if not stage.lora_rank:
@@ -70,21 +69,19 @@ def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
     return model, task, save_with_lora
 
 
-def _shares(stage: Recipe) -> dict[str, int]:
-    """What a piece takes of a batch. Raises `SpearError` where that is uneven."""
-    pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
-    return {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
-
-
-def check(stage: Recipe, inputs: Inputs) -> Preset:
+def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     """Raises `SpearError` for what is wrong with a recipe, its labels, `init` and `moge`, as far as a
-    moment's look can tell; returns the recipe's size with its flow. Reads no weights or demonstrations."""
+    moment's look can tell: no weights and no demonstrations are read.
+
+    Returns the recipe for one piece of each batch, and its size with its flow.
+    """
     init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
     known = {field.name for field in dataclasses.fields(FlowConfig)}
     for key in stage.flow:
         if key not in known:
             raise unknown_name("flow setting", key, known)
-    _shares(stage)
+    pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
+    shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)
     size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
     if labels is not None and stage.kind != "depth":
@@ -126,7 +123,7 @@ def check(stage: Recipe, inputs: Inputs) -> Preset:
                 optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
         optimize.apply_freeze(model, stage.optimization)
         optimize.store_weights(model, stage.optimization)
-    return size
+    return stage.changed(**shares), size
 
 
 def _saver(
