@@ -51,10 +51,8 @@ BELIEVED = (*RECORDED_ONLY, "euler_zyx")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
 _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
 STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
-EPISODES, STEPS, VIEWED = 50, 3000, 12
-"""How much of a dataset to read, and of how many episodes the images."""
-MOST_SKIPPED = 0.5
-"""The share of bad episodes that is put up with."""
+EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
+"""How much of a dataset to read, of how many episodes the images, and the share that may be bad."""
 MARGIN = 0.01
 """Part of the motion by which a reading must be worse to be called worse."""
 UNEXPLAINED = 0.5
@@ -194,12 +192,11 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
                 raise steps
             position, _, _ = recorded_pose(steps, spec, source)
             for camera, where in spec.images.items():
-                try:
-                    images = column(steps, where, source)
-                except SpearError:
-                    views[camera].append(None)
-                else:
-                    views[camera].append(look(images, position, spec.rate_hz or 1.0, f"{source} {camera!r}"))
+                seen = None
+                with contextlib.suppress(SpearError):
+                    if isinstance(images := column(steps, where, source), list):
+                        seen = look(images, position, spec.rate_hz or 1.0, f"{source} camera {camera!r}")
+                views[camera].append(seen)
     return {camera: found for camera, found in views.items() if found}
 
 

@@ -24,10 +24,10 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
 
-EPISODES, VIEWED = 30, 5
-"""Episodes that are read, and those whose images are looked at."""
-TURN, WIDEST = 2.1 * np.pi, 32
-"""Radians beyond which angles are degrees; numbers of a column beyond which it is no measurement."""
+EPISODES, VIEWED, WIDEST = 30, 5, 32
+"""Episodes that are read, those whose images are looked at, and numbers that a measurement has at most."""
+TURN = 2.1 * np.pi
+"""Radians beyond which angles are degrees."""
 AT_WRIST = ("wrist", "hand", "gripper", "eye_in")
 """Parts of the names of cameras at the wrist."""
 TWICE = 2.0
@@ -148,8 +148,16 @@ def _motion(found: dict[str, Any], facts: dict[str, str], columns: Columns, rate
         found |= {"rotation": turn.name(columns), "rotation_format": form}
         found["angle_unit"] = "deg" if form in ANGLES and widest > TURN else "rad"
         found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
-        found["logged_frame"] = "ee" if written.reading.frame == "ee" else "base"
         facts["rotation"] = _why(act.name(columns), written)
+        step = _best("translation", place.of(columns), turn.of(columns), move.of(columns), rate) or fit
+        frames = {step.reading.frame}
+        if written.relative <= UNEXPLAINED:
+            frames.add("ee" if written.reading.frame == "ee" else "base")
+        found["logged_frame"] = frames.pop() if len(frames) == 1 else None
+        if found["logged_frame"] is None:
+            facts["logged_frame"] = (
+                "base for translations, ee for rotations or the reverse: no layout says both"
+            )
     return [place, move, turn, act]
 
 

@@ -26,15 +26,11 @@ FOLLOWS, LATE = 0.6, 0.8
 """Correlation of command and opening from which one follows the other, and how late it may (s)."""
 FEWEST, FEWEST_VIEWS = 3, 5
 """Episodes in which the gripper moves, or two cameras can be compared: with fewer nothing is said."""
-SPREAD = 3.0
-"""How many times as different as those of the other side resting openings must be."""
-MOST = 0.8
-"""Share of episodes that must say the same."""
-CLEARLY = 1.5
-"""How many times as much of a wrist view must change as of an external one."""
-FAST, CHANGED = 0.05, 4
-"""Metres per second at which an arm moves; grey levels (of 255) by which a pixel changes."""
-SIZE = 32, 24
+SPREAD, CLEARLY, MOST = 3.0, 1.5, 0.8
+"""How many times as different as on the other side resting openings must be, how many times as much of a
+wrist view must change as of an external one, and in which share of the episodes."""
+FAST, CHANGED, SIZE = 0.05, 4, (32, 24)
+"""Metres per second at which an arm moves; grey levels by which a pixel of an image so small changes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,8 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     if strength >= FOLLOWS:
         return [Check("gripper", verdict, words), Check("gripper command", "agrees", said)]
     if strength <= -FOLLOWS:
-        key = "gripper_range" if verdict == "wrong" else "command_range"
+        keys = {"wrong": "gripper_range", "agrees": "command_range"}
+        key = keys.get(verdict, "command_range, or in gripper_range")
         return [Check("gripper command", "wrong", f"{said}: exchange the two readings in {key}")]
     return [Check("gripper command", "wrong", f"{said} at best: command names another column")]
 
@@ -80,6 +77,8 @@ def follows(episodes: Sequence[tuple[Array, Array, float]]) -> list[tuple[int, f
     found = []
     for late in range(1 + round(LATE * episodes[0][2])):
         pairs = [np.stack([c[: len(o) - late], o[late:]]) for o, c, _ in episodes if len(o) > late]
+        if not pairs:
+            break
         x, y = np.concatenate(pairs, axis=1)
         found.append((late, float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0))
     return found
@@ -122,7 +121,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     for camera, each in views.items():
         absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
         if absent + blank == len(each):
-            why = "its column is absent" if absent else "its images are blank"
+            why = "its column is absent, or holds no images," if absent else "its images are blank"
             words = f"{why} in all of {len(each)} episodes: name another one in images"
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([
