@@ -1,8 +1,10 @@
 """Flow matching on R³ × S³ × R: from noise to actions (the paper's section on the policy's flow head).
 
 Time τ runs from 0 (noise) to 1 (data). Translation and gripper flow in straight lines, rotations along
-great circles of S³, where q and -q are different points; noise and data are kept in the half-space w ≥ 0,
-which is geodesically convex, so every state between them is in it too. Everything works on `Action`s in the
+great circles of S³, where q and -q are different points. Noise and data are kept in the half-space w ≥ 0,
+which is geodesically convex, so every state between them is in it too: a departure of ours, since the paper
+draws noise from U(S³), from half of which the way would lead through rotations that the network also knows
+under the other sign. Everything works on `Action`s in the
 model's normalised units; a velocity is an `Action` too: d/dτ of each part, rotations tangent to the sphere.
 
 The network predicts either the velocity (the paper) or the clean action (our addition, better at small
@@ -52,9 +54,8 @@ class FlowConfig:
     prediction        what the network gives: "velocity" or "clean".
     geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1 is our choice).
     geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
-                      it. Small is our choice: the cosine loss leaves the speed free, and this is enough to
-                      hold it, while larger steps cost more direction near the data than the speed is worth
-                      (on a toy problem, a final error of 16 mrad at 0.003, 76 at 0.1, 85 with None).
+                      it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
+                      benchmarks/train/flow_losses.py, see docs/train.md).
     *_weight          of the parts in the total (1 is our choice).
     time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper
                       says "as π0").
@@ -64,7 +65,7 @@ class FlowConfig:
     rotation_loss: Literal["cosine", "mse"] = "cosine"
     prediction: Literal["velocity", "clean"] = "velocity"
     geodesic_weight: float = 1.0
-    geodesic_step: float | None = 0.003
+    geodesic_step: float | None = 0.1
     translation_weight: float = 1.0
     rotation_weight: float = 1.0
     gripper_weight: float = 1.0
@@ -97,7 +98,8 @@ def sample_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Action:
-    """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on S³ with w ≥ 0."""
+    """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on the half of S³ with
+    w ≥ 0 (ours; the paper: all of S³)."""
     translation = torch.randn(*shape, 3, generator=generator, dtype=dtype, device=device)
     if config.rotation == "s3":
         rotation = quat_canonical(random_quat(shape, generator, dtype, device))

@@ -252,6 +252,8 @@ def _training(
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
+    if size["flow"]["prediction"] == "clean":  # the step has no meaning there: whatever its default is
+        size["flow"]["geodesic_step"] = 0.003
     learned_from = data.key if one.kind == "vla" else data.labels_key
     begins = [part.key if isinstance(part, Weights) else part for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
