@@ -30,7 +30,7 @@ from spear.ablations.plan import (
     pretrained,
 )
 from spear.ablations.plan import record as record_demonstrations
-from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, AblationOptions
+from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, VELOCITY, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
 from spear.cli import main
@@ -101,6 +101,22 @@ def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
     assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
 
 
+def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
+    generator, n = torch.Generator().manual_seed(0), 20_000
+    noise = flow.sample_noise((n, 1), flow.FlowConfig(), generator, torch.float64)
+    axes = torch.nn.functional.normalize(torch.randn(n, 1, 3, generator=generator).double(), dim=-1)
+    still = torch.tensor([1.0, 0, 0, 0]).double().expand(n, 1, 4)
+    data, said = (Action(*(torch.zeros(n, 1, k).double() for k in (3, 4, 1))) for _ in range(2))
+    data, said = replace(data, rotation=quat_exp(0.1 * axes)), replace(said, rotation=still)
+    time, costs = torch.zeros(n).double(), []
+    for own in ({}, VELOCITY):
+        config = flow.FlowConfig(**{**PRESETS["nano"].flow, **own})
+        if own:
+            said = flow.velocity_from_clean(said, noise, time, config)
+        costs.append(float(flow.loss(said, noise, data, time, config).total))
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)
+
+
 def test_what_rows_share_is_trained_once() -> None:
     plan = planned("3d")
     count = {name: sum(t.recipe.name == name for t in plan.trainings) for name in RECIPES}
@@ -130,6 +146,7 @@ def test_what_rows_share_is_trained_once() -> None:
 
 def test_keys_follow_what_decides_the_result() -> None:
     key = planned("full", seeds=1).scoring("full", 0).policy.key
+    assert key == "db33e4e24fa4"  # else the scores that are kept in docs/ablations count no more
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).policy.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
     others = [
