@@ -62,12 +62,12 @@ class Progress:
 
 
 class _Shard(NamedTuple):
-    """A shard that is to be made: its number, the keys of its items, and whether it is there, and only its
-    retryable items are `again` tried."""
+    """A shard that is to be made: its number, the keys of its items, and where it is there, those that are
+    tried again."""
 
     number: int
     keys: tuple[str, ...]
-    again: bool
+    again: frozenset[str] = frozenset()
 
 
 def label_photos(
@@ -170,14 +170,16 @@ def label_folder(
 
         def counted(results: Iterable[tuple[_Shard, Done]]) -> Iterator[Done]:
             nonlocal progress
-            for _, done in results:
+            for shard, done in results:
+                tried = [*done.labels["source"].to_pylist(), *(image.source for image in done.skipped)]
+                refused = [image for image in done.skipped if not shard.again or image.source in shard.again]
                 progress = dataclasses.replace(
                     progress,
-                    done=progress.done + len(done.labels) + len(done.skipped),
-                    skipped=progress.skipped + len(done.skipped),
-                    retryable=progress.retryable + sum(image.retryable for image in done.skipped),
+                    done=progress.done + len(shard.again.intersection(tried) if shard.again else tried),
+                    skipped=progress.skipped + len(refused),
+                    retryable=progress.retryable + sum(image.retryable for image in refused),
                 )
-                for source, reason, empty, _ in done.skipped:
+                for source, reason, empty, _ in refused:
                     if not empty:
                         bad(reason if source in reason else f"{source}: {reason}")
                 seen = progress.done - (0 if retry_skipped else before)
@@ -194,7 +196,8 @@ def label_folder(
                     if shard.again:
                         there = [table.cast(SCHEMA) for table in tables(path)]
                         old = [Done(table, []) for table in there] + [Done(_NONE, skipped[shard.number])]
-                        found = _by_key(old) | _by_key(batches)
+                        found, new = _by_key(old), _by_key(batches)
+                        found |= {k: done for k, done in new.items() if k in shard.again or len(done.labels)}
                         batches = (found[key] for key in shard.keys)
                     refused: list[SkippedImage] = []
                     for done in batches:
@@ -224,21 +227,23 @@ def _labelled(
     work: WorkOptions,
     retry_skipped: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
-    """The batches of unfinished shards, and of what is tried again, in order, each with its shard."""
+    """The batches of unfinished shards, in order, each with its shard, and those in which something is tried
+    again: whole, since what a network says of an image depends a little on which others it comes with."""
     handed: deque[_Shard] = deque()
 
     def batches() -> Iterator[Sequence[Item]]:
         for number, members in enumerate(_chunks(items, work.shard_size)):
-            known = finished.get(number)
-            shard = _Shard(number, tuple(item.key for item in members), again=known is not None)
+            known, keys = finished.get(number), tuple(item.key for item in members)
+            shard = _Shard(number, keys)
             if known is not None:
-                if known["keys"] != _hash(shard.keys):
+                if known["keys"] != _hash(keys):
                     raise _changed(out, number, known)
                 retried = {image.source for image in _skipped(known) if image.retryable and retry_skipped}
-                members = [item for item in members if item.key in retried]
+                shard = _Shard(number, keys, frozenset(retried))
             for batch in _chunks(members, work.batch_size):
-                handed.append(shard)
-                yield batch
+                if known is None or not shard.again.isdisjoint(item.key for item in batch):
+                    handed.append(shard)
+                    yield batch
 
     for done in engine(batches()):
         yield handed.popleft(), done
