@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from spear.labels.fit.points import support_plane
 from spear.labels.fit.quality import compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection, Detector, PointMap, Segmenter
-from spear.labels.objects import BoxSettings
+from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.report.draw import draw_label
 from spear.types import Frame
@@ -186,3 +187,17 @@ def test_drawing_marks_the_objects(frames: list[Frame]) -> None:
     drawn = draw_label(result, scale=2)
     assert drawn.shape == (256, 384, 3) and drawn.dtype == np.uint8
     assert 500 < (drawn != plain).any(axis=-1).sum() < 0.3 * 256 * 384
+
+
+@pytest.mark.parametrize(("aided", "vertex", "iou"), [(True, 0.008, 0.8), (False, 0.0095, 0.7)])
+def test_boxes_of_the_simulators_things_agree_with_the_true_ones(
+    renderer: Any, aided: bool, vertex: float, iou: float
+) -> None:
+    """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were estimates."""
+    from spear.sim.render import clutter_frame
+
+    frames = [clutter_frame(seed, "external", (192, 128), renderer) for seed in range(3000, 3012)]
+    frames = [replace(f, names={i: n for i, n in f.names.items() if "gripper" not in n}) for f in frames]
+    seen = frames if aided else [replace(frame, extrinsics=None) for frame in frames]
+    result = compare(label(seen, *TRUTH, settings=None if aided else ESTIMATED), frames)
+    assert result.vertex < vertex and result.iou > iou, result

@@ -9,7 +9,7 @@ import numpy as np
 
 from spear.labels.fit.box3d import fit_box, keypoints
 from spear.labels.fit.image import tight_box
-from spear.labels.fit.masks import clean_points, encode_mask, erode, snap
+from spear.labels.fit.masks import above_support, clean_points, encode_mask, erode, main_part, snap
 from spear.labels.fit.points import NEAR, Plane, inliers, subsample
 from spear.labels.fit.quality import planarity, stability
 from spear.labels.models.protocols import Detection, PointMapResult
@@ -38,6 +38,9 @@ class BoxSettings:
     min_points: int = 12
     max_points: int = 600
 
+
+LINKED = 0.04
+"""Pixels of a mask belong together when their depths differ by less than this fraction (our choice)."""
 
 ESTIMATED = BoxSettings(band=1, erosion=1)
 """For masks and depth from networks."""
@@ -69,7 +72,8 @@ def label_object(
         The object, with `box3d` None and no keypoints when too few points are left; None for an empty mask.
         Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
         its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the
-        edge. Of those with a box also: "planarity" and "stability", see `quality`.
+        edge. Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it
+        is seen, as a fraction of how far the box goes into the depth, at most 1.
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     if x1 == 0:
@@ -79,7 +83,11 @@ def label_object(
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
     if band:
-        snapped = snap(inside, points, known, taken[window] & ~inside, plane, band, noise)
+        others, focal = taken[window] & ~inside, float(pointmap.intrinsics[0, 0])
+        inside = main_part(inside, points, known, max(LINKED, 12.0 / focal, 4 * noise))
+        if plane is not None:
+            inside = above_support(inside, points, known, others, plane, noise)
+        snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
     cloud = _cloud(inside & known, clean_points(inside & known, points, erosion, noise), settings)
@@ -93,6 +101,13 @@ def label_object(
         box = fit(cloud)
         points3d = keypoints(cloud, box)
         scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
+        # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
+        width = (
+            distance
+            / float(pointmap.intrinsics[0, 0])
+            * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
+        )
+        scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
     return LabeledObject(
         name=detection.name,
         box2d=np.asarray(detection.box2d, np.float32),

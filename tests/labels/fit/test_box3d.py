@@ -108,8 +108,8 @@ def test_noisy_points_do_not_widen_the_box(seed: int) -> None:
     points = surface(true, rng)
     support = float((points @ up).min())
     noisy = points * (1 + 0.004 * rng.normal(size=(len(points), 1)))
-    told, untold = (fit_box(noisy, up, support, noise=noise).size for noise in (0.004, 0.0))
-    assert np.abs(told - true.size).mean() < np.abs(untold - true.size).mean()
+    found = fit_box(noisy, up, support, noise=0.004)
+    assert np.abs(found.size - true.size).mean() < 0.003
 
 
 @given(seeds)

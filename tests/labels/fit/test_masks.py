@@ -128,7 +128,7 @@ def test_estimates_are_labelled_with_care(frame: Frame) -> None:
         for pointmap in (GroundTruthPointMap(), Estimate())
     )
     assert estimated.vertex < 0.7 * trusted.vertex
-    assert estimated.center < 0.004
+    assert estimated.center < 0.006 and estimated.iou > 0.8
 
 
 def test_erode_takes_the_border_but_not_at_the_edge_of_the_image() -> None:

@@ -14,6 +14,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
+from spear.labels.fit.faces import Faces, faces
 from spear.labels.fit.points import UP_PRIOR
 from spear.types import Array, Box3D
 
@@ -30,6 +31,10 @@ _ALIGNMENT = 0.05
 """How much larger a footprint may be, per radian of turn, for a box better aligned with the camera."""
 _FACE = 0.1
 """How far from a face, as a fraction of the box's size, points count as lying on it."""
+_TILTED = 0.6
+"""An object on a surface leans where a freely turned box has so much less misfit than an upright one."""
+_FLAT = 0.03
+"""… and is a box when its points are nearer to its faces than this fraction of its middle side, and noise."""
 _ROUND = 0.85
 """An object is round when fewer of its seen points than this lie on the faces that the camera sees."""
 
@@ -115,29 +120,58 @@ def fit_box(
         The box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
-    if up is None:
-        return _boxed(points, _smallest_volume(points), margin, noise)
-    upright = _boxed(points, _upright(points, up), margin, noise, support)
-    if support is not None:
-        return upright
-    free = _boxed(points, _smallest_volume(points), margin, noise)
-    return free if np.prod(free.size) < 0.5 * np.prod(upright.size) else upright
+    blur = noise * float(np.linalg.norm(points.mean(axis=0)))
+    if up is not None:
+        level = _upright(points, up)
+        upright = faces(points, level, np.asarray(up, np.float64))
+        if _is_box(points, upright, 0.0, _FLAT / 3):
+            return _boxed(points, upright.axes, margin, noise, support, upright)
+    start = _smallest_volume(points)
+    free = faces(points, start)
+    if up is not None:
+        free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
+        if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
+            if _is_box(points, upright, blur):
+                return _boxed(points, upright.axes, margin, noise, support, upright)
+            return _boxed(points, level, margin, noise, support)
+    if _is_box(points, free, blur):
+        return _boxed(points, free.axes, margin, noise, None, free)
+    return _boxed(points, start, margin, noise)
 
 
-def _boxed(points: Array, axes: Array, margin: float, noise: float, support: float | None = None) -> Box3D:
-    """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given)."""
+def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:
+    """Whether the points lie on the faces, as far as the noise of their depth lets that be seen."""
+    size = float(np.median(np.ptp(points @ found.axes, axis=0)))
+    return found.misfit < flat * size + noise
+
+
+def _boxed(
+    points: Array,
+    axes: Array,
+    margin: float,
+    noise: float,
+    support: float | None = None,
+    found: Faces | None = None,
+) -> Box3D:
+    """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given); faces
+    that were `found` are where they are."""
     along = points @ axes
     low, high = along.min(axis=0), along.max(axis=0)
     pushed = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
     low, high = low + pushed, high - pushed
-    if support is not None:
+    if found is not None:
+        low = np.where((found.side < 0) & np.isfinite(found.at), found.at, low - margin)
+        high = np.where((found.side > 0) & np.isfinite(found.at), found.at, high + margin)
+        if support is not None:
+            low[2] = min(support, high[2])
+    elif support is not None:
         low[2] = min(support, high[2])
         near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
         low[:2] -= margin + near
         high[:2] += margin + far
     else:
         low, high = low - margin, high + margin
-    size = high - low
+    size = np.maximum(high - low, 0)
     return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from spear.errors import SpearError
 from spear.labels.fit.points import NEAR, Plane
@@ -98,6 +100,54 @@ def erode(mask: Array, pixels: int) -> Array:
         padded = np.pad(mask, 1, mode="edge")
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask
+
+
+def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
+    """The pixels of a mask [h, w] that are connected in depth to most of it: neighbours belong to one part
+    when their depths differ by less than `limit`, a fraction of them. Masks leak over edges, on to what is
+    far behind. Another part stays if it has a fifth of the pixels of the largest and is as far away:
+    something stands in front of the object."""
+    where = mask & known
+    if not where.any():
+        return mask
+    number = np.cumsum(where).reshape(where.shape) - 1
+    depth = np.where(where, points[..., 2], 1.0)
+    pairs = []
+    for a, b in (
+        ((slice(None), slice(1, None)), (slice(None), slice(-1))),
+        ((slice(1, None),), (slice(-1),)),
+    ):
+        near = where[a] & where[b]
+        near &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
+        pairs.append(np.stack([number[a][near], number[b][near]]))
+    one, other = np.concatenate(pairs, axis=1)
+    count = int(where.sum())
+    links = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
+    part = connected_components(links, directed=False)[1]
+    sizes = np.bincount(part)
+    main = int(sizes.argmax())
+    z = depth[where]
+    low, high = z[part == main].min(), z[part == main].max()
+    middle = ndimage.median(z, part, np.arange(len(sizes)))
+    stays = (sizes >= 0.2 * sizes[main]) & (middle > low * (1 - limit)) & (middle < high * (1 + limit))
+    result = np.zeros_like(mask)
+    result[where] = stays[part]
+    return result
+
+
+def above_support(
+    mask: Array, points: Array, known: Array, taken: Array, plane: Plane, noise: float
+) -> Array:
+    """The mask [h, w] without the pixels that lie on the support, on to which it leaks, but for that of a
+    thing as flat as the error; arguments as in `snap`."""
+    beside = known & ~mask & ~taken & ndimage.binary_dilation(mask, iterations=4)
+    above = points @ plane.up - _level(points[beside], plane)
+    own = mask & known
+    total = ndimage.uniform_filter(own.astype(np.float64), 3)
+    smooth = ndimage.uniform_filter(np.where(own, above, 0.0), 3) / np.maximum(total, 1e-9)
+    limit = max(LEVEL, noise) * float(np.median(points[own][:, 2])) if own.any() else 0.0
+    kept: Array = mask & ~(own & (smooth < limit))
+    return kept if own.any() and np.median(above[own]) > 2 * limit and kept.sum() > 0.3 * mask.sum() else mask
 
 
 def snap(

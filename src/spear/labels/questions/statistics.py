@@ -22,7 +22,7 @@ from spear.util.files import write_text
 if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
-SCORES = ("detection", "points", "visible", "edge", "planarity", "stability")
+SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "compact")
 
 
 @dataclass(frozen=True)

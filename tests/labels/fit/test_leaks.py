@@ -1,0 +1,116 @@
+"""Masks that leak over edges, things that lean, points that are noisy: the box is where the thing is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from labels_scenes import camera, render
+from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
+from spear.labels.fit.masks import main_part
+from spear.labels.fit.quality import compare, failings
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.protocols import Detection
+from spear.labels.objects import ESTIMATED, BoxSettings
+from spear.labels.pipeline import label
+from spear.types import Array, Box3D, Frame
+
+seeds = st.integers(0, 2**32 - 1)
+SIZE = np.array([0.09, 0.07, 0.08])
+
+
+class Leaks:
+    """True masks, the upper part of whose outline is so many pixels too far out."""
+
+    name = "leaks"
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
+
+    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        """As `spear.labels.models.protocols.Segmenter`."""
+        (masks,) = GroundTruthSegmenter().segment(frames, detections)
+        up = np.zeros((2 * self.pixels + 1, 1), bool)
+        up[: self.pixels + 1] = True
+        return [np.stack([ndimage.binary_dilation(mask, up) for mask in masks])]
+
+
+@pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
+def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
+    frame = replace(render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None)
+    seen = label([frame], GroundTruthDetector(), Leaks(pixels), GroundTruthPointMap(), ESTIMATED)
+    result = compare(seen, [frame])
+    assert result.center < 0.012 and result.iou > 0.7
+
+
+def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
+    frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
+    truth = GroundTruthDetector(), GroundTruthPointMap()
+    for pixels, why in ((0, ()), (3, ("compact",))):
+        (image,) = label([frame], truth[0], Leaks(pixels), truth[1], BoxSettings())  # takes masks as they are
+        assert failings(image.objects[0].scores) == why
+
+
+def test_a_thing_behind_a_post_keeps_both_its_sides() -> None:
+    mask = np.ones((20, 30), bool)
+    mask[:, 12:15] = False
+    points = np.zeros((20, 30, 3))
+    points[..., 2] = np.where(np.arange(30) < 27, 1.0, 2.0)  # the last three columns leak
+    kept = main_part(mask, points, np.ones_like(mask), 0.04)
+    assert (kept == (mask & (np.arange(30) < 27))).all()
+
+
+def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
+    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along rays."""
+    sides = []
+    for axis in range(3):
+        middle = float(box.center @ box.rotation[:, axis])
+        if abs(middle) > box.size[axis] / 2:
+            local = rng.uniform(-0.5, 0.5, (4000, 3))
+            local[:, axis] = -np.sign(middle) / 2
+            points = box.center + (local * box.size) @ box.rotation.T
+            slope = abs(box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T)
+            area = np.prod(np.delete(box.size, axis)) / 0.01
+            sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
+    points = np.concatenate(sides)
+    return points * (1 + noise * rng.normal(size=(len(points), 1)))
+
+
+def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
+    """A box that touches a table, camera frame; up; the table's height."""
+    _, pose = camera(pitch=40.0)
+    up = pose[2, :3]
+    axes = pose[:3, :3].T @ turn.as_matrix()
+    bottom = np.abs(turn.as_matrix()[2]) @ size / 2
+    center = (np.array([0, 0, bottom]) - pose[:3, 3]) @ pose[:3, :3]
+    return make_box(center, size, axes), up, float(up @ center - bottom)
+
+
+@given(seeds, st.sampled_from([0.0, 0.0025]))
+def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    way = rng.uniform(0, 6)
+    lean = np.radians(rng.uniform(20, 45)) * np.array([np.cos(way), np.sin(way), 0])
+    turn = Rotation.from_rotvec(lean) * Rotation.from_rotvec([0, 0, rng.uniform(0, 6)])
+    true, up, support = on_table(turn, rng.uniform(0.06, 0.15, 3))
+    ray = true.center / np.linalg.norm(true.center)
+    assume(np.sort(np.abs(ray @ true.rotation))[1] > 0.35)  # at least two of its sides are seen well
+    found = fit_box(seen_sides(true, rng, noise), up, support, noise=noise)
+    assert iou(found, true) > 0.65
+
+
+@given(seeds, st.floats(-40, 40))
+def test_a_standing_box_stands_and_noise_does_not_change_its_order(seed: int, yaw: float) -> None:
+    rng = np.random.default_rng(seed)
+    true, up, support = on_table(Rotation.from_rotvec([0, 0, np.radians(yaw)]), rng.uniform(0.05, 0.16, 3))
+    found = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
+    assert np.abs(found.rotation.T @ up).max() > 0.999
+    assert np.linalg.norm(found.vertices - true.vertices, axis=1).mean() < 0.012
+    assert vertex_error(found.vertices, true.vertices) < 0.012
