@@ -59,14 +59,14 @@ def test_ask_answers_in_metres_and_draws(
     assert Image.open(shipped / "labels/drawings/0000.png").size == (3 * 192, 3 * 128)
     assert main(["ask", "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
     said = capsys.readouterr()
-    assert re.fullmatch(r"-?\d\.\d{3} m\n", said.out) and "note:" not in said.err
+    assert re.fullmatch(r"-?\d\.\d{3} m\n", said.out) and "--calibrate" in said.err
     photo, drawing = tmp_path / "p.jpg", tmp_path / "d.png"
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(photo)
     question = ["Where does the box around the mug appear?", "--family", "back_projection"]
     assert main(["ask", str(photo), *question, "--draw", str(drawing)]) == 0
     said = capsys.readouterr()
     assert said.out.count("px") == 8
-    assert said.err.startswith("note: ") and "80×60" in said.err and said.err.count("\n") == 1
+    assert said.err.startswith("note: ") and "80×60" in said.err and said.err.count("\n") == 3
     assert Image.open(drawing).size == (240, 180)
     below = photo / "d.png"
     assert main(["ask", str(photo), *question, "--draw", str(below)]) == 2

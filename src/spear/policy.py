@@ -158,6 +158,7 @@ class Spear1Policy:
     steps  Euler steps of the flow (10: our choice, π0's; the paper does not say).
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
            many observations came before it; never on what else is in the batch.
+    folder where it was loaded from.
     """
 
     model: Spear1ForActionPrediction
@@ -165,6 +166,7 @@ class Spear1Policy:
     normalizer: Normalizer
     steps: int = 10
     seed: int = 0
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self._seen = 0
@@ -192,7 +194,7 @@ class Spear1Policy:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         normalizer = normalizer.of(dataset)
         processor = Processor.load(folder, model.config.vlm_config)
-        return Spear1Policy(model, processor, normalizer, steps, seed)
+        return Spear1Policy(model, processor, normalizer, steps, seed, folder)
 
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""

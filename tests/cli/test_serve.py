@@ -9,7 +9,8 @@ import pytest
 from serve_here import Homing, serving
 from spear.cli import main
 from spear.embodiments import names
-from spear.evaluate.agents import PolicyAgent
+from spear.errors import SpearError
+from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
 from spear.policy import Spear1Policy
@@ -42,6 +43,11 @@ def test_a_token_that_is_set_but_empty_leaves_no_server_open(
     monkeypatch.setenv("SPEAR_TOKEN", "")
     assert main(["serve", "nano"]) == 2
     assert "SPEAR_TOKEN" in capsys.readouterr().err
+
+
+def test_a_server_for_another_robot_is_refused() -> None:
+    with serving(robot="droid") as server, pytest.raises(SpearError, match="--embodiment generic"):
+        load_agent(f"ws://127.0.0.1:{server.port}")
 
 
 def test_a_served_policy_does_as_it_does_here() -> None:

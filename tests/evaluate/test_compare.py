@@ -38,15 +38,16 @@ def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
     row = c.rows[0]
     assert (row.only_first, row.only_second, row.difference.n, c.unshared) == (2, 0, 4, 5)
     assert row.difference.value == pytest.approx(0.5)
-    assert row.p == pytest.approx(0.5)  # two coins that fall alike
+    assert row.p > 0.05 and row.difference.low < 0
+    few = compare(results("x", {"a": "x" * 6 + "." * 6}), results("y", {"a": "." * 6 + "x" + "." * 5}))
+    assert few.mean.p > 0.05 and few.mean.difference.low < 0  # 6 : 1 of 12 is no difference yet
 
 
-def test_the_mean_pools_the_test_and_weighs_families_equally() -> None:
+def test_the_mean_weighs_families_equally_and_the_verdict_follows_its_interval() -> None:
     first = results("x", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
     second = results("y", {"a": "." * 10, "b": "." * 20})
     c = compare(first, second)
     assert c.mean.difference.value == pytest.approx((0.5 + 0.2) / 2)
-    assert c.mean.p == pytest.approx(2 / 2**9)
     assert all(row.p > c.mean.p for row in c.rows[:-1])
     assert c.verdict().startswith("x is better than y: +35.0 points [+")
     assert compare(second, first).verdict() == c.verdict()
@@ -54,15 +55,6 @@ def test_the_mean_pools_the_test_and_weighs_families_equally() -> None:
     assert none.verdict().startswith("No difference shown between x and y")
     assert none.mean.difference.low < 0 < none.mean.difference.high
     assert [p_value(p) for p in (1e-9, 0.0213, 0.5)] == ["< 0.0001", "= 0.021", "= 0.50"]
-
-
-def test_families_of_unequal_size_that_speak_against_each_other_give_no_verdict() -> None:
-    first = results("x", {"a": "x" * 5 + "." * 5, "b": "." * 100})
-    second = results("y", {"a": "." * 10, "b": "x" * 20 + "." * 80})
-    c = compare(first, second)
-    assert c.mean.difference.value == pytest.approx(0.15) and c.mean.p < 0.05
-    assert c.verdict().startswith("No verdict between x and y") and "5 : 20" in c.verdict()
-    assert compare(second, first).verdict().startswith("No verdict between y and x")
 
 
 def test_other_settings_are_named_and_other_scenes_refused() -> None:
@@ -93,8 +85,8 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
 
 
 def test_the_command_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results("mine <b>", {"a": "x" * 8 + "..", "b": "x."}).save(tmp_path / "mine" / "results.json")
-    results("theirs", {"a": "." * 10, "b": ".x"}).save(tmp_path / "theirs" / "results.json")
+    results("mine <b>", {"a": "x" * 8 + "..", "b": "x" * 9}).save(tmp_path / "mine" / "results.json")
+    results("theirs", {"a": "." * 10, "b": "x" * 9}).save(tmp_path / "theirs" / "results.json")
     page = tmp_path / "deep" / "page.html"
     argv = ["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path / "theirs" / "results.json")]
     assert main([*argv, "--out", str(page)]) == 0
@@ -105,6 +97,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.Cap
     assert "<b> is better" not in page.read_text()
     assert main(["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+    assert main([*argv[:3], argv[3].removesuffix("/results.json"), argv[3]]) == 2  # with itself
     results("theirs", {"a": "x" * 10}).save(tmp_path / "again" / "results.json")  # told apart by folders
     assert main(["evaluate", "compare", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
     assert f"{tmp_path / 'again'} is better than {tmp_path / 'theirs'}" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_the_mean_action_is_a_reference_and_all_of_it_is_plotted(
     np.testing.assert_allclose(reference.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
     summary = reference.summary()
     assert summary["translation_mm"].value > 5
-    assert summary["rotation_deg"].low <= summary["rotation_deg"].value <= summary["rotation_deg"].high
+    assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
     page = open_loop_page(score("replay", Replay(held_out), held_out), reference)
     assert page.count("<svg") == 4 * len(held_out) and "held-out" in page
 

@@ -28,7 +28,7 @@ def results(wins: dict[str, list[bool]]) -> Results:
 def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
     written = Journal(folder, "me", {"replan": 5, "weights": "x"}, shard)
     for seed in seeds:
-        written.add(outcome(seed, success=seed < 3), 1.5)
+        written.add(outcome(seed, success=seed < 3), 9.0, 1.5)
     return written
 
 
@@ -63,8 +63,11 @@ def test_the_table_says_how_wide_the_intervals_are_and_how_many_scenes_are_enoug
     assert "381" in few.width() and "381" in results({"a": [True, True]}).width()  # two wins say little
     assert "need" not in results({"a": [True] * 95 + [False] * 5 + [True] * 9}).width()
     assert "need" not in results({"a": [i % 2 == 0 for i in range(samples_for(0.05))]}).width()
+    assert few.summary("a").unreachable == 0
+    lost = replace(outcome(0, False), unreachable=57)
+    assert Results("x", {}, [lost, outcome(1)], 1.0).summary("a").unreachable == 28.5
     buffer = io.StringIO()
-    Console(file=buffer, width=120).print(few.table())
+    Console(file=buffer, width=150).print(few.table())
     assert all(text in buffer.getvalue() for text in ("±18.6", "37.5% [25%, 52%]", "50% [31%, 69%]"))
 
 
@@ -76,7 +79,7 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
         path.write_bytes(whole[:-cut])
         again = journal(tmp_path, range(0))
         assert sorted(seed for _, seed in again.done) == [0, 1]
-    again.add(outcome(2), 1.5)
+    again.add(outcome(2), 9.0, 1.5)
     assert path.read_bytes() == whole
     assert load(tmp_path).outcomes == [outcome(0), outcome(1), outcome(2)]
     path.write_bytes(whole[:5])  # in its head

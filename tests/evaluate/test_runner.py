@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from spear.errors import SpearError
 from spear.evaluate.agents import Agent, IdleAgent
 from spear.evaluate.options import EpisodeOptions, Films
-from spear.evaluate.results import Outcome
+from spear.evaluate.results import Outcome, load
 from spear.evaluate.runner import Film, run_evaluation
 from spear.util.ledger import lock
 
@@ -39,7 +40,7 @@ class Parity:
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, str]]:
+    ) -> Iterator[tuple[Outcome, float, str]]:
         for seed in seeds:
             self.ran.append((seed, filming))
             self.most = max(self.most, len(self.tracks))
@@ -47,7 +48,7 @@ class Parity:
             ended = Outcome(family, seed, "go", success, True, True, False, 0, 9)
             track = Track(f"{family} {seed}" if filming else "")
             self.tracks.add(track)
-            yield ended, track
+            yield ended, 2.5, track
             del track
 
     def film(self, outcome: Outcome, track: str) -> Film:
@@ -72,6 +73,9 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
     assert simulator.ran == ran and simulator.most <= 3
     assert results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
+    lines = [json.loads(line) for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[1:]]
+    assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it
+    assert results.seconds >= sum(line["wall"] for line in lines) == load(tmp_path).seconds
     assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
 
 
@@ -82,6 +86,16 @@ def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
     results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
     assert results.mean().value == 0 and made == []
     assert "no film of a 0" in capsys.readouterr().err
+
+
+def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Broken(Parity):
+        def run(self, *_: object) -> Iterator[tuple[Outcome, float, str]]:
+            raise SpearError("no renderer")
+
+    with pytest.raises(SpearError, match="no renderer"):
+        run_evaluation(Broken(), IDLE, {"a": range(2)}, {}, EpisodeOptions(out=tmp_path / "new"), quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_family_has_its_own_scenes_and_shards_share_them_out(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from scipy.stats import binomtest
 from spear.evaluate.stats import (
     bootstrap,
     difference_over_seeds,
-    mcnemar,
     mean_over_seeds,
     paired_difference,
     samples_for,
@@ -55,20 +54,30 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
     for _ in range(400):
         hard = rng.random(60)  # scenes differ much; both policies fail on the same hard ones
         a, b = hard + 0.05 * rng.standard_normal(60) < 0.7, hard + 0.05 * rng.standard_normal(60) < 0.6
-        d = paired_difference([(a.tolist(), b.tolist())])
+        d, _ = paired_difference([(a.tolist(), b.tolist())])
         assert d.low <= d.value <= d.high
         covered += d.low <= 0.1 <= d.high
         widths.append(d.high - d.low)
     assert covered / 400 >= 0.93
     assert np.mean(widths) < wilson(42, 60).high - wilson(42, 60).low
-    same = paired_difference([([True] * 30, [True] * 30)])
+    same, _ = paired_difference([([True] * 30, [True] * 30)])
     assert same.value == 0 and same.low < 0 < same.high
 
 
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_mcnemar_agrees_with_scipy(a: int, b: int) -> None:
-    expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, abs=1e-12)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=4))
+def test_the_interval_leaves_out_zero_exactly_where_p_is_small(counts: list[tuple[int, int, int]]) -> None:
+    first, second = [True, False, True], [False, True, True]
+    strata = [(np.repeat(first, n).tolist(), np.repeat(second, n).tolist()) for n in counts if any(n)]
+    if strata:
+        d, p = paired_difference(strata)
+        assert (p < 0.05) == (d.low > 0 or d.high < 0) and d.low <= d.value <= d.high
+
+
+@pytest.mark.parametrize(("n", "either"), [(10, 0.3), (24, 0.4), (60, 0.05), (381, 0.1)])
+def test_equals_are_seldom_told_apart(n: int, either: float) -> None:
+    rng = np.random.default_rng(0)
+    found = [rng.choice(3, n, p=[either, either, 1 - 2 * either]) for _ in range(2000)]
+    assert np.mean([paired_difference([(f == 0, f == 1)])[1] < 0.05 for f in found]) < 0.06
 
 
 def test_means_over_unlike_families_cover_the_truth() -> None:
@@ -78,7 +87,7 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
     covered = inside = 0
     for _ in range(400):
         drawn = [(rng.random(n) < p, rng.random(n) < q) for p, q, n in rates]
-        d = paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
+        d, _ = paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
         e = wilson_mean([(int(a.sum()), a.size) for a, _ in drawn])
         assert d.n == e.n == 75
         covered += d.low <= truth <= d.high
@@ -104,6 +113,9 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     assert together.value == pytest.approx(apart.value)
     assert together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
+    one = bootstrap(groups[:1], np.mean)
+    assert np.isnan(one.low) and "[" not in one.say(".3f")  # of one episode nothing is known about others
+    assert "[" in bootstrap(groups[:6], np.mean).say(".3f")
 
 
 def draw(rng: np.random.Generator, rate: float, hard: Array, seeds: Array) -> Array:
@@ -134,7 +146,7 @@ def test_independent_episodes_would_be_overconfident_where_trainings_differ() ->
     missed = 0
     for _ in range(100):
         a, b = (draw(rng, 0.5, np.zeros(200), rng.standard_normal(3)) for _ in range(2))
-        naive = paired_difference([(a.ravel(), b.ravel())])
+        naive, _ = paired_difference([(a.ravel(), b.ravel())])
         ours = difference_over_seeds([a], [b])
         missed += not naive.low <= 0 <= naive.high
         assert ours.low <= naive.low and naive.high <= ours.high

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import io
 import os
+import re
 import sys
 import typing
 import warnings
@@ -99,6 +100,8 @@ def _run(args: list[str]) -> int:
             print(_overview(ABOUT, list(COMMANDS)))
         elif args[0] == "--version":
             print(spear.__version__)
+        elif args[0].startswith("-"):
+            raise unknown_name("option", args[0], ["--help", "--version"])
         elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
             print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
         else:
@@ -171,11 +174,27 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [line.strip(" │╭╮╰╯─") for line in complaint.getvalue().splitlines()]
+    lines = [line.strip(" │╭╮╰╯─|+-") for line in complaint.getvalue().splitlines()]
     more = f"spear {name} --help"
     said = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", more)))
     reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
-    raise SpearError(f"{reason}: see `{more}`")
+    raise SpearError(f"{_plainly(reason, args)}: see `{more}`")
+
+
+def _plainly(reason: str, args: Sequence[str]) -> str:
+    """tyro's complaint about an option's value, without Python's words for types and choices."""
+    found = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
+    if found is None:
+        return reason
+    option = found[1]
+    given = [w.partition("=")[2] or n for w, n in zip(args, [*args[1:], ""], strict=True) if option in w]
+    if "Missing value" in reason:
+        return f"{option}: needs a value"
+    choices = re.findall(r"'([^']*)'", " ".join(re.findall(r"\(('[^)]*)\)", reason)))
+    kinds = {"int()": "a whole number", "to float": "a number"}
+    wanted = [c for c in dict.fromkeys(choices) if c != "None"]
+    wanted += [words for sign, words in kinds.items() if sign in reason]
+    return f"{option} {' '.join(given)}: give {' or '.join(wanted)}" if wanted else reason
 
 
 def _command(args: Sequence[str]) -> str:

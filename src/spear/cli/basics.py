@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from spear.errors import notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes
 from spear.util.options import AtLeast, Device, Dtype, File, Folder, Model, Name, Options
@@ -34,7 +35,8 @@ def ask(options: AskOptions) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
 
     Numbers in the answer are metres from the camera (for a model of relative labels, their unit): x to the
-    right, y down, z forward.
+    right, y down, z forward. Of a model that was calibrated, with the interval that held 80 % of the truths,
+    or "not in the picture".
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
@@ -43,17 +45,25 @@ def ask(options: AskOptions) -> None:
     import torch
 
     from spear.evaluate.vqa import ask as asking
+    from spear.evaluate.vqa.calibration import Trust
     from spear.models.devices import choose_device
-    from spear.policy import load_vlm
+    from spear.models.weights.load import simulator_only
+    from spear.policy import load_vlm, locate
     from spear.util.images import encode_picture, picture_format
 
     if options.draw:
         picture_format(str(options.draw))
     bundle = load_vlm(options.model, choose_device(options.device), getattr(torch, options.dtype))
     picture = asking.read_picture(options.image, bundle.processor.image_sizes["external"])
-    answer = asking.ask(bundle, picture.image, options.question, options.family, options.decode)
-    print(asking.words(answer, picture.image))
-    if options.draw:
+    folder = locate(options.model)
+    trust = Trust.load(folder)
+    answer, said = asking.ask(bundle, picture.image, options.question, options.family, options.decode, trust)
+    print(said)
+    if trust is None:
+        notice(f"not measured how sure this is: `spear evaluate vqa {options.model} sim --calibrate` does it")
+    if not options.image.startswith("sim:") and simulator_only(folder):
+        notice(f"{options.model} has seen nothing but the built-in simulator: it knows little of photos")
+    if options.draw and answer is not None:
         from spear.report.draw import draw_answer
 
         drawn = draw_answer(answer.segments, picture.image, picture.intrinsics)

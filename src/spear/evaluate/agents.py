@@ -100,18 +100,23 @@ def load_agent(
     if remote:
         from spear.serve.client import RemotePolicy
 
-        return PolicyAgent(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")), name)
-    policy = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
+        policy = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
+        robot = policy.metadata.get("embodiment", "generic")
+        if robot not in ("generic", "sim"):
+            policy.close()
+            raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
+        return PolicyAgent(policy, name)
+    local = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
     # Outcomes in another precision or in other units are those of another policy.
     which = fingerprint(locate(name)) + ("" if dtype == torch.float32 else f" {dtype}")
     which += "" if dataset is None else f" {dataset}"
-    return PolicyAgent(policy, name, which, policy.processor.image_sizes)
+    return PolicyAgent(local, name, which, local.processor.image_sizes)
 
 
 def fingerprint(folder: Path) -> str:
     """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,7 @@ class _Slot:
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
     poses: list[Array] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
 
 
 class _Tabletop:
@@ -67,7 +69,7 @@ class _Tabletop:
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, list[Array]]]:
+    ) -> Iterator[tuple[Outcome, float, list[Array]]]:
         """All seeds through a few environments, which share one renderer. A scene that ends makes room for
         the next seed."""
         waiting = list(seeds)[::-1]
@@ -89,7 +91,7 @@ class _Tabletop:
             for slot, chunk in zip(slots, chunks, strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)
                 if _execute(slot, filming):
-                    yield _outcome(slot), slot.poses
+                    yield _outcome(slot), time.perf_counter() - slot.started, slot.poses
                     free.append(slot.env)
                 else:
                     running.append(slot)

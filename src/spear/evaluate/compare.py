@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, terminal_table
-from spear.evaluate.stats import Estimate, mcnemar, paired_difference, wilson_mean
+from spear.evaluate.stats import Estimate, paired_difference, wilson_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,9 +23,8 @@ class Row:
     """One family, or the mean of the families, on the shared scenes.
 
     first, second            success rates with 95 % intervals.
-    difference               first - second, with the interval of a paired difference.
-    only_first, only_second  scenes that only one of the two solved: all that a paired test looks at.
-    p                        exact McNemar test, two-sided; of the mean: over the counts of all families.
+    difference, p            first - second, see `stats.paired_difference`.
+    only_first, only_second  scenes that only one of the two solved.
     """
 
     name: str
@@ -57,21 +56,13 @@ class Comparison:
         return self.rows[-1]
 
     def verdict(self) -> str:
-        """The answer in one sentence, from the test over all families."""
+        """The answer in one sentence, from the mean over the families."""
         d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
-        won, lost = self.mean.only_first, self.mean.only_second
         if self.mean.p >= ALPHA:
             return f"No difference shown between {self.first} and {self.second}: {points(d)}, {chance}."
-        if (won - lost) * d.value <= 0:
-            return (
-                f"No verdict between {self.first} and {self.second}: the mean of the families ({points(d)}) "
-                f"and the scenes that only one solved ({won} : {lost}) speak for different ones, since the "
-                "families have different numbers of scenes: judge each by its own row."
-            )
-        if won > lost:
-            return f"{self.first} is better than {self.second}: {points(d)}, {chance}."
-        turned = Estimate(-d.value, -d.high, -d.low, d.n)
-        return f"{self.second} is better than {self.first}: {points(turned)}, {chance}."
+        better, worse = (self.first, self.second) if d.value > 0 else (self.second, self.first)
+        gap = d if d.value > 0 else Estimate(-d.value, -d.high, -d.low, d.n)
+        return f"{better} is better than {worse}: {points(gap)}, {chance}."
 
     def table(self) -> Table:
         """The rows for a terminal."""
@@ -139,4 +130,5 @@ def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
     only = sum(decided), len(decided) - sum(decided)
     first = wilson_mean([(sum(x), len(x)) for x, _ in wins])
     second = wilson_mean([(sum(y), len(y)) for _, y in wins])
-    return Row(name, first, second, paired_difference(wins), *only, mcnemar(*only))
+    gap, p = paired_difference(wins)
+    return Row(name, first, second, gap, *only, p)

@@ -25,8 +25,9 @@ class AgentOptions(Options):
     """Who acts, and how it is loaded."""
 
     policy: str = "nano"
-    """nano (comes with this package), a folder with a trained policy, the ws:// address of a policy server,
-    or a reference: expert (oracle for SIMPLER: a script that knows the true state) or nothing."""
+    """nano (comes with this package), a folder with a trained policy, the ws:// address of `spear serve
+    --embodiment generic`, or a reference: expert (oracle for SIMPLER: a script that knows the true state) or
+    nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: Dataset = None

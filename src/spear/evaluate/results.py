@@ -60,12 +60,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """One family's numbers; proportions carry 95 % Wilson intervals. steps: mean over the successes."""
+    """One family's numbers; proportions carry 95 % Wilson intervals. steps: mean over the successes.
+    unreachable: mean per episode."""
 
     success: Estimate
     reached: Estimate
     grasped: Estimate
     wrong_object: Estimate
+    unreachable: float
     steps: float | None
 
 
@@ -103,8 +105,11 @@ class Results:
         """The numbers of one family, or of all episodes together."""
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
-        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES)
-        return Summary(*rates, float(np.mean(steps)) if steps else None)  # type: ignore[call-arg,arg-type]
+        rates = [wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES]
+        lost = float(np.mean([o.unreachable for o in chosen]))
+        success, reached, grasped, wrong = rates
+        mean = float(np.mean(steps)) if steps else None
+        return Summary(success, reached, grasped, wrong, lost, mean)
 
     def save(self, path: Path) -> None:
         """Writes JSON, the summaries first, whole or not at all."""
@@ -124,11 +129,13 @@ class Results:
         for family in self.families:
             s = self.summary(family)
             rates = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.wrong_object)]
-            rows.append([family, s.success.say(".0%"), *rates, "" if s.steps is None else f"{s.steps:.0f}"])
+            steps = [f"{s.unreachable:.1f}", "" if s.steps is None else f"{s.steps:.0f}"]
+            rows.append([family, s.success.say(".0%"), *rates, *steps])
         mean = self.mean()
-        rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 4])
+        rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5])
         title = f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
-        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object", "steps"]
+        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object", "steps out of reach"]
+        headers.append("steps to success")
         return terminal_table(title, headers, rows, self.width(), mean_last=True)
 
 
@@ -205,12 +212,13 @@ class Journal:
         if self._path.is_file():
             whole = self._path.read_bytes().rpartition(b"\n")[0]
             os.truncate(self._path, len(whole) + 1 if whole else 0)
-        if not self._path.is_file() or not self._path.stat().st_size:
-            self._write({"policy": policy, "settings": plain(settings)})
+        self._head = {"policy": policy, "settings": plain(settings)}
 
-    def add(self, outcome: Outcome, seconds: float) -> None:
-        """One more episode, on disk when this returns. seconds: wall time since the one before."""
-        self._write({**asdict(outcome), "seconds": seconds})
+    def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
+        """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
+        if not self._path.is_file() or not self._path.stat().st_size:
+            self._write(self._head)
+        self._write({**asdict(outcome), "seconds": seconds, "wall": wall})
         self.done[outcome.family, outcome.seed] = outcome
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -240,7 +248,7 @@ def read_journal(path: Path) -> Results:
     lines = path.read_text().rpartition("\n")[0].split("\n")
     try:
         head, *episodes = [json.loads(line) for line in lines]
-        seconds = sum(e.pop("seconds") for e in episodes)
+        seconds = sum(e.pop("wall", e.pop("seconds")) for e in episodes)  # once, seconds was what wall is
         return Results(head["policy"], head["settings"], [Outcome(**e) for e in episodes], seconds)
     except (ValueError, KeyError, TypeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None

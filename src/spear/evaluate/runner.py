@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ class Simulator(Protocol[Track]):
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, Track]]:
-        """The outcome of each episode as it ends, with its track: what a film is made of, empty unless
-        `filming`."""
+    ) -> Iterator[tuple[Outcome, float, Track]]:
+        """The outcome of each episode as it ends, the seconds that it ran (beside others), and its track:
+        what a film is made of, empty unless `filming`."""
         ...
 
     def film(self, outcome: Outcome, track: Track) -> Film:
@@ -78,31 +79,39 @@ def run_evaluation(
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         if options.out:
+            if not options.out.exists():
+                stack.callback(_remove_empty, options.out)
             if not stack.enter_context(lock(options.out / f".episodes-{index}-of-{of}.lock")):
                 raise SpearError(f"{options.out}: another process is running part {index}/{of}: wait for it")
             journal = Journal(options.out, agent.name, settings, (index, of))
-        started = last = time.perf_counter()
+        started = time.perf_counter()
         for family, everything in scenes.items():
             seeds = everything[index - 1 :: of]
             done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
             todo = [s for s in seeds if s not in done]
             with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
-                for outcome, track in simulator.run(agent, family, todo, films.filming):
+                last = time.perf_counter()
+                for outcome, seconds, track in simulator.run(agent, family, todo, films.filming):
                     done[outcome.seed] = outcome
-                    films.add(outcome, track)
                     if journal:
-                        now = time.perf_counter()
-                        journal.add(outcome, now - last)
-                        last = now
+                        journal.add(outcome, seconds, time.perf_counter() - last)
+                    last = time.perf_counter()
+                    films.add(outcome, track)
                     bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
                 ended = [done[s] for s in seeds]
                 outcomes += ended
-                for outcome, track in simulator.run(agent, family, films.finish(ended), True):
+                for outcome, _, track in simulator.run(agent, family, films.finish(ended), True):
                     if outcome == done[outcome.seed]:
                         films.make(outcome, track)
                     else:
                         bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
     return Results(agent.name, settings, outcomes, time.perf_counter() - started), films.made
+
+
+def _remove_empty(folder: Path) -> None:
+    """Where nothing ran, nothing is left behind."""
+    if not any(folder.glob("[!.]*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _FilmMaker(Generic[Track]):

@@ -1,6 +1,6 @@
 """How far a measured number may be from the true one. All intervals are 95 %.
 
-Proportions have Wilson's interval, differences on the same scenes that of Agresti and Min (2005), anything
+Proportions have Wilson's interval, differences on the same scenes that of Bonett and Price (2012), anything
 else a bootstrap. Where a recipe was trained with several seeds and scored on the same scenes each time, two
 things are drawn by chance: the variance of the mean is that over seeds plus that over scenes minus what both
 contain (a two-way analysis of variance, as Cameron, Gelbach and Miller (2011) cluster by two things at once),
@@ -12,6 +12,7 @@ chance). With one seed it speaks of that one training only.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from spear.types import Array
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal."""
+FEWEST = 6
+"""Units that a bootstrap needs: of five, not even the range from least to most holds the median in 95 %."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Estimate:
         '80.0 [49.0, 94.3]'
         """
         value, low, high = (format(scale * number, form) for number in (self.value, self.low, self.high))
-        return f"{value}{unit} [{low}, {high}]"
+        known = not math.isnan(self.low)  # not of a few samples
+        return f"{value}{unit} [{low}, {high}]" if known else f"{value}{unit} (n = {self.n})"
 
 
 def wilson(successes: int, n: int) -> Estimate:
@@ -87,49 +91,34 @@ def samples_for(half_width: float, rate: float = 0.5) -> int:
     return next(n for n, low, high in intervals if high - low <= 2 * half_width)
 
 
-def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Estimate:
-    """The difference of two success rates, first - second, measured on the same scenes.
+def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> tuple[Estimate, float]:
+    """The difference of two success rates, first - second, on the same scenes, and its two-sided p-value.
 
     strata  of task families, each counting the same: the successes of the first and of the second.
 
-    Agresti and Min (2005): a Wald interval after adding half a scene to each cell of the 2x2 table, which
-    covers well for few scenes. The strata's variances add up, and the half scene is spread over them (our
-    choice). Pairing removes the differences between scenes, so that it needs far fewer of them than two
-    separate intervals do.
+    Bonett and Price (2012): a Wald interval after adding one scene to those that only the first solved and
+    one to those that only the second did, which covers well for few scenes. Both are spread over the strata,
+    whose variances add up (our choice). p is of the same statistic, so that it is below 0.05 exactly where
+    the interval leaves out zero: in simulations, for 0.4 to 6 % of pairs of equals, on 5 to 381 scenes.
+    Pairing removes the differences between scenes, so that far fewer are needed.
     """
     if not strata:
         raise ValueError("paired_difference: no strata")
     values, centres, variance, n = [], [], 0.0, 0
-    extra = 0.5 / len(strata)
+    extra = 1 / len(strata)
     for first, second in strata:
         a, b = np.asarray(first, bool), np.asarray(second, bool)
         if a.shape != b.shape or a.size == 0:
             raise ValueError(f"paired_difference: {a.size} scenes against {b.size}")
-        total = a.size + 4 * extra
+        total = a.size + 2 * extra
         wins, losses = ((a & ~b).sum() + extra) / total, ((~a & b).sum() + extra) / total
         values.append(a.mean() - b.mean())
         centres.append(wins - losses)
         variance += (wins + losses - (wins - losses) ** 2) / total / len(strata) ** 2
         n += a.size
-    centre, half = float(np.mean(centres)), float(Z95 * np.sqrt(variance))
-    return Estimate(float(np.mean(values)), max(-1.0, centre - half), min(1.0, centre + half), n)
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of McNemar's test, from the scenes that only one of two policies solved.
-
-    Under the null hypothesis either is as likely to be that one, in every family: so counts may be summed
-    over families, which is the exact stratified test.
-
-    >>> mcnemar(8, 1), mcnemar(3, 3)
-    (0.0390625, 1.0)
-    """
-    from scipy.stats import binom
-
-    if only_first < 0 or only_second < 0:
-        raise ValueError(f"mcnemar: {only_first} and {only_second} scenes")
-    n = only_first + only_second
-    return float(min(1.0, 2 * binom.cdf(min(only_first, only_second), n, 0.5))) if n else 1.0
+    centre, error = float(np.mean(centres)), math.sqrt(variance)
+    ends = max(-1.0, centre - Z95 * error), min(1.0, centre + Z95 * error)
+    return Estimate(float(np.mean(values)), *ends, n), math.erfc(abs(centre) / error / math.sqrt(2))
 
 
 def bootstrap(
@@ -141,16 +130,20 @@ def bootstrap(
     """A statistic of all values with a percentile-bootstrap interval that resamples whole groups.
 
     groups  one array of values per independent unit (an image, an episode). Values of one unit depend on each
-            other, so that resampling single values would give intervals that are too narrow.
+            other, so that resampling single values would give intervals that are too narrow. Of fewer than
+            `FEWEST` there is no interval: its ends are NaN.
     """
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
     if not units:
         raise ValueError("bootstrap: no values")
+    value = float(statistic(np.concatenate(units)))
+    if len(units) < FEWEST:
+        return Estimate(value, math.nan, math.nan, len(units))
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(units), size=(resamples, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     low, high = np.percentile(replicas, [2.5, 97.5])
-    return Estimate(float(statistic(np.concatenate(units))), float(low), float(high), len(units))
+    return Estimate(value, float(low), float(high), len(units))
 
 
 def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
@@ -170,7 +163,7 @@ def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Es
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
     crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
     pairs = [(x.ravel().tolist(), y.ravel().tolist()) for x, y in zip(a, b, strict=True)]
-    return _wider(crossed, paired_difference(pairs), -1.0)
+    return _wider(crossed, paired_difference(pairs)[0], -1.0)
 
 
 def _score_interval(p: float, n: float) -> tuple[float, float]:

@@ -106,4 +106,5 @@ def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, A
 
 def ending(outcome: Outcome) -> str:
     """How an episode ended, in words."""
-    return f"success after {outcome.steps} steps" if outcome.success else "failure"
+    words = f"success after {outcome.steps} steps" if outcome.success else "failure"
+    return words + (f", {outcome.unreachable} steps out of reach" if outcome.unreachable else "")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 import spear
@@ -26,6 +27,7 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
+from spear.models.weights.load import simulator_only
 from spear.train import build, loop, parallel
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
@@ -69,6 +71,7 @@ def train(
             "recipe": dataclasses.asdict(stage),
             "seed": how.seed,
             "init": earlier,
+            "simulator_only": _simulator_only(inputs),
             "minutes": round((time.time() - started) / 60, 2),
             "processes": parallel.world(),
             "sharded": how.sharded,
@@ -119,6 +122,15 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
             marks[name] = digest.hexdigest()[:12]
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
+
+
+def _simulator_only(inputs: Inputs) -> bool:
+    """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
+    shards = [] if inputs.labels is None else inputs.labels.rglob("labels-*.parquet")
+    sources = [s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]]
+    sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
+    before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)
+    return before and all(source.startswith(("sim:", "sim/")) for source in sources)
 
 
 def _made_by(folder: Path) -> Any:

@@ -20,6 +20,7 @@ from spear.chunks import ChunkExecutor
 from spear.embodiments import tools
 from spear.errors import SpearError
 from spear.evaluate.vqa import ask
+from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import EDGES, order_vertices
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
@@ -49,6 +50,7 @@ class Studio:
     def __init__(self, policy: Spear1Policy, name: str) -> None:
         self.policy, self.name = policy, name
         self.vlm = VlmBundle(policy.model.vlm, policy.processor)
+        self.trust = Trust.load(policy.folder) if policy.folder else None
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -177,8 +179,8 @@ class Table:
     def question(self, text: str) -> View:
         """SPEAR-VLM's answer to any question, in words."""
         image, text = self._image(), tools.prompt({"question": text}, "question")
-        answer = ask.ask(self._studio.vlm, image, text)
-        return {"answer": {"question": text, "text": ask.words(answer, image), "step": self._steps}}
+        _, said = ask.ask(self._studio.vlm, image, text, trust=self._studio.trust)
+        return {"answer": {"question": text, "text": said, "step": self._steps}}
 
     @property
     def _steps(self) -> int:

@@ -7,9 +7,10 @@ fulfilled then, not whether it was for a moment.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -50,6 +51,7 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",
         "assets": assets_hash(check_assets(options.assets)),
+        "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,
     }
@@ -80,6 +82,7 @@ class SimplerScene:
     chunks: ChunkExecutor
     pictures: list[Array]
     achieved: int | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def steps(self) -> int:
@@ -109,7 +112,7 @@ class Simpler:
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, list[Array]]]:
+    ) -> Iterator[tuple[Outcome, float, list[Array]]]:
         """All seeds through a few processes."""
         if not seeds:
             return
@@ -127,7 +130,7 @@ class Simpler:
                 ended = list(threads.map(todo, scenes, chunks, observations))
                 for scene, over in zip(scenes, ended, strict=True):
                     if over:
-                        yield _outcome(scene), scene.pictures
+                        yield _outcome(scene), time.perf_counter() - scene.started, scene.pictures
                         free.append(scene.process)
                 scenes = [s for s, over in zip(scenes, ended, strict=True) if not over]
 

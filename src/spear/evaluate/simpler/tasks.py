@@ -41,7 +41,7 @@ class Truth:
     commanded  pose of the end-effector that the controller is told to reach (our end-effector frame).
     measured   pose of the end-effector.
     opening    of the gripper, 0 … 1, as it is; `open` as it was commanded.
-    still      whether the arm and the fingers have come to rest.
+    still      whether the arm and the fingers hardly moved in the last step.
     source     pose of the object to move; source_size [3] the sides of its box (m), along its own axes.
     goal       pose of the object, or place, to put it on; goal_size [3].
     """
@@ -68,8 +68,8 @@ class Moment:
     wrong_object_moved  another object has moved by more than 3 cm, and by more than the one to move (the
                         condition that ManiSkill describes for its flag of this name, which is always False in
                         3.0.1).
-    unreachable  control steps so far for whose target the controller found no joint angles; it then stands
-                 still.
+    unreachable  control steps so far for whose target the controller found no joint angles; the arm then
+                 stands still, and the next command begins at the last pose that could be reached.
     steps        control steps so far.
     pictures     of each step since the last moment, where they were asked for: [480, 640, 3] uint8.
     """

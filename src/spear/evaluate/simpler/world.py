@@ -37,8 +37,9 @@ CLOSED, OPEN = 0.015, 0.037
 NEAR = 0.04
 MOVED = 0.03
 """m, see `Moment`."""
-STILL = 0.02
-"""rad/s or m/s."""
+STILL = 5e-4, 5e-3, 0.01
+"""Changes of place (m), of orientation (of a quaternion) and of the opening in a control step, up to which
+arm and fingers are at rest. Joints that press on something tremble for ever, while the pose stands still."""
 
 
 class NoRenderer(SpearError):
@@ -49,8 +50,7 @@ def no_renderer(reason: str) -> NoRenderer:
     """What to tell a user whose machine cannot draw."""
     return NoRenderer(
         f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU "
-        "Mesa's lavapipe 24.3 or newer (Debian, Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1; see "
-        "docs/simpler.md)"
+        "Mesa's lavapipe 24.3 or newer (Debian 12: from bookworm-backports, docs/simpler.md has the lines)"
     )
 
 
@@ -104,17 +104,21 @@ class SimplerWorld:
         self._unreachable = self._steps = 0
         self._info: dict[str, Any] = {"success": False, "is_src_obj_grasped": False}
         self._reached = self._wrong = False
+        self._before: Truth | None = None
         self._begin = {name: o.pose.p[0].numpy().copy() for name, o in self._env.objs.items()}
         return self._moment(image, [])
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """Control steps, one per row [7] of the embodiment's command; filming: with a picture after each."""
         pictures = []
+        arm = self._env.agent.controller.controllers["arm"]
         for row in np.asarray(rows, np.float32):
+            before, self._before = arm._target_pose, self._truth()
             *_, self._info = self._env.step(row)
             self._steps += 1
-            arm = self._env.agent.controller.controllers["arm"]
-            self._unreachable += arm._target_qpos is arm._start_qpos  # as the controller marks it
+            if arm._target_qpos is arm._start_qpos:  # as the controller marks a pose that it cannot reach
+                self._unreachable += 1
+                arm._target_pose = before  # or commands would add up far outside, and none back be noticed
             self._notice()
             if filming:
                 pictures.append(self.picture())
@@ -165,20 +169,27 @@ class SimplerWorld:
         env = self._env
         controllers = env.agent.controller.controllers
         base = _pose(env.agent.robot.pose)
-        fingers = env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64)
-        speed = env.agent.robot.get_qvel()[0].numpy()
+        measured = _ours(_pose(controllers["arm"].ee_pose_at_base))
+        opened = opening(env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64))
         source, goal = env.source_obj_name, env.target_obj_name
         return Truth(
             commanded=_ours(_pose(controllers["arm"]._target_pose)),
-            measured=_ours(_pose(controllers["arm"].ee_pose_at_base)),
-            opening=opening(fingers),
+            measured=measured,
+            opening=opened,
             open=self._steps == 0 or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
-            still=bool(np.abs(speed).max() < STILL),
+            still=self._before is None or at_rest(self._before, measured, opened),
             source=in_base(base, _pose(env.objs[source].pose)),
             source_size=_size(env.model_db[source]),
             goal=in_base(base, _pose(env.objs[goal].pose)),
             goal_size=_size(env.model_db[goal]),
         )
+
+
+def at_rest(before: Truth, measured: Array, opened: float) -> bool:
+    """Whether arm and fingers have hardly moved in a control step."""
+    away = np.abs(measured - before.measured)
+    changes = [np.linalg.norm(away[:3]), np.linalg.norm(away[3:]), abs(opened - before.opening)]
+    return bool(np.all(np.array(changes) < STILL))
 
 
 def opening(fingers: Array) -> float:

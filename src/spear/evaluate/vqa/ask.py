@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from spear.errors import SpearError, unknown_name
+from spear.evaluate.vqa.calibration import TRUSTED, Trust
 from spear.evaluate.vqa.measures import numbers
+from spear.labels.questions.answers import is_a
 from spear.labels.questions.generate import FAMILIES
+from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, with_article
 from spear.labels.scenes import label_frames
 from spear.labels.store import LabelStore, choose
 from spear.models.processing import Processor
@@ -29,9 +33,17 @@ def read_picture(where: str, size: tuple[int, int]) -> Frame:
 
 
 def ask(
-    model: VlmBundle, image: Array, question: str, family: str | None = None, decode: Decode = "mode"
-) -> Answer:
-    """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says.
+    model: VlmBundle,
+    image: Array,
+    question: str,
+    family: str | None = None,
+    decode: Decode = "mode",
+    trust: Trust | None = None,
+) -> tuple[Answer | None, str]:
+    """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
+
+    family  of the question; without it that of its wording (`understand`), or a free answer.
+    trust   the words then say how sure the numbers are, or what is not in the picture: no answer (None).
 
     Raises SpearError for an unknown question family or an empty question.
     """
@@ -39,13 +51,55 @@ def ask(
         raise unknown_name("question family", family, FAMILIES)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    return model.answer([image], [question], family, decode=decode)[0]
+    meant, names = understand(question) or (None, [])
+    family = family or meant
+    lacking = missing(model, image, names) if trust and trust.tells_absent and names else {}
+    if lacking:
+        seen = [
+            f"{name} (where the model points for it, it sees: {other})" for name, other in lacking.items()
+        ]
+        return None, f"not in the picture: {'; '.join(seen)}"
+    answer = model.answer([image], [question], family, decode=decode, distributions=True)[0]
+    said, held = words(answer, image), answer.distribution
+    if trust and held is not None and len(held) and family is not None and family in trust.factors:
+        low, high = trust.interval(family, held)
+        ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
+        if len(ends) > 3:
+            ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
+        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {_unit(answer)}"
+    return answer, said
+
+
+def understand(question: str) -> tuple[str, list[str]] | None:
+    """The family of a 3D question in one of its known wordings, and the objects that it names."""
+    text = " ".join(question.split())
+    for before, after in (wording.split("{}") for some in UNITS.values() for wording in some):
+        text = text.removeprefix(before).removesuffix(after)
+    text = text.rstrip(" ?.")
+    point = "|".join(re.escape(word) for words in POINTS.values() for word in words)
+    for family in FAMILIES:
+        for prompt in PROMPTS[family]:
+            form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
+            form = re.sub(r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>[^?,]+)", form)
+            if found := re.fullmatch(form, text, re.IGNORECASE):
+                return family, [name for _, name in sorted(found.groupdict().items())]
+    return None
+
+
+def missing(model: VlmBundle, image: Array, names: Sequence[str]) -> dict[str, str]:
+    """Those of these objects that the model does not find in an image, and what it sees instead: it points at
+    each and names what is there. Only a model that was taught both can be asked (`Trust.tells_absent`)."""
+    points = [PROMPTS["centre_2d"][0].format(x=with_article(name, True)) for name in names]
+    places = model.answer([image] * len(names), points, "centre_2d")
+    what = [PROMPTS["what_at"][0].format(p=answer.segments[0]) for answer in places]
+    seen = [words(answer, image) for answer in model.answer([image] * len(names), what, max_new_tokens=8)]
+    return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
 
 
 def words(answer: Answer, image: Array) -> str:
     """An answer to read: 3D numbers in the model's unit, image points in pixels of `image`, a box by its
     centre and vertices."""
-    unit = "m" if answer.unit == "metre" else "units"
+    unit = _unit(answer)
     values = numbers(answer.segments)
     if len(values) == 24 and len(answer.segments) == 24:
         vertices = values.reshape(8, 3)
@@ -59,6 +113,10 @@ def words(answer: Answer, image: Array) -> str:
         else:
             parts.append(f"{segment:.3f} {unit}" if isinstance(segment, float) else segment.strip())
     return " ".join(parts) or "(no answer)"
+
+
+def _unit(answer: Answer) -> str:
+    return "m" if answer.unit == "metre" else "units"
 
 
 def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:

@@ -6,20 +6,27 @@ calibrated model's truths fall into them as often, an overconfident model's less
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
+from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.models.readout import ONE_SIGMA, Distribution
 from spear.types import Array
+from spear.util.files import write_text
 
 CENTRAL = (0.5, 0.8, 0.95)
 """The central intervals that tables report."""
 LEVELS = tuple(round(0.05 * i, 2) for i in range(21))
 """Those of the curve."""
 MOST_GROUPS, PER_GROUP = 10, 40
+TRUSTED = 0.8
+"""How many of the truths the interval of an answer is to hold."""
+FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,53 @@ class Certainty:
         """From what was held possible for an answer's numbers; scales: the distances they relate to."""
         off = np.abs(said.read("median") - truth) / scales
         return Certainty(said.below(truth), said.spread() / scales, off)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far a model's answers can be trusted, measured on images with known answers and kept beside its
+    weights.
+
+    measured_on   these images, in words.
+    factors       family -> what its spread is to be multiplied with: that far from the middle of the
+                  distribution (its median) lie at most `TRUSTED` of the truths.
+    names_present, names_absent  how often the model names an object as it should, asked for what is where it
+                  points for it: one that is in the image, and one that is not.
+    """
+
+    measured_on: str
+    factors: Mapping[str, float]
+    names_present: float
+    names_absent: float
+
+    @staticmethod
+    def load(folder: Path) -> Trust | None:
+        """Of the model in a folder, where it was measured. Raises SpearError for a broken file."""
+        try:
+            return Trust(**json.loads((folder / FILE).read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise SpearError(f"{folder / FILE}: cannot be read ({error}): remove it") from error
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @property
+    def tells_absent(self) -> bool:
+        """Whether a name that does not come back means that the thing is not there (our choice)."""
+        return self.names_present >= 0.8 and self.names_absent <= 0.2
+
+    def interval(self, family: str, said: Distribution) -> tuple[Array, Array]:
+        """The ends [numbers] of the intervals of an answer's numbers."""
+        middle, half = said.read("median"), self.factors[family] * said.spread()
+        return middle - half, middle + half
+
+
+def factor(answers: Sequence[Certainty]) -> float:
+    """Of a family's answers, for `Trust`."""
+    ratios = [c.off / np.maximum(c.spread, 1e-9) for c in answers]
+    return float(np.quantile(np.concatenate(ratios), TRUSTED))
 
 
 @dataclass(frozen=True)

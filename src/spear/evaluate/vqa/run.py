@@ -14,15 +14,17 @@ import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.calibration import Certainty
+from spear.evaluate.vqa.ask import missing
+from spear.evaluate.vqa.calibration import Certainty, Trust, factor
 from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
-from spear.labels.questions.generate import FAMILIES, generate
+from spear.labels.questions.answers import is_a
+from spear.labels.questions.generate import FAMILIES, askable, generate
 from spear.models.readout import DECODES, Decode, with_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
-from spear.util.progress import ProgressBar
+from spear.util.progress import ProgressBar, tracked
 
 
 def evaluate(
@@ -59,6 +61,26 @@ def evaluate(
                 free += ask(part, None, "mode")
                 bar.update(bar.done + len(part), family)
     return summarize(constrained, free, labels)
+
+
+def measure_trust(
+    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str, quiet: bool = False
+) -> Trust:
+    """How far the model can be trusted: from `scores` of questions about these images, and from two objects
+    that are in each and two that are not. where: the images, in words."""
+    rng, names = np.random.default_rng(0), sorted({o.name for label in labels for o in label.objects})
+    found: dict[bool, list[bool]] = {True: [], False: []}
+    for label in tracked(labels, ProgressBar("naming", len(labels), "images", quiet=quiet)):
+        image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
+        others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
+        for there, some in ((True, [o.name for o in askable(label)]), (False, others)):
+            asked = rng.permutation(some)[:2].tolist() if some else []
+            lacking = missing(model, image, asked) if asked else {}
+            found[there] += [name not in lacking for name in asked]
+    sure = {f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration}
+    factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
+    rates = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
+    return Trust(f"{len(labels)} images of {where}", factors, *rates)
 
 
 def questions_about(

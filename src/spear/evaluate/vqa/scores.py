@@ -131,7 +131,8 @@ class Scores:
             "readings": {f: {**asdict(r), "best": r.best} for f, r in self.readings.items()},
             "calibration": {f: {**asdict(c), "miss": c.miss} for f, c in self.calibration.items()},
         }
-        write_text(path, json.dumps(content, indent=1))
+        plain = json.loads(json.dumps(content), parse_constant=lambda _: None)  # no interval: null
+        write_text(path, json.dumps(plain, indent=1))
 
     def tables(self) -> list[Table]:
         """The scores for a terminal."""

@@ -1,0 +1,85 @@
+"""One question about one image: what is understood, how sure the answer is, what is not in the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spear.cli import main
+from spear.errors import SpearError
+from spear.evaluate.agents import fingerprint
+from spear.evaluate.options import QuestionOptions
+from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
+from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
+from spear.evaluate.vqa.run import evaluate
+from spear.labels.questions.templates import FAMILIES, PROMPTS
+from spear.models.weights.load import simulator_only
+from spear.policy import SHIPPED, VlmBundle, load_vlm
+from spear.util.images import encode_picture
+
+NANO = SHIPPED / "nano"
+
+
+@pytest.fixture(scope="module")
+def nano() -> VlmBundle:
+    return load_vlm("nano")
+
+
+def test_every_wording_is_understood() -> None:
+    for family in FAMILIES:
+        for prompt in PROMPTS[family]:
+            question = prompt.format(x="the red cube", y="a mug", p="nearest")
+            names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
+            for said in (question, question.lower() + " ", f"Up to scale: {question}"):
+                assert understand(said) == (family, names)
+    assert understand("How far away is a zebra") == ("distance", ["zebra"])
+    assert understand("What do you think of it?") is None
+
+
+def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
+    picture, trust = read_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
+    answer, said = ask(nano, picture.image, "How far away is the plate?", trust=trust)
+    assert answer is not None and "80% interval" in said
+    for name in ("zebra", "carrot"):
+        answer, said = ask(nano, picture.image, f"How far away is the {name}?", trust=trust)
+        assert answer is None and said.startswith(f"not in the picture: {name}")
+    assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said
+
+
+def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
+    trust = Trust.load(NANO)
+    assert trust is not None and trust.tells_absent
+    families = ("distance", "keypoint", "box_vertices")
+    labels = find_images("sim:300", 24, "external", nano.processor)
+    asked = evaluate(nano, labels, QuestionOptions(per_image=1, families=families), quiet=True).asked
+    for family in families:
+        sure = [a.certainty for a in asked if a.question.family == family and a.certainty is not None]
+        inside = [(c.off <= trust.factors[family] * c.spread).mean() for c in sure]
+        assert 0.6 < np.mean(inside) < 0.95
+
+
+def test_the_factor_is_the_smallest_that_holds_so_many() -> None:
+    rng = np.random.default_rng(0)
+    sure = [Certainty(np.zeros(3), np.full(3, 0.1), 0.2 * np.abs(rng.normal(size=3))) for _ in range(2000)]
+    assert factor(sure) == pytest.approx(2 * 1.2816, rel=0.05)  # of a normal, 80 % lie within 1.28 sigma
+
+
+def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) -> None:
+    assert Trust.load(tmp_path) is None and not simulator_only(tmp_path) and simulator_only(NANO)
+    (tmp_path / "recipe.json").write_text('{"simulator_only": true}')
+    before, trust = fingerprint(tmp_path), Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
+    trust.save(tmp_path)
+    assert Trust.load(tmp_path) == trust and fingerprint(tmp_path) == before and simulator_only(tmp_path)
+    (tmp_path / FILE).write_text("{}")
+    with pytest.raises(SpearError, match=FILE):
+        Trust.load(tmp_path)
+
+
+def test_a_photo_is_answered_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    (tmp_path / "cat.png").write_bytes(encode_picture(pixels, "cat.png"))
+    assert main(["ask", str(tmp_path / "cat.png"), "How far away is the cat?"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("not in the picture: cat") and "simulator" in said.err
