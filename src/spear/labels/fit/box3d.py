@@ -120,7 +120,7 @@ def fit_box(
         The box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
-    blur = noise * float(np.linalg.norm(points.mean(axis=0)))
+    blur = 0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))  # smoothing takes the other half
     if up is not None:
         level = _upright(points, up)
         upright = faces(points, level, np.asarray(up, np.float64))
