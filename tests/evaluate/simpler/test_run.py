@@ -31,7 +31,7 @@ def simpler(shared: Path) -> Iterator[Simpler]:
     assets = shared / "assets" / "simpler"
     if not assets.is_dir():
         pytest.skip(f"SIMPLER's assets not found at {assets}")
-    simulator = Simpler(SimplerOptions(replan=5, batch=1, assets=assets))
+    simulator = Simpler(SimplerOptions(batch=1, assets=assets))
     try:
         simulator.open(TASK, 1)[0].reset(0, True)
     except NoRenderer as error:
