@@ -227,7 +227,7 @@ def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
             for family in FAMILIES:
                 for scene in range(plan.scenes + 1):  # one more than is asked for
                     won = bool(rng.random() < rates[row])
-                    journal.add(Outcome(family, scene, "go", won, won, won, False, 0, 9), 0.1)
+                    journal.add(Outcome(family, scene, "go", won, won, won, False, 0, 9), 0.1, 0.1)
 
 
 def test_tables_say_what_is_so(tmp_path: Path) -> None:
