@@ -83,8 +83,10 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     settled(tab)
     assert painted(tab, "#camera", "answer")[0] > 300
     assert tab.run("document.querySelectorAll('#answers tbody tr').length") == tab.run("view.boxes.length")
+    tab.run("show({boxes: [], absent: ['zebra']})")
+    assert tab.run("document.querySelector('#answers tbody').textContent") == "zebra: not in the picture"
     # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
-    tab.run("show({boxes: []})")
+    tab.run("show({boxes: [], absent: []})")
     tab.click("#truth")
     tab.run(
         "(() => { const c = document.createElement('canvas'); c.width = picture.naturalWidth;"

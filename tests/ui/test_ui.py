@@ -23,6 +23,8 @@ from websockets.sync.client import connect
 from serve_here import serving
 from spear.chunks import REPLAN
 from spear.embodiments import load
+from spear.evaluate.vqa import ask
+from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer
@@ -205,6 +207,23 @@ def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: S
         assert box["error_mm"] == pytest.approx(1000 * np.linalg.norm(answered - true), abs=0.01)
     assert tab.ask("question", text=f"How far away is the {names[0]}?") is None
     assert re.search(r"\d\.\d{3} m", tab.view["answer"]["text"])
+
+
+def test_boxes_say_how_sure_they_are_and_what_is_absent(
+    server: PolicyServer, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(server.page, Page)
+    names = [tab.view["objects"][0], "zebra"]
+    monkeypatch.setattr(server.page._studio, "trust", None)
+    assert tab.ask("boxes", objects=names) is None
+    assert [b["within_mm"] for b in tab.view["boxes"]] == [None, None] and tab.view["absent"] == []
+    trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
+    monkeypatch.setattr(server.page._studio, "trust", trust)
+    monkeypatch.setattr(ask, "missing", lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"})
+    assert tab.ask("boxes", objects=names) is None
+    (box,) = tab.view["boxes"]
+    assert box["name"] == names[0] and box["within_mm"] > 0 and tab.view["absent"] == ["zebra"]
+    assert tab.ask("boxes", objects=["zebra"]) is None and tab.view["boxes"] == []
 
 
 def test_a_photo_can_be_asked_about_but_does_not_move(tab: Tab) -> None:

@@ -41,7 +41,7 @@ MOST_BOXES = 8
 LINKS = (*(f"link{k}" for k in range(8)), "hand")
 NEUTRAL = np.array([*START, 1, 0, 0, 0, 1], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
-NOTHING_YET: View = {"chunk": None, "boxes": [], "answer": None}
+NOTHING_YET: View = {"chunk": None, "boxes": [], "absent": [], "answer": None}
 
 
 class Studio:
@@ -157,24 +157,33 @@ class Table:
     def boxes(self, names: Sequence[str]) -> View:
         """SPEAR-VLM's 3D boxes of objects, asked for at once; in the simulator also how far off they are.
 
-        Raises `SpearError` for no name, too many of them, or bad ones.
+        Where it was measured how far the model can be trusted, also within which distance (mm) the numbers
+        are, and which objects are absent. Raises `SpearError` for no name, too many of them, or bad ones.
         """
         if not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"{len(names)} objects: ask for 1 to {MOST_BOXES}")
         names = [tools.prompt({"object": name}, "object") for name in names]
         image, started = self._image(), time.perf_counter()
-        prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
-        answers = self._studio.vlm.answer([image] * len(names), prompts, "box_vertices")
+        vlm, trust, family = self._studio.vlm, self._studio.trust, "box_vertices"
+        absent = ask.missing(vlm, image, names) if trust and trust.tells_absent else {}
+        there = [name for name in names if name not in absent]
+        prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in there]
+        answers = vlm.answer([image] * len(there), prompts, family, distributions=True) if there else []
         elapsed = time.perf_counter() - started
         truth = {} if self._env is None else _boxes(self._env.world)
         found = []
-        for name, answer in zip(names, answers, strict=True):
+        for name, answer in zip(there, answers, strict=True):
             vertices = np.reshape(answer.values, (8, 3))
             true = truth.get(name)
             off = None if true is None else 1000 * float(np.linalg.norm(vertices.mean(0) - true.mean(0)))
-            found.append({"name": name, "vertices": vertices.tolist(), "error_mm": off, "step": self._steps})
+            within = None
+            if trust and answer.distribution is not None and family in trust.factors:
+                low, high = trust.interval(family, answer.distribution)
+                within = 1000 * float((high - low).mean()) / 2
+            box = {"name": name, "vertices": vertices.tolist(), "error_mm": off, "within_mm": within}
+            found.append({**box, "step": self._steps})
         self._asked = list(names)
-        return {"boxes": found, "boxes_ms": 1000 * elapsed}
+        return {"boxes": found, "absent": list(absent), "boxes_ms": 1000 * elapsed}
 
     def question(self, text: str) -> View:
         """SPEAR-VLM's answer to any question, in words."""

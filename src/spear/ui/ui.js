@@ -2,7 +2,7 @@
 // The page keeps one view, which the server sends in parts, and draws whatever is in it.
 
 const $ = id => document.getElementById(id);
-const view = { boxes: [], things: [], trail: [], edges: [], milestones: [] };
+const view = { boxes: [], absent: [], things: [], trail: [], edges: [], milestones: [] };
 const picture = new Image();
 let socket = null, drawing = false, placedOnce = false, waiting = 0;
 
@@ -117,14 +117,13 @@ function found() {
   const chips = objects.map(name => chip(name, names.includes(name) ? "on" : "", [name]));
   if (objects.length > 1) chips.push(chip("all of them", "all", objects));
   $("objects").replaceChildren(...chips);
-  $("answers").hidden = !view.boxes.length;
+  $("answers").hidden = !view.boxes.length && !view.absent.length;
+  const mm = v => v === null ? "–" : v.toFixed(0) + " mm", cell = text => Object.assign(document.createElement("td"), { textContent: text });
+  const row = texts => { const made = document.createElement("tr"); made.append(...texts.map(cell)); return made; };
   $("answers").tBodies[0].replaceChildren(...view.boxes.map(b => {
     const middle = [0, 1, 2].map(k => b.vertices.reduce((sum, v) => sum + v[k], 0) / 8);
-    const row = document.createElement("tr");
-    const cells = [b.name, ...middle.map(v => v.toFixed(3)), b.error_mm === null ? "–" : b.error_mm.toFixed(0) + " mm"];
-    row.append(...cells.map(text => Object.assign(document.createElement("td"), { textContent: text })));
-    return row;
-  }));
+    return row([b.name, ...middle.map(v => v.toFixed(3)), mm(b.within_mm), mm(b.error_mm)]);
+  }), ...view.absent.map(name => row([name + ": not in the picture"])));
   $("asked").textContent = view.boxes.length
     ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s` : "";
 }
