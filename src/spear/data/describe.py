@@ -155,9 +155,7 @@ def _motion(found: dict[str, Any], facts: dict[str, str], columns: Columns, rate
             frames.add("ee" if written.reading.frame == "ee" else "base")
         found["logged_frame"] = frames.pop() if len(frames) == 1 else None
         if found["logged_frame"] is None:
-            facts["logged_frame"] = (
-                "base for translations, ee for rotations or the reverse: no layout says both"
-            )
+            facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
     return [place, move, turn, act]
 
 

@@ -46,9 +46,7 @@ def hub_unreachable() -> str | None:
     """Why the Hugging Face Hub cannot be asked, only its cache on this machine; None when it can."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return unreachable(constants.ENDPOINT)
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
 
 
 def need_on_hub(model: str, instead: str) -> None:
