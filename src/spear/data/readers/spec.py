@@ -224,7 +224,13 @@ def said(error: ValidationError) -> str:
 def _load() -> dict[str, DatasetSpec]:
     file = resources.files("spear.data.readers").joinpath("oxe.toml")
     tables = tomllib.loads(file.read_text("utf-8"))
-    return {name: _spec({"name": name, **table}, Path(str(file))) for name, table in tables.items()}
+    families, found = tables.pop("families"), {}
+    for name, table in tables.items():
+        parts = [families["all"], *(families[family] for family in table.pop("like", ())), table]
+        facts = {key: fact for part in parts for key, fact in part.get("facts", {}).items()}
+        fields = {key: value for part in parts for key, value in part.items()}
+        found[name] = _spec({**fields, "name": name, "facts": facts}, Path(str(file)))
+    return found
 
 
 REGISTRY: Mapping[str, DatasetSpec] = _load()
