@@ -30,7 +30,7 @@ from spear.ablations.plan import (
     pretrained,
 )
 from spear.ablations.plan import record as record_demonstrations
-from spear.ablations.rows import ROTATION_WEIGHTS, TABLES, VELOCITY, AblationOptions
+from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
 from spear.cli import main
@@ -47,6 +47,7 @@ from spear.train.recipes import RECIPES
 from spear.types import Action
 
 DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
+ROTATIONS = next(table.rows for table in TABLES if table.name == "rotation")
 START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
 TINY = ("batch_size=2", "question_images=1", "flow_samples=1")
 
@@ -87,15 +88,22 @@ def test_every_row_names_modules_that_its_network_has() -> None:
             apply_freeze(model if stage.kind == "vla" else model.vlm, stage.optimization)
 
 
+def test_the_vlms_rates_and_the_longer_trainings_follow_the_recipes() -> None:
+    alone, rates = RECIPES["nano-vla"], SETTINGS["nano-vla"]
+    assert rates["lr"] * rates["lr_scale"]["vlm"] == pytest.approx(alone.optimization.lr)
+    ours, theirs = (r.optimization.steps * r.batch_size for r in (alone, RECIPES["nano-vla-no-3d"]))
+    longer = next(row for table in TABLES for row in table.rows if row.name == "no-3d-as-long")
+    assert longer.stages[0].length == pytest.approx(theirs / ours)
+
+
 def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
     turn = torch.tensor([0.0, 0.02, 0.0])
     target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
     guess = quat_multiply(target, quat_exp(turn)[None, None])
     data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
     costs = []
-    for (kind, loss), weight in ROTATION_WEIGHTS.items():
-        own = {**PRESETS["nano"].flow, "rotation": kind, "rotation_loss": loss, "rotation_weight": weight}
-        config = flow.FlowConfig(**own)
+    for row in ROTATIONS[:4]:
+        config = flow.FlowConfig(**{**PRESETS["nano"].flow, **row.stages[-1].changes["flow"]})
         costs.append(float(flow.loss(said, data, data, torch.full((1,), 0.5), config).total))
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
     assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
@@ -109,7 +117,7 @@ def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
     data, said = (Action(*(torch.zeros(n, 1, k).double() for k in (3, 4, 1))) for _ in range(2))
     data, said = replace(data, rotation=quat_exp(0.1 * axes)), replace(said, rotation=still)
     time, costs = torch.zeros(n).double(), []
-    for own in ({}, VELOCITY):
+    for own in ({}, ROTATIONS[4].stages[-1].changes["flow"]):
         config = flow.FlowConfig(**{**PRESETS["nano"].flow, **own})
         if own:
             said = flow.velocity_from_clean(said, noise, time, config)
