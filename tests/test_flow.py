@@ -363,6 +363,54 @@ def test_integrating_the_true_prediction_lands_on_the_data(config: FlowConfig, s
     assert distance(flow.integrate(predict, noise, steps, config), data) < 1e-12
 
 
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_each_action_at_a_time_of_its_own(config: FlowConfig) -> None:
+    """As if each were a chunk of its own; and where all times are the same, as with one for the chunk."""
+    noise, data, one = pair(config)
+    said = Action.from_vector(torch.randn(64, 5, 8, generator=generator(5), dtype=torch.float64))
+    times = torch.rand(64, 5, generator=generator(6), dtype=torch.float64)
+    times[:, 0] = 1
+    alone = [Action.from_vector(x.to_vector().reshape(320, 1, 8)) for x in (noise, data, said)]
+
+    def everything(noise: Action, data: Action, said: Action, time: Tensor) -> list[Tensor]:
+        state, velocity = flow.interpolate(noise, data, time, config)
+        derived = flow.velocity_from_clean(said, state, time, config)
+        whole = [x.to_vector().reshape(320, 8) for x in (state, velocity, derived)]
+        return [*whole, flow.loss(said, noise, data, time, config).total]
+
+    for a, b in zip(everything(noise, data, said, times), everything(*alone, times.flatten()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    each = one[:, None].expand(64, 5)
+    for a, b in zip(everything(noise, data, said, one), everything(noise, data, said, each), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) -> None:
+    noise, data, _ = pair(config)
+    decided, held = robot_data((64, 5), seed=9), flow.sample_held((64, 5), 3, generator())
+    seen: list[tuple[Action, Tensor]] = []
+
+    def predict(state: Action, time: Tensor) -> Action:
+        seen.append((state, time))
+        return data if config.prediction == "clean" else flow.velocity_from_clean(data, state, time, config)
+
+    found = flow.integrate(predict, noise, 4, config, flow.Committed(decided, held))
+    for k, (state, time) in enumerate([*seen, (found, torch.ones(64, 5).double())]):
+        assert torch.equal(state.to_vector()[held], decided.to_vector()[held])
+        assert torch.equal(time, torch.where(held, 1.0, torch.full((64, 5), k / 4).double()))
+    torch.testing.assert_close(found.to_vector()[~held], data.to_vector()[~held], rtol=0, atol=1e-12)
+
+
+def test_what_is_held_is_a_beginning_of_any_length_as_often() -> None:
+    held = flow.sample_held((20_000, 2, 5), 3, generator())
+    lengths = held.sum(-1)
+    assert torch.equal(held, torch.arange(5) < lengths[..., None])
+    share = torch.bincount(lengths.flatten(), minlength=5) / lengths.numel()
+    torch.testing.assert_close(share, torch.tensor([0.25, 0.25, 0.25, 0.25, 0]), atol=0.01, rtol=0)
+    assert not flow.sample_held((4, 5), 0, generator()).any()
+
+
 @pytest.mark.parametrize("config", [c for c in ALL if c.prediction == "clean"], ids=name)
 def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(config: FlowConfig) -> None:
     """Else the network would meet states that it has not seen in training."""

@@ -10,6 +10,8 @@ model's normalised units; a velocity is an `Action` too: d/dτ of each part, rot
 The network predicts either the velocity (the paper) or the clean action (our addition, better at small
 scale), from which the velocity follows: (x̂ - x_τ) / (1 - τ), on the sphere log_{q_τ}(q̂) / (1 - τ).
 
+A time is per chunk [...] or per action [..., H]: some actions of a chunk may be decided already, at τ = 1.
+
 With `rotation="linear"`, the ablation, quaternions flow in straight lines of R⁴ like translations.
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +93,23 @@ class FlowLoss:
     parts: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Committed:
+    """Actions of a chunk that are decided already, since they will be executed before the rest is known.
+
+    actions  [..., H, ·], normalised units, unit canonical rotations; of any value where they are not held.
+    held     [..., H] bool: which ones.
+    """
+
+    actions: Action
+    held: Tensor
+
+    def into(self, state: Action) -> Action:
+        """A state with these actions in their places."""
+        whole = torch.where(self.held[..., None], self.actions.to_vector(), state.to_vector())
+        return Action.from_vector(whole)
+
+
 def sample_noise(
     shape: Sequence[int],
     config: FlowConfig,
@@ -123,14 +142,23 @@ def sample_time(
     return config.time_scale * (gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(dtype).tiny))
 
 
+def sample_held(
+    shape: Sequence[int], longest: int, generator: torch.Generator | None = None, device: Any = None
+) -> Tensor:
+    """Which actions of chunks are given clean, [*batch, H] bool for that shape: the first d, with d uniform
+    on 0 … longest per chunk (training-time action conditioning, arXiv 2512.05964)."""
+    count = torch.randint(longest + 1, (*shape[:-1], 1), generator=generator, device=device)
+    return torch.arange(shape[-1], device=device) < count
+
+
 def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> tuple[Action, Action]:
-    """The state at time [...] between noise and data [..., H, ·], and its velocity there.
+    """The state at a time between noise and data [..., H, ·], and its velocity there.
 
     x_τ = τ x + (1 - τ) ε with velocity x - ε; on the sphere the paper's slerp from q_ε to q (data made
     canonical) at constant speed θ, and its derivative. Written as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω,
     which equals the paper's quotients by sin θ and stays exact where these are 0/0.
     """
-    tau = time[..., None, None]
+    tau = _per_part(time, noise)
     target = quat_canonical(data.rotation)
     if config.rotation == "s3":
         omega = sphere_angle(noise.rotation, target)
@@ -149,13 +177,13 @@ def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -
 
 
 def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
-    """The velocity that leads from the state at time [...] to the predicted clean action at τ = 1.
+    """The velocity that leads from the state at its time to the predicted clean action at τ = 1.
 
     On the sphere the prediction is normalised and made canonical first, as data is: with the true action this
     is exactly the velocity of `interpolate`. In R⁴ it is normalised where the loss is the cosine, which
     teaches no length.
     """
-    remaining = (1 - time)[..., None, None].clamp_min(_MIN_REMAINING)
+    remaining = _per_part(1 - time, state).clamp_min(_MIN_REMAINING)
     rotation = _meant(clean.rotation, config)
     if config.rotation == "s3":
         rotation = sphere_log(state.rotation, quat_canonical(rotation))
@@ -212,7 +240,7 @@ def loss(
         state, truth = interpolate(noise, data, time, config)
         spoken = prediction_to_velocity(prediction, state, time, config)
         rotation = _rotation_error(spoken.rotation, truth.rotation, config)
-        step = (1 - time)[..., None, None]
+        step = _per_part(1 - time, state)
         if config.geodesic_step is not None:
             step = step.clamp_max(config.geodesic_step)
         geodesic = _chord(
@@ -234,18 +262,26 @@ def loss(
 
 
 def integrate(
-    predict: Callable[[Action, Tensor], Action], noise: Action, steps: int, config: FlowConfig
+    predict: Callable[[Action, Tensor], Action],
+    noise: Action,
+    steps: int,
+    config: FlowConfig,
+    committed: Committed | None = None,
 ) -> Action:
     """From noise [..., H, ·] to an action in `steps` equal Euler steps; rotations end unit and canonical.
 
     predict(state, time [...]) is the network's prediction, as `config.prediction` says. On the sphere each
     step is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
+
+    What is committed stays as it is, at time 1, as in training with `sample_held`: predict gets [..., H].
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")
-    state = noise
+    state = noise if committed is None else committed.into(noise)
     for k in range(steps):
         time = torch.full_like(noise.translation[..., 0, 0], k / steps)
+        if committed is not None:
+            time = torch.where(committed.held, 1.0, time[..., None])
         velocity = prediction_to_velocity(predict(state, time), state, time, config)
         rotation = _advance(state.rotation, velocity.rotation, 1 / steps, config)
         if config.rotation == "s3":
@@ -256,7 +292,14 @@ def integrate(
             rotation,
             state.gripper + velocity.gripper / steps,
         )
-    return Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)
+        state = state if committed is None else committed.into(state)
+    action = Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)
+    return action if committed is None else committed.into(action)
+
+
+def _per_part(time: Tensor, chunk: Action) -> Tensor:
+    """A time per chunk [...] or per action [..., H], as a factor of the chunk's parts [..., H, ·]."""
+    return time[..., None] if time.dim() == chunk.translation.dim() - 1 else time[..., None, None]
 
 
 def _advance(rotation: Tensor, velocity: Tensor, step: Tensor | float, config: FlowConfig) -> Tensor:

@@ -33,7 +33,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def reference(
-    model: Spear1ForActionPrediction, given: dict[str, Any], noise: Action, steps: int
+    model: Spear1ForActionPrediction,
+    given: dict[str, Any],
+    noise: Action,
+    steps: int,
+    committed: flow.Committed | None = None,
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
     state = given["state"]
@@ -41,7 +45,7 @@ def reference(
     with torch.no_grad():
         prefix = model.prefix(**inputs)
         return flow.integrate(
-            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow
+            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow, committed
         ).to_vector()
 
 
@@ -76,6 +80,24 @@ def test_actions_are_those_of_the_plain_network(
         found = model.sample_actions(**given, steps=steps, noise=noise).to_vector()
         assert distance(found, reference(model, given, noise, steps)) < 1e-5
         assert not found.is_inference() and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_committed_actions_come_back_and_the_others_are_those_of_the_plain_network(
+    shape: str, padded: bool
+) -> None:
+    model, noise = spear1(**SHAPES[shape]), actions(3, H)
+    given, decided = observation(3, ("external", "wrist"), padded), actions(3, H, seed=5)
+    free = model.sample_actions(**given, steps=4, noise=noise).to_vector()
+    held = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
+    committed = flow.Committed(decided, held)
+    found = model.sample_actions(**given, steps=4, noise=noise, committed=committed).to_vector()
+    assert torch.equal(found[held], decided.to_vector()[held])
+    assert distance(found, reference(model, given, noise, 4, committed)) < 1e-5
+    # Where nothing is committed it is as without, whatever stands there; elsewhere the others notice.
+    assert distance(found[0], free[0]) < 1e-5
+    assert distance(found[1, 1:], free[1, 1:]) > 1e-3
 
 
 def test_three_views_of_one_size_and_bfloat16() -> None:

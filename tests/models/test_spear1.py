@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel
 
 from models_tiny import TINY, actions, pixels, spear1, text, vlm
+from spear import flow
 from spear.errors import SpearError
 from spear.models.presets import spear1_config
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
@@ -82,6 +83,45 @@ def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
             model(images, ids, mask, state, target, counts, noise=one, time=time[:, k : k + 1]).loss
         )
     torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_committed_actions_are_given_and_teach_nothing() -> None:
+    model = spear1(flow={"rotation_loss": "mse"})
+    images, ids, mask, state = inputs()
+    target, counts = actions(B, H), torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
+
+    def drawn() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    same = drawn()
+    noise = flow.sample_noise((B, 8, H), model.flow, same)
+    time = flow.sample_time(B * 8, model.flow, same).view(B, 8)
+    plain = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
+    given = model(images, ids, mask, state, target, counts, noise=noise, time=time).loss
+    assert torch.equal(plain, given)  # without it, nothing else is drawn
+
+    model.config.committed = 2
+    first = torch.randint(3, (B, 8, 1), generator=same)
+    held = torch.arange(H) < first
+    assert set(first.flatten().tolist()) == {0, 1, 2}
+    heard: list[torch.Tensor] = []
+    said: list[torch.Tensor] = []
+    model.action_in_proj.register_forward_hook(lambda module, given, out: heard.append(given[0]))
+    model.action_out_proj.register_forward_hook(lambda module, given, out: said.append(out))
+    model.action_out_proj.register_forward_hook(lambda module, given, out: out.retain_grad())
+    loss = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
+    wanted = target.to_vector()[:, None].expand(B, 8, H, 8)
+    torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
+    loss.backward()
+    gradient = said[0].grad
+    assert gradient is not None
+    taught = gradient.reshape(B, 8, H, 8).abs().sum(-1) > 0
+    assert torch.equal(taught, ~held & counts[:, None])
+    # One action after another, each a chunk of its own at its own time.
+    each = [said[0].detach().reshape(B, 8, H, 8), noise.to_vector(), wanted]
+    alone = [Action.from_vector(x[taught][:, None]) for x in each]
+    times = time[..., None].expand(B, 8, H)[taught]
+    torch.testing.assert_close(loss, flow.loss(*alone, times, model.flow).total)
 
 
 def test_gradients_reach_expert_vlm_and_encoders() -> None:

@@ -73,9 +73,20 @@ def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
         (post.changed(preset="small"), Inputs(episodes=mine, init=nano), "small"),
         (post.changed(flow={"rotation": "linear"}), Inputs(episodes=mine, init=nano), "flow"),
         (post.changed(flow={"rotatoin": "linear"}), Inputs(episodes=mine, init=nano), "'rotation'"),
+        (post.changed(committed=5), Inputs(episodes=mine, init=nano), "committed"),
         (post.changed(bins=9), Inputs(episodes=mine, init=nano), "bins"),
         (post.changed(accumulate=3), Inputs(episodes=mine, init=nano), "batch_size 32"),
         (recipe("nano-vlm-2"), dataclasses.replace(inputs, moge=locate("nano-depth")), "--moge"),
     ):
         with pytest.raises(SpearError, match=named):
             build(stage, given)
+
+
+def test_how_late_a_policy_may_be_is_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
+    write_episodes([make(0)], tmp_path / "mine")
+    given = Inputs(episodes=[("it", EpisodeStore(tmp_path / "mine"), 1.0)], init=locate("nano"))
+    for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
+        model, _, save = build(recipe("nano-post").changed(committed=committed), given)
+        assert model.config.committed == expected
+        save(tmp_path / "out")
+        given = dataclasses.replace(given, init=tmp_path / "out")

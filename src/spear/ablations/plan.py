@@ -249,6 +249,8 @@ def _training(
     one: Recipe, seed: int, data: Data, init: str | Weights | None, moge: Weights | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
+    if fields["committed"] is None:  # younger than the keys of trainings that are done
+        del fields["committed"]
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}

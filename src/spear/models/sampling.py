@@ -37,19 +37,25 @@ class Sampler:
         self._onward = Fused(model.action_time_mlp_out, packed=packed)
         self._periods = model.config.min_period, model.config.max_period
         self._moments: dict[int, torch.Tensor] = {}
+        self.arrived = self._hidden(torch.ones(1, device=inner.weight.device))  # what is at time 1
 
     def moments(self, steps: int) -> torch.Tensor:
         """What the time adds to the embedding's hidden layer, at each of the flow steps: [steps, width]."""
         if steps not in self._moments:
             with torch.inference_mode(False), torch.no_grad():
                 time = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
-                waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
-                self._moments[steps] = (waves @ self._of_time.T + self._bias).to(self.dtype)
+                self._moments[steps] = self._hidden(time)
         return self._moments[steps]
 
+    def _hidden(self, time: torch.Tensor) -> torch.Tensor:
+        waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
+        return (waves @ self._of_time.T + self._bias).to(self.dtype)
+
     def embed(self, actions: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Noisy actions [B, H, 8] at one of the `moments` -> [B, H, width]."""
-        return self._onward(nn.functional.silu(linear(actions.to(self.dtype), self._into, moment)))[0]
+        """Noisy actions [B, H, 8] at one of the `moments`, or each at its own, -> [B, H, width]."""
+        actions, one = actions.to(self.dtype), moment.dim() == 1
+        hidden = linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
+        return self._onward(nn.functional.silu(hidden))[0]
 
 
 SAMPLER = Prepared(
@@ -70,7 +76,8 @@ def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> torch
 
     model   a `Spear1ForActionPrediction`.
     inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
-            "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8].
+            "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8];
+            "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.Committed`).
     graphs  on a GPU: record all of it as a CUDA graph per set of shapes, and replay that.
     """
     on = inputs["noise"].device.type
@@ -111,10 +118,16 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.T
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
     state = model.state_proj(inputs["state"].to(dtype))[:, None]
+    committed = None
+    if "held" in inputs:
+        committed = flow.Committed(Action.from_vector(inputs["committed"]), inputs["held"])
 
     def predict(noisy: Action, time: torch.Tensor) -> Action:
         nonlocal state
-        tokens = sampler.embed(noisy.to_vector(), next(moments))
+        moment = next(moments)
+        if committed is not None:
+            moment = torch.where(committed.held[..., None], sampler.arrived, moment)
+        tokens = sampler.embed(noisy.to_vector(), moment)
         if state is not None:
             hidden = expert(torch.cat([state, tokens], dim=1), (cos, sin), with_state, bias)[:, 1:]
             state = None
@@ -122,4 +135,4 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.T
             hidden = expert(tokens, (cos[:, 1:], sin[:, 1:]), actions_only, bias)
         return Action.from_vector(model.action_out_proj(hidden).to(noise.dtype))
 
-    return flow.integrate(predict, Action.from_vector(noise), steps, model.flow).to_vector()
+    return flow.integrate(predict, Action.from_vector(noise), steps, model.flow, committed).to_vector()

@@ -43,6 +43,8 @@ class Spear1Config(PortableConfig):
                     VLM's.
     horizon         actions per chunk (the paper: 5, at 5 Hz).
     flow            fields of `spear.flow.FlowConfig`.
+    committed       the most actions at a chunk's beginning that may be decided already, as it was trained
+                    (`spear.flow.sample_held`); 0 is the paper's.
     min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
     """
 
@@ -56,6 +58,7 @@ class Spear1Config(PortableConfig):
     expert_config: Any = None
     horizon: int = 5
     flow: dict[str, Any] | None = None
+    committed: int = 0
     min_period: float = 4e-3
     max_period: float = 4.0
     initializer_range: float = 0.02
@@ -141,14 +144,14 @@ class Spear1ForActionPrediction(PreTrainedModel):
         its rotation not normalised.
 
         state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
+        Each action may have a time of its own: [B, H], or [B, K, H].
         """
         dtype = self.state_proj.weight.dtype
         vector = noisy.to_vector().to(dtype)
-        samples = time.reshape(time.shape[0], -1).shape[1]
         batch, horizon = vector.shape[0], vector.shape[-2]
-        actions = self._embed_actions(
-            vector.reshape(batch, samples, horizon, ACTION_DIM), time.reshape(batch, -1)
-        )
+        samples = vector.shape[:-2].numel() // batch
+        chunks = vector.reshape(batch, samples, horizon, ACTION_DIM)
+        actions = self._embed_actions(chunks, time.reshape(batch, samples, -1))
         embeds = torch.cat([self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1)
         first = positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
@@ -163,11 +166,11 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return Action.from_vector(prediction.reshape(vector.shape).to(noisy.translation.dtype))
 
     def _embed_actions(self, actions: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Noisy actions [B, K, H, 8] and their times [B, K] -> [B, K, H, width], as in π0."""
+        """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
         tokens = self.action_in_proj(actions)
         # π0 counts time from the data to the noise: its embedding sees 1 − τ.
         moment = sinusoids(1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period)
-        moment = moment[:, :, None].expand_as(tokens).to(tokens.dtype)
+        moment = moment.expand_as(tokens).to(tokens.dtype)
         hidden = self.action_time_mlp_in(torch.cat([tokens, moment], dim=-1))
         return self.action_time_mlp_out(nn.functional.silu(hidden))
 
@@ -193,7 +196,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         actions         [B, H, ·] in the model's normalised units.
         action_mask     [B, H] bool, the steps that count.
         flow_samples    K draws of noise and time per observation, which share its prefix (our choice). noise
-                        [B, K, H, ·] and time [B, K] override the drawing.
+                        [B, K, H, ·] and time [B, K] or [B, K, H] override the drawing.
+
+        With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss.
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
@@ -201,6 +206,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
             noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
         if time is None:
             time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
+            if self.config.committed:
+                held = flow.sample_held((*time.shape, horizon), self.config.committed, generator, device)
+                time = torch.where(held, 1.0, time[..., None])
         data = Action.from_vector(
             actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
         )
@@ -209,6 +217,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         prediction = self.predict(prefix, state, noisy, time)
         if action_mask is not None:
             action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
+        if time.dim() == 3:
+            action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
         result = flow.loss(prediction, noise, data, time, self.flow, action_mask)
         return Spear1Output(loss=result.total, parts={k: v.detach() for k, v in result.parts.items()})
 
@@ -224,11 +234,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
         view_mask: Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         graphs: bool = True,
+        committed: flow.Committed | None = None,
     ) -> Action:
         """Actions [B, H, ·] by `steps` Euler steps from noise: normalised units, unit canonical rotations.
 
         10 steps are our choice (π0's). Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
         attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
+        committed: actions that come back as they are, and that the others go on from.
         """
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)
@@ -242,6 +254,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         }
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
+        if committed is not None:
+            inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
         return Action.from_vector(sample(self, inputs, steps, graphs))
 
 

@@ -87,12 +87,14 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     if labels is not None and stage.kind != "depth":
         for folder in view_folders(labels, list(size.image_sizes)).values():
             shards_in(folder)
+    horizon = size.horizon
     config: Any = vlm_config(size)
     config.moge_config = config.moge_config if stage.moge else None
     if init is not None:
         policy = acts and weights.architecture(init) == Spear1Config.model_type
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
+        horizon = found.horizon if policy else horizon
         widths = inner.text_config.hidden_size, inner.vision_config.hidden_size
         if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
             raise SpearError(
@@ -114,6 +116,10 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             )
         Processor.load(init, inner)
         config = inner if acts else config
+    if stage.committed is not None and stage.committed >= horizon:
+        raise SpearError(
+            f"recipe key committed is {stage.committed}: give less than the {horizon} of a chunk"
+        )
     if inputs.moge is not None:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
@@ -187,6 +193,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model = weights.load(Spear1ForActionPrediction, init)
         else:
             model = _acting(weights.load(SpearVLM, init), size)
+    if stage.committed is not None:
+        model.config.committed = stage.committed
     if stage.normalize_each:
         normalizer = Normalizer.fit_each(episodes, stage.normalization)
     else:

@@ -117,6 +117,8 @@ class Recipe:
                   in the state follow it (our choice).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
+    committed     the longest delay to learn to act under: so many actions at a chunk's beginning may be given
+                  (`spear.flow.sample_held`). None: as the policy of `--init` did; a new one 0, the paper's.
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    they count alpha / rank (`spear.train.optimize`).
     """
@@ -141,6 +143,7 @@ class Recipe:
     normalization: Literal["quantile", "minmax", "meanstd"] = "quantile"
     normalize_each: bool = False
     flow: Mapping[str, bool | float | str] = field(default_factory=dict)
+    committed: Count | None = None
     lora_rank: Count = 0
     lora_alpha: Positive = 16.0
 
