@@ -95,6 +95,43 @@ def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     np.testing.assert_allclose(gaps, gaps[0], atol=1e-7)
 
 
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
+    executor = ChunkExecutor("rtc", most=2)
+    looked, told, said, done = [], [], [], []
+    for tick in range(12):
+        if executor.wants():
+            looked.append(tick)
+            told.append(executor.told().get("committed", np.zeros((0, 8), np.float32)))
+            said.append(chunk(100 * tick + 50, turn=(0, 0.01 * tick, 0)))  # elsewhere than the chunk before
+            said[-1][: len(told[-1])] = told[-1]
+            executor.give(said[-1], arrives=tick + delay)
+        done.append(executor.next())
+    assert looked == [0, *range(delay + 1, 12, max(delay, 1))]  # as soon as it may
+    assert [mm == 0 for mm in millimetres(done)] == [True] * delay + [False] * (12 - delay)
+    for tick, begins, actions in zip(looked[1:], told[1:], said[1:], strict=True):
+        assert len(begins) == delay
+        now = done[tick : tick + max(2 * delay, 1)]
+        np.testing.assert_allclose(now, actions[: len(now)], atol=1e-6)
+
+
+def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> None:
+    executor, late = ChunkExecutor("rtc", most=1), ChunkExecutor("async", replan=1)
+    for one in (executor, late):
+        one.give(chunk(10))
+        one.next()
+        one.give(chunk(10)[1:], arrives=one.tick + 3)
+        before = [one.next() for _ in range(3)]
+    assert len(executor.told()["committed"]) == 1
+    assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
+
+
+def test_async_looks_again_when_a_chunk_is_there() -> None:
+    for delay in (1, 2):
+        looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
+        assert looked == [0, *range(delay + 1, 9, delay)]
+
+
 def test_ensemble_averages_what_is_said_about_now() -> None:
     executor = ChunkExecutor("ensemble", decay=np.log(2))
     said = [chunk(0), chunk(30), chunk(90)]
@@ -131,6 +168,8 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(SpearError, match=r"replan 9.* 5 "):
             ChunkExecutor(mode, replan=9).give(chunk(0))  # type: ignore[arg-type]
     ChunkExecutor("ensemble", replan=9).give(chunk(0))
+    with pytest.raises(SpearError, match="--execution rtc"):
+        ChunkExecutor("rtc")
 
 
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
@@ -154,6 +193,9 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     assert pilot._asked is not None
     pilot._asked[1].result(60)
     assert asked == [0, 3]
-    # two steps were made since t = 3: the new chunk goes on with its third
+    think.clear()
+    # two steps were made since t = 3: the new chunk goes on with its third, while it looks again
     assert millimetres([pilot.step({"t": 7})]) == [5]
+    think.set()
+    assert pilot._asked[1].result(60) and asked == [0, 3, 7]
     pilot.close()

@@ -56,6 +56,10 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"prompt": "  "}, "prompt"),
         ({"prompt": "put " * 200}, "prompt"),
         ({"seed": 0.5}, "seed"),
+        ({"committed": np.zeros((1, 7))}, "committed"),
+        ({"committed": np.full((1, 8), np.nan)}, "committed"),
+        ({"committed": np.ones((1, 8))}, "committed"),
+        ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )
 def test_what_cannot_be_acted_on_is_refused_by_its_key(
@@ -92,6 +96,20 @@ def test_a_quaternion_that_is_nearly_unit_is_normalised(policy: Spear1Policy) ->
     np.testing.assert_allclose(
         policy.infer(observation(state=STATE * [1, 1, 1, -1, -1, -1, -1, 1]))["actions"], exact, atol=1e-5
     )
+
+
+def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.model.config, "committed", 2)
+    free = policy.infer(observation())["actions"]
+    rows = np.array([[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32)
+    both = [observation(), observation(committed=rows), observation(committed=rows[:1])]
+    none, two, one = (result["actions"] for result in policy.infer_batch(both))
+    np.testing.assert_allclose(none, free, atol=1e-5)
+    np.testing.assert_allclose(two[:2], rows, atol=1e-6)
+    np.testing.assert_allclose(one[:1], rows[:1], atol=1e-6)
+    assert np.abs(one[1:] - two[1:]).max() > 1e-4 < np.abs(one[1:] - free[1:]).max()
+    with pytest.raises(SpearError, match="committed"):
+        policy.infer(observation(committed=two[:3]))
 
 
 def test_the_wrist_camera_may_be_missing_which_matters_to_nobody_else(policy: Spear1Policy) -> None:

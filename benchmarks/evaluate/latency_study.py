@@ -3,7 +3,12 @@
 The same held-out scenes for every cell, so that differences are paired. The control loop runs at 5 Hz: a
 latency counts in whole steps of 200 ms, rounded up. Every cell is a folder of `spear evaluate` under OUT:
 stopped at any moment, the same command goes on, more SCENES add to those that are there, and `spear evaluate
-compare` compares any two.
+compare` compares any two. The row rtc is for policies that were trained with `--set committed=N`.
+
+The step of velocity at a seam is by how much one tick's motion differs from the last one's, in mm per tick of
+200 ms, wherever another chunk takes over or the robot stops or starts again (with ensemble: at every tick). A
+policy that sees everything anew at every tick without delay (sync/1 at 0 ms) has seams everywhere: it is the
+measure of what is smooth.
 
     python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--quick]
 
@@ -14,14 +19,17 @@ numbers say nothing.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from spear.chunks import Mode
+from spear.chunks import ChunkExecutor, Mode
+from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, load_agent
-from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.compare import cells, compare
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results
@@ -34,10 +42,43 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "async/1": ("async", 1),
     "async/3": ("async", 3),
     "ensemble": ("ensemble", 1),
+    "rtc/1": ("rtc", 1),
 }
 """The way of executing chunks, and after how many actions the next look is due. The first is `spear
 evaluate`'s default, the second the whole chunk; with async a look never waits longer than that, and comes as
 early as the last inference allows."""
+
+
+class Recorder(ChunkExecutor):
+    """Notes the steps of velocity at seams, mm per tick."""
+
+    seams: ClassVar[list[float]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._before: np.ndarray | None = None
+        self._speaks: list[Any] | None = None  # the rows of the chunk that chose the last motion
+
+    def next(self) -> np.ndarray:
+        """As it is; notes it where it does not go on with the same chunk."""
+        action = super().next()
+        speaks = None if self._executed[-1] is None else self._left
+        changed = speaks is not self._speaks or self.mode == "ensemble"
+        if self._before is not None and changed:
+            self.seams.append(float(np.linalg.norm(action[:3] - self._before) * 1000))
+        if self._before is not None or speaks is not None:  # the first motion has nothing before it
+            self._before, self._speaks = action[:3], speaks
+        return action
+
+
+closed_loop.ChunkExecutor = Recorder  # type: ignore[misc]
+
+SEAMS = "seams.txt"
+
+
+def place(out: Path, row: str, latency_ms: int) -> Path:
+    """A cell's folder."""
+    return out / f"{row.replace('/', '-')}-{latency_ms}ms"
 
 
 def cell(
@@ -45,11 +86,23 @@ def cell(
 ) -> Results:
     """One cell of the table: what its folder holds already is not run again."""
     mode, replan = ROWS[row]
-    folder = out / f"{row.replace('/', '-')}-{latency_ms}ms"
+    folder = place(out, row, latency_ms)
     options = TabletopOptions(
         scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
     )
-    return evaluate(agent, options, quiet=True)[0]
+    Recorder.seams.clear()
+    try:
+        return closed_loop.evaluate(agent, options, quiet=True)[0]
+    finally:
+        if folder.is_dir():
+            with (folder / SEAMS).open("a") as file:
+                file.writelines(f"{seam:.3f}\n" for seam in Recorder.seams)
+
+
+def smoothness(out: Path, row: str, latency_ms: int) -> str:
+    """The median and the 95th percentile of a cell's steps of velocity at seams, as text."""
+    steps = np.array((place(out, row, latency_ms) / SEAMS).read_text().split(), float)
+    return " / ".join(f"{q:.1f}" for q in np.percentile(steps, [50, 95])) if steps.size else "–"
 
 
 def main(
@@ -65,20 +118,31 @@ def main(
     out = out / "quick" if quick else out
     agent = load_agent(policy)
     found: dict[tuple[str, int], Results] = {}
-    for row in rows or ROWS:
+    known = [row for row in ROWS if ROWS[row][0] != "rtc" or agent.committed]
+    if len(known) < len(ROWS):
+        print(f"{policy} was not trained for rtc: left out", file=sys.stderr)
+    for row in rows or known:
         for latency in LATENCIES_MS:
             found[row, latency] = cell(agent, row, latency, scenes, out, families)
             mean = found[row, latency].mean()
-            print(f"{row:9} {latency:4} ms: {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}")
+            text = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
+            print(f"{row:9} {latency:4} ms: {text}, seams {smoothness(out, row, latency)} mm", flush=True)
     if rows:
         return
     print("\n| execution / k | " + " | ".join(f"{latency} ms" for latency in LATENCIES_MS) + " |")
     print("|---|" + "---|" * len(LATENCIES_MS))
-    for row in ROWS:
+    for row in known:
         means = [found[row, latency].mean() for latency in LATENCIES_MS]
         print(f"| {row} | " + " | ".join(f"{m.value:.1%} [{m.low:.0%}, {m.high:.0%}]" for m in means) + " |")
+    print("\nSteps of velocity at seams, mm per tick: median / 95th percentile")
+    for row in known:
+        print(f"| {row} | " + " | ".join(smoothness(out, row, ms) for ms in LATENCIES_MS) + " |")
+    print("\nOf the undelayed success of sync/1:")
+    for row in known:
+        whole = found["sync/1", 0].mean().value or float("nan")
+        print(f"{row:9} " + ", ".join(f"{found[row, ms].mean().value / whole:.2f}" for ms in LATENCIES_MS))
     print("\nAgainst sync/1 at the same latency, paired: n, both, difference in points [95 %], p, won : lost")
-    for row in list(ROWS)[1:]:
+    for row in known[1:]:
         for latency in LATENCIES_MS:
             gap = compare(found[row, latency], found["sync/1", latency]).mean
             print(f"{row:9} {latency:4} ms: " + ", ".join(cells(gap)[1:]))

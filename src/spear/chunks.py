@@ -7,6 +7,8 @@ sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
           there is no jump at the seam and the arm ends where the new chunk wants it (our choice).
+rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
+          begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
 ensemble  look at every tick, and execute the weighted mean of what all chunks at hand say about now: temporal
           ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
 """
@@ -27,7 +29,7 @@ from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, q
 from spear.types import Array, Policy
 from spear.util.processes import release_workers
 
-Mode = Literal["sync", "async", "ensemble"]
+Mode = Literal["sync", "async", "ensemble", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; the nano policy succeeds more often than with 2 or more (docs/nano.md)."""
@@ -49,26 +51,31 @@ class ChunkExecutor:
 
         while True:
             if executor.wants():
-                executor.give(policy.infer(observe())["actions"])
+                executor.give(policy.infer(observe() | executor.told())["actions"])
             execute(executor.next())
 
     replan   k, the actions of a chunk that are executed before the next look (ensemble: always 1).
     decay    ensemble: a chunk that is one tick older weighs exp(-decay) of the newer one (our choice).
     gripper  the opening that is commanded while there is no chunk yet.
+    most     rtc: the most actions that the policy may be told of (its `committed`).
     """
 
     def __init__(
-        self, mode: Mode = "sync", replan: int = REPLAN, decay: float = 0.5, gripper: float = 1.0
+        self,
+        mode: Mode = "sync",
+        replan: int = REPLAN,
+        decay: float = 0.5,
+        gripper: float = 1.0,
+        most: int = 0,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise unknown_name("way of executing chunks", mode, get_args(Mode))
+        check_mode(mode, most)
         check_replan(replan)
-        self.mode, self.replan, self.decay = mode, replan, decay
+        self.mode, self.replan, self.decay, self.most = mode, replan, decay, most
         self.tick = 0
         self._gripper = gripper
         self._waiting: list[_Chunk] = []
         self._held: list[_Chunk] = []  # ensemble: chunks at hand
-        self._left: list[Array] = []  # sync, async: actions still to execute
+        self._left: list[Array] = []  # other modes: actions still to execute
         self._looked = -1
         self._delay = 0
         self._horizon = 0
@@ -76,11 +83,18 @@ class ChunkExecutor:
 
     def wants(self) -> bool:
         """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
-        if self.mode == "ensemble":
+        if self.mode == "ensemble" or self._looked == self.tick:
             return self._looked < self.tick
+        self._take_up()
         # async looks while it still has the actions after the k-th, and enough to last through inference
         spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
-        return not self._waiting and len(self._left) <= (spare if self.mode == "async" else 0)
+        return not self._waiting and len(self._left) <= (0 if self.mode == "sync" else spare)
+
+    def told(self) -> dict[str, Any]:
+        """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
+        is there, if inference takes as long as the last time."""
+        rows = self._left[: min(self._delay, self.most)]
+        return {"committed": np.stack(rows)} if self.mode == "rtc" and rows else {}
 
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
@@ -98,9 +112,11 @@ class ChunkExecutor:
 
     def next(self) -> Array:
         """The action [8] for this tick, which ends it. With none left: no motion, gripper as it was."""
-        arrived = [c for c in self._waiting if c.arrives <= self.tick]
-        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
-        action = self._ensembled(arrived) if self.mode == "ensemble" else self._following(arrived)
+        if self.mode == "ensemble":
+            action = self._ensembled()
+        else:
+            self._take_up()
+            action = self._left.pop(0) if self._left else None
         self.tick += 1
         self._executed.append(action)
         if action is None:
@@ -108,16 +124,21 @@ class ChunkExecutor:
         self._gripper = float(action[7])
         return action
 
-    def _following(self, arrived: Sequence[_Chunk]) -> Array | None:
-        for chunk in arrived:
+    def _arrived(self) -> list[_Chunk]:
+        arrived = [c for c in self._waiting if c.arrives <= self.tick]
+        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
+        return arrived
+
+    def _take_up(self) -> None:
+        for chunk in self._arrived():
             made = self._made_since(chunk.observed)
-            rows = _joined(chunk.actions, made) if self.mode == "async" else chunk.actions[: self.replan]
+            # In rtc there is nothing to join, but where inference took longer than the policy was told.
+            rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
             self._horizon = len(chunk.actions)
             self._left = list(rows)
-        return self._left.pop(0) if self._left else None
 
-    def _ensembled(self, arrived: Sequence[_Chunk]) -> Array | None:
-        self._held += arrived
+    def _ensembled(self) -> Array | None:
+        self._held += self._arrived()
         now = [(c, len(self._made_since(c.observed))) for c in self._held]
         now = [(c, index) for c, index in now if index < len(c.actions)]
         self._held = [c for c, _ in now]
@@ -135,13 +156,13 @@ class ChunkExecutor:
 class Pilot:
     """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
 
-    With mode "async" or "ensemble" inference runs beside the robot: `step` waits for the first chunk only.
-    Raises what the policy raises.
+    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. Raises what
+    the policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = 3, decay: float = 0.5) -> None:
         self._policy = policy
-        self._executor = ChunkExecutor(mode, replan, decay)
+        self._executor = ChunkExecutor(mode, replan, decay, most=getattr(policy, "committed", 0))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         release_workers()
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
@@ -151,7 +172,8 @@ class Pilot:
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
-            self._asked = (executor.tick, self._thread.submit(self._policy.infer, dict(observation)))
+            seen = {**observation, **executor.told()}
+            self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen))
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
         return executor.next()
 
@@ -164,6 +186,18 @@ class Pilot:
             tick, future = self._asked
             self._asked = None
             self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
+
+
+def check_mode(mode: str, committed: int) -> None:
+    """Raises `SpearError` for an unknown way of executing chunks, and for one that a policy which may be told
+    of so many actions has not learned."""
+    if mode not in get_args(Mode):
+        raise unknown_name("way of executing chunks", mode, get_args(Mode))
+    if mode == "rtc" and not committed:
+        raise SpearError(
+            "--execution rtc: the policy has not learned to go on from what is decided already: "
+            "give async, or train it with --set committed=2"
+        )
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:

@@ -22,7 +22,7 @@ from spear.models.readout import Decode, Distribution, with_numbers
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.types import Action, Array, Pixel, Unit
+from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
 
 SHIPPED = Path(__file__).parent / "weights"
 """Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
@@ -196,6 +196,11 @@ class Spear1Policy:
         processor = Processor.load(folder, model.config.vlm_config)
         return Spear1Policy(model, processor, normalizer, steps, seed, folder)
 
+    @property
+    def committed(self) -> int:
+        """The most actions that an observation may come with as decided already; 0: never trained for it."""
+        return int(self.model.config.committed)
+
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._seen = 0
@@ -252,7 +257,20 @@ class Spear1Policy:
             "attention_mask": text["attention_mask"].to(device) if padded else None,
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
             "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(device),
+            "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
+
+    def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:
+        """Each observation's actions [d, 8] that are decided already; None where there are none."""
+        if not (most := max(map(len, rows))):
+            return None
+        if most > self.committed:
+            raise SpearError(f"committed: {most} actions: the policy has learned to take {self.committed}")
+        vectors = torch.zeros(len(rows), self.model.config.horizon, ACTION_DIM)
+        held = torch.arange(vectors.shape[1]) < torch.tensor([[len(row)] for row in rows])
+        vectors[held] = torch.cat([torch.as_tensor(row) for row in rows if len(row)])
+        actions, device = self.normalizer.normalize_action(Action.from_vector(vectors)), self.model.device
+        return flow.Committed(actions.to(device), held.to(device))
 
     def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
         """The noise [1, H, ·] that an observation's actions flow from."""

@@ -216,6 +216,8 @@ class Policy(Protocol):
                                    opening
         "prompt"                   str
         "seed"                     int, optional: fixes what is random in the answer to this observation
+        "committed"                [d, 8] float32, optional: actions that are executed before the answer is
+                                   there, which begins with them
     Result keys
         "actions"                  [H, 8] float32, the layout of `Action`, metres
     """

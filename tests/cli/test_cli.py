@@ -90,7 +90,10 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("evaluate --latency-ms=x", "--latency-ms x: give a number: see"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
-        ("evaluate --policy expert --execution later", "--execution later: give sync or async or ensemble:"),
+        (
+            "evaluate --policy expert --execution later",
+            "--execution later: give sync or async or ensemble or rtc:",
+        ),
         ("evaluate simpler --batch x", "--batch x: give a whole number:"),
         ("evaluate --policy expert --latency-ms -5", "-5"),
         ("evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle", "PutCarrotOnPlateInScene-v1"),

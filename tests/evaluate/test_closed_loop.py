@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spear.cli import load, options_of
+from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
@@ -127,6 +128,26 @@ def test_latency_costs_steps() -> None:
     assert sum(o.steps for o in late.outcomes) > 1.5 * sum(o.steps for o in soon.outcomes)
     assert late.settings["latency_ms"] == 200 and late.settings["execution"] == "sync"
     assert run(IDLE, 1, execution="async").outcomes[0].steps == 60
+
+
+def test_rtc_is_for_policies_that_have_learned_it() -> None:
+    class Told(Wander):
+        committed = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[int] = []
+
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            self.told.append(len(observation.get("committed", ())))
+            return super().infer(observation)
+
+    policy = Told()
+    late = run(PolicyAgent(policy, "x", image_sizes=SMALL), 1, execution="rtc", latency_ms=300.0)
+    assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
+    assert len(policy.told) == late.outcomes[0].steps / 2
+    with pytest.raises(SpearError, match="--execution rtc"):
+        run(ExpertAgent(), 1, execution="rtc")
 
 
 def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:

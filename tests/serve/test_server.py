@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def test_every_robot_may_send_a_seed(name: str) -> None:
             remote.infer({**load(name).example(), "seed": 0.5})
         remote.close()
     assert policy.seeds == [7, 2**63]
+
+
+def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
+    class Learned(Homing):
+        committed = 2
+
+        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [{"actions": np.repeat(o["committed"], 5, axis=0)} for o in observations]
+
+    rows = homing(np.ones(8))[:1]
+    for robot, most in (("generic", 2), ("droid", 0)):
+        with serving(Learned(), robot=robot) as server:
+            remote = RemotePolicy(url(server))
+            assert remote.committed == most
+            asked = {**load(robot).example(), "committed": rows}
+            if most:
+                np.testing.assert_array_equal(remote.infer(asked)["actions"], np.repeat(rows, 5, axis=0))
+            else:
+                with pytest.raises(SpearError, match="committed"):
+                    remote.infer(asked)
+            remote.close()
 
 
 def test_clients_and_messages_are_bounded() -> None:

@@ -25,7 +25,10 @@ def example() -> dict[str, Any]:
 EMBODIMENT = Embodiment(
     about="SPEAR-1's own observations and actions",
     required=read.REQUIRED,
-    optional={WRIST: "the wrist camera's image, uint8 [height, width, 3]"},
+    optional={
+        WRIST: "the wrist camera's image, uint8 [height, width, 3]",
+        read.COMMITTED: "actions [d, 8] that are executed before the answer is there; it begins with them",
+    },
     observe=read.check,
     controls={
         "delta_pose": Control(

@@ -16,9 +16,10 @@ import torch
 
 from spear.errors import SpearError
 from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
-from spear.types import STATE_DIM, Array
+from spear.types import ACTION_DIM, STATE_DIM, Array
 
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
+COMMITTED = "committed"
 REQUIRED = {
     IMAGE: "the external camera's image, uint8 [height, width, 3]",
     STATE: "end-effector position (m, base frame), quaternion (w x y z), gripper opening 0 … 1: 8 numbers",
@@ -56,7 +57,7 @@ def check(observation: Mapping[str, Any]) -> Checked:
         if key.startswith("observation/") and key.endswith("image"):
             image(observation, key)
     own = arm(observation, STATE, values, values[3:7])
-    return Checked({**observation, **own, **seed(observation)})
+    return Checked({**observation, **own, **seed(observation), **committed(observation)})
 
 
 def image(observation: Mapping[str, Any], key: str) -> Array:
@@ -119,6 +120,21 @@ def seed(observation: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise SpearError(f"{SEED}: {_what(value)}: send a whole number")
     return {SEED: int(value)}
+
+
+def committed(observation: Mapping[str, Any]) -> dict[str, Array]:
+    """The entry with the actions [d, 8] that are executed before the answer is there, where there is one.
+    Raises `SpearError` naming the key for anything else."""
+    if COMMITTED not in observation:
+        return {}
+    rows = observation[COMMITTED]
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != ACTION_DIM:
+        raise SpearError(
+            f"{COMMITTED}: {_what(rows)}: send actions as they were predicted, [d, {ACTION_DIM}]"
+        )
+    array = numbers({COMMITTED: rows.ravel()}, COMMITTED, rows.size).reshape(rows.shape).astype(np.float32)
+    array[:, 3:7] = unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()
+    return {COMMITTED: array}
 
 
 def state(position: Array, rotation: Array, gripper: float, what: str = "the orientation") -> Array:

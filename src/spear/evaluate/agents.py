@@ -27,12 +27,14 @@ class Agent(Protocol):
     weights      a hash of trained weights; None where there are none, or out of sight.
     needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
     image_sizes  camera -> (width, height) of its pictures in the embedded simulator.
+    committed    the most actions of a chunk that may be decided before it is asked for.
     """
 
     name: str
     weights: str | None = None
     needs_images: bool = False
     image_sizes: Sizes = IMAGE_SIZES
+    committed: int = 0
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene.
@@ -52,6 +54,7 @@ class PolicyAgent(Agent):
         self, policy: Policy, name: str, weights: str | None = None, image_sizes: Sizes = IMAGE_SIZES
     ) -> None:
         self.policy, self.name, self.weights, self.image_sizes = policy, name, weights, image_sizes
+        self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
         pairs = zip(envs, observations, strict=True)

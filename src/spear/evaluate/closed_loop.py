@@ -10,7 +10,7 @@ from typing import Any
 
 import mujoco
 
-from spear.chunks import ChunkExecutor
+from spear.chunks import ChunkExecutor, check_mode
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import TabletopOptions
@@ -26,9 +26,10 @@ from spear.types import Array
 def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family; the films made now.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family
-    and for seeds that are not held out.
+    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
+    for seeds that are not held out, and for a way of executing chunks that the policy has not learned.
     """
+    check_mode(options.execution, agent.committed)
     families = options.families or FAMILIES
     check_families(families)
     seeds = held_out_seeds(options.first_seed, options.scenes)
@@ -81,12 +82,14 @@ class _Tabletop:
         ]
         while waiting or slots:
             while waiting and free:
-                executor = ChunkExecutor(self._options.execution, self._options.replan)
+                how, replan = self._options.execution, self._options.replan
+                executor = ChunkExecutor(how, replan, most=agent.committed)
                 slot = _Slot(free.pop(), waiting.pop(), executor)
                 slot.env.load(World(sample_scene(family, slot.seed)))
                 slots.append(slot)
-            observations = [s.env.observe() if agent.needs_images else {} for s in slots]
-            chunks = agent.act([s.env for s in slots], observations)
+            seen = [s.env.observe() if agent.needs_images else {} for s in slots]
+            told = [{**o, **s.chunks.told()} for o, s in zip(seen, slots, strict=True)]
+            chunks = agent.act([s.env for s in slots], told)
             running = []
             for slot, chunk in zip(slots, chunks, strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)

@@ -34,6 +34,11 @@ class RemotePolicy:
         self.metadata: dict[str, Any] = {}
         self._open(1)
 
+    @property
+    def committed(self) -> int:
+        """See `Spear1Policy.committed`; 0 where the server's robot has actions of its own."""
+        return int(self.metadata.get("committed", 0))
+
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation → {"actions": …, timings}."""
         return self.infer_batch([observation])[0]

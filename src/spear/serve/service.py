@@ -19,6 +19,7 @@ import numpy as np
 
 import spear
 from spear.embodiments import Embodiment
+from spear.embodiments.tools import COMMITTED
 from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
 from spear.util.processes import release_workers
@@ -53,6 +54,7 @@ class Service:
             "rate_hz": self.control.rate_hz,
             "observation": dict(embodiment.required),
             "optional": dict(embodiment.optional),
+            "committed": getattr(policy, "committed", 0) if COMMITTED in embodiment.optional else 0,
             "server": f"spear {spear.__version__}",
         }
 
