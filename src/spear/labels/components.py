@@ -99,11 +99,8 @@ KINDS: dict[str, dict[str, Maker]] = {
 
 
 def build(kind: str, description: str, choice: Choice) -> Any:
-    """Make a component: kind is one of `KINDS`.
-
-    Raises:
-        SpearError: an unknown name, or what the component itself complains about.
-    """
+    """Make a component: kind is one of `KINDS`. Raises `SpearError` for an unknown name, and what the
+    component itself complains about."""
     check(kind, description)
     first, plus, otherwise = description.partition("+")
     name, argument = _split(first)

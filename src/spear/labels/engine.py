@@ -69,13 +69,12 @@ Engine = Callable[[Iterable[Sequence[Item]]], Iterator[Done]]
 def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
     """Label batches on this computer.
 
-    Args:
-        graph: what is done with an image; its components are made here, before a worker begins.
-        workers: processes that read images, fit boxes and encode; 0 does all that in this process.
-        batches: items that go through the networks together.
+    The components of `graph` are made here, before a worker begins.
 
-    Raises:
-        SpearError: a component cannot be made, or a worker was killed.
+    workers  processes that read images, fit boxes and encode; 0 does all that in this process.
+    batches  items that go through the networks together.
+
+    Raises `SpearError`: a component cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     batches = iter(batches)
@@ -136,13 +135,8 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
 def run_ray(graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
-    Args:
-        graph: what is done with an image.
-        work: its `copies` and `gpus`, of detector, segmenter and point map.
-        batches: items that go through the networks together.
-
-    Raises:
-        SpearError: Ray is not installed, or a component cannot be made.
+    work: its `copies` and `gpus`, of detector, segmenter and point map, count. Raises `SpearError`: Ray is
+    not installed, or a component cannot be made.
     """
     try:
         import ray

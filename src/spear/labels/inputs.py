@@ -60,14 +60,13 @@ class Item(NamedTuple):
 def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
-    Args:
-        argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
-            files and files with other endings are passed over; an EgoExo4D take gives the frames of its
-            cameras), or a glob of all that.
-        rate: frames per second of video.
+    argument  an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
+              files and files with other endings are passed over; an EgoExo4D take gives the frames of its
+              cameras), or a glob of all that.
+    rate      frames per second of video.
 
-    Raises:
-        SpearError: nothing there, nothing in there that is an image, or an archive that cannot be listed.
+    Raises `SpearError`: nothing there, nothing in there that is an image, or an archive that cannot be
+    listed.
     """
     if os.path.exists(argument):
         names = [argument]
@@ -197,8 +196,7 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
     """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number, which
     supposes a constant frame rate. A rate above the video's gives every frame once.
 
-    Raises:
-        SpearError: not a video, or one that does not say how long it is.
+    Raises `SpearError`: not a video, or one that does not say how long it is.
     """
     if rate <= 0:
         raise SpearError(f"video rate {rate}: give the frames per second, more than 0")
@@ -277,10 +275,9 @@ def _video(path: str) -> Any:
 def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is skipped.
 
-    Args:
-        items: in the order of `find`, so that neighbours in one file are read together.
-        longest: images with a longer side are made smaller, aspect kept, until it is this long (pixels);
-            frames with ground truth stay as they are. None leaves all as they are.
+    items    in the order of `find`, so that neighbours in one file are read together.
+    longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
+             with ground truth stay as they are. None leaves all as they are.
     """
     works: list[Work] = []
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):

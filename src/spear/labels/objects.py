@@ -60,20 +60,18 @@ def label_object(
 ) -> LabeledObject | None:
     """Lift one detection to 3D.
 
-    Args:
-        detection: name, 2D box and score.
-        mask: [h, w] bool, its pixels.
-        pointmap: of the whole image.
-        plane: the support plane of the image, None when none was found.
-        taken: [h, w] bool, the pixels of all objects.
-        noise: of the depth, see `points.noise_level`.
+    detection  name, 2D box and score.
+    mask       [h, w] bool, its pixels.
+    pointmap   of the whole image.
+    plane      the support plane of the image, None when none was found.
+    taken      [h, w] bool, the pixels of all objects.
+    noise      of the depth, see `points.noise_level`.
 
-    Returns:
-        The object, with `box3d` None and no keypoints when too few points are left; None for an empty mask.
-        Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
-        its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the
-        edge. Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it
-        is seen, as a fraction of how far the box goes into the depth, at most 1.
+    Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
+    mask. Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
+    its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the edge.
+    Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it is seen,
+    as a fraction of how far the box goes into the depth, at most 1.
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     if x1 == 0:
@@ -136,9 +134,8 @@ def _outline(
 ) -> tuple[float, float, Array]:
     """Walk along the outline of a mask, given in a window of an image of `shape`.
 
-    Returns:
-        "visible" and "edge" as in `label_object`; the points [n, 3] just outside the outline that touch the
-        object.
+    Returns "visible" and "edge" as in `label_object`; the points [n, 3] just outside the outline that touch
+    the object.
     """
     total = occluded = 0
     beside = []

@@ -69,17 +69,13 @@ def label(
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come.
 
-    Args:
-        frames: images, with ground truth where the components read it.
-        detector, segmenter, pointmap: the models; each gets eight images at a time.
-        settings: how boxes are fitted; None for those of `settings_for` the models.
-        skipped: collects the reasons of skipped images; None stops at more than a tenth of bad ones.
+    frames    images, with ground truth where the components read it.
+    detector, segmenter, pointmap  the models; each gets eight images at a time.
+    settings  how boxes are fitted; None for those of `settings_for` the models.
+    skipped   collects the reasons of skipped images; None stops at more than a tenth of bad ones.
 
-    Yields:
-        One label per good image, in order; an image without any detection is a label without objects.
-
-    Raises:
-        SpearError: more images than `skipped.limit` were bad.
+    Yields one label per good image, in order; an image without any detection is a label without objects.
+    Raises `SpearError`: more images than `skipped.limit` were bad.
     """
     skipped = Skipped(0.1, "images", patience=200) if skipped is None else skipped
     good, source = 0, iter(frames)

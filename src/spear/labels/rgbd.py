@@ -42,11 +42,10 @@ class Scene:
     """The frames of a folder: `len(scene)`, `scene[i]`, `scene.sources[i]`. A frame is read when it is asked
     for; one that cannot be read is a `SpearError` that concerns no other.
 
-    Args:
-        folder: as above; without colour and depth images a `SpearError`.
-        camera: [3, 3] intrinsics of the colour images.
-        depth_camera: [3, 3] of the depth images, None where both show the same view.
-        names: of the instances, None without any.
+    folder        as above; without colour and depth images a `SpearError`.
+    camera        [3, 3] intrinsics of the colour images.
+    depth_camera  [3, 3] of the depth images, None where both show the same view.
+    names         of the instances, None without any.
     """
 
     def __init__(
@@ -109,8 +108,7 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
     """Depth [h, w] along z, seen by the camera `k_depth` [3, 3] (pixel centres at +0.5, without skew), as the
     camera `k_image` in the same place and direction sees it.
 
-    Returns:
-        [height, width]: each pixel the nearest one of `depth` on its ray, 0 where that saw nothing of it.
+    Returns [height, width]: each pixel the nearest one of `depth` on its ray, 0 where that saw nothing of it.
     """
     chosen = []
     for axis, size, most in ((1, height, depth.shape[0]), (0, width, depth.shape[1])):

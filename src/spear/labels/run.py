@@ -77,13 +77,8 @@ def label_photos(
 ) -> Progress:
     """Label `options.photos`. Returns how far it came.
 
-    Args:
-        options: see there.
-        on_progress: as for `label_folder`.
-        on_bill: called with the bill of a detector that has one, however the work ends (not with Ray).
-
-    Raises:
-        SpearError: an unknown component, no input, or as in `label_folder`.
+    on_bill is called with the bill of a detector that has one, however the work ends (not with Ray). Raises
+    `SpearError`: an unknown component, no input, or as in `label_folder`.
     """
     vocabulary = tuple(name.strip() for name in options.vocabulary.split(",") if name.strip())
     cache = options.cache or options.out / ".answers"
@@ -133,18 +128,15 @@ def label_folder(
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
 
-    Args:
-        items: lists the input; called twice, and must list the same both times.
-        out: folder, new or of a run with the same settings.
-        engine: labels batches.
-        settings: all that decides what the labels are, JSON-able; kept in run.json.
-        work: its `shard_size`, on which memory does not depend, and `batch_size`.
-        retry_skipped: try again the images that were skipped for a reason that may pass.
-        on_progress: called at the start and after each batch.
+    items          lists the input; called twice, and must list the same both times.
+    out            folder, new or of a run with the same settings.
+    settings       all that decides what the labels are, JSON-able; kept in run.json.
+    work           its `shard_size`, on which memory does not depend, and `batch_size`.
+    retry_skipped  try again the images that were skipped for a reason that may pass.
+    on_progress    called at the start and after each batch.
 
-    Raises:
-        SpearError: the folder is of another run, is being written to, or its input has changed; no input; too
-            many failures; the disk is full. What is finished stays, and the same call finishes the rest.
+    Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
+    input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
     total = sum(1 for _ in items())
     if not total:

@@ -64,16 +64,11 @@ def label_scenes(
 
     A job of `SCENES_PER_JOB` scenes that is finished is kept, so an interrupted run continues where it was.
 
-    Args:
-        out: folder to write to.
-        scenes, first_seed: which scenes.
-        sizes: view ("external", "wrist") → (width, height).
-        workers: processes.
-        labelled: how frames are labelled; the depth images are true whatever it is.
-        quiet: show no progress.
+    sizes     view ("external", "wrist") → (width, height).
+    labelled  how frames are labelled; the depth images are true whatever it is.
 
-    Raises:
-        SpearError: before anything is written, for a folder that holds other files, other scenes or sizes.
+    Raises `SpearError`: before anything is written, for a folder that holds other files, other scenes or
+    sizes.
     """
     jobs = [
         Job(out, index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)

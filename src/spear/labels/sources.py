@@ -29,13 +29,9 @@ SIM_SIZE = (840, 630)
 def items(arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4) -> Iterator[Item]:
     """The images behind all arguments, one after the other; one that is met again is passed over.
 
-    Args:
-        arguments: as above.
-        rate: frames per second of video.
-        per_episode: frames of each robot episode, spread evenly from its first to its last.
-
-    Raises:
-        SpearError: an argument with nothing to label in it.
+    rate         frames per second of video.
+    per_episode  frames of each robot episode, spread evenly from its first to its last.
+    Raises `SpearError`: an argument with nothing to label in it.
     """
     seen: set[str] = set()
     for argument in arguments:

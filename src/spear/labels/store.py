@@ -68,8 +68,7 @@ class ParquetWriter:
     Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the file
     depend on its rows alone, not on how they were handed over.
 
-    Raises:
-        SpearError: the disk is full, or the file cannot be written.
+    Raises `SpearError`: the disk is full, or the file cannot be written.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
@@ -138,10 +137,8 @@ def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
 def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
 
-    pixels  False leaves images and masks empty, which is quicker.
-
-    Raises:
-        SpearError: no shard there, or a broken one.
+    pixels: False leaves images and masks empty, which is quicker. Raises `SpearError`: no shard there, or a
+    broken one.
     """
     for shard in shards_in(path):
         for table in tables(shard, pixels):

@@ -104,20 +104,18 @@ def fit_box(
 ) -> Box3D:
     """The oriented box of an object of which only the side that faces the camera is seen.
 
-    Args:
-        points: [n >= 1, 3] clean points of the object, camera frame.
-        up: [3] unit normal of the support surface, camera frame, when known. The box is then turned about it
-            only (smallest area seen along `up`), but for an object without `support` whose freely turned box
-            (smallest volume) has less than half the volume. Without `up` the box is turned freely.
-        support: height of that surface under the object (up · p), when known: the box then reaches down to
-            it, though its bottom is hidden.
-        margin: how far the object reaches beyond its outermost points on each side.
-        noise: standard deviation of the points' depth, as a fraction of it. Noise pushes the outermost points
-            further out along their rays; the box is drawn in by as much as that direction has of each of its
-            axes, at most a fifth of its size.
+    points   [n >= 1, 3] clean points of the object, camera frame.
+    up       [3] unit normal of the support surface, camera frame, when known. The box is then turned about it
+             only (smallest area seen along `up`), but for an object without `support` whose freely turned box
+             (smallest volume) has less than half the volume. Without `up` the box is turned freely.
+    support  height of that surface under the object (up · p), when known: the box then reaches down to it,
+             though its bottom is hidden.
+    margin   how far the object reaches beyond its outermost points on each side.
+    noise    standard deviation of the points' depth, as a fraction of it. Noise pushes the outermost points
+             further out along their rays; the box is drawn in by as much as that direction has of each of its
+             axes, at most a fifth of its size.
 
-    Returns:
-        The box; no side is thinner than a thousandth of the longest.
+    Returns the box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
     blur = 0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))  # smoothing takes the other half
@@ -183,10 +181,9 @@ def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Arr
     the faces of the box around it, and its back is hidden: it is taken to be as deep as it is wide or high,
     whichever is less. Our choice.
 
-    Args:
-        along: [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up).
-        middle: [3] the mean point, camera frame.
-        low, high: [3] the extremes of `along`.
+    along      [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up).
+    middle     [3] the mean point, camera frame.
+    low, high  [3] the extremes of `along`.
     """
     towards = middle @ axes[:, :2]
     towards = towards / max(float(np.linalg.norm(towards)), 1e-9)

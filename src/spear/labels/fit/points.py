@@ -69,15 +69,13 @@ def support_plane(points: Array, up: Array | None = None) -> Plane | None:
     """The largest level plane among the points [n, 3] of a scene's background (RANSAC with a fixed seed: of
     planes through three points each, with those nearer than 1 % of the median distance from the camera).
 
-    Args:
-        points: camera frame, any unit.
-        up: [3] unit vector against gravity, camera frame, when known: the plane's normal is within 10° of it.
+    points  camera frame, any unit.
+    up      [3] unit vector against gravity, camera frame, when known: the plane's normal is within 10° of it.
             Otherwise within 50° of `UP_PRIOR`; up to 90° (a wall, or the table of a camera that looks
             straight down) only where that plane has 2.5 times as many points (our choice).
 
-    Returns:
-        The plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
-        points lie on one.
+    Returns the plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
+    points lie on one.
     """
     points = np.asarray(subsample(points, 600), np.float64)
     if len(points) < 30:

@@ -81,11 +81,8 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
     """Median errors of labels against the frames they were made from (pairwise, in order): of every labelled
     box against the true box of the instance that its mask covers most.
 
-    Args:
-        min_visible: leaves out objects whose "visible" score is lower, as questions do below `VISIBLE`.
-
-    Raises:
-        SpearError: a frame without instance map or true boxes, or nothing to compare.
+    min_visible leaves out objects whose "visible" score is lower, as questions do below `VISIBLE`. Raises
+    `SpearError`: a frame without instance map or true boxes, or nothing to compare.
     """
     rows: list[tuple[float, ...]] = []
     missed = 0

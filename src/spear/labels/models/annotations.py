@@ -83,9 +83,7 @@ class Annotations(Protocol):
 class FileDetector:
     """Boxes and names from a file of annotations.
 
-    Args:
-        annotations: `CocoAnnotations` or `RelationAnnotations`.
-        otherwise: detector for the images that the file does not know; without one they are a `SpearError`.
+    otherwise: detector for the images that the file does not know; without one they are a `SpearError`.
     """
 
     def __init__(self, annotations: Annotations, otherwise: Detector | None = None) -> None:
@@ -118,9 +116,7 @@ class FileSegmenter:
     A detection gets the mask of the annotated object whose box overlaps its own most (IoU > 0.5, one of the
     same name first, each object once).
 
-    Args:
-        annotations: `CocoAnnotations` or `RelationAnnotations`.
-        otherwise: segmenter for detections without an annotated mask; without one they are a `SpearError`.
+    otherwise: segmenter for detections without an annotated mask; without one they are a `SpearError`.
     """
 
     def __init__(self, annotations: Annotations, otherwise: Segmenter | None = None) -> None:
@@ -211,8 +207,8 @@ class CocoAnnotations:
     Annotations of crowds (`iscrowd`) are left out: they are no instances. Annotations without a box get the
     tight box of their mask.
 
-    Raises:
-        SpearError: from `find`, a source that fits several images; from masks, run lengths of the wrong size.
+    Raises `SpearError`: from `find`, a source that fits several images; from masks, run lengths of the wrong
+    size.
     """
 
     def __init__(self, content: Mapping[str, Any], file: str) -> None:
@@ -340,8 +336,7 @@ def decompress(text: str) -> str:
     as wide as its next free place needs. Three have a meaning of their own: 0 and 1 bring a new letter of 8
     or 16 bits, 2 ends the text.
 
-    Raises:
-        SpearError: the text is not such a stream, or not all of it.
+    Raises `SpearError`: the text is not such a stream, or not all of it.
     """
     broken = SpearError("Ego-Exo4D mask: not an lz-string: give the file as it was published")
     if not set(text) <= _VALUES.keys():

@@ -88,18 +88,15 @@ class GeminiDetector:
 
     Answers are kept by image, prompt and settings, so that a repeated run costs nothing.
 
-    Args:
-        model: name of the model.
-        vocabulary: the only names to detect; none for whatever is there.
-        cache: folder of answers, which several processes may share; None keeps none.
-        concurrency: requests at the same time.
-        per_minute: requests begun in a minute at most, evenly spread; 0 leaves that to the service.
-        attempts: requests per image, overload included.
-        first_wait: seconds after the first failure; doubled after each.
-        base_url: another address of the API.
+    vocabulary   the only names to detect; none for whatever is there.
+    cache        folder of answers, which several processes may share; None keeps none.
+    concurrency  requests at the same time.
+    per_minute   requests begun in a minute at most, evenly spread; 0 leaves that to the service.
+    attempts     requests per image, overload included.
+    first_wait   seconds after the first failure; doubled after each.
+    base_url     another address of the API.
 
-    Raises:
-        SpearError: no key, or google-genai is not installed.
+    Raises `SpearError`: no key, or google-genai is not installed.
     """
 
     def __init__(

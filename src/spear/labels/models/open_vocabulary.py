@@ -28,15 +28,11 @@ class GroundingDinoDetector:
     """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
     too long for a prompt is asked in several.
 
-    Args:
-        model: name on the Hub, or folder.
-        vocabulary: names to look for.
-        threshold: lowest score of a detection.
-        overlap: of two boxes with a higher IoU the better stays.
-        device: see `load_model`.
+    model       name on the Hub, or folder.
+    threshold   lowest score of a detection.
+    overlap     of two boxes with a higher IoU the better stays.
 
-    Raises:
-        SpearError: an empty vocabulary, a name too long for a prompt, or no such model.
+    Raises `SpearError`: an empty vocabulary, a name too long for a prompt, or no such model.
     """
 
     def __init__(

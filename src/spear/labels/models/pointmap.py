@@ -22,6 +22,8 @@ class MogePointMap:
     """The point map of a MoGe v1 (unit "relative") or MoGe-2 (unit "metre").
 
     Images of equal size go through the network as one batch, so the batch size is that of `predict`'s caller.
+    The model is moved to the device (`choose_device`); name: where its weights come from, for the label's
+    provenance; num_tokens: see `spear.models.moge.infer.infer`, None takes the finest.
     """
 
     def __init__(
@@ -31,12 +33,6 @@ class MogePointMap:
         device: str = "auto",
         num_tokens: int | None = None,
     ) -> None:
-        """
-        Args:
-            model: the network; it is moved to the device (see `choose_device`).
-            name: where its weights come from, for the label's provenance.
-            num_tokens: see `spear.models.moge.infer.infer`; None takes the finest.
-        """
         chosen = choose_device(device)
         # mixed precision, as MoGe does
         self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32

@@ -17,15 +17,13 @@ from spear.util.network import hub_unreachable, need_on_hub
 def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
     """A network, in evaluation mode on a device.
 
-    Args:
-        cls: its class in Transformers.
-        kind: its `model_type` there.
-        model: name on the Hub, or folder of `config.json` and `model.safetensors`.
-        device: see `choose_device`.
-        also: other kinds of which this network is a part.
+    cls     its class in Transformers.
+    kind    its `model_type` there.
+    model   name on the Hub, or folder of `config.json` and `model.safetensors`.
+    device  see `choose_device`.
+    also    other kinds of which this network is a part.
 
-    Raises:
-        SpearError: there is no such model or no network, it is of another kind, or weights are missing.
+    Raises `SpearError`: there is no such model or no network, it is of another kind, or weights are missing.
     """
     from transformers import AutoConfig
 

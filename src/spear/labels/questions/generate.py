@@ -74,21 +74,16 @@ def generate(
 ) -> list[Question]:
     """Ask about an image.
 
-    Args:
-        label: the image and its objects.
-        rng: decides everything random here; the same state gives the same questions.
-        pairs: fewest and most questions.
-        families: of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
-        coordinates: 3D tokens to whose numbers those of the answers are rounded; which of two is closer is
-            not asked when they make it a tie. None leaves the numbers as they are.
-        depth: of the image, see `answers.Scene`; without it "pixel_point" is not asked.
+    rng          decides everything random here; the same state gives the same questions.
+    pairs        fewest and most questions.
+    families     of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
+    coordinates  3D tokens to whose numbers those of the answers are rounded; which of two is closer is not
+                 asked when they make it a tie. None leaves the numbers as they are.
+    depth        of the image, see `answers.Scene`; without it "pixel_point" is not asked.
 
-    Returns:
-        Up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not allow
-        more.
-
-    Raises:
-        SpearError: an unknown family, pairs that are not 1 <= fewest <= most, or 3D tokens of another unit.
+    Returns up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not
+    allow more. Raises `SpearError`: an unknown family, pairs that are not 1 <= fewest <= most, or 3D tokens
+    of another unit.
     """
     fewest, most = pairs
     if not 1 <= fewest <= most:

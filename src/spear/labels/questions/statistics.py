@@ -75,11 +75,8 @@ class Statistics:
 
 
 def statistics(labels: Iterable[LabeledImage]) -> Statistics:
-    """Count what labels hold, in one pass that keeps no image.
-
-    Raises:
-        SpearError: a label in another unit than the others.
-    """
+    """Count what labels hold, in one pass that keeps no image. `SpearError`: a label in another unit than the
+    others."""
     names, reasons, provenance = Counter[str](), Counter[str](), Counter[str]()
     images = asked = 0
     distances, sizes = array("d"), array("d")  # a list would take four times the memory
