@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 1900, "ablations": 700, "cli": 1530, "data": 5040, "embodiments": 740, "evaluate": 3065,
-    "labels": 5340, "models": 4540, "report": 1280, "serve": 1030, "sim": 1900, "train": 2750, "ui": 570,
+    "labels": 5260, "models": 4540, "report": 1280, "serve": 1030, "sim": 1770, "train": 2750, "ui": 570,
     "util": 730,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -112,7 +112,7 @@ class Servo:
         start = int(model.joint("joint1").qposadr[0])
         self._joints = slice(start, start + 7)
         self._fingers = slice(start + 7, start + 9)
-        self._lead = arm.DAMPING / arm.STIFFNESS
+        self._lead = arm.LAG
         self._command = np.array(arm.HOME)
         self._position, self._rotation = np.zeros(3), np.array([1.0, 0, 0, 0])
 

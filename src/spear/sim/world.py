@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -19,10 +20,8 @@ from spear.sim.control import Servo, length
 from spear.sim.objects import KINDS, Kind, Part
 from spear.sim.scene import SceneSpec
 
-TIMESTEP = 0.004
-"""Physics step, s (our choice)."""
 SUBSTEPS = 50
-"""Physics steps per control step: 5 Hz."""
+"""Physics steps (of 4 ms) per control step: 5 Hz."""
 MATERIALS = ("plain", "wood", "planks", "cloth", "tiles")
 GRIPPER = "robot gripper"
 """What the gripper is called among the instances of an image."""
@@ -241,47 +240,9 @@ def _euler_quat(euler: tuple[float, float, float]) -> Floats:
 
 @functools.cache
 def base_spec() -> mujoco.MjSpec:
-    """What every scene shares: options, materials, table, floor, walls, light, cameras and the arm."""
-    spec = mujoco.MjSpec()
-    spec.compiler.degree = False
-    option = spec.option
-    option.timestep = TIMESTEP
-    option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
-    option.impratio = 10
-    option.iterations = 20
-    visual = spec.visual
-    visual.headlight.active = 0
-    visual.quality.numslices = 20
-    visual.quality.numstacks = 8
-    visual.quality.numquads = 1
-    visual.quality.offsamples = 0
-    visual.quality.shadowsize = 0
-    visual.map.znear = 0.01
-    visual.map.zfar = 6.0
-    visual.map.stiffness = 100
-    spec.stat.extent = 1.0
-    spec.stat.center = [0.4, 0, 0.2]
+    """What every scene shares (world.xml, with the arm in arm.xml), and its materials."""
+    spec = mujoco.MjSpec.from_file(str(Path(__file__).with_suffix(".xml")))
     _add_materials(spec)
-    world = spec.worldbody
-    world.add_camera(name="external")
-    world.add_light(
-        name="light",
-        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
-        castshadow=False,
-        specular=[0.15, 0.15, 0.15],
-    )
-    box = mujoco.mjtGeom.mjGEOM_BOX
-    world.add_geom(
-        name="table", type=box, size=[0.65, 0.75, 0.03], pos=[0.35, 0, -0.03], contype=1, conaffinity=3
-    )
-    for name, size, pos in (
-        ("floor", [3.0, 3.0, 0.02], [0.3, 0, -0.75]),
-        ("wall", [0.02, 3.0, 1.6], [-1.3, 0, 0.6]),
-        ("wall_side", [3.0, 0.02, 1.6], [0.3, -1.6, 0.6]),
-    ):
-        world.add_geom(name=name, type=box, size=size, pos=pos, contype=0, conaffinity=0)
-    arm.add_arm(spec)
     return spec
 
 
