@@ -10,16 +10,18 @@ The step of velocity at a seam is by how much one tick's motion differs from the
 policy that sees everything anew at every tick without delay (sync/1 at 0 ms) has seams everywhere: it is the
 measure of what is smooth.
 
-    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--quick]
+    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--guided] [--quick]
 
 --rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side; without it
-whatever is missing is run, and the table printed. --quick tries the script on one scene of one family; its
-numbers say nothing.
+whatever is missing is run, and the table printed. --guided adds a row with real-time chunking at inference
+(guidance.py), for policies of any training; it takes several times as long. --quick tries the script on one
+scene of one family; its numbers say nothing.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,12 +29,14 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
+from guidance import Guided
 from spear.chunks import ChunkExecutor, Mode
 from spear.evaluate import closed_loop
-from spear.evaluate.agents import Agent, load_agent
+from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results
+from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 
 LATENCIES_MS = (0, 200, 400)
@@ -43,6 +47,7 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "async/3": ("async", 3),
     "ensemble": ("ensemble", 1),
     "rtc/1": ("rtc", 1),
+    "guided/1": ("rtc", 1),
 }
 """The way of executing chunks, and after how many actions the next look is due. The first is `spear
 evaluate`'s default, the second the whole chunk; with async a look never waits longer than that, and comes as
@@ -53,6 +58,7 @@ class Recorder(ChunkExecutor):
     """Notes the steps of velocity at seams, mm per tick."""
 
     seams: ClassVar[list[float]] = []
+    tells_all = False  # of the last chunk, whatever is left
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -69,6 +75,10 @@ class Recorder(ChunkExecutor):
         if self._before is not None or speaks is not None:  # the first motion has nothing before it
             self._before, self._speaks = action[:3], speaks
         return action
+
+    def told(self) -> dict[str, Any]:
+        """As it is, or with all that is left."""
+        return {"committed": np.stack(self._left)} if self.tells_all and self._left else super().told()
 
 
 closed_loop.ChunkExecutor = Recorder  # type: ignore[misc]
@@ -91,6 +101,12 @@ def cell(
         scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
     )
     Recorder.seams.clear()
+    Recorder.tells_all = row == "guided/1"
+    if Recorder.tells_all:
+        assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
+        own = {field.name: getattr(agent.policy, field.name) for field in fields(Spear1Policy)}
+        guided = Guided(**own, delay=latency_ms // 200)
+        agent = PolicyAgent(guided, agent.name, agent.weights, agent.image_sizes)
     try:
         return closed_loop.evaluate(agent, options, quiet=True)[0]
     finally:
@@ -110,6 +126,7 @@ def main(
     scenes: Positional[int] = 100,
     out: Positional[Path] = Path("runs/latency"),
     rows: tuple[str, ...] = (),
+    guided: bool = False,
     quick: bool = False,
 ) -> None:
     """Runs what is missing; prints each cell as it is done and, in the end, a table in Markdown."""
@@ -118,8 +135,8 @@ def main(
     out = out / "quick" if quick else out
     agent = load_agent(policy)
     found: dict[tuple[str, int], Results] = {}
-    known = [row for row in ROWS if ROWS[row][0] != "rtc" or agent.committed]
-    if len(known) < len(ROWS):
+    known = [*list(ROWS)[:-2], *["rtc/1"][: agent.committed], *["guided/1"][:guided]]
+    if not agent.committed:
         print(f"{policy} was not trained for rtc: left out", file=sys.stderr)
     for row in rows or known:
         for latency in LATENCIES_MS:
