@@ -27,9 +27,11 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
             images = {view: image.cuda() for view, image in pixels(batch).items()}
             state = torch.randn(batch, 10, device="cuda")
             noise = Action.from_vector(actions(batch, H).to_vector().cuda())
-            masks = mask if padded else None
-            found = model.sample_actions(images, ids, masks, state, steps=4, noise=noise).to_vector()
-            direct = model.sample_actions(images, ids, masks, state, 4, noise, graphs=False).to_vector()
+            masks, held = mask if padded else None, torch.arange(H, device="cuda").expand(batch, H) < 2
+            begun = flow.Committed(actions(batch, H, seed=5).to("cuda"), held) if padded else None
+            given = (images, ids, masks, state, 4, noise)
+            found = model.sample_actions(*given, committed=begun).to_vector()
+            direct = model.sample_actions(*given, graphs=False, committed=begun).to_vector()
             with torch.no_grad():
                 prefix = model.prefix(images, ids, masks)
                 plain = flow.integrate(
@@ -37,6 +39,7 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
                     noise,
                     4,
                     model.flow,
+                    begun,
                 ).to_vector()
             for other in (direct, plain):
                 assert float((found - other).abs().max() / plain.abs().max()) < most
