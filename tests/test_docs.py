@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spear import cli
+from spear.data.readers.formats import read_episodes
+from spear.evaluate.open_loop import observations
+from spear.serve.client import RemotePolicy
 from spear.util.options import option_names
 
 ROOT = Path(__file__).parents[1]
@@ -101,15 +107,46 @@ def test_the_python_of_the_readme_runs() -> None:
     assert names["actions"].shape == (5, 8)
 
 
-def test_the_tutorial_runs(tmp_path: Path) -> None:
-    """Its cells in order, in a process of their own, with few scenes and steps."""
-    pytest.importorskip("mujoco")
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """The address of `spear serve`, run as a user runs it."""
+    code = "import sys; from spear.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "serve", *words, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        found = re.search(r"ws://\S+", said)
+        assert found, said
+        yield found[0]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_the_tutorial_runs_and_what_it_trains_can_be_served(
+    renderer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells in order, with few scenes and steps: label, ask, act, record, audit, fine-tune, score; then
+    docs/finetune.md's last step."""
     cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
-    program = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    here = {**os.environ, "SPEAR_QUICK": "1", "SPEAR_TUTORIAL": str(tmp_path / "out")}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=here, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "(5, 8)" in ran.stdout and (tmp_path / "out" / "mine" / "final").is_dir()
+    monkeypatch.setenv("SPEAR_QUICK", "1")
+    monkeypatch.setenv("SPEAR_TUTORIAL", str(tmp_path))
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    said = capsys.readouterr().out
+    assert "(5, 8)" in said and "WRONG" not in said and "trained: " in said
+    assert list((tmp_path / "labels").rglob("*.png"))
+    header, *rows = said.partition("1 held-out episodes")[2].splitlines()
+    assert header.endswith("last action")
+    assert len(rows) == 4 and all(row.count("(n = 1)") == 3 for row in rows)  # one episode gives no interval
+    (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
+    with served(str(tmp_path / "mine")) as address:
+        policy = RemotePolicy(address)
+        actions = policy.infer(observations(episode)[0])["actions"]
+        policy.close()
+    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)

@@ -14,13 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from models_tiny import spear1
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.models.processing import SIZES_TOLD
-from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, load_vlm, locate
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
@@ -86,16 +83,6 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
         Spear1Policy.load("nano", dataset="fast")
     with pytest.raises(SpearError, match="expert"):
         load_agent("expert", dataset="fast")
-
-
-def test_a_quaternion_that_is_nearly_unit_is_normalised(policy: Spear1Policy) -> None:
-    exact = policy.infer(observation())["actions"]
-    rounded = STATE.copy()
-    rounded[3:7] *= 1.0005
-    np.testing.assert_allclose(policy.infer(observation(state=rounded))["actions"], exact, atol=1e-5)
-    np.testing.assert_allclose(
-        policy.infer(observation(state=STATE * [1, 1, 1, -1, -1, -1, -1, 1]))["actions"], exact, atol=1e-5
-    )
 
 
 def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,17 +153,6 @@ def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path)
     load_vlm("nano").model.save_pretrained(tmp_path / "vlm")
     with pytest.raises(SpearError, match="SPEAR-VLM"):
         Spear1Policy.load(tmp_path / "vlm")
-
-
-def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
-    state = spear1().state_dict()
-    spear1().save_pretrained(
-        tmp_path, state_dict={**state, "state_proj.weight": state["state_proj.weight"].char()}
-    )
-    with pytest.raises(SpearError, match=r"state_proj\.weight in .*model\.safetensors"):
-        weights.load(Spear1ForActionPrediction, tmp_path)
-    with pytest.raises(SpearError, match=r"torch\.int8"):
-        weights.load(Spear1ForActionPrediction, tmp_path, torch.int8)
 
 
 def test_weights_in_bfloat16_act_alike(policy: Spear1Policy) -> None:

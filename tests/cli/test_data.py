@@ -12,7 +12,6 @@ import pytest
 from data_tiny import make
 from spear.cli import main
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.labels.sources import items
 
@@ -77,17 +76,6 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
     assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
 
 
-def test_a_truncated_file_is_no_healthy_dataset(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "set"
-    assert main(["data", "export", str(store), "--out", str(out)]) == 0
-    (file,) = (out / "data").rglob("*.parquet")
-    file.write_bytes(file.read_bytes()[:-100])
-    assert main(["data", "inspect", str(out)]) == 2
-    assert file.name in capsys.readouterr().err
-
-
 def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
@@ -107,13 +95,6 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.Capt
         said = capsys.readouterr().err
         assert message in said.splitlines()[-1], said
     assert not (tmp_path / "out").exists()
-
-
-def test_the_registry_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "datasets"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(REGISTRY)
-    assert next(line for line in lines if "bridge_dataset" in line).split()[:2] == ["18.0", "%"]
 
 
 def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import make
 from spear.cli import main
 from spear.data.actions import derive_actions
-from spear.data.audit import Report, audit, claims, judge
+from spear.data.audit import Report, audit, judge
 from spear.data.hypotheses import Recording
-from spear.data.readers.layout import franka_pose
-from spear.data.readers.spec import DatasetSpec
 from spear.data.senses import check_cameras, look
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
@@ -34,7 +30,7 @@ RIGHT = {
 }
 
 
-def motions(episodes: int = 8, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
+def motions(episodes: int = 6, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
     """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
     rng = np.random.default_rng(0)
     found = []
@@ -129,7 +125,7 @@ def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, quest
     assert verdicts(report, part)[question] == (truth, "wrong")
     assert report.outcome == "contradiction" and "WRONG" in text(report)
     said = {**RIGHT, part: {**RIGHT[part], question: truth}}
-    if question in ("frame", "shift", "signs"):
+    if part == "translation" and question in ("frame", "signs"):
         found = next(p for p in judge(made, said).parts if p.name == part)
         assert found.verdict == "agrees"
 
@@ -218,91 +214,6 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
     assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
     assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
-
-
-def test_bad_episodes_are_skipped_by_name(canonical: Path, tmp_path: Path) -> None:
-    """One of three is broken; all are: then it says why."""
-    exported = tmp_path / "exported"
-    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
-    (file,) = (exported / "data").rglob("*.parquet")
-    whole = pq.read_table(file)
-    for broken, words in (
-        ({30: [np.nan] * 8}, "not a number: exported/train#1 step 6: observation/state[0:3]"),
-        ({30: [0.3] * 8}, "not a rotation: exported/train#1 step 6: rotation quaternion has norm 0.6"),
-        ({30: None}, "broken rows: exported#1"),
-    ):
-        pq.write_table(with_states(whole, broken), file)
-        report = audit(exported)
-        assert report.outcome == "undecided" and report.episodes == 2 and len(report.skipped) == 1
-        assert words in report.skipped[0] and f"skipped: {report.skipped[0]}" in text(report)
-    pq.write_table(with_states(whole, {row: [0.3] * 8 for row in range(72)}), file)
-    with pytest.raises(SpearError, match=r"no good episode: .*: not a rotation: exported/train#2 step 0"):
-        audit(exported)
-
-
-def test_poses_that_follow_from_joints_or_other_angles_are_audited(canonical: Path, tmp_path: Path) -> None:
-    exported = tmp_path / "exported"
-    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
-    (file,) = (exported / "data").rglob("*.parquet")
-    whole = pq.read_table(file)
-    claim = json.loads((exported / "spear.json").read_text())
-    claim = {k: v for k, v in claim.items() if not k.startswith("action")} | {
-        "logged_translation": "action[0:3]",
-        "logged_rotation": "action[3:7]",
-        "logged_rotation_format": "quat_wxyz",
-    }
-
-    time = np.arange(72)[:, None] / RATE
-    rates = np.array([1.0, 1.5, 2.0, 1.2, 1.7, 2.2, 0.8])
-    joints = [0, -0.5, 0, -2.0, 0, 1.8, 0.7] + 0.3 * np.sin(rates * time + np.arange(7))
-    there, facing = franka_pose(np.roll(joints, -1, axis=0))
-    gripper = np.array(whole["observation.state"].to_pylist())[:, 7:]
-    rows = np.concatenate([joints, gripper], axis=1)
-    table = with_states(whole, dict(enumerate(rows.tolist())))
-    targets = np.concatenate([there, facing, np.ones((72, 1))], axis=1)
-    pq.write_table(with_states(table, dict(enumerate(targets.tolist())), "action"), file)
-    column = "observation/state[0:7]"
-    joint = {"position": column, "rotation": column, "rotation_format": "franka_joints"}
-    for frame, code in (("base", 0), ("ee", 2)):
-        kind = "absolute" if frame == "base" else "delta"
-        said = {**claim, **joint, "logged_kind": kind, "logged_frame": frame}
-        (exported / "spear.json").write_text(json.dumps(said))
-        assert main(["data", "audit", str(exported)]) == code
-
-    for form, order, degrees in (("euler_zxy", "zxy", False), ("euler_zyx", "ZYX", True)):
-        states = np.array(whole["observation.state"].to_pylist())
-        turns = Rotation.from_quat(states[:, 3:7], scalar_first=True)
-        states[:, 3:6] = turns.as_euler(order, degrees)
-        pq.write_table(with_states(whole, dict(enumerate(states.tolist()))), file)
-        euler = {"rotation": "observation/state[3:6]", "rotation_format": form, "logged_kind": "delta"}
-        euler["angle_unit"] = "deg" if degrees else "rad"
-        for part, frame in (("logged_rotation", "ee"), ("logged_translation", "base")):
-            said = {k: v for k, v in claim.items() if not k.startswith("logged_t") and k != "logged_rotation"}
-            said |= {part: claim[part], "logged_rotation_format": "quat_wxyz", "logged_frame": frame}
-            (exported / "spear.json").write_text(json.dumps(said | euler))
-            assert main(["data", "audit", str(exported)]) == 0
-
-
-def test_units_that_the_layout_says_are_claimed() -> None:
-    """Logged in centimetres and degrees, and said so; the same said to be metres and radians is wrong."""
-    made = recordings(step_scale=100, turn_scale=180 / np.pi)
-    spec = DatasetSpec(
-        "mine", rotation_format="euler_xyz", logged_rotation_format="euler_xyz", logged_kind="delta"
-    )
-    right = dataclasses.replace(spec, length_unit="cm", angle_unit="deg")
-    for given, verdict in ((right, "agrees"), (spec, "wrong")):
-        report = judge(made, claims(given))
-        assert verdicts(report, "translation")["unit"] == ("cm", verdict)
-        assert verdicts(report, "rotation")["unit"] == ("deg", verdict)
-
-
-def with_states(table: pa.Table, changes: dict[int, Any], name: str = "observation.state") -> pa.Table:
-    """The rows of a LeRobot dataset with other states (or another column) in some of them."""
-    at = table.column_names.index(name)
-    cells = table[name].to_pylist()
-    for row, value in changes.items():
-        cells[row] = value
-    return table.set_column(at, table.schema.field(at), pa.array(cells, table.schema.field(at).type))
 
 
 BRIDGE = "observation/state"

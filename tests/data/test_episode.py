@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.data.actions import check_episode, with_actions
+from spear.data.actions import with_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.types import Episode
@@ -87,12 +87,6 @@ def test_truncated_shard_is_named(tmp_path: Path, keep: float) -> None:
     shard.unlink()
     with pytest.raises(SpearError, match="no episodes"):
         EpisodeStore(tmp_path)
-
-
-def test_nearly_unit_quaternions_are_normalised_and_others_refused() -> None:
-    episode = make_episode(3)
-    near = dataclasses.replace(episode, rotation=episode.rotation * -1.0009)
-    np.testing.assert_allclose(check_episode(near).rotation, episode.rotation, atol=1e-6)
 
 
 @pytest.mark.parametrize(

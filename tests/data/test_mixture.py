@@ -90,14 +90,6 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
     assert batch["action_mask"][:, 0].all()
 
 
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
-    half = png(7, (12, 16))[:40]
-    write_episodes([tiny(0, 3, images={"external": [half] * 3})], tmp_path)
-    samples = TrainingSamples(Mixture([("a", EpisodeStore(tmp_path), 1.0)]), VIEWS)
-    with pytest.raises(SpearError, match=r"broken image: made#0 step \d camera 'external'"):
-        samples.batch(0, 1)
-
-
 def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     drawn = [s for step in range(40) for s in mixture.draw(step, 100)]
     assert np.mean([s.source == 0 for s in drawn]) == pytest.approx(0.75, abs=0.027)  # 4 deviations

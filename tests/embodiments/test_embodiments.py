@@ -160,14 +160,6 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
         assert (hand.inv() * facing).magnitude() < 1e-5
 
 
-def test_the_simulator_speaks_our_language(renderer: Any) -> None:
-    robot = embodiments.load("sim")
-    seen = robot.example()
-    ours = robot.read(seen)
-    assert sorted(ours) == sorted(seen)
-    np.testing.assert_allclose(ours["observation/state"], seen["observation/state"], atol=1e-6)
-
-
 def test_a_robot_is_one_file() -> None:
     robot = embodiments.load(str(EXAMPLE))
     state = robot.read(robot.example())["observation/state"]

@@ -12,7 +12,6 @@ import pytest
 from data_tiny import make
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.errors import SpearError
 from spear.evaluate.open_loop import observations, score, score_last_action, score_mean_action
 from spear.report.comparison import open_loop_page
 from spear.types import Array, Episode
@@ -92,13 +91,3 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
     expected = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
     assert last["translation_mm"][-1] == pytest.approx(expected, rel=1e-4)
     assert 0.5 < last["gripper_accuracy"].mean() < 1
-
-
-def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
-    e = episode(0)
-    with pytest.raises(SpearError, match="no external camera: made#0"):
-        observations(Episode(**{**vars(e), "images": {"side": e.images["external"]}}))
-    write_episodes([episode(0, steps=3)], tmp_path)
-    store = EpisodeStore(tmp_path)
-    with pytest.raises(SpearError, match="whole chunk"):
-        score("replay", Replay(store), store).summary()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spear.cli import main
 from spear.evaluate.reference import beside, references
 from spear.evaluate.results import Outcome, Results
 
@@ -45,17 +43,3 @@ def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
     assert all(line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone)
     assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
     assert SIMPLER.cells([("mine", results(tuple(SIMPLER.families)))])[-1][-1] == "75.0 [51, 90]"
-
-
-def test_the_commands_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, shown in (([], True), (["--table", "rotation"], False)):
-        assert main(["evaluate", "reference", *options]) == 0
-        said = capsys.readouterr().out
-        assert "59.4" in said and ("SigLIP" in said) == shown
-    folders = [str(tmp_path / name) for name in ("a", "b")]
-    for folder in folders:
-        results(tuple(SIMPLER.families)).save(Path(folder) / "results.json")
-    assert main(["evaluate", "compare", *folders, "--out", str(tmp_path / "x.html")]) == 0
-    html = (tmp_path / "x.html").read_text()
-    assert "SPEAR-1 (published)" in html
-    assert html.count("(measured here)") == 2

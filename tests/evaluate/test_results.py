@@ -12,7 +12,7 @@ from rich.console import Console
 from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
-from spear.evaluate.results import Journal, Outcome, Results, load, merge, missing_parts, parse_shard
+from spear.evaluate.results import Journal, Outcome, Results, load, merge
 from spear.evaluate.stats import samples_for
 
 
@@ -115,28 +115,12 @@ def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> N
         load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
-def test_a_shard_is_k_of_n(text: str) -> None:
-    assert parse_shard("2/5") == (2, 5)
-    with pytest.raises(SpearError, match=f"--shard {text}"):
-        parse_shard(text)
-
-
 def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     found = []
     for weights in (b"1", b"2", b"1"):
         (tmp_path / "model.safetensors").write_bytes(weights)
         found.append(fingerprint(tmp_path))
     assert found[0] == found[2] != found[1]
-
-
-def test_missing_parts_are_named(tmp_path: Path) -> None:
-    parts = [tmp_path / "part-1", tmp_path / "part-3"]
-    for index, part in zip((1, 3), parts, strict=True):
-        journal(part, range(index - 1, index), (index, 3))
-    assert missing_parts(parts[:1]) == ["2/3", "3/3"]
-    journal(parts[0], range(1, 2), (2, 3))
-    assert missing_parts([*parts, tmp_path / "all"]) == []
 
 
 def test_merging_takes_films_along_and_only_a_new_folder(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.inputs import Content, Item, find, read, shrink
+from spear.labels.inputs import Item, find, read, shrink
 from spear.types import Array
 
 
@@ -140,34 +140,12 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     assert "1×1 pixels" in str(tiny) and "not a readable" in str(zero) and "No such file" in str(missing)
 
 
-def test_a_reader_that_stops_early_names_the_images_it_did_not_give() -> None:
-    reasons = [work.reason for work in read([Item(str(i), two, "x", i) for i in range(4)])]
-    assert reasons[:2] == [None, None]
-    assert all("ends before" in (reason or "") for reason in reasons[2:])
-
-
-def two(path: str, places: Sequence[int]) -> Sequence[Content]:
-    """A reader that gives two images whatever it is asked."""
-    return iter([np.zeros((20, 20, 3), np.uint8)] * 2)
-
-
 def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(encoded(90, (400, 100)))
     (work,) = read(list(find(str(tmp_path))), longest=200)
     assert work.frame is not None and work.frame.image.shape == (50, 200, 3)
     small: Array = np.zeros((10, 20, 3), np.uint8)
     assert shrink(small, 20) is small
-
-
-def test_photos_are_labelled_the_right_way_up_and_in_rgb(tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held on its side
-    Image.new("RGB", (40, 20), (200, 30, 30)).save(tmp_path / "a.jpg", exif=turned)
-    Image.new("CMYK", (40, 20), (0, 255, 255, 0)).save(tmp_path / "b.jpg")
-    upright, inks = read(list(find(str(tmp_path))))
-    assert upright.frame is not None and upright.frame.image.shape == (40, 20, 3)
-    assert inks.frame is not None and inks.frame.image.shape == (20, 40, 3)
-    assert inks.frame.image[10, 10, 0] > 200 and inks.frame.image[10, 10, 1] < 60
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -241,35 +240,6 @@ def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> 
     else:
         last.rename(folder / "10000.png")
     assert "the input has changed since labels-00001.parquet" in refused(folder, tmp_path / "labels")
-
-
-def test_only_one_process_writes_to_a_folder(source: Path, tmp_path: Path) -> None:
-    lines = []
-    run(source, tmp_path / "labels", on_progress=lambda p: lines.append(refused(source, tmp_path / "labels")))
-    assert all("another process" in line for line in lines)
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    source: Path, whole: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    out = tmp_path / "labels"
-    done = []
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def progress(now: Progress) -> None:
-        done.append(now.done)
-        if now.done >= 14:  # within the second shard
-            monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-
-    with pytest.raises(SpearError, match=r"labels-00001\.parquet: the disk is full: free some space") as stop:
-        run(source, out, on_progress=progress)
-    assert "\n" not in str(stop.value)
-    assert sorted(contents(out)) == ["labels-00000.parquet", "run.json"]
-    monkeypatch.undo()
-    assert run(source, out).before == 8
-    assert contents(out) == contents(whole)
 
 
 def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Robot episodes and simulator scenes as items beside photos."""
+"""Robot episodes as items beside photos; scenes of the simulator as a folder of labels."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from PIL import Image
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.labels.inputs import read
+from spear.labels.scenes import label_frames, label_scenes
 from spear.labels.sources import items
-from spear.types import Episode
+from spear.labels.store import read as read_labels
+from spear.types import Episode, Frame, LabeledImage
 
 
 def png(value: int) -> bytes:
@@ -46,17 +50,6 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     assert all("only 2 steps" in (work.reason or "") for work in works[6:])
 
 
-def test_frames_of_a_real_rlds_dataset(shared: Path) -> None:
-    pytest.importorskip("crc32c")
-    folder = str(shared / "data/bridge_v2_sample/1.0.0")
-    found = list(items([folder], per_episode=2))
-    assert len(found) == 50 and len({item.key for item in found}) == 50
-    first, last = read([found[6], found[7]])
-    assert first.frame is not None and last.frame is not None
-    assert first.frame.image.shape == last.frame.image.shape
-    assert (first.frame.image != last.frame.image).any()
-
-
 def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(3))
@@ -64,20 +57,27 @@ def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path) -> None:
     assert [Path(item.key).name for item in items(given)] == ["b.png", "a.png"]
 
 
-def test_scenes_of_the_simulator_come_with_their_truth() -> None:
+def by_hand(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
+    """A way of labelling of one's own."""
+    return (dataclasses.replace(label, source=f"by hand/{label.source}") for label in label_frames(frames))
+
+
+def never(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
+    raise AssertionError("what is there is not labelled again")
+
+
+def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
-    found = list(items(["sim:3-4"]))
-    assert [item.key for item in found] == ["sim:3", "sim:4"]
-    (work,) = read(found[1:], longest=100)
-    assert work.frame is not None and work.frame.source == "sim:4"
-    assert work.frame.image.shape == (630, 840, 3)
-    assert work.frame.depth is not None and work.frame.depth.shape == (630, 840)
-    assert work.frame.names
-
-
-@pytest.mark.parametrize(
-    ("given", "hint"), [("sim:x", "sim:10000-10499"), ("sim:1-", "sim:7"), ("nowhere", "no such file")]
-)
-def test_bad_input_is_named(given: str, hint: str) -> None:
-    with pytest.raises(SpearError, match=hint):
-        list(items([given]))
+    sizes = {"external": (96, 64), "wrist": (64, 64)}
+    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=by_hand) == 4
+    for view, (width, height) in sizes.items():
+        labels = list(read_labels(tmp_path / view))
+        assert [label.source for label in labels] == [f"by hand/sim/clutter/1000{i}/{view}" for i in (0, 1)]
+        assert all((label.width, label.height) == (width, height) for label in labels)
+        assert (tmp_path / "depth" / view / "depth-00000.parquet").is_file()
+    assert "carrot" in (tmp_path / "wording.txt").read_text()
+    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=never) == 4
+    for key, value in {"scenes": 3, "first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
+        wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, key: value}
+        with pytest.raises(SpearError, match=f"other settings: {key} is"):
+            label_scenes(tmp_path, **wanted, workers=1, labelled=never)  # type: ignore[arg-type]

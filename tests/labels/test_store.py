@@ -1,5 +1,5 @@
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from labels_scenes import random_frame
+from labels_scenes import TRUTH, random_frame
 from spear.errors import SpearError
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.store import LabelStore, ParquetWriter, read, write_labels
 from spear.types import LabeledImage
@@ -20,7 +19,7 @@ from spear.types import LabeledImage
 def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(3)
     frames = [random_frame(rng, objects=n % 4) for n in range(23)]
-    return list(label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()))
+    return list(label(frames, *TRUTH))
 
 
 def assert_same(a: LabeledImage, b: LabeledImage) -> None:
@@ -68,17 +67,6 @@ def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_pat
         assert b.image == b"" and all(len(o.mask) == 0 for o in b.objects)
         masked = [replace(o, mask=a.objects[i].mask) for i, o in enumerate(b.objects)]
         assert_same(a, replace(b, image=a.image, objects=masked))
-
-
-def test_an_interrupted_writer_leaves_nothing(labels: list[LabeledImage], tmp_path: Path) -> None:
-    def interrupted() -> Iterator[LabeledImage]:
-        yield from labels[:17]
-        assert any(p.suffix == ".tmp" for p in tmp_path.iterdir())
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_labels(interrupted(), tmp_path / "labels-00000.parquet")
-    assert not list(tmp_path.iterdir())
 
 
 def test_broken_shards_are_named(labels: list[LabeledImage], tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from models_tiny import TINY, actions, pixels, spear1, text, vlm
+from models_tiny import TINY, actions, pixels, spear1, text
 from spear import flow
 from spear.errors import SpearError
 from spear.models.presets import spear1_config
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import Action
 
@@ -195,19 +194,6 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
             assert torch.equal(same[0].to_vector(), same[1].to_vector())
     saved = json.loads((tmp_path / "config.json").read_text())
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
-
-
-def test_what_is_saved_does_not_say_where_its_parts_lay(tmp_path: Path) -> None:
-    vlm().save_pretrained(tmp_path / "stage-2")
-    part = weights.load(SpearVLMForConditionalGeneration, tmp_path / "stage-2")
-    config = spear1().config
-    model = Spear1ForActionPrediction(
-        Spear1Config(vlm_config=part.config, expert_config=config.expert_config)
-    )
-    assert model.config.vlm_config.name_or_path == str(tmp_path / "stage-2")
-    model.save_pretrained(tmp_path / "policy")
-    for folder in ("stage-2", "policy"):
-        assert "_name_or_path" not in (tmp_path / folder / "config.json").read_text()
 
 
 def broken(folder: Path) -> str:

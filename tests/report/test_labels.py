@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labels_scenes import random_frame
+from labels_scenes import TRUTH, random_frame
 from spear.cli import main
 from spear.errors import SpearError
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruthPointMap
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
 from spear.labels.store import LabelStore, choose, write_labels
 from spear.report.labels import label_page, write_rerun
-from spear.tokens import CoordinateTokenizer
 from spear.types import Frame, LabeledImage
 
 
@@ -33,7 +32,7 @@ def frames() -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def labels(frames: list[Frame]) -> list[LabeledImage]:
-    return list(label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()))
+    return list(label(frames, *TRUTH))
 
 
 @pytest.fixture
@@ -74,19 +73,6 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     assert question.prompt.split("{")[0] in html
     assert "numbers;" in html and "box vertices" in html
     assert not list(tmp_path.glob(".*"))
-
-
-def test_token_use_counts_every_number_of_the_answers(folder: Path, tmp_path: Path) -> None:
-    write_questions(folder)
-    numbers = sum(len(question.values) for _, question in read_questions(folder))
-    tokens = CoordinateTokenizer.fit(np.linspace(-1, 2, 5000))
-    label_page(folder, [], tmp_path / "page.html", tokens)
-    html = (tmp_path / "page.html").read_text()
-    assert f"{numbers:,} numbers;" in html
-    heights = [int(n.replace(",", "")) for n in re.findall(r"<title>([\d,]+)</title>", html)]
-    assert sum(heights[-64:]) == numbers
-    with pytest.raises(SpearError, match="3D tokens in 'relative'"):
-        label_page(folder, [], tmp_path / "x.html", replace(tokens, unit="relative"))
 
 
 def test_the_rerun_file_holds_images_boxes_and_points(

@@ -10,7 +10,7 @@ import pytest
 from spear.evaluate.stats import Estimate, wilson
 from spear.report.ablations import scaling_curve
 from spear.report.page import render
-from spear.report.plot import Axis, Bar, Line, bars, chart, differences, histogram, rate_bars
+from spear.report.plot import Axis, Bar, Line, bars, chart, differences, rate_bars
 
 
 def points(svg: str) -> list[np.ndarray]:
@@ -51,11 +51,6 @@ def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
     (line,) = points(chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700)))
     across, down = line[1] - line[0]
     assert across < 0 and across == pytest.approx(down, abs=0.2)
-
-
-def test_a_histogram_names_its_ends() -> None:
-    html = histogram([0, 2, 4], "low", "high")
-    assert 'height="50.0"' in html and "<span>low</span><span>high</span>" in html
 
 
 def test_the_scaling_curve_is_logarithmic_with_no_images_set_apart() -> None:

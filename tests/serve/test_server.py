@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import connect
 
 from serve_here import Homing, homing, serving
-from spear.embodiments import load, names
+from spear.embodiments import load
 from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
@@ -92,20 +92,6 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
                 assert isinstance(reply, str) and said in reply and "\n" not in reply
         raw.send(good)
         np.testing.assert_array_equal(wire.decode(raw.recv())["actions"], homing(seen()["observation/state"]))
-
-
-@pytest.mark.parametrize("name", [name for name in names() if name != "sim"])
-def test_every_robot_may_send_a_seed(name: str) -> None:
-    policy = Homing()
-    with serving(policy, robot=name) as server:
-        remote = RemotePolicy(url(server))
-        assert "seed" in remote.metadata["optional"]
-        for seed in (7, 2**63):
-            remote.infer({**load(name).example(), "seed": seed})
-        with pytest.raises(SpearError, match="seed"):
-            remote.infer({**load(name).example(), "seed": 0.5})
-        remote.close()
-    assert policy.seeds == [7, 2**63]
 
 
 def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:

@@ -100,13 +100,12 @@ def _shot(renderer: Renderer, world: World) -> np.ndarray:
     return renderer.images(world, [("external", (96, 72))])[0]
 
 
-def _drop(renderers: list[Renderer]) -> None:
-    del renderers[-1]
-    gc.collect()
-
-
 def _drop_in_a_thread(renderers: list[Renderer]) -> None:
-    thread = threading.Thread(target=_drop, args=[renderers])
+    def drop() -> None:
+        del renderers[-1]
+        gc.collect()
+
+    thread = threading.Thread(target=drop)
     thread.start()
     thread.join()
 
@@ -117,8 +116,7 @@ def _close(renderers: list[Renderer]) -> None:
     last.close()
 
 
-@pytest.mark.parametrize("end", [_drop, _drop_in_a_thread, _close])
-@pytest.mark.parametrize("used_last", [0, 1])
+@pytest.mark.parametrize(("end", "used_last"), [(_drop_in_a_thread, 0), (_close, 1)])
 def test_the_end_of_one_leaves_the_others_as_they_were(
     renderer: Renderer, end: Callable[[list[Renderer]], None], used_last: int
 ) -> None:

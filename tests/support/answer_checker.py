@@ -12,7 +12,6 @@ from typing import Any
 
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
-Point = tuple[float, float, float]
 NEAR, FAR, LEFT, RIGHT, TOP, BOTTOM = -0.5, 0.5, -0.5, 0.5, -0.5, 0.5
 CORNERS = [
     (x, y, z) for y in (TOP, BOTTOM) for x, z in ((LEFT, NEAR), (RIGHT, NEAR), (RIGHT, FAR), (LEFT, FAR))

@@ -7,8 +7,10 @@ import numpy as np
 
 from spear.labels.fit.box3d import SIGNS
 from spear.labels.fit.image import unproject
+from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.types import Array, Frame
 
+TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
 
 

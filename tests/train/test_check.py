@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_tiny import make
 from spear.data.store.lerobot_write import write_lerobot
+from spear.errors import SpearError
 from spear.policy import locate
+from spear.train.options import Inputs, check_inputs
+from spear.train.recipes import recipe
 
 Refused = Callable[..., str]
 
@@ -81,3 +86,52 @@ def test_ablations_ask_before_they_make_data(
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
     assert "'visoin'" in refused("evaluate", "ablations", *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "key"),
+    [
+        ("nano-vla", "labels init", "--episodes"),
+        ("nano-vlm-1", "labels init moge episodes", "--episodes"),
+        ("nano-vlm-1", "init moge", "--labels"),
+        ("nano-vla", "episodes init", "--labels"),  # for the questions beside
+        ("nano-post", "episodes", "--labels"),  # for the tokenizer of a model from random weights
+        ("nano-depth", "labels init", "--init"),
+        ("nano-siglip", "labels init", "--init"),
+        ("nano-post", "episodes init moge", "--moge"),
+        ("nano-vlm-1", "labels moge", "--moge"),
+    ],
+)
+def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str, key: str) -> None:
+    words: dict[str, Any] = {word: Path(word) for word in given.split() if word != "episodes"}
+    if "episodes" in given:
+        words["episodes"] = [("mine", None, 1.0)]
+    with pytest.raises(SpearError, match=f"recipe {name} .*{key}"):
+        check_inputs(recipe(name), Inputs(**words))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lr", bad) for bad in (math.nan, math.inf, -1e-4, True, "fast")),
+        *(("steps", bad) for bad in (-1, 2.5)),
+        ("lr_scale", {"vlm": -1.0}),
+        ("ema", 1.0),
+        *(("betas", bad) for bad in ([0.9, 3], [0.9])),
+        *(("grad_clip", 0), ("augment", 7), ("bins", 1), ("frozen", "vlm")),
+        *(("moments", "bf61"), ("spacing", "unifrom")),
+        *(("pairs", bad) for bad in ([4, 1], [0, 1])),
+        ("families", []),
+        ("flow", {"rotation_weight": math.nan}),
+        ("lora_rank", -1),
+    ],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(SpearError, match=key):
+        recipe("nano-vla").changed(**{key: value})
+
+
+def test_values_are_taken_as_json_has_them() -> None:
+    changes = {"frozen": ["vlm.moge"], "betas": [0.5, 0.9], "lr": 1, "pairs": [2, 2], "augment": None}
+    stage = recipe("nano-vla").changed(**changes)
+    assert stage.optimization.lr == 1 and stage.questions.pairs == [2, 2] and stage.augment == 0.5

@@ -1,20 +1,15 @@
-"""examples/cluster: each file starts the plain command; Ray's trains with two workers on this machine."""
+"""examples/cluster: each file starts the plain command (Ray's: tests/test_ray.py)."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from data_tiny import make
 from spear.cli import main
-from spear.data.store.episode_store import write_episodes
-from spear.policy import Spear1Policy
-from train_tiny import rows
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 TRAIN = ["spear", "train", "nano-post", "--set", "lr=1e-4"]
@@ -73,24 +68,3 @@ def test_kubernetes_pods_find_each_other_and_run_our_command(capsys: pytest.Capt
     # The command is one of ours: with one bad value at its end, that is what is complained about.
     assert main([*command[1:], "--set", "lr=-1"]) == 2
     assert "lr" in capsys.readouterr().err
-
-
-@pytest.mark.xdist_group("ray")  # two Rays at a time starve each other
-def test_ray_trains_with_two_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray.train.torch", reason="needs ray[train]")
-    write_episodes([make(0), make(1)], tmp_path / "made")
-    given = ["--init", "nano", "--episodes", "made", "--out", "run", "--steps", "2", "--device", "cpu"]
-    few = ["--set", "batch_size=4", "flow_samples=1", "warmup=1"]
-    script = [sys.executable, str(CLUSTER / "ray_train.py"), "--storage", str(tmp_path / "ray")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
-    environment |= {"RAY_worker_niceness": "0"}  # workers at 15 starve beside other tests
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*script, "--workers", "2", "spear", "train", "nano-post", *given, *few]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert [row["step"] for row in rows(tmp_path / "run")] == [2]
-    assert Spear1Policy.load(tmp_path / "run").model is not None
-    written = (tmp_path / "run" / "final" / "recipe.json").read_text()
-    assert '"processes": 2' in written

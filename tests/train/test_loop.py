@@ -17,7 +17,6 @@ import torch
 
 from spear.errors import SpearError
 from spear.train import checkpoint, log, optimize
-from spear.train.log import Logger
 from spear.train.options import Optimization
 from train_tiny import Regression, go, rows, start
 
@@ -128,17 +127,6 @@ def test_one_step_too_many_that_is_not_finite_ends_the_run(tmp_path: Path) -> No
         go(Broken({8}), opt, tmp_path, save_every=4)
 
 
-def test_waiting_for_data_and_spikes_are_told(tmp_path: Path) -> None:
-    with Logger(tmp_path, 0, 20, every=1, quiet=True) as logger:
-        for step in range(1, 200):
-            logger.spikes.add(step, 100.0 if step in (80, 150) else 1 + 0.01 * math.sin(step))
-        logger.written -= 100
-        logger.log(0, {"loss": 1.0, "grad_norm": 2.0}, waited=34.0)
-    (row,) = rows(tmp_path)
-    assert row["spikes"] == 2 and row["data_wait"] == pytest.approx(0.34, abs=0.01)
-    assert all(words in logger.info for words in ("34%", "loss 1.000", "2 loss spikes", "150"))
-
-
 def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
     about = {"--init": "one", "preset": "nano"}
     go(Regression(), FOUR, tmp_path, about)
@@ -167,12 +155,6 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (latest / "state.json").write_text('{"step": 4, "settings": {"seed": 0}}')
     with pytest.raises(SpearError, match="pieces"):
         go(Regression(), SMALL, tmp_path)
-
-
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(SpearError, match="checkpoints"):
-        go(Regression(), FOUR, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,13 +20,23 @@ from spear.train.optimize import Stepper
 from spear.train.options import Optimization, Recipe
 from spear.types import Action
 
+LEAN = dataclasses.replace(TINY, image_sizes={"external": (48, 32)})
 OPT = Optimization(steps=2, lr=1e-3, ema=0.9)
-STAGE = Recipe("plan", "vla", "tiny", "", OPT, batch_size=8, flow_samples=2)
+STAGE = Recipe("plan", "vla", "lean", "", OPT, batch_size=8, flow_samples=2)
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "tiny", TINY)
+        patch.setitem(presets.PRESETS, "lean", LEAN)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(small: None) -> memory.Memory:
+    """What the stage needs with nothing saved."""
+    return memory.training(STAGE)
 
 
 class Acting:
@@ -79,7 +90,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
     [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16", "moments": "bf16"}],
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
-    stage = STAGE.changed(**changes)
+    stage = STAGE.changed(preset="tiny", **changes)
     planned, (stepper, given_out) = memory.training(stage, as_on_gpu=False), allocated(stage)
     assert planned.total == pytest.approx(given_out, rel=0.05)
     learning = sum(p.numel() for p in stepper.learning.values())
@@ -90,8 +101,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     assert planned.weights == stored
 
 
-def test_what_saves_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = memory.training(STAGE)
+def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     last = memory.training(STAGE.changed(gradient_checkpointing=True, accumulate=8, moments="bf16", ema=0))
     assert last.activations < 0.6 * whole.activations and last.weights == whole.weights
     assert last.moments == whole.moments / 2 and last.averaged == 0 < whole.averaged
@@ -100,33 +110,39 @@ def test_what_saves_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [list(changes) for changes, _ in memory.plans(STAGE)] == [names[:count] for count in range(6)]
 
 
-def test_lora_and_questions_are_planned() -> None:
+def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     pytest.importorskip("peft")
     frozen = ("vlm.language_model", "vlm.vision_tower", "vlm.moge")
     lora = memory.training(STAGE.changed(lora_rank=4, frozen=frozen))
-    asked = memory.training(STAGE.changed(frozen=frozen, question_images=4))
-    assert asked.learning < lora.learning < lora.parameters and asked.weights < lora.weights
-    assert memory.training(STAGE.changed(kind="vlm")).total > asked.activations > lora.activations
+    assert lora.learning < whole.learning <= whole.parameters < lora.parameters
+    assert lora.weights > whole.weights
+    asked = memory.training(STAGE.changed(question_images=4))
+    assert asked.weights == whole.weights and asked.activations > whole.activations
+    assert memory.training(STAGE.changed(kind="vlm")).weights < whole.weights
 
 
-def test_acting_in_half_precision_takes_half() -> None:
-    full, half = (memory.inference(TINY, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("plan", "--preset", "tiny", "--batch-size", "64", "--recipe", "post-train-bridge")
+def test_the_command(
+    whole: memory.Memory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", "--preset", "lean", "--batch-size", "64", "--recipe", "post-train-bridge")
+    monkeypatch.setattr(memory, "training", lambda stage: whole)
     assert main([*arguments, "--gpu", "16GB"]) == 0
     said = capsys.readouterr().out
     assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
-    assert main(["plan", "--preset", "tiny", "--gpu", "8GB", "--recipe", "inference"]) == 0
+    acting: list[memory.Memory] = []
+    real = memory.inference
+    monkeypatch.setattr(memory, "inference", lambda *given: acting.append(real(*given)) or acting[-1])
+    assert main(["plan", "--preset", "lean", "--gpu", "8GB", "--recipe", "inference"]) == 0
     said = capsys.readouterr().out
     assert "bfloat16" in said and said.count("fits in 8GB") == 2
+    half, full = sorted(acting, key=lambda found: found.weights)
+    assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
+    monkeypatch.undo()
     for wrong, named in (
         *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
         (("--gpu", "-3GB"), "-3GB"),
     ):
-        assert main(["plan", "--preset", "tiny", *wrong]) == 2
+        assert main(["plan", "--preset", "lean", *wrong]) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
     sizes = iter((100, 60, 50))  # as it is, with one saver, with two

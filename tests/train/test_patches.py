@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import torch
 
 from spear.labels.fit.masks import decode_mask, encode_mask
-from spear.models.patch_classification import PatchClassification
-from spear.models.presets import preset, vlm_config
-from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.train.tasks import _targets
 from spear.types import LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
@@ -68,24 +64,3 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     np.testing.assert_allclose(cells, expected[2].astype(int), atol=40)  # edges are antialiased
     np.testing.assert_allclose(centre, expected[3], atol=1e-6)
     np.testing.assert_array_equal(largest, expected[4])
-
-
-def test_the_loss_teaches_the_encoder_and_falls() -> None:
-    torch.manual_seed(0)
-    size = preset("nano")
-    config = vlm_config(size)
-    config.moge_config = None
-    model = PatchClassification(SpearVLMForConditionalGeneration(config), [[300], [301, 302], [303]])
-    pixels = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8)
-    shown = torch.rand(4, 4, 3) < 0.3
-    cells = torch.randint(0, 256, (4, 4, 16, 3), dtype=torch.uint8)
-    centre, largest = torch.rand(4, 4, 2) - 0.5, shown.any(-1)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    losses = []
-    for _ in range(12):
-        loss = model(pixels, shown, cells, centre, largest).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]

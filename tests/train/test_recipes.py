@@ -1,21 +1,23 @@
-"""The recipes: the paper's numbers, modules that exist, and each run at nano through the command line."""
+"""The recipes: the paper's numbers, modules that exist, and each run at nano."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_tiny import make
-from spear.cli import main
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.models.presets import PRESETS, preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.policy import Spear1Policy
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, VLM_1, recipe
+from train_tiny import run_recipe
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
@@ -35,6 +37,8 @@ def test_the_papers_numbers() -> None:
         assert stage.optimization.frozen == ("vlm.moge",) and stage.optimization.ema > 0
         assert stage.normalization == "quantile" and not stage.normalize_each
     assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
+    bridge, droid = (dataclasses.asdict(recipe(name)) for name in PAPER[3:])
+    assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
 
 
 def test_every_recipe_starts_from_another_and_names_modules_that_exist() -> None:
@@ -63,18 +67,19 @@ def test_each_runs_at_nano_after_the_one_before(tmp_path: Path) -> None:
 
     label_scenes(tmp_path / "labels", 3, dict(PRESETS["nano"].image_sizes), first_seed=10_000, workers=1)
     write_episodes([make(0), make(1)], tmp_path / "made")
-    before: str | None = None
-    for name in (*PAPER, "finetune-lora", "finetune-expert"):
-        out = tmp_path / name
-        data = ["--labels", str(tmp_path / "labels")] if name.startswith("vlm") else []
-        data += ["--episodes", str(tmp_path / "made")] if not data else []
-        start = ["--init", before] if before else []
-        few = ["--steps", "1", "--set", "batch_size=8", "warmup=0", "--device", "cpu"]
-        assert main(["train", name, "--preset", "nano", "--out", str(out), *data, *start, *few]) == 0
-        said = json.loads((out / "final" / "recipe.json").read_text())
+    store = EpisodeStore(tmp_path / "made")
+    before: Path | None = None
+    for name in (*PAPER[:-1], "finetune-lora", "finetune-expert"):
+        few: dict[str, Any] = {"preset": "nano", "steps": 1, "batch_size": 2, "warmup": 0}
+        if name.startswith("vlm"):
+            final = run_recipe(name, tmp_path / name, labels=tmp_path / "labels", init=before, **few)
+        else:
+            few |= {"flow_samples": 1, "accumulate": 2 if name.startswith("finetune") else 1}
+            final = run_recipe(name, tmp_path / name, store=store, init=before, **few)
+        said = json.loads((final / "recipe.json").read_text())
         assert said["recipe"]["name"] == name and said["recipe"]["preset"] == "nano"
         if before is not None:
-            assert said["init"]["recipe"]["name"] == Path(before).name
-        before = str(out)
+            assert said["init"]["recipe"]["name"] == before.parent.name
+        before = final
     assert before is not None
     Spear1Policy.load(before)

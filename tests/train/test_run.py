@@ -25,15 +25,14 @@ from spear.models.presets import PRESETS
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, load_vlm, locate
-from spear.train.recipes import recipe
 from spear.train.run import mixture
 from train_tiny import rows, run_recipe
 
 pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
-FEW = {"steps": 2, "batch_size": 4, "warmup": 1}
+FEW = {"steps": 2, "batch_size": 2, "warmup": 1}
 ACT = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
 ACT |= {"schedule": "constant"}
-STILL = {"steps": 0, "batch_size": 4}
+STILL = {"steps": 0, "batch_size": 2}
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
@@ -51,9 +50,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
     root, sizes = tmp_path_factory.mktemp("path"), dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
-    label_scenes(labels, 6, sizes, first_seed=10_000, workers=1)
-    tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
-    write_episodes(record(tasks, sizes["external"], sizes["wrist"], workers=1), root / "episodes")
+    label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
+    write_episodes(
+        record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1), root / "episodes"
+    )
     store = EpisodeStore(root / "episodes")
     made = {name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")}
     zero = made["nano-vlm-0"] = run_recipe("nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW)
@@ -112,21 +112,6 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> Non
     assert (after - before).abs().max() > 1e-4
 
 
-def test_new_tokens_do_not_depend_on_moge(walked: Walk, tmp_path: Path) -> None:
-    """Stage 1 begins with the same new 3D tokens without it; stage 2 keeps what stage 1 learned."""
-    start = walked.folders["nano-vlm-0"]
-    stages = [recipe(name).changed(moge=False, **STILL) for name in ("nano-vlm-1", "nano-vlm-2")]
-    plain = ("multi_modal_projector",)
-    one = run_recipe(stages[0], tmp_path / "1", walked.labels, init=start, trained=plain)
-    before, without, grown = (parameters(f)[EMBEDDINGS] for f in (start, one, walked.folders["grown"]))
-    first = load_vlm(one).processor.coordinate_start
-    assert torch.equal(without, grown) and not torch.equal(without[first:], before[first:])
-    assert torch.equal(without[:first], before[:first])
-    rates = {"vision_tower": 0.3}
-    two = run_recipe(stages[1], tmp_path / "2", walked.labels, init=one, lr_scale=rates)
-    assert torch.equal(parameters(two)[EMBEDDINGS], without)
-
-
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
     before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start
@@ -137,18 +122,6 @@ def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> 
     encoder = {n for n in after if n.startswith("moge.")}
     trained = dict(weights.load(MogeForDepth, walked.folders["nano-depth"]).named_parameters())
     assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
-
-
-def test_the_freeze_schedule_decides_what_learns(walked: Walk) -> None:
-    one, two = (parameters(walked.folders[name]) for name in ("nano-vlm-1", "nano-vlm-2"))
-    moge = "moge.backbone.encoder.layer.0.mlp.fc1.weight"
-    siglip = next(n for n in one if n.startswith("vision_tower.") and n.endswith("fc1.weight"))
-    language = "language_model.layers.0.mlp.up_proj.weight"
-    assert not any(torch.equal(one[name], two[name]) for name in (moge, siglip, language))
-    vla = dict(Spear1Policy.load(walked.folders["nano-vla"]).model.vlm.named_parameters())
-    stem = "vision_tower.embeddings.patch_embedding.convs.0.weight"
-    assert torch.equal(two[moge], vla[moge]) and torch.equal(two[stem], vla[stem])
-    assert not torch.equal(two[siglip], vla[siglip])
 
 
 def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: Path) -> None:

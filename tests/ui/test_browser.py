@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from browser import Browser, Tab, chromium
 from serve_here import serving
@@ -70,10 +68,6 @@ def painted(tab: Tab, canvas: str, name: str) -> list[int]:
     """How many pixels of a canvas have a colour of the page, and their left, top, right and bottom."""
     tab.run(FRAME)
     return [int(v) for v in tab.run(f"{PAINTED}(document.querySelector('{canvas}'), '{name}')")]
-
-
-def shown(tab: Tab, selector: str) -> bool:
-    return bool(tab.run(f"document.querySelector('{selector}').checkVisibility()"))
 
 
 def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
@@ -151,44 +145,3 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.wait("view.answer")
     settled(tab)
     assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
-
-
-def test_photos_good_and_bad(tab: Tab, tmp_path: Path) -> None:
-    assert not shown(tab, "#problem") and not shown(tab, "#fov")
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no image")
-    tab.choose_file("#file", broken)
-    tab.wait("document.querySelector('#problem').textContent")
-    problem = tab.run("document.querySelector('#problem').textContent")
-    assert shown(tab, "#problem") and "the image: not a readable image" in problem
-    assert tab.run("view.source") == "simulator"
-    large = tmp_path / "large.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 700, 3), np.uint8)).save(large)
-    assert large.stat().st_size > 2**20
-    tab.choose_file("#file", large)
-    tab.wait("document.querySelector('#problem').textContent.includes('send at most 1 MB')")
-    good = tmp_path / "good.png"
-    Image.fromarray(np.full((240, 320, 3), 200, np.uint8)).save(good)
-    tab.choose_file("#file", good)
-    tab.wait("view.source === 'photo'")
-    settled(tab)
-    assert not shown(tab, "#problem") and shown(tab, "#fov") and not shown(tab, "#wrist")
-    assert tab.run("document.querySelector('#run').disabled && document.querySelector('#step').disabled")
-    tab.click("#reset")
-    tab.wait("view.source === 'simulator'")
-    settled(tab)
-
-
-def test_two_tabs_light_dark_and_narrow(tab: Tab, browser: Browser, server: PolicyServer) -> None:
-    other = browser.tab()
-    other.open(f"http://127.0.0.1:{server.port}/", width=480, height=900)
-    other.dark()
-    settled(other)
-    assert other.run("document.documentElement.scrollWidth <= innerWidth")
-    assert other.run("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
-    assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(245, 246, 248)"
-    other.click("#step")
-    other.wait("view.step === 1")
-    settled(other)
-    assert tab.run("view.step") == 0
-    assert other.errors == []

@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 from spear.errors import SpearError
-from spear.util.files import check_own, write_bytes, write_text
-
-
-def test_a_file_is_written_into_its_folder_and_over_an_older_one(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "page.html"
-    for text in ("one", "größer"):
-        write_text(path, text)
-        assert path.read_bytes() == text.encode()
-    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+from spear.util.files import check_own, write_bytes
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])

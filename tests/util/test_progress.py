@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -59,29 +55,3 @@ def test_the_rate_is_that_of_the_work_itself(later: Callable[[float], None]) -> 
         assert bar.text() == "labelling: 30 of 50 images, 2.0 images/s, 0:00:10 left"
         bar.update(50)
         assert bar.text() == "labelling: 50 of 50 images, 4.0 images/s"
-
-
-def test_a_terminal_gets_a_bar() -> None:
-    """In a real one: the last state stays on the screen, and so does a line that was said meanwhile."""
-    ours, theirs = pty.openpty()
-    code = (
-        "from spear.util.progress import ProgressBar\n"
-        "with ProgressBar('train[:5]', 3, 'episodes') as bar:\n"
-        "    bar.update(1)\n"
-        "    bar.say('one was left out')\n"
-        "    bar.update(3, 'all good')\n"
-    )
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
-    os.close(theirs)
-    screen = b""
-    while True:
-        try:
-            screen += os.read(ours, 4096)
-        except OSError:  # Linux: the other end is closed
-            break
-    os.close(ours)
-    assert child.wait() == 0
-    text = screen.decode()
-    assert "train[:5]: 3 of 3 episodes" in text and "all good" in text and "━" in text
-    assert "one was left out\r\n" in text

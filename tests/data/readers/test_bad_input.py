@@ -3,40 +3,20 @@ nothing."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.readers.test_tfrecord import write_records
 
 from data_tiny import make
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.layout import episode_from
-from spear.data.readers.spec import DatasetSpec
-from spear.data.readers.tfrecord import example_class
-from spear.data.store import episode_store
-from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
-from spear.errors import SpearError
 
 IMAGES = "observation.images.external"
-LAYOUT: dict[str, Any] = {
-    "images": {"external": "image"},
-    "position": "state[0:3]",
-    "rotation": "state[3:7]",
-    "rotation_format": "quat_wxyz",
-    "gripper": "state[7]",
-    "gripper_range": [0.0, 1.0],
-    "rate_hz": 5.0,
-}
 
 
 @pytest.fixture
@@ -115,67 +95,3 @@ def test_a_bad_episode_is_skipped_by_name(
     assert len(reasons) == 1 and words in reasons[0] and "\n" not in reasons[0], reasons
     written, aside = prepare(three, tmp_path / "store")
     assert written == 2 and aside == reasons
-
-
-def test_a_column_that_is_no_image_is_named(three: Path) -> None:
-    layout = json.loads((three / "spear.json").read_text())
-    (three / "spear.json").write_text(json.dumps({**layout, "images": {"external": "observation/state"}}))
-    with pytest.raises(SpearError, match=r"no images in column 'observation/state': set/train#0"):
-        next(read_episodes(three))
-
-
-def test_an_image_with_bytes_after_its_end_is_whole() -> None:
-    good = make(0)
-    images = [encoded + b"\0\0" for encoded in good.images["external"]]
-    state = np.hstack([good.position, good.rotation, good.gripper[:, None]])
-    spec = DatasetSpec("mine", **{k: tuple(v) if isinstance(v, list) else v for k, v in LAYOUT.items()})
-    steps = {"image": images, "state": state, "language_instruction": [b"push"] * len(state)}
-    assert list(episode_from(steps, spec, "mine#0").images["external"]) == images
-
-
-def test_an_rlds_episode_without_steps_is_skipped(tmp_path: Path) -> None:
-    def tensor(*shape: int) -> dict[str, Any]:
-        return {"tensor": {"dtype": "float32", "shape": {"dimensions": [str(n) for n in shape]}}}
-
-    def group(**features: Any) -> dict[str, Any]:
-        return {"featuresDict": {"features": features}}
-
-    step = group(state=tensor(8), image={"image": {}}, language_instruction={"text": {}})
-    features = group(steps={"sequence": {"feature": step}})
-    info = {"name": "mine", "splits": [{"name": "train", "shardLengths": ["3"]}]}
-    for name, content in (("features", features), ("dataset_info", info), ("spear", LAYOUT)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    records = []
-    for number, steps in enumerate((6, 0, 6)):
-        example, made = example_class()(), make(number)
-        values = example.features.feature
-        state = np.hstack([made.position, made.rotation, made.gripper[:, None]])
-        values["steps/state"].float_list.value.extend(state[:steps].reshape(-1))
-        values["steps/image"].bytes_list.value.extend(list(made.images["external"])[:steps])
-        values["steps/language_instruction"].bytes_list.value.extend([b"push"] * steps)
-        records.append(example.SerializeToString())
-    write_records(tmp_path / "mine-train.tfrecord-00000-of-00001", records)
-    reasons: list[str] = []
-    good = list(read_episodes(tmp_path, on_bad=lambda error: reasons.append(str(error))))
-    assert [e.source for e in good] == ["mine/train#0", "mine/train#2"]
-    assert reasons == ["empty episode: mine/train#1: it has no steps; leave it out"]
-
-
-def full(*arguments: Any, **named: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("function", ["fsync", "mkstemp"])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    owner = os if function == "fsync" else episode_store.tempfile
-    monkeypatch.setattr(owner, function, full)
-    with pytest.raises(SpearError, match=r"cannot write: .*No space left on device"):
-        write_episodes([make(0)], tmp_path / "store")
-    assert not list(tmp_path.glob("store/*"))
-    monkeypatch.undo()
-    assert write_episodes([make(0)], tmp_path / "store") == len(EpisodeStore(tmp_path / "store")) == 1
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(SpearError, match=r"cannot write: .*No space left on device"):
-        write_lerobot([make(0)], tmp_path / "set")
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]

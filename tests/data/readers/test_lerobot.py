@@ -99,21 +99,6 @@ def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) 
     assert read_ends(folder) == {}
 
 
-def test_a_layout_is_needed_and_its_columns_must_be_there(lerobot: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpearError, match=r"'v3.0_image'.*data describe .*spear\.json"):
-        next(read_episodes(lerobot / "v3.0_image"))
-    (tmp_path / "layout.json").write_text(json.dumps(LAYOUT))
-    episode = next(read_episodes(lerobot / "v3.0_image", dataset=tmp_path / "layout.json"))
-    assert episode.source == "v3.0_image/train#0"
-    with pytest.raises(SpearError, match=r"unreadable: .*nothing\.json"):
-        next(read_episodes(lerobot / "v3.0_image", dataset=tmp_path / "nothing.json"))
-    folder = copied(lerobot / "v3.0_image", tmp_path / "set", {**LAYOUT, "position": "observation/pose[0:3]"})
-    with pytest.raises(
-        SpearError, match=r"no column 'observation/pose\[0:3\]'.*there is: .*observation/state"
-    ):
-        next(read_episodes(folder))
-
-
 def change_rows(file: Path, change: Any) -> None:
     table = pq.read_table(file)
     pq.write_table(change(table), file)

@@ -274,18 +274,3 @@ def test_descriptions_that_do_not_fit(copy: Path) -> None:
         (copy / name).write_text("[]")
         with pytest.raises(SpearError, match=name):
             open_rlds(copy)
-
-
-def test_inspect_says_what_a_folder_is(bridge: Path, tmp_path: Path) -> None:
-    text = inspect(bridge)
-    assert "an RLDS dataset, bridge_dataset 1.0.0" in text and "train 25" in text
-    assert re.search(r"observation/image_0 +image, 64 x 64 pixels\n", text)
-    assert re.search(r"observation/state +float32 \[7\]", text)
-    assert "8 × put carrot on plate" in text
-    prepare(bridge, tmp_path / "store", "train[:4]")
-    text = inspect(tmp_path / "store")
-    assert re.search(r"episodes +4, 40 steps \(10 each\)", text) and "5 Hz" in text
-    assert "external: 85 x 64 pixels, in 4 of 4 episodes" in text
-    for nothing in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(SpearError, match=r"no robot data|no such folder"):
-            inspect(nothing)

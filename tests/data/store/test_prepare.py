@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tiny import make
-from spear.cli import main
 from spear.data.actions import episode_actions, resample, with_actions
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.readers.formats import find_format, read_episodes
@@ -121,28 +119,6 @@ def test_every_reader_finds_the_same_episodes(recorded: Path, whole: Path) -> No
                 assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
                 target = fit_image(decode_image(expected.images[camera][step]), height, width)
                 assert np.abs(decode_image(encoded).astype(int) - target).mean() < 1.5
-
-
-def test_the_images_lie_open_in_parquet(whole: Path) -> None:
-    """What the fast path rests on, and what keeps it LeRobot's: its tools see rows as always."""
-    data = sorted((whole / "data").rglob("*.parquet"))
-    assert len(data) == 6
-    metadata = pq.read_metadata(data[0])
-    for column in range(metadata.num_columns):
-        leaf = metadata.row_group(0).column(column)
-        image = leaf.path_in_schema.endswith(".bytes")
-        plain = image or leaf.path_in_schema.endswith(".path")
-        assert (leaf.compression == "UNCOMPRESSED") == plain, leaf.path_in_schema
-        assert not (image and "RLE_DICTIONARY" in leaf.encodings)
-    rows = pq.read_table(whole / "data").to_pylist()
-    assert [row["index"] for row in rows] == list(range(len(rows)))
-    frames = [row["observation.images.wrist"]["bytes"] for row in rows]
-    store = EpisodeStore(whole)
-    assert frames == [store.image(e, t, "wrist") for e in range(len(store)) for t in range(store.lengths[e])]
-    info = json.loads((whole / "meta/info.json").read_text())
-    assert info["total_frames"] == len(rows) and info["codebase_version"] == "v3.0" and info["fps"] == 5
-    episodes = pq.read_table(whole / "meta/episodes").to_pylist()
-    assert [e["data/file_index"] for e in episodes] == [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
 
 
 def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
@@ -271,12 +247,8 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     broken = dataclasses.replace(broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]})
     write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1), make(4), make(5)], tmp_path / "arm")
     written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
-    assert written == 3 and len(reasons) == 3
-    assert any("nothing to learn from: made#3" in reason for reason in reasons)  # of a single step
-    reasons = [reason for reason in reasons if "made#3" not in reason]
-    assert "broken image: made#1 step 5 camera 'external'" in reasons[0]
-    assert "image sizes differ: made#2 step 0 camera 'external' is 48 x 48" in reasons[1]
-    assert EpisodeStore(tmp_path / "as_they_are").image(0, 3, "external") == make(0).images["external"][3]
+    found = [number for reason in reasons for number in "0123" if f"made#{number}" in reason]
+    assert written == 3 and sorted(found) == ["1", "2", "3"]  # broken, another size, a single step
     how = Conversion(sizes={"": (32, 32)})
     written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=how)
     assert written == 4 and len(reasons) == 2
@@ -304,42 +276,6 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     write_lerobot([make(1)], folder)  # as many, at the same place
     with pytest.raises(SpearError, match="other episodes"):
         prepare(folder, tmp_path / "out")
-
-
-def test_several_datasets_continue_behind_those_that_are_done(
-    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Killed in the second of two, the same command leaves the first as it is."""
-    other, out = tmp_path / "other", tmp_path / "all"
-    write_episodes([make(0, size=(60, 90))], other)
-    command = ["data", "prepare", str(other), str(recorded), "--out", str(out), "--workers", "0"]
-
-    finish = preparing._Parts.finish
-
-    def finish_or_die(self: Any, note: dict[str, str]) -> None:
-        """Die at the end of the recorded episodes."""
-        if self.episodes > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        finish(self, note)
-
-    def die() -> None:
-        preparing._Parts.finish = finish_or_die  # type: ignore[method-assign]
-        main(command)
-
-    killed(die)
-    assert [p.name for p in out.glob("[!.]*")] == ["other"]
-    before = {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")}
-    assert main(command) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["arm", "other"]
-    assert f"1 episodes in {out / 'other'}, 0 skipped" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (out / "other").rglob("*")} == before
-    for words, message in (
-        ([*command, "--size", "30x20"], "prepared from other episodes"),
-        ([*command, "--size", "30"], "--size 30: "),
-        (["data", "prepare", str(other), str(other), "--out", "x"], "same name: other, other"),
-    ):
-        assert main(words) == 2
-        assert message in capsys.readouterr().err
 
 
 @settings(max_examples=15)

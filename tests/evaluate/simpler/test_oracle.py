@@ -3,7 +3,6 @@ law."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from scipy.spatial.transform import Rotation
 
 from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE
-from spear.errors import SpearError
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Truth
 from spear.evaluate.simpler.world import (
@@ -22,8 +20,6 @@ from spear.evaluate.simpler.world import (
     _ours,
     assets_hash,
     at_rest,
-    check_assets,
-    check_installed,
     in_base,
     opening,
 )
@@ -158,20 +154,6 @@ def test_commands_out_of_reach_do_not_add_up(monkeypatch: pytest.MonkeyPatch) ->
     assert (world._unreachable, arm._target_pose) == (18, pytest.approx(0.48))
     world.run(np.array([[-0.04, 0, 0, 0, 0, 0, 1]]), image=False)
     assert arm._target_qpos == pytest.approx(0.44)
-
-
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpearError, match=r"has no data/tasks/.*download_asset bridge_v2_real2sim"):
-        check_assets(tmp_path)
-    (tmp_path / "data/tasks/bridge_v2_real2sim_dataset").mkdir(parents=True)
-    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
-    with pytest.raises(SpearError, match=r"has no data/robots/widowx: .*download_asset widowx250s"):
-        check_assets(None)
-    (tmp_path / "data/robots/widowx").mkdir(parents=True)
-    assert check_assets(None) == tmp_path
-    monkeypatch.setitem(sys.modules, "mani_skill", None)
-    with pytest.raises(SpearError, match=r"pip install 'spear-vla\[simpler\]'"):
-        check_installed()
 
 
 def test_other_assets_are_told_apart(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -107,37 +105,6 @@ def test_noise_is_measured(frame: Frame, noise: float) -> None:
     noisy = points * (1 + noise * rng.normal(size=known.shape))[..., None]
     assert noise_level(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
     assert noise_level(noisy, np.zeros_like(known)) == 0.0
-
-
-def test_estimates_are_labelled_with_care(frame: Frame) -> None:
-    from spear.labels.fit.quality import compare
-    from spear.labels.models.ground_truth import (
-        GroundTruthDetector,
-        GroundTruthPointMap,
-        GroundTruthSegmenter,
-    )
-    from spear.labels.pipeline import label
-
-    class Estimate(GroundTruthPointMap):
-        name = "sensor"
-
-    assert frame.depth is not None
-    blurred = replace(frame, depth=ndimage.gaussian_filter(frame.depth, 0.7), extrinsics=None)
-    trusted, estimated = (
-        compare(label([blurred], GroundTruthDetector(), GroundTruthSegmenter(), pointmap), [frame])
-        for pointmap in (GroundTruthPointMap(), Estimate())
-    )
-    assert estimated.vertex < 0.7 * trusted.vertex
-    assert estimated.center < 0.006 and estimated.iou > 0.8
-
-
-def test_erode_takes_the_border_but_not_at_the_edge_of_the_image() -> None:
-    mask = np.zeros((5, 6), bool)
-    mask[0:4, 1:5] = True
-    expected = np.zeros((5, 6), bool)
-    expected[0:3, 2:4] = True
-    assert (erode(mask, 1) == expected).all()
-    assert (erode(mask, 0) == mask).all()
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**81 - 1))

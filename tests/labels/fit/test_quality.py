@@ -8,14 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from labels_scenes import render
+from labels_scenes import TRUTH, render
 from spear.labels.fit.box3d import fit_box
-from spear.labels.fit.quality import failings, planarity, stability
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.fit.quality import planarity, stability
 from spear.labels.pipeline import label
 from spear.labels.questions.generate import askable, generate, why_not_asked
-
-TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 
 
 def test_planarity_of_a_sheet_a_ball_and_a_line() -> None:
@@ -40,15 +37,6 @@ def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
     assert values[0] > 0.97 > values[0] - 0.1 > max(values[1:])
     assert min(values) >= 0
     assert values == [stability(p, fit(p), fit) for p in (dense, stray, sparse)]
-
-
-def test_the_bar() -> None:
-    assert failings({}) == ()
-    good = {"visible": 0.7, "edge": 0.05, "points": 30, "stability": 0.6}
-    assert failings(good) == ()
-    for name, value in (("visible", 0.69), ("edge", 0.06), ("points", 29), ("stability", 0.5)):
-        assert failings({**good, name: value}) == (name,)
-    assert failings({"visible": 0.1, "edge": 0.9}) == ("visible", "edge")
 
 
 def test_objects_under_the_bar_stay_but_are_not_asked_about() -> None:

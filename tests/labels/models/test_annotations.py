@@ -20,9 +20,7 @@ from spear.labels.models.annotations import (
     decompress,
     open_annotations,
 )  # fmt: skip
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
-from spear.labels.pipeline import label
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -112,18 +110,6 @@ def test_boxes_are_cut_at_the_edge_and_empty_ones_left_out() -> None:
     ]
 
 
-def test_an_unknown_image_goes_to_the_other_detector_or_is_an_error() -> None:
-    known = Known(a=[outlined("cup", 20, 20)])
-    instances = np.zeros((40, 60), np.int32)
-    instances[5:15, 10:30] = 1
-    other = frame("x", instances=instances, names={1: "plate"})
-    with pytest.raises(SpearError, match="x: not in known"):
-        FileDetector(known).detect([frame("a"), other])
-    detector = FileDetector(known, GroundTruthDetector())
-    assert [[d.name for d in f] for f in detector.detect([other, frame("a")])] == [["plate"], ["cup"]]
-    assert detector.name == "known, otherwise ground-truth"
-
-
 def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> None:
     boxed = outlined("fork", 44, 22, 5, outline=None)
     known = Known(a=[boxed, outlined("cup", 20, 20)], b=[outlined("cup", 20, 20)])
@@ -148,20 +134,6 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     assert (masks[0] == disc(40, 60, 22, 20, 8)).all()
     assert (masks[1] == disc(40, 60, 20, 20, 8)).all()
     assert masks[2].sum() == 256
-
-
-def test_annotated_masks_run_through_the_pipeline() -> None:
-    known = Known(a=[outlined("ball", 30, 20)])
-    k = np.array([[50, 0, 30], [0, 50, 20], [0, 0, 1.0]])
-    seen = frame("a", depth=np.where(disc(40, 60, 30, 20, 8), 1.0, 2.0).astype(np.float32), intrinsics=k)
-    unseen = frame("b", depth=np.ones((40, 60), np.float32), intrinsics=k)
-    (result,) = label([seen], FileDetector(known), FileSegmenter(known), GroundTruthPointMap())
-    (ball,) = result.objects
-    assert ball.name == "ball" and ball.box3d is not None
-    assert abs(ball.box3d.center[2] - 1) < 0.05
-    assert result.provenance["detector"] == result.provenance["segmenter"] == "known"
-    with pytest.raises(SpearError, match="b: not in known"):
-        list(label([unseen], FileDetector(known), GroundTruthSegmenter(), GroundTruthPointMap()))
 
 
 def compressed(mask: Array) -> str:
@@ -251,15 +223,6 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
         coco.find("1.jpg")
 
 
-def test_images_without_a_size_take_that_of_the_picture(tmp_path: Path) -> None:
-    images = [{"id": 7, "file_name": "a.jpg"}]
-    annotation = {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": [SQUARE]}
-    coco = written(tmp_path, content(images=images, annotations=[annotation]))
-    frames = [frame("a.jpg", 30, 30)]
-    (masks,) = FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
-    assert masks[0].sum() == 36 and masks.shape == (1, 30, 30)
-
-
 @pytest.mark.parametrize(
     ("data", "named"),
     [
@@ -276,15 +239,6 @@ def test_images_without_a_size_take_that_of_the_picture(tmp_path: Path) -> None:
 def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any, named: str) -> None:
     with pytest.raises(SpearError, match=rf"annotations\.json: .*{named}"):
         written(tmp_path, data)
-
-
-def test_a_mask_of_the_wrong_size_concerns_its_image_alone(tmp_path: Path) -> None:
-    wrong = {"size": [20, 12], "counts": encode_mask(RING.T)}
-    annotation = {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": wrong}
-    coco = written(tmp_path, content(annotations=[annotation]))
-    frames = [frame("kitchen/1.jpg", 12, 20)]
-    with pytest.raises(SpearError, match=r"12×20 .* 20×12"):
-        FileSegmenter(coco).segment(frames, FileDetector(coco).detect(frames))
 
 
 UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
@@ -341,14 +295,6 @@ def test_annotated_masks_are_used_as_they_are(tmp_path: Path) -> None:
     assert names == [["steel bowl", "glass bowl"], ["steel bowl"], []]
     masks = FileSegmenter(known).segment(frames, detections)
     assert (masks[0] == [FIRST, THIRD]).all() and (masks[1][0] == SECOND).all()
-
-
-@pytest.mark.parametrize("source", ["cam04/60", "cam05/0", "cam04/first"])
-def test_other_images_are_unknown(tmp_path: Path, source: str) -> None:
-    known = relations(tmp_path)
-    assert (
-        known.find(f"sfu_cooking_008_3/{source}.jpg") is known.find("cam04/0.jpg") is known.find("") is None
-    )
 
 
 def test_a_broken_mask_concerns_its_image_alone(tmp_path: Path) -> None:

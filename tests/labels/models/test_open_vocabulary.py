@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from labels_tiny import save_grounding_dino, save_owlv2, save_sam2
+from labels_tiny import save_grounding_dino, save_owlv2
 from spear.errors import SpearError
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
 from spear.labels.models.protocols import Detection, Detector
@@ -119,17 +118,6 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
     assert rows(tidy(found, 20, 40, 0.7)) == [("mug", [0, 0, 10, 9.5], 0.8), ("plate", [30, 10, 40, 20], 0.3)]
 
 
-def test_the_name_tells_settings_apart(dino: str) -> None:
-    changes: list[dict[str, Any]] = [
-        {"vocabulary": ["cup"]},
-        {"vocabulary": ["plate"]},
-        {"vocabulary": ["cup"], "threshold": 0.5},
-        {"vocabulary": ["cup"], "overlap": 0.5},
-    ]
-    names = {GroundingDinoDetector(dino, **change).name for change in changes}
-    assert len(names) == len(changes) and all(dino in name for name in names)
-
-
 @pytest.mark.parametrize(
     ("vocabulary", "named"),
     [
@@ -141,11 +129,3 @@ def test_the_name_tells_settings_apart(dino: str) -> None:
 def test_what_cannot_be_looked_for_is_refused(dino: str, vocabulary: Any, named: str) -> None:
     with pytest.raises(SpearError, match=named):
         GroundingDinoDetector(dino, vocabulary=vocabulary)
-
-
-def test_a_network_of_another_kind_is_refused(tmp_path: Path, owl: str) -> None:
-    sam = str(save_sam2(tmp_path / "sam2"))
-    with pytest.raises(SpearError, match=r"sam2: cannot load this owlv2 model|a sam2 model, not owlv2"):
-        Owlv2Detector(sam, vocabulary=["cup"])
-    with pytest.raises(SpearError, match="--vocabulary"):
-        Owlv2Detector(owl, vocabulary=[])

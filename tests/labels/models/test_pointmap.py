@@ -12,12 +12,9 @@ import torch
 from moge_reference import checkpoint, random_v1, reference
 from spear.errors import SpearError
 from spear.labels.fit.image import project
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthSegmenter
 from spear.labels.models.pointmap import MogePointMap
-from spear.labels.pipeline import label
 from spear.models.moge.infer import infer
 from spear.types import Frame
-from spear.util.ledger import Skipped
 
 
 def frame(height: int = 40, width: int = 60, seed: int = 0) -> Frame:
@@ -69,27 +66,3 @@ def test_points_that_are_not_finite_are_unknown_and_no_camera_is_an_error() -> N
         model.head.output_block[0][2].weight[:2] *= -1  # mirrored: only a negative focal length fits
     with pytest.raises(SpearError, match="noise 0: no camera fits the predicted points"):
         MogePointMap(model, device="cpu").predict([frame()])
-
-
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(SpearError, match="warp"):
-        MogePointMap(random_v1(), device="warp")
-
-
-def test_the_labeller_runs_on_it() -> None:
-    instances = np.zeros((40, 60), np.int32)
-    instances[10:30, 20:40] = 1
-    thin = Frame(
-        image=np.zeros((16, 4000, 3), np.uint8), instances=np.zeros((16, 4000), np.int32), source="thin"
-    )
-    good = Frame(image=frame().image, instances=instances, names={1: "mug"}, source="good")
-    skipped = Skipped(1.0)
-    pointmap = MogePointMap(random_v1(), "random", device="cpu")
-    labels = list(
-        label([thin, good], GroundTruthDetector(), GroundTruthSegmenter(), pointmap, skipped=skipped)
-    )
-    assert [item.source for item in labels] == ["good"]
-    assert labels[0].unit == "relative" and labels[0].provenance["pointmap"] == "moge-v1 random"
-    assert [o.name for o in labels[0].objects] == ["mug"]
-    (reason,) = skipped.reasons
-    assert reason.startswith("thin") and "24 MoGe tokens" in reason

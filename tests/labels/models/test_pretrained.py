@@ -21,11 +21,6 @@ def folder(tmp_path: Path) -> Path:
     return save_sam2(tmp_path / "sam2")
 
 
-def test_a_folder_is_loaded_ready_to_use(folder: Path) -> None:
-    network = load(folder)
-    assert not network.training and str(network.dtype) == "torch.float32"
-
-
 @pytest.mark.parametrize(
     "model", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "nobody/nothing", "no name!"]
 )
@@ -64,8 +59,3 @@ def test_another_kind_and_broken_folders_are_said(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(SpearError, match=str(folder)):
         load(folder)
-
-
-def test_an_impossible_device_is_refused(folder: Path) -> None:
-    with pytest.raises(SpearError, match="abacus"):
-        load(folder, device="abacus")

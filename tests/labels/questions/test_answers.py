@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
-from spear.errors import SpearError
 from spear.labels.fit.box3d import make_box
-from spear.labels.questions.generate import FAMILIES, askable, generate, spoken, why_not_asked
+from spear.labels.questions.generate import FAMILIES, askable, generate, spoken
 from spear.labels.questions.names import is_a
 from spear.labels.questions.templates import UNITS
 from spear.tokens import CoordinateTokenizer
@@ -139,16 +138,6 @@ def test_names_that_could_mean_another_are_ambiguous(kind: str, also: str, not_a
     assert [name for name in not_also.split(", ") if is_a(name, kind)] == []
 
 
-def test_an_ambiguous_object_is_not_asked_about() -> None:
-    rng = np.random.default_rng(3)
-    label = made_up(rng)
-    while len(label.objects) < 3:
-        label = made_up(rng)
-    names = ("cube", "red cube on tray", "ice cube tray")
-    label = replace(label, objects=[replace(o, name=n) for o, n in zip(label.objects, names, strict=False)])
-    assert ["ambiguous" in why for why in why_not_asked(label)] == [True, False, False]
-
-
 def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage]) -> None:
     rng = np.random.default_rng(0)
     wordings = Counter()
@@ -162,12 +151,6 @@ def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage
             assert len(found) == (q.family != "back_projection")
             assert q.unit == "relative"
     assert len(wordings) == len(UNITS["relative"])
-
-
-def test_tokens_of_another_unit_are_refused(labels: list[LabeledImage]) -> None:
-    tokens = CoordinateTokenizer.fit(np.linspace(-1, 1, 100), 8, "relative")
-    with pytest.raises(SpearError, match=r"'metre'.*'relative'"):
-        generate(labels[0], np.random.default_rng(0), coordinates=tokens)
 
 
 def test_answers_as_a_person_reads_them() -> None:

@@ -8,16 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from labels_scenes import random_frame
+from labels_scenes import TRUTH, random_frame
 from spear.errors import SpearError
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
 from spear.labels.questions.generate import askable, generate
-from spear.labels.questions.statistics import histogram, statistics, token_use
+from spear.labels.questions.statistics import statistics, token_use
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage
-
-TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +60,3 @@ def test_token_use(labels: list[LabeledImage]) -> None:
 def test_units_are_not_mixed(labels: list[LabeledImage]) -> None:
     with pytest.raises(SpearError, match="'relative'"):
         statistics([labels[0], replace(labels[1], unit="relative")])
-
-
-def test_no_labels() -> None:
-    s = statistics([])
-    assert s.images == s.objects == 0
-    assert s.unit is s.distance is None and s.scores == {}
-    assert histogram([]) is None

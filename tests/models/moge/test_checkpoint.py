@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import huggingface_hub.constants as hub
 import pytest
 import torch
 
@@ -101,16 +100,6 @@ def test_configs_that_were_never_published_are_refused(folder: Path) -> None:
     cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}
     with pytest.raises(SpearError, match=r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'"):
         build_moge(dataclasses.replace(v2, config={**v2.config, "neck": cut}))
-    config = v2.config
-    shuffled = {**config["neck"], "resamplers": "pixel_shuffle"}
-    normed = {k: v for k, v in config["neck"].items() if k != "res_block_in_norm"}
-    for change, problem in (
-        ({"neck": shuffled}, r"neck\.resamplers has 'pixel_shuffle'"),
-        ({"neck": normed}, r"neck\.res_block_in_norm is 'layer_norm'"),
-        ({"points_head": None}, "no points_head"),
-    ):
-        with pytest.raises(SpearError, match=problem):
-            build_moge(dataclasses.replace(v2, config={**config, **change}))
 
 
 class Harmful:
@@ -148,17 +137,3 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     for name in (tmp_path, "runs/absent.pt", tmp_path / "nowhere.pt"):
         with pytest.raises(SpearError, match="MoGe checkpoint not found"):
             load_moge(name)
-
-
-def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
-    with pytest.raises(
-        SpearError, match=r"cannot get Ruicheng/moge-vitl .*or give a local model\.pt"
-    ) as caught:
-        load_moge("Ruicheng/moge-vitl")
-    assert "\n" not in str(caught.value)

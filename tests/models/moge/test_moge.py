@@ -141,16 +141,6 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
     torch.testing.assert_close(layers[-1], hidden)
 
 
-def test_a_batch_is_its_images_and_pixels_are_fractions() -> None:
-    model = random_v1()
-    pixels = torch.randint(0, 256, (2, 3, 40, 60), generator=torch.Generator().manual_seed(1)).byte()
-    both = infer(model, pixels)
-    alone = infer(model, pixels[1:] / 255)
-    assert both.mask.all()
-    torch.testing.assert_close(both.points[1:], alone.points, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(both.intrinsics[1:], alone.intrinsics, rtol=1e-3, atol=1e-2)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     model = random_v1()
     image = torch.zeros(1, 3, 40, 60)

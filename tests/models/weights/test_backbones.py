@@ -211,25 +211,6 @@ def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path)
     assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
 
 
-def test_the_vlm_of_a_policy_is_the_one_it_was_made_from(tmp_path: Path) -> None:
-    vlm = weights.load(SPEAR_VLM, a_vlm(tmp_path / "vlm"))
-    policy = plan_policy(tmp_path / "vlm", size="tiny14").save(tmp_path / "policy", shard="40KB")
-    files = sorted(path.name for path in (tmp_path / "policy").iterdir())
-    assert "README.md" in files and sum(name.endswith(".safetensors") for name in files) > 2
-    again = weights.load(Spear1ForActionPrediction, tmp_path / "policy")
-    for name, weight in policy.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
-    plan = plan_inner_vlm(tmp_path / "policy")
-    inner = plan.run().state_dict()
-    assert inner.keys() == vlm.state_dict().keys()
-    assert all(torch.equal(inner[name], weight) for name, weight in vlm.state_dict().items())
-    assert {key.note for key in plan.report.of("left out")} == {"the action expert's"}
-    card = (tmp_path / "policy" / "README.md").read_text()
-    assert "action_time_mlp_in.weight" in card and f"{plan.report.parameters():,}" in card
-    with pytest.raises(SpearError, match="is there already"):
-        plan.save(tmp_path / "policy")
-
-
 def refused(expected: str, call: Any, *arguments: Any) -> None:
     with pytest.raises(SpearError, match=expected) as caught:
         call(*arguments)

@@ -59,31 +59,6 @@ def test_the_policy_moves_towards_something() -> None:
     assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
 
 
-def test_an_action_does_not_depend_on_what_else_is_in_the_batch() -> None:
-    policy = Spear1Policy.load("nano")
-    rng = np.random.default_rng(0)
-    state = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
-    observations = [
-        {
-            "observation/image": rng.integers(0, 256, (128, 192, 3), dtype=np.uint8),
-            "observation/state": state,
-            "prompt": "put the carrot on the plate",
-            "seed": seed,
-        }
-        for seed in (3, 4, 5)
-    ]
-    together = [r["actions"] for r in policy.infer_batch(observations)]
-    for observation, actions in zip(observations[::-1], together[::-1], strict=True):
-        np.testing.assert_allclose(policy.infer(observation)["actions"], actions, atol=1e-4)
-    unseeded = [{k: v for k, v in o.items() if k != "seed"} for o in observations[:2]]
-    policy.reset()
-    one_by_one = [policy.infer(o)["actions"] for o in unseeded]
-    policy.reset()
-    np.testing.assert_allclose(
-        np.stack(one_by_one), [r["actions"] for r in policy.infer_batch(unseeded)], atol=1e-4
-    )
-
-
 def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.policy.bfloat16_is_fast", lambda _: False)
     with pytest.warns(Notice, match="bfloat16"):

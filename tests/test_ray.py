@@ -1,0 +1,78 @@
+"""Ray, begun once: its labelling engine makes what the local one makes, and Ray Train trains with two
+workers."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tiny import make
+from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, listing, photos
+from spear.data.store.episode_store import write_episodes
+from spear.errors import SpearError
+from spear.labels.engine import Graph, run_ray
+from spear.labels.options import WorkOptions
+from spear.labels.run import label_folder
+from spear.policy import Spear1Policy
+from train_tiny import rows
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cluster" / "ray_train.py"
+WORK = WorkOptions(shard_size=8, batch_size=3)
+pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each other
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of two CPUs whose workers can import what the tests can."""
+    ray = pytest.importorskip("ray")
+    for part in ("ray.data", "ray.train.torch"):
+        pytest.importorskip(part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # workers at 15 starve beside other tests
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_began(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 21)
+    label_folder(listing(source), tmp_path / "labels", engine(), {}, WORK)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
+    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
+    with pytest.raises(SpearError, match="set ONE"):
+        label_folder(listing(source), tmp_path / "none", broken, {}, WORK)
+    assert not (tmp_path / "none").exists()
+    for number in (0, 2):
+        (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
+    done = label_folder(listing(source), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK)
+    assert (done.before, done.done) == (8, 21)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
+
+
+def no_key() -> Any:
+    """A component that cannot be made."""
+    raise SpearError("no API key: set ONE")
+
+
+def test_the_example_trains_with_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_episodes([make(0), make(1)], tmp_path / "made")
+    given = ["--init", "nano", "--episodes", "made", "--out", "run", "--steps", "2", "--device", "cpu"]
+    few = ["--set", "batch_size=4", "flow_samples=1", "warmup=1"]
+    script = [str(EXAMPLE), "--storage", str(tmp_path / "ray"), "--workers", "2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*script, "spear", "train", "nano-post", *given, *few])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2]
+    assert Spear1Policy.load(tmp_path / "run").model is not None
+    written = (tmp_path / "run" / "final" / "recipe.json").read_text()
+    assert '"processes": 2' in written
