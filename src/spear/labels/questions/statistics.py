@@ -158,36 +158,29 @@ def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
     count = skipped.total()
     unit = {"metre": "m", "relative": "an unknown unit, another one in every image"}.get(found.unit or "", "")
     lengths = {"distance from the camera": found.distance, "longest side": found.size}
-    parts = [
-        "---",
-        "task_categories: [depth-estimation, object-detection, visual-question-answering]",
-        "configs:",
-        "- config_name: labels",
-        "  default: true",
-        "  data_files: labels-*.parquet",
-        *(["- config_name: questions", f"  data_files: {QUESTIONS}"] if with_questions else []),
-        *(["- config_name: skipped", f"  data_files: {SKIPPED}"] if count else []),
-        "---",
-        "# Images with 3D labels",
-        "",
-        f"{found.images:,} images with {found.objects:,} objects, {found.boxed:,} of them with an "
-        f"oriented 3D box; 3D questions can be asked about {found.asked:,}. "
-        + (f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped."),
-        "",
-        "3D numbers are in the camera frame: x right, y down, z forward. The vertices of a box come top four "
-        "first, then the bottom four, each four near-left, near-right, far-right, far-left. Masks are "
-        "COCO run lengths (column by column, starting with zeros).",
-        "",
+    ranges = [(k, f"{h.p5:.3g}", f"{h.median:.3g}", f"{h.p95:.3g}") for k, h in lengths.items() if h]
+    files = {"questions": QUESTIONS if with_questions else "", "skipped": SKIPPED if count else ""}
+    tables = [
         *_table(("model", "images"), found.provenance.items()),
-        *_table(
-            (f"length in {unit}", "5 %", "median", "95 %"),
-            [(k, f"{h.p5:.3g}", f"{h.median:.3g}", f"{h.p95:.3g}") for k, h in lengths.items() if h],
-        ),
+        *_table((f"length in {unit}", "5 %", "median", "95 %"), ranges),
         *_table(("object", "count"), _head(found.names)),
         *_table(("not asked about because", "objects"), found.reasons.items()),
         *_table(("skipped because", "images"), _head(skipped)),
     ]
-    return "\n".join(parts).rstrip() + "\n"
+    text = (
+        Path(__file__)
+        .with_name("card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            found=found,
+            more="".join(
+                f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file
+            ),
+            skipped=f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped.",
+            tables="\n".join(tables),
+        )
+    )
+    return text.rstrip() + "\n"
 
 
 def _head(counts: Mapping[str, int]) -> list[tuple[str, int]]:

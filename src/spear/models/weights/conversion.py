@@ -26,40 +26,6 @@ PROBLEMS = ("missing", "refused")
 _EXPERT = ("expert", "state_proj", "action_")
 """Beginnings of the names of weights that are the action expert's."""
 _NUMBER = re.compile(r"\b\d+\b")
-_CARD = """---
-license: gemma
-library_name: spear
-pipeline_tag: {pipeline}
-tags:
-- spear-1
----
-
-# {name}
-
-{title} ([arXiv 2511.17411](https://arxiv.org/abs/2511.17411)), converted, not trained further. \
-It {use} once it is trained: `spear train list` shows the recipes.
-
-## Made of
-
-{made}
-
-{fresh}
-
-## Parameters
-
-```
-{table}
-```
-
-## Loading
-
-```python
-from spear.models.weights import load as weights
-from {module} import {cls}
-
-model = weights.load({cls}, "{name}")
-```
-"""
 _ABOUT = {
     "spear_vlm": ("SPEAR-VLM", "image-text-to-text", "answers 3D questions about images"),
     "spear1": ("SPEAR-1", "robotics", "controls a robot"),
@@ -237,7 +203,8 @@ class Conversion(Generic[Model]):
         new = [key for key, _ in self.report.folded() if key.status == "new"]
         fresh = ["These weights are new and untrained:", ""]
         fresh += [f"- `{key.name}` {list(key.shape)}: {key.note}" for key in new]
-        return _CARD.format(
+        template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+        return template.format(
             name=name,
             title=title,
             pipeline=pipeline,
