@@ -43,28 +43,22 @@ Maker = Callable[[str | None, Choice], Any]
 """(what follows NAME= or NAME:, choice) → the component."""
 
 
-def _named(module: str, name: str, *takes: str) -> Maker:
-    """Makes a class of `spear.labels.models`, with the parts of the choice that it takes."""
+def _named(place: str, *takes: str, usual: str = "") -> Maker:
+    """Makes what is at FILE:NAME of `spear.labels.models`, with the parts of the choice that it takes.
+
+    usual: of a network: "kind=the model on the Hub that it is without another".
+    """
 
     def make(model: str | None, choice: Choice) -> Any:
-        made = getattr(importlib.import_module(f"spear.labels.models.{module}"), name)
+        if usual:  # importing it takes longer than asking the Hub
+            kind, default = usual.split("=")
+            model = model or default
+            need_on_hub(model, f"a folder or file that holds it, as in {kind}=PATH")
+        file, name = place.split(":")
+        made = getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
         return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
 
     return make
-
-
-def _network(usual: str, module: str, name: str, *takes: str) -> Maker:
-    """`_named` of a network. usual: "kind=the model on the Hub that it is without another"."""
-    kind, default = usual.split("=")
-
-    def make(model: str | None, choice: Choice) -> Any:  # importing it takes longer than asking the Hub
-        need_on_hub(model or default, f"a folder or file that holds it, as in {kind}=PATH")
-        return _named(module, name, "device", *takes)(model or default, choice)
-
-    return make
-
-
-_WORDS, _MOGE = "open_vocabulary", ("pointmap", "load_pointmap")
 
 
 def _from_file(name: str, path: str | None, choice: Choice) -> Any:
@@ -76,23 +70,29 @@ def _from_file(name: str, path: str | None, choice: Choice) -> Any:
 
 KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
-        "gemini": _named("gemini", "GeminiDetector", "vocabulary", "cache", "per_minute"),
-        "grounding-dino": _network(
-            "grounding-dino=IDEA-Research/grounding-dino-base", _WORDS, "GroundingDinoDetector", "vocabulary"
+        "gemini": _named("gemini:GeminiDetector", "vocabulary", "cache", "per_minute"),
+        "grounding-dino": _named(
+            "open_vocabulary:GroundingDinoDetector",
+            *("device", "vocabulary"),
+            usual="grounding-dino=IDEA-Research/grounding-dino-base",
         ),
-        "owlv2": _network("owlv2=google/owlv2-base-patch16-ensemble", _WORDS, "Owlv2Detector", "vocabulary"),
+        "owlv2": _named(
+            "open_vocabulary:Owlv2Detector",
+            *("device", "vocabulary"),
+            usual="owlv2=google/owlv2-base-patch16-ensemble",
+        ),
         "file": partial(_from_file, "FileDetector"),
-        "ground-truth": _named("ground_truth", "GroundTruthDetector"),
+        "ground-truth": _named("ground_truth:GroundTruthDetector"),
     },
     "segmenter": {
-        "sam2": _network("sam2=facebook/sam2.1-hiera-large", "sam2", "Sam2Segmenter"),
+        "sam2": _named("sam2:Sam2Segmenter", "device", usual="sam2=facebook/sam2.1-hiera-large"),
         "file": partial(_from_file, "FileSegmenter"),
-        "ground-truth": _named("ground_truth", "GroundTruthSegmenter"),
+        "ground-truth": _named("ground_truth:GroundTruthSegmenter"),
     },
     "point map": {
-        "moge": _network("moge=Ruicheng/moge-vitl", *_MOGE),
-        "moge-2": _network("moge-2=Ruicheng/moge-2-vitl-normal", *_MOGE),
-        "ground-truth": _named("ground_truth", "GroundTruthPointMap"),
+        "moge": _named("pointmap:load_pointmap", "device", usual="moge=Ruicheng/moge-vitl"),
+        "moge-2": _named("pointmap:load_pointmap", "device", usual="moge-2=Ruicheng/moge-2-vitl-normal"),
+        "ground-truth": _named("ground_truth:GroundTruthPointMap"),
     },
 }
 """Kind of component → name → what makes it."""

@@ -51,10 +51,7 @@ def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
     if argument.startswith("rgbd:"):
         folder = argument.removeprefix("rgbd:")
         return (Item(source, read_rgbd, folder, i) for i, source in enumerate(_scene(folder).sources))
-    robots = find_format(argument)
-    if robots is None:
-        return find(argument, rate)
-    return (_find_episodes if robots == "store" else _find_demonstrations)(argument, per_episode)
+    return find(argument, rate) if find_format(argument) is None else _find_episodes(argument, per_episode)
 
 
 def _find_scenes(argument: str) -> Iterator[Item]:
@@ -92,45 +89,21 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
 
 
 def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
-    for index in range(len(_store(folder))):
-        for number in range(per_episode):
-            key = f"{folder}#{index}/{number + 1}-of-{per_episode}"
-            yield Item(key, read_episodes, folder, (index, number, per_episode))
+    from spear.data.readers.formats import episode_counts, find_format
 
-
-def read_episodes(folder: str, places: Sequence[tuple[int, int, int]]) -> Iterator[Content]:
-    """Frames of our own store of episodes, by (episode, number of the frame, frames per episode)."""
-    store = _store(folder)
-    for index, number, count in places:
-        step = _step(int(store.lengths[index]), number, count)
-        if isinstance(step, SpearError):
-            yield step
-            continue
-        found = (store.image(index, step, camera) for camera in (CAMERA, *store.cameras))
-        yield next(image for image in found if image is not None)
-
-
-@lru_cache(maxsize=1)
-def _store(folder: str) -> Any:
-    from spear.data.store.episode_store import EpisodeStore
-
-    return EpisodeStore(folder)
-
-
-def _find_demonstrations(folder: str, per_episode: int) -> Iterator[Item]:
-    from spear.data.readers.formats import episode_counts
-
+    ours = find_format(folder) == "store"
     for split, count in episode_counts(folder).items():
+        name = folder if ours else f"{folder}/{split}"
         for index in range(count):
             for number in range(per_episode):
-                key = f"{folder}/{split}#{index}/{number + 1}-of-{per_episode}"
-                yield Item(key, read_demonstrations, folder, (split, index, number, per_episode))
+                place = (split, index, number, per_episode)
+                yield Item(f"{name}#{index}/{number + 1}-of-{per_episode}", read_episodes, folder, place)
 
 
-def read_demonstrations(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
+def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
     """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
-        episode = _demonstration(folder, split, index)
+        episode = _episode(folder, split, index)
         if isinstance(episode, SpearError):
             yield episode
             continue
@@ -140,10 +113,21 @@ def read_demonstrations(folder: str, places: Sequence[tuple[str, int, int, int]]
 
 
 @lru_cache(maxsize=1)
-def _demonstration(folder: str, split: str, index: int) -> Episode | SpearError:
+def _store(folder: str) -> Any:
+    """The folder's store of episodes; None where it is of another format."""
+    from spear.data.readers.formats import find_format
+    from spear.data.store.episode_store import EpisodeStore
+
+    return EpisodeStore(folder) if find_format(folder) == "store" else None
+
+
+@lru_cache(maxsize=1)
+def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
     from spear.data.readers.formats import read_episodes
 
     try:
+        if (store := _store(folder)) is not None:
+            return store[index]  # type: ignore[no-any-return]
         return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
