@@ -13,6 +13,7 @@ import random
 import re
 import threading
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,27 +56,8 @@ _FATAL = (401, 403, 404)
 _ANSWERS = 2
 """How many unusable answers are paid for before an image is given up."""
 
-PROMPT = (
-    "Detect the distinct physical objects in this image that one could point at, pick up or use: tools, "
-    "food, containers, appliances, furniture, parts of a machine, hands and people. Leave out walls, "
-    "floors, shadows, reflections and printed pictures. List every instance on its own, at most 40, the "
-    "most prominent first. The box is tight around the visible part. The label is a short lower-case noun "
-    "phrase that names the object; where several of a kind are visible and a colour, material or use "
-    "tells them apart, say it in the label."
-)
-"""The wording is our choice."""
-VOCABULARY = " Detect only objects of these kinds, and label each with exactly one of these names: {names}."
-SCHEMA: dict[str, Any] = {
-    "type": "ARRAY",
-    "items": {
-        "type": "OBJECT",
-        "properties": {
-            "box_2d": {"type": "ARRAY", "items": {"type": "INTEGER"}, "minItems": 4, "maxItems": 4},
-            "label": {"type": "STRING"},
-        },
-        "required": ["box_2d", "label"],
-    },
-}
+_ASKED = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+PROMPT, VOCABULARY, SCHEMA = (_ASKED[name] for name in ("prompt", "vocabulary", "schema"))
 
 
 class GeminiDetector:
