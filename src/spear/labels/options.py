@@ -33,8 +33,6 @@ class WorkOptions(Options):
 class SceneOptions(Options):
     """Scenes of the simulator, which are labelled where no photos are given."""
 
-    source: Literal["sim"] = "sim"
-    """Where images come from without PHOTOS; sim is the built-in simulator, which knows the truth."""
     scenes: Annotated[int, AtLeast(1)] = 1000
     """How many scenes to label (two images each)."""
     first_seed: Annotated[int, AtLeast(0)] = 10_000

@@ -44,10 +44,7 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
 
 def read_episodes(
-    path: str | Path,
-    split: str = "train",
-    dataset: Layout = None,
-    on_bad: OnBad | None = None,
+    path: str | Path, split: str = "train", dataset: Layout = None, on_bad: OnBad | None = None
 ) -> Iterator[Episode]:
     """Episodes of a folder in any format, in our conventions, at their own rate, checked.
 

@@ -15,13 +15,7 @@ from PIL import Image
 from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
-from spear.geometry import (
-    euler_to_quat,
-    matrix_to_quat,
-    quat_canonical,
-    quat_exp,
-    quat_multiply,
-)
+from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
 from spear.types import Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 

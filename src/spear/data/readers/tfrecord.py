@@ -19,25 +19,6 @@ from spear.types import Array
 
 Feature = list[bytes] | Array
 """Values of one feature, flat: bytes, float32 [n], or int64 [n]."""
-MESSAGES = """
-name: "example.proto" package: "t" syntax: "proto3"
-message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
-message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
-message_type { name: "Feature" oneof_decl { name: "kind" }
-  field { name: "bytes_list" number: 1 oneof_index: 0 type: TYPE_MESSAGE type_name: ".t.BytesList" }
-  field { name: "float_list" number: 2 oneof_index: 0 type: TYPE_MESSAGE type_name: ".t.FloatList" }
-  field { name: "int64_list" number: 3 oneof_index: 0 type: TYPE_MESSAGE type_name: ".t.Int64List" } }
-message_type { name: "Features"
-  nested_type { name: "FeatureEntry" options { map_entry: true }
-    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
-    field { name: "value" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".t.Feature" } }
-  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE
-    type_name: ".t.Features.FeatureEntry" } }
-message_type { name: "Example"
-  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".t.Features" } }
-"""
-"""The published definition of `tf.train.Example`, as protobuf's own text format has it."""
 
 
 def read_records(
@@ -97,7 +78,8 @@ def example_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(MESSAGES, descriptor_pb2.FileDescriptorProto()))
+    published = Path(__file__).with_name("example.textproto").read_text()
+    pool.Add(text_format.Parse(published, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
 
 

@@ -82,19 +82,17 @@ def make_schema(features: Mapping[str, Any]) -> pa.Schema:
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
     """The tasks as pandas would write them, with the task as the index of the table."""
-    index = "__index_level_0__"
-
-    def column(name: str | None, field: str | None, *types: Any) -> dict[str, Any]:
-        names = ("name", "field_name", "pandas_type", "numpy_type", "metadata")
-        return dict(zip(names, (name, field, *types), strict=True))
-
+    index, names = "__index_level_0__", ("name", "field_name", "pandas_type", "numpy_type", "metadata")
+    columns = (
+        (None, None, "unicode", "object", {"encoding": "UTF-8"}),
+        ("task_index", "task_index", "int64", "int64", None),
+        (None, index, "unicode", "object", None),
+    )
+    labels, *described = [dict(zip(names, column, strict=True)) for column in columns]
     pandas = {
         "index_columns": [index],
-        "column_indexes": [column(None, None, "unicode", "object", {"encoding": "UTF-8"})],
-        "columns": [
-            column("task_index", "task_index", "int64", "int64", None),
-            column(None, index, "unicode", "object", None),
-        ],
+        "column_indexes": [labels],
+        "columns": described,
         "attributes": {},
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.2.0",
