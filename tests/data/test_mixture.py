@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from scipy.stats import chisquare
 
 from data_tiny import make as tiny
 from spear.data.actions import episode_actions
-from spear.data.mixture import Mixture, TrainingSamples, jitter, split
+from spear.data.mixture import Mixture, TrainingSamples, jitter
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
 from spear.train import loop, parallel
@@ -110,20 +109,6 @@ def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
     fast = make_store(tmp_path / "fast", "fast", 1, wrist=False, rate_hz=10.0)
     with pytest.raises(SpearError, match=r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz"):
         Mixture([("fast", fast, 1.0)])
-
-
-def test_split_is_disjoint_complete_and_stable(tmp_path: Path) -> None:
-    make: Callable[[int], EpisodeStore] = lambda n: make_store(tmp_path / str(n), "x", n, wrist=False)  # noqa: E731
-    train, held = split(make(20), 0.3)
-    names = [[s.source(i) for i in range(len(s))] for s in (train, held)]
-    assert len(held) > 0 and sorted(names[0] + names[1]) == sorted(f"x {i}" for i in range(20))
-    _, held_of_more = split(make(24), 0.3)
-    assert set(names[1]) <= {held_of_more.source(i) for i in range(len(held_of_more))}
-    assert [len(part) for part in split(make(2), 0.01)] == [1, 1]
-    with pytest.raises(SpearError, match="cannot split"):
-        split(make(1), 0.5)
-    with pytest.raises(SpearError, match="bad fraction"):
-        split(train, 1.0)
 
 
 @settings(max_examples=12)

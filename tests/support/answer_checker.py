@@ -18,11 +18,8 @@ CORNERS = [
 ]
 
 
-def complaints(label: LabeledImage, question: Question, edges: Any = None, values: Any = None) -> list[str]:
-    """What is wrong with a question about a label; empty when nothing is.
-
-    edges, values  of the 3D tokens that the numbers of the answer are rounded to, if they are.
-    """
+def complaints(label: LabeledImage, question: Question) -> list[str]:
+    """What is wrong with a question about a label; empty when nothing is."""
     found: list[str] = []
     prompt = question.prompt
     family = _family(prompt)
@@ -47,9 +44,7 @@ def complaints(label: LabeledImage, question: Question, edges: Any = None, value
     if len(got) != len(expected):
         return [*found, f"{len(got)} segments instead of {len(expected)}"]
     for g, e in zip(got, expected, strict=True):
-        if isinstance(e, float) and edges is not None:
-            right = g in [values[b] for b in _bins(e, edges)]
-        elif isinstance(e, float):
+        if isinstance(e, float):
             right = isinstance(g, float) and math.isclose(g, e, rel_tol=1e-4, abs_tol=1e-5)
         elif isinstance(e, tuple):
             right = isinstance(g, Pixel) and math.dist((g.x, g.y), e) < 1e-4 and 0 <= g.x < 1 and 0 <= g.y < 1
@@ -58,15 +53,6 @@ def complaints(label: LabeledImage, question: Question, edges: Any = None, value
         if not right:
             found.append(f"{g} instead of {e}")
     return found
-
-
-def _bins(value: float, edges: Any) -> set[int]:
-    """The bins that hold a number, or hold it up to float32."""
-    last = len(edges) - 2
-    slack = 1e-6 + 1e-5 * abs(value)
-    return {
-        min(max(sum(1 for e in edges if e <= v) - 1, 0), last) for v in (value - slack, value, value + slack)
-    }
 
 
 def _family(prompt: str) -> str:

@@ -8,7 +8,6 @@ uniformly. What is in memory grows with the number of episodes, not of steps: 16
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +25,6 @@ EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory (our choice)."""
 JITTER_DRAWS = 5
 """Random numbers that `jitter` takes."""
-
-
-def split(store: EpisodeStore, fraction: float) -> tuple[EpisodeStore, EpisodeStore]:
-    """(training, held-out) views of a store; about `fraction` of the episodes are held out.
-
-    Which ones depends on each episode's source alone, so it stays the same when episodes are added. At least
-    one episode lands on either side.
-    """
-    if not 0 < fraction < 1:
-        raise SpearError(f"bad fraction {fraction}: the held-out share must be between 0 and 1")
-    if len(store) < 2:
-        raise SpearError(f"cannot split: {store.path} has {len(store)} episode; at least 2 are needed")
-    digests = [hashlib.sha256(store.source(i).encode()).digest() for i in range(len(store))]
-    place = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
-    order = np.argsort(place, kind="stable")
-    count = int(np.clip(np.sum(np.array(place) < fraction), 1, len(store) - 1))
-    return store.subset(sorted(order[count:])), store.subset(sorted(order[:count]))
 
 
 class Mixture:

@@ -18,7 +18,6 @@ from spear.labels.fit.box3d import make_box
 from spear.labels.questions.generate import FAMILIES, askable, generate, spoken
 from spear.labels.questions.names import is_a
 from spear.labels.questions.templates import UNITS
-from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, LabeledObject, Question
 
 NAMES = (
@@ -76,19 +75,6 @@ def test_answers_about_made_up_labels(seed: int) -> None:
     label = made_up(rng)
     for _ in range(4):
         assert wrong(label, generate(label, rng, (4, 4))) == []
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 64, 1024]))
-def test_answers_in_the_numbers_of_3d_tokens(seed: int, bins: int) -> None:
-    rng = np.random.default_rng(seed)
-    label = made_up(rng)
-    tokens = CoordinateTokenizer.fit(rng.normal(0.2, 0.5, 20_000), bins, label.unit)
-    for q in generate(label, rng, (4, 4), coordinates=tokens):
-        assert complaints(label, q, edges=tokens.edges, values=tokens.representatives.tolist()) == []
-        if q.family == "chain_of_thought":
-            a, b = q.objects
-            closer = a if q.values[0] < q.values[1] else b
-            assert q.segments[-1] == f" so the {closer} is closer"
 
 
 def test_the_checker_notices_mistakes(labels: list[LabeledImage]) -> None:
@@ -154,11 +140,9 @@ def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage
 
 
 def test_answers_as_a_person_reads_them() -> None:
-    tokens = CoordinateTokenizer(np.array([0, 0.2, 0.4, 2.0]), np.array([0.1, 0.3, 1.0]), "metre")
     answer = ["the mug is ", 0.21, " and the bowl is ", 0.5, " so the mug is closer"]
     q = Question("chain_of_thought", "", answer, ("mug", "bowl"))
     assert spoken(q) == "the mug is 0.210 m and the bowl is 0.500 m so the mug is closer"
-    assert spoken(q, tokens) == "the mug is 0.300 m and the bowl is 1.000 m so the mug is closer"
     assert spoken(Question("distance", "", [0.25], ("mug",), "relative")) == "0.250 units"
     assert spoken(Question("offset", "", [0.1, -0.2, 0.3] * 2, ("mug", "bowl"))) == (
         "(0.100, -0.200, 0.300) (0.100, -0.200, 0.300) m"

@@ -15,19 +15,15 @@ The objects asked about are those that a reader can tell apart and whose label i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spear.errors import SpearError, unknown_name
 from spear.labels.fit.quality import failings
-from spear.labels.questions.answers import MAKERS, Scene, Segments, pick, pixels
+from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
 from spear.labels.questions.names import is_a
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, with_article
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question
-
-if TYPE_CHECKING:
-    from spear.tokens import CoordinateTokenizer
+from spear.types import Array, LabeledImage, LabeledObject, Question
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
 """Families whose answers are numbers alone -> how many."""
@@ -69,21 +65,17 @@ def generate(
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
     families: Sequence[str] = FAMILIES,
-    coordinates: CoordinateTokenizer | None = None,
     depth: Array | None = None,
 ) -> list[Question]:
     """Ask about an image.
 
-    rng          decides everything random here; the same state gives the same questions.
-    pairs        fewest and most questions.
-    families     of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
-    coordinates  3D tokens to whose numbers those of the answers are rounded; which of two is closer is not
-                 asked when they make it a tie. None leaves the numbers as they are.
-    depth        of the image, see `answers.Scene`; without it "pixel_point" is not asked.
+    rng       decides everything random here; the same state gives the same questions.
+    pairs     fewest and most questions.
+    families  of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
+    depth     of the image, see `answers.Scene`; without it "pixel_point" is not asked.
 
     Returns up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not
-    allow more. Raises `SpearError`: an unknown family, pairs that are not 1 <= fewest <= most, or 3D tokens
-    of another unit.
+    allow more. Raises `SpearError`: an unknown family, and pairs that are not 1 <= fewest <= most.
     """
     fewest, most = pairs
     if not 1 <= fewest <= most:
@@ -91,11 +83,6 @@ def generate(
     for family in families:
         if family not in MAKERS:
             raise unknown_name("question family", family, MAKERS)
-    if coordinates is not None and coordinates.unit != label.unit:
-        raise SpearError(
-            f"{label.source or 'label'}: in unit {label.unit!r}, the 3D tokens in {coordinates.unit!r}: "
-            "use tokens fitted on labels of the same unit"
-        )
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
     scene = Scene(label, askable(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
@@ -107,10 +94,6 @@ def generate(
         if answer is None:
             continue
         words, segments, objects = answer
-        if coordinates is not None:
-            segments = rounded(segments, coordinates)
-            if family == "chain_of_thought" and segments[1] == segments[3]:
-                continue
         key = (family, objects, tuple(segments))
         if key in seen:
             continue
@@ -124,15 +107,10 @@ def generate(
     return questions
 
 
-def rounded(segments: Sequence[str | float | Pixel], coordinates: CoordinateTokenizer) -> Segments:
-    """An answer with its numbers as 3D tokens will say them."""
-    return [float(coordinates.decode(coordinates.encode(s))) if isinstance(s, float) else s for s in segments]
-
-
-def spoken(question: Question, coordinates: CoordinateTokenizer | None = None) -> str:
-    """The answer as a person reads it: numbers to three decimals with their unit, as 3D tokens will say them
-    when `coordinates` is given; points in threes; image locations as PaliGemma's tokens."""
-    segments = question.segments if coordinates is None else rounded(question.segments, coordinates)
+def spoken(question: Question) -> str:
+    """The answer as a person reads it: numbers to three decimals with their unit; points in threes; image
+    locations as PaliGemma's tokens."""
+    segments = question.segments
     unit = "m" if question.unit == "metre" else "units"
     if any(isinstance(s, str) for s in segments) or len(question.values) == 1:
         return "".join(f"{s:.3f} {unit}" if isinstance(s, float) else str(s) for s in segments)
