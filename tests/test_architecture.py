@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 1900, "ablations": 700, "cli": 1530, "data": 5040, "embodiments": 740, "evaluate": 3065,
+    "(top)": 1900, "ablations": 700, "cli": 1530, "data": 5040, "embodiments": 810, "evaluate": 3065,
     "labels": 5260, "models": 4540, "report": 1280, "serve": 1030, "sim": 1770, "train": 2750, "ui": 570,
     "util": 730,
 }  # fmt: skip

@@ -63,7 +63,7 @@ def serving(
     **options: Any,
 ) -> Iterator[PolicyServer]:
     """A server on a free port of this machine, stopped at the end. bounds: of clients and messages."""
-    service = Service(policy or Homing(), embodiments.load(robot), "test", robot)
+    service = Service(policy or Homing(), embodiments.load(robot), "test", robot, options.get("control"))
     started = threading.Event()
     held: dict[str, Any] = {}
 

@@ -46,6 +46,8 @@ class Embodiment:
     controls   name → `Control`; the first is the default.
     example    an observation as the robot sends it, the same at every call.
     optional   as `required`, for keys that may be there, the seed always; any other key is refused.
+    greeting   control's name → the server's first message, for clients that want another than `Service`'s.
+    direct_reply  request → the text that answers it without the policy, None where it is an observation.
     """
 
     about: str
@@ -54,6 +56,8 @@ class Embodiment:
     controls: Mapping[str, Control]
     example: Callable[[], dict[str, Any]]
     optional: Mapping[str, str] = field(default_factory=dict)
+    greeting: Callable[[str], dict[str, Any]] | None = None
+    direct_reply: Callable[[Observation], str | None] = lambda request: None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optional", {**self.optional, SEED: ANY_SEED})

@@ -35,15 +35,15 @@ JOINT_STEP = 0.2
 """What a joint velocity of 1 means, rad per row."""
 
 
-def observe(observation: Observation) -> dict[str, Any]:
-    """Joint angles as an end-effector pose, by forward kinematics."""
+def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
+    """Joint angles as an end-effector pose, by forward kinematics; `camera`: the exterior one's key."""
     joints = read.numbers(observation, JOINTS, 7)
     if np.abs(joints).max() > 2 * np.pi:
         raise SpearError(f"{JOINTS}: {np.abs(joints).max():.1f} is no joint angle: send radians")
     closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
     position, rotation = _kinematics().pose(joints)
     return {
-        "observation/image": read.image(observation, IMAGE),
+        "observation/image": read.image(observation, camera),
         "observation/wrist_image": read.image(observation, WRIST),
         "observation/state": read.state(position, rotation, 1 - closed),
         "prompt": read.prompt(observation),

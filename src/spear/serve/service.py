@@ -57,6 +57,7 @@ class Service:
             "committed": getattr(policy, "committed", 0) if COMMITTED in embodiment.optional else 0,
             "server": f"spear {spear.__version__}",
         }
+        self.greeting = embodiment.greeting(control) if embodiment.greeting else self.metadata
 
     def answer(self, observations: Sequence[Any]) -> list[Result]:
         """One result {"actions", "policy_timing"} or `SpearError` per observation, in order.
