@@ -23,6 +23,7 @@ from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
+from spear.util.images import IMAGE_BEGINS
 
 EPISODES, VIEWED, WIDEST = 30, 5, 32
 """Episodes that are read, those whose images are looked at, and numbers that a measurement has at most."""
@@ -92,7 +93,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _is_image(values: Sequence[Any]) -> bool:
-    return bool(values) and values[0][:4] in (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xdb", b"\x89PNG")
+    return bool(values) and values[0].startswith(IMAGE_BEGINS)
 
 
 def _cameras(read: Iterator[tuple[str, Any]], facts: dict[str, str]) -> dict[str, str]:

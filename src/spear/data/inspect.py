@@ -17,7 +17,7 @@ from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.util.images import decode_image
+from spear.util.images import IMAGE_BEGINS, decode_image
 
 SHOWN = 5
 """How many instructions to show; the most frequent first."""
@@ -181,7 +181,7 @@ def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
             low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
             shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
             yield name, f"{values.dtype}{shape}, {low} … {high} in the first episode"
-        elif values and values[0][:4] in (b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xdb", b"\x89PNG"):
+        elif values and values[0].startswith(IMAGE_BEGINS):
             pixels = decode_image(values[0], name)
             blank = ", blank" if pixels.max() == pixels.min() else ""
             yield name, f"image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"

@@ -27,7 +27,7 @@ from spear.report.page import picture, render
 from spear.report.plot import GREY, XYZ, Axis, Line, chart
 from spear.types import Array, Episode
 from spear.util.files import write_text
-from spear.util.images import decode_image
+from spear.util.images import IMAGE_BEGINS, decode_image
 
 EPISODES, FRAMES = 4, 8
 """Episodes on the page, and frames in the strip of each camera."""
@@ -35,7 +35,6 @@ STRIP_HEIGHT = 120
 """Pixels."""
 TOGETHER, MOST_NUMBERS = 3, 24
 """Numbers of a column in one chart, and in all its charts."""
-IMAGE_BEGINS = (b"\xff\xd8\xff", b"\x89PNG")
 TIME = Axis("seconds")
 
 

@@ -46,12 +46,6 @@ MOST_TABS = 8
 POLICY = (
     "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-ASK = """<!doctype html><html lang="en"><meta charset="utf-8"><title>SPEAR-1</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="stylesheet" href="/ui.css">
-<main class="door"><h1>SPEAR-1</h1><p>{}</p><form action="/" method="get">
-<input type="password" name="token" placeholder="token" autofocus><button
-class="primary">Open</button></form></main>
-"""
 
 
 class Page:
@@ -141,7 +135,8 @@ def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plai
 
 
 def _door(words: str) -> Response:
-    return _response(http.HTTPStatus.UNAUTHORIZED, ASK.format(words), "text/html")
+    page = resources.files("spear.ui").joinpath("door.html").read_text("utf-8")
+    return _response(http.HTTPStatus.UNAUTHORIZED, page.format(words), "text/html")
 
 
 class Session:

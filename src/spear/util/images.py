@@ -11,6 +11,9 @@ from PIL import Image, ImageOps
 from spear.errors import SpearError, first_line
 from spear.types import Array
 
+IMAGE_BEGINS = (b"\xff\xd8\xff", b"\x89PNG")
+"""What JPEG and PNG files begin with."""
+
 
 def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
     """JPEG or PNG bytes, decoded, RGB. Raises SpearError naming `where` when broken."""

@@ -10,12 +10,11 @@ pose, and what has been reached is judged by the measured one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from spear.evaluate.simpler.tasks import Truth
+from spear.evaluate.simpler.tasks import TASKS, Task, Truth
 from spear.geometry import (
     quat_canonical,
     quat_conjugate,
@@ -41,32 +40,9 @@ HELD = 0.12
 """A closed gripper that is open by more than this has something between its fingers."""
 
 
-@dataclass(frozen=True)
-class Grip:
-    """How to take an object and where to let go of it.
-
-    turns   number of equally good directions in a full turn: 4 for a cube, 2 for a long object, along its x
-            axis.
-    along   where along its x axis it is taken, m from its origin.
-    drop    height above its place at which it is let go, m.
-    """
-
-    turns: int
-    along: float = 0.0
-    drop: float = 0.004
-
-
-GRIPS: dict[str, Grip] = {
-    "PutCarrotOnPlateInScene-v1": Grip(2),
-    "PutEggplantInBasketScene-v1": Grip(2, -0.005, 0.03),
-    "PutSpoonOnTableClothInScene-v1": Grip(2, 0.03),
-    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Grip(4, 0.0, 0.002),
-}
-
-
 def act(task: str, t: Truth) -> Array:
     """[8] float32: the action at this moment (layout of `spear.types.Action`)."""
-    grip = GRIPS[task]
+    grip = TASKS[task]
     # Where the object's origin is to come: on top of the goal.
     top = t.goal[2] + t.goal_size[2] / 2
     rest = np.array([t.goal[0], t.goal[1], top + t.source_size[2] / 2])
@@ -83,7 +59,7 @@ def act(task: str, t: Truth) -> Array:
     return _carry(t, grip, rest, aside)
 
 
-def _approach(t: Truth, grip: Grip) -> Array:
+def _approach(t: Truth, grip: Task) -> Array:
     """Above the object first, then down to it, then close."""
     axis = quat_to_matrix(torch.from_numpy(t.source[3:])).numpy()[:, 0]
     point = t.source[:3] + grip.along * axis
@@ -100,7 +76,7 @@ def _approach(t: Truth, grip: Grip) -> Array:
     return _to(t, goal, yaw, not closing)
 
 
-def _carry(t: Truth, grip: Grip, rest: Array, aside: float) -> Array:
+def _carry(t: Truth, grip: Task, rest: Array, aside: float) -> Array:
     """Up, across, down, open."""
     height = t.source[2] - rest[2]
     goal = t.commanded[:3].copy()

@@ -18,17 +18,23 @@ class Task:
 
     starts  how many different scenes it knows: a small grid of places and orientations.
     steps   control steps after which an episode ends.
+    turns, along, drop  how the scripted reference takes the object: in so many equally good directions of a
+            full turn (4 for a cube, 2 for a long object, along its x axis), at a place along its x axis (m
+            from its origin); and how high above its place it lets go of it (m).
     """
 
     starts: int
     steps: int
+    turns: int
+    along: float = 0.0
+    drop: float = 0.004
 
 
 TASKS: dict[str, Task] = {
-    "PutCarrotOnPlateInScene-v1": Task(24, 60),
-    "PutEggplantInBasketScene-v1": Task(64, 120),
-    "PutSpoonOnTableClothInScene-v1": Task(24, 60),
-    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60),
+    "PutCarrotOnPlateInScene-v1": Task(24, 60, 2),
+    "PutEggplantInBasketScene-v1": Task(64, 120, 2, -0.005, 0.03),
+    "PutSpoonOnTableClothInScene-v1": Task(24, 60, 2, 0.03),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002),
 }
 """ManiSkill's names, in the order of the paper's table."""
 
