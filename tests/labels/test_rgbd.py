@@ -39,7 +39,7 @@ def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]
 def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame]) -> None:
     frames = [replace(frame, names=truth[0].names) for frame in truth]
     scene = open_scene(write_scannet(tmp_path / "s", frames))
-    read = [scene[i] for i in range(len(scene))]
+    read = [scene[i] for i in range(len(scene.sources))]
     assert read[0].names == truth[0].names  # the wall is no object
     result = compare(label(read, *TRUTH), frames)
     exact = compare(label(frames, *TRUTH), frames)

@@ -39,8 +39,8 @@ UNIT = 0.001
 
 
 class Scene:
-    """The frames of a folder: `len(scene)`, `scene[i]`, `scene.sources[i]`. A frame is read when it is asked
-    for; one that cannot be read is a `SpearError` that concerns no other.
+    """The frames of a folder: `scene[i]`, from `scene.sources[i]`. A frame is read when it is asked for; one
+    that cannot be read is a `SpearError` that concerns no other.
 
     folder        as above; without colour and depth images a `SpearError`.
     camera        [3, 3] intrinsics of the colour images.
@@ -58,9 +58,6 @@ class Scene:
         self.folder, self.camera, self.depth_camera, self.names = folder, camera, depth_camera, names
         self._pairs = _pairs(folder)
         self.sources = [str(color) for color, _ in self._pairs]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]

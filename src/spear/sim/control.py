@@ -126,10 +126,6 @@ class Servo:
         """Measured gripper opening, 0 closed … 1 open."""
         return float(np.clip(self._data.qpos[self._fingers].sum() / (2 * arm.FINGER_TRAVEL), 0.0, 1.0))
 
-    def joints(self) -> Floats:
-        """[7] measured joint angles, rad."""
-        return self._data.qpos[self._joints].copy()
-
     def place(self, position: Floats, rotation: Floats, opening: float) -> None:
         """Put the arm at a pose at once, at rest (as near as it can reach)."""
         self._command = kinematics().solve(arm.HOME, position, rotation, iterations=60)

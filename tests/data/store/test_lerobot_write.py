@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -178,7 +179,7 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
 def test_no_thread_becomes_a_real_time_one(tmp_path: Path) -> None:
     # As root, SVT-AV1 makes the calling thread one, which would starve whatever else is on the machine.
     before = {*_schedulers().values(), os.sched_getscheduler(0)}
-    with VideoWriter(tmp_path / "video.mp4", 64, 64, 10) as video:
+    with closing(VideoWriter(tmp_path / "video.mp4", 64, 64, 10)) as video:
         for _ in range(3):
             video.write(np.zeros((64, 64, 3), np.uint8))
             assert {*_schedulers().values()} <= before

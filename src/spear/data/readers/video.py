@@ -76,12 +76,6 @@ class VideoWriter:
             self._mux(self._stream.encode())
         self._container.close()
 
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 @contextmanager
 def _as_urgent_as_before() -> Iterator[None]:
