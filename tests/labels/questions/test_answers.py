@@ -16,8 +16,7 @@ from scipy.spatial.transform import Rotation
 from answer_checker import complaints
 from spear.labels.fit.box3d import make_box
 from spear.labels.questions.generate import FAMILIES, askable, generate, spoken
-from spear.labels.questions.names import is_a
-from spear.labels.questions.templates import UNITS
+from spear.labels.questions.templates import UNITS, is_a
 from spear.types import LabeledImage, LabeledObject, Question
 
 NAMES = (

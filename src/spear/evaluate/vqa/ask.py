@@ -9,9 +9,8 @@ from pathlib import Path
 from spear.errors import SpearError, unknown_name
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
 from spear.evaluate.vqa.measures import numbers
-from spear.labels.questions.answers import is_a
 from spear.labels.questions.generate import FAMILIES
-from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, with_article
+from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.labels.scenes import label_frames
 from spear.labels.store import LabelStore, choose
 from spear.models.processing import Processor

@@ -18,8 +18,8 @@ from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
 from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
-from spear.labels.questions.answers import is_a
 from spear.labels.questions.generate import FAMILIES, askable, generate
+from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODES, Decode, with_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import LabeledImage, Question

@@ -14,8 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from spear.labels.questions.names import is_a
-from spear.labels.questions.templates import EVERYDAY, POINTS, with_article
+from spear.labels.questions.templates import EVERYDAY, POINTS, is_a, with_article
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel
 
 NEAR_TIE = 0.05

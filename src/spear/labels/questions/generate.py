@@ -21,8 +21,7 @@ import numpy as np
 from spear.errors import SpearError, unknown_name
 from spear.labels.fit.quality import failings
 from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
-from spear.labels.questions.names import is_a
-from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, with_article
+from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.types import Array, LabeledImage, LabeledObject, Question
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
