@@ -127,7 +127,7 @@ def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
 
     try:
         if (store := _store(folder)) is not None:
-            return store[index]  # type: ignore[no-any-return]
+            return store[index]
         return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
