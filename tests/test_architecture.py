@@ -48,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 1900, "ablations": 700, "cli": 1530, "data": 5040, "embodiments": 810, "evaluate": 3065,
-    "labels": 5260, "models": 4540, "report": 1280, "serve": 1030, "sim": 1770, "train": 2750, "ui": 570,
-    "util": 730,
+    "(top)": 1900, "ablations": 700, "cli": 1530, "data": 4990, "embodiments": 810, "evaluate": 3045,
+    "labels": 5180, "models": 4510, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 540,
+    "util": 735,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
