@@ -17,7 +17,6 @@ import torch
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, suppress_notices
 from spear.evaluate.agents import load_agent
-from spear.models.processing import SIZES_TOLD
 from spear.policy import Spear1Policy, load_vlm, locate
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
@@ -117,15 +116,6 @@ def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy.infer(observation(image=tall, wrist=None))
-
-
-def test_ever_new_sizes_of_images_take_no_memory() -> None:
-    processor = Spear1Policy.load("nano").processor
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for side in range(SIZES_TOLD + 8):
-            processor.image(np.zeros((100, 200 + 10 * side, 3), np.uint8), "wrist")
-    assert len(told) == SIZES_TOLD
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:

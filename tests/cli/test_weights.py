@@ -99,8 +99,3 @@ def test_what_does_not_fit_is_one_line(
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
         assert "is there already" in said.err and not said.out
-
-
-def test_the_shipped_policys_vlm_can_be_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "policy", "nano", "--out", str(tmp_path / "vlm"), "--dry-run"]) == 0
-    assert "the action expert's" in capsys.readouterr().out

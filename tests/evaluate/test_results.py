@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
 from spear.evaluate.results import Journal, Outcome, Results, load, merge
-from spear.evaluate.stats import samples_for
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
@@ -55,20 +52,6 @@ def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path)
     path.unlink()
     with pytest.raises(SpearError, match=r"r\.json"):
         load(path)
-
-
-def test_the_table_says_how_wide_the_intervals_are_and_how_many_scenes_are_enough() -> None:
-    few = results({"a": [True] * 12 + [False] * 12, "b": [True] * 6 + [False] * 18})
-    assert few.mean().value == 0.375 and 0.12 < few.mean().half_width < 0.14  # 48 scenes
-    assert "381" in few.width() and "381" in results({"a": [True, True]}).width()  # two wins say little
-    assert "need" not in results({"a": [True] * 95 + [False] * 5 + [True] * 9}).width()
-    assert "need" not in results({"a": [i % 2 == 0 for i in range(samples_for(0.05))]}).width()
-    assert few.summary("a").unreachable == 0
-    lost = replace(outcome(0, False), unreachable=57)
-    assert Results("x", {}, [lost, outcome(1)], 1.0).summary("a").unreachable == 28.5
-    buffer = io.StringIO()
-    Console(file=buffer, width=150).print(few.table())
-    assert all(text in buffer.getvalue() for text in ("±18.6", "37.5% [25%, 52%]", "50% [31%, 69%]"))
 
 
 def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -> None:

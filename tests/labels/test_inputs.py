@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.inputs import Item, find, read, shrink
-from spear.types import Array
+from spear.labels.inputs import Item, find, read
 
 
 def encoded(value: int, size: tuple[int, int] = (48, 32)) -> bytes:
@@ -138,14 +137,6 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
     assert "1×1 pixels" in str(tiny) and "not a readable" in str(zero) and "No such file" in str(missing)
-
-
-def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path: Path) -> None:
-    (tmp_path / "large.png").write_bytes(encoded(90, (400, 100)))
-    (work,) = read(list(find(str(tmp_path))), longest=200)
-    assert work.frame is not None and work.frame.image.shape == (50, 200, 3)
-    small: Array = np.zeros((10, 20, 3), np.uint8)
-    assert shrink(small, 20) is small
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
-"""Answers with a grammar are, token by token, the likeliest that it allows; nothing is computed in vain."""
+"""Answers with a grammar are, token by token, the likeliest that it allows; their numbers, read off."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models import decode
+from spear.models.decode import Watched, greedy
+from spear.models.readout import DECODES, Distribution
+from spear.policy import load_vlm
+from spear.tokens import CoordinateTokenizer
 
 NUMBER = (START, START + TINY.bins)
 END, PAD = 1, 0
@@ -82,3 +87,71 @@ def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: in
     ids, _ = text(1, 6)
     with pytest.raises(SpearError, match=f"{needs} tokens"):
         decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, None, needs - 1, [grammar])
+
+
+COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
+
+
+def test_a_certain_answer_reads_the_same_every_way() -> None:
+    sure = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)
+    low, high = COORDINATES.edges[[3, 40]], COORDINATES.edges[[4, 41]]
+    assert (sure.read("mode") == COORDINATES.representatives[[3, 40]]).all()
+    assert (sure.read("mean") == sure.read("mode")).all()
+    np.testing.assert_allclose(sure.read("median"), (low + high) / 2)
+    np.testing.assert_allclose(sure.quantile(0.0), COORDINATES.edges[[0, 0]])
+    np.testing.assert_allclose(sure.quantile(1.0), high)
+    assert (sure.below(low - 1e-6) == 0).all() and (sure.below(high + 1e-6) == 1).all()
+    np.testing.assert_allclose(sure.below((low + high) / 2), 0.5)
+    np.testing.assert_allclose(sure.spread(), 0.6826894921370859 / 2 * (high - low))
+    assert (sure.below(np.array([-99.0, 99.0])) == [0, 1]).all()
+
+
+def test_mode_mean_and_median_by_hand() -> None:
+    coordinates = CoordinateTokenizer(np.array([0.0, 1, 2, 4]), np.array([0.5, 1.5, 3.0]), "metre")
+    d = Distribution(np.array([[0.4, 0.25, 0.35]], np.float32), coordinates)
+    assert d.read("mode") == pytest.approx(0.5)
+    assert d.read("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
+    assert d.read("median") == pytest.approx(1.4)
+    assert d.quantile(0.825) == pytest.approx(3.0)
+    p = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6
+    d = Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
+    for share in (0.02, 0.3, 0.5, 0.975):
+        np.testing.assert_allclose(d.below(d.quantile(share)), share, atol=1e-6)
+    with pytest.raises(SpearError, match="did you mean 'median'"):
+        d.read("medain")  # type: ignore[arg-type]
+
+
+def test_the_logits_of_each_step_are_those_the_tokens_came_from() -> None:
+    model = vlm(4)
+    ids, mask = text(2, 6)
+    number = (START, START + TINY.bins)
+    watched = Watched(number)
+    grammars = [[number] * 3, [(7, 8), number]]
+    images = pixels(2, views=("external",))
+    answers = greedy(model, images, ids, mask, max_new_tokens=4, grammars=grammars, watched=watched)
+    assert len(watched.logits) == 3  # the fourth token is the end in both rows: no choice
+    likeliest = torch.stack([step.argmax(-1) + START for step in watched.logits], dim=1)
+    assert likeliest[0].tolist() == answers[0, :3].tolist()
+    assert int(likeliest[1, 1]) == int(answers[1, 1])
+    assert all(step.shape == (2, TINY.bins) for step in watched.logits)
+
+
+def test_a_model_says_what_it_held_possible() -> None:
+    bundle = load_vlm("nano")
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    asked = ["How far is the mug from the camera?", "Where is the centre point of the mug in 3D?"]
+    families = ["distance", "keypoint"]
+    answers = bundle.answer([image] * 2, asked, families, distributions=True)
+    plain = bundle.answer([image] * 2, asked, families)
+    assert [a.segments for a in plain] == [a.segments for a in answers]
+    assert all(a.distribution is None for a in plain)
+    for a, count in zip(answers, (1, 3), strict=True):
+        assert a.distribution is not None
+        assert a.distribution.probabilities.shape == (count, 1024)
+        np.testing.assert_allclose(a.distribution.probabilities.sum(1), 1, rtol=1e-4)
+        np.testing.assert_allclose(a.distribution.read("mode"), a.values)
+    for way in DECODES:
+        said = bundle.answer([image] * 2, asked, families, decode=way)
+        for a, b in zip(said, answers, strict=True):
+            assert b.distribution is not None
+            np.testing.assert_allclose(a.values, b.distribution.read(way), rtol=1e-6)

@@ -62,10 +62,8 @@ def test_each_family_casts_its_roles_and_names_them() -> None:
 def test_clutter_is_varied() -> None:
     scenes = [clutter_scene(seed) for seed in range(120)]
     assert scenes[3] == clutter_scene(3)
-    assert all(2 <= len(scene.things) <= 7 for scene in scenes)
     names = {thing.kind for scene in scenes for thing in scene.things}
     assert names == set(KINDS)
-    assert any(len({t.kind for t in s.things}) < len(s.things) for s in scenes)
     heights = np.array([scene.ee_position[2] for scene in scenes])
     assert heights.min() < 0.05 and heights.max() > 0.25
     for scene in [scene for scene in scenes if scene.held is not None][:8]:  # between the fingers

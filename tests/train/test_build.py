@@ -70,12 +70,9 @@ def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     nano, post = locate("nano"), recipe("nano-post")
     for stage, given, named in (
         (post, Inputs(episodes=front_only, init=nano), "front"),
-        (post.changed(preset="small"), Inputs(episodes=mine, init=nano), "small"),
         (post.changed(flow={"rotation": "linear"}), Inputs(episodes=mine, init=nano), "flow"),
-        (post.changed(flow={"rotatoin": "linear"}), Inputs(episodes=mine, init=nano), "'rotation'"),
         (post.changed(committed=5), Inputs(episodes=mine, init=nano), "committed"),
         (post.changed(bins=9), Inputs(episodes=mine, init=nano), "bins"),
-        (post.changed(accumulate=3), Inputs(episodes=mine, init=nano), "batch_size 32"),
         (recipe("nano-vlm-2"), dataclasses.replace(inputs, moge=locate("nano-depth")), "--moge"),
     ):
         with pytest.raises(SpearError, match=named):

@@ -20,7 +20,9 @@ from spear.train.optimize import Stepper
 from spear.train.options import Optimization, Recipe
 from spear.types import Action
 
-LEAN = dataclasses.replace(TINY, image_sizes={"external": (48, 32)})
+LEAN = dataclasses.replace(
+    TINY, image_sizes={"external": (48, 32)}, moge=None, vision={**TINY.vision, "num_hidden_layers": 1}
+)
 OPT = Optimization(steps=2, lr=1e-3, ema=0.9)
 STAGE = Recipe("plan", "vla", "lean", "", OPT, batch_size=8, flow_samples=2)
 
@@ -112,7 +114,7 @@ def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.Monkey
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     pytest.importorskip("peft")
-    frozen = ("vlm.language_model", "vlm.vision_tower", "vlm.moge")
+    frozen = ("vlm.language_model", "vlm.vision_tower")
     lora = memory.training(STAGE.changed(lora_rank=4, frozen=frozen))
     assert lora.learning < whole.learning <= whole.parameters < lora.parameters
     assert lora.weights > whole.weights
