@@ -151,8 +151,7 @@ def _labels_in_a_process(source: str, out: str, workers: int) -> None:
 def test_killed_again_and_again_it_loses_nothing_and_doubles_nothing(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("fork")
     out = tmp_path / "labels"
     chance = random.Random(0)
     deaths = shards = 0
