@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.data.store.stats import QuantileSketch, weighted_quantile
+from spear.data.store.stats import QuantileSketch
 from spear.errors import SpearError
 from spear.train.tasks import robot_inputs
 from spear.types import Action, Episode
@@ -197,12 +197,3 @@ def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]
     assert (sketch.low, sketch.high) == (values.min(), values.max())
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-9 * np.abs(values).max())
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 60))
-def test_nothing_is_lost_while_it_fits(values: list[float], q: float, cut: int) -> None:
-    sketch = QuantileSketch(64)
-    sketch.add(np.array(values[:cut]))
-    sketch.add(np.array(values[cut:]))
-    assert sketch.rank_error == 0
-    assert weighted_quantile(*sketch.weighted(), q) == pytest.approx(np.quantile(values, q), abs=1e-9)

@@ -14,7 +14,6 @@ from spear.evaluate.agents import Agent, IdleAgent
 from spear.evaluate.options import EpisodeOptions, Films
 from spear.evaluate.results import Outcome, load
 from spear.evaluate.runner import Film, run_evaluation
-from spear.util.ledger import lock
 
 IDLE = IdleAgent()
 
@@ -96,14 +95,3 @@ def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> No
     with pytest.raises(SpearError, match="no renderer"):
         run_evaluation(Broken(), IDLE, {"a": range(2)}, {}, EpisodeOptions(out=tmp_path / "new"), quiet=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_each_family_has_its_own_scenes_and_shards_share_them_out(tmp_path: Path) -> None:
-    simulator, scenes = Parity(), {"a": range(5), "b": range(2)}
-    second = EpisodeOptions(out=tmp_path, shard="2/2")
-    part, _ = run_evaluation(simulator, IDLE, scenes, {}, second, quiet=True)
-    assert [(o.family, o.seed) for o in part.outcomes] == [("a", 1), ("a", 3), ("b", 1)]
-    whole, _ = run_evaluation(simulator, IDLE, scenes, {}, EpisodeOptions(out=tmp_path), quiet=True)
-    assert len(simulator.ran) == len(whole.outcomes) == 7
-    with lock(tmp_path / ".episodes-2-of-2.lock"), pytest.raises(SpearError, match="2/2"):
-        run_evaluation(simulator, IDLE, scenes, {}, second, quiet=True)

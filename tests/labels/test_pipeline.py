@@ -9,7 +9,6 @@ from labels_scenes import TRUTH, random_frame, render
 from spear.errors import SpearError
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.masks import decode_mask
-from spear.labels.fit.points import support_plane
 from spear.labels.fit.quality import compare
 from spear.labels.models.ground_truth import GroundTruthDetector
 from spear.labels.models.protocols import Detection
@@ -122,17 +121,6 @@ def test_unknown_depth_leaves_objects_without_box(frames: list[Frame]) -> None:
     assert result.objects[0].keypoints == {}
     (nothing,) = label([replace(frames[0], names={})], *TRUTH)
     assert nothing.objects == []
-
-
-def test_support_plane_is_the_table(frames: list[Frame]) -> None:
-    for frame in frames[:5]:
-        assert frame.depth is not None and frame.intrinsics is not None and frame.extrinsics is not None
-        plane = support_plane(unproject(frame.depth, frame.intrinsics)[frame.depth > 0])
-        assert plane is not None
-        np.testing.assert_allclose(plane.up, frame.extrinsics[2, :3], atol=1e-3)
-        assert plane.height == pytest.approx(-frame.extrinsics[2, 3], abs=1e-3)
-    assert support_plane(np.random.default_rng(0).normal(size=(500, 3))) is None
-    assert support_plane(np.zeros((0, 3))) is None
 
 
 def test_camera_pixel_centres_are_at_one_half() -> None:

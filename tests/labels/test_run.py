@@ -151,12 +151,13 @@ def _labels_in_a_process(source: str, out: str, workers: int) -> None:
 def test_killed_again_and_again_it_loses_nothing_and_doubles_nothing(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("fork")
     out = tmp_path / "labels"
     chance = random.Random(0)
     deaths = shards = 0
     while deaths < 6 or not shards:  # on a slow computer, all may die young: then give them more time
         args = (str(source), str(out), deaths == 2)
+        # A forked process has no workers: it would take its parent's fork server for its own.
+        context: Any = multiprocessing.get_context("forkserver" if deaths == 2 else "fork")
         process = context.Process(target=_labels_in_a_process, args=args)
         process.start()
         while not (out / "run.json").is_file():

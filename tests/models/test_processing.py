@@ -67,13 +67,6 @@ def test_padding_keeps_the_whole_image_and_is_said() -> None:
     assert "above and below, 25%" in str(fitting((1280, 720), (280, 210)))
 
 
-def test_images_come_out_as_the_views_want_them(processor: Processor) -> None:
-    image = processor.image(disc(480, 640), "external")
-    assert image.shape == (3, 128, 192) and image.dtype == torch.uint8 and image.is_contiguous()
-    with pytest.raises(SpearError, match=r"unknown view 'wirst': did you mean 'wrist'\?"):
-        processor.image(disc(8, 8), "wirst")
-
-
 def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
     segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
     back = processor.read_answer([*processor.answer_ids(segments), 1, 5, 5])

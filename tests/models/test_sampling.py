@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -182,28 +181,6 @@ def test_sampling_leaves_training_and_checkpoints_alone(tmp_path: Path) -> None:
     model.train()
     model(**given, actions=actions(2, H)).loss.backward()
     assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None
-
-
-def test_weights_in_one_storage_stay_their_layers_own() -> None:
-    """What `Fused` does on a GPU, on tensors of the CPU."""
-    from spear.models.fast.linear import _share_storage
-
-    layers = [torch.nn.Linear(6, rows, bias=False) for rows in (4, 2, 3)]
-    expected = torch.cat([layer.weight.detach().clone() for layer in layers])
-    whole = _share_storage([layer.weight for layer in layers])
-    assert torch.equal(whole, expected)
-    with torch.no_grad():
-        layers[1].weight.add_(1)
-    assert torch.equal(whole[4:6], expected[4:6] + 1)
-    again = _share_storage([layer.weight for layer in layers])
-    assert again.data_ptr() == whole.data_ptr() and torch.equal(again, whole)
-    x = torch.randn(5, 6)
-    sum(layer(x).square().sum() for layer in layers).backward()
-    assert all(layer.weight.grad is not None for layer in layers)
-    clone = copy.deepcopy(layers[0])
-    assert (
-        torch.equal(clone.weight, layers[0].weight) and clone.weight.data_ptr() != layers[0].weight.data_ptr()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -3,7 +3,6 @@ law."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from spear.evaluate.simpler.tasks import TASKS, Truth
 from spear.evaluate.simpler.world import (
     SimplerWorld,
     _ours,
-    assets_hash,
     at_rest,
     in_base,
     opening,
@@ -154,18 +152,3 @@ def test_commands_out_of_reach_do_not_add_up(monkeypatch: pytest.MonkeyPatch) ->
     assert (world._unreachable, arm._target_pose) == (18, pytest.approx(0.48))
     world.run(np.array([[-0.04, 0, 0, 0, 0, 0, 1]]), image=False)
     assert arm._target_qpos == pytest.approx(0.44)
-
-
-def test_other_assets_are_told_apart(tmp_path: Path) -> None:
-    def put(root: str, name: str, text: str) -> Path:
-        path = tmp_path / root / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return tmp_path / root
-
-    cube = "tasks/bridge_v2_real2sim_dataset/models/cube.glb"
-    found = [assets_hash(put(root, cube, text)) for root, text in (("a", "1"), ("b", "1"), ("c", "2"))]
-    assert found[0] == found[1] != found[2]
-    assert assets_hash(put("a", "robots/widowx/.cache/when", "now")) == found[0]
-    assert assets_hash(put("a", "robots/panda/panda.urdf", "x")) == found[0]  # not of these tasks
-    assert assets_hash(put("a", "robots/widowx/wx250s.urdf", "x")) != found[0]

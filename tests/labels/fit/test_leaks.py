@@ -14,7 +14,6 @@ from scipy.spatial.transform import Rotation
 
 from labels_scenes import camera, render
 from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
-from spear.labels.fit.masks import main_part
 from spear.labels.fit.quality import compare, failings
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
@@ -56,15 +55,6 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     for pixels, why in ((0, ()), (3, ("compact",))):
         (image,) = label([frame], truth[0], Leaks(pixels), truth[1], BoxSettings())  # takes masks as they are
         assert failings(image.objects[0].scores) == why
-
-
-def test_a_thing_behind_a_post_keeps_both_its_sides() -> None:
-    mask = np.ones((20, 30), bool)
-    mask[:, 12:15] = False
-    points = np.zeros((20, 30, 3))
-    points[..., 2] = np.where(np.arange(30) < 27, 1.0, 2.0)  # the last three columns leak
-    kept = main_part(mask, points, np.ones_like(mask), 0.04)
-    assert (kept == (mask & (np.arange(30) < 27))).all()
 
 
 def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
