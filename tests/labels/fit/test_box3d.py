@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
@@ -127,6 +127,7 @@ def surface(box: Box3D, rng: np.random.Generator, n: int = 400) -> Array:
 
 
 @given(seeds, st.floats(0, np.pi))
+@example(seed=33554431, yaw=3.0)  # a face that is hardly seen
 def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
     true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))

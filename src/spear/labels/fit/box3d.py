@@ -122,6 +122,10 @@ def fit_box(
     if up is not None:
         level = _upright(points, up)
         upright = faces(points, level, np.asarray(up, np.float64))
+        if not _is_box(points, upright, 0.0, _FLAT / 3):
+            # Whether a face that the camera hardly sees is one shows only along better axes.
+            again = faces(points, upright.axes, np.asarray(up, np.float64))
+            upright = min(upright, again, key=lambda found: found.misfit)
         if _is_box(points, upright, 0.0, _FLAT / 3):
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)

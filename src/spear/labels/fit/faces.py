@@ -7,16 +7,19 @@ from a first guess, with less weight for points that lie on no face. Our choice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from spear.types import Array
 
 STEPS = 8
 LEAST = 0.08
 """A face with a smaller share of the points is not taken for one."""
+_EYE = np.eye(3)
+_CROSS = np.cross(_EYE[:, None], _EYE).transpose(2, 1, 0)
+"""[k, j, i]: part k of (axis i × axis j) of the camera's frame."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
     """
     middle = points.mean(axis=0)
     centred = points - middle
-    free = np.eye(3) if about is None else np.asarray(about, np.float64)[:, None]
+    free = _EYE if about is None else np.asarray(about, np.float64)[:, None]
     along = centred @ axes
     low, high = np.quantile(along, (0.02, 0.98), axis=0)
     camera = -middle @ axes  # where it is along each axis
@@ -57,19 +60,31 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
         error = off[every, nearest]
         if step == STEPS or float(turn @ turn) < 1e-8:
             break
-        scale = 2.0 * np.median(np.abs(error)) + 1e-6
+        scale = 2.0 * float(np.median(np.abs(error))) + 1e-6
         weight = 1.0 / (1.0 + (error / scale) ** 2)
-        turned = np.cross(axes.T[nearest], centred) @ free  # [n, 1 or 3]
-        slope = np.concatenate([turned, -1.0 * (nearest[:, None] == np.arange(3))], axis=1)
+        # How far each point moves along its axis when the axes turn: axis × point, of all three axes at once.
+        moved = centred @ (_CROSS @ axes).transpose(1, 2, 0).reshape(3, 9)
+        turned = moved.reshape(-1, 3, 3)[every, nearest] @ free  # [n, 1 or 3]
+        slope = np.concatenate([turned, -_EYE[nearest]], axis=1)
         weighted = (slope * weight[:, None]).T
         normal = weighted @ slope
-        normal[np.diag_indices_from(normal)] += 1e-6 * np.trace(normal)
+        normal.flat[:: len(normal) + 1] += 1e-6 * normal.trace()
         change = np.linalg.solve(normal, -weighted @ error)
         turn = free @ change[:-3]
-        turn *= min(1.0, 0.2 / max(float(np.linalg.norm(turn)), 1e-9))
-        axes = Rotation.from_rotvec(turn).as_matrix() @ axes
+        turn *= min(1.0, 0.2 / max(math.sqrt(turn @ turn), 1e-9))
+        axes = _rotation(turn) @ axes
         at = at + change[-3:]
         along = centred @ axes
     share = np.bincount(nearest, minlength=3) / len(points)
     found = np.where(seen & (share >= LEAST), at + middle @ axes, np.nan)
     return Faces(axes, found, side, float(np.abs(error).mean()))
+
+
+def _rotation(turn: Array) -> Array:
+    """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost more than
+    the rest of a step.)"""
+    angle = math.sqrt(turn @ turn)
+    x, y, z = turn
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    rise, bend = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)
+    return _EYE + rise * cross + bend * (cross @ cross)
