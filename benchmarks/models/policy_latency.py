@@ -29,10 +29,11 @@ import tyro
 from openpi_pi0 import OpenPi
 from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
+from spear.doctor import Machine, machine
 from spear.models.presets import spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import Action
-from timing import Machine, Times, machine, race
+from timing import Times, race
 
 STEPS, TEXT = 10, 48
 

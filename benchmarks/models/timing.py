@@ -1,15 +1,12 @@
-"""Timing contenders against each other, and what the machine could do at most."""
+"""Timing contenders against each other."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from spear.models.fast.linear import linear
+from spear import doctor
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,7 @@ def seconds(run: Callable[[], object], device: str, processor: bool) -> float:
     if isinstance(run, Elsewhere):
         run()
         return run.took[processor]
-    clock = time.process_time if processor else time.perf_counter
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = clock()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - begun
+    return doctor.seconds(run, device, processor)
 
 
 def race(
@@ -78,32 +68,3 @@ def race(
         for name in found:
             found[name].append(1000 * seconds(contenders[name], device, processor))
     return {name: Times(found[name]) if name in found else failed[name] for name in contenders}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was measured: bytes/s read from memory and floating-point operations/s, in a dtype."""
-
-    bandwidth: float
-    peak: float
-
-    def least(self, *phases: tuple[float, float]) -> float:
-        """The roofline of phases that follow each other, each of (operations, bytes): seconds."""
-        return sum(max(flops / self.peak, moved / self.bandwidth) for flops, moved in phases)
-
-
-@torch.no_grad()
-def machine(device: str, dtype: torch.dtype, processor: bool = False) -> Machine:
-    """Measure it: the best of some runs of a large matrix product and of a copy far larger than any cache."""
-    side, count = (8192, 2**29) if device == "cuda" else (1536, 2**25)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.ones(count, device=device, dtype=torch.float32)
-    target = torch.empty_like(source)
-
-    def best(run: Callable[[], object]) -> float:
-        run()
-        return min(seconds(run, device, processor) for _ in range(5))
-
-    product = min(best(lambda: a @ b), best(lambda: linear(a, b)))
-    copied = best(lambda: target.copy_(source))
-    return Machine(bandwidth=2 * source.nbytes / copied, peak=2 * side**3 / product)

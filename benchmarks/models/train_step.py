@@ -18,8 +18,9 @@ import tyro
 from torch import nn
 
 from pi0_pair import observation, pair, reduced
+from spear.doctor import machine
 from spear.types import Action
-from timing import Times, machine, race
+from timing import Times, race
 
 TEXT = 48
 Frozen = Literal["none", "vision", "vlm"]

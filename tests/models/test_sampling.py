@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import Gemma2Config
 
 from models_tiny import TEXT, TINY, actions, pixels, spear1, text
 from spear import flow
+from spear.errors import Notice
+from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
 from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
@@ -99,6 +102,26 @@ def test_committed_actions_come_back_and_the_others_are_those_of_the_plain_netwo
     assert distance(found[1, 1:], free[1, 1:]) > 1e-3
 
 
+@pytest.mark.parametrize("broken", ["raises", "differs"])
+def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noise = spear1(), actions(3, H)
+    given = observation(3, ("external", "wrist"), True)
+    true = reference(model, given, noise, 4)
+
+    def wrong(*args: Any) -> torch.Tensor:
+        if broken == "raises":
+            raise RuntimeError("no kernel")
+        return true + 0.01
+
+    monkeypatch.setattr(sampling, "_sample", wrong)
+    with pytest.warns(Notice, match="no kernel" if broken == "raises" else "0.0"):
+        first = model.sample_actions(**given, steps=4, noise=noise).to_vector()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        again = model.sample_actions(**given, steps=4, noise=noise).to_vector()
+    assert distance(first, true) < 1e-6 and torch.equal(first, again)
+
+
 def test_three_views_of_one_size_and_bfloat16() -> None:
     size = dataclasses.replace(TINY, image_sizes={name: (32, 32) for name in ("a", "b", "c")})
     torch.manual_seed(0)
@@ -106,6 +129,7 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     given, noise = observation(2, (), True), actions(2, H)
     given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
     calls: list[int] = []
+    model.sample_actions(**given, noise=noise)  # the first goes through the plain network too
     model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     exact = model.sample_actions(**given, noise=noise).to_vector()
     assert len(calls) == 1

@@ -53,6 +53,7 @@ COMMANDS: dict[str, str] = {
     "convert vlm": "convert:convert_vlm",
     "convert policy": "convert:convert_policy",
     "plan": "train:plan",
+    "doctor": "basics:doctor",
 }
 """Every command by its words, in the order of the help: where it is, as FILE:FUNCTION of this folder."""
 

@@ -1,4 +1,4 @@
-"""Commands of their own: asking about an image, recording demonstrations, the demo."""
+"""Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
 from __future__ import annotations
 
@@ -126,3 +126,46 @@ def demo(options: DemoOptions) -> None:
     from spear.demo import make
 
     print(f"open {make(options.out, options.data).resolve()}")
+
+
+@dataclass(frozen=True)
+class DoctorOptions(Options):
+    preset: str = "nano"
+    """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""
+    device: Device = "auto"
+    out: Path = Path("runs/doctor.html")
+    """The page to write."""
+
+
+def doctor(options: DoctorOptions) -> None:
+    """Find out whether acting is right and fast on this machine.
+
+    One observation goes through the plain network and through what replaces it: the fast way, its CUDA graph,
+    bfloat16. Each is compared with the plain network and timed. What is printed is to be pasted into an
+    issue. Exits with 1 when something disagrees.
+
+    Examples:
+        spear doctor
+        spear doctor --device cuda --preset spear1
+    """
+    from spear import doctor as machine
+    from spear.models.devices import choose_device
+    from spear.models.presets import preset
+    from spear.report.page import render
+    from spear.util.files import write_text
+
+    size, device = preset(options.preset), choose_device(options.device)
+    facts, ways = machine.about(size, device), []
+    lines = [f"{what}: {which}  " for what, which in facts]
+    lines += ["", f"| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|"]
+    print("\n".join(lines), flush=True)
+    for way in machine.examine(size, device):
+        ways.append(way)
+        lines.append(f"| {' | '.join(way.row())} |")
+        print(lines[-1], flush=True)
+    title, rows = f"spear doctor: {size.name} on {device}", [way.row() for way in ways]
+    page = render("doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines)
+    write_text(options.out, page)
+    if wrong := [f"{way.name} in {way.dtype}" for way in ways if way.problem]:
+        raise machine.Disagrees(f"{', '.join(wrong)}: paste the lines above into an issue")
+    print(f"\neverything agrees; open {options.out.resolve()}")

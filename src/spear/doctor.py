@@ -1,0 +1,239 @@
+"""Whether SPEAR-1 is right and fast on this machine: `spear doctor`.
+
+One observation goes through the plain network and through everything that replaces it: the fast way, its CUDA
+graph, bfloat16. Each is compared with the plain network, and timed beside what the machine could do at most.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import spear
+from spear.errors import SpearError
+from spear.flow import FlowConfig, sample_noise
+from spear.models.devices import bfloat16_is_fast
+from spear.models.fast.graphs import Inputs
+from spear.models.fast.linear import linear
+from spear.models.presets import Preset, spear1_config
+from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.weights.load import load
+from spear.policy import SHIPPED
+from spear.train.memory import GIB, inference
+
+STEPS = 10
+"""Flow steps."""
+TEXT = 12
+"""Tokens of the instruction."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute actions.
+
+    milliseconds  median of an observation. least: what the machine needs for its operations and weights.
+    apart         `sampling.difference` from the plain network in the first type that was tried.
+    held, planned bytes of GPU memory that it took, and that `spear plan` says; held is None on a CPU.
+    problem       why it did not run, or is too far from the plain network; else empty.
+    """
+
+    name: str
+    dtype: str
+    milliseconds: float = float("nan")
+    least: float = float("nan")
+    apart: float = float("nan")
+    held: int | None = None
+    planned: int = 0
+    problem: str = ""
+
+    def row(self) -> list[str]:
+        """As a line of a table: `COLUMNS`."""
+        if self.milliseconds != self.milliseconds:
+            return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
+        memory = "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
+        times = f"{self.milliseconds / self.least:.1f} ×"
+        shown = [self.name, self.dtype, f"{self.milliseconds:.1f}", times, f"{self.apart:.1g}", memory]
+        return [*shown, self.problem or "agrees"]
+
+
+COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured: bytes/s read from memory and floating-point operations/s, in a dtype."""
+
+    bandwidth: float
+    peak: float
+
+    def least(self, *phases: tuple[float, float]) -> float:
+        """The roofline of phases that follow each other, each of (operations, bytes): seconds."""
+        return sum(max(flops / self.peak, moved / self.bandwidth) for flops, moved in phases)
+
+
+def seconds(run: Callable[[], object], device: str, processor: bool = False) -> float:
+    """One run. processor: processor time of all threads, which other work on the machine changes less."""
+    clock = time.process_time if processor else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - begun
+
+
+@torch.no_grad()
+def machine(device: str, dtype: torch.dtype, processor: bool = False) -> Machine:
+    """Measure it: the best of some runs of a large matrix product and of a copy far larger than any cache."""
+    side, count = (8192, 2**29) if device == "cuda" else (1536, 2**25)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.ones(count, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+
+    def best(run: Callable[[], object]) -> float:
+        run()
+        return min(seconds(run, device, processor) for _ in range(5))
+
+    product = min(best(lambda: a @ b), best(lambda: linear(a, b)))
+    copied = best(lambda: target.copy_(source))
+    return Machine(bandwidth=2 * source.nbytes / copied, peak=2 * side**3 / product)
+
+
+class Disagrees(SpearError):
+    """Something does not compute here what the plain network does."""
+
+    code = 1
+
+
+def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
+    """What runs here: (what, which)."""
+    packages = [f"spear {spear.__version__}", *(f"{n} {version(n)}" for n in ("torch", "transformers"))]
+    found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
+    found.append(("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
+        found.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
+    quick = "takes less time than" if bfloat16_is_fast(device) else "only saves memory beside"
+    found.append(("bfloat16", f"{quick} float32 on {device.type}"))
+    weights = "the weights of this package" if size.name == "nano" else "random weights"
+    return [*found, ("model", f"{size.name}, {weights}, {STEPS} flow steps, one observation of all views")]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.machine())
+
+
+def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
+    """Every way to act on this device, the plain network first; float32 where it fits, and bfloat16.
+
+    Of the nano preset the weights that come with this package, of others random ones. Raises `SpearError`
+    where not even bfloat16 fits.
+    """
+    free = _free(device)
+    planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
+    fits = [dtype for dtype, needed in planned.items() if needed < free]
+    if not fits:
+        needed = planned[torch.bfloat16] / GIB
+        raise SpearError(
+            f"preset {size.name} needs {needed:.1f} GiB, {device} has {free / GIB:.1f}: give another"
+        )
+    inputs = _observation(size, device)
+    truth: torch.Tensor | None = None
+    for dtype in fits:
+        model = _model(size, dtype, device)
+        least = 1000 * machine(device.type, dtype).least(*_phases(model, inputs))
+        sampler = SAMPLER(model, True)
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "plain network": partial(plain, model, inputs, STEPS),
+            "fast": partial(fast, model, sampler, inputs, STEPS, False),
+        }
+        if device.type == "cuda":
+            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, STEPS, True)
+        for name, run in ways.items():
+            word = str(dtype).removeprefix("torch.")
+            try:
+                found, held = _held(run, device)
+                times = [1000 * seconds(run, device.type) for _ in range(repeats)]
+            except RuntimeError as error:
+                yield Way(name, word, problem=(str(error) or type(error).__name__).splitlines()[0])
+                continue
+            truth = found if truth is None else truth
+            apart = difference(found, truth)
+            problem = "" if apart <= AGREES[dtype] else f"more than {AGREES[dtype]:g} from the plain network"
+            yield Way(name, word, statistics.median(times), least, apart, held, planned[dtype], problem)
+        del model, sampler, ways
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    if size.name == "nano":
+        return load(Spear1ForActionPrediction, SHIPPED / "nano", dtype).eval().to(device)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a large model would not fit twice
+    try:
+        with device:
+            return Spear1ForActionPrediction(spear1_config(size)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _observation(size: Preset, device: torch.device) -> Inputs:
+    """One of all views, without padding: arguments of `sampling.sample`."""
+    draw = torch.Generator().manual_seed(0)
+    given: dict[str, torch.Tensor] = {
+        f"pixels/{view}": torch.randint(0, 256, (1, 3, height, width), generator=draw, dtype=torch.uint8)
+        for view, (width, height) in size.image_sizes.items()
+    }
+    given["input_ids"] = torch.randint(3, size.vocabulary, (1, TEXT), generator=draw)
+    given["state"] = torch.zeros(1, STATE_FEATURES)
+    given["noise"] = sample_noise((1, size.horizon), FlowConfig(**size.flow), draw).to_vector()
+    return {name: tensor.to(device) for name, tensor in given.items()}
+
+
+def _phases(model: Any, inputs: Inputs) -> list[tuple[float, float]]:
+    """(operations, bytes of weights) of the prefix and of each flow step."""
+    wide = model.action_out_proj.weight.element_size()
+    expert = sum(p.numel() for p in model.expert.parameters())
+    whole = sum(p.numel() for n, p in model.vlm.named_parameters() if "embed_tokens" not in n)
+    flops = []
+    for steps in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            plain(model, inputs, steps)
+        flops.append(counter.get_total_flops())
+    step = flops[1] - flops[0]
+    return [(flops[0] - step, whole * wide), *[(step, expert * wide)] * STEPS]
+
+
+def _held(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, int | None]:
+    """What a run gives, after one to warm up, and the most memory that was taken."""
+    run()
+    if device.type != "cuda":
+        return run(), None
+    torch.cuda.reset_peak_memory_stats(device)
+    return run(), int(torch.cuda.max_memory_allocated(device))

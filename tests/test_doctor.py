@@ -1,0 +1,50 @@
+"""`spear doctor`: what agrees passes, what does not is named, with exit code 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spear import doctor
+from spear.cli import main
+from spear.models.presets import preset
+
+
+def test_everything_agrees_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "doctor.html"
+    assert main(["doctor", "--device", "cpu", "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        for way in ("plain network", "fast"):
+            assert f"| {way} | {dtype} |" in said
+            assert f"| {way} | {dtype} |" in page.read_text()
+
+
+def test_a_way_that_differs_or_raises_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = doctor.fast
+
+    def broken(model: Any, *rest: Any) -> torch.Tensor:
+        if model.dtype == torch.bfloat16:
+            raise RuntimeError("no kernel")
+        return real(model, *rest) + 0.01
+
+    monkeypatch.setattr(doctor, "fast", broken)
+    assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
+    found = capsys.readouterr()
+    assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_free", lambda device: 1000)
+    with pytest.raises(doctor.SpearError, match="nano"):
+        next(doctor.examine(preset("nano"), torch.device("cpu")))
+
+
+def test_the_least_time_counts_operations_and_bytes() -> None:
+    machine = doctor.Machine(bandwidth=10.0, peak=100.0)
+    assert machine.least((1000.0, 10.0), (10.0, 50.0)) == 10.0 + 5.0
