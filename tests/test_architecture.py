@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": HIGH | {"ablations"},
     "ui": HIGH,
     "demo": HIGH | {"report"},
-    "cli": HIGH | {"ablations", "report", "ui", "demo", "__init__"},
+    "doctor": HIGH | {"__init__"},
+    "cli": HIGH | {"ablations", "report", "ui", "demo", "doctor", "__init__"},
 }
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 

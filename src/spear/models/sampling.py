@@ -122,7 +122,7 @@ def plain(model: Any, inputs: Inputs, steps: int) -> torch.Tensor:
     prefix = model.prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
     def predict(noisy: Action, time: torch.Tensor) -> Action:
-        return model.predict(prefix, inputs["state"], noisy, time)  # type: ignore[no-any-return]
+        return model.predict(prefix, inputs["state"], noisy, time)
 
     noise = Action.from_vector(inputs["noise"])
     return flow.integrate(predict, noise, steps, model.flow, _committed(inputs)).to_vector()
