@@ -64,8 +64,8 @@ class Way:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
         memory = "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
         times = f"{self.milliseconds / self.least:.1f} ×"
-        shown = [self.name, self.dtype, f"{self.milliseconds:.1f}", times, f"{self.apart:.1g}", memory]
-        return [*shown, self.problem or "agrees"]
+        numbers = [f"{self.milliseconds:.1f}", times, f"{self.apart:.1g}", memory]
+        return [self.name, self.dtype, *numbers, self.problem or "agrees"]
 
 
 COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
@@ -137,9 +137,8 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.machine())
+        lines = []
+    return next((x.partition(":")[2].strip() for x in lines if x[:10] == "model name"), platform.machine())
 
 
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
@@ -232,8 +231,8 @@ def _phases(model: Any, inputs: Inputs) -> list[tuple[float, float]]:
 
 def _held(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, int | None]:
     """What a run gives, after one to warm up, and the most memory that was taken."""
-    run()
+    first = run()
     if device.type != "cuda":
-        return run(), None
+        return first, None
     torch.cuda.reset_peak_memory_stats(device)
     return run(), int(torch.cuda.max_memory_allocated(device))

@@ -28,8 +28,8 @@ DEVICES = ["meta", "cuda"] if torch.version.cuda else ["meta"]
 @pytest.fixture(params=DEVICES)
 def empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A SPEAR-1 and its inputs, without contents, on a device that is not the CPU."""
-    for module in (decode, sampling):
-        monkeypatch.setattr(module, "can_compile", lambda device: False)  # a compiler wants a driver
+    for file in (decode, sampling):
+        monkeypatch.setattr(file, "can_compile", lambda device: False)  # a compiler wants a driver
     if request.param == "meta":  # which autocast does not know
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)
     config = spear1_config(TINY)
@@ -76,12 +76,11 @@ def test_a_tensor_on_the_cpu_is_an_error_there(empty: dict[str, Any]) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_actions(empty: dict[str, Any], masked: bool, committed: bool) -> None:
     e, model = empty, empty["model"].eval()
-    views, mask = (e["present"], e["mask"]) if masked else (None, None)
     held = flow.Committed(e["noise"], e["make"](BATCH, H, dtype=torch.bool)) if committed else None
     inputs = {f"pixels/{view}": pixels for view, pixels in e["pixels"].items()}
     inputs |= {"input_ids": e["ids"], "state": e["state"], "noise": e["noise"].to_vector()}
     if masked:
-        inputs |= {"attention_mask": mask, "present/wrist": views["wrist"]}
+        inputs |= {"attention_mask": e["mask"], "present/wrist": e["present"]["wrist"]}
     if held is not None:
         inputs |= {"committed": held.actions.to_vector(), "held": held.held}
     for found in (

@@ -9,7 +9,7 @@ import pytest
 from tyro.conf import Positional
 
 from spear.errors import SpearError
-from spear.util.options import AtLeast, Options, Within, key_values, option_names
+from spear.util.options import Options, Within, key_values, option_names
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Inner(Options):
 @dataclass(frozen=True)
 class Outer(Options):
     name: Positional[str] = "a"
-    first_seed: Annotated[int | None, AtLeast(0)] = None
-    pairs: Annotated[tuple[int, int], AtLeast(1)] = (1, 2)
+    first_seed: Annotated[int | None, Within(0)] = None
+    pairs: Annotated[tuple[int, int], Within(1)] = (1, 2)
     dry: bool = False
     inner: Inner = field(default_factory=Inner)
 

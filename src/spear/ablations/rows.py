@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from spear.errors import SpearError, unknown_name
-from spear.util.options import AtLeast, Changes, Folder, Options
+from spear.util.options import Changes, Folder, Options, Within
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class AblationOptions(Options):
 
     rows: tuple[str, ...] = ()
     """Rows, or whole tables (3d, rotation, normalisation, siglip, converged, images); all without it."""
-    seeds: Annotated[int, AtLeast(1)] = 3
+    seeds: Annotated[int, Within(1)] = 3
     """Trainings of each row."""
-    scenes: Annotated[int, AtLeast(1)] = 200
+    scenes: Annotated[int, Within(1)] = 200
     """Held-out scenes of each task family, for every training."""
     out: Path = Path("runs/ablations")
     """Folder for everything."""
@@ -106,7 +106,7 @@ class AblationOptions(Options):
     one that comes with this package."""
     moge: str = "nano-depth"
     """What stands for MoGe's: the same of nano-depth."""
-    budget: Annotated[int | None, AtLeast(1)] = None
+    budget: Annotated[int | None, Within(1)] = None
     """Steps of the full row's policy, to which all policies are in proportion. Without it the recipes' own
     12,000 steps."""
     pretraining: float = 1.0
@@ -115,7 +115,7 @@ class AblationOptions(Options):
     """Task families that policies learn (where demonstrations are made) and are scored on; all of them when
     none is given."""
     set: Changes = ()
-    workers: Annotated[int, AtLeast(0)] = 1
+    workers: Annotated[int, Within(0)] = 1
     """Processes that prepare batches, for each training."""
     plan: bool = False
     """Only print what would be done."""

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from spear.errors import notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes
-from spear.util.options import AtLeast, Device, Dtype, File, Folder, Model, Name, Options
+from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def ask(options: AskOptions) -> None:
 class RecordOptions(Options):
     out: Path = Path("runs/episodes")
     """Folder to write to."""
-    episodes: Annotated[int, AtLeast(1)] = 200
+    episodes: Annotated[int, Within(1)] = 200
     """How many demonstrations per task family."""
     families: tuple[str, ...] = ()
     """Task families; all of them when none is given."""
@@ -82,7 +82,7 @@ class RecordOptions(Options):
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size whose cameras are used."""
-    workers: Annotated[int, AtLeast(1)] = 2
+    workers: Annotated[int, Within(1)] = 2
     """Processes."""
 
 

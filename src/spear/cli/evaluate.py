@@ -15,7 +15,7 @@ from spear.evaluate.reference import beside, references
 from spear.evaluate.results import Results, journals, load, missing_parts
 from spear.evaluate.results import merge as put_together
 from spear.util.files import check_own, write_bytes, write_text
-from spear.util.options import AtLeast, Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy
+from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
 if TYPE_CHECKING:
     from spear.evaluate.agents import Agent
@@ -137,7 +137,7 @@ class EvaluateVqaOptions(Options):
     questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
     """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes
     of the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
-    images: Annotated[int, AtLeast(1)] = 300
+    images: Annotated[int, Within(1)] = 300
     """At most so many images; of a folder, spread evenly over it."""
     asked: QuestionOptions = field(default_factory=QuestionOptions)
     device: Device = "auto"
@@ -194,7 +194,7 @@ class CompareOptions(Options):
     """The folder (or results.json) to compare with."""
     out: File = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
-    films: Annotated[int, AtLeast(0)] = 12
+    films: Annotated[int, Within(0)] = 12
     """At most so many pairs of films on the page; scenes that only one of the two solved come first. Both
     films are there where both were evaluated with --films all."""
 

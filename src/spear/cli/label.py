@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from spear.labels.options import LabelOptions, QuestionOptions
-from spear.util.options import AtLeast, File, Name, Options
+from spear.util.options import File, Name, Options, Within
 
 if TYPE_CHECKING:
     from spear.labels.models.protocols import PointMapResult
@@ -109,7 +109,7 @@ class ShowOptions(Options):
     """Folder that spear label has written."""
     out: File = None
     """HTML file; default: LABELS/show.html."""
-    images: Annotated[int, AtLeast(1)] = 24
+    images: Annotated[int, Within(1)] = 24
     """How many images to show."""
     model: Name = None
     """Count the use of this model's 3D tokens (nano, or a trained folder) instead of tokens fitted here."""

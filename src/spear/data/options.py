@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import AtLeast, File, Layout, Number, Options, Split, Within
+from spear.util.options import File, Layout, Number, Options, Split, Within
 
 Source = Annotated[
     Positional[Path],
@@ -49,7 +49,7 @@ class PrepareOptions(Options):
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95
     """JPEG quality of images that are changed."""
-    workers: Annotated[Number, AtLeast(0)] = None
+    workers: Annotated[Number, Within(0)] = None
     """Processes that read and resize; one for each processor by default. The result is the same."""
     layout: Layout = None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from spear.util.options import AtLeast, Dataset, Device, Dtype, Folder, Options, Seed, Within
+from spear.util.options import Dataset, Device, Dtype, Folder, Options, Seed, Within
 
 Films = int | Literal["failures", "all"]
 """Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
@@ -37,14 +37,14 @@ class AgentOptions(Options):
 class EpisodeOptions(Options):
     """Which episodes, and what is kept of them: the same in every simulator."""
 
-    scenes: Annotated[int, AtLeast(1)] = 381
+    scenes: Annotated[int, Within(1)] = 381
     """Scenes per family. 381 are enough to know each family's success rate to ±5 points."""
-    first_seed: Annotated[int, AtLeast(0)] = 0
+    first_seed: Annotated[int, Within(0)] = 0
     """Scenes first-seed, first-seed + 1, … In the embedded simulator those below 10000 are for testing."""
-    replan: Annotated[int, AtLeast(1)] = 1
+    replan: Annotated[int, Within(1)] = 1
     """How many of the predicted actions are executed before the policy looks again: fewer react sooner and
     cost more inferences."""
-    films: Annotated[Films, AtLeast(0)] = 0
+    films: Annotated[Films, Within(0)] = 0
     """Films of so many successes and failures per family; failures, for a film of every failure; or all."""
     out: Folder = None
     """Folder for the results. Outcomes are written as they come; those that it holds are not run again."""
@@ -59,7 +59,7 @@ class TabletopOptions(EpisodeOptions):
 
     families: tuple[str, ...] = ()
     """Task families; all of them when none is given."""
-    batch: Annotated[int, AtLeast(1)] = 32
+    batch: Annotated[int, Within(1)] = 32
     """Scenes that run at once: their observations go through the policy together."""
     execution: Literal["sync", "async", "ensemble", "rtc"] = "sync"
     """sync waits for each chunk of actions; async moves on while the next one is computed; ensemble looks at
@@ -74,13 +74,13 @@ class TabletopOptions(EpisodeOptions):
 class SimplerOptions(EpisodeOptions):
     """A closed loop in SIMPLER's tasks."""
 
-    scenes: Annotated[int, AtLeast(1)] = 384
+    scenes: Annotated[int, Within(1)] = 384
     """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has 24 or 64
     different starts: each comes up 16 or 6 times, with other noise for the policy; references, which have no
     noise, see each once."""
     tasks: tuple[str, ...] = ()
     """ManiSkill's names; all four when none is given."""
-    batch: Annotated[int | None, AtLeast(1), arg(metavar="N")] = None
+    batch: Annotated[int | None, Within(1), arg(metavar="N")] = None
     """Scenes that run at once, each in a process of its own; without it, as many as there are cores."""
     assets: Folder = None
     """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
@@ -90,7 +90,7 @@ class SimplerOptions(EpisodeOptions):
 class QuestionOptions(Options):
     """What a SPEAR-VLM is asked about labelled images, and what is scored."""
 
-    per_image: Annotated[int, AtLeast(1)] = 2
+    per_image: Annotated[int, Within(1)] = 2
     """At most so many questions of each kind about an image."""
     families: tuple[str, ...] = ()
     """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
@@ -99,5 +99,5 @@ class QuestionOptions(Options):
     seed: Seed = 0
     view: str = "external"
     """The camera that the images are from, external or wrist."""
-    batch: Annotated[int, AtLeast(1)] = 32
+    batch: Annotated[int, Within(1)] = 32
     """Questions that are answered at once."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.util.options import AtLeast, Device, Folder, Options
+from spear.util.options import Device, Folder, Options, Within
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class WorkOptions(Options):
 
     engine: Literal["local", "ray"] = "local"
     """local, or ray to use a Ray cluster."""
-    workers: Annotated[int, AtLeast(0)] = 2
+    workers: Annotated[int, Within(0)] = 2
     """Processes that read images and fit boxes."""
-    batch_size: Annotated[int, AtLeast(1)] = 8
+    batch_size: Annotated[int, Within(1)] = 8
     """Images that go through a network together."""
-    shard_size: Annotated[int, AtLeast(1)] = 256
+    shard_size: Annotated[int, Within(1)] = 256
     """Images per file. What is not in a finished file is done again after an interruption."""
     copies: tuple[int, int, int] = (1, 1, 1)
     """With ray: how many detectors, segmenters and point maps run."""
@@ -33,13 +33,13 @@ class WorkOptions(Options):
 class SceneOptions(Options):
     """Scenes of the simulator, which are labelled where no photos are given."""
 
-    scenes: Annotated[int, AtLeast(1)] = 1000
+    scenes: Annotated[int, Within(1)] = 1000
     """How many scenes to label (two images each)."""
-    first_seed: Annotated[int, AtLeast(0)] = 10_000
+    first_seed: Annotated[int, Within(0)] = 10_000
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size whose cameras are used for scenes."""
-    drawings: Annotated[int, AtLeast(0)] = 4
+    drawings: Annotated[int, Within(0)] = 4
     """So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings."""
 
 
@@ -61,21 +61,21 @@ class LabelOptions(Options):
     """moge-2 (metres), moge (up to scale, as in the paper) or ground-truth."""
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
-    size: Annotated[int, AtLeast(0)] = 840
+    size: Annotated[int, Within(0)] = 840
     """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size."""
     rate: float = 1.0
     """Frames per second of video."""
-    per_episode: Annotated[int, AtLeast(1)] = 4
+    per_episode: Annotated[int, Within(1)] = 4
     """Frames of each robot episode."""
     cache: Folder = None
     """Folder of Gemini's answers, which are paid for only once; default: OUT/.answers."""
-    per_minute: Annotated[int, AtLeast(0)] = 0
+    per_minute: Annotated[int, Within(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
     """Try again the images that were skipped for a reason that may pass, such as a service out of reach."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: Annotated[int, Within(0)] = 0
     """Decides which questions are asked."""
     device: Device = "auto"
     work: WorkOptions = WorkOptions()
@@ -88,7 +88,7 @@ class QuestionOptions(Options):
 
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: Annotated[int, Within(0)] = 0
     """The same seed gives the same questions."""
     pairs: tuple[int, int] = (1, 4)
     """Fewest and most questions per image."""

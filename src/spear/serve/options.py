@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import AtLeast, Dataset, Device, Dtype, Name, Number, Options, Policy, Within
+from spear.util.options import Dataset, Device, Dtype, Name, Number, Options, Policy, Within
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class ServiceOptions(Options):
     cartesian_position). Default: the robot's usual one."""
     device: Device = "auto"
     dtype: Dtype = "float32"
-    steps: Annotated[int, AtLeast(1)] = 10
+    steps: Annotated[int, Within(1)] = 10
     """Euler steps of the flow: fewer are faster and coarser."""
     dataset: Dataset = None
-    max_batch: Annotated[int, AtLeast(1)] = 16
+    max_batch: Annotated[int, Within(1)] = 16
     """At most so many observations are answered together."""
     wait_ms: Annotated[float, Within(0, 10_000)] = 5.0
     """For so long, at most, a batch waits for more observations."""
@@ -45,7 +45,7 @@ class ServeOptions(ServiceOptions):
     token: Annotated[str | None, arg(metavar="TEXT")] = None
     """What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users of this
     machine do not see it."""
-    queue: Annotated[int, AtLeast(1)] = 64
+    queue: Annotated[int, Within(1)] = 64
     """So many observations may wait; further ones are told that the server is busy."""
     ui: bool = False
     """Also serve a page for people, at the address that is printed: watch and steer the policy in the
@@ -72,5 +72,5 @@ class VlaEvalOptions(ServiceOptions):
     embodiment: str = "maniskill2_widowx"
     """The benchmark's robot: maniskill2_widowx, or a Python file that describes another one (see
     docs/robots.md; its observations are those of the benchmark)."""
-    replan: Annotated[Number, AtLeast(1)] = None
+    replan: Annotated[Number, Within(1)] = None
     """Of each predicted chunk, so many actions are executed before the next look; default: 1."""

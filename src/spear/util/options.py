@@ -36,10 +36,6 @@ class Within:
             raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")
 
 
-AtLeast = Within
-"""The range without a largest number."""
-
-
 class Options:
     """What the dataclasses of options inherit: ranges are checked when one is made.
 
@@ -86,7 +82,7 @@ Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 File = Annotated[Path | None, arg(metavar="FILE")]
 Name = Annotated[str | None, arg(metavar="NAME")]
 Number = Annotated[int | None, arg(metavar="INT")]
-Seed = Annotated[int, AtLeast(0), arg(help="The same seed gives the same result.")]
+Seed = Annotated[int, Within(0), arg(help="The same seed gives the same result.")]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16"],
