@@ -1,0 +1,178 @@
+"""SPEAR-1 behind LeRobot's `PreTrainedPolicy`; networks, statistics and sampling are spear's.
+
+A saved policy is LeRobot's config.json and a folder `spear` beside it, which is a checkpoint as spear's own
+commands take it (`spear serve .../pretrained_model/spear`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+
+from spear import policy as spear
+from spear.data.normalize import SMALLEST_SCALE, Normalizer
+from spear.embodiments.tools import IMAGE
+from spear.errors import SpearError
+from spear.train.optimize import apply_freeze, make_optimizer
+from spear.train.tasks import robot_inputs
+from spear.types import Action, Array
+
+from .configuration_spear1 import Spear1Config
+from .robots import Robot
+
+FOLDER = "spear"
+
+
+class Spear1Policy(PreTrainedPolicy):
+    """`config` says where it starts from; folder: a spear checkpoint to use instead, statistics included.
+
+    Without a folder the statistics are those of the dataset, as after `spear train`.
+    """
+
+    config_class = Spear1Config
+    name = "spear1"
+
+    def __init__(
+        self,
+        config: Spear1Config,
+        dataset_stats: Any = None,
+        dataset_meta: Any = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.robot, self.views = config.robot(), config.views()
+        if dataset_meta is not None and dataset_meta.fps != config.fps:
+            raise SpearError(f"--policy.fps={config.fps}, but the dataset has {dataset_meta.fps}: give that")
+        self.spear = spear.Spear1Policy.load(
+            folder or config.checkpoint, steps=config.steps, seed=config.seed
+        )
+        self.model = self.spear.model
+        if dataset_meta is not None and folder is None:
+            self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config)
+        apply_freeze(self.model, config.optimization)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+        dataset_meta: Any = None,
+        **_: Any,
+    ) -> Spear1Policy:
+        """From a folder that `save_pretrained` wrote, or a repository of the Hub with its files."""
+        name, path = str(pretrained_name_or_path), Path(pretrained_name_or_path)
+        if not path.is_dir():
+            path = Path(snapshot_download(name, revision=revision))
+        config = config or PreTrainedConfig.from_pretrained(path)
+        policy = cls(config, dataset_meta=dataset_meta, folder=path / FOLDER)
+        return policy.to(config.device).eval()
+
+    def _save_pretrained(self, save_directory: Path, **_: Any) -> None:
+        self.config._save_pretrained(save_directory)
+        folder = save_directory / FOLDER
+        self.model.save_pretrained(folder)
+        self.spear.processor.save(folder)
+        self.spear.normalizer.save(folder / "normalizer.json")
+
+    def get_optim_params(self) -> list[dict[str, Any]]:
+        """The recipe's groups."""
+        groups = make_optimizer(self.model, self.config.optimization).param_groups
+        return [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+
+    def reset(self) -> None:
+        """A new episode: no actions wait, and the noise begins anew."""
+        self._action_queue: deque[Tensor] = deque()
+        self.spear.reset()
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """The flow loss of a batch of the dataset, and its parts."""
+        if reduction != "mean":
+            raise SpearError(f"reduction {reduction!r}: leave sample_weighting out")
+        states = np.stack([self.robot.state(values) for values in _numpy(batch[OBS_STATE])])
+        beyond = _numpy(batch[f"{ACTION}_is_pad"])
+        pairs = [self.robot.chunk(*row) for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)]
+        actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
+        images = {view: _numpy(batch[key]).transpose(0, 2, 3, 1) for key, view in self.views.items()}
+        raw = {
+            "position": np.float32(states[:, :3]),
+            "rotation": np.float32(states[:, 3:7]),
+            "gripper": np.float32(states[:, 7]),
+            "action": np.float32(actions),
+            "action_mask": known,
+            "images": images,
+            "views": {view: np.ones(len(states), bool) for view in images},
+            "instruction": batch["task"],
+            "dataset": np.zeros(len(states), int),
+        }
+        inputs = robot_inputs(self.spear.processor, self.spear.normalizer, raw)
+        put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)
+        put["actions"] = Action.from_vector(put["actions"])
+        output = self.model(**put, flow_samples=self.config.stage.flow_samples)
+        return output.loss, {name: float(part) for name, part in output.parts.items()}
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
+        """[B, rows, d]: the whole chunk as the robot takes it."""
+        values = _numpy(batch[OBS_STATE])
+        images = {
+            IMAGE if view == "external" else f"observation/{view}_image": _numpy(batch[key])
+            for key, view in self.views.items()
+        }
+        tasks = [batch["task"]] * len(values) if isinstance(batch["task"], str) else batch["task"]
+        seen = [
+            {"observation/state": self.robot.state(numbers), "prompt": task}
+            | {key: image[i].transpose(1, 2, 0) for key, image in images.items()}
+            for i, (numbers, task) in enumerate(zip(values, tasks, strict=True))
+        ]
+        chunks = [result["actions"] for result in self.spear.infer_batch(seen)]
+        rows = [self.robot.rows(chunk, numbers) for chunk, numbers in zip(chunks, values, strict=True)]
+        return torch.from_numpy(np.stack(rows)).to(batch[OBS_STATE].device)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
+        """[B, d]: the next row; looks when those of `replan` actions are used up."""
+        if not self._action_queue:
+            rows = self.predict_action_chunk(batch)[:, : self.config.replan * self.config.stride]
+            self._action_queue.extend(rows.transpose(0, 1))
+        return self._action_queue.popleft()
+
+
+def fit(root: Path, robot: Robot, config: Spear1Config) -> Normalizer:
+    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes."""
+    table = pyarrow.dataset.dataset(root / "data", format="parquet")
+    columns = table.to_table([OBS_STATE, ACTION, "episode_index"]).to_pydict()
+    state, action, episode = (np.array(columns[key]) for key in (OBS_STATE, ACTION, "episode_index"))
+    ahead = np.array(config.action_delta_indices)
+    moves, places = [], []
+    for number in np.unique(episode):
+        states, commands = (x[episode == number].astype(np.float32) for x in (state, action))
+        for at in range(0, len(states), config.stride):
+            here, when = robot.state(states[at]), at + ahead
+            rows = commands[np.minimum(when, len(states) - 1)]
+            actions, known = robot.chunk(here, rows, when >= len(states))
+            if known[0]:
+                moves.append(actions[0, :3])
+                places.append(here[:3])
+    units: list[tuple[float, float, float]] = []
+    for rows in (moves, places):
+        low, high = np.quantile(np.float64(rows), (0.01, 0.99), axis=0)
+        scale = np.where((high - low) / 2 < SMALLEST_SCALE, 1.0, (high - low) / 2)
+        units += [tuple((high + low) / 2), tuple(scale)]  # type: ignore[arg-type]
+    return Normalizer("quantile", *units, samples=len(moves))
+
+
+def _numpy(values: Tensor) -> Array:
+    return values.detach().cpu().numpy()

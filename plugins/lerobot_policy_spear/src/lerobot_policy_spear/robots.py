@@ -1,0 +1,153 @@
+"""What a LeRobot dataset's numbers mean to SPEAR-1, and SPEAR-1's actions as the robot takes them.
+
+Known are what `spear data export` writes; end-effector poses as LeRobot's processors name them (position in
+m, rotation vector, gripper 0 closed … 100 open), commanded as absolute poses; and joint angles in degrees,
+through LeRobot's kinematics of the arm. Anything else is refused. Needs no LeRobot, but for joint angles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from spear.data.actions import HORIZON, derive_actions
+from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
+from spear.embodiments import tools
+from spear.errors import SpearError
+from spear.geometry import matrix_to_quat, quat_canonical, quat_exp, quat_log, quat_slerp, quat_to_matrix
+from spear.types import Array
+
+POSE_NAMES = [f"ee.{part}" for part in ("x", "y", "z", "wx", "wy", "wz", "gripper_pos")]
+OPEN = 100.0
+"""LeRobot's value of an open gripper."""
+ROUNDS = 5
+"""LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
+MISS = 0.01
+"""Metres from where a row should lead: beyond, the arm stands still (these two are our choice)."""
+
+
+class Robot(Protocol):
+    """state: the robot's numbers [d] as SPEAR-1's state [8]. chunk: (state, commands [6, d] of the frames of
+    `action_delta_indices`, which of them are beyond the episode [6]) as actions [5, 8] and which count [5].
+    rows: actions for a robot that is at `values` [d], as commands [N, d]."""
+
+    def state(self, values: Array) -> Array: ...
+    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]: ...
+    def rows(self, actions: Array, values: Array) -> Array: ...
+
+
+class Exported:
+    """A dataset of spear's own, at 5 Hz. The last action of an episode leads nowhere known."""
+
+    def state(self, values: Array) -> Array:
+        return values
+
+    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
+        return commands[:HORIZON], ~beyond[1:]
+
+    def rows(self, actions: Array, values: Array) -> Array:
+        return actions
+
+
+class Poses:
+    """End-effector poses, `stride` frames to an action."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def state(self, values: Array) -> Array:
+        position, rotation, gripper = self.pose(values)
+        return tools.state(position, rotation, gripper)
+
+    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
+        """Each action leads from one command to the next, the first one from where the robot is."""
+        poses = [self.pose(c) for c in commands[:HORIZON]]
+        position = np.stack([state[:3], *(p for p, _, _ in poses)])
+        rotation = np.stack([state[3:7], *(r for _, r, _ in poses)])
+        command = np.array([g for _, _, g in poses] + [poses[-1][2]], np.float32)
+        return derive_actions(position, rotation, command)[:-1], ~beyond[:HORIZON]
+
+    def rows(self, actions: Array, values: Array) -> Array:
+        """Straight lines and geodesics between where the actions lead."""
+        state = self.state(values)
+        where, turned = tools.targets(state, actions)
+        path = [(state[:3], state[3:7]), *zip(where, turned, strict=True)]
+        rows = []
+        for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):
+            for part in np.arange(1, self.stride + 1) / self.stride:
+                ends = (torch.from_numpy(np.float64(x)) for x in (q, facing))
+                rows.append((p + (to - p) * part, quat_slerp(*ends, float(part)).numpy(), action[7]))
+        return self.commands(rows, values)
+
+    def pose(self, values: Array) -> tuple[Array, Array, float]:
+        """Position [3], quaternion [4], opening 0 … 1."""
+        return values[:3], _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))), _opening(values[6])
+
+    def commands(self, rows: Sequence[tuple[Array, Array, float]], values: Array) -> Array:
+        """Poses as commands [N, d]."""
+        turns = [quat_log(torch.from_numpy(q)).numpy() for _, q, _ in rows]
+        made = [[*p, *w, OPEN * g] for (p, _, g), w in zip(rows, turns, strict=True)]
+        return np.array(made, np.float32)
+
+
+class Joints(Poses):
+    """Joint angles in degrees, the gripper last. kinematics: LeRobot's `RobotKinematics`, or its like."""
+
+    def __init__(self, stride: int, kinematics: Any, count: int) -> None:
+        super().__init__(stride)
+        self.kinematics, self.count = kinematics, count
+
+    def pose(self, values: Array) -> tuple[Array, Array, float]:
+        at = self.kinematics.forward_kinematics(np.float64(values[: self.count]))
+        return at[:3, 3], matrix_to_quat(torch.from_numpy(at[:3, :3].copy())).numpy(), _opening(values[-1])
+
+    def commands(self, rows: Sequence[tuple[Array, Array, float]], values: Array) -> Array:
+        """Each row's angles by the inverse kinematics, from those of the row before; where no angles lead
+        there, the same ones."""
+        angles, made = np.float64(values[: self.count]), []
+        for position, rotation, gripper in rows:
+            at = np.eye(4)
+            at[:3, :3], at[:3, 3] = quat_to_matrix(torch.from_numpy(rotation)).numpy(), position
+            found = angles
+            for _ in range(ROUNDS):
+                found = self.kinematics.inverse_kinematics(found, at)
+            if np.linalg.norm(self.kinematics.forward_kinematics(found)[:3, 3] - position) < MISS:
+                angles = found
+            made.append([*angles, OPEN * gripper])
+        return np.array(made, np.float32)
+
+
+def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, tip: str) -> Robot:
+    """By the names of the numbers. Raises `SpearError` for others than those known."""
+    state, action = list(state), list(action)
+    if (state, action) == (STATE_NAMES, ACTION_NAMES):
+        if stride != 1:
+            raise SpearError("--policy.fps: a dataset of spear's actions is at 5: prepare it at 5 Hz")
+        return Exported()
+    if state == action == POSE_NAMES:
+        return Poses(stride)
+    motors = [name.removesuffix(".pos") for name in action]
+    joints = state == action and all(n.endswith(".pos") for n in action) and motors[-1:] == ["gripper"]
+    if joints and sum("gripper" in m for m in motors) == 1 and urdf:
+        from lerobot.model.kinematics import RobotKinematics
+
+        return Joints(stride, RobotKinematics(urdf, tip, motors[:-1]), len(motors) - 1)
+    how = (
+        "one arm's joints need its --policy.urdf"
+        if joints
+        else f"record {' '.join(POSE_NAMES)} (LeRobot's end-effector processors), or use `spear train`"
+    )
+    shown = ", ".join(action[:4]) or "no names"
+    raise SpearError(f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}")
+
+
+def _quat(quaternion: torch.Tensor) -> Array:
+    return quat_canonical(quaternion).numpy()
+
+
+def _opening(value: float) -> float:
+    return float(min(max(value / OPEN, 0.0), 1.0))

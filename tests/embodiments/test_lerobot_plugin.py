@@ -1,0 +1,90 @@
+"""The plugin for LeRobot: what a dataset's numbers mean, against scipy. Its check.py runs LeRobot itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
+from spear.errors import SpearError
+from spear.types import Array
+
+FOLDER = Path(__file__).parents[2] / "plugins" / "lerobot_policy_spear" / "src" / "lerobot_policy_spear"
+SPEC = importlib.util.spec_from_file_location("lerobot_policy_spear_robots", FOLDER / "robots.py")
+assert SPEC is not None and SPEC.loader is not None
+robots: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(robots)
+NONE = np.zeros(6, bool)
+
+
+class Gantry:
+    """Joints 0 … 2 slide along x, y, z (m per degree), 3 turns about z; reaches 1 m. One step solves it."""
+
+    def forward_kinematics(self, angles: Array) -> Array:
+        at = np.eye(4)
+        at[:3, 3] = np.clip(angles[:3], -1, 1)
+        at[:3, :3] = Rotation.from_euler("z", angles[3], degrees=True).as_matrix()
+        return at
+
+    def inverse_kinematics(self, angles: Array, at: Array) -> Array:
+        return np.array([*at[:3, 3], Rotation.from_matrix(at[:3, :3]).as_euler("zyx", degrees=True)[0]])
+
+
+def test_poses_become_actions_and_lead_back() -> None:
+    rng = np.random.default_rng(0)
+    robot = robots.choose(robots.POSE_NAMES, robots.POSE_NAMES, 6, "", "")
+    commands = np.concatenate([rng.normal(0.3, 0.05, (6, 3)), rng.normal(0, 1, (6, 3))], axis=1)
+    commands = np.column_stack([commands, [100, 100, 40, 0, -2, 50]]).astype(np.float32)
+    here = np.array([0.3, 0.1, 0.2, 0.1, -0.5, 0.3, 80], np.float32)
+    state = robot.state(here)
+    np.testing.assert_allclose(state[[0, 1, 2, 7]], [0.3, 0.1, 0.2, 0.8], atol=1e-6)
+    actions, known = robot.chunk(state, commands, np.array([0, 0, 0, 0, 1, 1], bool))
+    assert known.tolist() == [True] * 4 + [False]
+    np.testing.assert_allclose(actions[:, 7], [1, 1, 0.4, 0, 0], atol=1e-6)
+    before = [here, *commands[:4]]
+    for action, a, b in zip(actions, before, commands[:5], strict=True):
+        np.testing.assert_allclose(action[:3], b[:3] - a[:3], atol=1e-6)
+        turn = Rotation.from_rotvec(a[3:6]).inv() * Rotation.from_rotvec(b[3:6])
+        assert (Rotation.from_quat(action[3:7], scalar_first=True).inv() * turn).magnitude() < 1e-5
+    rows = robot.rows(actions, here)
+    assert rows.shape == (30, 7)
+    np.testing.assert_allclose(rows[5::6, :3], commands[:5, :3], atol=1e-5)
+    np.testing.assert_allclose(rows[2, :3], (here[:3] + commands[0, :3]) / 2, atol=1e-5)
+    for row, command in zip(rows[5::6], commands, strict=False):
+        turn = Rotation.from_rotvec(row[3:6]).inv() * Rotation.from_rotvec(command[3:6])
+        assert turn.magnitude() < 1e-4
+
+
+def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> None:
+    robot = robots.Joints(2, Gantry(), 4)
+    here = np.array([0.1, 0.2, 0.3, 30, 100], np.float32)
+    facing = Rotation.from_euler("z", 30, degrees=True).as_quat(scalar_first=True)
+    np.testing.assert_allclose(robot.state(here), [0.1, 0.2, 0.3, *facing, 1], atol=1e-6)
+    commands = here + np.arange(1, 7)[:, None] * np.float32([0.01, 0, 0, 5, -20])
+    actions, known = robot.chunk(robot.state(here), commands, NONE)
+    assert known.all()
+    rows = robot.rows(actions, here)
+    np.testing.assert_allclose(rows[1::2, :4], commands[:5, :4], atol=1e-4)
+    far = actions.copy()
+    far[2:, 0] = 0.6  # beyond a metre from the third on
+    rows = robot.rows(far, here)
+    assert (rows[:4, 0] < 0.13).all() and (np.diff(rows[6:, :4], axis=0) == 0).all() and rows[-1, 0] <= 1
+
+
+def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
+    robot = robots.choose(STATE_NAMES, ACTION_NAMES, 1, "", "")
+    actions = np.arange(48, dtype=np.float32).reshape(6, 8)
+    found, known = robot.chunk(actions[0], actions, np.arange(6) == 5)
+    np.testing.assert_array_equal(robot.rows(found, actions[0]), actions[:5])
+    assert known.tolist() == [True] * 4 + [False]
+    two, one = ["left_gripper.pos", "right_gripper.pos"], ["shoulder.pos", "gripper.pos"]
+    for names, said in ((one, "urdf"), (two, "action"), ([], "action"), (["x", "y"], "action")):
+        with pytest.raises(SpearError, match=said):
+            robots.choose(names, names, 1, "", "")
+    with pytest.raises(SpearError, match="fps"):
+        robots.choose(STATE_NAMES, ACTION_NAMES, 6, "", "")
