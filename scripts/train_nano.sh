@@ -8,12 +8,7 @@ export OMP_NUM_THREADS=1
 TRAIN="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-2} --no-python $BIN/spear train"
 
 "$BIN/spear" label --scenes 13056 --first-seed 200000 --out "$RUNS/labels"
-# Recording has no memory: it gets its name when it is whole.
-[ -d "$RUNS/episodes" ] || {
-    rm -rf "$RUNS/episodes.part"
-    "$BIN/spear" record --episodes 2000 --out "$RUNS/episodes.part"
-    mv "$RUNS/episodes.part" "$RUNS/episodes"
-}
+"$BIN/spear" record --episodes 2000 --out "$RUNS/episodes"
 # The two encoders side by side, one process each.
 "$BIN/spear" train nano-depth --labels "$RUNS/labels" --out "$RUNS/nano-depth" &
 DEPTH=$!

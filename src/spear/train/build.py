@@ -104,10 +104,8 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             raise SpearError(
                 f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing in the VLM's"
             )
-        if policy and stage.flow:
-            raise SpearError(
-                f"recipe {stage.name} changes the flow, which that of {init} fixes: begin at a SPEAR-VLM"
-            )
+        if policy and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
+            raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
         if inputs.moge and inner.moge_config is not None:
             raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
         if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:
@@ -191,6 +189,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         processor = Processor.load(init)
         if weights.architecture(init) == Spear1Config.model_type:
             model = weights.load(Spear1ForActionPrediction, init)
+            model.config.flow = {**(model.config.flow or {}), **stage.flow}
+            model.flow = FlowConfig(**model.config.flow)
         else:
             model = _acting(weights.load(SpearVLM, init), size)
     if stage.committed is not None:

@@ -116,7 +116,7 @@ class Recipe:
     normalization  of translations: "quantile" (the paper), "minmax" or "meanstd" (its ablation); positions
                   in the state follow it (our choice).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
-    flow          fields of `spear.flow.FlowConfig` that differ from the preset's ("vla" from a SPEAR-VLM).
+    flow          fields of `spear.flow.FlowConfig` that differ from the preset's, or those of `--init`.
     committed     the longest delay to learn to act under: so many actions at a chunk's beginning may be given
                   (`spear.flow.sample_held`). None: as the policy of `--init` did; a new one 0, the paper's.
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
