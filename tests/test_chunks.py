@@ -67,6 +67,8 @@ def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
         np.testing.assert_allclose(np.diff([a[0] for a in moving[:5]]), 0.001, atol=1e-7)
         assert not any((a[:3] == 0).all() for a in moving[1:])
         assert len(looked) >= 14 // 5
+        looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
+        assert looked == [0, *range(delay + 1, 9, delay)]  # again as soon as a chunk is there
     for replan in (2, 5):  # without delay it is the same as sync
         one, two = (drive(ChunkExecutor(mode, replan=replan), 11) for mode in ("async", "sync"))  # type: ignore[arg-type]
         assert one[0] == two[0]
@@ -124,12 +126,6 @@ def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> No
         before = [one.next() for _ in range(3)]
     assert len(executor.told()["committed"]) == 1
     assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
-
-
-def test_async_looks_again_when_a_chunk_is_there() -> None:
-    for delay in (1, 2):
-        looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
-        assert looked == [0, *range(delay + 1, 9, delay)]
 
 
 def test_ensemble_averages_what_is_said_about_now() -> None:

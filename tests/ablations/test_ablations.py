@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -190,23 +189,6 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
     asked = [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]]
     assert asked == [204, 204, 204]
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        *((f"--{name} 0", f"--{name}") for name in ("seeds", "scenes", "budget", "pretraining")),
-        ("--rows no3d", "'no-3d'"),
-        ("--set steps=3", "--budget"),
-        ("--families fold", "'fold'"),
-        ("--init nano-vlm-9", "nano-vlm-0"),
-        ("--labels a --episodes b", "b"),
-    ],
-)
-def test_bad_requests_are_one_line(
-    words: str, named: str, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    assert named in refused("evaluate", "ablations", "--out", str(tmp_path), *words.split())
 
 
 @pytest.mark.parametrize(

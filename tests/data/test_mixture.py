@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.stats import chisquare
 
 from data_tiny import make as tiny
+from data_tiny import png
 from spear.data.actions import episode_actions
 from spear.data.mixture import Mixture, TrainingSamples, jitter
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.train import loop, parallel
+from spear.train import loop
 from spear.types import Episode
-
-
-def png(value: int, size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size[::-1], (value, value // 2, 255 - value)).save(file, "PNG")
-    return file.getvalue()
 
 
 def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
@@ -35,9 +28,9 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
         steps = 5 + e
         action = np.zeros((steps, 8), np.float32)
         action[:, 0], action[:, 3], action[:, 7] = np.arange(steps), 1, np.arange(steps) % 2
-        images = {"external": [png(10 * e + t, (12, 16)) for t in range(steps)]}
+        images = {"external": [png(10 * e + t, 16, 12) for t in range(steps)]}
         if wrist:
-            images["wrist"] = [png(200, (8, 8))] * steps
+            images["wrist"] = [png(200, 8, 8)] * steps
         position = np.stack([e + np.arange(steps) / 100, np.zeros(steps), np.zeros(steps)], axis=1)
         still = np.tile([0, 1, 0, 0], (steps, 1))
         mask = np.arange(steps) != 2
@@ -170,18 +163,6 @@ def test_the_order_depends_on_seed_and_step_alone(
             for a, b in zip(other, drawn, strict=True):
                 assert (a.source, a.episode, a.step) == (b.source, b.episode, b.step)
                 np.testing.assert_array_equal(a.draws, b.draws)
-
-
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
-def test_processes_share_the_batches_of_a_step(step: int, world: int, pieces: int) -> None:
-    whole = list(parallel.numbers(step, world * pieces))
-    taken = []
-    for rank in range(world):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parallel, "rank", lambda rank=rank: rank)
-            patch.setattr(parallel, "world", lambda: world)
-            taken += list(parallel.numbers(step, pieces))
-    assert taken == whole == list(range(step * world * pieces, (step + 1) * world * pieces))
 
 
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:

@@ -11,15 +11,12 @@ import av
 import numpy as np
 import pytest
 
-from spear.cli import load, options_of
 from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
-from spear.evaluate.options import SimplerOptions, TabletopOptions
+from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.simpler.tasks import TASKS
-from spear.evaluate.stats import samples_for
 from spear.types import Array
 
 SMALL = {"external": (48, 32), "wrist": (24, 24)}
@@ -148,11 +145,3 @@ def test_rtc_is_for_policies_that_have_learned_it() -> None:
     assert len(policy.told) == late.outcomes[0].steps / 2
     with pytest.raises(SpearError, match="--execution rtc"):
         run(ExpertAgent(), 1, execution="rtc")
-
-
-def test_the_default_number_of_scenes_is_enough_for_five_points() -> None:
-    assert TabletopOptions().scenes == samples_for(0.05) <= SimplerOptions().scenes
-    assert all(SimplerOptions().scenes % task.starts == 0 for task in TASKS.values())
-    for command in ("evaluate", "evaluate simpler"):
-        made = options_of(load(command))()  # type: ignore[misc]
-        assert (made.loop.films, made.loop.shard) == (1, "1/1") and made.loop.out is not None

@@ -13,17 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from data_tiny import png
 from spear.errors import SpearError
 from spear.labels.inputs import Item, find, read
-
-
-def encoded(value: int, size: tuple[int, int] = (48, 32)) -> bytes:
-    """A PNG of one grey value."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def grey(items: Sequence[Item], **options: int) -> list[int | str]:
@@ -52,7 +45,7 @@ def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7) -> None:
 def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: Path) -> None:
     for name, value in (("b/2.png", 20), ("b/1.PNG", 10), ("a.png", 5), ("c.png", 30), (".hidden.png", 9)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(encoded(value))
+        (tmp_path / name).write_bytes(png(value))
     (tmp_path / "notes.txt").write_text("no image")
     items = list(find(str(tmp_path)))
     names = [Path(i.key).relative_to(tmp_path).as_posix() for i in items]
@@ -66,15 +59,15 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name, data in (("x/0.png", encoded(40)), ("x/0.json", b"{}"), ("x/1.jpg", encoded(50)[:60])):
+        for name, data in (("x/0.png", png(40)), ("x/0.json", b"{}"), ("x/1.jpg", png(50)[:60])):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    rows = [{"bytes": encoded(60 + i), "path": None} for i in range(5)] + [None]
+    rows = [{"bytes": png(60 + i), "path": None} for i in range(5)] + [None]
     pq.write_table(
         pa.table({"image": rows, "label": list(range(6))}), tmp_path / "t.parquet", row_group_size=2
     )
-    pq.write_table(pa.table({"jpg": [encoded(80)], "n": [1]}), tmp_path / "u.parquet")
+    pq.write_table(pa.table({"jpg": [png(80)], "n": [1]}), tmp_path / "u.parquet")
     items = list(find(str(tmp_path)))
     assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [
         "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
@@ -128,8 +121,8 @@ def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
-    (tmp_path / "good.png").write_bytes(encoded(7))
-    (tmp_path / "tiny.png").write_bytes(encoded(7, (1, 1)))
+    (tmp_path / "good.png").write_bytes(png(7))
+    (tmp_path / "tiny.png").write_bytes(png(7, 1, 1))
     (tmp_path / "zero.png").write_bytes(b"")
     items = list(find(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))

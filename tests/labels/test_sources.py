@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from data_tiny import make, png
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.labels.inputs import read
@@ -20,23 +18,10 @@ from spear.labels.store import read as read_labels
 from spear.types import Episode, Frame, LabeledImage
 
 
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 24), (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def episode(steps: int, camera: str, first: int) -> Episode:
     """An episode whose image at step i is grey of value `first` + i."""
-    return Episode(
-        images={camera: [png(first + i) for i in range(steps)], "wrist": [png(255)] * steps},
-        position=np.zeros((steps, 3), np.float32),
-        rotation=np.tile(np.array([1, 0, 0, 0], np.float32), (steps, 1)),
-        gripper=np.ones(steps, np.float32),
-        instruction="put the carrot on the plate",
-        rate_hz=5.0,
-        source="here",
-    )
+    images = {camera: [png(first + i) for i in range(steps)], "wrist": [png(255)] * steps}
+    return make(0, steps, images=images)
 
 
 def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:

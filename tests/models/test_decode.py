@@ -11,7 +11,6 @@ import torch
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models import decode
-from spear.models.decode import Watched, greedy
 from spear.models.readout import DECODES, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
@@ -119,21 +118,6 @@ def test_mode_mean_and_median_by_hand() -> None:
         np.testing.assert_allclose(d.below(d.quantile(share)), share, atol=1e-6)
     with pytest.raises(SpearError, match="did you mean 'median'"):
         d.read("medain")  # type: ignore[arg-type]
-
-
-def test_the_logits_of_each_step_are_those_the_tokens_came_from() -> None:
-    model = vlm(4)
-    ids, mask = text(2, 6)
-    number = (START, START + TINY.bins)
-    watched = Watched(number)
-    grammars = [[number] * 3, [(7, 8), number]]
-    images = pixels(2, views=("external",))
-    answers = greedy(model, images, ids, mask, max_new_tokens=4, grammars=grammars, watched=watched)
-    assert len(watched.logits) == 3  # the fourth token is the end in both rows: no choice
-    likeliest = torch.stack([step.argmax(-1) + START for step in watched.logits], dim=1)
-    assert likeliest[0].tolist() == answers[0, :3].tolist()
-    assert int(likeliest[1, 1]) == int(answers[1, 1])
-    assert all(step.shape == (2, TINY.bins) for step in watched.logits)
 
 
 def test_a_model_says_what_it_held_possible() -> None:

@@ -162,14 +162,6 @@ def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(predi
     assert bool((sampled[0].rotation[..., 0] >= 0).all())
 
 
-def test_an_untrained_clean_prediction_is_to_stay() -> None:
-    model = spear1(flow={"prediction": "clean"})
-    images, ids, mask, state = inputs()
-    said = model.predict(model.prefix(images, ids, mask), state, actions(B, H), torch.zeros(B))
-    assert said.rotation[..., 0].min() > 0.5
-    assert said.rotation[..., 1:].abs().max() < 0.5
-
-
 def test_an_expert_that_does_not_fit_is_refused() -> None:
     with pytest.raises(SpearError, match="head_dim is 4, the VLM's is 8"):
         spear1(expert={**TINY.expert, "head_dim": 4})

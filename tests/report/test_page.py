@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from spear.evaluate.stats import Estimate, wilson
-from spear.report.ablations import scaling_curve
+from spear.evaluate.stats import wilson
 from spear.report.page import render
 from spear.report.plot import Axis, Bar, Line, bars, chart, differences, rate_bars
 
@@ -51,16 +50,3 @@ def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
     (line,) = points(chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700)))
     across, down = line[1] - line[0]
     assert across < 0 and across == pytest.approx(down, abs=0.2)
-
-
-def test_the_scaling_curve_is_logarithmic_with_no_images_set_apart() -> None:
-    found = [
-        (n, Estimate(v, v - 0.1, v + 0.1, 9), [v])
-        for n, v in ((0, 0.2), (100, 0.4), (1000, 0.6), (10_000, 0.8))
-    ]
-    svg = scaling_curve(found[::-1])
-    (line,) = points(svg)
-    x, y = line.T
-    assert np.allclose(np.diff(x)[1:], np.diff(x)[1], atol=0.2) and x[0] < x[1]
-    assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
-    assert ">10,000</text>" in svg and scaling_curve(found[:1]).count("<circle") == 2

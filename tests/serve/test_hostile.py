@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import tracemalloc
-import urllib.error
-import urllib.request
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +13,7 @@ from benchmarks.serve.structures import Maker, check_message, check_observation
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serve_here import serving
+from serve_here import get, process, serving
 from spear.embodiments import load, tools
 from spear.errors import SpearError
 from spear.serve import guard, wire
@@ -137,36 +132,20 @@ asyncio.run(made.run(lambda made: print(made.port, flush=True)))
 
 
 def test_sigterm_ends_the_server_whatever_clients_do() -> None:
-    support = Path(__file__).parents[1] / "support"
-    process = subprocess.Popen([sys.executable, "-c", WEDGED], cwd=support, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
+    with process(WEDGED) as (server, port, _):
         stuck = socket.create_connection(("127.0.0.1", port))  # has not said what it wants
         loud, message = deaf(port), wire.encode(GENERIC.example())
         loud.sendall(4 * (b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
         loud.close()
         stuck.close()
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/anything"])
 def test_pages_of_others_get_nothing(path: str) -> None:
     with serving() as running:
         port = running.port
-
-        def status(**headers: str) -> int:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return int(reply.status)
-            except urllib.error.HTTPError as error:
-                return error.code
-
         found = 404 if path in ("/", "/anything") else 200
         for wrong in (
             {"Origin": "http://evil.example"},
@@ -175,7 +154,7 @@ def test_pages_of_others_get_nothing(path: str) -> None:
             {"Host": f"evil.example:{port}"},
             {"Host": "evil.example", "Origin": "http://evil.example"},
         ):
-            assert status(**wrong) == 403
+            assert get(running, path, **wrong)[0] == 403
         for right in (
             {"Origin": f"http://127.0.0.1:{port}"},
             {"Host": f"localhost:{port}"},
@@ -183,7 +162,7 @@ def test_pages_of_others_get_nothing(path: str) -> None:
             {"Host": "gpu-box:8000"},
             {"Host": "host.docker.internal:8000"},
         ):
-            assert status(**right) == found
+            assert get(running, path, **right)[0] == found
         for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
             options: dict[str, Any] = headers
             with pytest.raises(InvalidStatus, match=r"40[03]"):

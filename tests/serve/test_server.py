@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import connect
 
-from serve_here import Homing, homing, serving
+from serve_here import Homing, get, homing, process, serving
 from spear.embodiments import load
 from spear.errors import SpearError
 from spear.serve import wire
@@ -31,12 +26,6 @@ def url(server: PolicyServer) -> str:
     return f"ws://127.0.0.1:{server.port}"
 
 
-def get(server: PolicyServer, path: str, **headers: str) -> str:
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        return reply.read().decode()
-
-
 def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
     """The example with the arm at x, which `Homing`'s answer shows."""
     observation = GENERIC.example()
@@ -46,7 +35,7 @@ def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
 
 def test_metadata_then_actions_with_timings_and_counts() -> None:
     with serving() as server, serving():  # each server counts its own
-        assert get(server, "/healthz") == "ok\n"
+        assert get(server, "/healthz")[2] == "ok\n"
         policy = RemotePolicy(url(server))
         assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
         assert set(policy.metadata["observation"]) == set(GENERIC.required)
@@ -56,7 +45,7 @@ def test_metadata_then_actions_with_timings_and_counts() -> None:
         assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
         with pytest.raises(SpearError):
             policy.infer(seen(prompt=""))
-        lines = [line for line in get(server, "/metrics").splitlines() if not line.startswith("#")]
+        lines = [line for line in get(server, "/metrics")[2].splitlines() if not line.startswith("#")]
         counts = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
         assert counts['spear_requests_total{outcome="ok"}'] == 2
         assert counts['spear_requests_total{outcome="refused"}'] == 1
@@ -122,7 +111,7 @@ def test_clients_and_messages_are_bounded() -> None:
             other.recv()
             with pytest.raises(SpearError, match="503"):
                 RemotePolicy(url(server))
-            assert get(server, "/healthz") == "ok\n"
+            assert get(server, "/healthz")[2] == "ok\n"
             raw.send(b"\0" * 300_001)
             with pytest.raises(ConnectionClosedError, match="1009"):
                 raw.recv()
@@ -132,18 +121,17 @@ def test_clients_and_messages_are_bounded() -> None:
 
 def test_the_token_is_asked_for() -> None:
     with serving(token="secret") as server:
-        assert get(server, "/healthz") == "ok\n"
+        assert get(server, "/healthz")[2] == "ok\n"
         for wrong in (None, "Secret"):
             with pytest.raises(SpearError, match="401"):
                 RemotePolicy(url(server), token=wrong)
         for headers, path, status in (
-            ({}, "/metrics", "401"),
-            ({"Authorization": "Api-Key s\xe9cret"}, "/metrics", "401"),
-            ({"Authorization": "Api-Key secret"}, "/nowhere", "404"),
+            ({}, "/metrics", 401),
+            ({"Authorization": "Api-Key s\xe9cret"}, "/metrics", 401),
+            ({"Authorization": "Api-Key secret"}, "/nowhere", 404),
         ):
-            with pytest.raises(urllib.error.HTTPError, match=status):
-                get(server, path, **headers)
-        assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")
+            assert get(server, path, **headers)[0] == status
+        assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")[2]
         RemotePolicy(url(server), token="secret").infer(seen())
 
 
@@ -205,25 +193,18 @@ asyncio.run(server.run(lambda server: print(server.port, flush=True)))
 
 
 def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
-    support = Path(__file__).parents[1] / "support"
-    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=support, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
+    with process(SLOW) as (server, port, said):
         url = f"ws://127.0.0.1:{port}"
         with connect(url, compression=None) as raw, connect(url, compression=None) as other:
             raw.recv()
             other.recv()
             raw.send(wire.encode(seen()))
-            assert process.stdout.readline() == "asked\n"
-            process.send_signal(signal.SIGTERM)
+            assert said.readline() == "asked\n"
+            server.send_signal(signal.SIGTERM)
             answer = raw.recv()
             assert isinstance(answer, bytes)
             np.testing.assert_array_equal(wire.decode(answer)["actions"], homing(seen()["observation/state"]))
             for left in (raw, other):
                 with pytest.raises(ConnectionClosedOK, match="1001"):
                     left.recv()
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
+        assert server.wait(60) == 0

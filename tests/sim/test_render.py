@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
+from spear.labels.fit.image import unproject
 from spear.sim.render import Renderer, clutter_frame, frame_of
 from spear.sim.scene import clutter_scene, sample_scene
 from spear.sim.world import GRIPPER, World
@@ -18,13 +19,10 @@ from spear.types import Frame
 SIZE = (280, 210)
 
 
-def unproject(frame: Frame) -> np.ndarray:
-    """[h, w, 3] points, camera frame."""
+def points_of(frame: Frame) -> np.ndarray:
+    """[h, w, 3], camera frame."""
     assert frame.depth is not None and frame.intrinsics is not None
-    height, width = frame.depth.shape
-    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(frame.intrinsics).T
-    return rays * frame.depth[..., None]
+    return unproject(frame.depth, frame.intrinsics)
 
 
 def in_box(points: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +38,7 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Render
     for seed in range(6):
         frame = clutter_frame(seed, camera, SIZE, renderer)
         assert frame.instances is not None and frame.boxes is not None
-        points = unproject(frame)
+        points = points_of(frame)
         for index, name in frame.names.items():
             inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
             slack = 0.004 / lengths
@@ -55,7 +53,7 @@ def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
     for seed in range(4):
         frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE, renderer)
         assert frame.instances is not None and frame.boxes is not None
-        inside, _ = in_box(unproject(frame)[frame.instances == 1], frame.boxes[1])
+        inside, _ = in_box(points_of(frame)[frame.instances == 1], frame.boxes[1])
         spreads.append(np.ptp(inside, axis=0))
     assert np.median(spreads, axis=0).min() > 0.85
 
@@ -64,7 +62,7 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
     frame = frame_of(world, "external", SIZE, renderer)
     assert frame.extrinsics is not None
-    points = unproject(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
+    points = points_of(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
     geoms = renderer.layers(world, "external", SIZE)[2].ravel()
     heights = points[geoms == world.model.geom("table").id, 2]
     assert len(heights) > 5000

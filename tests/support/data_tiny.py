@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 
 from spear.types import Episode
-from spear.util.images import encode_jpeg
+from spear.util.images import encode_jpeg, encode_picture
+
+
+def png(grey: int, width: int = 48, height: int = 32) -> bytes:
+    """A PNG of one grey value."""
+    return encode_picture(np.full((height, width, 3), grey, np.uint8), "grey.png")
 
 
 def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: Any) -> Episode:
@@ -27,3 +32,15 @@ def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: 
         "source": f"made#{index}",
     }
     return Episode(**{**fields, **parts})
+
+
+def assert_same(a: Episode, b: Episode, atol: float = 0.0) -> None:
+    """Two episodes are one; `atol`: of their numbers."""
+    assert {k: list(v) for k, v in a.images.items()} == {k: list(v) for k, v in b.images.items()}
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+    for name in ("instruction", "rate_hz", "source", "success"):
+        assert getattr(a, name) == getattr(b, name)

@@ -82,6 +82,12 @@ class SlopePointMap:
         )
 
 
+def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
+    """A frame of random pixels."""
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Frame(image, source=f"{seed}.jpg")
+
+
 def graph(*detector: Any) -> Graph:
     """The three together, with these arguments for the detector."""
     return Graph(partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -52,6 +57,35 @@ def stop(server: PolicyServer) -> None:
     """Stop a server that runs in another thread, as SIGTERM would."""
     if not LOOPS[server].is_closed():
         LOOPS[server].call_soon_threadsafe(server.stop)
+
+
+@contextmanager
+def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
+    """A server that this code runs in a process of its own; its port, which it says first; what it says."""
+    here = Path(__file__).parent
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout is not None
+        yield running, int(running.stdout.readline()), running.stdout
+    finally:
+        running.kill()
+        running.wait()
+
+
+def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body, redirects as they are."""
+
+    class Still(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any) -> None:
+            return None
+
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        reply = urllib.request.build_opener(Still).open(request, timeout=240)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        return reply.status, dict(reply.headers), reply.read().decode()
 
 
 @contextmanager

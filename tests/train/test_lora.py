@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_tiny import make
+from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
@@ -87,10 +88,6 @@ def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> 
     assert not any(str(trained.parent) in text for text in texts)
     policy = Spear1Policy.load(alone)
     assert not any(is_adapter(name) for name, _ in policy.model.named_parameters())
-    observation = {
-        "observation/image": np.full((240, 320, 3), 90, np.uint8),
-        "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
-        "prompt": "put the cube on the plate",
-    }
+    observation = embodiments.load("generic").example()
     actions = policy.infer(observation)["actions"]
     np.testing.assert_array_equal(Spear1Policy.load(trained).infer(observation)["actions"], actions)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data_tiny import make
+from spear import embodiments
 from spear.data.readers.formats import dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -74,12 +75,7 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     answers = load_vlm(walked.folders["nano-vlm-2"]).answer([image], ["Where is the cube?"], "box_vertices")
     assert len(answers[0].values) == 24
     policy = Spear1Policy.load(walked.folders["nano-vla"])
-    observation = {
-        "observation/image": image,
-        "observation/wrist_image": image,
-        "observation/state": np.array([0.5, 0, 0.2, 1, 0, 0, 0, 1], np.float32),
-        "prompt": "put the cube on the plate",
-    }
+    observation = embodiments.load("generic").example()
     actions = policy.infer(observation)["actions"]
     assert actions.shape == (5, 8) and np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=-1), 1, atol=1e-5)

@@ -8,8 +8,6 @@ import io
 import json
 import re
 import struct
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +18,8 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serve_here import serving
+from data_tiny import png
+from serve_here import get, serving
 from spear.chunks import REPLAN
 from spear.embodiments import load
 from spear.evaluate.vqa import ask
@@ -49,22 +48,6 @@ def policy() -> Spear1Policy:
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
     with serving(policy, page=Page(policy, "nano", None, LIMIT), bounds={"max_bytes": LIMIT}) as running:
         yield running
-
-
-def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body, redirects as they are."""
-
-    class Still(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *args: Any) -> None:
-            return None
-
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
-    try:
-        reply = urllib.request.build_opener(Still).open(request, timeout=PATIENCE)
-    except urllib.error.HTTPError as error:
-        reply = error
-    with reply:
-        return reply.status, dict(reply.headers), reply.read().decode()
 
 
 class Tab:
@@ -100,12 +83,6 @@ def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
     opened = Tab(server)
     yield opened
     opened.socket.close()
-
-
-def png(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), 120, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def enormous() -> bytes:
@@ -230,7 +207,7 @@ def test_a_photo_can_be_asked_about_but_does_not_move(
     server: PolicyServer, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(server.page, Page)
-    assert tab.send(png(300, 200)) is None
+    assert tab.send(png(120, 300, 200)) is None
     assert tab.ask("boxes", objects=["mug"]) is None and tab.view["absent"] == ["mug"]
     monkeypatch.setattr(server.page._studio, "trust", None)  # now the model answers whatever it is asked
     assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == ("photo", [], 1.5)
@@ -263,8 +240,8 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "boxes", "objects": [{}]}, "object"),
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
-        (png(300, 200)[:200], "the image"),
-        (png(300, 8), "the image: 300 x 8"),
+        (png(120, 300, 200)[:200], "the image"),
+        (png(120, 300, 8), "the image: 300 x 8"),
         (enormous(), "the image: 10000 x 10000"),
     ]
     for request, said in bad:

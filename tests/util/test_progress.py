@@ -21,6 +21,11 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
     later: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert list(tracked("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
+    with ProgressBar("reading", 2, quiet=True) as bar:
+        later(1000)
+        bar.update(1)
+    assert capsys.readouterr().err == ""  # short work, and quiet work
     with ProgressBar("recording", 7300, "episodes", before=100) as bar:
         for done in range(101, 150):
             later(1)
@@ -29,17 +34,6 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
         "recording: 131 of 7,300 episodes, 1.0 episodes/s, 1:59:29 left, 3 failed",
         "recording: 149 of 7,300 episodes, 1.0 episodes/s, 1:59:11 left, 3 failed",
     ]
-
-
-def test_short_and_quiet_work_says_nothing(
-    later: Callable[[float], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert list(tracked("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
-    with ProgressBar("reading", 2, quiet=True) as bar:
-        later(1000)
-        bar.update(1)
-    assert capsys.readouterr().err == ""
-    assert bar.text() == "reading: 1 of 2 steps, 0.1 steps/min, 0:16:40 left"
 
 
 def test_the_rate_is_that_of_the_work_itself(later: Callable[[float], None]) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -220,25 +221,20 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         next(read_episodes(copy))
 
 
-def copy_of(steps: dict[str, Any]) -> dict[str, Any]:
-    """Its columns, to be changed."""
-    return {key: copy_of(v) if isinstance(v, dict) else v.copy() for key, v in steps.items()}
-
-
 def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     """Not only the pose: a NaN of the gripper's command would be a gripper that is always closed."""
     spec = REGISTRY["bridge_dataset"]
     ((source, example),) = open_rlds(copy).examples("train[:1]")
     for where in ("action[6]", "observation/state[6]", "observation/state[4]", "observation/state[1]"):
         name, _, index = where.rstrip("]").partition("[")
-        steps = copy_of(example["steps"])
+        steps = deepcopy(example["steps"])
         column(steps, name, source)[3, int(index)] = np.nan
         with pytest.raises(SpearError, match=rf"{source} step 3: {re.escape(name)}"):
             episode_from(steps, spec, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
     with pytest.raises(SpearError, match=r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"):
         episode_from(example["steps"], narrow, source)
-    broken = copy_of(example["steps"])
+    broken = deepcopy(example["steps"])
     broken["observation"]["image_0"][4] = b"\xff\xd8no image"
     with pytest.raises(SpearError, match=r"train#0 step 4 camera 'external': [^<]*$"):  # and no address
         episode_from(broken, spec, source)
@@ -246,7 +242,7 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
 
 def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     ((source, example),) = open_rlds(copy).examples("train[5:6]")
-    steps, spec = copy_of(example["steps"]), REGISTRY["bridge_dataset"]
+    steps, spec = deepcopy(example["steps"]), REGISTRY["bridge_dataset"]
     steps["observation"]["state"][2:5] = steps["observation"]["state"][2]
     whole = episode_from(steps, spec, source)
     busy = episode_from(steps, dataclasses.replace(spec, drop_idle=True), source)

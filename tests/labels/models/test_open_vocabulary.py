@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from labels_stand_ins import noise
 from labels_tiny import save_grounding_dino, save_owlv2
 from spear.errors import SpearError
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
 from spear.labels.models.protocols import Detection, Detector
-from spear.types import Frame
 
 THINGS = ["red cup", "forks", "plate", "Steel Bowl."]
 
@@ -22,12 +22,6 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def owl(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_owlv2(tmp_path_factory.mktemp("owlv2")))
-
-
-def frame(seed: int, height: int = 40, width: int = 60) -> Frame:
-    return Frame(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8), source=f"{seed}.jpg"
-    )
 
 
 def rows(detections: list[Detection]) -> list[tuple[str, list[float], float]]:
@@ -67,7 +61,7 @@ def test_the_same_is_found_in_a_batch_and_alone(kind: str, dino: str, owl: str) 
         detector = GroundingDinoDetector(dino, vocabulary=THINGS, threshold=0.2)
     else:
         detector = Owlv2Detector(owl, vocabulary=THINGS, threshold=0.2)
-    frames = [frame(0), frame(1, 48, 32), frame(2), frame(3, 30, 90)]
+    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
     together = detector.detect(frames)
     assert all(together) and len({tuple(rows(found)[0][1]) for found in together}) == 4
     for single, found in zip(frames, together, strict=True):
@@ -88,10 +82,10 @@ def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str) -> None:
     assert len(prompts) > 1 and [n for _, part in prompts for n in part] == names
     lengths = [len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts]
     assert max(lengths) <= 16
-    (found,) = detector.detect([frame(0)])
+    (found,) = detector.detect([noise(0)])
     parts = []
     for _, part in prompts:
-        parts += GroundingDinoDetector(dino, vocabulary=part, threshold=0.2).detect([frame(0)])
+        parts += GroundingDinoDetector(dino, vocabulary=part, threshold=0.2).detect([noise(0)])
     merged = tidy([d for part in parts for d in part], 40, 60, 0.7)
     assert rows(found) == rows(merged)
 
@@ -99,7 +93,7 @@ def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str) -> None:
 def test_owlv2_scores_are_those_of_its_query(owl: str) -> None:
     both = Owlv2Detector(owl, vocabulary=["cup", "forks"], threshold=0.0, overlap=1.0)
     cup = Owlv2Detector(owl, vocabulary=["cup"], threshold=0.0, overlap=1.0)
-    (of_both,), (of_cup,) = both.detect([frame(0)]), cup.detect([frame(0)])
+    (of_both,), (of_cup,) = both.detect([noise(0)]), cup.detect([noise(0)])
     scores = {tuple(d.box2d.round(2).tolist()): d.score for d in of_cup}
     named_cup = [d for d in of_both if d.name == "cup"]
     assert named_cup
