@@ -17,6 +17,7 @@ from spear import flow
 from spear.errors import SpearError
 from spear.flow import FlowConfig
 from spear.geometry import quat_canonical, quat_distance, quat_exp, quat_multiply
+from spear.models.presets import preset
 from spear.types import Action
 
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
@@ -305,6 +306,25 @@ def test_clean_losses_are_angles() -> None:
         parts = flow.loss(wrong, noise, data, time, config).parts
         assert float(parts["rotation"]) == pytest.approx(expected, rel=1e-9)
         assert float(parts["geodesic"]) == pytest.approx(2 * math.sin(angle / 4), rel=1e-9)
+
+
+def test_one_guess_for_sparse_turns() -> None:
+    """Of many steps a fifth turns: the chord's best guess is their median, that of nano's squares their
+    mean."""
+    angle, n = 0.35, 10
+    turns = torch.zeros(1, n, 3, dtype=torch.float64)
+    turns[:, : n // 5, 2] = angle
+    data = dataclasses.replace(robot_data((1, n)), rotation=quat_exp(turns))
+    for config, found in ((FlowConfig(prediction="clean"), 0.0), (FlowConfig(**preset("nano").flow), 0.2)):
+        guess = torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([guess], lr=0.01)
+        for step in range(400):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 400)
+            said = dataclasses.replace(data, rotation=quat_exp(guess).expand(1, n, 4))
+            optimizer.zero_grad()
+            flow.loss(said, data, data, torch.zeros(1).double(), config).total.backward()
+            optimizer.step()
+        assert guess.tolist() == pytest.approx([0, 0, found * angle], abs=2e-3)
 
 
 def test_weights_and_mask() -> None:

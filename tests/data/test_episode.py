@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tiny import assert_same
+from data_tiny import assert_same, make
 from spear.data.actions import with_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import SpearError
@@ -17,25 +17,13 @@ from spear.types import Episode
 
 
 def make_episode(seed: int = 0, steps: int = 6, cameras: tuple[str, ...] = ("external", "wrist")) -> Episode:
+    """With images of random bytes, and random actions of which some are masked."""
     rng = np.random.default_rng(seed)
-    rotation = rng.normal(size=(steps, 4))
-    action = rng.normal(size=(steps, 8))
-    action[:, 7] = rng.uniform(size=steps)
-    for quaternion in (rotation, action[:, 3:7]):
-        quaternion /= np.linalg.norm(quaternion, axis=1, keepdims=True)
-        quaternion *= np.where(quaternion[:, :1] < 0, -1, 1)
-    return Episode(
-        images={camera: [rng.bytes(int(rng.integers(5, 90))) for _ in range(steps)] for camera in cameras},
-        position=rng.normal(size=(steps, 3)).astype(np.float32),
-        rotation=rotation.astype(np.float32),
-        gripper=rng.uniform(size=steps).astype(np.float32),
-        instruction=f"put object {seed} on the plate",
-        rate_hz=5.0,
-        source=f"test {seed}",
-        action=action.astype(np.float32),
-        action_mask=rng.uniform(size=steps) > 0.2,
-        success=bool(seed % 2),
-    )
+    images = {camera: [rng.bytes(int(rng.integers(5, 90))) for _ in range(steps)] for camera in cameras}
+    still = np.tile(np.float32([1, 0, 0, 0]), (steps, 1))
+    action = np.hstack([rng.normal(size=(steps, 3)), still, rng.uniform(size=(steps, 1))]).astype(np.float32)
+    known = {"action": action, "action_mask": rng.uniform(size=steps) > 0.2, "success": bool(seed % 2)}
+    return make(seed, steps, images=images, source=f"test {seed}", **known)
 
 
 def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from spear.evaluate.options import TabletopOptions
 from spear.evaluate.stats import (
     bootstrap,
     difference_over_seeds,
@@ -100,7 +101,7 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_samples_for_is_the_smallest_number(rate: float) -> None:
     n = samples_for(0.05, rate)
-    assert samples_for(0.05) == 381
+    assert samples_for(0.05) == 381 == TabletopOptions().scenes
     enough, few = (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
     assert enough.high - enough.low < 0.1 < few.high - few.low
 
