@@ -269,16 +269,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return look_at(folder / "labels", folder / "episodes")
 
 
+def die(words: str) -> None:
+    """Kill this process when the second training begins."""
+    if "nano-vlm-2" in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
-
-    def die(words: str) -> None:
-        if "nano-vlm-2" in words:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = multiprocessing.get_context("fork").Process(target=run, args=(plan, tmp_path, data, 0, True, die))
+    # Not forked: what tests before left in this process would go with it.
+    child = multiprocessing.get_context("spawn").Process(
+        target=run, args=(plan, tmp_path, data, 0, True, die)
+    )
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

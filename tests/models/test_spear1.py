@@ -147,6 +147,7 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
 def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
     images, ids, mask, state = inputs()
+    model.sample_actions(images, ids, mask, state, steps=1)  # the first goes through the plain network too
     calls = []
     model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     sampled = [
