@@ -127,7 +127,7 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(device)
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
         found.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
-    quick = "takes less time than" if bfloat16_is_fast(device) else "only saves memory beside"
+    quick = "faster matrix products than in" if bfloat16_is_fast(device) else "only saves memory beside"
     found.append(("bfloat16", f"{quick} float32 on {device.type}"))
     weights = "the weights of this package" if size.name == "nano" else "random weights"
     return [*found, ("model", f"{size.name}, {weights}, {STEPS} flow steps, one observation of all views")]
