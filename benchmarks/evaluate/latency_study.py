@@ -135,7 +135,8 @@ def main(
     out = out / "quick" if quick else out
     agent = load_agent(policy)
     found: dict[tuple[str, int], Results] = {}
-    known = [*list(ROWS)[:-2], *["rtc/1"][: agent.committed], *["guided/1"][:guided]]
+    left_out = {"rtc/1": not agent.committed, "guided/1": not guided}
+    known = [row for row in ROWS if not left_out.get(row)]
     if not agent.committed:
         print(f"{policy} was not trained for rtc: left out", file=sys.stderr)
     for row in rows or known:

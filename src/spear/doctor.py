@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import spear
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import bfloat16_is_fast
 from spear.models.fast.graphs import Inputs
@@ -173,7 +173,7 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
                 found, held = _held(run, device)
                 times = [1000 * seconds(run, device.type) for _ in range(repeats)]
             except RuntimeError as error:
-                yield Way(name, word, problem=(str(error) or type(error).__name__).splitlines()[0])
+                yield Way(name, word, problem=first_line(error))
                 continue
             truth = found if truth is None else truth
             apart = difference(found, truth)

@@ -155,17 +155,19 @@ def doctor(options: DoctorOptions) -> None:
     from spear.util.files import write_text
 
     size, device = preset(options.preset), choose_device(options.device)
-    facts, ways = machine.about(size, device), []
+    facts = machine.about(size, device)
     lines = [f"{what}: {which}  " for what, which in facts]
     lines += ["", f"| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|"]
     print("\n".join(lines), flush=True)
+    rows, wrong = [], []
     for way in machine.examine(size, device):
-        ways.append(way)
-        lines.append(f"| {' | '.join(way.row())} |")
+        rows.append(way.row())
+        wrong += [f"{way.name} in {way.dtype}"] if way.problem else []
+        lines.append(f"| {' | '.join(rows[-1])} |")
         print(lines[-1], flush=True)
-    title, rows = f"spear doctor: {size.name} on {device}", [way.row() for way in ways]
+    title = f"spear doctor: {size.name} on {device}"
     page = render("doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines)
     write_text(options.out, page)
-    if wrong := [f"{way.name} in {way.dtype}" for way in ways if way.problem]:
+    if wrong:
         raise machine.Disagrees(f"{', '.join(wrong)}: paste the lines above into an issue")
     print(f"\neverything agrees; open {options.out.resolve()}")

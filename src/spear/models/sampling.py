@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
-from spear.errors import notice
+from spear.errors import first_line, notice
 from spear.models.fast.graphs import Inputs
 from spear.models.fast.linear import Fused, Prepared, linear
 from spear.models.fast.stack import Stack, can_compile, prefill
@@ -95,13 +95,11 @@ def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> torch
     autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     sampler = SAMPLER(model, not autocast)  # autocast cannot cast packed weights
     kind = _kind(inputs, graphs, autocast)
-    if kind not in sampler.agrees:
-        sampler.agrees[kind] = isinstance(inputs["noise"], FakeTensor) or _prove(
-            model, sampler, inputs, steps, graphs
-        )
-    if not sampler.agrees[kind]:
-        return plain(model, inputs, steps)
-    return fast(model, sampler, inputs, steps, graphs)
+    if kind not in sampler.agrees and not isinstance(inputs["noise"], FakeTensor):
+        return _first(model, sampler, kind, inputs, steps, graphs)
+    if sampler.agrees.get(kind, True):
+        return fast(model, sampler, inputs, steps, graphs)
+    return plain(model, inputs, steps)
 
 
 def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
@@ -144,18 +142,23 @@ def _kind(inputs: Inputs, graphs: bool, autocast: bool) -> Hashable:
     return (tuple(given), graphs, autocast)
 
 
-def _prove(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool) -> bool:
-    """Whether the fast way gives what the plain network does; a notice where not."""
+def _first(
+    model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int, graphs: bool
+) -> torch.Tensor:
+    """The first actions of a kind, both ways; keeps whether they agree, with a notice where not."""
+    slow = plain(model, inputs, steps)
     try:
-        apart = difference(fast(model, sampler, inputs, steps, graphs), plain(model, inputs, steps))
+        found = fast(model, sampler, inputs, steps, graphs)
+        apart = difference(found, slow)
+        far = apart > AGREES.get(sampler.dtype, AGREES[torch.bfloat16])
+        reason = f"{apart:.2g} from the plain network" if far else ""
     except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    else:
-        if apart <= AGREES.get(sampler.dtype, AGREES[torch.bfloat16]):
-            return True
-        reason = f"{apart:.2g} from the plain network"
+        reason = first_line(error)
+    sampler.agrees[kind] = not reason
+    if not reason:
+        return found
     notice(f"fast sampling does not work here ({reason}): slower from now on; `spear doctor` says more")
-    return False
+    return slow
 
 
 def _views(inputs: Inputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -58,6 +58,7 @@ class Page:
         folder = resources.files("spear.ui")
         read = {path: folder.joinpath(path[1:] or "index.html").read_bytes() for path in FILES}
         self._files = {path: (data, f"text/{FILES[path]}") for path, data in read.items()}
+        self._ask = folder.joinpath("door.html").read_text("utf-8")
 
     def owns(self, request: Request) -> bool:
         """Whether a request is for the page, and not for the policy, whose websocket is everywhere else."""
@@ -70,7 +71,7 @@ class Page:
         if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):
             return self._enter(request, sent[-1])
         if not self._known(request) and parts.path != "/ui.css":
-            return _door("This page asks for the server's token.")
+            return self._door("This page asks for the server's token.")
         if parts.path != SOCKET:
             return _response(http.HTTPStatus.OK, *self._files[parts.path])
         if self._tabs >= MOST_TABS:
@@ -99,12 +100,15 @@ class Page:
 
     def _enter(self, request: Request, sent: str) -> Response:
         if self._token is not None and not _equal(sent, self._token):
-            return _door("That is not the token: try again.")
+            return self._door("That is not the token: try again.")
         response = _response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
             response.headers["Set-Cookie"] = f"{self._cookie(request)}; Path=/; HttpOnly; SameSite=Strict"
         return response
+
+    def _door(self, words: str) -> Response:
+        return _response(http.HTTPStatus.UNAUTHORIZED, self._ask.format(words), "text/html")
 
     def _cookie(self, request: Request) -> str:
         """What a browser that knows the token sends. Cookies do not know ports: the name does."""
@@ -132,11 +136,6 @@ def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plai
         }
     )
     return Response(status.value, status.phrase, headers, data)
-
-
-def _door(words: str) -> Response:
-    page = resources.files("spear.ui").joinpath("door.html").read_text("utf-8")
-    return _response(http.HTTPStatus.UNAUTHORIZED, page.format(words), "text/html")
 
 
 class Session:

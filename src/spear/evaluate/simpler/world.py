@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.evaluate.simpler.tasks import Moment, Truth
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_conjugate, quat_multiply
 from spear.types import Array
@@ -232,7 +232,7 @@ def _make(task: str) -> Any:
         options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
         env = gymnasium.make(task, num_envs=1, **options)
     except RuntimeError as error:
-        raise no_renderer(str(error).splitlines()[0]) from error
+        raise no_renderer(first_line(error)) from error
     return env.unwrapped
 
 

@@ -121,12 +121,13 @@ def fit_box(
     blur = 0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))  # smoothing takes the other half
     if up is not None:
         level = _upright(points, up)
-        upright = faces(points, level, np.asarray(up, np.float64))
-        if not _is_box(points, upright, 0.0, _FLAT / 3):
+        upright = faces(points, level, up)
+        flat = _is_box(points, upright, 0.0, _FLAT / 3)
+        if not flat:
             # Whether a face that the camera hardly sees is one shows only along better axes.
-            again = faces(points, upright.axes, np.asarray(up, np.float64))
-            upright = min(upright, again, key=lambda found: found.misfit)
-        if _is_box(points, upright, 0.0, _FLAT / 3):
+            upright = min(upright, faces(points, upright.axes, up), key=lambda found: found.misfit)
+            flat = _is_box(points, upright, 0.0, _FLAT / 3)
+        if flat:
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)
     free = faces(points, start)

@@ -84,7 +84,6 @@ def _rotation(turn: Array) -> Array:
     """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost more than
     the rest of a step.)"""
     angle = math.sqrt(turn @ turn)
-    x, y, z = turn
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    cross = _CROSS @ turn
     rise, bend = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)
     return _EYE + rise * cross + bend * (cross @ cross)

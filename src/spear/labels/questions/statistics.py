@@ -167,19 +167,10 @@ def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
         *_table(("not asked about because", "objects"), found.reasons.items()),
         *_table(("skipped because", "images"), _head(skipped)),
     ]
-    text = (
-        Path(__file__)
-        .with_name("card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            found=found,
-            more="".join(
-                f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file
-            ),
-            skipped=f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped.",
-            tables="\n".join(tables),
-        )
-    )
+    more = "".join(f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file)
+    words = f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped."
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = template.format(found=found, more=more, skipped=words, tables="\n".join(tables))
     return text.rstrip() + "\n"
 
 

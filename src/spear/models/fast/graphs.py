@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
-from spear.errors import notice
+from spear.errors import first_line, notice
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -44,8 +44,7 @@ class CudaGraphCache:
                     self._graphs[key] = _record(function, inputs)
                 except RuntimeError as error:
                     self._works = False
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    notice(f"no CUDA graphs ({reason}): slower, same results")
+                    notice(f"no CUDA graphs ({first_line(error)}): slower, same results")
                     return function(inputs)
             self._graphs.move_to_end(key)
             while len(self._graphs) > MOST:
