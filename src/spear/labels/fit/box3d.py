@@ -134,7 +134,8 @@ def fit_box(
     if up is not None:
         free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
         if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
-            if _is_box(points, upright, blur):
+            # Noise hides a round thing's bend, and what stands has a better guess than faces: be surer.
+            if _is_box(points, upright, 0.8 * blur, _FLAT / 3):
                 return _boxed(points, upright.axes, margin, noise, support, upright)
             return _boxed(points, level, margin, noise, support)
     if _is_box(points, free, blur):
