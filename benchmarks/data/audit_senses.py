@@ -19,6 +19,7 @@ import numpy as np
 from spear.data import audit
 from spear.data.hypotheses import Recording
 from spear.data.senses import check_cameras, check_gripper
+from spear.errors import SpearError
 
 DRAWS, SIZES = 200, (5, 8, 16)
 DAMAGES: dict[str, Callable[[Recording], Recording]] = {
@@ -42,6 +43,7 @@ def main() -> None:
         recordings = [
             audit.make_recording(steps, spec, name)
             for name, steps in audit.episode_steps(folder, "train", ())
+            if not isinstance(steps, SpearError)
         ]
         for size in SIZES:
             for name, damage in DAMAGES.items():

@@ -72,7 +72,7 @@ class Video:
 
     def __init__(self, folder: Path, mixture: Mixture, batch_size: int) -> None:
         self.dataset, self.mixture, self.batch_size = open_lerobot(folder), mixture, batch_size
-        self.often = round(self.dataset.rate_hz / RATE_HZ)
+        self.often = round(self.dataset.info.fps / RATE_HZ)
         self.open = functools.lru_cache(maxsize=None)(self._open)
 
     @staticmethod
@@ -85,7 +85,7 @@ class Video:
 
     def frame(self, sample: Sample, camera: str) -> Array:
         path, first, _ = self.dataset.episodes[sample.episode].videos[f"observation.images.{camera}"]
-        wanted = first + self.often * sample.step / self.dataset.rate_hz
+        wanted = first + self.often * sample.step / self.dataset.info.fps
         container = self.open(path)
         stream = container.streams.video[0]
         container.seek(int((wanted - 1e-3) / stream.time_base), stream=stream)

@@ -43,7 +43,7 @@ def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, st
         for file, first in enumerate(range(0, count, per_file)):
             episodes = min(per_file, count - first)
             size = episodes * episode_steps * step_bytes
-            path = folder / lerobot.DATA_PATH.format(**lerobot.chunk_of(file))
+            path = folder / lerobot.place(lerobot.DATA_PATH, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as data:
                 data.truncate(size)
@@ -56,7 +56,10 @@ def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, st
     sketch = QuantileSketch()
     sketch.add(np.random.default_rng(number).normal(size=100_000))
     arrays = sketch.to_arrays().items()
-    np.savez(folder / SKETCHES, **{f"{axis} {name}": values for axis in range(6) for name, values in arrays})
+    np.savez(
+        folder / SKETCHES,
+        **{f"{axis} {name}": values for axis in range(6) for name, values in arrays},  # type: ignore[arg-type]
+    )
 
 
 def _columns(number: int, count: int, steps: int, step_bytes: int) -> dict[str, pa.Array]:

@@ -122,7 +122,7 @@ class Command:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args}: it ended with {self.process.wait()}")
+            raise SystemExit(f"{self.process.args!r}: it ended with {self.process.wait()}")
         return line
 
     def turn(self, seconds: float) -> Turn:

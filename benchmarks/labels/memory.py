@@ -19,6 +19,7 @@ import tyro
 
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import find
+from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
 
@@ -83,6 +84,7 @@ def run(folder: Path, workers: int) -> None:
         folder / "labels",
         partial(run_local, Graph(StandIn, StandIn, StandIn), workers),
         {},
+        WorkOptions(),
     )
 
 

@@ -22,6 +22,7 @@ import tyro
 
 from spear.labels.engine import Graph, run_local
 from spear.labels.inputs import find, read
+from spear.labels.options import WorkOptions
 from spear.labels.pipeline import detect, locate, segment
 from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
@@ -63,14 +64,13 @@ def networks_alone(source: Path, images: int, seconds: float, batch_size: int) -
     """Seconds per image of the three networks, on images that are in memory."""
     model = StandIn(seconds)
     works = read([item for item, _ in zip(find(str(source)), range(batch_size), strict=False)])
-    for part, stage in ((model, detect), (model, segment), (model, locate)):
-        stage(works, part)  # type: ignore[operator]
+    for stage in (detect, segment, locate):
+        stage(works, model)
     begun = time.perf_counter()
     batches = images // batch_size
     for _ in range(batches):
-        detect(works, model)
-        segment(works, model)
-        locate(works, model)
+        for stage in (detect, segment, locate):
+            stage(works, model)
     return (time.perf_counter() - begun) / (batches * batch_size)
 
 
@@ -80,7 +80,7 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
     model = StandIn(seconds)
     graph = Graph(lambda: model, lambda: model, lambda: model)
     engine = partial(run_local, graph, workers)
-    done = label_folder(lambda: find(str(source)), out, engine, {}, batch_size=batch_size)
+    done = label_folder(lambda: find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
     assert model.begun is not None
     return (time.perf_counter() - model.begun) / done.done
 

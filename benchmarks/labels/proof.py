@@ -37,7 +37,7 @@ from spear.labels.fit.quality import VISIBLE, compare
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label
-from spear.labels.scenes import label_frames, label_scenes
+from spear.labels.scenes import Labelled, label_frames, label_scenes
 from spear.labels.store import read
 from spear.models.presets import preset
 from spear.sim.render import Renderer, clutter_frame
@@ -129,7 +129,8 @@ def make(
         moge: the depth encoder after stage 0, for the commands.
     """
     sizes = dict(preset("nano").image_sizes)
-    for arm, how in zip(ARMS, (label_frames, partial(estimated, most_scale=scale)), strict=True):
+    ways: tuple[Labelled, ...] = (label_frames, partial(estimated, most_scale=scale))
+    for arm, how in zip(ARMS, ways, strict=True):
         label_scenes(out / arm, scenes, sizes, first_seed, workers, labelled=how)
     renderer = Renderer()
     checked = range(first_seed, first_seed + min(check, scenes))

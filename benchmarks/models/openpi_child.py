@@ -39,7 +39,11 @@ def networks(wanted: dict[str, Any]) -> tuple[Any, Any]:
     """A PaliGemma and an expert of openpi's patched Transformers, of the size that is wanted."""
     from transformers import GemmaConfig, GemmaForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    plain = {"hidden_activation": "gelu_pytorch_tanh", "use_adarms": False, "adarms_cond_dim": None}
+    plain: dict[str, Any] = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "use_adarms": False,
+        "adarms_cond_dim": None,
+    }
     config = PaliGemmaConfig(
         vision_config={
             **wanted["vision"],

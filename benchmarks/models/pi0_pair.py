@@ -39,7 +39,7 @@ def reduced(name: str, layers: int | None = None, side: int | None = None) -> Pr
             positions.
     """
     size = SIZES[name]
-    parts = {}
+    parts: dict[str, Any] = {}
     for part in ("vision", "text", "expert"):
         fields = dict(getattr(size, part))
         most = fields["num_hidden_layers"]

@@ -69,7 +69,9 @@ def roofline(
         return batch * (2 * weights * rows + attention), weights * wide
 
     phases = []
-    encoders = [(model.vlm.vision_tower, model.vlm.multi_modal_projector, vision, 0)]
+    encoders: list[tuple[Any, Any, Any, int]] = [
+        (model.vlm.vision_tower, model.vlm.multi_modal_projector, vision, 0)
+    ]
     if model.vlm.moge is not None:
         encoders.append((model.vlm.moge, model.vlm.moge_projector, config.vlm_config.moge_config, 1))
     for encoder, projector, shape, extra in encoders:
@@ -77,7 +79,7 @@ def roofline(
         each = [phase(weights, t, t + extra, shape.hidden_size, shape.num_hidden_layers) for t in tokens]
         phases.append((sum(f for f, _ in each), each[0][1]))
     length, width = sum(tokens) + TEXT, text.num_attention_heads * text.head_dim
-    layers = model.vlm.language_model.layers
+    layers: Any = model.vlm.language_model.layers
     of_layers = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
     keys = sum(m.weight.numel() for m in (layers[-1].self_attn.k_proj, layers[-1].self_attn.v_proj))
     phases.append(phase(sum(of_layers[:-1]) + keys, length, length, width, len(layers) - 1))
@@ -121,13 +123,15 @@ def contenders(
     return runs, relative(runs["ours"]().translation, runs["π0"]()[..., :3])
 
 
-def openpi_runs(python: Path, compiled: bool, until: ExitStack, *build: Any) -> dict[str, OpenPi]:
+def openpi_runs(
+    python: Path, compiled: bool, until: ExitStack, build: tuple[Any, Any, dict[str, Any], int, int]
+) -> dict[str, OpenPi]:
     """openpi's π0, and that compiled if asked for, until `until` closes; what does not start is said and left
     out."""
     found = {}
     for name, by_compiler in (("openpi", False), ("openpi compiled", True))[: 1 + compiled]:
         try:
-            found[name] = until.enter_context(OpenPi(python, *build, by_compiler))
+            found[name] = until.enter_context(OpenPi(python, *build, compiled=by_compiler))
         except RuntimeError as error:
             print(error)
     return found
@@ -205,7 +209,7 @@ def main(
                     with ExitStack() as until:
                         if openpi:
                             build = (size, models[0], given, TEXT, STEPS)
-                            others = openpi_runs(openpi, compiled, until, *build)
+                            others = openpi_runs(openpi, compiled, until, build)
                             same = runs["ours"]().translation
                             for other in others.values():
                                 gap = max(gap, relative(same, other.actions[..., :3]))

@@ -3,18 +3,18 @@
 Both run on the same observation (two 640 x 480 cameras), one after the other, many times, on one thread.
 Processor time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.1.
 
-    python benchmarks/models/policy_overhead.py [POLICY] [RUNS]
+    python benchmarks/models/policy_overhead.py [--name POLICY] [--runs RUNS]
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+import tyro
 
 from spear.policy import Spear1Policy
 
@@ -47,4 +47,4 @@ def main(name: str = "nano", runs: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    tyro.cli(main)

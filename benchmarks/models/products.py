@@ -71,7 +71,7 @@ def main(
                 own = partial(torch.nn.functional.linear, x)
                 onednn = partial(_onednn, x)
                 ways = ((own, weights), (own, turned), (onednn, weights), (onednn, packed))
-                cells.append(" / ".join(f"{best(*way, repeats):.0f}" for way in ways))
+                cells.append(" / ".join(f"{best(run, each, repeats):.0f}" for run, each in ways))
             print(f"| {kind} | {width} × {out} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -41,7 +41,7 @@ def pair(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tupl
         text_config={**size.text, "model_type": "gemma", "vocab_size": rows, "pad_token_id": 0},
         projection_dim=size.text["hidden_size"],
         hidden_size=size.text["hidden_size"],
-        image_token_id=3,
+        image_token_index=3,
         vocab_size=rows,
     )
     theirs = PaliGemmaForConditionalGeneration(config).eval()

@@ -115,7 +115,7 @@ class Fuzz:
         if kind == "array":
             key = next(k for k, v in small.items() if np.ndim(v) == 1)
             part = ("data", "dtype", "shape")[rng.integers(3)].encode()
-            lie = [None, "|O", -1, [2**62, 4], [-1], "<f9", b"", [[]]][rng.integers(8)]
+            lie: Any = [None, "|O", -1, [2**62, 4], [-1], "<f9", b"", [[]]][rng.integers(8)]
             array = {
                 b"__ndarray__": True,
                 b"data": b"\0" * int(rng.integers(64)),

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -82,7 +82,7 @@ async def raw(url: str, data: bytes, more: bytes) -> None:
     while True:
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(host, int(port), limit=1)
-            writer.transport.pause_reading()
+            cast(asyncio.Transport, writer.transport).pause_reading()
             writer.write(HELLO + f"Authorization: Api-Key {TOKEN}\r\n\r\n".encode() + data)
             while not writer.transport.is_closing():
                 writer.write(more)

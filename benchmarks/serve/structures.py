@@ -68,9 +68,9 @@ class Maker:
             raw = rng.bytes(struct.calcsize(INTEGERS[head]))
             return bytes([head]) + raw, struct.unpack(INTEGERS[head], raw)[0]
         if kind == "float":
-            form, head = ((">f", 0xCA), (">d", 0xCB))[rng.integers(2)]
+            form, first = ((">f", 0xCA), (">d", 0xCB))[rng.integers(2)]
             raw = rng.bytes(struct.calcsize(form))
-            return bytes([head]) + raw, struct.unpack(form, raw)[0]
+            return bytes([first]) + raw, struct.unpack(form, raw)[0]
         if kind == "text":
             return self._text(
                 "".join(chr(c) for c in rng.choice([32, 97, 0, 10, 246, 0x1F600], rng.integers(6)))
@@ -88,8 +88,7 @@ class Maker:
             return self._scalar(kind == "scalar")
         if kind == "extension":
             size = int(rng.choice([1, 2, 4, 8, 16]))
-            head = bytes([0xD4 + size.bit_length() - 1])
-            return head + rng.bytes(1 + size), None
+            return bytes([0xD4 + size.bit_length() - 1]) + rng.bytes(1 + size), None
         return (b"\xa2\xc3\x28", None) if kind == "not utf-8" else (b"\xc1", None)
 
     def _sized(self, head: int, data: bytes) -> bytes:

@@ -71,7 +71,8 @@ def main(
             try:
                 for _ in range(rounds):
                     os.kill(loader, signal.SIGCONT)
-                    waits, kept = 0.0, []
+                    kept: list[loop.Batch] = []
+                    waits = 0.0
                     for number in range(AHEAD + steps):
                         if number == AHEAD:
                             begun, waits, kept = time.perf_counter(), 0.0, []

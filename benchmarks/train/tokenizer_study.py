@@ -80,7 +80,9 @@ def _row(
     values = np.concatenate([q.values for _, q in tested])
     use = token_use(values.tolist(), tokens)
     lost = factor * np.abs(tokens.decode(tokens.encode(values)) - values)
-    points, relative, overlap = [], [], []
+    points: list[float] = []
+    relative: list[float] = []
+    overlap: list[float] = []
     for label, question in tested:
         truth = np.array(question.values)
         rounded = np.asarray(tokens.decode(tokens.encode(truth)))
