@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
 from spear.types import Array, Policy
 from spear.util.processes import release_workers
@@ -191,8 +191,7 @@ class Pilot:
 def check_mode(mode: str, committed: int) -> None:
     """Raises `SpearError` for an unknown way of executing chunks, and for one that a policy which may be told
     of so many actions has not learned."""
-    if mode not in get_args(Mode):
-        raise unknown_name("way of executing chunks", mode, get_args(Mode))
+    check_known("way of executing chunks", get_args(Mode), mode)
     if mode == "rtc" and not committed:
         raise SpearError(
             "--execution rtc: the policy has not learned to go on from what is decided already: "

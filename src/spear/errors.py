@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -36,6 +36,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return SpearError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(names)})")
+
+
+def check_known(kind: str, known: Collection[str], *names: str) -> None:
+    """Raises `unknown_name` for the first of the names that does not exist."""
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
 
 
 def first_line(error: BaseException | str) -> str:

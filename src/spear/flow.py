@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.geometry import (
     quat_canonical,
     quat_conjugate,
@@ -81,8 +81,7 @@ class FlowConfig:
             ("flow rotation_loss", self.rotation_loss, ("cosine", "mse")),
             ("flow prediction", self.prediction, ("velocity", "clean")),
         ):
-            if name not in known:
-                raise unknown_name(kind, name, known)
+            check_known(kind, known, name)
 
 
 @dataclass(frozen=True)

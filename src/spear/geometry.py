@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 
 Euler = Literal["xyz", "XYZ"]
 """Angles are always given in the order (about x, about y, about z), radians.
@@ -214,8 +214,7 @@ def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
     Rx Rz."""
     x, y, z = (quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device))
     orders = {"xyz": (z, y, x), "XYZ": (x, y, z), "zxy": (y, x, z)}
-    if convention not in orders:
-        raise unknown_name("Euler convention", convention, orders)
+    check_known("Euler convention", orders, convention)
     first, second, last = orders[convention]
     return quat_canonical(quat_multiply(quat_multiply(first, second), last))
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known, unknown_name
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
@@ -133,8 +133,7 @@ class CoordinateTokenizer:
             raise SpearError(
                 f"not a 3D tokenizer: {path}: edges must increase, with one value between each two"
             )
-        if unit not in get_args(Unit):
-            raise unknown_name("unit", str(unit), get_args(Unit))
+        check_known("unit", get_args(Unit), str(unit))
         return CoordinateTokenizer(edges, representatives, unit)
 
 

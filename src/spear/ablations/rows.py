@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.util.options import Changes, Folder, Options, Within
 
 
@@ -134,9 +134,7 @@ def choose(names: Sequence[str]) -> list[tuple[Table, list[Row]]]:
     The row that a table compares with always comes along. Raises `SpearError` for a name that there is not.
     """
     known = {row.name for table in TABLES for row in table.rows} | {table.name for table in TABLES}
-    for name in names:
-        if name not in known:
-            raise unknown_name("ablation", name, known)
+    check_known("ablation", known, *names)
     chosen = []
     for table in TABLES:
         wanted = [r for r in table.rows if not names or table.name in names or r.name in names]

@@ -20,7 +20,7 @@ import torch
 
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.geometry import quat_to_6d
 from spear.types import Action
 from spear.util.files import write_text
@@ -70,8 +70,7 @@ class Normalizer:
         if dataset is None:
             known = ", ".join(self.datasets)
             raise SpearError(f"normalised per dataset: say which one the robot is like (--dataset): {known}")
-        if dataset not in self.datasets:
-            raise unknown_name("dataset", dataset, self.datasets)
+        check_known("dataset", self.datasets, dataset)
         return self.datasets[dataset]
 
     @staticmethod
@@ -83,8 +82,7 @@ class Normalizer:
         One pass over each store in bounded memory: percentiles are exact for up to 16,384 steps per dataset,
         and within 0.1 % in rank beyond (`QuantileSketch`).
         """
-        if mode not in get_args(Mode):
-            raise unknown_name("normalisation", mode, get_args(Mode))
+        check_known("normalisation", get_args(Mode), mode)
         sketches = [(_sketch(store), weight) for store, weight in stores]
         seen = [(columns, weight) for columns, weight in sketches if columns[0].count]
         if not seen:

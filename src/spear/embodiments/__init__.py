@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spear.embodiments.tools import ANY_SEED, SEED, Checked, seed
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known, unknown_name
 from spear.types import Array
 
 Observation = Mapping[str, Any]
@@ -78,8 +78,7 @@ class Embodiment:
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""
         name = name or next(iter(self.controls))
-        if name not in self.controls:
-            raise unknown_name("control", name, self.controls)
+        check_known("control", self.controls, name)
         return name, self.controls[name]
 
 
@@ -92,8 +91,7 @@ def load(name: str) -> Embodiment:
     """A robot by name, or from a Python file of yours. Raises `SpearError` for an unknown or broken one."""
     if name.endswith(".py"):
         return _from_file(Path(name))
-    if name not in names():
-        raise unknown_name("embodiment", name, names())
+    check_known("embodiment", names(), name)
     found: Embodiment = importlib.import_module(f"spear.embodiments.{name}").EMBODIMENT
     return found
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spear.embodiments import Embodiment, Observation, droid
-from spear.errors import unknown_name
+from spear.errors import check_known
 
 IMAGE = "observation/exterior_image_0_left"
 ENDPOINT, ENDPOINTS = "endpoint", ("infer", "reset")
@@ -37,8 +37,7 @@ def direct_reply(request: Observation) -> str | None:
     """The confirmation of a reset; None for an observation. Raises `SpearError` for another endpoint."""
     endpoint = request.get(ENDPOINT, "infer")
     endpoint = endpoint[:80] if isinstance(endpoint, str) else f"a {type(endpoint).__name__}"
-    if endpoint not in ENDPOINTS:
-        raise unknown_name(ENDPOINT, endpoint, ENDPOINTS)
+    check_known(ENDPOINT, ENDPOINTS, endpoint)
     return "reset successful" if endpoint == "reset" else None
 
 

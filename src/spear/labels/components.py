@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.labels.engine import Graph
 from spear.labels.pipeline import settings_for
 from spear.util.network import need_on_hub
@@ -116,8 +116,7 @@ def check(kind: str, description: str) -> None:
     """Raise `SpearError` for a name that does not exist, before anything is loaded."""
     for part in description.split("+"):
         name, argument = _split(part)
-        if name not in KINDS[kind]:
-            raise unknown_name(kind, name, KINDS[kind])
+        check_known(kind, KINDS[kind], name)
         if name == "file" and not (argument and Path(argument).is_file()):
             raise SpearError(f"{kind} {part!r}: no such file: write file:PATH")
 

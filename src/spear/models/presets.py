@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spear.util.options import choose
+from spear.errors import check_known
 
 if TYPE_CHECKING:
     from spear.models.spear1 import Spear1Config
@@ -115,8 +115,8 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 def preset(name: str) -> Preset:
     """The preset of that name; raises SpearError, suggesting the nearest name, when there is none."""
-    found: Preset = choose("preset", name, PRESETS)
-    return found
+    check_known("preset", PRESETS, name)
+    return PRESETS[name]
 
 
 def vlm_config(

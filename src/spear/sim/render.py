@@ -17,7 +17,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.sim import arm
 from spear.sim.scene import clutter_scene
 from spear.sim.world import GRIPPER, World, base_spec, half_extent
@@ -161,8 +161,7 @@ class Renderer:
 
 def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame:
     """What `camera` ("external" or "wrist") of `world` sees at `size` (width, height)."""
-    if camera not in CAMERAS:
-        raise unknown_name("camera", camera, CAMERAS)
+    check_known("camera", CAMERAS, camera)
     image, depth, geoms = renderer.layers(world, camera, size)
     instances = world.instance_of_geom[geoms]
     ids, counts = np.unique(instances, return_counts=True)

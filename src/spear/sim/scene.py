@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.sim.objects import CUBES, GRASPABLE, KINDS, SUPPORTS, Color, Vec3
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
@@ -99,9 +99,7 @@ class SceneSpec:
 
 def check_families(families: Iterable[str]) -> None:
     """Raises `SpearError` for a task family that is not in `FAMILIES`."""
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("task family", family, FAMILIES)
+    check_known("task family", FAMILIES, *families)
 
 
 def held_out_seeds(first: int, count: int) -> range:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
@@ -77,9 +77,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     """
     init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
     known = {field.name for field in dataclasses.fields(FlowConfig)}
-    for key in stage.flow:
-        if key not in known:
-            raise unknown_name("flow setting", key, known)
+    check_known("flow setting", known, *stage.flow)
     pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
     shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)

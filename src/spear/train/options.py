@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known, unknown_name
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within, key_values
 
@@ -185,9 +185,7 @@ def _check(part: type, key: str, value: Any) -> None:
         raise SpearError(f"recipe key {key} is {value}: the fewest come first")
     if key == "families":
         known = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
-        for family in value or [""]:
-            if family not in known:
-                raise unknown_name(f"family of questions (recipe key {key})", family, known)
+        check_known(f"family of questions (recipe key {key})", known, *(value or [""]))
 
 
 @dataclass(frozen=True)

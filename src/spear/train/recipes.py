@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from spear.errors import check_known
 from spear.labels.questions.templates import FAMILIES
 from spear.train.options import Optimization, QuestionMix, Recipe
-from spear.util.options import choose
 
 VLM_1 = ("moge_projector", "multi_modal_projector", "language_model.embed_tokens")
 """What learns in the paper's VLM stage 1 (of the embeddings, only the rows of the 3D tokens)."""
@@ -224,5 +224,5 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name; `SpearError` with the nearest name when there is none."""
-    found: Recipe = choose("recipe", name, RECIPES)
-    return found
+    check_known("recipe", RECIPES, name)
+    return RECIPES[name]

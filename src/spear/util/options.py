@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from docstring_parser import parse_from_object
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +124,3 @@ def key_values(items: Sequence[str], option: str) -> dict[str, Any]:
         except ValueError:
             found[key] = text
     return found
-
-
-def choose(kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """`known[name]`. Raises `SpearError`, suggesting the nearest name, where there is none."""
-    if name not in known:
-        raise unknown_name(kind, name, known)
-    return known[name]

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known, unknown_name
 
 LoggedFormat = Literal[
     "euler_xyz",
@@ -192,12 +192,9 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     except (OSError, ValueError, TypeError) as error:
         raise SpearError(f"unreadable: {path}: {error}; it must be a JSON object") from error
     like = fields.pop("like", None)
-    known = [f.name for f in dataclasses.fields(DatasetSpec)]
-    for key in fields:
-        if key not in known:
-            raise unknown_name(f"key (in {path})", key, [*known, "like"])
-    if like is not None and like not in REGISTRY:
-        raise unknown_name(f"dataset (like, in {path})", str(like), REGISTRY)
+    check_known(f"key (in {path})", [*(f.name for f in dataclasses.fields(DatasetSpec)), "like"], *fields)
+    if like is not None:
+        check_known(f"dataset (like, in {path})", REGISTRY, str(like))
     base = vars(REGISTRY[like]) if like is not None else {}
     return _spec({**base, **(defaults or {}), "name": name, **fields}, path)
 

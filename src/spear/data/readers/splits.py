@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 
 _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
@@ -29,8 +29,7 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
         if match is None or part.endswith("[:]") or len({b.endswith("%") for b in bounds}) > 1:
             raise SpearError(f"unreadable split {split!r}: {where}: write it like train or train[:20%]")
         name = match["name"]
-        if name not in lengths:
-            raise unknown_name(f"split (of {where})", name, lengths)
+        check_known(f"split (of {where})", lengths, name)
         total = lengths[name]
         first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
         if not (0 <= first <= total and 0 <= end <= total):

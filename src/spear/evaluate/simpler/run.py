@@ -19,7 +19,7 @@ import numpy as np
 
 from spear import embodiments
 from spear.chunks import ChunkExecutor
-from spear.errors import unknown_name
+from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import SimplerOptions
@@ -44,9 +44,7 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     and where ManiSkill, its assets or a renderer are missing.
     """
     tasks = options.tasks or tuple(TASKS)
-    for task in tasks:
-        if task not in TASKS:
-            raise unknown_name("task", task, TASKS)
+    check_known("task", TASKS, *tasks)
     check_installed()
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",

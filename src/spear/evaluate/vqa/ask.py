@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
 from spear.evaluate.vqa.measures import numbers
 from spear.labels.questions.generate import FAMILIES
@@ -46,8 +46,8 @@ def ask(
 
     Raises SpearError for an unknown question family or an empty question.
     """
-    if family is not None and family not in FAMILIES:
-        raise unknown_name("question family", family, FAMILIES)
+    if family is not None:
+        check_known("question family", FAMILIES, family)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
     meant, names = understand(question) or (None, [])
@@ -127,8 +127,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     Raises SpearError for an unknown view, no labels there, labels in another unit than the model's numbers,
     and seeds that are not held out.
     """
-    if view not in processor.image_sizes:
-        raise unknown_name("view", view, processor.image_sizes)
+    check_known("view", processor.image_sizes, view)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
         frames = held_out_frames(images, sim_seed(where), processor.image_sizes[view], view)
         labels = list(label_frames(frames))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
@@ -35,9 +35,7 @@ def evaluate(
     Raises SpearError for an unknown family, labels of several units, and where no image allows a question.
     """
     families = options.families or FAMILIES
-    for family in families:
-        if family not in FAMILIES:
-            raise unknown_name("family of 3D questions", family, FAMILIES)
+    check_known("family of 3D questions", FAMILIES, *families)
     units = sorted({label.unit for label in labels})
     if len(units) > 1:
         raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")

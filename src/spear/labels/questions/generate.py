@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import failings
 from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
@@ -79,9 +79,7 @@ def generate(
     fewest, most = pairs
     if not 1 <= fewest <= most:
         raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
-    for family in families:
-        if family not in MAKERS:
-            raise unknown_name("question family", family, MAKERS)
+    check_known("question family", MAKERS, *families)
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
     scene = Scene(label, askable(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Dinov2Config
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 
 PATCH = 14
 ENCODERS = {"dinov2_vits14": (384, 12, 6), "dinov2_vitb14": (768, 12, 12), "dinov2_vitl14": (1024, 24, 16)}
@@ -38,8 +38,7 @@ class MogeOutput:
 
 def dinov2_config(encoder: str) -> Dinov2Config:
     """The config of one of `ENCODERS` as MoGe uses it. Raises `SpearError` for another name."""
-    if encoder not in ENCODERS:
-        raise unknown_name("MoGe encoder", encoder, ENCODERS)
+    check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
     ours: dict[str, Any] = {"position_offset": 0.1, "attn_implementation": "sdpa"}
     return Dinov2Config(
