@@ -4,10 +4,12 @@ do."""
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 
 class SpearError(Exception):
@@ -43,6 +45,15 @@ def check_known(kind: str, known: Collection[str], *names: str) -> None:
     for name in names:
         if name not in known:
             raise unknown_name(kind, name, known)
+
+
+def need(module: str, extra: str, what: str) -> Any:
+    """An optional module. Raises `SpearError`, which names the extra that brings it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        lacks = error.name or module
+        raise SpearError(f'{what} needs {lacks}: pip install "spear-vla[{extra}]"') from error
 
 
 def first_line(error: BaseException | str) -> str:

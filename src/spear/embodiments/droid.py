@@ -20,7 +20,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
 from spear.types import Array
 
@@ -93,12 +93,9 @@ def example() -> dict[str, Any]:
 
 
 def _kinematics() -> Any:
-    try:
-        from spear.sim.control import kinematics
-    except ModuleNotFoundError as error:
-        raise SpearError(
-            f'droid: {error.name} is not installed: its kinematics need pip install "spear-vla[sim]"'
-        ) from error
+    need("mujoco", "sim", "droid")
+    from spear.sim.control import kinematics
+
     return kinematics()
 
 

@@ -6,13 +6,11 @@ import functools
 import io
 from collections.abc import Sequence
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from spear.errors import SpearError
 from spear.types import Array
 
 HEIGHT = 420
@@ -50,18 +48,11 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     return np.asarray(frame)
 
 
-def check() -> None:
-    """Raises `SpearError` where films cannot be written."""
-    if find_spec("av") is None:
-        raise SpearError("films need PyAV: it is not installed: run pip install 'spear-vla[report]'")
-
-
 def encode(frames: Sequence[Array], rate_hz: float) -> tuple[bytes, str]:
     """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
 
     The last frame stays for a second, so that a looping film shows its outcome.
     """
-    check()
     import av
 
     name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions, Films
@@ -119,7 +119,7 @@ class _FilmMaker(Generic[Track]):
 
     def __init__(self, simulator: Simulator[Track], films: Films, out: Path | None) -> None:
         if films:
-            video.check()
+            need("av", "report", "a film")
         self._simulator, self._films, self._out = simulator, films, out
         self.filming = isinstance(films, str) or (films > 0 and simulator.films_are_free)
         self.made: list[Film] = []

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.objects import BoxSettings
@@ -138,10 +138,7 @@ def run_ray(graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]) 
     work: its `copies` and `gpus`, of detector, segmenter and point map, count. Raises `SpearError`: Ray is
     not installed, or a component cannot be made.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise SpearError('the ray engine needs Ray Data: pip install "spear-vla[ray]"') from error
+    ray = need("ray", "ray", "the ray engine")
     rows = [{"data": pickle.dumps(list(batch))} for batch in batches]
     if not rows:
         return

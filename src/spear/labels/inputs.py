@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import RetryableError, SpearError, first_line
+from spear.errors import RetryableError, SpearError, first_line, need
 from spear.labels.pipeline import Work, admit
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_image
@@ -258,10 +258,7 @@ def _pixels(frame: Any) -> Array:
 
 
 def _video(path: str) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise SpearError(f'{path}: videos need PyAV: pip install "spear-vla[label]"') from error
+    av = need("av", "label", f"{path}: a video")
     try:
         container = av.open(path)
     except (av.FFmpegError, OSError) as error:

@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.models.annotations import load_json
 from spear.types import Array, Frame
+from spear.util.files import read_json
 from spear.util.images import load_image
 
 COLOUR_FOLDERS = ("color", "colour", "rgb", "image", "images")
@@ -141,7 +141,7 @@ def read_intrinsics(path: Path) -> Array:
     """Intrinsics [3, 3] with pixel centres at +0.5, from a file in which the first pixel's centre is at 0: a
     text file with a matrix, or JSON. `SpearError` where they are missing or not in pixels."""
     if path.suffix == ".json":
-        values, _ = load_json(path)
+        values = read_json(path, "give fx, fy, cx, cy in pixels")
         try:
             fx, fy, cx, cy = (float(values[key]) for key in ("fx", "fy", "cx", "cy"))
         except (KeyError, TypeError, ValueError) as error:
@@ -204,7 +204,7 @@ def _scannet_names(folder: Path) -> dict[int, str] | None:
     files = sorted(folder.glob("*.aggregation.json"), key=lambda path: len(path.name))
     if not files:
         return None
-    content, _ = load_json(files[0])
+    content = read_json(files[0], "replace it")
     try:
         names = {int(group["objectId"]) + 1: str(group["label"]) for group in content["segGroups"]}
     except (KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.labels.fit.box3d import EDGES
 from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import spoken, why_not_asked
@@ -146,10 +146,7 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
 
     Raises SpearError where rerun-sdk is not installed, and for a file that cannot be written.
     """
-    try:
-        import rerun as rr
-    except ImportError as error:
-        raise SpearError('the Rerun viewer needs rerun-sdk: pip install "spear-vla[view]"') from error
+    rr = need("rerun", "view", "the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
     try:
         stream.save(out)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.models.layers import recompute_layers
 from spear.train import parallel
 from spear.train.log import NotFinite
@@ -125,11 +125,8 @@ def merge_adapters(model: torch.nn.Module) -> None:
 
 
 def _config(rank: int, alpha: float) -> LoraConfig:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise SpearError('LoRA needs PEFT, which is not installed: pip install "spear-vla[lora]"') from error
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]
+    peft: Any = need("peft", "lora", "LoRA")
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
 
 
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:

@@ -31,6 +31,7 @@ from spear.models.weights.load import simulator_only
 from spear.train import build, loop, parallel
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
+from spear.util.files import read_json
 from spear.util.ledger import add_files
 
 
@@ -136,10 +137,7 @@ def _simulator_only(inputs: Inputs) -> bool:
 def _made_by(folder: Path) -> Any:
     """What a trained folder says about itself; nothing where somebody else saved it."""
     path = folder / "recipe.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise SpearError(f"{path}: not JSON ({error}): copy the folder again, or remove this file") from error
+    return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
 
 
 def mixture(

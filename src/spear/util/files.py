@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spear.errors import SpearError
 
@@ -46,10 +48,22 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `SpearError`, which ends in the advice, where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}, not an object")
+        return found
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpearError(f"{path}: no JSON object can be read ({reason}): {advice}") from error
+
+
 def check_new(folder: Path) -> None:
     """Raises `SpearError` for a folder that holds something, and for a file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SpearError(f"{folder} is there already: give a new folder")
+        raise SpearError(f"{folder} is there already, and not empty: give a new folder, or remove it")
 
 
 def check_own(folder: Path, mark: str, action: str) -> None:

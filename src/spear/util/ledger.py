@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError
-from spear.util.files import write_text, writing
+from spear.util.files import read_json, write_text, writing
 
 END, MOST_READ = 65536, 1000
 """Bytes at the end of a file that `add_files` reads, where Parquet, Arrow and growing files change; of about
@@ -91,11 +91,7 @@ def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
     if not begun or not path.is_file():
         write_text(path, json.dumps(plain(settings), indent=2) + "\n")
         return
-    try:
-        theirs = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise SpearError(f"{path}: cannot be read ({error}): choose another folder") from error
-    if words := difference(theirs, settings):
+    if words := difference(read_json(path, "choose another folder"), settings):
         raise SpearError(
             f"{path.parent}: was begun with other settings: {words}: use the same ones, or another folder"
         )

@@ -10,7 +10,6 @@ tensorflow_datasets would give, images still encoded.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +25,7 @@ from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError
 from spear.types import Array
+from spear.util.files import read_json
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
         names = f"choose one of {', '.join(p.name for p in found)}" if found else "it has no features.json"
         raise SpearError(f"not an RLDS folder: {path}: {names}")
     folder = found[0]
-    info = _read_json(folder / "dataset_info.json")
-    features = _read_json(folder / "features.json")
+    info, features = (read_json(folder / f"{n}.json", "copy it again") for n in ("dataset_info", "features"))
     try:
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise SpearError(f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord")
@@ -124,13 +123,6 @@ def open_rlds(path: str | Path) -> RldsFolder:
         return RldsFolder(folder, info["name"], info.get("version", ""), splits, features)
     except (KeyError, TypeError, ValueError) as error:
         raise SpearError(f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        raise SpearError(f"unreadable: {path}: {error}; an RLDS folder needs this JSON object") from error
 
 
 def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[Path, int]]:

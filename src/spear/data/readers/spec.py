@@ -29,6 +29,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from spear.errors import SpearError, check_known, unknown_name
+from spear.util.files import read_json
 
 LoggedFormat = Literal[
     "euler_xyz",
@@ -187,10 +188,7 @@ def find_spec(
 def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) -> DatasetSpec:
     """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, for a bad
     one."""
-    try:
-        fields = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise SpearError(f"unreadable: {path}: {error}; it must be a JSON object") from error
+    fields = read_json(path, "give a file like spear.json")
     like = fields.pop("like", None)
     check_known(f"key (in {path})", [*(f.name for f in dataclasses.fields(DatasetSpec)), "like"], *fields)
     if like is not None:

@@ -25,6 +25,7 @@ from spear.data.store import schema as lerobot
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
+from spear.util.files import check_new
 from spear.util.images import decode_image
 
 EPISODES_PER_FILE = 10_000
@@ -41,7 +42,7 @@ def write_lerobot(
     it, for a bad episode, when no episode comes, and when episodes differ in cameras, image size or rate.
     """
     target = Path(folder)
-    check_free(target)
+    check_new(target)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     writer: LeRobotWriter | None = None
@@ -70,12 +71,6 @@ def write_lerobot(
             with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
                 writer.close()
         shutil.rmtree(part, ignore_errors=True)
-
-
-def check_free(target: Path) -> None:
-    """Raises SpearError unless a dataset can become this folder: there is none, or an empty one."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SpearError(f"not empty: {target}: choose another folder for the dataset, or remove it")
 
 
 class LeRobotWriter:

@@ -35,11 +35,12 @@ from spear.data.readers.splits import split_ranges
 from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.index import INDEX, index_batch, open_shards, read_batches, write_batches
-from spear.data.store.lerobot_write import LeRobotWriter, check_free
+from spear.data.store.lerobot_write import LeRobotWriter
 from spear.data.store.stats import ImageSample, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
+from spear.util.files import check_new
 from spear.util.images import decode_image, encode_jpeg, fit_image
 from spear.util.ledger import Skipped, add_files, alone, same_settings
 from spear.util.progress import ProgressBar
@@ -118,7 +119,7 @@ def prepare(
             f"{out} was prepared from other episodes, or in another way (is {path} or its layout new?): "
             "remove that folder, or choose another --out"
         )
-    check_free(out)
+    check_new(out)
     work = out.with_name(f".{out.name}.part")
     new = [folder for folder in work.parents if not folder.exists()]
     try:

@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.labels.fit.points import NEAR, Plane
 from spear.types import Array
 
@@ -60,10 +60,7 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
         corners = np.asarray(polygon, np.float64)
         if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
             raise SpearError(f"polygon of {corners.size} numbers: give x, y of three points or more, finite")
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise SpearError('COCO polygons need pycocotools: pip install "spear-vla[label]"') from error
+    coco = need("pycocotools.mask", "label", "a COCO polygon")
     mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
     return mask.astype(bool)
 

@@ -6,7 +6,6 @@ Where a file does not know an image, or knows no mask of an object, another one 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from spear.labels.fit.image import clip, iou2d, tight_box
 from spear.labels.fit.masks import decode_mask, polygon_mask, run_lengths
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
+from spear.util.files import read_json
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _name(annotations: Annotations, otherwise: Detector | Segmenter | None) -> s
 def open_annotations(path: str | Path) -> Annotations:
     """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations. `SpearError` for what
     is neither."""
-    content, name = load_json(Path(path))
+    content = read_json(Path(path), "give another file")
+    name = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
     try:
         return (CocoAnnotations if "images" in content else RelationAnnotations)(content, name)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -178,21 +179,6 @@ def open_annotations(path: str | Path) -> Annotations:
             f"{path}: neither COCO's JSON of instances nor Ego-Exo4D's relations ({type(error).__name__}: "
             f"{error}): give one of the two"
         ) from error
-
-
-def load_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object in a file, and for the provenance the file's name and a hash of its content.
-    `SpearError` when there is none."""
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-    except OSError as error:
-        raise SpearError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except ValueError as error:
-        raise SpearError(f"{path}: not JSON ({error}): give another file") from error
-    if not isinstance(content, dict):
-        raise SpearError(f"{path}: its JSON is a {type(content).__name__}, not an object: give another file")
-    return content, f"{path.name} ({hashlib.sha256(data).hexdigest()[:8]})"
 
 
 def path_parts(path: str) -> list[str]:

@@ -27,7 +27,7 @@ from annotated_types import Len
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
-from spear.errors import RetryableError, SpearError, first_line
+from spear.errors import RetryableError, SpearError, first_line, need
 from spear.labels.fit.image import iou2d
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
@@ -102,10 +102,7 @@ class GeminiDetector:
         if key is None:
             get = f"set {KEYS[0]} (get one at https://aistudio.google.com/apikey)"
             raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
-        try:
-            genai = importlib.import_module("google.genai")
-        except ImportError as error:
-            raise SpearError('Gemini needs google-genai: pip install "spear-vla[label]"') from error
+        genai = need("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
         self._address = base_url or ADDRESS
         options = genai.types.HttpOptions(

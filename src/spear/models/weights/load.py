@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
+from spear.util.files import read_json
 from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -219,14 +220,7 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises `SpearError` when it is missing or broken."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
-        raise SpearError(f"checkpoint without a readable config: {path}: {error}") from error
-    return config
+    return read_json(folder / "config.json", "give the folder of a whole checkpoint")
 
 
 def _weight_files(folder: Path) -> list[Path]:
