@@ -56,7 +56,6 @@ class ChunkExecutor:
 
     replan   k, the actions of a chunk that are executed before the next look (ensemble: always 1).
     decay    ensemble: a chunk that is one tick older weighs exp(-decay) of the newer one (our choice).
-    gripper  the opening that is commanded while there is no chunk yet.
     most     rtc: the most actions that the policy may be told of (its `committed`).
     """
 
@@ -65,14 +64,13 @@ class ChunkExecutor:
         mode: Mode = "sync",
         replan: int = REPLAN,
         decay: float = 0.5,
-        gripper: float = 1.0,
         most: int = 0,
     ) -> None:
         check_mode(mode, most)
         check_replan(replan)
         self.mode, self.replan, self.decay, self.most = mode, replan, decay, most
         self.tick = 0
-        self._gripper = gripper
+        self._gripper = 1.0
         self._waiting: list[_Chunk] = []
         self._held: list[_Chunk] = []  # ensemble: chunks at hand
         self._left: list[Array] = []  # other modes: actions still to execute

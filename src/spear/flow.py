@@ -76,12 +76,9 @@ class FlowConfig:
     time_scale: float = 0.999
 
     def __post_init__(self) -> None:
-        for kind, name, known in (
-            ("flow rotation", self.rotation, ("s3", "linear")),
-            ("flow rotation_loss", self.rotation_loss, ("cosine", "mse")),
-            ("flow prediction", self.prediction, ("velocity", "clean")),
-        ):
-            check_known(kind, known, name)
+        check_known("flow rotation", ("s3", "linear"), self.rotation)
+        check_known("flow rotation_loss", ("cosine", "mse"), self.rotation_loss)
+        check_known("flow prediction", ("velocity", "clean"), self.prediction)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Sample:
     draws: Array
 
 
+@dataclass(frozen=True)
 class TrainingSamples:
     """Batches as the trainer takes them: a map from step to a dict of arrays.
 
@@ -118,14 +119,10 @@ class TrainingSamples:
         instruction  list of B strings          dataset   [B] int, index into `mixture.names`
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        views: Mapping[str, tuple[int, int]],
-        horizon: int = HORIZON,
-        augment: float = 0.0,
-    ) -> None:
-        self.mixture, self.views, self.horizon, self.augment = mixture, dict(views), horizon, augment
+    mixture: Mixture
+    views: Mapping[str, tuple[int, int]]
+    horizon: int = HORIZON
+    augment: float = 0.0
 
     def batch(self, step: int, batch_size: int) -> dict[str, Any]:
         """The batch of training step `step`. Raises SpearError, naming it, for a broken image."""

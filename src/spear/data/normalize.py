@@ -103,11 +103,9 @@ class Normalizer:
 
     def unnormalize_action(self, action: Action) -> Action:
         """The inverse of `normalize_action`: metres, opening 0 … 1."""
-        return Action(
-            _unnormalize(action.translation, self.translation_offset, self.translation_scale),
-            action.rotation,
-            (action.gripper + 1) / 2,
-        )
+        like, offset, scale = action.translation, self.translation_offset, self.translation_scale
+        metres = like * like.new_tensor(scale) + like.new_tensor(offset)
+        return Action(metres, action.rotation, (action.gripper + 1) / 2)
 
     def state_vector(
         self, position: torch.Tensor, rotation: torch.Tensor, gripper: torch.Tensor
@@ -208,7 +206,3 @@ def _triple(values: Iterable[float]) -> Triple:
 
 def _normalize(metres: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
     return (metres - metres.new_tensor(offset)) / metres.new_tensor(scale)
-
-
-def _unnormalize(normal: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
-    return normal * normal.new_tensor(scale) + normal.new_tensor(offset)

@@ -41,7 +41,6 @@ class Agent(Protocol):
 
         envs: the running scenes, each with its `seed` and its `steps` so far, and with its simulator's truth.
         """
-        ...
 
 
 class PolicyAgent(Agent):

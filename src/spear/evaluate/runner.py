@@ -47,11 +47,9 @@ class Simulator(Protocol[Track]):
     ) -> Iterator[tuple[Outcome, float, Track]]:
         """The outcome of each episode as it ends, the seconds that it ran (beside others), and its track:
         what a film is made of, empty unless `filming`."""
-        ...
 
     def film(self, outcome: Outcome, track: Track) -> Film:
         """The film of an episode."""
-        ...
 
 
 def run_evaluation(

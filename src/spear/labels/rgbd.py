@@ -21,6 +21,7 @@ two cameras, which stand in one place.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ UNIT = 0.001
 """Metres per step of the depth images."""
 
 
+@dataclass
 class Scene:
     """The frames of a folder: `scene[i]`, from `scene.sources[i]`. A frame is read when it is asked for; one
     that cannot be read is a `SpearError` that concerns no other.
@@ -48,15 +50,13 @@ class Scene:
     names         of the instances, None without any.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        camera: Array,
-        depth_camera: Array | None = None,
-        names: dict[int, str] | None = None,
-    ) -> None:
-        self.folder, self.camera, self.depth_camera, self.names = folder, camera, depth_camera, names
-        self._pairs = _pairs(folder)
+    folder: Path
+    camera: Array
+    depth_camera: Array | None = None
+    names: dict[int, str] | None = None
+
+    def __post_init__(self) -> None:
+        self._pairs = _pairs(self.folder)
         self.sources = [str(color) for color, _ in self._pairs]
 
     def __getitem__(self, index: int) -> Frame:

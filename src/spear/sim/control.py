@@ -50,7 +50,6 @@ class Kinematics:
         self._data = mujoco.MjData(self._model)
         self._site = self._model.site("ee").id
         self._jacobian = np.zeros((6, self._model.nv))
-        self._quat = np.zeros(4)
 
     def pose(self, joints: Floats) -> tuple[Floats, Floats]:
         """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
@@ -112,7 +111,6 @@ class Servo:
         start = int(model.joint("joint1").qposadr[0])
         self._joints = slice(start, start + 7)
         self._fingers = slice(start + 7, start + 9)
-        self._lead = arm.LAG
         self._command = np.array(arm.HOME)
         self._position, self._rotation = np.zeros(3), np.array([1.0, 0, 0, 0])
 
@@ -172,7 +170,7 @@ class Servo:
         velocity = (goal - self._command) / (substeps * model.opt.timestep)
         path = np.linspace(self._command, goal, substeps + 1)[1:]
         # lead the servo by what its damping holds back; the last steps let it settle
-        path[:-1] += self._lead * velocity
+        path[:-1] += arm.LAG * velocity
         ctrl = data.ctrl
         for row in path:
             ctrl[:7] = row

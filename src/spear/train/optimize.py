@@ -260,8 +260,9 @@ class Stepper:
         lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
             generator = step_generator(self.seed, number, self.device)
+            moved = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache):
-                loss, parts = self.task.loss(tree_map_only(torch.Tensor, self._move, batch), generator)
+                loss, parts = self.task.loss(moved, generator)
             (loss / len(batches)).backward()
             values = {"loss": loss.detach(), **parts}
             keys = list(values)
@@ -291,9 +292,6 @@ class Stepper:
             current = [self.learning[n].detach() for n in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - decay)
         return found
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
     def result(self) -> dict[str, torch.Tensor]:
         """The averaged weights, or the plain ones when averaging is off, by parameter name."""

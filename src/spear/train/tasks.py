@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -276,20 +277,16 @@ class VlmTask:
         return output.loss, output.parts
 
 
+@dataclass(frozen=True)
 class VlaTask:
     """Batches of robot steps (and of questions) as in `stage`; the flow loss (plus the questions' loss)."""
 
-    def __init__(
-        self,
-        model: Spear1ForActionPrediction,
-        processor: Processor,
-        normalizer: Normalizer,
-        samples: TrainingSamples,
-        stage: Recipe,
-        questions: QuestionSamples | None = None,
-    ) -> None:
-        self.model, self.processor, self.normalizer = model, processor, normalizer
-        self.samples, self.stage, self.questions = samples, stage, questions
+    model: Spear1ForActionPrediction
+    processor: Processor
+    normalizer: Normalizer
+    samples: TrainingSamples
+    stage: Recipe
+    questions: QuestionSamples | None = None
 
     def batch(self, step: int) -> Batch:
         """Network inputs of one step: pixels, prompt, state, action chunk and mask; and questions."""

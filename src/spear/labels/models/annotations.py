@@ -77,7 +77,6 @@ class Annotations(Protocol):
 
     def find(self, source: str) -> list[Annotation] | None:
         """What is annotated in the image of this source (see `Frame`); None for one that it does not know."""
-        ...
 
 
 class FileDetector:

@@ -43,15 +43,13 @@ class GroundTruthDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The named instances of each frame, by instance id."""
-        return [self._detect(frame) for frame in frames]
-
-    def _detect(self, frame: Frame) -> list[Detection]:
-        found = []
-        for instance, box in sorted(instance_boxes(frame).items()):
-            x0, y0, x1, y1 = box.astype(int)
-            assert frame.instances is not None
-            if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= 12:
-                found.append(Detection(frame.names[instance], box))
+        found: list[list[Detection]] = [[] for _ in frames]
+        for frame, detections in zip(frames, found, strict=True):
+            for instance, box in sorted(instance_boxes(frame).items()):
+                x0, y0, x1, y1 = box.astype(int)
+                assert frame.instances is not None
+                if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= 12:
+                    detections.append(Detection(frame.names[instance], box))
         return found
 
 
@@ -85,11 +83,11 @@ class GroundTruthPointMap:
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The metric point map of each frame."""
-        return [self._predict(frame) for frame in frames]
-
-    def _predict(self, frame: Frame) -> PointMapResult:
-        if frame.depth is None or frame.intrinsics is None:
-            raise _missing(frame, "depth or intrinsics")
-        known = np.isfinite(frame.depth) & (frame.depth > 0)
-        points = unproject(np.where(known, frame.depth, 0), frame.intrinsics)
-        return PointMapResult(points, known, np.asarray(frame.intrinsics), "metre")
+        found = []
+        for frame in frames:
+            if frame.depth is None or frame.intrinsics is None:
+                raise _missing(frame, "depth or intrinsics")
+            known = np.isfinite(frame.depth) & (frame.depth > 0)
+            points = unproject(np.where(known, frame.depth, 0), frame.intrinsics)
+            found.append(PointMapResult(points, known, np.asarray(frame.intrinsics), "metre"))
+        return found

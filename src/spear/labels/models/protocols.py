@@ -47,7 +47,6 @@ class Detector(Protocol):
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image."""
-        ...
 
 
 class Segmenter(Protocol):
@@ -57,7 +56,6 @@ class Segmenter(Protocol):
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each image, the masks [n, h, w] bool of its n detections (a network reads only their boxes)."""
-        ...
 
 
 class PointMap(Protocol):
@@ -67,4 +65,3 @@ class PointMap(Protocol):
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The point map of each image."""
-        ...
