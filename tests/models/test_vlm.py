@@ -10,9 +10,9 @@ import torch
 from models_tiny import START, TINY, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models.layers import positions, prefix_lm_mask
-from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import preset, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.models.vlm import IGNORE, token_loss
 
 

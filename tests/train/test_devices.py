@@ -20,8 +20,8 @@ from models_tiny import TINY
 from spear.errors import SpearError
 from spear.models import devices
 from spear.models.devices import bfloat16_is_fast, choose_device
-from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
 from spear.models.presets import vlm_config
+from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.train import loop
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization

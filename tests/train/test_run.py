@@ -21,8 +21,8 @@ from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import SpearError
 from spear.labels.scenes import label_scenes
-from spear.models.moge.encoder import MogeForDepth
 from spear.models.presets import PRESETS
+from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, load_vlm, locate

@@ -28,12 +28,12 @@ class Control:
     about    what a row of the result is, with units and frames: clients are told.
     rate_hz  rows per second.
     convert  (actions [H, 8] of `spear.types.Action`, state [8] and the robot's own observation from which
-             they were predicted) → [N, n] rows for the robot.
+             they were predicted) → [N, n] rows for the robot; left out, they are the actions themselves.
     """
 
     about: str
     rate_hz: float
-    convert: Callable[[Array, Array, Observation], Array]
+    convert: Callable[[Array, Array, Observation], Array] = lambda actions, state, observation: actions
 
 
 @dataclass(frozen=True)

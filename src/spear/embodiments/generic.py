@@ -35,7 +35,6 @@ EMBODIMENT = Embodiment(
             "translation 3 (m, base frame), rotation quaternion 4 (w x y z, end-effector frame), gripper "
             "opening (1 open, 0 closed), per step",
             5.0,
-            lambda actions, state, observation: actions,
         )
     },
     example=example,

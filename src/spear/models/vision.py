@@ -1,8 +1,9 @@
-"""What both visual encoders share: pixels in, and the stem that turns them into patch embeddings."""
+"""The two visual encoders, SigLIP's and MoGe's: pixels in, the stem, the transformers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,8 @@ from spear.errors import SpearError
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LAST_LAYERS = 4
+"""MoGe reads the last four layers of its backbone, and so does SPEAR-VLM (the paper, SPEAR-VLM)."""
 
 
 def normalize_pixels(
@@ -155,6 +158,41 @@ class DinoEncoder(_InitializesStem, Dinov2Model):
             if table.device.type != "meta":
                 waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
                 init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
+
+
+class MogeEncoder(nn.Module):
+    """MoGe's image encoder: [B, 3, h, w] uint8 -> [B, patches, 4·width].
+
+    The patch features of the last four DINOv2 layers, each after the backbone's final LayerNorm, side by
+    side, earliest layer first. Patches run row by row.
+    """
+
+    def __init__(self, config: Dinov2Config) -> None:
+        super().__init__()
+        self.backbone = DinoEncoder(config)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of uint8 images, normalised here with ImageNet's statistics."""
+        return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
+        count = len(self.backbone.encoder.layer)
+        tokens = self.layers(images, range(count - LAST_LAYERS, count))
+        return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
+
+    def layers(self, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+        """The outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
+
+        images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
+        """
+        hidden = self.backbone.embeddings(images)
+        found = []
+        for index, layer in enumerate(self.backbone.encoder.layer):
+            hidden = layer(hidden)
+            if index in indices:
+                found.append(self.backbone.layernorm(hidden))
+        return found
 
 
 def check_pixels(name: str, pixels: Any) -> None:

@@ -23,8 +23,15 @@ from spear.models.layers import (
     positions,
     prefix_lm_mask,
 )
-from spear.models.moge.encoder import LAST_LAYERS, MogeEncoder
-from spear.models.vision import SIGLIP_MEAN, SIGLIP_STD, SiglipEncoder, check_pixels, normalize_pixels
+from spear.models.vision import (
+    LAST_LAYERS,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    MogeEncoder,
+    SiglipEncoder,
+    check_pixels,
+    normalize_pixels,
+)
 
 IGNORE = -100
 """The label of a place that is not to be learned."""

@@ -17,11 +17,10 @@ from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.labels.store import shards_in
-from spear.models.moge.encoder import MogeDepthConfig, MogeForDepth
-from spear.models.patch_classification import PatchClassification
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
+from spear.models.stage0 import MogeDepthConfig, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights

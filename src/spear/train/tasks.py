@@ -1,7 +1,7 @@
 """What the stages train on and how wrong a model is there: their batches and losses (`Task`).
 
 Stage 0, nano only: depth from single images, standing in for MoGe's pretraining, and what each patch shows
-(`spear.models.patch_classification`), standing in for SigLIP's. Then questions about labelled images for
+(`spear.models.stage0`), standing in for SigLIP's. Then questions about labelled images for
 SPEAR-VLM, and demonstrations for SPEAR-1, with 3D questions alongside so that the VLM keeps what it knows.
 """
 
@@ -23,10 +23,9 @@ from spear.errors import SpearError
 from spear.labels.fit.masks import decode_mask
 from spear.labels.questions.generate import generate
 from spear.labels.store import DepthImages, read
-from spear.models.moge.encoder import MogeForDepth
-from spear.models.patch_classification import CELLS, PatchClassification
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.stage0 import CELLS, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, Spacing
 from spear.train.optimize import Batch, Loss

@@ -11,12 +11,11 @@ from transformers import Dinov2Config
 from moge_reference import arrays, checkpoint, description, error, random_v1, reference
 from spear.errors import SpearError
 from spear.models.moge.checkpoint import fill_encoder
-from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.infer import infer
 from spear.models.moge.layers import dinov2_config
 from spear.models.moge.networks import MogeV1, MogeV2
 from spear.models.presets import preset, vlm_config
-from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder, standardize
 
 CASES = [(1, "v1_140x196"), (1, "v1_168x224"), (2, "v2_196x140"), (2, "v2_168x224"), (2, "v2_square_37x37")]
 INFER = [

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from spear.errors import SpearError
-from spear.models.moge.encoder import MogeEncoder
 from spear.models.moge.layers import (
     PATCH,
     MogeOutput,
@@ -29,7 +28,7 @@ from spear.models.moge.layers import (
     resize,
     uv_channels,
 )
-from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder, standardize
 from spear.types import Unit
 
 _FIXED_V1 = {

@@ -24,9 +24,9 @@ from spear.models.moge.checkpoint import (
     fill_encoder,
     read_checkpoint,
 )
-from spear.models.moge.encoder import MogeEncoder
 from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
 from spear.models.spear1 import Spear1Config
+from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
 from spear.models.weights.load import Part, Shards, reading

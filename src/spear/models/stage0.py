@@ -1,7 +1,11 @@
-"""The 3D encoder: MoGe's DINOv2 backbone, and a little depth model in place of its pretraining."""
+"""Stage 0, at nano size: what stands in for the pretraining of MoGe and SigLIP, of which no small ones exist.
+
+All of it is our choice.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,45 +17,11 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.models.layers import PortableConfig, choose_attention
-from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, DinoEncoder, check_pixels, normalize_pixels
+from spear.models.vision import LAST_LAYERS, MogeEncoder, check_pixels
+from spear.models.vlm import SpearVLMForConditionalGeneration, SpearVLMOutput
 
-LAST_LAYERS = 4
-"""MoGe reads the last four layers of its backbone, and so does SPEAR-VLM (the paper, SPEAR-VLM)."""
-
-
-class MogeEncoder(nn.Module):
-    """MoGe's image encoder: [B, 3, h, w] uint8 -> [B, patches, 4·width].
-
-    The patch features of the last four DINOv2 layers, each after the backbone's final LayerNorm, side by
-    side, earliest layer first. Patches run row by row.
-    """
-
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.backbone = DinoEncoder(config)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of uint8 images, normalised here with ImageNet's statistics."""
-        return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
-        count = len(self.backbone.encoder.layer)
-        tokens = self.layers(images, range(count - LAST_LAYERS, count))
-        return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
-
-    def layers(self, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
-        """The outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
-
-        images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
-        """
-        hidden = self.backbone.embeddings(images)
-        found = []
-        for index, layer in enumerate(self.backbone.encoder.layer):
-            hidden = layer(hidden)
-            if index in indices:
-                found.append(self.backbone.layernorm(hidden))
-        return found
+CELLS = 4
+"""A patch is cut into so many cells a side."""
 
 
 class MogeDepthConfig(PortableConfig):
@@ -121,6 +91,63 @@ class MogeForDepth(PreTrainedModel):
             shape = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
             loss = shape + shift.abs().mean()
         return DepthOutput(loss=loss, log_depth=log_depth)
+
+
+class PatchClassification(nn.Module):
+    """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
+
+    SigLIP's sigmoid loss, between patches and names: a patch's visual token shall point towards the text
+    embeddings of what it shows. Two linear heads, thrown away afterwards, teach places finer than patches:
+    how much of each object each of its `CELLS` × `CELLS` cells shows, and where the centre of its largest
+    object lies. names: token ids of each object name.
+    """
+
+    def __init__(self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.names = [torch.tensor(ids) for ids in names]
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-4.0))
+        width = vlm.config.text_config.hidden_size
+        self.centre = nn.Linear(width, 2)
+        self.cells = nn.Linear(width, CELLS * CELLS * len(names))
+        nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        shown: torch.Tensor,
+        cells: torch.Tensor,
+        centre: torch.Tensor,
+        largest: torch.Tensor,
+    ) -> SpearVLMOutput:
+        """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
+
+        pixels   [B, 3, h, w] uint8.
+        shown    [B, P, C] bool: patch p shows an object called c.
+        cells    [B, P, CELLS · CELLS, C] uint8: the share of each cell that shows it, 255 for all of it.
+        centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
+        largest  [B, P] bool: there is such an object.
+        """
+        tokens = self.vlm.image_features(pixels)
+        embed = self.vlm.get_input_embeddings()
+        names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
+        directions = nn.functional.normalize(tokens.float(), dim=-1)
+        logits = self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
+        naming = _sigmoid_loss(logits, shown.float())
+        filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
+        error = (self.centre(tokens).float() - centre).abs().mean(-1)
+        placing = (error * largest).sum() / largest.sum().clamp_min(1)
+        return SpearVLMOutput(
+            loss=naming + placing + filling,
+            parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
+        )
+
+
+def _sigmoid_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed over classes, averaged over the rest."""
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.sum(-1).mean()
 
 
 AutoConfig.register(MogeDepthConfig.model_type, MogeDepthConfig, exist_ok=True)
