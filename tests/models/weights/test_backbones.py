@@ -235,7 +235,7 @@ def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> 
     edit(folder, model_type="llava")
     refused("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
     (folder / "config.json").write_text("{")
-    refused("without a readable config", plan_backbones, folder, None, "tiny14")
+    refused("config.json", plan_backbones, folder, None, "tiny14")
     expert = publish_pi0(pi0(), tmp_path / "pi0")
     state = load_file(expert / "model.safetensors")
     name = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
