@@ -238,9 +238,7 @@ class _Parts:
         self.writer.end_file()
         self.writer.write_episodes()
         for template in (lerobot.DATA_PATH, lerobot.EPISODES_PATH):
-            # A part must be on the disk before its index says that it is there.
-            with open(self.folder / lerobot.place(template, number), "rb") as file:
-                os.fsync(file.fileno())
+            _to_disk(self.folder / lerobot.place(template, number))
         seen = {camera: (s.histogram.tolist(), s.frames) for camera, s in self.writer.pictures.items()}
         reasons, sizes = self.skipped.reasons, self.writer.sizes
         note = {"blocks": self.open_blocks, "reasons": reasons, "sizes": sizes, "pictures": seen}
@@ -266,6 +264,12 @@ class _Parts:
         batches = (batch for file in self._indices() for batch in read_batches(file)[0])
         write_batches(self.folder / INDEX, batches, note)
         save_sketches(self.folder)
+
+
+def _to_disk(path: Path) -> None:
+    """A part must be on the disk before its index says that it is there."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def good_episodes(path: str | Path, split: str, layout: Layout, skipped: Skipped) -> Iterator[Episode]:
