@@ -34,7 +34,7 @@ from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
 from spear.evaluate import closed_loop
-from spear.evaluate.reference import references
+from spear.evaluate.compare import references
 from spear.evaluate.results import Journal, Outcome
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spear.evaluate.reference import beside, references
+from spear.evaluate.compare import beside, references
 from spear.evaluate.results import Outcome, Results
 
 SIMPLER = references()["simpler_widowx"]

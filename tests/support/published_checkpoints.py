@@ -16,8 +16,7 @@ from transformers import PI0ForConditionalGeneration as Pi0
 from models_tiny import TEXT, TINY
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
-from spear.models.moge.layers import ENCODERS
-from spear.models.moge.networks import MogeV1
+from spear.models.moge.networks import ENCODERS, MogeV1
 from spear.models.processing import train_tokenizer
 
 ROWS, IMAGE_TOKEN = 1312, 1311

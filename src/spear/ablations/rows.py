@@ -57,7 +57,7 @@ class Table:
     """Rows that belong together.
 
     against    name of the row that the others are compared with.
-    reference  name of the published table (`spear.evaluate.reference`); "" where there is none.
+    reference  name of the published table (`evaluate.compare`); "" where there is none.
     note       what to know when reading it.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 from spear.ablations.plan import Data, Plan
 from spear.ablations.rows import Row, Table
 from spear.ablations.run import scored
-from spear.evaluate.reference import references
+from spear.evaluate.compare import references
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.types import Array

@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 
 from spear.cli.data import open_episodes
 from spear.errors import SpearError, notice, unknown_name
+from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
-from spear.evaluate.reference import beside, references
 from spear.evaluate.results import Results, journals, load, missing_parts
 from spear.evaluate.results import merge as put_together
 from spear.util.files import check_own, write_bytes, write_text

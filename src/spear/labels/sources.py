@@ -107,9 +107,12 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
         if isinstance(episode, SpearError):
             yield episode
             continue
-        step = _step(len(episode), number, count)
         camera = CAMERA if CAMERA in episode.images else min(episode.images)
-        yield step if isinstance(step, SpearError) else bytes(episode.images[camera][step])
+        steps = len(episode)
+        if number < steps:  # frame `number` of `count` that are spread evenly
+            yield bytes(episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)])
+        else:
+            yield SpearError(f"the episode has only {steps} steps: take fewer frames of each")
 
 
 @lru_cache(maxsize=1)
@@ -131,10 +134,3 @@ def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
         return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
-
-
-def _step(steps: int, number: int, count: int) -> int | SpearError:
-    """The step of frame `number` of `count` that are spread evenly over an episode."""
-    if number >= steps:
-        return SpearError(f"the episode has only {steps} steps: take fewer frames of each")
-    return number * (steps - 1) // max(min(count, steps) - 1, 1)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spear.evaluate.compare import ALPHA, Comparison, Pair, cells, p_value, points
+from spear.evaluate.compare import ALPHA, Comparison, Pair, Reference, cells, p_value, points
 from spear.evaluate.film import MIME, film_file
 from spear.evaluate.open_loop import OpenLoop
-from spear.evaluate.reference import Reference
 from spear.evaluate.results import Outcome, Results
 from spear.report.page import render, spaced
 from spear.report.plot import COLOURS, GREY, Axis, Line, bars, chart, differences, rate_bars

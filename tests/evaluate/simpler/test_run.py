@@ -12,8 +12,8 @@ import torch
 
 from spear import embodiments
 from spear.evaluate.agents import load_agent
+from spear.evaluate.compare import beside
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
-from spear.evaluate.reference import beside
 from spear.evaluate.results import load
 from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler.run import OracleAgent, Simpler

@@ -12,8 +12,7 @@ from moge_reference import arrays, checkpoint, description, error, random_v1, re
 from spear.errors import SpearError
 from spear.models.moge.checkpoint import fill_encoder
 from spear.models.moge.infer import infer
-from spear.models.moge.layers import dinov2_config
-from spear.models.moge.networks import MogeV1, MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2, dinov2_config
 from spear.models.presets import preset, vlm_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder, standardize
 

@@ -101,11 +101,12 @@ def prepare(
     source = open_dataset(path)
     if isinstance(source, Dataset):
         source.spec(how.layout)  # says what is wrong with it before anything is written
+    file = how.layout if isinstance(how.layout, Path) else path / SPEC_FILE
     request = {
         "path": str(path.resolve()),
         "data": _digest(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
-        "layout": _layout_text(path, how),
+        "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
         "sizes": {name: list(size) for name, size in sorted(how.sizes.items())},
         "rate_hz": how.rate_hz,
         "quality": how.quality,
@@ -349,12 +350,6 @@ def _digest(source: Dataset | EpisodeStore) -> str:
     digest = hashlib.sha256()
     add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4"))
     return digest.hexdigest()
-
-
-def _layout_text(path: Path, how: Conversion) -> str:
-    """What the columns are said to mean, to notice when that has changed."""
-    file = how.layout if isinstance(how.layout, Path) else path / SPEC_FILE
-    return repr(how.layout) + (file.read_text() if file.is_file() else "")
 
 
 def folder_in(work: Path, path: Path, split: str) -> Path:

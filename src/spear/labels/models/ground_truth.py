@@ -61,19 +61,18 @@ class GroundTruthSegmenter:
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool; empty where no instance matches."""
-        return [self._segment(*pair) for pair in zip(frames, detections, strict=True)]
-
-    def _segment(self, frame: Frame, detections: Sequence[Detection]) -> Array:
-        boxes = instance_boxes(frame)
-        assert frame.instances is not None
-        masks = np.zeros((len(detections), *frame.instances.shape), bool)
-        for mask, detection in zip(masks, detections, strict=True):
-            candidates = {i: b for i, b in boxes.items() if frame.names[i] == detection.name}
-            overlaps = {i: float(iou2d(box, detection.box2d)) for i, box in candidates.items()}
-            best = max(overlaps, key=overlaps.__getitem__, default=0)
-            if best and overlaps[best] > 0.5:
-                mask[:] = frame.instances == best
-        return masks
+        found = []
+        for frame, wanted in zip(frames, detections, strict=True):
+            boxes = instance_boxes(frame)
+            assert frame.instances is not None
+            found.append(np.zeros((len(wanted), *frame.instances.shape), bool))
+            for mask, detection in zip(found[-1], wanted, strict=True):
+                candidates = {i: b for i, b in boxes.items() if frame.names[i] == detection.name}
+                overlaps = {i: float(iou2d(box, detection.box2d)) for i, box in candidates.items()}
+                best = max(overlaps, key=overlaps.__getitem__, default=0)
+                if best and overlaps[best] > 0.5:
+                    mask[:] = frame.instances == best
+        return found
 
 
 class GroundTruthPointMap:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from spear.errors import SpearError, first_line
-from spear.models.moge.layers import ENCODERS, dinov2_config
-from spear.models.moge.networks import MogeV1, MogeV2
+from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
 from spear.models.weights.load import download
 from spear.util.network import is_hub_name

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from spear.errors import SpearError
-from spear.models.moge.layers import view_plane
-from spear.models.moge.networks import MogeV1, MogeV2
+from spear.models.moge.networks import MogeV1, MogeV2, view_plane
 from spear.types import Array
 
 FIT_SIDE = 64
