@@ -1,7 +1,5 @@
 """The main job: from images to a robot that moves, on one HTML page with every number's n and interval."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """What a user sees when something is wrong, or was put right: one line that says what, where and what to
 do."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import warnings

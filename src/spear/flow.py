@@ -15,8 +15,6 @@ A time is per chunk [...] or per action [..., H]: some actions of a chunk may be
 With `rotation="linear"`, the ablation, quaternions flow in straight lines of R⁴ like translations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -10,8 +10,6 @@ R(a) R(b): b in the frame that a gives. A pose (position, rotation) maps its own
 it is expressed in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

@@ -4,8 +4,6 @@ A training is known by its contents: recipe, preset, seed, data, and what it beg
 these, so that what was trained under a key stays valid whatever else is asked for later.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

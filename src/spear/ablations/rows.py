@@ -3,8 +3,6 @@
 The rows are in `rows.toml`; nothing here runs anything.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ OUT/scores/KEY/          the journal of a policy's episodes
 OUT/locks/               who works on what
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Mapping

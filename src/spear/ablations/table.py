@@ -1,8 +1,6 @@
 """What the finished trainings say: numbers with intervals, the published ones beside them, and whether they
 agree."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

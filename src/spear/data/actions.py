@@ -6,8 +6,6 @@ Logged commands are used when an episode has them; otherwise actions are derived
 that was made in fact. That happens once, when an episode is written (`with_actions`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

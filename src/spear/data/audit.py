@@ -6,8 +6,6 @@ episodes) of how much worse it does than the best lies above, or the others' lie
 data cannot tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The scripted expert's demonstrations → a store of episodes. Killed at any moment, the same call goes on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The columns are read in every way that the audit knows; what explains the record
 What no column can say (where the gripper's own axes point, the rate of RLDS) is left open.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

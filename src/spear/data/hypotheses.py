@@ -7,8 +7,6 @@ stretch, and its error is the mean distance to the recorded states, divided by t
 robot moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. Ours throughout.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

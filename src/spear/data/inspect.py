@@ -1,7 +1,5 @@
 """What a folder of robot data is, in a few lines of text: for `spear data inspect PATH`."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Options of the commands on robot data: plain values, so that asking for help loads nothing heavy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

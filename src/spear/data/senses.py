@@ -6,8 +6,6 @@ against the layout is it called wrong. A wrist camera sees almost everything cha
 that stands beside it sees little more than the arm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ A file in this folder (all but tools.py), or any Python file of yours, that has 
 its name is the file's. docs/robots.md shows how to write one.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import pkgutil

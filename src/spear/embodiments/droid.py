@@ -10,8 +10,6 @@ joints come from the inverse kinematics of `spear.sim.control`, which stays insi
 as near as it can.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

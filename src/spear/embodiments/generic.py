@@ -1,7 +1,5 @@
 """Any robot that speaks SPEAR-1's own language: `spear.types.Policy` observations in, actions [5, 8] out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -8,8 +8,6 @@ vector; a gripper value above 0.5 opens. 5 Hz. ManiSkill 3's controller of the s
 numbers as Euler angles: that robot is `simpler_widowx`, which this one shares all else with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

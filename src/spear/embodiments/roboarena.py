@@ -9,8 +9,6 @@ and because the model sees no more of them. Nothing is remembered between reques
 and changes nothing; a request without "endpoint" is one to infer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

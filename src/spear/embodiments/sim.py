@@ -1,7 +1,5 @@
 """The embedded simulator (`spear/Tabletop-v0`), which speaks SPEAR-1's own language."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

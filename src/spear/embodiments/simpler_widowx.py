@@ -15,8 +15,6 @@ Ours: an action's rotation is taken about the axes of the measured pose, as it i
 converted; the gripper is commanded open from 0.5 on.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ This is the one place where observations are checked. A robot reads its own keys
 not looked at again on its way to the network.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -7,8 +7,6 @@ pitch, yaw about base axes, R_next = R(action) R_now; its seventh number is the 
 Hz.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

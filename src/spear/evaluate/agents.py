@@ -1,7 +1,5 @@
 """Who acts in an evaluation: a policy, or one of the references that frame its number from both sides."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Mapping, Sequence

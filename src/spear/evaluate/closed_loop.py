@@ -1,7 +1,5 @@
 """Closed loop: a policy acts in many simulated scenes at once, each until success or time out."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence

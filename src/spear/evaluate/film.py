@@ -1,7 +1,5 @@
 """Films of episodes: both cameras side by side, with the instruction and the outcome written above them."""
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ the first check of a fine-tuning on real episodes. Two references need no images
 training episodes, which is the best constant one, and the last action, repeated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What an evaluation can be told, from the command line or in Python."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

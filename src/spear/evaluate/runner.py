@@ -1,7 +1,5 @@
 """What evaluations in every simulator share: outcomes on disk as they come, what is missing is run, films."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import time

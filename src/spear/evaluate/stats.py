@@ -9,8 +9,6 @@ never narrower than if all episodes were independent (our choice: a variance fro
 chance). With one seed it speaks of that one training only.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """One object, from its mask and the image's point map to a `LabeledObject` with a box and quality scores."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

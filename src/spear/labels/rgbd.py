@@ -19,8 +19,6 @@ two cameras, which stand in one place.
     *.aggregation.json          with it: what the instances are called
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

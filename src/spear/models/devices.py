@@ -1,7 +1,5 @@
 """The device that a process computes on: which one, and how its memory is kept."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

@@ -5,8 +5,6 @@ All masks are boolean, True where attention is allowed, shaped [B, 1, queries, k
 is never read), so that no row is empty as long as a sequence has one valid token.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ Within a bin its probability is taken to be spread evenly. Its expected value is
 which in the wide bins of the tails is a better guess than the middle (our choice).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args

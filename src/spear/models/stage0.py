@@ -3,8 +3,6 @@
 All of it is our choice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The two visual encoders, SigLIP's and MoGe's: pixels in, the stem, the transformers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The tables of the ablations for people: Markdown, and one HTML page with bars and the scaling curve."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from math import ceil, log10

@@ -1,7 +1,5 @@
 """What the audit found: a table for the terminal, and a page with plots."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

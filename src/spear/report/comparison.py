@@ -1,7 +1,5 @@
 """Comparisons as pages: two policies in the same scenes; predicted actions beside a demonstrator's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Of a dataset whose layout nobody has said yet it shows the columns as they are: 
 where the gripper closes, is easier seen than guessed.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path

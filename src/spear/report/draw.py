@@ -1,7 +1,5 @@
 """Draw on images: labels as masks, 3D boxes and names; answers as boxes and points."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 

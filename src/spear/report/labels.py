@@ -1,7 +1,5 @@
 """Labels to look at: a page with a contact sheet and statistics, and a file for the Rerun viewer."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Everything that an HTML template is given is escaped, unless it is `Markup`, which only templates make.
 """
 
-from __future__ import annotations
-
 import base64
 from typing import Any
 

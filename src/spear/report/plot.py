@@ -3,8 +3,6 @@
 No script and no library: templates draw them, readable on light and dark.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10

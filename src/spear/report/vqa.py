@@ -1,7 +1,5 @@
 """What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best and worst answers drawn."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -4,8 +4,6 @@ This is for programs that have this package. A robot's own computer needs only o
 numpy < 2 and so lives in an environment of its own.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ The harness's own server speaks its protocol; this is the class that it calls. O
 episodes are answered together (`spear.serve.service`). A bad one ends its own episode only.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import deque
 from typing import Any

@@ -1,7 +1,5 @@
 """Options of the servers: light, so that the command line knows them without what a server needs to run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

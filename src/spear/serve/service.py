@@ -4,8 +4,6 @@ A server reads a connection's next request only when the last one is answered: a
 in the queue, however fast it sends, so that first come, first served is fair.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -4,8 +4,6 @@ An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shap
 {b"__npgeneric__": True, b"data": value, b"dtype": ...}. Only booleans, integers and floats are accepted.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -8,8 +8,6 @@ gripper points straight down: x forward, y along the closing direction, z up, aw
 choice; BridgeData's convention too: the orientation of a gripper pointing down is near the identity).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

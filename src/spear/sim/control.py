@@ -5,8 +5,6 @@ during the 0.2 s of a control step. Each target adds to the one before, which is
 really is, so that a blocked arm does not wind up.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

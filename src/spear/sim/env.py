@@ -3,8 +3,6 @@
 Observations are the dict that `spear.types.Policy.infer` takes, actions are rows of what it returns.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -6,8 +6,6 @@ gripper hovers while it is off to the side or turned wrongly and comes down as i
 Sums are written out: NumPy's matrix products differ in the last bit between kinds of processors.
 """
 
-from __future__ import annotations
-
 import math
 
 import mujoco

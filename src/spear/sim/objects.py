@@ -4,8 +4,6 @@ An object's frame stands near its middle: z up when it rests as placed on the ta
 Sizes in metres, masses in kg, angles in rad, colours 0 … 1.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Iterator

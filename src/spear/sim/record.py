@@ -5,8 +5,6 @@ its gripper on nothing and lifts it as if it held something. Those steps are par
 they are never a training target. What follows them shows how to recover.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 Shadows, reflections and multisampling are off: they cost up to 90 times the rest on a software renderer.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

@@ -3,8 +3,6 @@
 The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out for evaluation.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ The model has the objects of the scene only. Textures and materials are the same
 rendering context serves them all (see `spear.sim.render`).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

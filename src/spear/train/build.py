@@ -1,7 +1,5 @@
 """What a recipe asks for, put together: the model, its data and its task, before the first step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

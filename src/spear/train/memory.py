@@ -5,8 +5,6 @@ contents; what is alive is added up after every operation, and the most is kept.
 context, what kernels use inside themselves, and memory lost between blocks; `usable` leaves room for these.
 """
 
-from __future__ import annotations
-
 import re
 import weakref
 from collections.abc import Iterator, Mapping

@@ -6,8 +6,6 @@ each, one after the other, so every N that divides P learns the same. The proces
 (DDP), or 1/N of each weight, gradient, moment and average (FSDP2, the second half of this file).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from typing import Any

@@ -6,8 +6,6 @@ post-training are not stated there and are our choice, as are `finetune-*`. The 
 sized for two CPU cores. docs/train.md has all of them as tables.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from spear.errors import check_known

@@ -4,8 +4,6 @@ The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenize
 tokens), for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

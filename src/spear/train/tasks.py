@@ -5,8 +5,6 @@ Stage 0, nano only: depth from single images, standing in for MoGe's pretraining
 SPEAR-VLM, and demonstrations for SPEAR-1, with 3D questions alongside so that the VLM keeps what it knows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence

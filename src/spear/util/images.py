@@ -1,7 +1,5 @@
 """Encoded images in, pixels out, and back."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

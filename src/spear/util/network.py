@@ -1,7 +1,5 @@
 """Whether a server can be reached, asked once and briefly, before a client tries for minutes."""
 
-from __future__ import annotations
-
 import re
 import threading
 import urllib.error

@@ -4,8 +4,6 @@ Each field is followed by a docstring, which is its help; what several commands 
 here. Ranges are annotations and are checked whenever options are made, from the command line or in Python.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import typing

@@ -1,7 +1,5 @@
 """Worker processes that give results back in order, and the worker threads of PyTorch."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import multiprocessing

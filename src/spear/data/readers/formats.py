@@ -1,7 +1,5 @@
 """Robot demonstrations in a folder of any format: which format it is, and its episodes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the step arrays of any dataset to our `Episode`, by what its `DatasetSpec` says of its columns."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -10,8 +10,6 @@ What the columns mean is told by the `spear.json` in the folder, as for RLDS (ou
 LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -7,8 +7,6 @@ of varying length ("ragged") come with their row lengths. Here they become the n
 tensorflow_datasets would give, images still encoded.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import zlib

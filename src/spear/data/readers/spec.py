@@ -12,8 +12,6 @@ A column is a path below the steps, with an optional range of its last dimension
 LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

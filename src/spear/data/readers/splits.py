@@ -1,7 +1,5 @@
 """Which episodes: the split syntax of TFDS ("train[:20%]+val"), for every format that has named splits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

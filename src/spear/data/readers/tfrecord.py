@@ -4,8 +4,6 @@ A record is: length (uint64), masked CRC32C of the length, the bytes, masked CRC
 endian. An Example is a protobuf map from name to a list of bytes, floats or integers.
 """
 
-from __future__ import annotations
-
 import functools
 import struct
 from collections.abc import Iterator

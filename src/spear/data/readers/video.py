@@ -1,7 +1,5 @@
 """Frames of a stretch of a video file, by PyAV, and a video file of frames: for LeRobot."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress

@@ -7,8 +7,6 @@ The controller moves a commanded pose that the arm follows with a lag, so steps 
 pose, and what has been reached is judged by the measured one.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -4,8 +4,6 @@ As in SIMPLER's own scripts, an episode runs to its time limit and what counts i
 fulfilled then, not whether it was for a moment.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The four tasks, and what is known of a moment in one of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

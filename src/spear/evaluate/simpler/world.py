@@ -8,8 +8,6 @@ only; it simulates on one core, and a driver that fails takes its process with i
 process of its own, and they run side by side.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import multiprocessing

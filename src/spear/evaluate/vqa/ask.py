@@ -1,7 +1,5 @@
 """Images to ask about, from files or held-out scenes of the simulator; and one question about one image."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

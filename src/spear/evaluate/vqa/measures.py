@@ -20,8 +20,6 @@ is, but not which object is where. Which of two is closer they guess as the firs
 whichever is right more often.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

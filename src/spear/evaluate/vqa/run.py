@@ -6,8 +6,6 @@ shows how often the grammar would have been right by itself. Each number is read
 bins in three ways (`models.readout`): those of one way are scored, the others are compared with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ far-right, far-left, as the camera sees them. The paper states only that the ord
 to the camera frame; this definition is our choice.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from itertools import combinations, permutations, product
 

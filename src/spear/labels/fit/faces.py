@@ -5,8 +5,6 @@ says where its face is: axes and faces are those from which the points are least
 from a first guess, with less weight for points that lie on no face. Our choice.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

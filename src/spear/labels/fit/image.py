@@ -4,8 +4,6 @@ Camera frame: x right, y down, z forward; pixel centres at integer + 0.5. 2D box
 the upper ends exclusive.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

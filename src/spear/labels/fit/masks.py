@@ -7,8 +7,6 @@ they are in 3D, and those on it that fly take their depth from the inside. All o
 Depth is handled as its inverse, which is straight along pixels on every plane: there, continuing it is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From a mask and a point map to clean points of one object, and to the surface that it stands on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

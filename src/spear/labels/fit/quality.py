@@ -1,8 +1,6 @@
 """How good labels of objects are: their scores, the one rule that says which objects are asked about, and
 their errors against true boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

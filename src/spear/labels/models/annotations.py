@@ -3,8 +3,6 @@
 Where a file does not know an image, or knows no mask of an object, another one can take over.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import defaultdict

@@ -2,8 +2,6 @@
 made. Which of Gemini's models is our choice, and so is the prompt. Retries are ours: those of Google's client
 (off) neither wait as long as the service asks nor stop when the day's quota is used up."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

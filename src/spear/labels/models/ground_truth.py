@@ -1,7 +1,5 @@
 """Detector, segmenter and point map read from what a `Frame` knows, from the simulator or RGB-D files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

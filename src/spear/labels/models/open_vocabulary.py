@@ -4,8 +4,6 @@ The authors of the paper tried Grounding DINO and found its labels clearly worse
 key. Both networks are Transformers'. Thresholds and the suppression of boxes on one object are our choice.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence

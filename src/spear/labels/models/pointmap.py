@@ -1,7 +1,5 @@
 """MoGe behind the labeller's protocol `PointMap`: images in, the 3D point of every pixel out."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Networks of Transformers by name: from the Hugging Face Hub, or from a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

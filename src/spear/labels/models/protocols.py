@@ -5,8 +5,6 @@ component that cannot handle an image raises `SpearError`; the pipeline then ret
 time, so that only the image at fault is set aside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

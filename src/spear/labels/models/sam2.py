@@ -5,8 +5,6 @@ needs torchvision. The image encoder runs on a batch of images, the mask decoder
 a time: images may have different numbers of boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

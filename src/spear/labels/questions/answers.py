@@ -4,8 +4,6 @@ Most families ask about one object or two, drawn at random; `_one` and `_two` ma
 about the objects drawn. Random numbers are drawn in a fixed order: objects first, their wording last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -12,8 +12,6 @@
 The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np

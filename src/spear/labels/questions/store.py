@@ -4,8 +4,6 @@ The questions about an image depend on the seed and the image's source alone, so
 images are added or the labels are made again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """The wording of the questions (templates.toml), and which objects a name in them may mean."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A checkpoint is a `.pt` file {"model_config": …, "model": …}. Names and shapes are checked one by one.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass

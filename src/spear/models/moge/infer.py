@@ -4,8 +4,6 @@ A predicted map is right up to a shift along z (and, for v1, up to scale). Focal
 of the image, as MoGe measures them: a focal length f is f · √(w² + h²) / 2 pixels.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ their metric scale. The modules are nested so that they carry the names of the p
 `spear.models.moge.checkpoint.load_moge` reads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
