@@ -18,7 +18,7 @@ from typing import TypeVar
 import mujoco
 import numpy as np
 
-from spear.sim import arm, expert
+from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
 from spear.sim.record import record
 from spear.sim.render import Renderer
@@ -46,7 +46,7 @@ class Bare:
         self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.option = mujoco.MjvOption()
         self.option.geomgroup[:] = 1
-        self.option.geomgroup[arm.HIDDEN_GROUP] = 0
+        self.option.geomgroup[control.HIDDEN_GROUP] = 0
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.nothing = mujoco.MjvPerturb()

@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from spear.data.readers.layout import franka_pose
 from spear.errors import SpearError
-from spear.sim import arm
+from spear.sim import control
 from spear.sim.control import FLOOR, check_action, kinematics
 from spear.sim.scene import sample_scene
 from spear.sim.world import SUBSTEPS, World
@@ -28,7 +28,7 @@ def as_rotation(quat: np.ndarray) -> Rotation:
 
 def test_forward_kinematics_equal_the_published_parameters() -> None:
     rng = np.random.default_rng(0)
-    joints = rng.uniform(arm.JOINT_LOWER, arm.JOINT_UPPER, (50, 7))
+    joints = rng.uniform(control.JOINT_LOWER, control.JOINT_UPPER, (50, 7))
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = kinematics().pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
@@ -42,11 +42,11 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
     for _ in range(40):
         position = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
         lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
-        joints = kinematics().solve(arm.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
+        joints = kinematics().solve(control.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
         at, turn = kinematics().pose(joints)
         assert np.linalg.norm(at - position) < 1e-3
         assert (as_rotation(turn).inv() * lean).magnitude() < 5e-3
-        assert (joints > arm.JOINT_LOWER).all() and (joints < arm.JOINT_UPPER).all()
+        assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()
 
 
 def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
@@ -91,7 +91,7 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
             )
             assert motion.clipped
             joints = world.data.qpos[world.servo._joints]
-            assert (joints > arm.JOINT_LOWER - 0.02).all() and (joints < arm.JOINT_UPPER + 0.02).all()
+            assert (joints > control.JOINT_LOWER - 0.02).all() and (joints < control.JOINT_UPPER + 0.02).all()
             assert np.isfinite(world.data.qpos).all() and np.abs(world.data.qvel).max() < 100
         assert world.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0
 

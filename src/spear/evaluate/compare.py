@@ -5,20 +5,16 @@ There is one TOML file per published table in `reference/`: its title, source, c
 of our results are the same tasks, and success in %.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, terminal_table
 from spear.evaluate.stats import Estimate, paired_difference, wilson_mean
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ALPHA = 0.05
 """Below this p-value we say that one is better."""

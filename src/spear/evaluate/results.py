@@ -6,24 +6,21 @@ without sharding): its first line says who acted and how, each further line is o
 count.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
 from spear.util.files import write_text, writing
 from spear.util.ledger import difference, plain
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
@@ -147,9 +144,6 @@ def terminal_table(
     mean_last: bool = False,
 ) -> Table:
     """A table for a terminal, names on the left, numbers on the right. mean_last: the last row is set off."""
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title=escape(title), caption=escape(caption))
     for index, header in enumerate(headers):
         table.add_column(escape(header), justify="right" if index else "left", no_wrap=not index)

@@ -78,8 +78,9 @@ def label_object(
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
+    focal = float(pointmap.intrinsics[0, 0])
     if band:
-        others, focal = taken[window] & ~inside, float(pointmap.intrinsics[0, 0])
+        others = taken[window] & ~inside
         inside = main_part(inside, points, known, max(LINKED, 12.0 / focal, 4 * noise))
         if plane is not None:
             inside = above_support(inside, points, known, others, plane, noise)
@@ -91,18 +92,14 @@ def label_object(
     box, points3d = None, {}
     if len(cloud) >= max(settings.min_points, 8):
         distance = float(np.median(cloud[:, 2]))
-        margin = MARGIN * distance / float(pointmap.intrinsics[0, 0])
+        margin = MARGIN * distance / focal
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
         fit = partial(fit_box, up=up, support=support, margin=margin, noise=noise)
         box = fit(cloud)
         points3d = keypoints(cloud, box)
         scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
         # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
-        width = (
-            distance
-            / float(pointmap.intrinsics[0, 0])
-            * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
-        )
+        width = distance / focal * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
         scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
     return LabeledObject(
         name=detection.name,

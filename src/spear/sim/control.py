@@ -1,4 +1,11 @@
-"""From end-effector actions to joint motion: inverse kinematics and the servo that follows it.
+"""The arm, and from end-effector actions to joint motion: inverse kinematics and the servo that follows it.
+
+The arm has seven joints with the published Franka kinematics, a parallel gripper and a wrist camera; arm.xml
+describes it, which world.xml has at a table. The base stands at the origin of the base frame, on the table
+surface (z = 0). The end-effector frame (site "ee") lies between the finger tips and is parallel to the base
+frame when the gripper points straight down: x forward, y along the closing direction, z up, away from the
+finger tips (our choice; BridgeData's convention too: the orientation of a gripper pointing down is near the
+identity).
 
 A damped-least-squares solver turns end-effector targets into joint angles, which stiff position servos follow
 during the 0.2 s of a control step. Each target adds to the one before, which is kept close to where the arm
@@ -8,6 +15,7 @@ really is, so that a blocked arm does not wind up.
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -15,10 +23,30 @@ from numpy.typing import NDArray
 
 from spear.errors import SpearError
 from spear.geometry import UNIT_TOLERANCE
-from spear.sim import arm
 
 Floats = NDArray[np.float64]
 
+SPEED_LIMIT = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
+"""Joint speed limits, rad/s."""
+HOME = np.array([0.0, -math.pi / 4, 0.0, -3 * math.pi / 4, 0.0, math.pi / 2, math.pi / 4])
+"""A comfortable posture with the gripper pointing down, rad."""
+HIDDEN_GROUP = 3
+"""Geom group of collision shapes that no camera sees; 1 is the robot's."""
+
+
+@functools.cache
+def bare_model() -> mujoco.MjModel:
+    """The arm alone, for kinematics."""
+    return mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("arm.xml")))
+
+
+JOINT_LOWER, JOINT_UPPER = bare_model().jnt_range[:7].T
+"""Joint limits, rad."""
+FINGER_TRAVEL = float(bare_model().joint("finger1").range[1])
+"""Each finger's travel, m: the gripper opens 8 cm."""
+_stiffness, _held_back = -bare_model().actuator_biasprm[:7, 1:3].T
+LAG = _held_back / _stiffness
+"""Of the joints' servos: the joint angle (rad) by which one stays behind its command, per rad/s."""
 LEASH = (0.03, np.deg2rad(15.0))
 """How far the target may be from the measured pose before an action is added to it: m, rad."""
 MAX_STEP = (0.12, np.deg2rad(45.0))
@@ -30,6 +58,13 @@ TOLERANCE = (0.004, np.deg2rad(2.0))
 _DAMPING = 0.02
 _POSTURE_GAIN = 0.05
 _MARGIN = 0.01
+
+
+def ee_from_flange() -> Floats:
+    """[4, 4] pose of the EE frame in the flange frame."""
+    c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
+    offset = bare_model().site("ee").pos[2]
+    return np.array([[c, s, 0, 0], [s, -c, 0, 0], [0, 0, -1, offset], [0, 0, 0, 1]])
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,7 @@ class Kinematics:
     """Forward and inverse kinematics of the bare arm."""
 
     def __init__(self) -> None:
-        self._model = arm.bare_model()
+        self._model = bare_model()
         self._data = mujoco.MjData(self._model)
         self._site = self._model.site("ee").id
         self._jacobian = np.zeros((6, self._model.nv))
@@ -63,13 +98,13 @@ class Kinematics:
         Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
         """
         q = np.array(joints)
-        lower, upper = arm.JOINT_LOWER + _MARGIN, arm.JOINT_UPPER - _MARGIN
+        lower, upper = JOINT_LOWER + _MARGIN, JOINT_UPPER - _MARGIN
         for _ in range(iterations):
             at, turn = self.pose(q)
             error = np.concatenate([position - at, rotation_vector(turn, rotation)])
             if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
                 break
-            home = _POSTURE_GAIN * (arm.HOME - q)
+            home = _POSTURE_GAIN * (HOME - q)
             step = home + self._least_squares(error, home)
             step *= min(1.0, 0.4 / float(np.abs(step).max()))
             q = np.clip(q + step, lower, upper)
@@ -109,7 +144,7 @@ class Servo:
         start = int(model.joint("joint1").qposadr[0])
         self._joints = slice(start, start + 7)
         self._fingers = slice(start + 7, start + 9)
-        self._command = np.array(arm.HOME)
+        self._command = np.array(HOME)
         self._position, self._rotation = np.zeros(3), np.array([1.0, 0, 0, 0])
 
     def pose(self) -> tuple[Floats, Floats]:
@@ -120,15 +155,15 @@ class Servo:
 
     def opening(self) -> float:
         """Measured gripper opening, 0 closed … 1 open."""
-        return float(np.clip(self._data.qpos[self._fingers].sum() / (2 * arm.FINGER_TRAVEL), 0.0, 1.0))
+        return float(np.clip(self._data.qpos[self._fingers].sum() / (2 * FINGER_TRAVEL), 0.0, 1.0))
 
     def place(self, position: Floats, rotation: Floats, opening: float) -> None:
         """Put the arm at a pose at once, at rest (as near as it can reach)."""
-        self._command = kinematics().solve(arm.HOME, position, rotation, iterations=60)
+        self._command = kinematics().solve(HOME, position, rotation, iterations=60)
         self._data.qpos[self._joints] = self._command
-        self._data.qpos[self._fingers] = opening * arm.FINGER_TRAVEL
+        self._data.qpos[self._fingers] = opening * FINGER_TRAVEL
         self._data.ctrl[:7] = self._command
-        self._data.ctrl[7:9] = opening * arm.FINGER_TRAVEL
+        self._data.ctrl[7:9] = opening * FINGER_TRAVEL
         mujoco.mj_kinematics(self._model, self._data)
         self._position, self._rotation = kinematics().pose(self._command)
 
@@ -152,7 +187,7 @@ class Servo:
             or length(rotation_vector(reached_turn, quat)) > TOLERANCE[1]
         )
         step = goal - self._command
-        excess = float((np.abs(step) / (arm.SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
+        excess = float((np.abs(step) / (SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
         if excess > 1:
             goal = self._command + step / excess
             reached, reached_turn = kinematics().pose(goal)
@@ -164,11 +199,11 @@ class Servo:
 
     def _follow(self, goal: Floats, opening: float, substeps: int) -> None:
         model, data = self._model, self._data
-        data.ctrl[7:9] = opening * arm.FINGER_TRAVEL
+        data.ctrl[7:9] = opening * FINGER_TRAVEL
         velocity = (goal - self._command) / (substeps * model.opt.timestep)
         path = np.linspace(self._command, goal, substeps + 1)[1:]
         # lead the servo by what its damping holds back; the last steps let it settle
-        path[:-1] += arm.LAG * velocity
+        path[:-1] += LAG * velocity
         ctrl = data.ctrl
         for row in path:
             ctrl[:7] = row

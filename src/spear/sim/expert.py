@@ -12,8 +12,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim import arm
-from spear.sim.control import length
+from spear.sim.control import FINGER_TRAVEL, length
 from spear.sim.world import World, placed, roles
 
 Floats = NDArray[np.float64]
@@ -65,7 +64,7 @@ def _approach(world: World) -> NDArray[np.float32]:
     aligned = side < 0.008 and abs(point[2] - position[2]) < 0.008 and turn < 0.09 and tilt < 0.09
     opening = world.servo.opening()
     # closed with nothing between the fingers: open and try again
-    missed = opening * 2 * arm.FINGER_TRAVEL < 0.7 * width
+    missed = opening * 2 * FINGER_TRAVEL < 0.7 * width
     close = aligned and not missed
     return _action(position, rotation, goal, goal_yaw, 0.0 if close else 1.0)
 

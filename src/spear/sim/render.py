@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.errors import SpearError, check_known
-from spear.sim import arm
+from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import clutter_scene
 from spear.sim.world import GRIPPER, World, base_spec, half_extent
 from spear.types import Frame
@@ -83,7 +83,7 @@ class Renderer:
             self._scene.flags[flag] = 0
         self._option = mujoco.MjvOption()
         self._option.geomgroup[:] = 1
-        self._option.geomgroup[arm.HIDDEN_GROUP] = 0
+        self._option.geomgroup[HIDDEN_GROUP] = 0
         self._option.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED

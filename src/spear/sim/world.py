@@ -13,8 +13,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim import arm
-from spear.sim.control import Servo, length
+from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, Servo, length
 from spear.sim.objects import KINDS, Kind, Part
 from spear.sim.scene import SceneSpec
 
@@ -97,7 +96,7 @@ class World:
             body = self.bodies[held]
             assert body.kind.grasp is not None and body.qpos is not None
             center, half = (np.array(v) for v in body.kind.grasp)
-            self.servo.place(position, rotation, float(half[1]) / arm.FINGER_TRAVEL)
+            self.servo.place(position, rotation, float(half[1]) / FINGER_TRAVEL)
             ee, turn = self.servo.pose()
             matrix = np.empty(9)
             mujoco.mju_quat2Mat(matrix, turn)
@@ -293,7 +292,7 @@ def _add_part(body: mujoco.MjsBody, part: Part, color: tuple[float, float, float
     geom = body.add_geom(type=_SHAPES[part.shape], pos=part.pos, quat=_euler_quat(part.euler))
     geom.size[: len(part.size)] = part.size
     geom.rgba = [*(part.color or color), 1.0]
-    geom.group = 0 if part.visible else arm.HIDDEN_GROUP
+    geom.group = 0 if part.visible else HIDDEN_GROUP
     geom.mass = mass if part.solid else 0.0
     geom.friction = _SOLID_FRICTION
     geom.condim = 4

@@ -1,15 +1,13 @@
 """Answers to 3D questions summed up per family and way of reading numbers, with baselines and calibration."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.table import Table
 
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
@@ -18,9 +16,6 @@ from spear.evaluate.vqa.measures import MEASURES, Segments, constant_guess, dept
 from spear.models.readout import DECODES, Decode
 from spear.types import LabeledImage, Question, Unit
 from spear.util.files import write_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)

@@ -295,10 +295,8 @@ def _cameras(masks: Mapping[str, Any]) -> dict[str, dict[int, list[Annotation]]]
             for number in view.get("annotated_frames", ()):
                 frames.setdefault(int(number), [])
             for number, entry in view["annotation"].items():
-                size, outline = (
-                    (int(entry["height"]), int(entry["width"])),
-                    partial(_packed, entry["encodedMask"]),
-                )
+                size = int(entry["height"]), int(entry["width"])
+                outline = partial(_packed, entry["encodedMask"])
                 frames.setdefault(int(number), []).append(Annotation(name, None, size, outline))
     return cameras
 
