@@ -9,9 +9,9 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class LabelStore:
     """
 
     def __init__(self, path: str | Path, cache_groups: int = 64) -> None:
-        self.cache_groups = cache_groups
+        self._arguments = path, cache_groups
         self._groups: list[tuple[Path, int]] = []
         sizes = []
         for shard in shards_in(path):
@@ -168,8 +168,8 @@ class LabelStore:
             self._groups += [(shard, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
-        self._files: dict[Path, pq.ParquetFile] = {}
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._file = cache(_open)
+        self._group = lru_cache(cache_groups)(self._read)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -181,19 +181,12 @@ class LabelStore:
         row = index - self._ends[group] + len(table)
         return _from_row(table.slice(row, 1).to_pylist()[0])
 
-    def _group(self, group: int) -> pa.Table:
-        if group not in self._cache:
-            shard, number = self._groups[group]
-            if shard not in self._files:
-                self._files[shard] = _open(shard)
-            self._cache[group] = _read_group(self._files[shard], number, shard)
-            if len(self._cache) > self.cache_groups:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group]
+    def _read(self, group: int) -> pa.Table:
+        shard, number = self._groups[group]
+        return _read_group(self._file(shard), number, shard)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_cache": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LabelStore, self._arguments
 
 
 def choose(store: LabelStore, images: int) -> list[LabeledImage]:

@@ -135,7 +135,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         view_mask: Mapping[str, torch.Tensor] | None = None,
     ) -> Prefix:
         """Images and instruction through the VLM, once per observation; arguments as in `forward`."""
-        prefix = self.vlm.prefix(pixel_values, input_ids, attention_mask, view_mask=view_mask)
+        features, valid = self.vlm.encode_images(pixel_values, view_mask)
+        prefix = self.vlm.run_text(features, valid, input_ids, attention_mask)
         prefix.cache.frozen = True
         return prefix
 

@@ -173,21 +173,6 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
                 part.copy_(view_mask[name][:, None])
         return features, valid
 
-    def prefix(
-        self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        view_mask: Mapping[str, torch.Tensor] | None = None,
-    ) -> Prefix:
-        """Images and text through the network; arguments as in `forward`."""
-        features, image_valid = self.encode_images(pixel_values, view_mask)
-        if image_index is not None:
-            features, image_valid = features[image_index], image_valid[image_index]
-        return self.run_text(features, image_valid, input_ids, attention_mask, token_type_ids)
-
     def run_text(
         self,
         features: torch.Tensor,
@@ -254,14 +239,13 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
                         the places that have one go through the head.
         length_groups   with `labels`: the texts run in so many groups of similar length, to save padding.
         """
-        if labels is None:
-            state = self.prefix(
-                pixel_values, input_ids, attention_mask, token_type_ids, image_index, view_mask
-            )
-            return SpearVLMOutput(logits=self.head(state.hidden))
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is None:
             image_index = torch.arange(len(features), device=features.device)
+        if labels is None:
+            own = features[image_index], image_valid[image_index]
+            state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
+            return SpearVLMOutput(logits=self.head(state.hidden))
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
