@@ -87,7 +87,7 @@ def label_object(
         snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
-    cloud = _cloud(inside & known, clean_points(inside & known, points, erosion, noise), settings)
+    cloud = _cloud(inside & known, points, erosion, noise, settings.max_points)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     box, points3d = None, {}
     if len(cloud) >= max(settings.min_points, 8):
@@ -116,12 +116,14 @@ def _pixels(count: int, shape: tuple[int, ...]) -> int:
     return round(count * max(1.0, max(shape) / EDGE))
 
 
-def _cloud(inside: Array, points: Array, settings: BoxSettings) -> Array:
-    """The clean points [n, 3] of a mask [h, w]. Its outline, which bounds the box, is kept more densely."""
+def _cloud(inside: Array, points: Array, erosion: int, noise: float, most: int) -> Array:
+    """At most so many clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3]. Its outline, which
+    bounds the box, is kept more densely."""
     inner = erode(inside, 1)
-    outline = subsample(points[inside & ~inner], settings.max_points // 2)
-    cloud = np.concatenate([outline, subsample(points[inner], settings.max_points - len(outline))])
-    return cloud[inliers(cloud)].astype(np.float64)
+    outline = subsample(np.argwhere(inside & ~inner), most // 2)
+    pixels = np.concatenate([outline, subsample(np.argwhere(inner), most - len(outline))])
+    cloud = clean_points(inside, points, pixels, erosion, noise).astype(np.float64)
+    return cloud[inliers(cloud)]
 
 
 def _outline(

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from spear.errors import RetryableError, SpearError
-from spear.labels.fit.points import noise_level, support_plane
+from spear.labels.fit.points import noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
@@ -159,13 +159,14 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     `settings_for` them. Points that are NaN, infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, work.geometry
-    known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
+    known = geometry.mask & np.isfinite(geometry.points.sum(axis=-1)) & (geometry.points[..., 2] > 0)
     geometry = replace(geometry, mask=known)
     if settings is None:
         settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
-    plane = support_plane(geometry.points[geometry.mask & ~taken], up)
+    background = subsample(np.argwhere(known & ~taken), 600)
+    plane = support_plane(geometry.points[tuple(background.T)], up)
     noise = noise_level(geometry.points, geometry.mask)
     lifted = (
         label_object(detection, mask, geometry, plane, settings, taken, noise)

@@ -166,10 +166,10 @@ def snap(
         return mask
     reach = ndimage.binary_dilation(mask, iterations=pixels)
     outside, band = known & ~reach, known & reach & ~core
-    inverse = _inverse(points, known)
-    smooth = inverse if noise < NOISY else np.where(core, _smooth(inverse, core), _smooth(inverse, outside))
-    front = _continued(smooth, core, band, 2 * pixels + 1)
-    back = _continued(smooth, outside, band, 2 * pixels + 1)
+    inverse, wanted = _inverse(points, known), np.argwhere(band)
+    front, back = np.full(band.shape, np.nan), np.full(band.shape, np.nan)
+    front[band] = _continued(inverse, core, wanted, 2 * pixels + 1, noise)
+    back[band] = _continued(inverse, outside, wanted, 2 * pixels + 1, noise)
     with np.errstate(invalid="ignore"):
         apart = band & (np.abs(front - back) > APART * inverse)
         nearer = np.abs(inverse - front) < np.abs(inverse - back)
@@ -185,24 +185,25 @@ def snap(
     return result
 
 
-def clean_points(mask: Array, points: Array, erosion: int, noise: float) -> Array:
-    """The points [h, w, 3] of a mask's pixels, cleaned; meaningless outside the mask.
+def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise: float) -> Array:
+    """The points [n, 3] of a mask's `pixels` [n, 2], cleaned, out of the image's [h, w, 3].
 
-    The outermost `erosion` pixels that fly are put where the inside leads to: eroding them away would lose
-    the outline with them. Noisy depth is smoothed.
+    Those of the outermost `erosion` pixels that fly are put where the inside leads to: eroding them away
+    would lose the outline with them. Noisy depth is smoothed.
     """
+    found = points[tuple(pixels.T)]
     if erosion == 0 and noise < NOISY:
-        return points
+        return found
     inner = erode(mask, erosion)
     inner = inner if inner.any() else mask
-    inverse = _inverse(points, mask)
-    if noise >= NOISY:  # the inside without the outline, which would pull it along
-        inverse = np.where(inner, _smooth(inverse, inner), _smooth(inverse, mask))
-    expected = _continued(inverse, inner, mask & ~inner, 1.5 * erosion)
+    inverse, own = _inverse(points, mask), inner[tuple(pixels.T)]
+    # The inside is smoothed without the outline, which would pull it along.
+    values = np.where(own, _value(inverse, inner, pixels, noise), _value(inverse, mask, pixels, noise))
+    expected = np.full(len(pixels), np.nan)
+    expected[~own] = _continued(inverse, inner, pixels[~own], 1.5 * erosion, noise)
     with np.errstate(invalid="ignore"):
-        flies = np.abs(inverse - expected) > FLYING * expected
-    inverse = np.where(flies, expected, inverse)
-    lifted: Array = points / np.where(mask, points[..., 2] * inverse, 1.0)[..., None]
+        values = np.where(np.abs(values - expected) > FLYING * expected, expected, values)
+    lifted: Array = found / (found[:, 2] * values)[:, None]
     return lifted
 
 
@@ -218,31 +219,34 @@ def _level(beside: Array, plane: Plane) -> float:
     return float(np.median(heights)) if len(heights) >= 8 else plane.height
 
 
-def _smooth(values: Array, where: Array) -> Array:
-    """The `values` [h, w] of the pixels `where`, NaN elsewhere, smoothed: the median of each and of the means
-    of the pairs opposite each other around it. Pairs, so that neither slopes nor borders shift."""
-    h, w = values.shape
-    p = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
-    steps = ((0, 1), (1, 0), (1, 1), (1, -1))
-    ahead = np.stack([p[1 + i : 1 + i + h, 1 + j : 1 + j + w] for i, j in steps])
-    behind = np.stack([p[1 - i : 1 - i + h, 1 - j : 1 - j + w] for i, j in steps])
-    stack = np.sort(np.concatenate([p[None, 1:-1, 1:-1], (ahead + behind) / 2]), axis=0)
-    last = np.maximum(np.isfinite(stack).sum(axis=0) - 1, 0)[None]
-    low, high = (np.take_along_axis(stack, n, axis=0)[0] for n in (last // 2, (last + 1) // 2))
-    return np.where(where, (low + high) / 2, np.nan)
+def _value(values: Array, where: Array, pixels: Array, noise: float) -> Array:
+    """The `values` [h, w] of `pixels` [n, 2]; if they are noisy the median of each and of the means of the
+    pairs opposite each other around it, as far as they are `where`. Pairs, so that neither slopes nor borders
+    shift."""
+    if noise < NOISY:
+        return np.asarray(values[tuple(pixels.T)])
+    padded = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
+    width, flat = padded.shape[1], padded.ravel()
+    at = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
+    five = np.stack([(flat[at + k] + flat[at - k]) / 2 for k in (0, 1, width - 1, width, width + 1)])
+    five.sort(axis=0)
+    last = np.maximum(np.isfinite(five).sum(axis=0) - 1, 0)
+    low, high = (np.take_along_axis(five, n[None], axis=0)[0] for n in (last // 2, (last + 1) // 2))
+    return np.asarray((low + high) / 2)
 
 
-def _continued(values: Array, source: Array, wanted: Array, reach: float) -> Array:
-    """`values` [h, w] of the pixels `source` continued to the `wanted` ones no further than `reach` pixels
-    from one: along the straight line from the nearest and the one as far behind it. NaN elsewhere."""
-    result = np.full(values.shape, np.nan)
+def _continued(values: Array, source: Array, wanted: Array, reach: float, noise: float) -> Array:
+    """`values` [h, w] of the pixels `source` continued to the `wanted` ones [n, 2] no further than `reach`
+    pixels from one: along the straight line from the nearest and the one as far behind it. NaN elsewhere."""
+    result = np.full(len(wanted), np.nan)
     if not source.any():
         return result
     distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
-    here = np.argwhere(wanted & (distance <= reach))
+    near = distance[tuple(wanted.T)] <= reach
+    here = wanted[near]
     there = nearest[:, here[:, 0], here[:, 1]].T
     behind = np.clip(2 * there - here, 0, np.array(values.shape) - 1)
-    base = values[tuple(there.T)]
-    step = np.where(source[tuple(behind.T)], base - values[tuple(behind.T)], 0.0)
-    result[tuple(here.T)] = base + np.clip(step, -NEAR * base, NEAR * base)
+    base = _value(values, source, there, noise)
+    step = np.where(source[tuple(behind.T)], base - _value(values, source, behind, noise), 0.0)
+    result[near] = base + np.clip(step, -NEAR * base, NEAR * base)
     return result
