@@ -10,6 +10,7 @@ Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,6 +27,8 @@ ACTION_DIM = 8
 """translation 3 + rotation quaternion 4 + gripper 1."""
 STATE_DIM = 8
 """An observed robot state: position 3 (m, base) + orientation quaternion 4 (base) + gripper opening 1."""
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and halves of characters: no instruction has one."""
 
 
 @dataclass(frozen=True)

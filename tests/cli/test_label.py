@@ -60,6 +60,7 @@ def test_scenes_are_labelled_asked_about_and_shown(
         ("photos --pointmap ground-truth", "rgbd:FOLDER"),
         ("photos --detector file:bad.json", "bad.json"),
         ("photos --detector owlv2 --vocabulary mug", "owlv2=PATH"),
+        ("photos --detector owlv2", "--vocabulary"),
         ("photos", "--detector owlv2"),
         ("sim:5-2", "sim:2-5"),
     ],

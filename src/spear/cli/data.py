@@ -53,6 +53,8 @@ def describe(options: DescribeOptions) -> None:
     import json
 
     from spear.data.describe import describe as propose
+    from spear.data.readers.formats import open_dataset
+    from spear.data.readers.spec import SPEC_FILE
     from spear.util.files import write_text
 
     path, out = options.path, options.out
@@ -63,10 +65,8 @@ def describe(options: DescribeOptions) -> None:
         print(text)
     else:
         write_text(out, text + "\n")
-    print(
-        f"read it, correct it, save it as {path / 'spear.json'}; then: spear data audit {path}",
-        file=sys.stderr,
-    )
+    file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
+    print(f"read it, correct it, save it as {file}; then: spear data audit {path}", file=sys.stderr)
 
 
 def prepare(options: PrepareOptions) -> None:

@@ -138,7 +138,7 @@ def check_episode(episode: Episode) -> Episode:
     name, steps = episode.source, len(episode)
     if steps == 0:
         raise SpearError(f"empty episode: {name}: it has no steps; leave it out")
-    if not episode.instruction.strip():
+    if not any(map(str.isalnum, episode.instruction)):
         raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")

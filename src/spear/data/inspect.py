@@ -13,6 +13,7 @@ from spear.data.readers.layout import Steps
 from spear.data.readers.lerobot import LeRobotFolder, read_ends
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
+from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.util.images import IMAGE_BEGINS, decode_image
@@ -107,6 +108,7 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
     reasons = [reason for i in looked if (reason := _why_unreadable(folder, int(i)))]
     if len(reasons) == len(looked):
         raise SpearError(f"no good episode: {folder.path}: {reasons[-1]}")
+    much = "of videos the last frames" if info.videos else "without their images"
     lines = [
         f"{folder.path}: a LeRobot dataset, {info.codebase_version}",
         f"robot         {info.robot_type or 'not named'}",
@@ -114,7 +116,7 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}, "
         f"{lengths.sum()} steps ({_spread(lengths)} each)",
         f"rate          {info.fps:g} Hz",
-        f"looked at     {len(looked)} episodes, without their images",
+        f"looked at     {len(looked)} episodes, {much}",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     ends = read_ends(folder.path)
@@ -132,13 +134,17 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
 
 
 def _why_unreadable(folder: LeRobotFolder, index: int) -> str:
-    """What is wrong with the rows of an episode; "" if nothing is."""
+    """What is wrong with the rows of an episode, or the last frames of its videos; "" if nothing is."""
+    episode = folder.episodes[index]
     try:
         folder.read(index, images=())
+        for file, first, end in episode.videos.values():
+            last = max(first + (episode.length - 1.5) / folder.info.fps, 0.0)
+            if next(read_frames(file, last, end), None) is None:
+                return f"broken video: {file}: it ends before {last:.4g} s; copy it again"
     except SpearError as error:
         return str(error)
-    missing = [file for file, _, _ in folder.episodes[index].videos.values() if not file.is_file()]
-    return f"missing video: {missing[0]}" if missing else ""
+    return ""
 
 
 def _axes(names: Any) -> str:

@@ -5,7 +5,6 @@ This is the one place where observations are checked. A robot reads its own keys
 not looked at again on its way to the network.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
-from spear.types import ACTION_DIM, STATE_DIM, Array
+from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array
 
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
 COMMITTED = "committed"
@@ -34,8 +33,6 @@ REACH = 10.0
 """Metres from the base that no arm exceeds (our choice)."""
 LONGEST_PROMPT = 1000
 """Characters of an instruction (our choice; the model's own limit, in tokens, is smaller)."""
-_UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters and halves of characters: no instruction has one."""
 
 
 class Checked(dict[str, Any]):
@@ -104,7 +101,7 @@ def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
     value = observation[key]
     if isinstance(value, str) and len(value) > LONGEST_PROMPT:
         raise SpearError(f"{key}: {len(value)} characters: send at most {LONGEST_PROMPT}")
-    if not isinstance(value, str) or not any(map(str.isalnum, value)) or _UNSEEN.search(value):
+    if not isinstance(value, str) or not any(map(str.isalnum, value)) or CONTROL.search(value):
         raise SpearError(f"{key}: {_what(value)}: send an instruction in words")
     return value
 

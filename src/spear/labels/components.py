@@ -53,6 +53,8 @@ def _named(place: str, *takes: str, usual: str = "") -> Maker:
         if usual:  # importing it takes longer than asking the Hub
             kind, default = usual.split("=")
             model = model or default
+            if "vocabulary" in takes and not choice.vocabulary:
+                raise SpearError(f'--detector {kind}: name what to look for: --vocabulary "mug, spoon"')
             need_on_hub(model, f"a folder or file that holds it, as in {kind}=PATH")
         file, name = place.split(":")
         made = getattr(importlib.import_module(f"spear.labels.models.{file}"), name)

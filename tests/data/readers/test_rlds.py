@@ -201,7 +201,8 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"images": "observation/image_0"}, "images is .*dictionary"),
         ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
         ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
-        ({"image_aspect": {"external": 0}}, "image_aspect is .*: .*greater than 0"),
+        *(({"image_aspect": {"external": bad}}, "image_aspect is ") for bad in (0, 1e9)),
+        *(({"instruction": bad}, bad) for bad in ("reward", "action", "observation/image_0")),
         ({"tool_rotation": [0, 0, 0, 0]}, "tool_rotation is .*: give a unit quaternion"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
@@ -231,6 +232,11 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
         column(steps, name, source)[3, int(index)] = np.nan
         with pytest.raises(SpearError, match=rf"{source} step 3: {re.escape(name)}"):
             episode_from(steps, spec, source)
+    own = dataclasses.replace(spec, action="mine", success="reward", action_mask="reward")
+    steps = {**example["steps"], "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
+    assert episode_from(steps, own, source).success is not None
+    with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
+        episode_from({**steps, "reward": np.append(np.zeros(9), np.nan)}, own, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
     with pytest.raises(SpearError, match=r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"):
         episode_from(example["steps"], narrow, source)

@@ -14,7 +14,7 @@ from spear.data.actions import binarize_gripper, check_actions, check_episode, d
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
-from spear.types import Array, Episode
+from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
@@ -49,7 +49,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             position=position,
             rotation=to_quaternion(rotation, form, source),
             gripper=gripper,
-            instruction=_instruction(column(steps, spec.instruction, source)),
+            instruction=_text(steps, spec.instruction, source),
             rate_hz=spec.rate_hz,
             source=source,
         )
@@ -115,12 +115,12 @@ def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episod
     name = episode.source
     parts: dict[str, Any] = {"action": np.asarray(column(steps, spec.action, name))}
     if spec.action_mask is not None:
-        parts["action_mask"] = np.asarray(column(steps, spec.action_mask, name), bool).reshape(-1)
+        parts["action_mask"] = numbers(steps, spec.action_mask, name).reshape(-1) != 0
     if spec.success is not None:
-        last = int(np.asarray(column(steps, spec.success, name)).reshape(-1)[-1])
+        last = numbers(steps, spec.success, name).reshape(-1)[-1]
         parts["success"] = None if last < 0 else bool(last)
     if spec.source is not None:
-        parts["source"] = bytes(column(steps, spec.source, name)[0]).decode("utf-8", "replace")
+        parts["source"] = _text(steps, spec.source, name)
     return dataclasses.replace(episode, **parts)
 
 
@@ -201,14 +201,22 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
     return images
 
 
-def _instruction(rows: Any) -> str:
-    """The first row as text: bytes, a text, or Unicode code points padded with zeros."""
-    if not len(rows):
-        return ""
-    first = rows[0]
-    if isinstance(first, np.ndarray):
-        return "".join(chr(int(c)) for c in first.reshape(-1) if c).strip()
-    return (first if isinstance(first, str) else bytes(first).decode("utf-8", "replace")).strip()
+def _text(steps: Steps, where: str, source: str) -> str:
+    """The first row of a column as text: bytes, a text, or Unicode code points padded with zeros.
+
+    Raises SpearError naming the column for anything else, such as numbers or images.
+    """
+    rows = column(steps, where, source)
+    try:
+        first = rows[0] if len(rows) else ""
+        if isinstance(first, np.ndarray) and first.dtype.kind in "iu":
+            first = "".join(chr(int(c)) for c in first.reshape(-1) if c)
+        text = first.strip() if isinstance(first, str) else bytes.decode(first, "utf-8", "replace").strip()
+        if CONTROL.search(text):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SpearError(f"no text in column {where!r}: {source}: name another column") from error
+    return text
 
 
 def _check_jumps(episode: Episode) -> None:

@@ -118,7 +118,7 @@ class DatasetSpec:
     name: str
     robot: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    image_aspect: Mapping[str, Positive] = field(default_factory=dict)
+    image_aspect: Mapping[str, Annotated[float, Field(ge=0.1, le=10)]] = field(default_factory=dict)
     instruction: str = "language_instruction"
     position: str | None = None
     rotation: str | None = None

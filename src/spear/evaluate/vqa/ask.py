@@ -40,7 +40,8 @@ def ask(
     """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
 
     family  of the question; without it that of its wording (`understand`), or a free answer.
-    trust   the words then say how sure the numbers are, or what is not in the picture: no answer (None).
+    trust   the words then say how sure the numbers are, or that this is not known; or what is not in the
+            picture: no answer (None).
 
     Raises SpearError for an unknown question family or an empty question.
     """
@@ -58,7 +59,12 @@ def ask(
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, decode=decode, distributions=True)[0]
     said, held = words(answer, image), answer.distribution
-    if trust and held is not None and len(held) and family is not None and family in trust.factors:
+    if not trust or held is None or not len(held):
+        return answer, said
+    if family is None:
+        form = PROMPTS["distance"][0].format(x=with_article("mug", True))
+        said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
+    elif family in trust.factors:
         low, high = trust.interval(family, held)
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
