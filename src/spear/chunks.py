@@ -59,13 +59,7 @@ class ChunkExecutor:
     most     rtc: the most actions that the policy may be told of (its `committed`).
     """
 
-    def __init__(
-        self,
-        mode: Mode = "sync",
-        replan: int = REPLAN,
-        decay: float = 0.5,
-        most: int = 0,
-    ) -> None:
+    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, decay: float = 0.5, most: int = 0) -> None:
         check_mode(mode, most)
         check_replan(replan)
         self.mode, self.replan, self.decay, self.most = mode, replan, decay, most

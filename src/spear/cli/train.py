@@ -136,13 +136,12 @@ def ablations(options: AblationOptions) -> None:
     from spear.train.build import check
 
     out, start = options.out, pretrained(options.init, options.moge)
+    planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
     if options.plan:
-        todo = make_plan(options, expected(options), start)
-        print(describe(todo, [job for job in todo.jobs if done(out, job)]))
+        print(describe(planned, [job for job in planned.jobs if done(out, job)]))
         return
     disable_progress_bar()
     say = functools.partial(print, file=sys.stderr, flush=True)
-    planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
     for job in {repr(job.recipe): job for job in planned.trainings}.values():
         init, moge = (part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge))
         check(job.recipe, Inputs(options.labels, (), init, moge))

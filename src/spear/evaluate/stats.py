@@ -120,10 +120,7 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
 
 
 def bootstrap(
-    groups: Sequence[Array],
-    statistic: Callable[[Array], Any] = np.median,
-    resamples: int = 1000,
-    seed: int = 0,
+    groups: Sequence[Array], statistic: Callable[[Array], Any] = np.median, resamples: int = 1000
 ) -> Estimate:
     """A statistic of all values with a percentile-bootstrap interval that resamples whole groups.
 
@@ -137,7 +134,7 @@ def bootstrap(
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = rng.integers(len(units), size=(resamples, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     low, high = np.percentile(replicas, [2.5, 97.5])

@@ -66,17 +66,10 @@ def _find_scenes(argument: str) -> Iterator[Item]:
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
     """Clutter scenes of the simulator, seen by its external camera."""
-    from spear.sim.render import clutter_frame
+    from spear.sim.render import clutter_frame, shared_renderer
 
     for seed in seeds:
-        yield clutter_frame(seed, "external", SIM_SIZE, _renderer())
-
-
-@lru_cache(maxsize=1)
-def _renderer() -> Any:
-    from spear.sim.render import Renderer
-
-    return Renderer()
+        yield clutter_frame(seed, "external", SIM_SIZE, shared_renderer())
 
 
 def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:

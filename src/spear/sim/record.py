@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spear.sim import expert
 from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
-from spear.sim.render import Renderer, Size
+from spear.sim.render import Renderer, Size, shared_renderer
 from spear.types import Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
@@ -114,13 +114,9 @@ def record_episode(
     )
 
 
-_renderer = functools.cache(Renderer)
-"""This process's rendering context."""
-
-
 def _job(how: tuple[Size, Size, Disturbance | None], task: tuple[str, int]) -> Episode:
     external, wrist, disturbance = how
-    return record_episode(*task, _renderer(), external, wrist, disturbance)
+    return record_episode(*task, shared_renderer(), external, wrist, disturbance)
 
 
 def _push(

@@ -3,6 +3,7 @@
 Shadows, reflections and multisampling are off: they cost up to 90 times the rest on a software renderer.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -155,6 +156,10 @@ class Renderer:
             if item.objtype == geom and item.segid >= 0:
                 lookup[item.segid + 1] = item.objid
         return lookup[np.minimum(numbers, len(lookup) - 1)]
+
+
+shared_renderer = functools.cache(Renderer)
+"""The one rendering context of this process for whoever works in one thread."""
 
 
 def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame:

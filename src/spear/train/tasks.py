@@ -236,17 +236,13 @@ class QuestionSamples:
 
 
 def fit_coordinates(
-    labels: Sequence[LabeledImage],
-    bins: int,
-    seed: int,
-    spacing: Spacing = "quantile",
-    most: int = 20_000,
+    labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
-    """3D tokens whose bins are fitted to the numbers that questions about `labels` have as answers;
-    `SpearError` for labels of several units."""
+    """3D tokens whose bins are fitted to the numbers that questions about `labels` (20,000 at the most) have
+    as answers; `SpearError` for labels of several units."""
     rng = np.random.default_rng(seed)
     values: list[float] = []
-    for index in rng.permutation(len(labels))[:most]:
+    for index in rng.permutation(len(labels))[:20_000]:
         for question in generate(labels[index], rng, (4, 4)):
             values += question.values
     units = {label.unit for label in labels}

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.embodiments.simpler_widowx import LINK, POSE
+from spear.embodiments.simpler_widowx import LINK, POSE, orientation
 from spear.errors import SpearError, first_line
 from spear.evaluate.simpler.tasks import Moment, Truth
-from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_conjugate, quat_multiply
+from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
@@ -204,7 +204,7 @@ def in_base(base: Array, pose: Array) -> Array:
 
 def _ours(link: Array) -> Array:
     """A pose [7] of link `ee_gripper_link` as that of our end-effector frame, at the same place."""
-    rotation = quat_multiply(torch.from_numpy(link[3:]), quat_conjugate(LINK))
+    rotation = torch.from_numpy(orientation(link[3:]))
     return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
 
 

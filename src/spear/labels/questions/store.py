@@ -23,17 +23,8 @@ from spear.labels.store import QUESTIONS, LabelStore, ParquetWriter, read
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
-_SCHEMA = pa.schema(
-    {
-        "source": pa.string(),
-        "family": pa.string(),
-        "prompt": pa.string(),
-        "answer": pa.string(),
-        "segments": pa.string(),
-        "objects": pa.list_(pa.string()),
-        "unit": pa.string(),
-    }
-)
+_TEXTS = dict.fromkeys(("source", "family", "prompt", "answer", "segments"), pa.string())
+_SCHEMA = pa.schema({**_TEXTS, "objects": pa.list_(pa.string()), "unit": pa.string()})
 """answer: for people to read; segments: exact, as JSON (texts, numbers, {"pixel": [x, y]})."""
 
 
