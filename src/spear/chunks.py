@@ -13,8 +13,6 @@ ensemble  look at every tick, and execute the weighted mean of what all chunks a
           ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

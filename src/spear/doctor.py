@@ -4,8 +4,6 @@ One observation goes through the plain network and through everything that repla
 graph, bfloat16. Each is compared with the plain network, and timed beside what the machine could do at most.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics

@@ -1,7 +1,5 @@
 """Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`spear train`, `spear plan` (what a recipe needs of a GPU), and `spear evaluate ablations`."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from pathlib import Path

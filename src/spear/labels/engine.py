@@ -6,8 +6,6 @@ are actors that keep their component, reading and finishing are tasks, and input
 on every node. Batches come out in the order in which they went in.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ can read any item. `find` lists image files, folders, globs, tar shards, Parquet
 episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import os

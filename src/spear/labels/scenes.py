@@ -4,8 +4,6 @@ Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) a
 (images with metric depth, for pretraining the encoder).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

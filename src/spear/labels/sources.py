@@ -6,8 +6,6 @@ rgbd:scene0000_00                                               frames with true
 sim:10000-10499                                                 scenes of the simulator, with all truth
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence

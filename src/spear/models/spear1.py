@@ -1,7 +1,5 @@
 """SPEAR-1: SPEAR-VLM and an action expert that reads its keys and values and flows noise into actions."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ does every random draw inside the model, so that a killed run continues to the s
 CPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

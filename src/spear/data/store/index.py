@@ -7,8 +7,6 @@ numbers for each step in `place:<camera>`: where in that file the encoded image 
 So a frame is a slice of mapped memory: no Parquet is decoded in training.
 """
 
-from __future__ import annotations
-
 import functools
 import mmap
 import os

@@ -5,8 +5,6 @@ canonical action (`Action.to_vector`). `spear.json` beside `meta` says so, as fo
 LeRobot knows no name for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

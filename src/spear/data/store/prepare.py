@@ -11,8 +11,6 @@ both. A part counts from the moment when its index is there under its name, in t
 that was killed continues behind the last one, and what was begun is written again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """What a LeRobot v3.0 dataset of our episodes looks like: its features, schemas, file names and metadata."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
