@@ -120,25 +120,26 @@ def fit_box(
     if up is not None:
         level = _upright(points, up)
         upright = faces(points, level, up)
-        flat = _is_box(points, upright, 0.0, _FLAT / 3)
-        if not flat:
+        if not _stands(points, upright, blur):
             # Whether a face that the camera hardly sees is one shows only along better axes.
             upright = min(upright, faces(points, upright.axes, up), key=lambda found: found.misfit)
-            flat = _is_box(points, upright, 0.0, _FLAT / 3)
-        if flat:
+        if _stands(points, upright, blur):
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)
     free = faces(points, start)
     if up is not None:
         free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
         if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
-            # Noise hides a round thing's bend, and what stands has a better guess than faces: be surer.
-            if _is_box(points, upright, 0.8 * blur, _FLAT / 3):
-                return _boxed(points, upright.axes, margin, noise, support, upright)
             return _boxed(points, level, margin, noise, support)
     if _is_box(points, free, blur):
         return _boxed(points, free.axes, margin, noise, None, free)
     return _boxed(points, start, margin, noise)
+
+
+def _stands(points: Array, upright: Faces, blur: float) -> bool:
+    """Whether the points lie on upright faces for sure: noise hides the bend of round things, for which there
+    is a better guess."""
+    return _is_box(points, upright, 0.8 * blur, _FLAT / 3)
 
 
 def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from spear.types import Array
 
-STEPS = 5
+STEPS = 8
 ENOUGH = 2e-3
 """rad: the last turn is smaller."""
 LEAST = 0.08
