@@ -17,7 +17,7 @@ from spear.cli import main
 from spear.labels import components
 from spear.labels.fit.quality import Accuracy, compare
 from spear.labels.questions.store import read_questions
-from spear.labels.store import LabelStore, read
+from spear.labels.store import read
 from spear.types import Frame
 
 TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
@@ -41,8 +41,8 @@ def test_scenes_are_labelled_asked_about_and_shown(
     assert main(["label", "sim:3-4", *options]) == 0
     said = capsys.readouterr().out
     assert all(words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about"))
-    labels = LabelStore(out)
-    assert [labels[i].source for i in range(2)] == ["sim:3", "sim:4"] and labels[0].objects
+    labels = list(read(out))
+    assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
     assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
     run = json.loads((out / "run.json").read_text())
     assert run["inputs"] == ["sim:3-4"] and run["pointmap"] == "ground-truth"

@@ -18,7 +18,7 @@ from labels_stand_ins import engine, listing, photos
 from spear.errors import SpearError
 from spear.labels.options import WorkOptions
 from spear.labels.run import Progress, label_folder
-from spear.labels.store import LabelStore, read
+from spear.labels.store import count, read
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 
@@ -54,7 +54,7 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
     assert [label.source for label in labels] == [
         str(source / f"{i:05d}.png") for i in range(21) if i not in (3, 5, 7)
     ]
-    assert len(LabelStore(whole)) == 18
+    assert count(whole) == 18
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)

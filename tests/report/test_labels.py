@@ -19,7 +19,7 @@ from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthPointMap
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
-from spear.labels.store import LabelStore, choose, write_labels
+from spear.labels.store import choose, count, write_labels
 from spear.report.labels import label_page, write_rerun
 from spear.types import Frame, LabeledImage
 
@@ -56,12 +56,12 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
     assert "config_name: questions" in (folder / "README.md").read_text()
-    assert len(LabelStore(folder)) == 12  # the questions are not taken for labels
+    assert count(folder) == 12  # the questions are not taken for labels
 
 
 def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_path: Path) -> None:
     write_questions(folder)
-    shown = choose(LabelStore(folder), 5)
+    shown = choose(folder, 5)
     assert [item.source for item in shown] == [f"scene & {n}" for n in (0, 2, 4, 7, 9)]
     out = tmp_path / "page.html"
     label_page(folder, shown, out)
@@ -87,8 +87,8 @@ def test_the_rerun_file_holds_images_boxes_and_points(
         [sys.executable, "-m", "rerun", "rrd", "print", str(path)], capture_output=True, text=True, check=True
     ).stdout
     rows: Counter[str] = Counter()
-    for count, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", told):
-        rows[entity] += int(count)
+    for number, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", told):
+        rows[entity] += int(number)
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
         assert rows[entity] == 3
     with pytest.raises(SpearError, match="absent"):

@@ -19,7 +19,7 @@ from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
 from spear.flow import FlowConfig
 from spear.labels.scenes import label_scenes
-from spear.labels.store import LabelStore
+from spear.labels.store import count
 from spear.models.presets import preset
 from spear.policy import locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
@@ -60,7 +60,7 @@ def look_at(labels: Path, episodes: Path) -> Data:
     """What is in two folders. Raises `SpearError` for one without labelled images or episodes."""
     EpisodeStore(episodes)
     view = labels / "external"
-    images = len(LabelStore(view if view.is_dir() else labels))
+    images = count(view if view.is_dir() else labels)
     digest = hashlib.sha256()
     keys = []
     for folder in (labels, episodes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +68,7 @@ def _label_photos(options: LabelOptions) -> None:
 
 def _label_scenes(options: LabelOptions) -> None:
     from spear.labels.scenes import label_scenes
-    from spear.labels.store import LabelStore
+    from spear.labels.store import read
     from spear.models.presets import preset
     from spear.report.draw import draw_label
     from spear.util.files import write_bytes
@@ -76,10 +77,9 @@ def _label_scenes(options: LabelOptions) -> None:
     out, scene = options.out, options.scene
     sizes = preset(scene.preset).image_sizes
     images = label_scenes(out, scene.scenes, sizes, scene.first_seed, options.work.workers)
-    store = LabelStore(out / "external")
-    for index in range(min(scene.drawings, len(store))):
+    for index, drawn in enumerate(islice(read(out / "external"), scene.drawings)):
         path = out / "drawings" / f"{index:04d}.png"
-        write_bytes(path, encode_picture(draw_label(store[index]), path.name))
+        write_bytes(path, encode_picture(draw_label(drawn), path.name))
     print(f"{images} labelled images in {out}" + (f", drawings in {out}/drawings" if scene.drawings else ""))
 
 
@@ -124,11 +124,11 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels
         spear label show runs/my_labels --images 6 --rerun labels.rrd
     """
-    from spear.labels.store import LabelStore, choose
+    from spear.labels.store import choose
     from spear.report.labels import label_page
 
     folder = _shards(options.labels)
-    shown = choose(LabelStore(folder), options.images)
+    shown = choose(folder, options.images)
     tokenizer = None
     if options.model is not None:
         from spear.policy import locate

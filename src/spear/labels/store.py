@@ -6,13 +6,10 @@ marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 
 from __future__ import annotations
 
-import bisect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -152,47 +149,24 @@ def tables(shard: Path, pixels: bool = True) -> Iterator[pa.Table]:
         yield _read_group(file, group, shard, pixels)
 
 
-class LabelStore:
-    """Random access to the labels of a shard or folder: `len(store)`, `store[i]`.
-
-    Keeps the row groups last used, at most `cache_groups` of them, in memory. Safe to hand to worker
-    processes. `SpearError` when there is no shard, or a broken one.
-    """
-
-    def __init__(self, path: str | Path, cache_groups: int = 64) -> None:
-        self._arguments = path, cache_groups
-        self._groups: list[tuple[Path, int]] = []
-        sizes = []
-        for shard in shards_in(path):
-            metadata = _open(shard).metadata
-            self._groups += [(shard, group) for group in range(metadata.num_row_groups)]
-            sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._ends = list(accumulate(sizes))
-        self._file = cache(_open)
-        self._group = lru_cache(cache_groups)(self._read)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> LabeledImage:
-        index = range(len(self))[index]
-        group = bisect.bisect_right(self._ends, index)
-        table = self._group(group)
-        row = index - self._ends[group] + len(table)
-        return _from_row(table.slice(row, 1).to_pylist()[0])
-
-    def _read(self, group: int) -> pa.Table:
-        shard, number = self._groups[group]
-        return _read_group(self._file(shard), number, shard)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LabelStore, self._arguments
+def count(path: str | Path) -> int:
+    """How many labels a shard or folder holds; raises as `read`."""
+    return sum(_open(shard).metadata.num_rows for shard in shards_in(path))
 
 
-def choose(store: LabelStore, images: int) -> list[LabeledImage]:
-    """At most `images` labels, spread evenly over a store."""
-    shown = min(images, len(store))
-    return [store[i * len(store) // shown] for i in range(shown)]
+def choose(path: str | Path, images: int) -> list[LabeledImage]:
+    """At most `images` labels, spread evenly over a shard or folder; only their row groups are read."""
+    total, first, found = count(path), 0, list[dict[str, Any]]()
+    shown = min(images, total)
+    wanted = [i * total // shown for i in range(shown)]
+    for shard in shards_in(path):
+        file = _open(shard)
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if rows := [row - first for row in wanted if first <= row < end]:
+                found += _read_group(file, group, shard).take(rows).to_pylist()
+            first = end
+    return [_from_row(row) for row in found]
 
 
 def shards_in(path: str | Path) -> list[Path]:

@@ -10,7 +10,7 @@ from spear.evaluate.vqa.measures import numbers
 from spear.labels.questions.generate import FAMILIES
 from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.labels.scenes import label_frames
-from spear.labels.store import LabelStore, choose
+from spear.labels.store import choose
 from spear.models.processing import Processor
 from spear.models.readout import Decode
 from spear.policy import Answer, VlmBundle
@@ -139,7 +139,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
         folder = Path(where)
         if not folder.exists():
             raise SpearError(f"no such folder: {folder}: give one that `spear label` wrote, or sim")
-        labels = choose(LabelStore(folder / view if (folder / view).is_dir() else folder), images)
+        labels = choose(folder / view if (folder / view).is_dir() else folder, images)
     unit = processor.coordinates.unit
     other = next((label for label in labels if label.unit != unit), None)
     if other is not None:

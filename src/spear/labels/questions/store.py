@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from spear.errors import SpearError
 from spear.labels.questions.generate import FAMILIES, generate, spoken
 from spear.labels.questions.statistics import write_card
-from spear.labels.store import QUESTIONS, LabelStore, ParquetWriter, read
+from spear.labels.store import QUESTIONS, ParquetWriter, count, read
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
@@ -47,7 +47,7 @@ def write_questions(
     """
     counts: Counter[str] = Counter()
     images = 0
-    bar = ProgressBar("asking", len(LabelStore(folder)), "images")
+    bar = ProgressBar("asking", count(folder), "images")
     with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
         labels = read(folder, pixels=False)
         while some := list(islice(labels, 256)):
