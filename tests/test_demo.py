@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_tiny import make
 from spear import demo
 from spear.cli import main
+from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
 from spear.evaluate import film as video
 from spear.evaluate.vqa.calibration import FILE
@@ -58,6 +61,18 @@ def test_the_page_without_real_data_says_how_to_get_some(
     assert str(tmp_path / "page/index.html") in capsys.readouterr().out
     assert "make demo DATA=" in html and html.count("<video") == 1 and html.count("<section>") == 4
     assert not re.search(r'(src|href)="(?!data:)', html)
+
+
+def test_bad_episodes_are_refused_before_all_else(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(demo, "load_vlm", None)
+    write_lerobot([make(0), make(1)], tmp_path / "mine")
+    (tmp_path / "mine" / "spear.json").write_text('{"like": "bridge_dataset"}')
+    assert "'observation/image_0'" in refused(
+        "demo", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "page")
+    )
+    assert not (tmp_path / "page").exists()
 
 
 def test_real_episodes_are_learned_and_scored(small: None, shared: Path, tmp_path: Path) -> None:

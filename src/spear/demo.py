@@ -60,7 +60,7 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
     log = log or Console(stderr=True)
     started = time.perf_counter()
     if data is not None:
-        episode_counts(data)
+        _split(data, out)  # what is wrong with it is said before minutes of other work
     vlm, policy = load_vlm("nano"), Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)

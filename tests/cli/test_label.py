@@ -39,7 +39,8 @@ def test_scenes_are_labelled_asked_about_and_shown(
     out = tmp_path / "labels"
     options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
     assert main(["label", "sim:3-4", *options]) == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert "kept for testing" in noted
     assert all(words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about"))
     labels = list(read(out))
     assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
@@ -63,6 +64,9 @@ def test_scenes_are_labelled_asked_about_and_shown(
         ("photos --detector owlv2", "--vocabulary"),
         ("photos", "--detector owlv2"),
         ("sim:5-2", "sim:2-5"),
+        ("photos --rate 0", "--rate"),
+        ("photos --engine ray --copies 0 1 1", "--copies"),
+        ("photos --gpus 0 -1 0", "--gpus"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(

@@ -79,6 +79,17 @@ def test_mistakes_are_found_before_data_are_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [("nowhere {}", "nowhere"), ("nano {} --split trian", "trian"), ("nano {} --train-split x", "'x'")],
+)
+def test_evaluation_asks_before_it_makes_data(
+    words: str, named: str, given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spear.data.store.prepare.prepare", None)
+    assert named in refused("evaluate", "data", *words.format(given / "mine").split())
+
+
 def test_ablations_ask_before_they_make_data(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.cli.data import open_episodes
+from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, notice, unknown_name
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
@@ -112,9 +112,11 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     from spear.report.comparison import open_loop_page
 
     o, place = options, choose_device(options.device)
+    check_episodes(o.data, o.split)
+    check_episodes(o.train or o.data, o.train_split or "train" if o.train else o.train_split or o.split)
+    model = Spear1Policy.load(o.policy, place, dataset=o.dataset, dtype=getattr(torch, o.dtype))
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split)
-        model = Spear1Policy.load(o.policy, place, dataset=o.dataset, dtype=getattr(torch, o.dtype))
         ours = open_loop.score(o.policy, model, held_out)
         learned = held_out
         if o.train or o.train_split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.labels.options import LabelOptions, QuestionOptions
+from spear.errors import notice
+from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions
 from spear.util.options import File, Name, Options, Within
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ def label(options: LabelOptions) -> None:
         spear label film.mp4 --detector owlv2 --vocabulary "mug, spoon, bowl" --out runs/my_labels
         spear label --scenes 1000 --out runs/labels
     """
+    seeds = re.findall(r"sim:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
+    if any(int(seed) < SceneOptions().first_seed for seed in seeds):
+        notice("scenes below 10000 are kept for testing: train on none of these labels")
     if options.photos:
         _label_photos(options)
     else:

@@ -23,9 +23,9 @@ class WorkOptions(Options):
     """Images that go through a network together."""
     shard_size: Annotated[int, Within(1)] = 256
     """Images per file. What is not in a finished file is done again after an interruption."""
-    copies: tuple[int, int, int] = (1, 1, 1)
+    copies: Annotated[tuple[int, int, int], Within(1)] = (1, 1, 1)
     """With ray: how many detectors, segmenters and point maps run."""
-    gpus: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    gpus: Annotated[tuple[float, float, float], Within(0)] = (0.0, 0.0, 0.0)
     """With ray: GPUs for each detector, segmenter and point map; 0.5 shares one."""
 
 
@@ -63,7 +63,7 @@ class LabelOptions(Options):
     """Names of objects to look for, separated by commas."""
     size: Annotated[int, Within(0)] = 840
     """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size."""
-    rate: float = 1.0
+    rate: Annotated[float, Within(0.001, 1000)] = 1.0
     """Frames per second of video."""
     per_episode: Annotated[int, Within(1)] = 4
     """Frames of each robot episode."""
@@ -90,7 +90,7 @@ class QuestionOptions(Options):
     """Folder that spear label has written."""
     seed: Annotated[int, Within(0)] = 0
     """The same seed gives the same questions."""
-    pairs: tuple[int, int] = (1, 4)
+    pairs: Annotated[tuple[int, int], Within(1)] = (1, 4)
     """Fewest and most questions per image."""
     families: tuple[str, ...] = ()
     """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of
