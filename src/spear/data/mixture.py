@@ -5,8 +5,6 @@ make any batch. Steps are drawn with replacement: first a dataset by weight, the
 uniformly. What is in memory grows with the number of episodes, not of steps: 16 bytes each.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,17 @@ EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory (our choice)."""
 JITTER_DRAWS = 5
 """Random numbers that `jitter` takes."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a sample is: its dataset, episode, step (and row among all steps), and its random numbers."""
+
+    source: int
+    episode: int
+    step: int
+    flat: int
+    draws: Array
 
 
 class Mixture:
@@ -90,17 +99,6 @@ class Mixture:
     def episode(self, sample: Sample) -> Episode:
         """The episode that a sample is of, without images."""
         return self._episode(sample.source, sample.episode)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Where a sample is: its dataset, episode, step (and row among all steps), and its random numbers."""
-
-    source: int
-    episode: int
-    step: int
-    flat: int
-    draws: Array
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ A shard has one row per image. Its column `image` is {bytes, path}, as Hugging F
 marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +100,7 @@ class ParquetWriter:
             self._file.close()
             os.replace(self._temporary, self.path)
 
-    def __enter__(self) -> ParquetWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

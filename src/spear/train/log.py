@@ -1,13 +1,11 @@
 """What a run says about itself: a progress line, `log.jsonl`, TensorBoard, and batches that were skipped."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -69,7 +67,7 @@ class Logger:
             self.board = SummaryWriter(str(out / "tensorboard"))
         self.bar, self.info = ProgressBar(out.name, total, "steps", first_step, quiet), ""
 
-    def __enter__(self) -> Logger:
+    def __enter__(self) -> Self:
         self.bar.__enter__()
         return self
 

@@ -1,11 +1,9 @@
 """How far long work is, with rate and time left, on stderr: a bar in a terminal, else now and then a line."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -42,7 +40,7 @@ class ProgressBar:
         self._row = self._bar.add_task(name)
         self.begin(total, before)
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         self.begin(self.total, self.before)
         self._bar.start()
         return self
