@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spear.errors import SpearError, check_known, unknown_name
+from spear.errors import SpearError, check_known
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
@@ -71,10 +71,8 @@ class CoordinateTokenizer:
         share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
         if spacing == "uniform":
             edges = np.linspace(distinct[0], distinct[-1], bins + 1)
-        elif spacing == "quantile":
-            edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
         else:
-            raise unknown_name("spacing of the 3D tokens", spacing, get_args(Spacing))
+            edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
         for i in range(bins):  # rounding may have closed the narrowest bins
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
         middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
