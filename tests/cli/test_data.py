@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
     content = list(listed[2].reader(listed[2].path, [listed[2].place]))
     assert content == [make(1, 9).images["external"][0]]
+
+
+def test_each_of_several_datasets_is_prepared_with_the_cameras_that_it_has(
+    store: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other = make(3, images={"wrist": make(3).images["external"]})
+    write_episodes([other], tmp_path / "other")
+    prepare = ["data", "prepare", str(store), str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert main([*prepare, "--size", "32x32", "wrist=16x16", "--workers", "0"]) == 0
+    made = [EpisodeStore(tmp_path / "out" / name).cameras for name in ("store", "other")]
+    assert made == [["external"], ["wrist"]]
+    assert "'wrist'" in refused(*prepare, "--size", "wrsit=16x16", "--out", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
-from spear.errors import SpearError, Undecided
+from spear.errors import SpearError, Undecided, check_known
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -80,7 +81,7 @@ def prepare(options: PrepareOptions) -> None:
         spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
     """
-    from spear.data.readers.formats import dataset_name
+    from spear.data.readers.formats import cameras, dataset_name
     from spear.data.store.prepare import Conversion
     from spear.data.store.prepare import prepare as run
 
@@ -91,10 +92,13 @@ def prepare(options: PrepareOptions) -> None:
     names = [dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
-    how = Conversion(options.layout, options.rate, options.sizes(), options.quality)
+    sizes, seen = options.sizes(), [cameras(path, options.layout) for path in options.paths]
+    check_known("camera (in --size)", {*itertools.chain(*seen)}, *(name for name in sizes if name))
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
-    for path, name in zip(options.paths, names, strict=True):
+    for path, name, there in zip(options.paths, names, seen, strict=True):
         target = options.out if len(names) == 1 else options.out / name
+        own = {camera: size for camera, size in sizes.items() if camera in ("", *there)}
+        how = Conversion(options.layout, options.rate, own, options.quality)
         written, reasons = run(path, target, options.split, how, workers)
         _report(written, target, reasons)
 

@@ -88,6 +88,7 @@ def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
     import torch
 
     from spear import embodiments
+    from spear.chunks import check_replan
     from spear.models.devices import choose_device
     from spear.policy import Spear1Policy, locate
     from spear.serve.service import Service
@@ -99,7 +100,9 @@ def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
     dtype = getattr(torch, options.dtype)
     policy = Spear1Policy.load(folder, device, options.steps, dataset=options.dataset, dtype=dtype)
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
-    service.warm_up()
+    rows = service.warm_up()
+    if isinstance(options, VlaEvalOptions) and options.replan is not None:
+        check_replan(options.replan, rows)
     policy.reset()
     return policy, service
 

@@ -41,8 +41,8 @@ class PrepareOptions(Options):
     split: Split = "train"
     size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
-    cameras, or CAMERA=WIDTHxHEIGHT. Bars are added rather than stretching. Without it they stay as they
-    are."""
+    cameras, or CAMERA=WIDTHxHEIGHT where there is one. Bars are added rather than stretching. Without it they
+    stay as they are."""
     rate: Annotated[float, Within(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95

@@ -67,6 +67,8 @@ class ServeOptions(ServiceOptions):
 class VlaEvalOptions(ServiceOptions):
     """What `spear vla-eval` takes."""
 
+    port: Annotated[int, Within(1, 65535)] = 8000
+    """Where to listen."""
     embodiment: str = "maniskill2_widowx"
     """The benchmark's robot: maniskill2_widowx, or a Python file that describes another one (see
     docs/robots.md; its observations are those of the benchmark)."""

@@ -75,13 +75,15 @@ class Service:
         timing = {"infer_ms": 1000 * (inferred - read), "embodiment_ms": 1000 * around}
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
-    def warm_up(self) -> None:
-        """Answer the robot's example once, so that the first client does not wait. Raises what it raises."""
+    def warm_up(self) -> int:
+        """Answer the robot's example once, so that the first client does not wait; returns how many rows the
+        answer has. Raises what it raises."""
         with suppress_notices():  # what the example's images lack is not the robot's fault
             result = self.answer([self.embodiment.example()])[0]
         release_workers()  # the server computes in another thread
         if isinstance(result, SpearError):
             raise result
+        return len(result["actions"])
 
     def _command(
         self, result: Mapping[str, Any], ours: Mapping[str, Any], observation: Mapping[str, Any]

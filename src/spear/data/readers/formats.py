@@ -85,6 +85,12 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
     return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
 
 
+def cameras(path: str | Path, layout: Layout = None) -> list[str]:
+    """The cameras of a folder's episodes, by our names. Raises SpearError where its columns are not known."""
+    folder = open_dataset(path)
+    return folder.cameras if isinstance(folder, EpisodeStore) else list(folder.spec(layout).images)
+
+
 def dataset_name(path: str | Path) -> str:
     """What a dataset is called: as RLDS says; or as its folder, or the one above a version (1.0.0)."""
     if find_format(path) == "rlds":
