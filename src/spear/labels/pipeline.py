@@ -4,8 +4,6 @@ Each stage is a function on a batch of `Work`. `label` runs them one after the o
 (`spear.labels.engine`) run the same functions in processes or on a cluster.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice

@@ -1,7 +1,5 @@
 """CUDA graphs: a computation recorded once per set of shapes, then launched as a whole."""
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping

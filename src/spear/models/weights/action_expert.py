@@ -4,8 +4,6 @@
 and of Transformers (`model.dit.…`).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import replace

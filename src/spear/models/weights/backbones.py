@@ -4,8 +4,6 @@ PaliGemma 1 and 2 are read under the names that were published in 2024 and under
 written since; MoGe as `spear.models.moge.checkpoint` reads it.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Sequence
