@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ class Tab:
                 assert "error" not in message, message["error"]
                 return dict(message["result"])
 
-    def open(self, url: str, width: int = 1400, height: int = 1000) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    def open(self, url: str, width: int = 1400, height: int = 1000, phone: bool = False) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1 + phone, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=5)
         self.call("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
@@ -72,19 +73,36 @@ class Tab:
 
         until(true, script, patience)
 
+    def where(self, selector: str) -> list[float]:
+        """Left, top, width and height of an element in the window, scrolled to if need be."""
+        script = "(e => { e.scrollIntoViewIfNeeded(); const r = e.getBoundingClientRect();"
+        script += f" return [r.x, r.y, r.width, r.height]; }})(document.querySelector({selector!r}))"
+        return [float(v) for v in self.run(script)]
+
     def click(self, selector: str) -> None:
         """With the mouse, where the element is."""
-        x, y = self.run(
-            f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
-            f"(document.querySelector({selector!r}).getBoundingClientRect())"
-        )
+        left, top, width, height = self.where(selector)
+        x, y = left + width / 2, top + height / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def touch(self, selector: str, *fingers: Sequence[float]) -> None:
+        """Fingers on an element, each [from x, y, to x, y] as parts of its width and height."""
+        left, top, width, height = self.where(selector)
+        for kind, part in (("touchStart", 0.0), ("touchMove", 0.5), ("touchMove", 1.0), ("touchEnd", None)):
+            at = [] if part is None else [(a + part * (c - a), b + part * (d - b)) for a, b, c, d in fingers]
+            points = [{"x": left + x * width, "y": top + y * height, "id": i} for i, (x, y) in enumerate(at)]
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
 
     def type(self, selector: str, text: str) -> None:
         """Replace what is in an input field."""
         self.run(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({selector!r}))")
         self.call("Input.insertText", text=text)
+
+    def key(self, name: str) -> None:
+        """Press a key, "ArrowLeft" for one."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
 
     def enter(self) -> None:
         """Press the Enter key."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from browser import Browser, Tab, chromium
+from browser import Browser, Tab, chromium, until
+from data_tiny import make
 from serve_here import serving
+from spear.data.store.episode_store import write_episodes
 from spear.policy import Spear1Policy
 from spear.serve.server import PolicyServer
 
 pytest.importorskip("mujoco")
 
 from spear.ui.page import Page
+from spear.ui.shelf import Shelf
 
 FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PAINTED = """((canvas, name) => {
@@ -78,10 +82,10 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     assert painted(tab, "#camera", "answer")[0] > 300
     rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert rows == tab.run("view.boxes.length + view.absent.length")
-    tab.run("show({boxes: [], absent: ['zebra']})")
+    tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
     assert tab.run("document.querySelector('#answers tbody').textContent") == "zebra: not in the picture"
     # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
-    tab.run("show({boxes: [], absent: []})")
+    tab.run("show({step: 0, boxes: [], absent: []})")
     tab.click("#truth")
     tab.run(
         "(() => { const c = document.createElement('canvas'); c.width = picture.naturalWidth;"
@@ -107,7 +111,7 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.wait("view.chunk")
     settled(tab)
     assert painted(tab, "#space", "accent")[0] > 100
-    assert tab.run("document.querySelector('#chunk').textContent").startswith("5 actions at 5 Hz")
+    assert tab.run("document.querySelector('#chunk').textContent").startswith("from step 0 · 5 actions")
     before = tab.run("picture.src")
     tab.click("#step")
     tab.wait("view.step === 1")
@@ -139,9 +143,71 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.click("#follow")
     tab.click("#step")
     tab.wait("view.step === 2")
-    assert tab.run(belongs).startswith("step 1, the scene is at step 2 now")
+    assert tab.run(belongs).startswith("step 1, not of step 2")
     tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
     tab.enter()
     tab.wait("view.answer")
     settled(tab)
     assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
+
+
+def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
+    assert tab.run("document.querySelector('#play').disabled")
+    pictures = [tab.run("picture.src")]
+    for step in range(1, 4):
+        tab.click("#step")
+        tab.wait(f"view.step === {step}")
+        settled(tab)
+        pictures.append(tab.run("picture.src"))
+    tab.key("ArrowLeft")
+    tab.key("ArrowLeft")
+    settled(tab)
+    assert tab.run("[view.step, view.chunk.step, Number(document.querySelector('#scrub').value)]") == [
+        1,
+        1,
+        1,
+    ]
+    assert tab.run("picture.src") == pictures[1]
+    assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have the gripper's place now
+    tab.click("#objects button.all")
+    tab.wait("view.boxes.length && view.boxes[0].step === 1")
+    settled(tab)
+    belongs = "document.querySelector('#belongs').textContent"
+    assert tab.run(belongs).startswith("step 1 · ") and tab.run("memory.marks()") == [1]
+    tab.key("Home")
+    assert tab.run("[view.step, view.boxes.length]") == [0, 0]
+    tab.click("#play")
+    tab.wait("view.step === 3 && !playing")
+    assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith("step 1, not of step 3")
+    tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    tab.click("#film")
+    saved = tmp_path / "put_on-0.mp4"
+    until(lambda: saved.is_file() or saved.with_suffix(".webm").is_file(), "the film")
+
+
+def test_a_phone(
+    browser: Browser, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_episodes([make(0, steps=11), make(1, instruction="a very long instruction " * 9)], tmp_path)
+    assert isinstance(server.page, Page)
+    monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
+    tab = browser.tab()
+    tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)
+    settled(tab)
+    tab.run("document.querySelector('#replay').click()")
+    tab.wait("view.source === 'recording'")
+    settled(tab)
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    heights = tab.run("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
+    assert len(heights) > 8 and min(heights) >= 40
+    tab.touch("#track", (0.1, 0.5, 0.5, 0.5))
+    settled(tab)
+    assert tab.run("view.step") == 5 and tab.run("picture.naturalWidth") == 80
+    yaw, away = tab.run("[space.yaw, space.away]")
+    tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
+    turned, same = tab.run("[space.yaw, space.away]")
+    assert abs(turned - yaw) > 0.2 and same == away
+    tab.touch("#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5))  # two fingers, three times as far apart
+    still, nearer = tab.run("[space.yaw, space.away]")
+    assert still == turned and nearer == pytest.approx(away / 3, rel=0.02)
+    assert tab.errors == []

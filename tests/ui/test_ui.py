@@ -9,31 +9,42 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from data_tiny import png
+from data_tiny import make, png
 from serve_here import get, serving
 from spear.chunks import REPLAN
+from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
+from spear.evaluate import film as video
+from spear.evaluate.agents import PolicyAgent, identity
+from spear.evaluate.options import TabletopOptions
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer
+from spear.util.images import decode_image, fit_image
 
 pytest.importorskip("mujoco")
 
+from spear.evaluate import closed_loop
 from spear.sim.env import TabletopEnv
 from spear.sim.render import camera_pose, object_boxes
 from spear.ui import page as pages
+from spear.ui import scenes
 from spear.ui.page import Page
+from spear.ui.shelf import Shelf
 
 LIMIT = 2**20
 PATIENCE = 240
@@ -114,7 +125,7 @@ def test_the_page_is_whole_and_the_policy_is_still_there(server: PolicyServer) -
 
 def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
     with serving(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
-        for path in ("/", "/?token=wrong", "/ui.js"):
+        for path in ("/", "/?token=wrong", *pages.SCRIPTS):
             status, _, body = get(server, path)
             assert status == 401 and "secret" not in body and 'name="token"' in body
         with pytest.raises(InvalidStatus, match="401"):
@@ -133,7 +144,7 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
 def test_other_sites_get_nothing_and_tabs_are_bounded(
     server: PolicyServer, renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in ("/", "/ui.js", "/ui"):
+    for path in (*pages.FILES, "/ui"):
         assert get(server, path, Host=f"evil.example:{server.port}")[0] == 403
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
@@ -160,10 +171,123 @@ def test_a_rollout_is_what_an_evaluation_does(tab: Tab, policy: Spear1Policy) ->
         np.testing.assert_allclose(tab.view["chunk"]["positions"][0], start[:3], atol=1e-4)
         moves = np.diff(tab.view["chunk"]["positions"], axis=0)
         np.testing.assert_allclose(moves, actions[:, :3], atol=1e-4)
-    assert tab.view["step"] == 3 and len(tab.view["trail"]) == 4
+    assert tab.view["step"] == 3
     picture = base64.b64decode(tab.view["images"]["external"].partition(",")[2])
     width, height = Image.open(io.BytesIO(picture)).size
     assert width / height == tab.view["camera"]["aspect"] == sizes["external"][0] / sizes["external"][1]
+
+
+def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> None:
+    assert tab.ask("reset", family="put_on", seed=2) is None
+    names = tab.view["objects"][:1]
+    assert tab.ask("boxes", objects=names) is None
+    passed = [dict(tab.view)]
+    for _ in range(3):
+        assert tab.ask("step") is None
+        passed.append(dict(tab.view))
+    for step, then in enumerate(passed):
+        assert then["step"] == step and tab.ask("look", step=step) is None
+        for key in ("images", "gripper", "things", "arm", "milestones"):
+            assert tab.view[key] == then[key]
+    assert tab.ask("boxes", objects=names, step=0) is None
+    assert tab.view["boxes"] == passed[0]["boxes"] and tab.view["step"] == 0
+    assert tab.ask("boxes", objects=names) is None and tab.view["boxes"][0]["step"] == 3
+    assert tab.ask("question", text="Where is it?", step=1) is None and tab.view["answer"]["step"] == 1
+    assert REPLAN == 1 and tab.ask("predict", step=1) is None
+    again, then = tab.view["chunk"], passed[2]["chunk"]
+    assert {**again, "ms": 0} == {**then, "ms": 0} and then["step"] == 1
+    with film(tab) as opened:
+        stream = opened.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(stream)]
+    assert len(frames) == 4 + 5 and stream.average_rate == 5  # the last stays for a second
+    shown = decode_image(base64.b64decode(passed[1]["images"]["external"].partition(",")[2]))
+    filmed = frames[1][video.BAR :, : round(video.HEIGHT * shown.shape[1] / shown.shape[0])]
+    small, large = (x[::7, ::7].astype(float) for x in (fit_image(shown, *filmed.shape[:2]), filmed))
+    assert np.abs(small - large).mean() < 6
+
+
+def film(tab: Tab) -> Any:
+    """What Save film gives, opened."""
+    assert tab.ask("film") is None
+    sent = tab.view["film"]
+    assert sent["name"].endswith(sent["mime"].removeprefix("video/"))
+    return av.open(io.BytesIO(base64.b64decode(sent["data"])))
+
+
+@pytest.fixture
+def episodes(server: PolicyServer, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Shows the episodes of a folder on the page."""
+    assert isinstance(server.page, Page)
+    studio = server.page._studio
+    return lambda folder: monkeypatch.setattr(studio, "shelf", Shelf(folder))
+
+
+def test_recorded_episodes_are_replayed(
+    tab: Tab, episodes: Callable[[Path], None], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
+    write_episodes(said, tmp_path)
+    episodes(tmp_path)
+    assert tab.ask("open", episode=1) is None
+    assert (tab.view["source"], tab.view["limit"], tab.view["instruction"]) == (
+        "recording",
+        4,
+        said[1].instruction,
+    )
+    np.testing.assert_allclose(tab.view["track"]["position"], said[1].position, atol=1e-4)
+    np.testing.assert_allclose(tab.view["track"]["opening"], said[1].gripper, atol=1e-4)
+    assert (
+        tab.view["outcome"] is None and tab.ask("look", step=4) is None and tab.view["outcome"] == "failure"
+    )
+    shown = decode_image(base64.b64decode(tab.view["images"]["external"].partition(",")[2]))
+    recorded = decode_image(said[1].images["external"][4])
+    assert np.abs(shown.astype(float) - recorded).mean() < 6
+    assert tab.ask("predict", step=2) is None and tab.view["chunk"]["step"] == 2
+    np.testing.assert_allclose(tab.view["chunk"]["positions"][0], said[1].position[2], atol=1e-5)
+    assert "recording" in (tab.ask("step") or "") and "episode 3" in (tab.ask("open", episode=3) or "")
+    with film(tab) as opened:
+        assert opened.streams.video[0].frames == 5 + round(said[1].rate_hz)
+    (tmp_path / "empty").mkdir()
+    assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
+    assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
+
+
+def test_an_evaluations_failure_is_run_again(
+    tab: Tab,
+    policy: Spear1Policy,
+    episodes: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert policy.folder is not None
+    for module in (closed_loop, scenes):
+        monkeypatch.setattr(module, "MAX_STEPS", 7)
+    agent = PolicyAgent(
+        policy, "nano", identity(policy.folder, torch.float32, None), policy.processor.image_sizes
+    )
+    saw = {}
+
+    def act(envs: Any, observations: Any) -> Any:
+        saw.update({env.steps: o["observation/state"] for env, o in zip(envs, observations, strict=True)})
+        return PolicyAgent.act(agent, envs, observations)
+
+    monkeypatch.setattr(agent, "act", act)
+    how = {"execution": "async", "latency_ms": 200.0, "replan": 2}
+    closed_loop.evaluate(
+        agent, TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, **how), True
+    )
+    episodes(tmp_path)
+    assert "stack_cube-failure-0" in (tab.ask("open", episode=0) or "")  # --steps is another here
+    monkeypatch.setattr(Spear1Policy, "steps", policy.steps)
+    assert tab.ask("open", episode=0) is None
+    tab.until(lambda part: part.get("running") is False)
+    tab.until(lambda part: "problem" in part)
+    assert (tab.view["outcome"], tab.view["recorded"]) == ("time is up", "recorded: failure, 7 steps")
+    assert tab.view["milestones"][-1] == "as recorded"
+    assert len(saw) > 2 and np.ptp([state[:3] for state in saw.values()], 0).max() > 0.01
+    for step, state in saw.items():
+        assert tab.ask("look", step=step) is None
+        np.testing.assert_allclose(tab.view["gripper"]["position"], state[:3], atol=1e-4)
 
 
 def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: Spear1Policy) -> None:
@@ -235,8 +359,10 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "reset", "family": "put_on", "seed": 10**30}, "seed"),
         ({"do": "reset", "family": "put_on"}, "seed None"),
         ({"do": "boxes", "objects": "mug"}, "objects"),
-        ({"do": "boxes", "objects": []}, "0 objects"),
-        ({"do": "boxes", "objects": ["mug"] * 9}, "9 objects"),
+        ({"do": "boxes", "objects": []}, "objects []"),
+        ({"do": "boxes", "objects": ["mug"] * 9}, "objects"),
+        *(({"do": "look", "step": step}, "step ") for step in (1, -1, True, "0", 10**30)),
+        ({"do": "open", "episode": 0}, "--episodes"),
         ({"do": "boxes", "objects": [{}]}, "object"),
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),

@@ -26,6 +26,7 @@ def serve(options: ServeOptions) -> None:
     Examples:
         spear serve nano
         spear serve nano --ui
+        spear serve nano --ui --episodes runs/my_evaluation
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
     """
     import asyncio
@@ -35,12 +36,17 @@ def serve(options: ServeOptions) -> None:
 
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
+    shelf = None
+    if options.episodes:  # before the weights are read
+        from spear.ui.shelf import Shelf
+
+        shelf = Shelf(options.episodes, options.dataset)
     policy, service = _warm(options)
     page = None
     if options.ui:
         from spear.ui.page import Page
 
-        page = Page(policy, options.policy, options.token, LARGEST_MESSAGE)
+        page = Page(policy, options.policy, options.token, LARGEST_MESSAGE, shelf)
 
     def ready(server: PolicyServer) -> None:
         address = f"{reachable(options.host)}:{server.port}"

@@ -107,10 +107,13 @@ def load_agent(
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         return PolicyAgent(policy, name)
     local = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
-    # Outcomes in another precision or in other units are those of another policy.
-    which = fingerprint(locate(name)) + ("" if dtype == torch.float32 else f" {dtype}")
-    which += "" if dataset is None else f" {dataset}"
-    return PolicyAgent(local, name, which, local.processor.image_sizes)
+    return PolicyAgent(local, name, identity(locate(name), dtype, dataset), local.processor.image_sizes)
+
+
+def identity(folder: Path, dtype: torch.dtype, dataset: str | None) -> str:
+    """Which weights act: outcomes in another precision or in other units are those of another policy."""
+    which = fingerprint(folder) + ("" if dtype == torch.float32 else f" {dtype}")
+    return which + ("" if dataset is None else f" {dataset}")
 
 
 def fingerprint(folder: Path) -> str:

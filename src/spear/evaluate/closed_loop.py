@@ -63,7 +63,7 @@ class _Tabletop:
 
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
         self._options, self._sizes = options, agent.image_sizes
-        self._delay = math.ceil(options.latency_ms / 1000 * RATE_HZ - 1e-9)  # control steps, to a chunk
+        self._delay = delay_steps(options.latency_ms)
         self._renderer = Renderer() if agent.needs_images or options.films else None
 
     def run(
@@ -112,6 +112,11 @@ class _Tabletop:
             external, wrist = self._renderer.images(world, views)
             frames.append(video.compose(external, wrist, outcome.instruction, ended))
         return Film(outcome, *video.encode(frames, RATE_HZ))
+
+
+def delay_steps(latency_ms: float) -> int:
+    """Control steps from a look until its chunk can be used."""
+    return math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
 
 
 def _execute(slot: _Slot, filming: bool) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     return np.asarray(frame)
 
 
-def encode(frames: Sequence[Array], rate_hz: float) -> tuple[bytes, str]:
+def encode(frames: Iterable[Array], rate_hz: float) -> tuple[bytes, str]:
     """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
 
     The last frame stays for a second, so that a looping film shows its outcome.
@@ -56,14 +56,17 @@ def encode(frames: Sequence[Array], rate_hz: float) -> tuple[bytes, str]:
     name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}
     if name not in av.codecs_available:
         name, container, mime, options = "libvpx-vp9", "webm", "video/webm", {"crf": "34", "b": "0"}
-    buffer = io.BytesIO()
-    height, width = frames[0].shape[:2]
+    buffer, rate = io.BytesIO(), Fraction(rate_hz).limit_denominator(1000)
     with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(name, rate=Fraction(rate_hz).limit_denominator(1000), options=options)
+        stream = out.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for image in [*frames, *[frames[-1]] * round(rate_hz)]:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        for index, image in enumerate(frames):
+            if not index:
+                stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+            frame = np.ascontiguousarray(image)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for _ in range(round(rate_hz)):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
     return buffer.getvalue(), mime
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import Dataset, Device, Dtype, Name, Number, Options, Policy, Within
+from spear.util.options import Dataset, Device, Dtype, Folder, Name, Number, Options, Policy, Within
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,15 @@ class ServeOptions(ServiceOptions):
     ui: bool = False
     """Also serve a page for people, at the address that is printed: watch and steer the policy in the
     built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
+    episodes: Folder = None
+    """With --ui: recorded episodes, or the results of an evaluation (its --out), to replay on the page."""
 
     def __post_init__(self) -> None:
-        """Refuses a token that no client could send in an HTTP header, above all an empty one: it would leave
-        a server open that was meant to be closed."""
+        """Refuses episodes without a page, and a token that no client could send in an HTTP header, above all
+        an empty one: it would leave a server open that was meant to be closed."""
         super().__post_init__()
+        if self.episodes and not self.ui:
+            raise SpearError(f"--episodes {self.episodes}: is for the page: add --ui")
         token = self.token
         if token is not None and not (
             token.strip() == token != "" and token.isascii() and token.isprintable()

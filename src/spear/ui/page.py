@@ -30,17 +30,23 @@ from websockets.http11 import Request, Response
 from spear.errors import SpearError, unknown_name
 from spear.policy import Spear1Policy
 from spear.sim.env import RATE_HZ
-from spear.ui.table import Studio, Table, View
+from spear.ui.scenes import View, whole
+from spear.ui.shelf import Shelf
+from spear.ui.table import Studio, Table
 from spear.util.processes import release_workers
 
 LOG = logging.getLogger("spear.ui")
 LARGEST_SEED = 2**31 - 1
-REQUESTS = ("reset", "instruct", "predict", "step", "start", "stop", "boxes", "question", "follow")
-"""What a tab may ask for: each is a method of `Session`, with _ before its name."""
+LOOKS = ("look", "film", "predict", "boxes", "question")
+REQUESTS = dict.fromkeys(LOOKS, "_ask") | {
+    name: f"_{name}" for name in ("reset", "open", "instruct", "step", "start", "stop", "follow")
+}
+"""What a tab may ask for: name → method of `Session`."""
 LONGEST_REQUEST = 10_000
 """Characters: what is longer is no request (our choice)."""
 SOCKET = "/ui"
-FILES = {"/": "html", "/ui.css": "css", "/ui.js": "javascript", "/space.js": "javascript"}
+SCRIPTS = {f"/{name}.js": "javascript" for name in ("ui", "memory", "space", "timeline")}
+FILES = {"/": "html", "/ui.css": "css", **SCRIPTS}
 MOST_TABS = 8
 """Open at a time (our choice)."""
 POLICY = (
@@ -49,10 +55,13 @@ POLICY = (
 
 
 class Page:
-    """A page for people beside the websocket for robots. `token`, `max_bytes` (a message's): the server's."""
+    """A page for people beside the websocket for robots. `token`, `max_bytes` (a message's): the server's.
+    shelf: episodes to replay."""
 
-    def __init__(self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int) -> None:
-        self._studio = Studio(policy, name)
+    def __init__(
+        self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int, shelf: Shelf | None = None
+    ) -> None:
+        self._studio = Studio(policy, name, shelf)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
         self._token, self._about, self._tabs = token, {"max_bytes": max_bytes}, 0
         folder = resources.files("spear.ui")
@@ -164,11 +173,11 @@ class Session:
             return
         try:
             request = json.loads(message[:LONGEST_REQUEST])
-            name = REQUESTS[REQUESTS.index(request["do"])]
+            do = getattr(self, REQUESTS[request["do"]])
         except (ValueError, TypeError, KeyError, RecursionError):
             await self._send({"problem": f"{message[:60]!r}: no request of this page: reload it"})
             return
-        await self._safely(getattr(self, f"_{name}"), request)
+        await self._safely(do, request)
 
     async def _safely(self, do: Callable[[Mapping[str, Any]], Any], request: Mapping[str, Any]) -> None:
         """Do it; what goes wrong is said to the page."""
@@ -185,23 +194,37 @@ class Session:
         family, seed = request.get("family"), request.get("seed")
         if not isinstance(family, str):
             raise unknown_name("task family", str(family)[:40], self._studio.about()["families"])
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
-            raise SpearError(f"seed {str(seed)[:20]}: give a whole number from 0 to {LARGEST_SEED}")
-        await self._stop({})
-        view = await self._work(self._table.reset, family, seed)
-        self._instruction = view["instruction"]
-        await self._send(view)
+        await self._begin(self._table.reset, family, whole("seed", seed, LARGEST_SEED))
+
+    async def _open(self, request: Mapping[str, Any]) -> None:
+        await self._begin(self._table.open, request.get("episode"))
+        if self._table.moves:
+            await self._start({})
 
     async def _photo(self, request: Mapping[str, Any]) -> None:
+        await self._begin(self._table.show, request["data"])
+
+    async def _begin(self, job: Callable[..., View], *args: Any) -> None:
         await self._stop({})
-        await self._send(await self._work(self._table.show, request["data"]))
+        view = await self._work(job, *args)
+        self._instruction = view.get("instruction", self._instruction)
+        await self._send(view)
+
+    async def _ask(self, request: Mapping[str, Any]) -> None:
+        """What changes nothing."""
+        table, words, step = self._table, self._instruction, request.get("step")
+        jobs: Mapping[str, tuple[Any, ...]] = {
+            "look": (table.look, step),
+            "film": (table.film, words),
+            "predict": (table.predict, words, step),
+            "boxes": (table.boxes, request.get("objects"), step),
+            "question": (table.question, request.get("text"), step),
+        }
+        await self._send(await self._work(*jobs[request["do"]]))
 
     async def _instruct(self, request: Mapping[str, Any]) -> None:
         text = request.get("text")
         self._instruction = text if isinstance(text, str) else ""
-
-    async def _predict(self, request: Mapping[str, Any]) -> None:
-        await self._send(await self._work(self._table.predict, self._instruction))
 
     async def _step(self, request: Mapping[str, Any]) -> None:
         await self._stop({})
@@ -232,15 +255,6 @@ class Session:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         finally:
             await self._send({"running": False})
-
-    async def _boxes(self, request: Mapping[str, Any]) -> None:
-        names = request.get("objects")
-        if not isinstance(names, list):
-            raise SpearError("objects: give a list of names")
-        await self._send(await self._work(self._table.boxes, names))
-
-    async def _question(self, request: Mapping[str, Any]) -> None:
-        await self._send(await self._work(self._table.question, request.get("text")))
 
     async def _follow(self, request: Mapping[str, Any]) -> None:
         self._following = request.get("on") is True

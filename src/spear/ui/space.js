@@ -6,19 +6,30 @@ class Space {
     this.canvas = canvas;
     this.pen = canvas.getContext("2d");
     Object.assign(this, { yaw: 0, pitch: 0.5, away: 1.05, target: [0.46, 0, 0.1] });
-    let from = null;
-    canvas.addEventListener("pointerdown", e => { from = [e.clientX, e.clientY]; canvas.setPointerCapture(e.pointerId); });
-    canvas.addEventListener("pointerup", () => { from = null; });
+    const fingers = new Map();  // pointers that are down -> where; the mouse is one
+    const apart = () => { const [a, b] = [...fingers.values()]; return Math.hypot(a[0] - b[0], a[1] - b[1]); };
+    const zoom = by => { this.away = Math.min(6, Math.max(0.15, this.away * by)); };
+    canvas.addEventListener("pointerdown", e => {
+      if (fingers.size < 2) fingers.set(e.pointerId, [e.clientX, e.clientY]);
+      canvas.setPointerCapture(e.pointerId);
+    });
+    for (const kind of ["pointerup", "pointercancel"])
+      canvas.addEventListener(kind, e => { fingers.delete(e.pointerId); });
     canvas.addEventListener("pointermove", e => {
+      const from = fingers.get(e.pointerId);
       if (!from) return;
-      this.yaw -= (e.clientX - from[0]) * 0.008;
-      this.pitch = Math.min(1.5, Math.max(-0.1, this.pitch + (e.clientY - from[1]) * 0.008));
-      from = [e.clientX, e.clientY];
+      const before = fingers.size === 2 && apart();
+      fingers.set(e.pointerId, [e.clientX, e.clientY]);
+      if (before) zoom(before / Math.max(apart(), 1));
+      else {
+        this.yaw -= (e.clientX - from[0]) * 0.008;
+        this.pitch = Math.min(1.5, Math.max(-0.1, this.pitch + (e.clientY - from[1]) * 0.008));
+      }
       changed();
     });
     canvas.addEventListener("wheel", e => {
       e.preventDefault();
-      this.away = Math.min(4, Math.max(0.35, this.away * Math.exp(e.deltaY * 0.001)));
+      zoom(Math.exp(e.deltaY * 0.001));
       changed();
     }, { passive: false });
   }
@@ -26,6 +37,16 @@ class Space {
   // Look from the side that a point is on, a little to its right.
   lookFrom(point) {
     this.yaw = Math.atan2(point[1] - this.target[1], point[0] - this.target[0]) + 0.4;
+  }
+
+  // Show all of a path; without one, the simulator's table.
+  frame(path) {
+    if (path.length < 2 && !this.framed) return;
+    this.framed = path.length > 1;
+    const ends = f => [0, 1, 2].map(k => f(...path.map(p => p[k])));
+    const low = ends(Math.min), high = ends(Math.max);
+    this.target = this.framed ? add(low, add(high, low, -1), 0.5) : [0.46, 0, 0.1];
+    this.away = this.framed ? Math.max(0.5, 1.6 * Math.hypot(...add(high, low, -1))) : 1.05;
   }
 
   clear() {

@@ -1,12 +1,14 @@
 "use strict";
-// The page keeps one view, which the server sends in parts, and draws whatever is in it.
+// The server sends parts of a view. What belongs to a step is kept by step (memory.js); `view` is what is shown.
 
 const $ = id => document.getElementById(id);
-const view = { boxes: [], absent: [], things: [], trail: [], edges: [], milestones: [] };
+const view = { ...NOTHING, edges: [] };
 const picture = new Image();
-let socket = null, drawing = false, placedOnce = false, waiting = 0;
+let socket = null, drawing = false, placedOnce = false, waiting = 0, playing = null;
 
 const space = new Space($("space"), soon);
+const timeline = new Timeline($("track"), seek);
+const memory = new Memory();
 picture.onload = soon;
 window.addEventListener("resize", soon);
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", soon);
@@ -22,6 +24,7 @@ function connect() {
   socket.onclose = e => {
     link("down", "not connected: trying again");
     waiting = 0;
+    memory.asked = null;
     if (e.code === 1009) problem("that was too large for the server");
     view.running = false;
     buttons();
@@ -49,31 +52,85 @@ function show(part) {
   if ("problem" in part) {
     waiting = Math.max(0, waiting - 1);
     if (!waiting) link("up", "connected");
+    if (part.problem) memory.asked = null;
     problem(part.problem);
   }
-  Object.assign(view, part);
+  if (part.film) return save(part.film);
+  if ("source" in part) play(false);
+  Object.assign(view, memory.keep(part));
+  Object.assign(view, memory.at(memory.shown));
   if ("families" in part) $("family").replaceChildren(...part.families.map(f => new Option(f.replaceAll("_", " "), f)));
+  if ("families" in part) offer(part);
   if (part.camera?.pose && !placedOnce) {
     space.lookFrom(part.camera.pose.slice(0, 3).map(row => row[3]));
     placedOnce = true;
   }
+  if ("source" in part) space.frame(part.track?.position ?? []);
   if ("family" in part) { $("family").value = part.family; $("seed").value = part.seed; }
   if ("instruction" in part) $("instruction").value = part.instruction;
   if ("default_fov" in part) $("fov").value = part.default_fov;
   if ("model" in part) $("model").textContent = part.model;
-  if ("images" in part) {
-    picture.src = part.images.external;
-    $("wrist").hidden = !part.images.wrist;
-    if (part.images.wrist) $("wrist").src = part.images.wrist;
+  if ("answer" in part && view.answer) $("question").value = view.answer.question;
+  shown();
+}
+
+// Everything that depends on the step.
+function shown() {
+  const { images } = view;
+  if (images && picture.src !== images.external) {
+    picture.src = images.external;
+    $("wrist").hidden = !images.wrist;
+    if (images.wrist) $("wrist").src = images.wrist;
     $("camera").parentElement.style.aspectRatio = $("space").parentElement.style.aspectRatio =
       Math.min(2, Math.max(1.1, view.camera.aspect));
   }
-  if ("answer" in part) answered();
-  if ("boxes" in part || "objects" in part) found();
+  $("answer").textContent = view.answer ? view.answer.text : "";
+  found();
   belongs();
   status();
   buttons();
   soon();
+  const wanted = memory.wants();
+  if (wanted !== null && socket.readyState === WebSocket.OPEN) {
+    memory.asked = wanted;
+    ask({ do: "look", step: wanted });
+  }
+}
+
+// ---- time -----------------------------------------------------------------------------------------------------------
+
+function seek(step) {
+  memory.shown = Math.min(memory.newest, Math.max(0, Math.round(step)));
+  Object.assign(view, memory.at(memory.shown));
+  shown();
+}
+
+function play(on) {
+  if (on && !playing && memory.shown >= memory.newest && !view.running) seek(0);
+  clearTimeout(playing);
+  playing = !on ? null : setTimeout(() => {
+    if (memory.shown < memory.newest && memory.has(memory.shown + 1)) seek(memory.shown + 1);
+    play(memory.shown < memory.newest || !!view.running);
+  }, 1000 / view.rate_hz);
+  buttons();
+}
+
+function save(film) {
+  const bytes = Uint8Array.from(atob(film.data), c => c.charCodeAt(0));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([bytes], { type: film.mime }));
+  link.download = film.name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+// The episodes of `spear serve --episodes`.
+function offer({ episodes, episodes_in_all }) {
+  $("episodes").hidden = !episodes;
+  if (!episodes) return;
+  const more = episodes_in_all - episodes.length, last = new Option(`… and ${more} more`);
+  last.disabled = true;
+  $("episode").replaceChildren(...episodes.map((title, i) => new Option(title, i)), ...(more ? [last] : []));
 }
 
 function problem(text) {
@@ -82,7 +139,7 @@ function problem(text) {
 }
 
 function buttons() {
-  const still = view.source === "photo", over = !!view.outcome;
+  const still = view.source !== "simulator", over = memory.over();
   $("run").textContent = view.running ? "Stop" : "Start";
   $("run").classList.toggle("stop", !!view.running);
   $("run").disabled = !view.running && (still || over);
@@ -90,27 +147,32 @@ function buttons() {
   $("predict").disabled = !!view.running;
   $("fov-line").hidden = !still;
   $("truth").parentElement.hidden = $("follow").parentElement.hidden = still;
+  $("time").hidden = !view.limit;
+  $("play").textContent = playing ? "❚❚ Pause" : "▶ Play";
+  $("play").disabled = !memory.newest;
+  $("back").disabled = !memory.shown;
+  $("on").disabled = memory.shown >= memory.newest;
 }
 
 function status() {
-  const words = view.source === "photo" ? ["photo"] : [`step ${view.step ?? 0} of ${view.limit}`, ...view.milestones];
+  const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${view.limit}`, ...view.milestones];
   if (view.outcome) words.push(view.outcome);
+  if (view.recorded) words.push(view.recorded);
+  const g = view.gripper, number = v => v.toFixed(3).replace("-", "−");
+  $("readout").textContent = !g ? "" : `${(view.step / view.rate_hz).toFixed(1)} s`
+    + ` · x ${number(g.position[0])}, y ${number(g.position[1])}, z ${number(g.position[2])} m · gripper ${(100 * g.opening).toFixed(0)} % open`;
+  Object.assign($("scrub"), { max: view.limit || 1, value: view.step });
   $("progress").textContent = words.join(" · ");
   $("progress").className = view.outcome === "success" ? "good" : view.outcome ? "bad" : "soft";
   const c = view.chunk;
-  if (!c) return void ($("chunk").textContent = "none yet: Predict, Step or Start");
+  if (!c) return void ($("chunk").textContent = "none yet: Predict" + (view.source === "simulator" ? ", Step or Start" : ""));
   const n = c.positions.length - 1, ends = Math.hypot(...add(c.positions[n], c.positions[0], -1));
   const open = c.openings[n] > 0.5 ? "open" : "closed";
-  $("chunk").textContent = `${n} actions at ${view.rate_hz} Hz · ${(1000 * ends).toFixed(0)} mm, then ${open} · computed in ${c.ms.toFixed(0)} ms`;
+  const from = view.limit ? `from step ${c.step} · ` : "";
+  $("chunk").textContent = `${from}${n} actions · ${(1000 * ends).toFixed(0)} mm, then ${open} · in ${c.ms.toFixed(0)} ms`;
 }
 
 // ---- what SPEAR-VLM said --------------------------------------------------------------------------------------------
-
-function answered() {
-  const a = view.answer;
-  $("answer").textContent = a ? a.text : "";
-  if (a) $("question").value = a.question;
-}
 
 function found() {
   const names = view.boxes.map(b => b.name), objects = view.objects || [];
@@ -131,15 +193,17 @@ function found() {
 // Of which picture the answers are, and in which frame their numbers.
 function belongs() {
   const frame = "metres in the camera’s frame: x right, y down, z forward";
-  const now = step => step === view.step ? "" : `, the scene is at step ${view.step} now`;
+  const now = step => step === view.step ? "" : `, not of step ${view.step}, which is shown`;
   const of = found => found ? (view.source === "photo" ? "photo" : `step ${found.step}${now(found.step)}`) + " · " : "";
-  $("belongs").textContent = of(view.boxes[0]) + "centres in " + frame;
-  $("answer-of").textContent = of(view.answer) + frame;
+  const unsure = view.measured ? "" : "; how sure they are was not measured";
+  const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out distances are within ±" : unsure;
+  $("belongs").textContent = of(view.boxes[0]) + "centres in " + frame + within;
+  $("answer-of").textContent = view.answer ? of(view.answer) + frame + unsure : "";
 }
 
 function chip(text, kind, objects) {
   const button = Object.assign(document.createElement("button"), { textContent: text, className: kind });
-  button.onclick = () => ask({ do: "boxes", objects });
+  button.onclick = () => ask({ do: "boxes", objects, step: view.step });
   return button;
 }
 
@@ -148,7 +212,11 @@ function chip(text, kind, objects) {
 function soon() {
   if (drawing) return;
   drawing = true;
-  requestAnimationFrame(() => { drawing = false; drawCamera(); drawSpace(); });
+  requestAnimationFrame(() => { drawing = false; drawCamera(); drawSpace(); drawTime(); });
+}
+
+function drawTime() {
+  if (view.limit) timeline.draw(memory.track, memory.shown, view.limit, memory.marks());
 }
 
 const color = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -183,7 +251,7 @@ function drawCamera() {
   for (const b of view.boxes) {
     const corners = b.vertices.map(at);
     pen.globalAlpha = b.step === view.step ? 1 : 0.4;
-    if (corners.every(c => c)) label(pen, b.name, corners, canvas);
+    if (corners.every(c => c)) label(pen, b.name + (b.within_mm === null ? "" : ` ± ${b.within_mm.toFixed(0)} mm`), corners, canvas);
   }
   pen.restore();
 }
@@ -222,9 +290,8 @@ function drawSpace() {
   ["x", "y", "z"].forEach((name, k) => {
     const end = [0, 0, 0];
     end[k] = 0.12;
-    const hue = ["#e0533d", "#2f9e5b", "#3b78e0"][k];
-    space.line([[0, 0, 0], end], hue, 2);
-    space.word(end, name, hue);
+    space.line([[0, 0, 0], end], AXES[k], 2);
+    space.word(end, name, AXES[k]);
   });
   if (view.camera?.pose) {
     const base = vertices => vertices.map(p => placed(view.camera.pose, p));
@@ -245,7 +312,11 @@ function drawSpace() {
     for (const joint of view.arm) space.dot(joint, color("robot"), 5);
     space.line([view.arm.at(-1), add(view.gripper.position, turn(view.gripper.rotation, [0, 0, 0.085]), 1)], color("robot"), 5);
   }
-  space.line(view.trail, color("past"), 1.6, [2, 4]);
+  const [past, future] = memory.paths();
+  space.line(past, color("past"), 1.6, [2, 4]);
+  space.pen.globalAlpha = 0.45;
+  space.line(future, color("past"), 1.4);
+  space.pen.globalAlpha = 1;
   if (view.gripper) space.gripper(view.gripper.position, view.gripper.rotation, view.gripper.opening, color("ink"), 2.6);
   if (view.chunk) drawChunk(view.chunk, plan);
   for (const [place, name] of names) space.word(place, name, soft);
@@ -270,10 +341,10 @@ function follow() { ask({ do: "follow", on: $("follow").checked }); }
 const reset = () => ask({ do: "reset", family: $("family").value, seed: Math.trunc(Number($("seed").value)) });
 
 $("instruction").onchange = instruct;
-$("instruction").onkeydown = e => { if (e.key === "Enter") { instruct(); ask({ do: "predict" }); } };
-$("run").onclick = () => ask({ do: view.running ? "stop" : "start" });
-$("step").onclick = () => ask({ do: "step" });
-$("predict").onclick = () => ask({ do: "predict" });
+$("instruction").onkeydown = e => { if (e.key === "Enter") { instruct(); ask({ do: "predict", step: view.step }); } };
+$("run").onclick = () => { seek(memory.newest); ask({ do: view.running ? "stop" : "start" }); };
+$("step").onclick = () => { seek(memory.newest); ask({ do: "step" }); };
+$("predict").onclick = () => ask({ do: "predict", step: view.step });
 $("reset").onclick = reset;
 $("family").onchange = reset;
 $("seed").onchange = reset;
@@ -282,7 +353,20 @@ $("file").onchange = () => { if ($("file").files.length) ask($("file").files[0])
 $("truth").onchange = soon;
 $("fov").oninput = soon;
 $("follow").onchange = follow;
-$("box-form").onsubmit = e => { e.preventDefault(); ask({ do: "boxes", objects: [$("object").value.trim()] }); };
-$("question-form").onsubmit = e => { e.preventDefault(); ask({ do: "question", text: $("question").value.trim() }); };
+$("box-form").onsubmit = e => { e.preventDefault(); ask({ do: "boxes", objects: [$("object").value.trim()], step: view.step }); };
+$("question-form").onsubmit = e => { e.preventDefault(); ask({ do: "question", text: $("question").value.trim(), step: view.step }); };
+$("scrub").oninput = () => seek(Number($("scrub").value));
+$("play").onclick = () => play(!playing);
+$("back").onclick = () => seek(view.step - 1);
+$("on").onclick = () => seek(view.step + 1);
+$("film").onclick = () => ask({ do: "film" });
+$("episode").onchange = $("replay").onclick = () => ask({ do: "open", episode: Number($("episode").value) });
+const MOVES = { ArrowLeft: () => view.step - 1, ArrowRight: () => view.step + 1, Home: () => 0, End: () => memory.newest };
+window.addEventListener("keydown", e => {
+  const typing = e.target.matches("input:not([type=checkbox], #scrub), select, textarea");
+  if (typing || !view.limit || e.ctrlKey || e.metaKey || e.altKey) return;
+  if (e.key in MOVES) { e.preventDefault(); seek(MOVES[e.key]()); }
+  if (e.key === " " && !e.target.matches("button, [type=checkbox]")) { e.preventDefault(); play(!playing); }
+});
 window.addEventListener("dragover", e => e.preventDefault());
 window.addEventListener("drop", e => { e.preventDefault(); if (e.dataTransfer.files.length) ask(e.dataTransfer.files[0]); });

@@ -1,0 +1,80 @@
+"use strict";
+// What the page knows of each step of an episode: nothing that was seen is asked for twice, all of it is bounded.
+
+const NOTHING = { images: null, boxes: [], absent: [], boxes_ms: 0, answer: null, chunk: null, milestones: [], outcome: null,
+  gripper: null, camera: null, arm: [], things: [] };
+const MOST_PICTURES = 240;
+const AHEAD = 4;  // steps whose pictures are fetched before they are shown
+
+class Memory {
+  constructor() {
+    Object.assign(this, { moments: new Map(), pictures: [], shown: 0, newest: 0, asked: null, source: "" });
+    this.track = { every: 1, position: [], opening: [] };
+  }
+
+  // Keep what a part says of a step; gives the rest of it.
+  keep(part) {
+    if ("source" in part) {
+      Object.assign(this, { moments: new Map(), pictures: [], shown: 0, asked: null, source: part.source });
+      this.track = part.track ?? { every: 1, position: [], opening: [] };
+      this.newest = part.source === "simulator" ? 0 : part.limit;
+    }
+    const rest = Object.fromEntries(Object.entries(part).filter(([key]) => !(key in NOTHING) && key !== "step"));
+    if (!("step" in part)) return rest;
+    const { step } = part, own = this.of(step), live = this.shown === this.newest;
+    for (const key in part) if (key in NOTHING && key !== "chunk") own[key] = part[key];
+    if (part.chunk) this.of(part.chunk.step).chunk = part.chunk;
+    if (step === this.asked) this.asked = null;
+    if (part.images) this.bound(step);
+    if (this.source === "simulator" && part.gripper && step === this.track.position.length) {
+      this.track.position.push(part.gripper.position);
+      this.track.opening.push(part.gripper.opening);
+    }
+    if (step > this.newest) { this.newest = step; if (live) this.shown = step; }
+    return rest;
+  }
+
+  of(step) {
+    if (!this.moments.has(step)) this.moments.set(step, {});
+    return this.moments.get(step);
+  }
+
+  has(step) { return !!this.moments.get(step)?.images; }
+  over() { return this.source === "simulator" && !!this.moments.get(this.newest)?.outcome; }
+
+  bound(step) {
+    this.pictures = [...this.pictures.filter(s => s !== step), step];
+    if (this.pictures.length > MOST_PICTURES) delete this.of(this.pictures.shift()).images;
+  }
+
+  // All of a step. Chunk, boxes and answer are its own, or else the last before it, which name their step.
+  // While its pictures are on their way, those shown stay.
+  at(step) {
+    const own = this.moments.get(step) ?? {}, there = own.images ? NOTHING : { boxes: [], absent: [], answer: null, chunk: null };
+    const last = known => {
+      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return this.moments.get(k);
+      return {};
+    };
+    const boxed = last(m => m.boxes?.length || m.absent?.length);
+    const boxes = { boxes: boxed.boxes ?? [], absent: boxed.absent ?? [], boxes_ms: boxed.boxes_ms ?? 0 };
+    return { ...there, ...own, ...boxes, answer: last(m => m.answer).answer ?? null, chunk: last(m => m.chunk).chunk ?? null, step };
+  }
+
+  // The step whose pictures to ask for next, null for none.
+  wants() {
+    if (this.asked !== null || !this.moments.size) return null;
+    for (let k = this.shown; k <= Math.min(this.newest, this.shown + AHEAD); k++) if (!this.has(k)) return k;
+    return null;
+  }
+
+  // The steps at which SPEAR-VLM was asked.
+  marks() {
+    return [...this.moments].filter(([, m]) => m.boxes?.length || m.absent?.length || m.answer).map(([step]) => step);
+  }
+
+  // The gripper's path until the step that is shown, and after it.
+  paths() {
+    const here = Math.floor(this.shown / this.track.every) + 1;
+    return [this.track.position.slice(0, here), this.track.position.slice(here - 1)];
+  }
+}

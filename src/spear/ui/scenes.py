@@ -1,0 +1,193 @@
+"""What a tab looks at, step by step: an episode in the simulator, or pictures that were taken before.
+
+Every step can be looked at again as it was. Metres; `vertices` are in the camera frame, all else in the base
+frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spear.chunks import REPLAN, ChunkExecutor
+from spear.errors import SpearError
+from spear.evaluate.closed_loop import delay_steps
+from spear.evaluate.results import MILESTONES, Outcome
+from spear.labels.fit.box3d import order_vertices
+from spear.policy import Spear1Policy
+from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.render import Renderer, camera_pose, intrinsics, object_boxes
+from spear.types import Array
+from spear.util.images import encode_jpeg
+
+View = dict[str, Any]
+Again = tuple[Mapping[str, Any], Outcome]
+SHOWN_WIDTHS = {"external": 576, "wrist": 224}
+"""Pixels, about, of each camera's picture on the page; the model looks at its own, smaller ones."""
+LARGEST_SHOWN = (1152, 864)
+"""Pictures of recordings and photos are scaled down to fit these pixels."""
+MOST_SENT = 1000
+"""Steps of a recording in the page's chart: of a longer one every second, third …"""
+LINKS = (*(f"link{k}" for k in range(8)), "hand")
+
+
+class Scene:
+    """An episode in the simulator, from the start of the scene of `seed`: 60 steps, 20 MB, at most.
+
+    again  the settings of an evaluation and how one of its episodes ended, where it is run again.
+    """
+
+    kind, rate_hz = "simulator", RATE_HZ
+
+    def __init__(
+        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
+    ) -> None:
+        settings, self._recorded = again or ({}, None)
+        self._sizes, self._renderer = policy.processor.image_sizes, renderer
+        self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
+        seen, _ = self._env.reset(seed=seed)
+        how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
+        self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
+        self.delay = delay_steps(how["latency_ms"])
+        self.name = f"{family}-{seed}"
+        self._steps = [(seen, self._look({}))]
+
+    @property
+    def newest(self) -> int:
+        """The last step so far."""
+        return self._env.steps
+
+    def begins(self) -> View:
+        """What holds for all steps."""
+        world, was = self._env.world, self._recorded
+        return {
+            "family": self._env.family,
+            "seed": self._env.seed,
+            "instruction": world.spec.instruction,
+            "objects": [body.name for body in world.bodies],
+            "limit": MAX_STEPS,
+            "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
+        }
+
+    def execute(self, action: Array) -> None:
+        """One more step of 0.2 s."""
+        seen, *_, info = self._env.step(action)
+        self._steps.append((seen, self._look(info)))
+
+    def observation(self, step: int) -> View:
+        """What the policy sees at a step, with the noise that an evaluation of this scene draws there."""
+        return {**self._steps[step][0], "seed": 1000 * self._env.seed + step}
+
+    def look(self, step: int) -> View:
+        """The scene at a step, for the page."""
+        return self._steps[step][1]
+
+    def _look(self, info: Mapping[str, Any]) -> View:
+        """The scene as it is now."""
+        world, sizes, step = self._env.world, self._sizes, self._env.steps
+        # whole multiples of what the model sees
+        scales = {camera: max(1, round(width / sizes[camera][0])) for camera, width in SHOWN_WIDTHS.items()}
+        views = [(c, (sizes[c][0] * scale, sizes[c][1] * scale)) for c, scale in scales.items()]
+        external, wrist = self._renderer.images(world, views)
+        width, height = views[0][1]
+        position, rotation = world.servo.pose()
+        pose, corners = camera_pose(world, "external"), object_boxes(world)
+        things = []
+        for index, body in enumerate(world.bodies, 1):
+            vertices = order_vertices((corners[index] - pose[:3, 3]) @ pose[:3, :3])
+            things.append({"name": body.name, "vertices": vertices.tolist()})
+        status = {"reached": "reached", "grasped": "grasped", "wrong_object_moved": "moved something else"}
+        said = [words for key, words in status.items() if info.get(key)]
+        ended = "success" if info.get("success") else "time is up" if step >= MAX_STEPS else None
+        if ended and (was := self._recorded):  # on another processor it may end differently
+            same = step == was.steps and all(bool(info[key]) == getattr(was, key) for key in MILESTONES)
+            said.append("as recorded" if same else "not as recorded")
+        return {
+            "images": {"external": _jpeg(external), "wrist": _jpeg(wrist)},
+            "camera": {
+                "aspect": width / height,
+                "focal": float(intrinsics(world, "external", (width, height))[1, 1]) / height,
+                "pose": pose.tolist(),
+            },
+            "step": step,
+            "outcome": ended,
+            "milestones": said,
+            "gripper": _gripper(np.concatenate([position, rotation, [world.servo.opening()]])),
+            "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in LINKS],
+            "things": things,
+        }
+
+
+@dataclass
+class Recording:
+    """Pictures that were taken before: a recorded episode, or one photo.
+
+    picture  (step, camera) → [h, w, 3] uint8 of "external" or "wrist", None where there is none.
+    states   [T, 8] as `spear.types.Policy` has them.
+    """
+
+    kind: str
+    name: str
+    picture: Callable[[int, str], Array | None]
+    states: Array
+    instruction: str | None = None
+    rate_hz: float = RATE_HZ
+    success: bool | None = None
+
+    @property
+    def newest(self) -> int:
+        """The last step."""
+        return len(self.states) - 1
+
+    def begins(self) -> View:
+        """What holds for all steps."""
+        every = math.ceil(len(self.states) / MOST_SENT)
+        rows = self.states[::every].round(4)
+        track = {"every": every, "position": rows[:, :3].tolist(), "opening": rows[:, 7].tolist()}
+        own = {} if self.instruction is None else {"instruction": self.instruction}
+        return {"objects": [], "limit": self.newest, "recorded": None, "track": track, **own}
+
+    def observation(self, step: int) -> View:
+        """What the policy sees at a step."""
+        external, wrist = (self.picture(step, camera) for camera in SHOWN_WIDTHS)
+        if external is None:
+            raise SpearError(f"{self.name}: there is no picture of the external camera at step {step}")
+        seen = {"observation/image": external, "observation/state": self.states[step], "seed": step}
+        return seen if wrist is None else {**seen, "observation/wrist_image": wrist}
+
+    def look(self, step: int) -> View:
+        """The pictures and the robot at a step, for the page."""
+        seen = self.observation(step)
+        image, wrist = seen["observation/image"], seen.get("observation/wrist_image")
+        ended = {True: "success", False: "failure", None: None}[self.success]
+        return {
+            "images": {"external": _jpeg(image), "wrist": None if wrist is None else _jpeg(wrist)},
+            "camera": {"aspect": image.shape[1] / image.shape[0], "focal": None, "pose": None},
+            "step": step,
+            "outcome": ended if step == self.newest else None,
+            "gripper": _gripper(self.states[step]),
+        }
+
+
+def whole(what: str, value: object, most: int) -> int:
+    """A whole number from 0 to `most`, as a page sent it. Raises `SpearError` naming it for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise SpearError(f"{what} {str(value)[:20]}: give a whole number from 0 to {most}")
+    return value
+
+
+def _gripper(state: Array) -> View:
+    return {"position": state[:3].tolist(), "rotation": state[3:7].tolist(), "opening": float(state[7])}
+
+
+def _jpeg(image: Array) -> str:
+    picture = Image.fromarray(image)
+    picture.thumbnail(LARGEST_SHOWN)
+    data = encode_jpeg(np.asarray(picture), quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
