@@ -112,12 +112,6 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     settled(tab)
     assert painted(tab, "#space", "accent")[0] > 100
     assert tab.run("document.querySelector('#chunk').textContent").startswith("from step 0 · 5 actions")
-    before = tab.run("picture.src")
-    tab.click("#step")
-    tab.wait("view.step === 1")
-    settled(tab)
-    assert tab.run("picture.src") != before
-    assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
     tab.click("#run")
     tab.wait("view.running")
     assert tab.run("document.querySelector('#run').textContent") == "Stop"
@@ -138,12 +132,6 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     settled(tab)
     tab.click("#step")
     tab.wait("view.step === 1 && view.boxes[0].step === 1")
-    belongs = "document.querySelector('#belongs').textContent"
-    assert tab.run(belongs).startswith("step 1 · centres in metres in the camera’s frame")
-    tab.click("#follow")
-    tab.click("#step")
-    tab.wait("view.step === 2")
-    assert tab.run(belongs).startswith("step 1, not of step 2")
     tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
     tab.enter()
     tab.wait("view.answer")
@@ -152,7 +140,6 @@ def test_what_the_buttons_do(tab: Tab) -> None:
 
 
 def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
-    assert tab.run("document.querySelector('#play').disabled")
     pictures = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
@@ -162,18 +149,16 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
     tab.key("ArrowLeft")
     tab.key("ArrowLeft")
     settled(tab)
-    assert tab.run("[view.step, view.chunk.step, Number(document.querySelector('#scrub').value)]") == [
-        1,
-        1,
-        1,
-    ]
-    assert tab.run("picture.src") == pictures[1]
-    assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have the gripper's place now
+    assert tab.run("[view.step, view.chunk.step, +document.querySelector('#scrub').value]") == [1] * 3
+    assert tab.run("picture.src") == pictures[1] and len(set(pictures)) == 4
+    assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
+    assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have where the gripper is
     tab.click("#objects button.all")
     tab.wait("view.boxes.length && view.boxes[0].step === 1")
     settled(tab)
     belongs = "document.querySelector('#belongs').textContent"
-    assert tab.run(belongs).startswith("step 1 · ") and tab.run("memory.marks()") == [1]
+    assert tab.run(belongs).startswith("step 1 · centres in metres in the camera’s frame")
+    assert tab.run("memory.marks()") == [1]
     tab.key("Home")
     assert tab.run("[view.step, view.boxes.length]") == [0, 0]
     tab.click("#play")
@@ -181,14 +166,13 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
     assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith("step 1, not of step 3")
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
-    saved = tmp_path / "put_on-0.mp4"
-    until(lambda: saved.is_file() or saved.with_suffix(".webm").is_file(), "the film")
+    until(lambda: {p.name for p in tmp_path.iterdir()} & {"put_on-0.mp4", "put_on-0.webm"}, "the film")
 
 
 def test_a_phone(
     browser: Browser, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_episodes([make(0, steps=11), make(1, instruction="a very long instruction " * 9)], tmp_path)
+    write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
     assert isinstance(server.page, Page)
     monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
     tab = browser.tab()
@@ -196,18 +180,16 @@ def test_a_phone(
     settled(tab)
     tab.run("document.querySelector('#replay').click()")
     tab.wait("view.source === 'recording'")
-    settled(tab)
     assert tab.run("document.documentElement.scrollWidth") <= 390
     heights = tab.run("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
     assert len(heights) > 8 and min(heights) >= 40
     tab.touch("#track", (0.1, 0.5, 0.5, 0.5))
     settled(tab)
-    assert tab.run("view.step") == 5 and tab.run("picture.naturalWidth") == 80
+    assert tab.run("[view.step, picture.naturalWidth]") == [5, 80]
     yaw, away = tab.run("[space.yaw, space.away]")
     tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
     turned, same = tab.run("[space.yaw, space.away]")
     assert abs(turned - yaw) > 0.2 and same == away
     tab.touch("#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5))  # two fingers, three times as far apart
-    still, nearer = tab.run("[space.yaw, space.away]")
-    assert still == turned and nearer == pytest.approx(away / 3, rel=0.02)
+    assert tab.run("[space.yaw, space.away]") == [turned, pytest.approx(away / 3, rel=0.02)]
     assert tab.errors == []

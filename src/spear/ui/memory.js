@@ -42,6 +42,9 @@ class Memory {
   has(step) { return !!this.moments.get(step)?.images; }
   over() { return this.source === "simulator" && !!this.moments.get(this.newest)?.outcome; }
 
+  // The last step that there can be.
+  limit(most) { return this.over() ? this.newest : most || 0; }
+
   bound(step) {
     this.pictures = [...this.pictures.filter(s => s !== step), step];
     if (this.pictures.length > MOST_PICTURES) delete this.of(this.pictures.shift()).images;

@@ -30,6 +30,7 @@ from websockets.http11 import Request, Response
 from spear.errors import SpearError, unknown_name
 from spear.policy import Spear1Policy
 from spear.sim.env import RATE_HZ
+from spear.sim.scene import FAMILIES
 from spear.ui.scenes import View, whole
 from spear.ui.shelf import Shelf
 from spear.ui.table import Studio, Table
@@ -38,10 +39,8 @@ from spear.util.processes import release_workers
 LOG = logging.getLogger("spear.ui")
 LARGEST_SEED = 2**31 - 1
 LOOKS = ("look", "film", "predict", "boxes", "question")
-REQUESTS = dict.fromkeys(LOOKS, "_ask") | {
-    name: f"_{name}" for name in ("reset", "open", "instruct", "step", "start", "stop", "follow")
-}
-"""What a tab may ask for: name → method of `Session`."""
+REQUESTS = (*LOOKS, "reset", "open", "instruct", "step", "start", "stop", "follow")
+"""What a tab may ask for: `LOOKS` are of a step that was; others are methods of `Session`, with _ before."""
 LONGEST_REQUEST = 10_000
 """Characters: what is longer is no request (our choice)."""
 SOCKET = "/ui"
@@ -161,7 +160,7 @@ class Session:
         """Serve the tab until it is closed. `about` is sent first, then the first scene."""
         try:
             await self._send({**about, **self._studio.about(), "running": False, "problem": None})
-            await self._safely(self._reset, {"family": self._studio.about()["families"][0], "seed": 0})
+            await self._safely(self._reset, {"family": FAMILIES[0], "seed": 0})
             async for message in self._connection:
                 await self._answer(message)
         finally:
@@ -173,11 +172,11 @@ class Session:
             return
         try:
             request = json.loads(message[:LONGEST_REQUEST])
-            do = getattr(self, REQUESTS[request["do"]])
+            name = REQUESTS[REQUESTS.index(request["do"])]
         except (ValueError, TypeError, KeyError, RecursionError):
             await self._send({"problem": f"{message[:60]!r}: no request of this page: reload it"})
             return
-        await self._safely(do, request)
+        await self._safely(self._look if name in LOOKS else getattr(self, f"_{name}"), request)
 
     async def _safely(self, do: Callable[[Mapping[str, Any]], Any], request: Mapping[str, Any]) -> None:
         """Do it; what goes wrong is said to the page."""
@@ -191,10 +190,10 @@ class Session:
             await self._send({"problem": f"the server failed: {type(error).__name__}: see its log"})
 
     async def _reset(self, request: Mapping[str, Any]) -> None:
-        family, seed = request.get("family"), request.get("seed")
-        if not isinstance(family, str):
-            raise unknown_name("task family", str(family)[:40], self._studio.about()["families"])
-        await self._begin(self._table.reset, family, whole("seed", seed, LARGEST_SEED))
+        family, seed = request.get("family"), whole("seed", request.get("seed"), LARGEST_SEED)
+        if family not in FAMILIES:
+            raise unknown_name("task family", str(family)[:40], FAMILIES)
+        await self._begin(self._table.reset, family, seed)
 
     async def _open(self, request: Mapping[str, Any]) -> None:
         await self._begin(self._table.open, request.get("episode"))
@@ -207,11 +206,10 @@ class Session:
     async def _begin(self, job: Callable[..., View], *args: Any) -> None:
         await self._stop({})
         view = await self._work(job, *args)
-        self._instruction = view.get("instruction", self._instruction)
+        self._instruction = view["instruction"] or self._instruction  # a photo brings none
         await self._send(view)
 
-    async def _ask(self, request: Mapping[str, Any]) -> None:
-        """What changes nothing."""
+    async def _look(self, request: Mapping[str, Any]) -> None:
         table, words, step = self._table, self._instruction, request.get("step")
         jobs: Mapping[str, tuple[Any, ...]] = {
             "look": (table.look, step),

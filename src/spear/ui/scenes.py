@@ -48,20 +48,16 @@ class Scene:
     def __init__(
         self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
     ) -> None:
-        settings, self._recorded = again or ({}, None)
+        settings: Mapping[str, Any] = again[0] if again else {}
+        self._recorded = again and again[1]
         self._sizes, self._renderer = policy.processor.image_sizes, renderer
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)
         how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
         self.delay = delay_steps(how["latency_ms"])
-        self.name = f"{family}-{seed}"
+        self.name, self.newest = f"{family}-{seed}", 0
         self._steps = [(seen, self._look({}))]
-
-    @property
-    def newest(self) -> int:
-        """The last step so far."""
-        return self._env.steps
 
     def begins(self) -> View:
         """What holds for all steps."""
@@ -79,6 +75,7 @@ class Scene:
         """One more step of 0.2 s."""
         seen, *_, info = self._env.step(action)
         self._steps.append((seen, self._look(info)))
+        self.newest = self._env.steps
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step, with the noise that an evaluation of this scene draws there."""
@@ -96,6 +93,7 @@ class Scene:
         views = [(c, (sizes[c][0] * scale, sizes[c][1] * scale)) for c, scale in scales.items()]
         external, wrist = self._renderer.images(world, views)
         width, height = views[0][1]
+        focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
         position, rotation = world.servo.pose()
         pose, corners = camera_pose(world, "external"), object_boxes(world)
         things = []
@@ -110,11 +108,7 @@ class Scene:
             said.append("as recorded" if same else "not as recorded")
         return {
             "images": {"external": _jpeg(external), "wrist": _jpeg(wrist)},
-            "camera": {
-                "aspect": width / height,
-                "focal": float(intrinsics(world, "external", (width, height))[1, 1]) / height,
-                "pose": pose.tolist(),
-            },
+            "camera": {"aspect": width / height, "focal": focal, "pose": pose.tolist()},
             "step": step,
             "outcome": ended,
             "milestones": said,
@@ -150,8 +144,8 @@ class Recording:
         every = math.ceil(len(self.states) / MOST_SENT)
         rows = self.states[::every].round(4)
         track = {"every": every, "position": rows[:, :3].tolist(), "opening": rows[:, 7].tolist()}
-        own = {} if self.instruction is None else {"instruction": self.instruction}
-        return {"objects": [], "limit": self.newest, "recorded": None, "track": track, **own}
+        about: View = {"objects": [], "instruction": self.instruction, "recorded": None}
+        return {**about, "limit": self.newest, "track": track}
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step."""

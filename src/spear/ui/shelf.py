@@ -34,7 +34,7 @@ class Shelf:
     """
 
     def __init__(self, folder: Path, dataset: str | None = None) -> None:
-        self._dataset = dataset
+        self._dataset, self._weights = dataset, ""
         self._held: EpisodeStore | Sequence[results.Outcome]
         self._settings: dict[str, Any] | None = None
         if is_store(folder):
@@ -50,10 +50,7 @@ class Shelf:
         else:
             what = "recorded episodes (of spear record, or prepared ones) or results of spear evaluate --out"
             raise SpearError(f"--episodes {folder}: holds neither {what}")
-
-    def about(self) -> dict[str, Any]:
-        """What the page offers."""
-        return {"episodes": self._titles, "episodes_in_all": len(self._held)}
+        self.about = {"episodes": self._titles, "episodes_in_all": len(self._held)}
 
     def open(self, index: object, policy: Spear1Policy, renderer: Renderer) -> Scene | Recording:
         """An episode, to be looked at. Raises `SpearError` for one that cannot be."""
@@ -62,8 +59,9 @@ class Shelf:
             return _recorded(held, number)
         assert self._settings is not None
         outcome, dtype = held[number], next(policy.model.parameters()).dtype
-        weights = policy.folder and identity(policy.folder, dtype, self._dataset)
-        same = self._settings.get("weights") == weights and policy.steps == Spear1Policy.steps
+        if policy.folder and not self._weights:
+            self._weights = identity(policy.folder, dtype, self._dataset)
+        same = self._settings.get("weights") == self._weights and policy.steps == Spear1Policy.steps
         if not same or "execution" not in self._settings:
             raise SpearError(
                 f"{outcome.film_name}: only with the policy that made it can it be run again: serve "

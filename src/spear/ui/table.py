@@ -60,7 +60,7 @@ class Studio:
             "edges": [list(e) for e in EDGES],
             "default_fov": FOVY,
             "measured": self.trust is not None,
-            **(self.shelf.about() if self.shelf else {}),
+            **(self.shelf.about if self.shelf else {}),
         }
 
 
@@ -172,9 +172,9 @@ class Table:
         def frames() -> Iterator[Array]:
             for look in map(scene.look, range(newest + 1)):
                 data = [base64.b64decode(uri.partition(",")[2]) for uri in look["images"].values() if uri]
-                external, wrist = [*map(decode_image, data), None][:2]
+                external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
-                yield video.compose(external, wrist, instruction, ended)
+                yield video.compose(external, wrist[0] if wrist else None, instruction, ended)
 
         data, mime = video.encode(frames(), scene.rate_hz)
         name = f"{scene.name}.{mime.removeprefix('video/')}"

@@ -43,10 +43,12 @@ class Timeline {
     const least = Math.min(0, ...all), most = Math.max(0.4, ...all);
     const metres = v => tall - 6 * k - (tall - 14 * k) * (v - least) / (most - least);
     level(metres(0), [2 * k, 4 * k]);
-    Object.assign(pen, { fillStyle: color("soft"), font: `${11 * k}px system-ui, "DejaVu Sans", sans-serif`,
-      textAlign: "right", textBaseline: "bottom" });
-    pen.fillText("0 m", across(this.limit), metres(0) - 1);
     AXES.forEach((hue, i) => line(track.position.map(p => p[i]), metres, hue));
+    Object.assign(pen, { fillStyle: color("soft"), font: `${11 * k}px system-ui, "DejaVu Sans", sans-serif`,
+      textAlign: "right", textBaseline: "middle", strokeStyle: color("card"), lineWidth: 4 * k });
+    pen.setLineDash([]);
+    pen.strokeText("0 m", across(this.limit), metres(0));
+    pen.fillText("0 m", across(this.limit), metres(0));
     pen.globalAlpha = 0.16;
     if (track.opening.length > 1) {
       pen.beginPath();

@@ -67,7 +67,7 @@ function show(part) {
   }
   if ("source" in part) space.frame(part.track?.position ?? []);
   if ("family" in part) { $("family").value = part.family; $("seed").value = part.seed; }
-  if ("instruction" in part) $("instruction").value = part.instruction;
+  if (part.instruction) $("instruction").value = part.instruction;
   if ("default_fov" in part) $("fov").value = part.default_fov;
   if ("model" in part) $("model").textContent = part.model;
   if ("answer" in part && view.answer) $("question").value = view.answer.question;
@@ -155,13 +155,13 @@ function buttons() {
 }
 
 function status() {
-  const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${view.limit}`, ...view.milestones];
+  const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${memory.limit(view.limit)}`, ...view.milestones];
   if (view.outcome) words.push(view.outcome);
   if (view.recorded) words.push(view.recorded);
   const g = view.gripper, number = v => v.toFixed(3).replace("-", "−");
   $("readout").textContent = !g ? "" : `${(view.step / view.rate_hz).toFixed(1)} s`
     + ` · x ${number(g.position[0])}, y ${number(g.position[1])}, z ${number(g.position[2])} m · gripper ${(100 * g.opening).toFixed(0)} % open`;
-  Object.assign($("scrub"), { max: view.limit || 1, value: view.step });
+  Object.assign($("scrub"), { max: memory.limit(view.limit) || 1, value: view.step });
   $("progress").textContent = words.join(" · ");
   $("progress").className = view.outcome === "success" ? "good" : view.outcome ? "bad" : "soft";
   const c = view.chunk;
@@ -216,7 +216,7 @@ function soon() {
 }
 
 function drawTime() {
-  if (view.limit) timeline.draw(memory.track, memory.shown, view.limit, memory.marks());
+  if (view.limit) timeline.draw(memory.track, memory.shown, memory.limit(view.limit), memory.marks());
 }
 
 const color = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();

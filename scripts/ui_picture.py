@@ -1,0 +1,56 @@
+"""Makes docs/ui.png: the page of `spear serve nano --ui` after a few steps, in a headless Chromium.
+
+PYTHONPATH=tests/support python scripts/ui_picture.py [OUT]
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from browser import chromium
+from serve_here import serving
+from spear.policy import Spear1Policy
+from spear.ui.page import Page
+
+READY = "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
+WIDTH = 1260
+PICTURE = Path(__file__).parents[1] / "docs" / "ui.png"
+
+
+def main(out: Path = PICTURE) -> None:
+    """Writes the picture to `out`."""
+    policy = Spear1Policy.load("nano")
+    with (
+        tempfile.TemporaryDirectory() as profile,
+        chromium(Path(profile)) as browser,
+        serving(policy, page=Page(policy, "nano", None, 2**20)) as server,
+    ):
+        tab = browser.tab()
+        tab.open(f"http://127.0.0.1:{server.port}/", WIDTH, 1200)
+        tab.wait(READY)
+        tab.click("#run")
+        tab.wait("memory.over()")
+        tab.wait(READY)
+        tab.run("seek(3)")
+        tab.click("#objects button.all")
+        tab.wait("view.boxes.length && view.boxes[0].step === 3")
+        tab.type("#question", "How far away is the yellow cube?")
+        tab.enter()
+        tab.wait(f"view.answer && {READY}")
+        tab.click("#truth")
+        tab.run("scrollTo(0, 0), new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
+        tall = tab.run("document.querySelector('main').getBoundingClientRect().height")
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": tall, "scale": 1}
+        shot = tab.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4).save(out, optimize=True)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
