@@ -4,8 +4,6 @@ Every step can be looked at again as it was. Metres; `vertices` are in the camer
 frame.
 """
 
-from __future__ import annotations
-
 import base64
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ Results hold how each episode ended, and few films. But the scene's seed fixes a
 noise too: an episode is run again, where the same weights are served.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from spear.embodiments import tools
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
@@ -168,6 +168,7 @@ class Table:
     def film(self, instruction: str) -> View:
         """All steps so far as a film. Raises `SpearError` where films cannot be written."""
         scene, newest = self._at(None)
+        need("av", "report", "a film")
 
         def frames() -> Iterator[Array]:
             for look in map(scene.look, range(newest + 1)):
