@@ -64,15 +64,14 @@ def test_the_page_without_real_data_says_how_to_get_some(
 
 
 def test_bad_episodes_are_refused_before_all_else(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
-    write_lerobot([make(0), make(1)], tmp_path / "mine")
-    (tmp_path / "mine" / "spear.json").write_text('{"like": "bridge_dataset"}')
-    assert "'observation/image_0'" in refused(
-        "demo", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "page")
-    )
-    assert not (tmp_path / "page").exists()
+    data, out = tmp_path / "mine", tmp_path / "page"
+    write_lerobot([make(0), make(1)], data)
+    (data / "spear.json").write_text('{"like": "bridge_dataset"}')
+    assert "'observation/image_0'" in refused("demo", "--data", str(data), "--out", str(out))
+    assert not out.exists()
 
 
 def test_real_episodes_are_learned_and_scored(small: None, shared: Path, tmp_path: Path) -> None:

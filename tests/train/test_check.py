@@ -79,15 +79,12 @@ def test_mistakes_are_found_before_data_are_made(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [("nowhere {}", "nowhere"), ("nano {} --split trian", "trian"), ("nano {} --train-split x", "'x'")],
-)
 def test_evaluation_asks_before_it_makes_data(
-    words: str, named: str, given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
-    assert named in refused("evaluate", "data", *words.format(given / "mine").split())
+    for words in (["nowhere"], ["nano", "--split", "nowhere"], ["nano", "--train-split", "nowhere"]):
+        assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
 
 
 def test_ablations_ask_before_they_make_data(
