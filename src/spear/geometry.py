@@ -37,17 +37,9 @@ choice)."""
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
     """Hamilton product a ⊗ b, [..., 4]."""
-    aw, ax, ay, az = a.unbind(-1)
-    bw, bx, by, bz = b.unbind(-1)
-    return torch.stack(
-        [
-            aw * bw - ax * bx - ay * by - az * bz,
-            aw * bx + ax * bw + ay * bz - az * by,
-            aw * by - ax * bz + ay * bw + az * bx,
-            aw * bz + ax * by - ay * bx + az * bw,
-        ],
-        dim=-1,
-    )
+    (aw, av), (bw, bv) = (q.split((1, 3), dim=-1) for q in torch.broadcast_tensors(a, b))
+    across = torch.addcmul(torch.addcmul(torch.linalg.cross(av, bv), aw, bv), bw, av)
+    return torch.cat([aw * bw - (av * bv).sum(-1, keepdim=True), across], dim=-1)
 
 
 def quat_conjugate(q: Tensor) -> Tensor:

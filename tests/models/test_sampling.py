@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import Gemma2Config
+from transformers import Gemma2Config, SiglipVisionConfig, SiglipVisionModel
+from transformers.activations import GELUTanh
 
 from models_tiny import TEXT, TINY, actions, pixels, spear1, text
 from spear import flow
 from spear.errors import Notice
 from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
+from spear.models.fast.small import SmallStack
 from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.vision import SiglipEncoder
 from spear.models.weights import load as weights
 from spear.types import Action
 
@@ -223,6 +226,49 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, packed: bool) -> No
             torch.testing.assert_close(linear(x, layer.weight, layer.bias).double(), exact, **tolerance)
     weight = layers[0].weight
     assert linear(x, weight).requires_grad  # with gradients PyTorch's own, which has them
+
+
+@pytest.mark.parametrize("shape", [TEXT, GROUPED])
+def test_a_small_stack_is_the_stack(shape: dict[str, Any]) -> None:
+    model = spear1(text=shape, expert={**shape, "hidden_size": 16}).vlm.language_model
+    with torch.inference_mode():
+        for norm in (m for name, m in model.named_modules() if name.endswith("norm")):
+            norm.weight.normal_(std=0.3)
+        large, small = Stack(model), SmallStack(model)
+        x, places = torch.randn(2, 301, shape["hidden_size"]), torch.arange(302).expand(2, 302)
+        whole = [places[:, :300], [(300, 300)]], [places[:, 300:301], [(1, 301)]]
+        found = []
+        for layers in (large, small):
+            cache = layers.cache(2, 301, x.dtype, x.device)
+            for wanted, (where, blocks), start in zip(
+                (torch.tensor([3, 9]), None), whole, (0, 300), strict=True
+            ):
+                window, turns = cache.window(start, blocks), layers.rotations(where, x.dtype)
+                found.append(layers(x[:, start : start + blocks[0][0]], turns, window, wanted=wanted))
+            found.append(small.take(cache).whole)
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_their_activation_and_tiles_are_what_they_stand_for(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+    )
+    theirs, ours = SiglipVisionModel(config).to(dtype), SiglipEncoder(config).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(3, 3, 230, 224).to(dtype)
+    with torch.no_grad():
+        one, other = (m(images, interpolate_pos_encoding=True).last_hidden_state for m in (theirs, ours))
+        torch.testing.assert_close(
+            other, one, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05})
+        )
+        gate, up = FastLinear(24, 40, bias=False).to(dtype), FastLinear(24, 40, bias=False).to(dtype)
+        exact = GELUTanh()(gate(one).float()) * up(one).float()
+        torch.testing.assert_close(
+            Fused(gate, up).gated(one, GELUTanh()).float(), exact, rtol=0.02, atol=0.02
+        )
 
 
 def test_what_is_compiled_for_one_layer_serves_all() -> None:

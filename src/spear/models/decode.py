@@ -10,6 +10,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.models.fast.graphs import Inputs
+from spear.models.fast.small import SMALL, SmallStack
 from spear.models.fast.stack import STACK, Stack, can_compile, prefill
 
 Range = tuple[int, int]
@@ -68,7 +69,9 @@ def greedy(
         )
     config, device = vlm.config.text_config, input_ids.device
     spans = _spans(rows, max_new_tokens, config)
-    layers = STACK(vlm.language_model, not torch.is_autocast_enabled(device.type), can_compile(device))
+    packed = not torch.is_autocast_enabled(device.type)
+    small = SMALL(vlm.language_model) if packed else None
+    layers = small or STACK(vlm.language_model, packed, can_compile(device))
     inputs = {
         **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
         "input_ids": input_ids,
@@ -124,13 +127,15 @@ def _decode(
     if "image_index" in inputs:
         features = features[inputs["image_index"]]
     text = vlm.embed_text(inputs["input_ids"])
-    prefix = prefill(layers, features, text, None, inputs.get("attention_mask"), room=len(spans) - 1)
-    hidden = prefix.hidden
+    other = isinstance(layers, SmallStack) and text.dtype != layers.dtype  # a prompt's rows are many
+    first = STACK(vlm.language_model, False, False) if other else layers
+    prefix = prefill(first, features, text, None, inputs.get("attention_mask"), room=len(spans) - 1)
+    hidden, cache = prefix.hidden, layers.take(prefix.cache) if other else prefix.cache
     assert hidden is not None
-    start, dtype = prefix.valid.shape[1], hidden.dtype
+    start, dtype = prefix.valid.shape[1], cache.whole.dtype
     bias = prefix.bias(len(spans), layers.groups, dtype)
     places = prefix.places[:, None] + torch.arange(len(spans), device=hidden.device)
-    cos, sin = layers.rotations(places, dtype)
+    turns = layers.rotations(places, dtype)
     choices = [step for step, row in enumerate(spans) if any(b - a > 1 for a, b in row)]
     last_choice = choices[-1] if choices else -1
     answer: list[torch.Tensor] = []
@@ -147,10 +152,10 @@ def _decode(
             break
         hidden = layers(
             vlm.embed_text(token[:, None]).to(dtype),
-            (cos[:, step : step + 1], sin[:, step : step + 1]),
-            prefix.cache.window(start + step, [(1, start + step + 1)]),
+            tuple(turn[:, step : step + 1] for turn in turns),
+            cache.window(start + step, [(1, start + step + 1)]),
             bias,
-        )[:, 0]
+        )[:, 0].to(text.dtype)
     whole = torch.stack(answer, dim=1)
     return whole if words is None else words.cut(whole)
 

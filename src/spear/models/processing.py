@@ -104,14 +104,14 @@ class Processor:
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
         width, height = self.image_sizes[view]
-        fitted = torch.from_numpy(fit_image(image, height, width).copy()).permute(2, 0, 1).contiguous()
+        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements="W"))
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
             bars = fitting(size, (width, height))
             advice = "give images of that aspect to use all of it"
             if bars is None or notice(f"images of view {view!r}: {bars}: {advice}"):
                 self._told.add((view, size))
-        return fitted
+        return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.

@@ -19,6 +19,7 @@ from spear import flow
 from spear.errors import first_line, notice
 from spear.models.fast.graphs import Inputs
 from spear.models.fast.linear import Fused, Prepared, linear
+from spear.models.fast.small import if_small
 from spear.models.fast.stack import Stack, can_compile, prefill
 from spear.models.layers import sinusoids
 from spear.types import Action
@@ -35,12 +36,17 @@ class Sampler:
     def __init__(self, model: Any, packed: bool) -> None:
         inner, hidden = model.action_in_proj, model.action_time_mlp_in
         compiled = can_compile(inner.weight.device)
-        self.vlm = Stack(model.vlm.language_model, compiled=compiled)
         # The expert reads all its weights at every flow step, for a few rows.
-        self.expert = Stack(model.expert, packed, compiled)
+        small = if_small(model.expert) if packed else None
+        self.expert = small or Stack(model.expert, packed, compiled)
+        of_vlm = (
+            if_small(model.vlm.language_model) if small and hidden.weight.dtype == torch.float32 else None
+        )
+        self.vlm = of_vlm or Stack(model.vlm.language_model, compiled=compiled)
         self.dtype, self.width = hidden.weight.dtype, inner.out_features
+        inside = self.expert.dtype
         of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
-        self._into = (of_actions @ inner.weight.detach().float()).to(self.dtype)
+        self._into = (of_actions @ inner.weight.detach().float()).to(inside)
         self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
         self._onward = Fused(model.action_time_mlp_out, packed=packed)
         self._periods = model.config.min_period, model.config.max_period
@@ -58,13 +64,13 @@ class Sampler:
 
     def _hidden(self, time: torch.Tensor) -> torch.Tensor:
         waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
-        return (waves @ self._of_time.T + self._bias).to(self.dtype)
+        return (waves @ self._of_time.T + self._bias).to(self._into.dtype)
 
     def embed(self, actions: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         """Noisy actions [B, H, 8] at one of the `moments`, or each at its own, -> [B, H, width]."""
-        actions, one = actions.to(self.dtype), moment.dim() == 1
+        actions, one = actions.to(self._into.dtype), moment.dim() == 1
         hidden = linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
-        return self._onward(nn.functional.silu(hidden))[0]
+        return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
 
 
 SAMPLER = Prepared(
@@ -177,7 +183,7 @@ def _committed(inputs: Inputs) -> flow.Committed | None:
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
     pixels, present = _views(inputs)
-    noise, expert, dtype = inputs["noise"], sampler.expert, sampler.dtype
+    noise, expert = inputs["noise"], sampler.expert
     horizon = noise.shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
     prefix = prefill(
@@ -189,16 +195,17 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.T
         room=1 + horizon,
         keys_only=True,
     )
-    cache, start = prefix.cache.to(dtype), prefix.valid.shape[1]
+    cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
     end = start + 1 + horizon
     bias = prefix.bias(1 + horizon, expert.groups, dtype)
     ahead = torch.arange(1 + horizon, device=noise.device)
-    cos, sin = expert.rotations(prefix.places[:, None] + ahead, dtype)
+    turns = expert.rotations(prefix.places[:, None] + ahead, dtype)
+    turns_after = tuple(turn[:, 1:] for turn in turns)
     # The first step runs the state and the actions, later steps the actions alone.
     with_state = cache.window(start, [(1, start + 1), (horizon, end)])
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
-    state = model.state_proj(inputs["state"].to(dtype))[:, None]
+    state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]
     committed = _committed(inputs)
 
     def predict(noisy: Action, time: torch.Tensor) -> Action:
@@ -208,10 +215,10 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.T
             moment = torch.where(committed.held[..., None], sampler.arrived, moment)
         tokens = sampler.embed(noisy.to_vector(), moment)
         if state is not None:
-            hidden = expert(torch.cat([state, tokens], dim=1), (cos, sin), with_state, bias)[:, 1:]
+            hidden = expert(torch.cat([state, tokens], dim=1), turns, with_state, bias)[:, 1:]
             state = None
         else:
-            hidden = expert(tokens, (cos[:, 1:], sin[:, 1:]), actions_only, bias)
-        return Action.from_vector(model.action_out_proj(hidden).to(noise.dtype))
+            hidden = expert(tokens, turns_after, actions_only, bias)
+        return Action.from_vector(model.action_out_proj(hidden.to(sampler.dtype)).to(noise.dtype))
 
     return flow.integrate(predict, Action.from_vector(noise), steps, model.flow, committed).to_vector()

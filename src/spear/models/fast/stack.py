@@ -24,7 +24,8 @@ class StaticKVCache:
     def __init__(
         self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layers = torch.empty(layers, 2, *shape, dtype=dtype, device=device).unbind(0)
+        self.whole = torch.empty(layers, 2, *shape, dtype=dtype, device=device)
+        self.layers = self.whole.unbind(0)
         self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
 
     def to(self, dtype: torch.dtype) -> StaticKVCache:
@@ -87,12 +88,13 @@ class Stack:
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps
         self._eps = torch.tensor(self.eps)
+        self.dtype: torch.dtype = model.norm.weight.dtype
         one: Any = model.layers[0]
         self.scale: float = one.self_attn.scaling
         self.softcap: float | None = getattr(one.self_attn, "attn_logit_softcapping", None)
         self.activation: Any = one.mlp.act_fn
         self.rotary = model.rotary_emb
-        self.norm = _scale(model.norm)
+        self.norm = scale_of(model.norm)
         self.layers = [_layer(layer, packed) for layer in model.layers]
         self._before: Any = self._project
         self._after: Any = self._finish
@@ -108,7 +110,11 @@ class Stack:
         """Room for the keys and values of so many tokens."""
         return StaticKVCache(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
-    def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, cache: StaticKVCache) -> StaticKVCache:
+        """What another stack left in a cache, as this one reads it."""
+        return cache.to(self.dtype)
+
+    def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What rotates queries and keys at positions [B, S]: cosines, and signed sines, [B, S, 1, d] each."""
         cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=places.device), places)
         first, second = sin.chunk(2, dim=-1)
@@ -117,7 +123,7 @@ class Stack:
     def __call__(
         self,
         x: torch.Tensor,
-        rotations: tuple[torch.Tensor, torch.Tensor],
+        rotations: tuple[torch.Tensor, ...],
         window: Window,
         bias: torch.Tensor | None = None,
         keys_only: bool = False,
@@ -173,8 +179,8 @@ class Stack:
         found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
         out = layer.out(found.reshape(batch, length, self.heads * self.width))[0]
         x = x + self._norm(out, layer.after_attention)
-        gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
-        return x + self._norm(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
+        hidden = layer.gate_up.gated(self._norm(x, layer.before_mlp), self.activation)
+        return x + self._norm(layer.down(hidden)[0], layer.after_mlp)
 
     def _attend(
         self,
@@ -196,7 +202,9 @@ class Stack:
                 fused = nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=self.scale)
                 out.append(fused[:, 0])
                 continue
-            if self.softcap is None:
+            if self.scale == 1 and hidden is None and self.softcap is None:
+                scores = torch.bmm(part, keys.transpose(1, 2))
+            elif self.softcap is None:
                 nothing = part.new_zeros(1) if hidden is None else hidden
                 scores = torch.baddbmm(nothing, part, keys.transpose(1, 2), alpha=self.scale)
             else:
@@ -294,10 +302,10 @@ def _layer(layer: Any, packed: bool) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
     return Layer(
-        _scale(layer.input_layernorm),
-        _scale(layer.post_attention_layernorm) if second else None,
-        _scale(layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm),
-        _scale(layer.post_feedforward_layernorm) if second else None,
+        scale_of(layer.input_layernorm),
+        scale_of(layer.post_attention_layernorm) if second else None,
+        scale_of(layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm),
+        scale_of(layer.post_feedforward_layernorm) if second else None,
         Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed),
         Fused(attention.o_proj, packed=packed),
         Fused(mlp.gate_proj, mlp.up_proj, packed=packed),
@@ -305,7 +313,8 @@ def _layer(layer: Any, packed: bool) -> Layer:
     )
 
 
-def _scale(norm: nn.Module) -> torch.Tensor:
+def scale_of(norm: nn.Module) -> torch.Tensor:
+    """What Gemma's RMSNorm multiplies by, float32."""
     return 1 + norm.weight.detach().float()  # type: ignore[operator]
 
 
