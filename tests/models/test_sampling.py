@@ -18,7 +18,6 @@ from spear import flow
 from spear.errors import Notice
 from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
-from spear.models.fast.small import SmallStack
 from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
@@ -210,36 +209,20 @@ def test_sampling_leaves_training_and_checkpoints_alone(tmp_path: Path) -> None:
     assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_fused_layers_say_what_each_says(dtype: torch.dtype, packed: bool) -> None:
+def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed: bool) -> None:
     torch.manual_seed(0)
     layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
     x = torch.randn(2, 5, 24).to(dtype)
     with torch.no_grad():
         for one, layer in zip(Fused(*layers, packed=packed)(x), layers, strict=True):
             exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-            tolerance = (
-                {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(one.double(), exact, rtol=far, atol=far)
+            torch.testing.assert_close(
+                linear(x, layer.weight, layer.bias).double(), exact, rtol=far, atol=far
             )
-            torch.testing.assert_close(one.double(), exact, **tolerance)
-            torch.testing.assert_close(linear(x, layer.weight, layer.bias).double(), exact, **tolerance)
-    weight = layers[0].weight
-    assert linear(x, weight).requires_grad  # with gradients PyTorch's own, which has them
-
-
-def test_a_small_stack_is_the_stack() -> None:
-    model = spear1(text=GROUPED, expert={**GROUPED, "hidden_size": 16}).vlm.language_model
-    x, where, found = torch.randn(2, 301, GROUPED["hidden_size"]), torch.arange(301).expand(2, 301), []
-    with torch.inference_mode():
-        for layers in (Stack(model), SmallStack(model)):
-            cache = layers.cache(2, 301, x.dtype, x.device)
-            for part, end, wanted in ((slice(300), 300, torch.tensor([3, 9])), (slice(300, 301), 301, None)):
-                window = cache.window(part.start or 0, [(x[:, part].shape[1], end)])
-                turns = layers.rotations(where[:, part], x.dtype)
-                found.append(layers(x[:, part], turns, window, wanted=wanted))
-            found.append(SmallStack(model).take(cache).whole)
-    torch.testing.assert_close(found[:3], found[3:])
+    assert linear(x, layers[0].weight).requires_grad  # with gradients PyTorch's own, which has them
 
 
 @pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -247,13 +230,12 @@ def test_an_encoder_of_fast_parts_is_transformers(dtype: torch.dtype, far: float
     config = SiglipVisionConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     theirs, ours = SiglipVisionModel(config).to(dtype), SiglipEncoder(config).to(dtype)
     ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(3, 3, 230, 224).to(dtype)
     with torch.no_grad():
+        images = torch.randn(3, 3, 230, 224).to(dtype)
         one, other = (m(images, interpolate_pos_encoding=True).last_hidden_state for m in (theirs, ours))
         gate, up = FastLinear(24, 40).to(dtype), FastLinear(24, 40).to(dtype)
-        gated = GELUTanh()(gate(one)) * up(one)
-        torch.testing.assert_close(other, one, rtol=far, atol=far)
-        torch.testing.assert_close(Fused(gate, up).gated(one, GELUTanh()), gated, rtol=far, atol=far)
+        assert distance(other, one) < far
+        assert distance(Fused(gate, up).gated(one, GELUTanh()), GELUTanh()(gate(one)) * up(one)) < far
 
 
 def test_what_is_compiled_for_one_layer_serves_all() -> None:
