@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2150, "ablations": 700, "cli": 1590, "data": 4980, "embodiments": 810, "evaluate": 3045,
-    "labels": 5190, "models": 4737, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 750,
+    "(top)": 2150, "ablations": 700, "cli": 1670, "data": 4980, "embodiments": 810, "evaluate": 3045,
+    "labels": 5190, "models": 4790, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 750,
     "util": 735,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

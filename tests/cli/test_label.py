@@ -16,6 +16,7 @@ from rgbd_folders import write_coco, write_plain
 from spear.cli import main
 from spear.labels import components
 from spear.labels.fit.quality import Accuracy, compare
+from spear.labels.models import needs
 from spear.labels.questions.store import read_questions
 from spear.labels.store import read
 from spear.types import Frame
@@ -85,6 +86,26 @@ def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
     there = set(tmp_path.iterdir())
     assert named in fails(capsys, "label", *given.split(), "--workers", "0")
     assert set(tmp_path.iterdir()) == there
+
+
+def test_a_plan_says_what_labelling_costs_and_gets_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
+    batch = ["--batch-size", "2", "--out", str(out), "--plan"]
+    assert (
+        main(["label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch]) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
+    assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
+    need = needs.needs("moge", 2, 840, 8)
+    tokens, width = 2500, 1024  # ViT-L's matrix products, without MoGe's head
+    encoder = 24 * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    assert 1.1 * encoder < need.flops < 1.5 * encoder
+    assert f"activations {need.activations / 2**30:.2f} GiB" in said
+    assert main(["label", str(folder), "--detector", "grounding-dino", *TRUTH[2:], *batch]) == 2  # no depth
 
 
 def test_the_bill_comes_however_the_work_ends(

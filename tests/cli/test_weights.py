@@ -27,6 +27,7 @@ from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
+from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
 BACKBONES = ("convert", "backbones")
@@ -99,3 +100,15 @@ def test_what_does_not_fit_is_one_line(
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
         assert "is there already" in said.err and not said.out
+
+
+def test_what_published_files_must_hold_is_shown(
+    refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "expected", "list"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == len(PUBLISHED) and PUBLISHED["moge"].revision in said
+    assert main(["convert", "expected", "moge"]) == 0
+    said = capsys.readouterr().out
+    assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in said and "420 tensors" in said
+    assert "'pi0'" in refused("convert", "expected", "pi00")

@@ -52,6 +52,7 @@ COMMANDS: dict[str, str] = {
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
     "convert policy": "convert:convert_policy",
+    "convert expected": "convert:convert_expected",
     "plan": "train:plan",
     "doctor": "basics:doctor",
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known
 from spear.util.files import check_new
 from spear.util.options import Name, Options, Seed
 
@@ -132,6 +132,37 @@ def convert_policy(options: InnerVlmOptions) -> None:
     folder = _folder(options.policy, "SPEAR-1")
     plan = plan_inner_vlm(folder)
     _finish(plan, _processor(folder, plan.config), options)
+
+
+@dataclass(frozen=True)
+class ExpectedOptions(Options):
+    network: Annotated[Positional[str], arg(metavar="NETWORK")] = "list"
+    """A published network by its name here; list shows the names, repositories, revisions and files."""
+
+
+def convert_expected(options: ExpectedOptions) -> None:
+    """Show the names and shapes of the tensors that are read of a published network's files.
+
+    Where a conversion or the labeller refuses a file, its error says how that differs.
+
+    Examples:
+        spear convert expected list
+        spear convert expected paligemma
+    """
+    from spear.models.weights.published import PUBLISHED
+
+    check_known("network", ["list", *PUBLISHED], options.network)
+    for name, known in PUBLISHED.items():
+        if options.network in ("list", name):
+            print(f"{name:<15} {known.repository}@{known.revision}: {known.files}")
+    if options.network != "list":
+        from spear.models.weights.conversion import Key, KeyReport
+
+        tensors = PUBLISHED[options.network].tensors()
+        report = KeyReport([Key(name, shape, "loaded", "") for name, shape in tensors.items()])
+        for key, count in report.folded():
+            print(f"{count:>4} × {key.name} {list(key.shape)}")
+        print(f"{len(tensors)} tensors, {report.parameters():,} numbers")
 
 
 def _finish(plan: Conversion[Any], processor: Processor | None, options: ConvertOptions) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import notice
+from spear.errors import SpearError, notice
 from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions
 from spear.util.options import File, Name, Options, Within
 
@@ -34,10 +34,14 @@ def label(options: LabelOptions) -> None:
     reads.
 
     Examples:
+        spear label photos/ --plan
         spear label photos/ --out runs/my_labels --questions
         spear label film.mp4 --detector owlv2 --vocabulary "mug, spoon, bowl" --out runs/my_labels
         spear label --scenes 1000 --out runs/labels
     """
+    if options.plan:
+        _plan(options)
+        return
     seeds = re.findall(r"sim:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
     if any(int(seed) < SceneOptions().first_seed for seed in seeds):
         notice("scenes below 10000 are kept for testing: train on none of these labels")
@@ -47,6 +51,45 @@ def label(options: LabelOptions) -> None:
         _label_scenes(options)
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))
+
+
+def _plan(options: LabelOptions) -> None:
+    """Print what labelling would cost. Of FILE+OTHERWISE the second is counted, for every image."""
+    import torch
+
+    from spear.doctor import machine
+    from spear.labels.components import split
+    from spear.labels.models.gemini import MAX_TOKENS, input_tokens
+    from spear.labels.models.needs import needs
+    from spear.labels.run import prepare
+    from spear.models.devices import choose_device
+    from spear.models.weights.published import PUBLISHED
+
+    if not options.photos:
+        raise SpearError("--plan: name the PHOTOS that shall be labelled")
+    device, (_, listing, settings) = choose_device(options.device), prepare(options)
+    images, words = sum(1 for _ in listing()), settings["vocabulary"]
+    batch, longest = options.work.batch_size, options.size or 840
+    print(f"{images:,} images, {batch} at a time, {longest} pixels wide; computed in float32:")
+    found = []
+    for part in ("detector", "segmenter", "pointmap"):
+        name, model = split(getattr(options, part).rpartition("+")[2])
+        said = f"not known before it is loaded: {model}" if name in PUBLISHED else "no network"
+        if name == "gemini":
+            each = input_tokens(words)
+            said = f"per image about {each:,} tokens in, at most {MAX_TOKENS:,} out; all {each * images:,} in"
+        elif name in PUBLISHED and not model:
+            found.append(needs(name, batch, longest, len(words) or 8))
+            said = f"{found[-1]}: {PUBLISHED[name].repository}"
+        print(f"  {name:<15} {said}")
+    if found:
+        most = sum(n.weights for n in found) + max(n.activations for n in found)
+        work, peak = sum(n.flops for n in found), machine(device.type, torch.float32).peak
+        print(f"memory: at least {most / 2**30:.2f} GiB; a smaller --batch-size needs less")
+        print(
+            f"time on {device}: at least {work / peak:.3g} s per image, {images * work / peak / 3600:.2g} h "
+            f"in all ({work / 1e12:.2f} TFLOP; {peak / 1e12:.2f} TFLOP/s, measured in a matrix product)"
+        )
 
 
 def _label_photos(options: LabelOptions) -> None:

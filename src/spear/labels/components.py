@@ -20,6 +20,7 @@ from typing import Any
 from spear.errors import SpearError, check_known
 from spear.labels.engine import Graph
 from spear.labels.pipeline import settings_for
+from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
 
 
@@ -46,16 +47,15 @@ Maker = Callable[[str | None, Choice], Any]
 def _named(place: str, *takes: str, usual: str = "") -> Maker:
     """Makes what is at FILE:NAME of `spear.labels.models`, with the parts of the choice that it takes.
 
-    usual: of a network: "kind=the model on the Hub that it is without another".
+    usual: the network among `PUBLISHED` that it is without another.
     """
 
     def make(model: str | None, choice: Choice) -> Any:
         if usual:  # importing it takes longer than asking the Hub
-            kind, default = usual.split("=")
-            model = model or default
+            model = model or PUBLISHED[usual].repository
             if "vocabulary" in takes and not choice.vocabulary:
-                raise SpearError(f'--detector {kind}: name what to look for: --vocabulary "mug, spoon"')
-            need_on_hub(model, f"a folder or file that holds it, as in {kind}=PATH")
+                raise SpearError(f'--detector {usual}: name what to look for: --vocabulary "mug, spoon"')
+            need_on_hub(model, f"a folder or file that holds it, as in {usual}=PATH")
         file, name = place.split(":")
         made = getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
         return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
@@ -74,26 +74,20 @@ KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
         "gemini": _named("gemini:GeminiDetector", "vocabulary", "cache", "per_minute"),
         "grounding-dino": _named(
-            "open_vocabulary:GroundingDinoDetector",
-            *("device", "vocabulary"),
-            usual="grounding-dino=IDEA-Research/grounding-dino-base",
+            "open_vocabulary:GroundingDinoDetector", "device", "vocabulary", usual="grounding-dino"
         ),
-        "owlv2": _named(
-            "open_vocabulary:Owlv2Detector",
-            *("device", "vocabulary"),
-            usual="owlv2=google/owlv2-base-patch16-ensemble",
-        ),
+        "owlv2": _named("open_vocabulary:Owlv2Detector", "device", "vocabulary", usual="owlv2"),
         "file": partial(_from_file, "FileDetector"),
         "ground-truth": _named("ground_truth:GroundTruthDetector"),
     },
     "segmenter": {
-        "sam2": _named("sam2:Sam2Segmenter", "device", usual="sam2=facebook/sam2.1-hiera-large"),
+        "sam2": _named("sam2:Sam2Segmenter", "device", usual="sam2"),
         "file": partial(_from_file, "FileSegmenter"),
         "ground-truth": _named("ground_truth:GroundTruthSegmenter"),
     },
     "point map": {
-        "moge": _named("pointmap:load_pointmap", "device", usual="moge=Ruicheng/moge-vitl"),
-        "moge-2": _named("pointmap:load_pointmap", "device", usual="moge-2=Ruicheng/moge-2-vitl-normal"),
+        "moge": _named("pointmap:load_pointmap", "device", usual="moge"),
+        "moge-2": _named("pointmap:load_pointmap", "device", usual="moge-2"),
         "ground-truth": _named("ground_truth:GroundTruthPointMap"),
     },
 }
@@ -105,7 +99,7 @@ def build(kind: str, description: str, choice: Choice) -> Any:
     component itself complains about."""
     check(kind, description)
     first, plus, otherwise = description.partition("+")
-    name, argument = _split(first)
+    name, argument = split(first)
     made = KINDS[kind][name](argument, choice)
     if isinstance(made, partial):  # from a file, which may leave some images to another component
         return made(build(kind, otherwise, choice) if plus else None)
@@ -117,13 +111,13 @@ def build(kind: str, description: str, choice: Choice) -> Any:
 def check(kind: str, description: str) -> None:
     """Raise `SpearError` for a name that does not exist, before anything is loaded."""
     for part in description.split("+"):
-        name, argument = _split(part)
+        name, argument = split(part)
         check_known(kind, KINDS[kind], name)
         if name == "file" and not (argument and Path(argument).is_file()):
             raise SpearError(f"{kind} {part!r}: no such file: write file:PATH")
 
 
-def _split(description: str) -> tuple[str, str | None]:
+def split(description: str) -> tuple[str, str | None]:
     """NAME, and what follows the first = or :, or None."""
     name, *argument = re.split("[=:]", description, maxsplit=1)
     return name, argument[0] if argument else None

@@ -73,6 +73,8 @@ class LabelOptions(Options):
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
     """Try again the images that were skipped for a reason that may pass, such as a service out of reach."""
+    plan: bool = False
+    """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads nothing."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""
     seed: Annotated[int, Within(0)] = 0

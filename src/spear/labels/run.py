@@ -30,7 +30,7 @@ import pyarrow as pa
 import spear
 from spear.errors import SpearError
 from spear.labels.components import Choice, graph
-from spear.labels.engine import Done, Engine, SkippedImage, run_local, run_ray
+from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
@@ -80,6 +80,29 @@ def label_photos(
     on_bill is called with the bill of a detector that has one, however the work ends (not with Ray). Raises
     `SpearError`: an unknown component, no input, or as in `label_folder`.
     """
+    chosen, listing, settings = prepare(options)
+    made: list[Any] = []
+
+    def detector() -> Any:
+        made.append(chosen.detector())
+        return made[0]
+
+    engine: Engine = partial(run_ray, chosen, options.work)
+    if options.work.engine == "local":
+        engine = partial(run_local, dataclasses.replace(chosen, detector=detector), options.work.workers)
+    try:
+        return label_folder(
+            listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
+        )
+    finally:
+        for component in made:
+            if hasattr(component, "bill") and (bill := component.bill()):
+                on_bill(bill)
+
+
+def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
+    """What is done with the images of `options.photos`, what lists them, and the settings; nothing is loaded.
+    Raises `SpearError` as `label_photos` does."""
     vocabulary = tuple(name.strip() for name in options.vocabulary.split(",") if name.strip())
     cache = options.cache or options.out / ".answers"
     choice = Choice(vocabulary, options.device, cache, options.per_minute)
@@ -97,24 +120,7 @@ def label_photos(
         "pointmap": options.pointmap, "vocabulary": vocabulary, "size": options.size, "rate": options.rate,
         "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
     }  # fmt: skip
-    made: list[Any] = []
-
-    def detector() -> Any:
-        made.append(chosen.detector())
-        return made[0]
-
-    engine: Engine = partial(run_ray, chosen, options.work)
-    if options.work.engine == "local":
-        engine = partial(run_local, dataclasses.replace(chosen, detector=detector), options.work.workers)
-    listing = partial(find_items, inputs, options.rate, options.per_episode)
-    try:
-        return label_folder(
-            listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
-        )
-    finally:
-        for component in made:
-            if hasattr(component, "bill") and (bill := component.bill()):
-                on_bill(bill)
+    return chosen, partial(find_items, inputs, options.rate, options.per_episode), settings
 
 
 def label_folder(

@@ -87,7 +87,9 @@ class Checkpoints:
         Waits for the one before. Raises `SpearError` when that could not be written.
         """
         self.wait()
-        counts = {self._names[p]: float(s["step"]) for p, s in self.stepper.optimizer.state.items()}
+        steps = {self._names[p]: s["step"] for p, s in self.stepper.optimizer.state.items()}
+        # A GPU is waited for once, not for every parameter.
+        counts = dict(zip(steps, torch.stack([*steps.values()]).tolist() if steps else [], strict=True))
         processes = parallel.mesh("cpu") if self.stepper.sharded else None
         tensors = sorted(self._tensors().items(), key=lambda item: -item[1].numel())
         copies = {
@@ -177,7 +179,7 @@ class Checkpoints:
             if (count := counts.get(self._names[parameter])) is not None:
                 dtype = torch.bfloat16 if half else parameter.dtype
                 made = {kind: torch.zeros_like(parameter, dtype=dtype) for kind in _MOMENTS}
-                step = torch.tensor(count, device="cpu" if half else parameter.device)
+                step = torch.full((), count, device="cpu" if half else parameter.device)
                 state[parameter] = {"step": step, **made}
 
 

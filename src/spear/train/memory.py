@@ -6,7 +6,6 @@ context, what kernels use inside themselves, and memory lost between blocks; `us
 """
 
 import re
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
 from spear.models.layers import FastRMSNorm, recompute_layers
+from spear.models.meter import Meter, give_storage
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -60,36 +58,6 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.averaged + self.activations
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is on: `live` now, `peak` at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, result)
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
-        return tensor
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def usable(gpu: str) -> float:
     """Bytes that a training step may take of a GPU sold as, for example, "24GB", which is GiB.
 
@@ -123,7 +91,7 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     recompute_layers(model, opt.gradient_checkpointing)
     moment_type = torch.bfloat16 if opt.moments == "bf16" else torch.float32
     with FakeTensorMode(), Meter() as meter:
-        _give_storage(model.train())
+        give_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
         held = [torch.empty_like(p, dtype=moment_type) for p in learning for _ in range(2)]
@@ -155,7 +123,7 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         with FakeTensorMode(), Meter() as meter, torch.no_grad():
-            _give_storage(model)
+            give_storage(model)
             weights = meter.live
             model.sample_actions(**_observation(size, batch), steps=2)
     finally:
@@ -181,16 +149,6 @@ def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.n
             if isinstance(module, FastRMSNorm):
                 module.forward = partial(GemmaRMSNorm.forward, module)  # type: ignore[method-assign]
     return model
-
-
-def _give_storage(model: torch.nn.Module) -> None:
-    """Replace meta tensors, which have a shape alone, by fake ones (of the mode that is on) with storage."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            made = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, torch.nn.Parameter(made, requires_grad=parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:

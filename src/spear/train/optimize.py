@@ -278,7 +278,7 @@ class Stepper:
                 gradient.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(list(self.learning.values()), opt.grad_clip)
         means = parallel.average(torch.stack(said).mean(0))
-        # The one time in a step that the process waits for a GPU.
+        # The one time in a step that the process waits for a GPU (questions find their answers, too).
         *numbers, length = torch.cat([means, parallel.full(norm).float().reshape(1)]).tolist()
         found = {**dict(zip(keys, numbers, strict=True)), "grad_norm": length}
         if not math.isfinite(found["loss"]) or not math.isfinite(length):

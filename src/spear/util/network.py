@@ -36,8 +36,9 @@ def unreachable(url: str) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224"."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224", or
+    one with its @REVISION."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", name) is not None
 
 
 def hub_unreachable() -> str | None:
@@ -56,7 +57,7 @@ def need_on_hub(model: str, instead: str) -> None:
 
     if not is_hub_name(model) or Path(model).exists():
         return
-    cached = Path(constants.HF_HUB_CACHE, f"models--{model.replace('/', '--')}").is_dir()
+    cached = Path(constants.HF_HUB_CACHE, f"models--{model.partition('@')[0].replace('/', '--')}").is_dir()
     if not cached and (why := hub_unreachable()):
         raise SpearError(
             f"cannot get {model} from the Hugging Face Hub ({why}), and it is not in the cache: check the "

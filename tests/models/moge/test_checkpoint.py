@@ -65,18 +65,16 @@ def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Che
     ],
 )
 def test_a_missing_weight_is_named(folder: Path, version: int, name: str) -> None:
-    with pytest.raises(
-        SpearError, match=rf"does not fit: .*: 1 weights missing, first {name}: download it again"
-    ):
+    with pytest.raises(SpearError, match=rf"1 weights missing, first {name} \[[\d, ]+\]: "):
         build_moge(changed(checkpoint(folder, version), drop=name))
 
 
 def test_unknown_misshapen_and_foreign_weights_are_named(folder: Path) -> None:
     v1, v2 = checkpoint(folder, 1), checkpoint(folder, 2)
     for published, extra in ((v1, "backbone.register_tokens"), (v2, "edge_head.bias"), (v2, "image_mean")):
-        with pytest.raises(SpearError, match=f"1 weights unknown, first {extra}: "):
+        with pytest.raises(SpearError, match=rf"1 weights unknown, first {extra} \[3\]: "):
             build_moge(changed(published, **{extra: torch.zeros(3)}))
-    with pytest.raises(SpearError, match=r"wrong shape, first head\.projects\.0\.bias \(\(5,\)\)"):
+    with pytest.raises(SpearError, match=r"wrong shape, first head\.projects\.0\.bias \[5\], not \[512\]"):
         build_moge(changed(v1, **{"head.projects.0.bias": torch.zeros(5)}))
     with pytest.raises(SpearError, match=r"image_mean is not ImageNet's"):
         build_moge(changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5)))

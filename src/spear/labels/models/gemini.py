@@ -93,7 +93,7 @@ class GeminiDetector:
     ) -> None:
         self.model, self.cache, self.concurrency = model, cache, concurrency
         self.attempts, self.first_wait, self.pause = attempts, first_wait, 60 / (per_minute or np.inf)
-        self.prompt = PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
+        self.prompt = prompt_for(vocabulary)
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
         self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
@@ -264,6 +264,17 @@ class GeminiDetector:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
         return self._types.Part.from_bytes(data=encode_jpeg(image), mime_type="image/jpeg")
+
+
+def prompt_for(vocabulary: Sequence[str]) -> str:
+    """What Gemini is asked about every image."""
+    return PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
+
+
+def input_tokens(vocabulary: Sequence[str]) -> int:
+    """About what asking about an image takes, by Google's rules: at most 1,120 tokens for a picture (Gemini 3
+    at its default resolution), and one for four characters of the prompt and the answer's schema."""
+    return 1120 + len(prompt_for(vocabulary) + json.dumps(SCHEMA)) // 4
 
 
 class Unusable(ValueError):

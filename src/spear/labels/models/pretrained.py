@@ -57,9 +57,10 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
         raise SpearError(f"{model}: no such folder: give the folder of a model, or its name on the Hub")
     if not local:
         need_on_hub(model, f"a folder that holds it, as in {kind}=FOLDER")
-    offline = local or bool(hub_unreachable())
+    options["local_files_only"] = local or bool(hub_unreachable())
+    name, _, revision = (str(path), "", "") if local else model.partition("@")
     try:
-        return cls.from_pretrained(str(path) if local else model, local_files_only=offline, **options)
+        return cls.from_pretrained(name, revision=revision or "main", **options)
     except Exception as error:  # names that do not exist and broken files raise errors of many kinds
         raise SpearError(
             f"{model}: cannot load this {kind} model ({first_line(error)}): check its name and the network, "

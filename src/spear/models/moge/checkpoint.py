@@ -15,7 +15,7 @@ from torch import nn
 from spear.errors import SpearError, first_line
 from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
-from spear.models.weights.load import download
+from spear.models.weights.load import difference, download
 from spear.util.network import is_hub_name
 
 Weights = Mapping[str, torch.Tensor]
@@ -147,31 +147,29 @@ def _match(
 ) -> dict[str, str]:
     """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
-    matched, missing, shapes = {}, [], []
+    expected = published_shapes(model, checkpoint.version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
-    used = {f"{_BACKBONE[checkpoint.version]}mask_token", *(unused or ())}
-    for ours, tensor in model.state_dict().items():
-        name = published_name(ours, prefixes)
-        used.add(name)
-        if name not in weights:
-            missing.append(name)
-            continue
-        if _piece(checkpoint, ours, name).shape != tensor.shape:
-            shapes.append(f"{name} ({tuple(weights[name].shape)})")
-        matched[ours] = name
+    left = {f"{_BACKBONE[checkpoint.version]}mask_token", *(unused or ())} - set(expected)
+    found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in left}
+    if wrong := difference(expected, found):
+        raise SpearError(f"{where}: {wrong}: download it again, or report this line")
     for name, values in _CONSTANTS.items():
         key = name if checkpoint.version == 1 else f"encoder.{name}"
-        used.add(key)
-        if key not in weights:
-            missing.append(key)
-        elif not torch.allclose(weights[key].float().flatten(), torch.tensor(values), atol=1e-3):
+        if not torch.allclose(weights[key].float().flatten(), torch.tensor(values), atol=1e-3):
             raise SpearError(f"{where}: {key} is not ImageNet's: use one of the published checkpoints")
-    unknown = [k for k in weights if k not in used]
-    for problem, names in (("missing", missing), ("unknown", unknown), ("of the wrong shape", shapes)):
-        if names:
-            names = sorted(set(names))
-            raise SpearError(f"{where}: {len(names)} weights {problem}, first {names[0]}: download it again")
-    return matched
+    return {ours: published_name(ours, prefixes) for ours in model.state_dict()}
+
+
+def published_shapes(
+    model: nn.Module, version: int, prefixes: Prefixes | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a checkpoint must hold for a model, by the checkpoint's names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, tensor in model.state_dict().items():
+        name = published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
+        parts = 3 if ".attn.qkv." in name else 1
+        shapes[name] = (parts * tensor.shape[0], *tensor.shape[1:])
+    return shapes | {f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS}
 
 
 def published_name(ours: str, prefixes: Prefixes) -> str:

@@ -351,7 +351,7 @@ class ConvStack(nn.Module):
             for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
         )
         self.output_blocks = nn.ModuleList(
-            nn.Identity() if out is None else nn.Conv2d(width, out, 1)
+            nn.Conv2d(width, out, 1) if out else nn.Identity()
             for out, width in zip(each(config.get("dim_out")), widths, strict=True)
         )
 

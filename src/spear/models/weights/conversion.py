@@ -22,7 +22,7 @@ from spear.util.files import check_new
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
-PROBLEMS = ("missing", "refused")
+PROBLEMS: tuple[Status, ...] = ("missing", "refused")
 _EXPERT = ("expert", "state_proj", "action_")
 """Beginnings of the names of weights that are the action expert's."""
 _NUMBER = re.compile(r"\b\d+\b")
@@ -57,14 +57,14 @@ class KeyReport:
         return [key for key in self.keys if key.status in status]
 
     def check(self, where: str) -> None:
-        """Raise `SpearError`, naming the first key, when a weight is missing or refused."""
-        for status in PROBLEMS:
-            keys = [key for key in self.keys if key.status == status]
-            if keys:
-                first = f"{keys[0].name} ({keys[0].note})"
-                raise SpearError(
-                    f"checkpoint does not fit: {where}: {len(keys)} weights {status}, first {first}"
-                )
+        """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
+        wrong = [(status, keys) for status in PROBLEMS if (keys := self.of(status))]
+        if wrong:
+            said = (
+                f"{len(k)} weights {s}, first {k[0].name} {list(k[0].shape)} ({k[0].note})" for s, k in wrong
+            )
+            also = "compare with `spear convert expected`, or report this line"
+            raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
     def folded(self) -> list[tuple[Key, int]]:
         """The keys, each with a count: numbered layers are one line, unless something is wrong with them."""

@@ -187,6 +187,17 @@ def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part
     return part
 
 
+def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with a file's tensors, in one line: how many, and the first with its shape; or ""."""
+    other = [name for name in expected if name in found and found[name] != expected[name]]
+    wrong = (
+        ("missing", [f"{name} {list(expected[name])}" for name in expected if name not in found]),
+        ("unknown", [f"{name} {list(found[name])}" for name in found if name not in expected]),
+        ("of the wrong shape", [f"{n} {list(found[n])}, not {list(expected[n])}" for n in other]),
+    )
+    return "; ".join(f"{len(names)} weights {what}, first {min(names)}" for what, names in wrong if names)
+
+
 def find(name: Path | str, what: str) -> Path:
     """The folder of a checkpoint: a local one, or, for a name on the Hub, the one it is kept in."""
     folder = Path(name)
@@ -206,11 +217,12 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     need_on_hub(name, instead)
-    offline = bool(hub_unreachable())
+    repository, _, revision = name.partition("@")
+    which: dict[str, Any] = {"revision": revision or None, "local_files_only": bool(hub_unreachable())}
     try:
         if file is not None:
-            return Path(hf_hub_download(name, file, local_files_only=offline))
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=offline))
+            return Path(hf_hub_download(repository, file, **which))
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **which))
     except Exception as error:  # the client's errors and its transport's have no common base
         raise SpearError(
             f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name "

@@ -1,0 +1,65 @@
+"""The published networks that are read: where they are, and the tensors that their files must hold."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spear.models.presets import preset, spear1_config, vlm_config
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network on the Hugging Face Hub: the fields of `published.toml`, which explains them."""
+
+    repository: str
+    revision: str
+    files: str
+    kind: str
+    config: Mapping[str, Any]
+    names: list[tuple[str, str]] = field(default_factory=list)
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """The network that its weights go into, on the meta device: shapes without numbers."""
+        import torch
+        import transformers
+
+        from spear.models.moge import networks
+        from spear.models.spear1 import Spear1ForActionPrediction
+        from spear.models.vlm import SpearVLMForConditionalGeneration
+
+        size = preset("spear1")
+        with torch.device("meta"):
+            if self.kind.startswith("Moge"):
+                return getattr(networks, self.kind)(self.config)
+            if self.kind == "Pi0":
+                policy = Spear1ForActionPrediction(spear1_config(size))
+                del policy.vlm
+                return policy
+            if self.kind == "PaliGemma":
+                inner = vlm_config(size)
+                inner.moge_config, inner.text_config = None, transformers.AutoConfig.for_model(**self.config)
+                return SpearVLMForConditionalGeneration(inner)
+            kind: Any = getattr(transformers, self.kind)
+            return kind(kind.config_class(**self.config))
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that are read of its files, by their names there. What else they hold is left out."""
+        from spear.models.moge.checkpoint import published_shapes
+
+        network = self.build()
+        if self.kind.startswith("Moge"):
+            return published_shapes(network, int(self.kind[-1]))
+        found = {}
+        for name, weight in network.state_dict().items():
+            for ours, theirs in self.names:
+                name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+            found[name] = tuple(self.shapes.get(name, weight.shape))
+        return found
+
+
+_FILE = Path(__file__).with_suffix(".toml")
+PUBLISHED = {name: Published(**fields) for name, fields in tomllib.loads(_FILE.read_text("utf-8")).items()}
+"""By the names that `spear convert expected` and the labeller's options take."""

@@ -1,0 +1,165 @@
+"""What becomes a CUDA graph does the same work whatever is in its tensors.
+
+No look at values, no allocation whose size depends on them, no copy from or to another device, no random
+numbers. On the `meta` device tensors have no values, so that nothing can depend on them; on the CPU two runs
+with other values make the same operations, shapes, types and strides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models_tiny import START, TINY, spear1
+from spear.flow import FlowConfig, sample_noise
+from spear.models import decode, sampling
+from spear.models.presets import PRESETS, Preset, spear1_config
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+
+Tensor = torch.Tensor
+VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
+def shallow(size: Preset) -> Preset:
+    """A preset with two layers of each network, which is faster; all layers do the same."""
+    networks = {
+        name: {**getattr(size, name), "num_hidden_layers": 2} for name in ("vision", "text", "expert")
+    }
+    return dataclasses.replace(size, **networks)
+
+
+SIZES = {name: shallow(size) for name, size in {**PRESETS, "tiny": TINY}.items()}
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not know the meta device."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations with what they make, and those that a graph cannot hold."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.trace, self.wrong = device, list[Any](), list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = str(func), kwargs or {}
+        tags = VALUES & set(func.tags)
+        if "aten.index.Tensor" in name:  # by numbers, it is as large as these
+            tags = {tag for tag in tags for part in args[1] if part is not None and part.dtype == torch.bool}
+        if tags or torch.device(kwargs.get("device") or self.device).type != self.device:
+            self.wrong.append(name)
+        made = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)]
+        # A number on the CPU becomes a constant, unless it is copied.
+        if any(t.device.type != self.device and (t.dim() or "copy" in name) for t in tensors):
+            self.wrong.append(name)
+        shown = [(t.shape, t.dtype, t.stride()) for t in tree_leaves(made) if isinstance(t, Tensor)]
+        self.trace.append((name, shown))
+        return made
+
+
+BAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "looks": lambda x: x * float(x.sum()),
+    "branches": lambda x: x + 1 if x.sum() > 0 else -x,
+    "grows": lambda x: x[x > 0],
+    "finds": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "leaves": lambda x: x.cpu(),
+    "arrives": lambda x: x + torch.ones(4, device="cpu").to(x.device),
+    "a number arrives": lambda x: x + torch.tensor(2.0, device="cpu").to(x.device),
+    "draws": lambda x: x + torch.randn_like(x),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
+    with Watch("meta") as watch, contextlib.suppress(RuntimeError):
+        BAD[bad](torch.ones(4, device="meta"))
+    assert watch.wrong
+
+
+def test_work_that_depends_on_values_is_seen() -> None:
+    for bad in ("branches", "grows"):
+        traces = []
+        for x in (torch.ones(4), torch.tensor([-9.0, 1, 1, 1])):
+            with Watch("cpu") as watch:
+                BAD[bad](x)
+            traces.append(watch.trace)
+        assert traces[0] != traces[1], bad
+
+
+def observation(size: Preset, batch: int, device: str, full: bool, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of `sampling.sample`; full: with padding, missing views and committed actions."""
+    draw = torch.Generator().manual_seed(seed)
+    given = {
+        f"pixels/{view}": torch.randint(0, 256, (batch, 3, high, wide), generator=draw, dtype=torch.uint8)
+        for view, (wide, high) in size.image_sizes.items()
+    }
+    given["input_ids"] = torch.randint(3, START, (batch, 6), generator=draw)
+    given["state"] = torch.randn(batch, STATE_FEATURES, generator=draw)
+    given["noise"] = sample_noise((batch, size.horizon), FlowConfig(**size.flow), draw).to_vector()
+    if full:
+        given["attention_mask"] = (torch.arange(6) < 5 - torch.arange(batch)[:, None] % 2 - seed).long()
+        given["present/wrist"] = torch.arange(batch) % 2 == seed
+        given["committed"] = given["noise"].flip(0)
+        given["held"] = torch.arange(size.horizon).expand(batch, -1) < 1 + seed
+    return {name: tensor.to(device) for name, tensor in given.items()}
+
+
+def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
+    sampler = sampling.SAMPLER(model, True)
+    sampler.moments(3)  # made before a graph is recorded
+    with torch.no_grad(), Watch(inputs["noise"].device.type) as watch:
+        if way == "plain":
+            sampling.plain(model, inputs, 3)
+        else:
+            sampling._sample(model, sampler, inputs, 3)
+    return watch
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def empty(request: pytest.FixtureRequest) -> tuple[Preset, Any]:
+    """A policy of each preset on the meta device."""
+    with torch.device("meta"):
+        return SIZES[request.param], Spear1ForActionPrediction(spear1_config(SIZES[request.param])).eval()
+
+
+@pytest.mark.parametrize("way", ["plain", "fast"])
+def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) -> None:
+    for batch, full in ((1, False), (3, True)):
+        watch = act(way, empty[1], observation(empty[0], batch, "meta", full))
+        assert len(watch.trace) > 100 and not watch.wrong
+
+
+def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
+    size, model = empty
+    layers = decode.STACK(model.vlm.language_model, True, False)
+    rows: list[Any] = [[(size.vocabulary, size.vocabulary + size.bins)] * 3, [(5, 6), (3, 9)]]
+    spans = decode._spans(rows, 8, model.config.vlm_config.text_config)
+    given = observation(size, 2, "meta", full=False)
+    inputs = {"bounds": torch.zeros(len(spans), 2, 2, dtype=torch.long, device="meta")}
+    inputs |= {name: given[name] for name in ("pixels/external", "input_ids")}
+    with torch.no_grad(), Watch("meta") as watch:
+        decode._decode(model.vlm, layers, inputs, spans)
+    assert len(watch.trace) > 100 and not watch.wrong
+
+
+@pytest.mark.parametrize("way", ["plain", "fast"])
+@pytest.mark.parametrize("changes", [{}, {"flow": {"prediction": "clean"}}, {"flow": {"rotation": "linear"}}])
+def test_acting_does_the_same_whatever_it_is_given(way: str, changes: dict[str, Any]) -> None:
+    model = spear1(**changes)
+    first, second = (act(way, model, observation(TINY, 2, "cpu", True, seed)) for seed in (0, 1))
+    assert first.trace == second.trace
+    # On a CPU the fast way looks whether there is padding at all: once, see `prefill`.
+    assert [name for name in first.wrong if "local_scalar" not in name] == []
+    assert len(first.wrong) == (way == "fast")

@@ -1,0 +1,112 @@
+"""Training on another device than the CPU, without one: fake tensors of a backend that PyTorch lets Python
+pretend. A stray tensor on the CPU is an error there, and so is a look at a value.
+
+In processes of their own, since such a backend stays.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from spear.models.meter import give_storage
+from spear.train import optimize, parallel
+from spear.train.checkpoint import Checkpoints
+from spear.train.optimize import Stepper
+from spear.train.options import Optimization
+from train_tiny import Acting
+
+WORLD, FAKE = 4, FakeTensorMode()
+looks: list[int] = []
+
+
+class Robot(Acting):
+    """Questions look for the tokens that are asked for, which only real tensors have."""
+
+    def questions(self, asked: dict[str, Any]) -> torch.Tensor:
+        return 0 * self.model.vlm.language_model.norm.weight.sum()
+
+
+def pretend() -> None:
+    """From now on there is a device "pretend", and looks at values are counted."""
+    _setup_privateuseone_for_python_backend("pretend")
+    torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
+    optimize.step_generator = lambda *_: None  # type: ignore[assignment]
+    FakeTensor.tolist = lambda self: looks.append(self.numel()) or [1.0] * self.numel()  # type: ignore
+
+
+def prepared(device: str, sharded: bool = False, **changes: Any) -> Stepper:
+    task = Robot()
+    with FAKE:
+        give_storage(task.model, device)
+        opt = Optimization(steps=2, lr=1e-3, ema=0.9, precision="fp32", **changes)
+        return Stepper(task, opt, seed=0, sharded=sharded)
+
+
+def step(stepper: Stepper) -> None:
+    """Two steps, each of which looks at the device once: at the losses and the norm."""
+    batch = tree_map_only(torch.Tensor, FAKE.from_tensor, stepper.task.batch(0))
+    looks.clear()
+    with FAKE:
+        found = [stepper(number, batch) for number in range(2)]
+    assert looks == 2 * [len(found[0])] and "grad_norm" in found[0]
+
+
+def alone(root: Path) -> None:
+    pretend()
+    with FAKE, pytest.raises(RuntimeError):
+        torch.ones(3, device="pretend") + torch.ones(3)
+    for changes in ({}, {"moments": "bf16"}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}):
+        stepper = prepared("pretend", **changes)
+        step(stepper)
+        assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
+        with FAKE, Checkpoints(root, stepper) as checkpoints:
+            held = checkpoints._tensors()
+            assert {tensor.device.type for tensor in held.values()} == {"pretend"}
+            assert len(held) > 3 * len(stepper.learning)
+            written: list[Any] = []
+            checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
+            looks.clear()
+            checkpoints.save(2, {})
+            checkpoints.wait()
+            copies = written[0][1]
+            assert copies.keys() == held.keys() and len(looks) == 1
+            assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
+            checkpoints._make_moments(dict.fromkeys(stepper.learning, 2.0))  # what a checkpoint is read into
+            assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {"pretend"}
+
+
+def several(root: Path) -> None:
+    pretend()
+    dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
+    meshes = {kind: parallel.mesh(kind) for kind in ("cpu", "pretend")}  # whose own numbers are real
+    parallel.mesh = meshes.__getitem__  # type: ignore[assignment]
+    stepper = prepared("pretend", sharded=True)
+    parts = [p.to_local() for p in stepper.model.parameters()]
+    assert {part.device.type for part in parts} == {"pretend"} and parallel.is_sharded(stepper.model)
+    whole = sum(p.numel() for p in Robot().model.parameters())
+    assert whole <= WORLD * sum(map(torch.numel, parts)) < 1.02 * whole
+    step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks
+
+
+@pytest.mark.parametrize("work", ["alone", "several"])
+def test_training_keeps_to_its_device(work: str, tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, work, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
