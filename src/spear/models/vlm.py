@@ -11,7 +11,7 @@ from transformers import Dinov2Config as MogeConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, unknown_name
 from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.layers import (
     KVCache,
@@ -150,7 +150,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False for a missing image.
         Raises SpearError for a view that the model does not know, or images of a wrong type.
         """
-        check_known("view", self.config.views, *pixel_values, *(view_mask or {}))
+        for name in (*pixel_values, *(view_mask or {})):
+            if name not in self.config.views:
+                raise unknown_name("view", name, self.config.views)
         given = [name for name in self.config.views if name in pixel_values]
         for name in given:
             check_pixels(name, pixel_values[name])
