@@ -6,8 +6,6 @@ action changes, goes through the expert in the first flow step only. That they a
 the first observation of each kind goes through both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import Any
 

@@ -6,8 +6,6 @@ A tab sends JSON {"do": one of `REQUESTS`, …}, or the bytes of an image file; 
 Whatever is wrong becomes {"problem": one line}. One thread does all the work, never the event loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

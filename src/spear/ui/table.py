@@ -4,8 +4,6 @@ Everything here blocks and belongs to one thread, as `spear.sim.render.Renderer`
 the page's view, as plain JSON, which the page keeps by step.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import time

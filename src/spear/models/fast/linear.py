@@ -3,8 +3,6 @@
 What is worked out of a network's weights is kept by `Prepared` until they change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar

@@ -6,8 +6,6 @@ complex number, products add the residuals, and what is between them stays in th
 for a flow step or an answer's next token, products in bfloat16 cost more to set up than they save.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
