@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2150, "ablations": 700, "cli": 1670, "data": 4980, "embodiments": 810, "evaluate": 3045,
-    "labels": 5190, "models": 4790, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 750,
+    "labels": 5190, "models": 4870, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 750,
     "util": 735,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

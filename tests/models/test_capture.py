@@ -160,6 +160,6 @@ def test_acting_does_the_same_whatever_it_is_given(way: str, changes: dict[str, 
     model = spear1(**changes)
     first, second = (act(way, model, observation(TINY, 2, "cpu", True, seed)) for seed in (0, 1))
     assert first.trace == second.trace
-    # On a CPU the fast way looks whether there is padding at all: once, see `prefill`.
-    assert [name for name in first.wrong if "local_scalar" not in name] == []
-    assert len(first.wrong) == (way == "fast")
+    # On a CPU the fast way looks once whether there is padding at all (`prefill`); attention could drop out.
+    looks = [name for name in first.wrong if "attention" not in name]
+    assert looks == ["aten._local_scalar_dense.default"] * (way == "fast")
