@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2150, "ablations": 700, "cli": 1670, "data": 4980, "embodiments": 810, "evaluate": 3045,
-    "labels": 5190, "models": 4870, "report": 1260, "serve": 1030, "sim": 1730, "train": 2750, "ui": 750,
-    "util": 735,
+    "(top)": 2125, "ablations": 690, "cli": 1670, "data": 4930, "embodiments": 780, "evaluate": 2975,
+    "labels": 5125, "models": 4850, "report": 1235, "serve": 1030, "sim": 1690, "train": 2675, "ui": 750,
+    "util": 725,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -4,8 +4,6 @@ A command is a function of one argument, a dataclass of options (`spear.util.opt
 help. Only the module of the command that is asked for is imported, and what is heavy inside the function.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

@@ -7,8 +7,6 @@
 `build` makes a component, which may load a network; until then it is a description that any process can have.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What can be chosen when labelling, and when asking questions about labels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -11,8 +11,6 @@ hash of the keys of its items, which shows an input that has changed meanwhile. 
 reason that may pass can be tried again, and take their places in the shard.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

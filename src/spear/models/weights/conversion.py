@@ -1,7 +1,5 @@
 """A conversion: weights matched by name and shape first, read piece by piece after, and saved as a folder."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
