@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2125, "ablations": 690, "cli": 1670, "data": 4930, "embodiments": 780, "evaluate": 2975,
-    "labels": 5125, "models": 4850, "report": 1235, "serve": 1030, "sim": 1690, "train": 2675, "ui": 750,
+    "labels": 5125, "models": 4854, "report": 1235, "serve": 1030, "sim": 1690, "train": 2675, "ui": 750,
     "util": 725,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
