@@ -55,17 +55,6 @@ def test_each_of_several_datasets_is_prepared_with_the_cameras_that_it_has(
         assert EpisodeStore(tmp_path / "out" / name).cameras == [camera]
 
 
-def test_the_page_holds_everything(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "deep" / "look.html"
-    assert main(["data", "inspect", str(store), "--out", str(page)]) == 0
-    assert f"open {page}" in capsys.readouterr().out
-    html = page.read_text()
-    assert [html.count(tag) for tag in ("<h2", "<svg", "<img", "<script")] == [4, 3 * 5, 6 + 8 + 1, 0]
-    assert not re.search(r'(src|href)="(?!data:image/jpeg;base64,)', html)
-    assert "push the block 1" in html and "a success" in html
-    assert "nan" not in html.partition("</pre>")[2].lower()
-
-
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
 def test_a_dataset_without_a_layout_is_shown_as_it_is(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str

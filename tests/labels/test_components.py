@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 
 from spear.errors import SpearError
-from spear.labels.components import Choice, build, graph
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
-from spear.labels.objects import BoxSettings
-
-
-def test_ground_truth_is_made_from_its_name() -> None:
-    made = pickle.loads(pickle.dumps(graph("ground-truth", "ground-truth", "ground-truth", Choice())))
-    assert isinstance(made.detector(), GroundTruthDetector)
-    assert isinstance(made.segmenter(), GroundTruthSegmenter)
-    assert isinstance(made.pointmap(), GroundTruthPointMap)
-    assert made.boxes == BoxSettings()
-    assert graph("gemini", "sam2", "moge-2", Choice()).boxes.erosion > 0
+from spear.labels.components import Choice, build
 
 
 def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from labels_scenes import TRUTH, random_frame
 from spear.errors import SpearError
 from spear.labels.pipeline import label
-from spear.labels.store import ParquetWriter, choose, count, read, write_labels
+from spear.labels.store import choose, count, read, write_labels
 from spear.types import LabeledImage
 
 
@@ -86,14 +86,3 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
     with pytest.raises(SpearError, match="not a label shard, it lacks"):
         count(tmp_path)
-
-
-def test_a_writer_gives_the_same_bytes_however_rows_come(tmp_path: Path) -> None:
-    table = pa.table({"x": np.arange(50)})
-    for name, step in (("a", 50), ("b", 1), ("c", 7)):
-        with ParquetWriter(tmp_path / name, table.schema) as writer:
-            for start in range(0, 50, step):
-                writer.write(table.slice(start, step))
-            writer.commit({"k": "v"})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
-    assert pq.read_table(tmp_path / "a")["x"].to_pylist() == list(range(50))

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spear.labels.fit.image import tight_box
-from spear.labels.fit.masks import encode_mask
 from spear.types import Array, Frame
 
 
@@ -54,27 +52,3 @@ def from_zero(k: Array | None) -> Array:
     """Intrinsics with the first pixel's centre at 0, as most files have them."""
     assert k is not None
     return k - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
-
-
-def write_coco(path: Path, frames: dict[str, Frame]) -> Path:
-    """The instances of frames, by file name, as COCO annotations with masks."""
-    names = sorted({name for frame in frames.values() for name in frame.names.values()})
-    images, annotations = [], []
-    for number, (file, frame) in enumerate(frames.items()):
-        assert frame.instances is not None
-        height, width = frame.instances.shape
-        images.append({"id": number, "file_name": file, "height": height, "width": width})
-        for instance, name in frame.names.items():
-            mask = frame.instances == instance
-            x0, y0, x1, y1 = tight_box(mask).tolist()
-            annotations.append(
-                {
-                    "image_id": number,
-                    "category_id": names.index(name),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "segmentation": {"counts": encode_mask(mask), "size": [height, width]},
-                }
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return path

@@ -1,23 +1,16 @@
-"""The recipes: the paper's numbers, modules that exist, and each run at nano."""
+"""The recipes: the paper's numbers, and modules that exist."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
-from data_tiny import make
-from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.models.presets import PRESETS, preset, spear1_config
+from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.policy import Spear1Policy
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, VLM_1, recipe
-from train_tiny import run_recipe
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
@@ -58,28 +51,3 @@ def test_the_page_has_every_recipe_with_its_numbers() -> None:
         stage = RECIPES[name]
         assert f"{stage.optimization.steps:,} × {stage.batch_size:,}" in row, name
         assert any(cell.startswith(f"{stage.optimization.lr:g}") for cell in row), name
-
-
-def test_each_runs_at_nano_after_the_one_before(tmp_path: Path) -> None:
-    pytest.importorskip("mujoco")
-    pytest.importorskip("peft")
-    from spear.labels.scenes import label_scenes
-
-    label_scenes(tmp_path / "labels", 3, dict(PRESETS["nano"].image_sizes), first_seed=10_000, workers=1)
-    write_episodes([make(0), make(1)], tmp_path / "made")
-    store = EpisodeStore(tmp_path / "made")
-    before: Path | None = None
-    for name in (*PAPER[:-1], "finetune-lora", "finetune-expert"):
-        few: dict[str, Any] = {"preset": "nano", "steps": 1, "batch_size": 2, "warmup": 0}
-        if name.startswith("vlm"):
-            final = run_recipe(name, tmp_path / name, labels=tmp_path / "labels", init=before, **few)
-        else:
-            few |= {"flow_samples": 1, "accumulate": 2 if name.startswith("finetune") else 1}
-            final = run_recipe(name, tmp_path / name, store=store, init=before, **few)
-        said = json.loads((final / "recipe.json").read_text())
-        assert said["recipe"]["name"] == name and said["recipe"]["preset"] == "nano"
-        if before is not None:
-            assert said["init"]["recipe"]["name"] == before.parent.name
-        before = final
-    assert before is not None
-    Spear1Policy.load(before)

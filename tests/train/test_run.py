@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +83,6 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
     config = policy.model.vlm.config  # also where questions are asked beside the actions
     assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
-
-
-def test_the_comparison_learns_to_act_without_3d(walked: Walk, tmp_path: Path) -> None:
-    start = shutil.copytree(walked.folders["nano-vlm-0"], tmp_path / "start")
-    (start / "recipe.json").unlink()  # as of a model that somebody else saved
-    folder = run_recipe("nano-vla-no-3d", tmp_path / "run", store=walked.episodes, init=start, **FEW)
-    assert Spear1Policy.load(folder).model.vlm.moge is None
-    assert json.loads((folder / "recipe.json").read_text())["init"] == {}
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> None:

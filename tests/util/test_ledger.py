@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spear.errors import SpearError
-from spear.util.ledger import Skipped, alone, difference, lock, same_settings
+from spear.util.ledger import Skipped, alone, lock
 
 
 def _hold(path: Path, ready: object, end: object) -> None:
@@ -48,17 +48,6 @@ def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"old", "done"}
 
 
-def test_settings_are_kept_and_held_to(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    same_settings(file, {"size": (8, 4)}, begun=False)
-    same_settings(file, {"size": [8, 4]}, begun=True)
-    with pytest.raises(SpearError, match="size"):
-        same_settings(file, {"size": 5}, begun=True)
-    same_settings(file, {"size": 5}, begun=False)
-    same_settings(file, {"size": 5}, begun=True)
-    assert difference({"a": 1, "b": (2,)}, {"a": 1, "b": [2]}) == ""
-
-
 def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
     skipped = Skipped(limit=0.5, patience=4)
     skipped("broken: 1")
@@ -70,11 +59,3 @@ def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
     skipped("broken: 3")
     with pytest.raises(SpearError, match="3 of 5"):
         skipped.check(good=2)
-
-
-def test_endless_failures_of_one_kind_end_the_work() -> None:
-    skipped = Skipped(limit=0.1, unit="images", patience=16)
-    with pytest.raises(SpearError, match="16 of 16"):
-        while True:
-            skipped("unnamed: no depth")
-            skipped.check(good=0)

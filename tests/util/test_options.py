@@ -30,15 +30,6 @@ def test_names_are_those_of_the_command_line() -> None:
     assert option_names(Outer) == ["--first-seed", "--pairs", "--dry", "--no-dry", "--quality"]
 
 
-def test_a_number_outside_its_range_is_named() -> None:
-    with pytest.raises(SpearError, match="--first-seed -1"):
-        Outer(first_seed=-1)
-    with pytest.raises(SpearError, match="--pairs 0"):
-        Outer(pairs=(1, 0))
-    with pytest.raises(SpearError, match="--quality 101"):
-        Inner(quality=101)
-
-
 def test_key_values_are_json_where_they_are_some() -> None:
     assert key_values(["a=1", "b=[1]", "c=x=y"], "--set") == {"a": 1, "b": [1], "c": "x=y"}
     with pytest.raises(SpearError, match="--set a"):

@@ -34,18 +34,3 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
         "recording: 131 of 7,300 episodes, 1.0 episodes/s, 1:59:29 left, 3 failed",
         "recording: 149 of 7,300 episodes, 1.0 episodes/s, 1:59:11 left, 3 failed",
     ]
-
-
-def test_the_rate_is_that_of_the_work_itself(later: Callable[[float], None]) -> None:
-    """Not of what came before it (loading a model, listing files), nor of what an earlier command had
-    done."""
-    with ProgressBar("labelling", unit="images") as bar:
-        assert bar.text() == "labelling: 0 images"
-        later(100)
-        bar.begin(50, before=10)
-        assert bar.text() == "labelling: 10 of 50 images"
-        later(10)
-        bar.update(30)
-        assert bar.text() == "labelling: 30 of 50 images, 2.0 images/s, 0:00:10 left"
-        bar.update(50)
-        assert bar.text() == "labelling: 50 of 50 images, 4.0 images/s"

@@ -156,16 +156,6 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
         list(read_episodes(copy))
 
 
-def test_too_many_bad_episodes_stop_the_run_and_leave_nothing(copy: Path, tmp_path: Path) -> None:
-    spec = {"like": "bridge_dataset", "rotation": "observation/state[0:4]", "rotation_format": "quat_wxyz"}
-    (copy / "spear.json").write_text(json.dumps(spec))
-    with pytest.raises(SpearError, match=r"train#0 step 0: rotation quaternion has norm 0\.\d+"):
-        list(read_episodes(copy))
-    with pytest.raises(SpearError, match=r"(too many bad|no good) episode"):
-        prepare(copy, tmp_path / "store")
-    assert not any("store" in path.name for path in tmp_path.iterdir())
-
-
 def test_a_folder_described_beside_its_data(copy: Path) -> None:
     def rename(info: dict[str, Any]) -> None:
         info["name"] = "my_arm"

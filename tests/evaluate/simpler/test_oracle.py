@@ -3,9 +3,6 @@ law."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -15,7 +12,6 @@ from spear.embodiments.simpler_widowx import POSE
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Truth
 from spear.evaluate.simpler.world import (
-    SimplerWorld,
     _ours,
     at_rest,
     in_base,
@@ -131,24 +127,3 @@ def test_rest_is_judged_by_the_pose() -> None:
     assert at_rest(truth, trembling, truth.opening)  # joints at 0.03 rad/s that press on something go nowhere
     assert not at_rest(truth, moving, truth.opening)
     assert not at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
-
-
-def test_commands_out_of_reach_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An arm that reaches 0.5 m: one command back moves it, however often it was told to go further."""
-    arm = SimpleNamespace(_target_pose=0.4, _target_qpos=0.4, _start_qpos=0.4)
-
-    def step(row: Array) -> tuple[dict[str, Any]]:
-        arm._start_qpos, arm._target_pose = arm._target_qpos, arm._target_pose + float(row[0])
-        arm._target_qpos = arm._start_qpos if arm._target_pose > 0.5 else float(arm._target_pose)
-        return ({"success": False},)
-
-    controller = SimpleNamespace(controllers={"arm": arm})
-    world = SimplerWorld.__new__(SimplerWorld)
-    world._env = SimpleNamespace(step=step, agent=SimpleNamespace(controller=controller))
-    world._unreachable = world._steps = 0
-    for name in ("_truth", "_notice", "_moment"):
-        monkeypatch.setattr(SimplerWorld, name, lambda *_: None)
-    world.run(np.array([[0.04, 0, 0, 0, 0, 0, 1]] * 20), image=False)
-    assert (world._unreachable, arm._target_pose) == (18, pytest.approx(0.48))
-    world.run(np.array([[-0.04, 0, 0, 0, 0, 0, 1]]), image=False)
-    assert arm._target_qpos == pytest.approx(0.44)

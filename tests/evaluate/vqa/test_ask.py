@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
 from spear.evaluate.options import QuestionOptions
@@ -17,7 +16,6 @@ from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPTS
 from spear.models.weights.load import simulator_only
 from spear.policy import SHIPPED, VlmBundle, load_vlm
-from spear.util.images import encode_picture
 
 NANO = SHIPPED / "nano"
 
@@ -76,11 +74,3 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(SpearError, match=FILE):
         Trust.load(tmp_path)
-
-
-def test_a_photo_is_answered_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
-    (tmp_path / "cat.png").write_bytes(encode_picture(pixels, "cat.png"))
-    assert main(["ask", str(tmp_path / "cat.png"), "How far away is the cat?"]) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith("not in the picture: cat") and "simulator" in said.err

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
 from spear.labels.fit.box3d import make_box
-from spear.labels.questions.generate import FAMILIES, askable, generate, spoken
+from spear.labels.questions.generate import FAMILIES, askable, generate
 from spear.labels.questions.templates import UNITS, is_a
 from spear.types import LabeledImage, LabeledObject, Question
 
@@ -136,13 +136,3 @@ def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage
             assert len(found) == (q.family != "back_projection")
             assert q.unit == "relative"
     assert len(wordings) == len(UNITS["relative"])
-
-
-def test_answers_as_a_person_reads_them() -> None:
-    answer = ["the mug is ", 0.21, " and the bowl is ", 0.5, " so the mug is closer"]
-    q = Question("chain_of_thought", "", answer, ("mug", "bowl"))
-    assert spoken(q) == "the mug is 0.210 m and the bowl is 0.500 m so the mug is closer"
-    assert spoken(Question("distance", "", [0.25], ("mug",), "relative")) == "0.250 units"
-    assert spoken(Question("offset", "", [0.1, -0.2, 0.3] * 2, ("mug", "bowl"))) == (
-        "(0.100, -0.200, 0.300) (0.100, -0.200, 0.300) m"
-    )

@@ -28,27 +28,6 @@ def test_a_file_gives_the_network(folder: Path, tmp_path: Path) -> None:
     assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
 
 
-def test_the_released_v1_config_is_read() -> None:
-    released = {
-        "encoder": "dinov2_vitl14",
-        "remap_output": "exp",
-        "output_mask": True,
-        "split_head": True,
-        "intermediate_layers": 4,
-        "dim_upsample": [256, 128, 64],
-        "dim_times_res_block_hidden": 2,
-        "num_res_blocks": 2,
-        "trained_area_range": [250000, 500000],
-        "last_conv_channels": 32,
-        "last_conv_size": 1,
-    }
-    with torch.device("meta"):
-        model = MogeV1(released)
-    assert model.most_tokens == 2551 and [p.in_channels for p in model.head.projects] == [1024] * 4
-    assert model.head.output_block[0][0].in_channels == 64 + 2
-    assert model.head.upsample_blocks[2][2].layers[2].out_channels == 2 * 64
-
-
 def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Checkpoint:
     weights = {k: v for k, v in published.weights.items() if k != drop}
     return dataclasses.replace(published, weights={**weights, **extra})
