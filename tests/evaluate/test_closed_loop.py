@@ -61,17 +61,6 @@ class Wander:
         return [self.infer(o) for o in observations]
 
 
-def test_the_expert_succeeds_and_doing_nothing_does_not() -> None:
-    expert = run(ExpertAgent(), 3, "put_on", "stack_cube")
-    assert expert.mean().value >= 0.8
-    scenes = [(f, s) for f in ("put_on", "stack_cube") for s in range(3)]
-    assert [(o.family, o.seed) for o in expert.outcomes] == scenes
-    assert run(ExpertAgent(), 3, "put_on", "stack_cube", execution="ensemble").outcomes == expert.outcomes
-    nothing = run(IDLE, 2)
-    assert nothing.mean().value == 0
-    assert all(o.steps == 60 and not o.wrong_object_moved for o in nothing.outcomes)
-
-
 def test_outcomes_do_not_depend_on_the_batch() -> None:
     runs: list[Sequence[Outcome]] = []
     for batch in (1, 3):

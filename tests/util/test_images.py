@@ -6,7 +6,6 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,22 +118,6 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     image = load_image(encoded(Image.fromarray(PICTURE), "PNG", exif=exif))
     assert (image == UPRIGHT[orientation](PICTURE)).all()
-
-
-def test_files_are_read_and_named_in_errors(tmp_path: Path) -> None:
-    path = tmp_path / "photo.png"
-    path.write_bytes(encoded(Image.fromarray(PICTURE)))
-    assert (load_image(path) == PICTURE).all()
-    assert (load_image(str(path)) == PICTURE).all()
-    path.write_bytes(b"once upon a time")
-    with pytest.raises(SpearError, match=r"photo\.png: not a readable image .*JPEG or PNG"):
-        load_image(path)
-    with pytest.raises(SpearError, match=r"missing\.png: cannot read the image \(No such file"):
-        load_image(tmp_path / "missing.png")
-    with pytest.raises(SpearError, match="cannot read the image"):
-        load_image(tmp_path)
-    with pytest.raises(SpearError, match=r"shard 3, row 7: not a readable image"):
-        load_image(b"", name="shard 3, row 7")
 
 
 def test_what_is_no_picture_is_refused() -> None:

@@ -15,7 +15,7 @@ from gemini_server import Reply, Server, boxes, error, picture, retry_info, serv
 from labels_stand_ins import BoxSegmenter, noise
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
-from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, advised_wait, parse
+from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, parse
 from spear.labels.models.ground_truth import GroundTruthPointMap
 from spear.labels.pipeline import label
 from spear.types import Frame
@@ -276,22 +276,3 @@ def test_without_a_network_it_says_so_once_and_stops() -> None:
         gemini.attempts = 10**9  # would never return if it tried again
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(1)])
-
-
-@pytest.mark.parametrize(
-    ("headers", "details", "expected"),
-    [
-        ({}, None, None),
-        ({"retry-after": "7"}, {}, 7),
-        ({"retry-after": "soon"}, {"error": {"details": "none"}}, None),
-        ({}, {"error": {"details": [retry_info("38.5s")]}}, 38.5),
-        ({"retry-after": "50"}, {"error": {"details": [retry_info("3s")]}}, 50),
-        ({}, {"error": {"details": [{"@type": "google.rpc.Help"}, 3]}}, None),
-        ({}, {"error": {"details": [{"@type": "google.rpc.RetryInfo"}]}}, None),
-        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None, 0),
-    ],
-)
-def test_advice_is_read_wherever_it_stands(
-    headers: dict[str, str], details: Any, expected: float | None
-) -> None:
-    assert advised_wait(headers, json.dumps(details)) == expected

@@ -85,10 +85,6 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
         "moge_projector.linear.weight",
     ]
     assert report.of("missing", "refused") == []
-    printed = str(report)
-    assert "language_model.layers.0…1.mlp.up_proj.weight" in printed
-    assert f"{report.parameters():,}" in printed
-    assert len(printed.splitlines()) < len(report.keys)
 
 
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
