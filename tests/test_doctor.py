@@ -43,8 +43,3 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.Monk
     monkeypatch.setattr(doctor, "_free", lambda device: 1000)
     with pytest.raises(doctor.SpearError, match="nano"):
         next(doctor.examine(preset("nano"), torch.device("cpu")))
-
-
-def test_the_least_time_counts_operations_and_bytes() -> None:
-    machine = doctor.Machine(bandwidth=10.0, peak=100.0)
-    assert machine.least((1000.0, 10.0), (10.0, 50.0)) == 10.0 + 5.0

@@ -87,13 +87,3 @@ def test_how_late_a_policy_may_be_is_kept_until_a_recipe_says_otherwise(tmp_path
         assert model.config.committed == expected
         save(tmp_path / "out")
         given = dataclasses.replace(given, init=tmp_path / "out")
-
-
-def test_a_policy_goes_on_with_another_loss(tmp_path: Path) -> None:
-    write_episodes([make(0)], tmp_path / "mine")
-    given = Inputs(episodes=[("it", EpisodeStore(tmp_path / "mine"), 1.0)], init=locate("nano"))
-    model, _, save = build(recipe("nano-post").changed(flow={"rotation_loss": "cosine"}), given)
-    save(tmp_path / "out")
-    assert model.flow.rotation_loss == "cosine" and model.flow.prediction == "clean"
-    again, _, _ = build(recipe("nano-post"), dataclasses.replace(given, init=tmp_path / "out"))
-    assert again.flow == model.flow
