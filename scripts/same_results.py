@@ -31,7 +31,7 @@ NOT_RESULTS = re.compile(
 SHORT = "--steps 20 --seed 3 --preset nano --set batch_size=8"
 LABELS, ROBOT, DATA = "--labels labels", "--episodes episodes", "--episodes prepared"
 COMMANDS = {
-    "labels": "label --scenes 32 --drawings 0 --workers 1",
+    "labels": "label --scenes 32 --workers 1",
     "pipeline": "label sim:20-27 --detector ground-truth --segmenter ground-truth --pointmap ground-truth "
     "--questions --workers 1",
     "episodes": "record --episodes 8 --workers 1",

@@ -39,8 +39,6 @@ QUESTION_SCENES = 60
 LABEL_SCENES, LABEL_SEED, LABEL_SIZE = 30, 100, (240, 160)
 """How many scenes are labelled, from which seed on, in pictures of which (width, height) in pixels."""
 FINE_TUNE_STEPS = 600
-SAMPLE = Path("../shared/data/bridge_v2_sample")
-"""Where a sample of BridgeData V2 is looked for, from the current folder."""
 HELD_OUT = 0.25
 """The part of a real dataset's episodes that the fine-tuning does not see."""
 MOST_EPISODES = 400
@@ -53,7 +51,7 @@ Values = dict[str, Any]
 def make(out: Path, data: Path | None = None, log: Console | None = None) -> Path:
     """Write `out`/index.html and return its path.
 
-    data  a folder with real robot episodes (RLDS, LeRobot); without it, the BridgeData sample if it is there.
+    data  a folder with real robot episodes (RLDS, LeRobot); without it there is no fine-tuning.
 
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
@@ -147,14 +145,13 @@ def robot_at_work(policy: Spear1Policy) -> Values:
 def real_episodes(out: Path, data: Path | None) -> Values:
     """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean and the last
     action."""
-    if data is None and not SAMPLE.is_dir():
+    if data is None:
         return {"source": None}
-    source = data or SAMPLE
-    learned, held_out = _split(source, out)
+    learned, held_out = _split(data, out)
     weights = (locate("nano") / "model.safetensors").read_bytes()
     key = hashlib.sha256(str(learned.path.resolve()).encode() + weights).hexdigest()[:8]
     run = out / f"fine-tuned-{key}"
-    inputs = Inputs(episodes=[(source.name, learned, 1.0)], init=locate("nano"))
+    inputs = Inputs(episodes=[(data.name, learned, 1.0)], init=locate("nano"))
     tuned = train(recipe("nano-post").changed(steps=FINE_TUNE_STEPS), run, inputs)
     scores = [
         open_loop.score("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
@@ -171,7 +168,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
     summaries = [s.summary() for s in scores]
     ours, mean = (s["translation_mm"].value for s in summaries[:2])
     return {
-        "source": source.name,
+        "source": data.name,
         "learned": len(learned),
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,

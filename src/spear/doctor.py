@@ -120,7 +120,10 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     """What runs here: (what, which)."""
     packages = [f"spear {spear.__version__}", *(f"{n} {version(n)}" for n in ("torch", "transformers"))]
     found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
-    found.append(("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    name = next((x.partition(":")[2].strip() for x in lines if x[:10] == "model name"), platform.machine())
+    found.append(("processor", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
@@ -131,21 +134,14 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     return [*found, ("model", f"{size.name}, {weights}, {STEPS} flow steps, one observation of all views")]
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((x.partition(":")[2].strip() for x in lines if x[:10] == "model name"), platform.machine())
-
-
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
     """Every way to act on this device, the plain network first; float32 where it fits, and bfloat16.
 
     Of the nano preset the weights that come with this package, of others random ones. Raises `SpearError`
     where not even bfloat16 fits.
     """
-    free = _free(device)
+    on_cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
@@ -178,13 +174,6 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
             problem = "" if apart <= AGREES[dtype] else f"more than {AGREES[dtype]:g} from the plain network"
             yield Way(name, word, statistics.median(times), least, apart, held, planned[dtype], problem)
         del model, sampler, ways
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

@@ -1,7 +1,5 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +179,7 @@ class Spear1Policy:
         seed: int = 0,
         dataset: str | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Spear1Policy:
+    ) -> "Spear1Policy":
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
         dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and

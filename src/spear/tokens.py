@@ -5,8 +5,6 @@ the bins are their quantiles, fine near the mean and wide in the tails, and ever
 often. New embeddings are drawn from a normal with the mean and covariance of the pretrained ones.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -54,7 +52,7 @@ class CoordinateTokenizer:
     @staticmethod
     def fit(
         values: ArrayLike, bins: int = BINS, unit: Unit = "metre", spacing: Spacing = "quantile"
-    ) -> CoordinateTokenizer:
+    ) -> "CoordinateTokenizer":
         """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
@@ -113,7 +111,7 @@ class CoordinateTokenizer:
         write_text(Path(path), json.dumps(content))
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> CoordinateTokenizer:
+    def load(path: str | os.PathLike[str]) -> "CoordinateTokenizer":
         """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))

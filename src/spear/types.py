@@ -8,8 +8,6 @@ Rotations are unit quaternions, scalar first (w, x, y, z), kept in the half-spac
 Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,22 +40,22 @@ class Action:
     gripper     [..., H, 1]  commanded opening, absolute, 1 open … 0 closed (-1 … 1 inside the model).
     """
 
-    translation: torch.Tensor
-    rotation: torch.Tensor
-    gripper: torch.Tensor
+    translation: "torch.Tensor"
+    rotation: "torch.Tensor"
+    gripper: "torch.Tensor"
 
-    def to_vector(self) -> torch.Tensor:
+    def to_vector(self) -> "torch.Tensor":
         """[..., H, 8]: translation, rotation, gripper side by side."""
         import torch
 
         return torch.cat([self.translation, self.rotation, self.gripper], dim=-1)
 
     @staticmethod
-    def from_vector(vector: torch.Tensor) -> Action:
+    def from_vector(vector: "torch.Tensor") -> "Action":
         """The inverse of `to_vector`; [..., H, 8] in."""
         return Action(vector[..., :3], vector[..., 3:7], vector[..., 7:8])
 
-    def to(self, *args: Any, **kwargs: Any) -> Action:
+    def to(self, *args: Any, **kwargs: Any) -> "Action":
         """`torch.Tensor.to` on each part."""
         return Action(*(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper)))
 
@@ -187,7 +185,7 @@ class Question:
 
     family: str
     prompt: str
-    segments: Sequence[str | float | Pixel]
+    segments: "Sequence[str | float | Pixel]"
     objects: Sequence[str]
     unit: Unit = "metre"
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import Gemma2Config, SiglipVisionConfig, SiglipVisionModel
-from transformers.activations import GELUTanh
+from transformers import Gemma2Config
 
 from models_tiny import TEXT, TINY, actions, pixels, spear1, text
 from spear import flow
@@ -22,7 +21,6 @@ from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.vision import SiglipEncoder
 from spear.models.weights import load as weights
 from spear.types import Action
 
@@ -223,19 +221,6 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed:
                 linear(x, layer.weight, layer.bias).double(), exact, rtol=far, atol=far
             )
     assert linear(x, layers[0].weight).requires_grad  # with gradients PyTorch's own, which has them
-
-
-@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_an_encoder_of_fast_parts_is_transformers(dtype: torch.dtype, far: float) -> None:
-    config = SiglipVisionConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
-    theirs, ours = SiglipVisionModel(config).to(dtype), SiglipEncoder(config).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        images = torch.randn(3, 3, 230, 224).to(dtype)
-        one, other = (m(images, interpolate_pos_encoding=True).last_hidden_state for m in (theirs, ours))
-        gate, up = FastLinear(24, 40).to(dtype), FastLinear(24, 40).to(dtype)
-        assert distance(other, one) < far
-        assert distance(Fused(gate, up).gated(one, GELUTanh()), GELUTanh()(gate(one)) * up(one)) < far
 
 
 def test_what_is_compiled_for_one_layer_serves_all() -> None:

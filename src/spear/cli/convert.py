@@ -1,7 +1,5 @@
 """`spear convert …`: published weights to SPEAR-VLM, SPEAR-VLM to SPEAR-1, and back."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +163,7 @@ def convert_expected(options: ExpectedOptions) -> None:
         print(f"{len(tensors)} tensors, {report.parameters():,} numbers")
 
 
-def _finish(plan: Conversion[Any], processor: Processor | None, options: ConvertOptions) -> None:
+def _finish(plan: "Conversion[Any]", processor: "Processor | None", options: ConvertOptions) -> None:
     """Print what becomes of each weight and, unless it is a dry run, write the model."""
     import torch
 
@@ -195,14 +193,14 @@ def _folder(name: str, what: str) -> Path:
     return locate(name)
 
 
-def _processor(folder: Path, config: Any) -> Processor | None:
+def _processor(folder: Path, config: Any) -> "Processor | None":
     """The processor beside a model, None where there is none. Raises `SpearError` when it is another's."""
     from spear.models.processing import Processor
 
     return Processor.load(folder, config) if (folder / "processor.json").is_file() else None
 
 
-def _coordinates(path: Path, bins: int, seed: int) -> CoordinateTokenizer:
+def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":
     """3D tokens from a file, a folder that holds one, or fitted to labelled images."""
     from spear.tokens import CoordinateTokenizer
     from spear.train.tasks import fit_coordinates, load_labels

@@ -1,7 +1,5 @@
 """The commands on robot data: what a folder holds, and from one format to another."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys
@@ -201,7 +199,7 @@ def check_episodes(path: Path, split: str) -> None:
         folder.spec()
 
 
-def open_episodes(path: Path, out: Path, split: str = "train") -> EpisodeStore:
+def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
     """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first
     process."""
     from spear.data.store.prepare import open_store

@@ -1,7 +1,5 @@
 """Evaluating policies and SPEAR-VLMs, comparing the results of two policies, putting parts together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -297,7 +295,7 @@ def reference(options: ReferenceOptions) -> None:
         show(known[name].table())
 
 
-def _load(options: AgentOptions) -> Agent:
+def _load(options: AgentOptions) -> "Agent":
     import torch
 
     from spear.evaluate.agents import load_agent

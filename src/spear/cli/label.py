@@ -1,12 +1,9 @@
 """The commands that make labels and show them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,7 +97,7 @@ def _label_photos(options: LabelOptions) -> None:
     try:
         with ProgressBar("labelling", unit="images") as bar:
 
-            def report(now: Progress) -> None:
+            def report(now: "Progress") -> None:
                 if bar.total is None:
                     bar.begin(now.total, now.before)
                 bar.update(now.done, f"{now.skipped:,} skipped")
@@ -116,19 +113,12 @@ def _label_photos(options: LabelOptions) -> None:
 
 def _label_scenes(options: LabelOptions) -> None:
     from spear.labels.scenes import label_scenes
-    from spear.labels.store import read
     from spear.models.presets import preset
-    from spear.report.draw import draw_label
-    from spear.util.files import write_bytes
-    from spear.util.images import encode_picture
 
     out, scene = options.out, options.scene
     sizes = preset(scene.preset).image_sizes
     images = label_scenes(out, scene.scenes, sizes, scene.first_seed, options.work.workers)
-    for index, drawn in enumerate(islice(read(out / "external"), scene.drawings)):
-        path = out / "drawings" / f"{index:04d}.png"
-        write_bytes(path, encode_picture(draw_label(drawn), path.name))
-    print(f"{images} labelled images in {out}" + (f", drawings in {out}/drawings" if scene.drawings else ""))
+    print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
 
 
 def ask_about(options: QuestionOptions) -> None:
@@ -198,7 +188,7 @@ def _shards(labels: Path) -> Path:
     return labels / "external" if (labels / "external").is_dir() else labels
 
 
-def _point_maps(folder: Path, labels: Sequence[LabeledImage]) -> list[PointMapResult | None]:
+def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMapResult | None]":
     """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
     from spear.labels.components import Choice, build
     from spear.labels.inputs import read

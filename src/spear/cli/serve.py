@@ -1,7 +1,5 @@
 """`spear serve` and `spear vla-eval`: a policy for robots, or a benchmark, to connect to."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys
@@ -85,7 +83,7 @@ def vla_eval(options: VlaEvalOptions) -> None:
         raise cannot_listen(options.host, options.port, group.exceptions[0]) from group
 
 
-def _warm(options: ServiceOptions) -> tuple[Spear1Policy, Service]:
+def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything
     and an address that cannot be had, before the weights are read."""
     from spear.serve.guard import check_address

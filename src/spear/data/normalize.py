@@ -5,8 +5,6 @@ The paper normalises translations by global quantiles over the whole mixture (no
 Works on torch tensors of any leading shape, on any device and in any floating type.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zipfile
@@ -49,10 +47,10 @@ class Normalizer:
     position_offset: Triple
     position_scale: Triple
     samples: int
-    datasets: Mapping[str, Normalizer] = field(default_factory=dict)
+    datasets: "Mapping[str, Normalizer]" = field(default_factory=dict)
 
     @staticmethod
-    def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
+    def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
         """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
         names = [name for name, _, _ in stores]
         if len(set(names)) < len(names):
@@ -60,7 +58,7 @@ class Normalizer:
         whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
         return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
 
-    def of(self, dataset: str | None) -> Normalizer:
+    def of(self, dataset: str | None) -> "Normalizer":
         """The one to use for a dataset: this one, unless datasets have their own.
 
         Raises SpearError when they have and `dataset` is None (with more than one) or not among them.
@@ -74,7 +72,7 @@ class Normalizer:
         return self.datasets[dataset]
 
     @staticmethod
-    def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> Normalizer:
+    def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
         """Statistics over a mixture: (store, weight) pairs, weights as in `Mixture`.
 
         "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
@@ -124,7 +122,7 @@ class Normalizer:
         write_text(Path(path), json.dumps(asdict(self), indent=2))
 
     @staticmethod
-    def load(path: str | Path) -> Normalizer:
+    def load(path: str | Path) -> "Normalizer":
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
         try:
             return _from_json(json.loads(Path(path).read_text()))

@@ -145,7 +145,6 @@ class Reference:
     rows      method -> success per column, %.
     means     method -> mean success, %, as published.
     note      what to know when reading it.
-    trials    trials per task where we know or infer it.
     """
 
     title: str
@@ -155,7 +154,6 @@ class Reference:
     rows: Mapping[str, Sequence[float]]
     means: Mapping[str, float]
     note: str = ""
-    trials: int | None = None
 
     def headers(self) -> list[str]:
         """Of the columns of `cells`."""

@@ -74,7 +74,8 @@ def label_object(
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     if x1 == 0:
         return None
-    band, erosion = (_pixels(n, mask.shape) for n in (settings.band, settings.erosion))
+    scale = max(1.0, max(mask.shape) / EDGE)
+    band, erosion = (round(scale * count) for count in (settings.band, settings.erosion))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
@@ -109,11 +110,6 @@ def label_object(
         keypoints=points3d,
         scores=scores,
     )
-
-
-def _pixels(count: int, shape: tuple[int, ...]) -> int:
-    """A number of pixels of `BoxSettings` in an image of `shape`."""
-    return round(count * max(1.0, max(shape) / EDGE))
 
 
 def _cloud(inside: Array, points: Array, erosion: int, noise: float, most: int) -> Array:

@@ -37,8 +37,6 @@ class SceneOptions(Options):
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size whose cameras are used for scenes."""
-    drawings: Annotated[int, Within(0)] = 4
-    """So many labelled scenes are also saved as pictures, boxes drawn, in OUT/drawings."""
 
 
 @dataclass(frozen=True)

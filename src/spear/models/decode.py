@@ -1,7 +1,5 @@
 """Answers, token by token: batched greedy decoding with cached keys and values, and a grammar if wanted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +116,7 @@ def _decode(
     layers: Stack,
     inputs: Inputs,
     spans: list[list[Range]],
-    words: _Words | None = None,
+    words: "_Words | None" = None,
     watched: Watched | None = None,
 ) -> torch.Tensor:
     """Answers [N, T]. inputs: as `greedy` makes them. words: None where the spans say all."""
@@ -161,7 +159,7 @@ def _decode(
 
 
 def _choose(
-    vlm: Any, hidden: torch.Tensor, row: list[Range], bounds: torch.Tensor, words: _Words | None
+    vlm: Any, hidden: torch.Tensor, row: list[Range], bounds: torch.Tensor, words: "_Words | None"
 ) -> torch.Tensor:
     """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the same ranges."""
     if all(b - a == 1 for a, b in row):

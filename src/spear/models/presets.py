@@ -1,7 +1,5 @@
 """The sizes SPEAR comes in: a preset changes numbers, never code."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -124,7 +122,7 @@ def vlm_config(
     vocabulary: int | None = None,
     coordinate_start: int | None = None,
     networks: Mapping[str, Any] | None = None,
-) -> SpearVLMConfig:
+) -> "SpearVLMConfig":
     """The SPEAR-VLM config of a preset.
 
     vocabulary: of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By default the
@@ -149,7 +147,7 @@ def vlm_config(
     )
 
 
-def spear1_config(size: Preset, vlm: SpearVLMConfig | None = None) -> Spear1Config:
+def spear1_config(size: Preset, vlm: "SpearVLMConfig | None" = None) -> "Spear1Config":
     """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default)."""
     from spear.models.spear1 import Spear1Config
 

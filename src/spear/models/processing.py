@@ -1,7 +1,5 @@
 """Between people and tensors: images to pixels, words to tokens, answers back to words and numbers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +79,7 @@ class Processor:
         self._told: set[tuple[str, tuple[int, int]]] = set()
 
     @staticmethod
-    def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> Processor:
+    def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> "Processor":
         """A preset's processor, with a tokenizer trained on `texts`."""
         tokenizer = train_tokenizer(texts, size.vocabulary)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
@@ -213,7 +211,7 @@ class Processor:
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path, config: SpearVLMConfig | None = None) -> Processor:
+    def load(folder: Path, config: SpearVLMConfig | None = None) -> "Processor":
         """Read what `save` wrote. config: of the model that it shall fit. Raises SpearError when something is
         missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings, Dinov2MLP
-from transformers.models.siglip.modeling_siglip import SiglipMLP
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
 from spear.errors import SpearError
-from spear.models.fast.linear import FastMLP, linear
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,38 +77,6 @@ class StemConv(nn.Conv2d):
     """A convolution of the stem."""
 
 
-class PatchConv(nn.Conv2d):
-    """A convolution whose kernels tile the image, as the matrix product that it is: oneDNN's is 2.2 times as
-    slow in bfloat16, 1.4 times in float32 (measured)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, 3, h, w] -> [B, width, h / patch, w / patch]."""
-        if x.device.type != "cpu":
-            return super().forward(x)
-        side = self.kernel_size[0]
-        rows, columns = x.shape[2] // side, x.shape[3] // side
-        tiles = (
-            x[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
-        )
-        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return linear(tiles, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (rows, columns))
-
-
-class _FastSiglipMLP(FastMLP, SiglipMLP): ...
-
-
-class _FastDinoMLP(FastMLP, Dinov2MLP): ...
-
-
-_FAST: dict[type, type] = {nn.Conv2d: PatchConv, SiglipMLP: _FastSiglipMLP, Dinov2MLP: _FastDinoMLP}
-
-
-def _use_fast_layers(encoder: nn.Module) -> None:
-    """Let the patch embedding and the MLPs of an encoder compute as above, in place: the same weights."""
-    for module in encoder.modules():
-        module.__class__ = _FAST.get(type(module), type(module))
-
-
 class _InitializesStem:
     """Goes before a Transformers model among a class's bases."""
 
@@ -149,7 +115,6 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
             table = self.embeddings.position_embedding.weight
             if table.device.type != "meta":
                 init.copy_(table, position_waves(round(table.shape[0] ** 0.5), table.shape[1]))
-        _use_fast_layers(self)
 
 
 class OffsetEmbeddings(Dinov2Embeddings):
@@ -191,7 +156,6 @@ class DinoEncoder(_InitializesStem, Dinov2Model):
             if table.device.type != "meta":
                 waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
                 init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
-        _use_fast_layers(self)
 
 
 class MogeEncoder(nn.Module):

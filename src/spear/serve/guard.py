@@ -3,8 +3,6 @@
 Nor does a web page of somebody else reach a server on the machine of whoever looks at it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Coroutine
@@ -36,7 +34,7 @@ PRIVATE = (".localhost", ".local", ".internal", ".home.arpa")
 class Guarded(ServerConnection):
     """One of `peers`, the open connections of a server: cut off where it goes beyond a limit above."""
 
-    def __init__(self, peers: dict[Guarded, None], *args: Any, **options: Any) -> None:
+    def __init__(self, peers: "dict[Guarded, None]", *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.peers, self.held, self._taken = peers, 0, 0
         self._second, self._small = 0.0, 0

@@ -4,8 +4,6 @@ Messages are binary msgpack (`spear.serve.wire`); an error is a text message, af
 on. `GET /healthz` says "ok"; `GET /metrics` has counts for Prometheus.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -114,7 +112,7 @@ class PolicyServer:
         """Take no more requests, answer those that were taken, then end `run`. Call it in the event loop."""
         self._stop.set()
 
-    async def run(self, ready: Callable[[PolicyServer], None] | None = None) -> None:
+    async def run(self, ready: "Callable[[PolicyServer], None] | None" = None) -> None:
         """Serve until `stop`, SIGTERM or SIGINT. `ready` is called once clients can connect.
 
         Raises `SpearError` when the port cannot be had.

@@ -6,8 +6,6 @@ on any number of processes, sharded or not, on any device. It is written in the 
 a temporary name, and renamed when all processes are done, so it is whole or absent.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -69,7 +67,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

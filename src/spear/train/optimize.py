@@ -1,7 +1,5 @@
 """How weights move: the freeze schedule, LoRA (by PEFT), the optimiser, and one training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +122,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
     vars(model).pop("peft_config", None)
 
 
-def _config(rank: int, alpha: float) -> LoraConfig:
+def _config(rank: int, alpha: float) -> "LoraConfig":
     peft: Any = need("peft", "lora", "LoRA")
     return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
 

@@ -3,8 +3,6 @@
 Nothing here needs PyTorch, so that help, lists and mistakes are shown at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -147,7 +145,7 @@ class Recipe:
     lora_rank: Count = 0
     lora_alpha: Positive = 16.0
 
-    def changed(self, **changes: Any) -> Recipe:
+    def changed(self, **changes: Any) -> "Recipe":
         """With fields of its own, its optimisation or its question mix replaced (None: kept).
 
         Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
@@ -199,12 +197,12 @@ class Inputs:
     """
 
     labels: Path | None = None
-    episodes: Sequence[tuple[str, EpisodeStore, float]] = ()
+    episodes: "Sequence[tuple[str, EpisodeStore, float]]" = ()
     init: Path | None = None
     moge: Path | None = None
 
 
-def check_inputs(stage: Recipe, given: Inputs | TrainOptions) -> None:
+def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     """Whether a recipe needs and takes what is given to it; looks at nothing on disk.
 
     Raises `SpearError` for what is missing, and for what would change nothing.

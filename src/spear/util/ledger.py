@@ -3,8 +3,6 @@
 What is finished is a matter of the work itself: a file counts from the moment when it has its name (`files`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -125,7 +123,7 @@ class Skipped:
             )
 
 
-def add_files(digest: hashlib._Hash, folder: Path, kinds: Sequence[str]) -> None:
+def add_files(digest: "hashlib._Hash", folder: Path, kinds: Sequence[str]) -> None:
     """Adds names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below to a hash.
 
     Large files are not read whole, and of very many files only some, spread over all.

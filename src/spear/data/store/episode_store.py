@@ -11,8 +11,6 @@ reach one row; in an uncompressed Arrow file a frame is a slice of mapped memory
 already (JPEG or PNG).
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import functools
@@ -96,7 +94,7 @@ class EpisodeStore:
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
 
-    def subset(self, indices: Sequence[int]) -> EpisodeStore:
+    def subset(self, indices: Sequence[int]) -> "EpisodeStore":
         """A store of only these episodes, in this order, sharing the mapped files."""
         store = object.__new__(EpisodeStore)
         store.path, store._shards, store._bounds = self.path, self._shards, self._bounds

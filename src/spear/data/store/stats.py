@@ -4,8 +4,6 @@ Those of an image are per channel, of pixel values in 0 … 1, over some frames 
 quantiles of a dataset are averages over its episodes; ours are the quantiles of the rows themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -67,7 +65,7 @@ class ImageSample:
     histogram: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
     frames: int = 0
 
-    def plus(self, other: ImageSample) -> ImageSample:
+    def plus(self, other: "ImageSample") -> "ImageSample":
         """These images and others of the same size."""
         return ImageSample(self.size, self.histogram + other.histogram, self.frames + other.frames)
 
@@ -157,11 +155,6 @@ class QuantileSketch:
             self._levels[0] = np.concatenate([self._levels[0], piece])
             self._compact()
 
-    @property
-    def rank_error(self) -> float:
-        """By how much the rank of any value can be wrong, as part of the count: a proven bound."""
-        return self._lost / max(self.count, 1)
-
     def weighted(self) -> tuple[Array, Array]:
         """Values, and for how many each of them stands; together they stand for `count`."""
         weights = [np.full(len(values), 2.0**level) for level, values in enumerate(self._levels)]
@@ -174,7 +167,7 @@ class QuantileSketch:
         return {"moments": np.array(moments, np.float64), "keep_odd": np.array(self._keep_odd), **levels}
 
     @staticmethod
-    def from_arrays(arrays: Mapping[str, Array]) -> QuantileSketch:
+    def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":
         """The sketch that `to_arrays` took apart. Raises KeyError or ValueError when it is none."""
         count, low, high, mean, squares, capacity, lost = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))

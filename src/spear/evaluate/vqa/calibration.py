@@ -4,8 +4,6 @@ Of every number, the distribution over its bins says which interval holds 50, 80
 calibrated model's truths fall into them as often, an overconfident model's less often.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +41,7 @@ class Certainty:
     off: Array
 
     @staticmethod
-    def of(said: Distribution, truth: Array, scales: Array) -> Certainty:
+    def of(said: Distribution, truth: Array, scales: Array) -> "Certainty":
         """From what was held possible for an answer's numbers; scales: the distances they relate to."""
         off = np.abs(said.read("median") - truth) / scales
         return Certainty(said.below(truth), said.spread() / scales, off)
@@ -67,7 +65,7 @@ class Trust:
     names_absent: float
 
     @staticmethod
-    def load(folder: Path) -> Trust | None:
+    def load(folder: Path) -> "Trust | None":
         """Of the model in a folder, where it was measured. Raises SpearError for a broken file."""
         try:
             return Trust(**json.loads((folder / FILE).read_text()))

@@ -7,6 +7,7 @@ to the camera frame; this definition is our choice.
 """
 
 from contextlib import suppress
+from functools import partial
 from itertools import combinations, permutations, product
 
 import numpy as np
@@ -118,12 +119,14 @@ def fit_box(
     points = np.asarray(points, np.float64)
     blur = 0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))  # smoothing takes the other half
     if up is not None:
+        # For sure: noise hides the bend of round things, for which there is a better guess.
+        stands = partial(_is_box, points, noise=0.8 * blur, flat=_FLAT / 3)
         level = _upright(points, up)
         upright = faces(points, level, up)
-        if not _stands(points, upright, blur):
+        if not stands(upright):
             # Whether a face that the camera hardly sees is one shows only along better axes.
             upright = min(upright, faces(points, upright.axes, up), key=lambda found: found.misfit)
-        if _stands(points, upright, blur):
+        if stands(upright):
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)
     free = faces(points, start)
@@ -134,12 +137,6 @@ def fit_box(
     if _is_box(points, free, blur):
         return _boxed(points, free.axes, margin, noise, None, free)
     return _boxed(points, start, margin, noise)
-
-
-def _stands(points: Array, upright: Faces, blur: float) -> bool:
-    """Whether the points lie on upright faces for sure: noise hides the bend of round things, for which there
-    is a better guess."""
-    return _is_box(points, upright, 0.8 * blur, _FLAT / 3)
 
 
 def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:

@@ -55,8 +55,6 @@ def _run(name: str, network: Any, batch: int, longest: int, names: int) -> None:
             network(image_embeddings=one, input_boxes=torch.zeros(1, AT_ONCE, 4), multimask_output=False)
     elif name == "owlv2":  # Grounding DINO looks at numbers
         vision, text = network.config.vision_config, network.config.text_config
-        side, ids = (
-            vision.image_size,
-            torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long),
-        )
+        ids = torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long)
+        side = vision.image_size
         network(pixel_values=torch.zeros(batch, 3, side, side), input_ids=ids, attention_mask=ids + 1)

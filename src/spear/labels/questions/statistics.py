@@ -1,7 +1,5 @@
 """What a set of labels holds, in numbers; and the dataset card that says so, for people and Hugging Face."""
 
-from __future__ import annotations
-
 import re
 from array import array
 from collections import Counter
@@ -27,14 +25,12 @@ SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "c
 
 @dataclass(frozen=True)
 class Histogram:
-    """How `n` numbers are spread: `counts` [k] of those within `edges` [k + 1], and their quantiles."""
+    """How `n` numbers are spread: `counts` [k] of those within `edges` [k + 1], and their median."""
 
     n: int
     edges: Sequence[float]
     counts: Sequence[int]
-    p5: float
     median: float
-    p95: float
 
 
 @dataclass(frozen=True)
@@ -120,11 +116,10 @@ def histogram(values: Sequence[float], bins: int = 40) -> Histogram | None:
     if not values:
         return None
     counts, edges = np.histogram(values, bins=bins)
-    p5, median, p95 = np.percentile(values, [5, 50, 95]).tolist()
-    return Histogram(len(values), edges.tolist(), counts.tolist(), p5, median, p95)
+    return Histogram(len(values), edges.tolist(), counts.tolist(), float(np.median(values)))
 
 
-def token_use(values: Sequence[float], coordinates: CoordinateTokenizer) -> TokenUse:
+def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUse:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
     low, high = float(coordinates.edges[0]), float(coordinates.edges[-1])
     ids = coordinates.encode(np.clip(np.asarray(values, np.float64), low, high))
@@ -149,39 +144,10 @@ def skip_reasons(folder: Path) -> Counter[str]:
 
 def write_card(folder: Path) -> None:
     """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the shards."""
-    found = statistics(read(folder, pixels=False))
-    write_text(folder / "README.md", card(found, skip_reasons(folder), (folder / QUESTIONS).is_file()))
-
-
-def card(found: Statistics, skipped: Counter[str], with_questions: bool) -> str:
-    """The text of the card."""
-    count = skipped.total()
-    unit = {"metre": "m", "relative": "an unknown unit, another one in every image"}.get(found.unit or "", "")
-    lengths = {"distance from the camera": found.distance, "longest side": found.size}
-    ranges = [(k, f"{h.p5:.3g}", f"{h.median:.3g}", f"{h.p95:.3g}") for k, h in lengths.items() if h]
-    files = {"questions": QUESTIONS if with_questions else "", "skipped": SKIPPED if count else ""}
-    tables = [
-        *_table(("model", "images"), found.provenance.items()),
-        *_table((f"length in {unit}", "5 %", "median", "95 %"), ranges),
-        *_table(("object", "count"), _head(found.names)),
-        *_table(("not asked about because", "objects"), found.reasons.items()),
-        *_table(("skipped because", "images"), _head(skipped)),
-    ]
+    skipped = skip_reasons(folder).total()
+    files = {"questions": (folder / QUESTIONS).is_file() and QUESTIONS, "skipped": skipped and SKIPPED}
     more = "".join(f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file)
-    words = f"{count:,} images were skipped (`{SKIPPED}`)." if count else "No image was skipped."
+    words = f"{skipped:,} images were skipped (`{SKIPPED}`)." if skipped else "No image was skipped."
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    text = template.format(found=found, more=more, skipped=words, tables="\n".join(tables))
-    return text.rstrip() + "\n"
-
-
-def _head(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The most common, by count and then by name; the others together."""
-    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    rest = [count for _, count in ranked[20:]]
-    return ranked[:20] + ([(f"({len(rest)} others)", sum(rest))] if rest else [])
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
-    """Lines of a table; none without rows."""
-    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""] if lines else []
+    found = statistics(read(folder, pixels=False))
+    write_text(folder / "README.md", template.format(found=found, more=more, skipped=words))

@@ -3,7 +3,7 @@
 What is worked out of a network's weights is kept by `Prepared` until they change.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.activations import GELUActivation, GELUTanh
 
 Value = TypeVar("Value")
 Places = list[tuple[dict[str, Any], str]]
@@ -23,21 +22,12 @@ slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 CACHED = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""
-_MANY = {torch.float32: 512, torch.bfloat16: 64}
-"""Rows from which a product and its activation in one call gain more than oneDNN loses to MKL (measured)."""
-_GELU = {GELUActivation: "none", GELUTanh: "tanh"}
-"""Activations that oneDNN computes on its way out of a product, by PyTorch's names for the approximation."""
 
 
-def _on_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
+_INFO = Path("/proc/cpuinfo")
+_INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
 # PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
-MKL_IS_FAST = torch.backends.mkl.is_available() and _on_intel()
+MKL_IS_FAST = torch.backends.mkl.is_available() and _INTEL
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,25 +39,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     cache holds: `benchmarks/models/products.py`.
     """
     if (
-        not _by_onednn(x, weight)
+        not _ONEDNN
+        or x.device.type != "cpu"
+        or x.dtype != weight.dtype
+        or x.dtype not in _DTYPES
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
         or (MKL_IS_FAST and x.dtype == torch.float32 and not weight.is_mkldnn)
         or (x.numel() == x.shape[-1] and not weight.is_mkldnn)  # one row: nothing to gain from a layout
     ):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor, rows: Mapping[torch.dtype, int] | None = None) -> bool:
-    """Whether oneDNN can compute x · weightᵀ here, for at least so many rows."""
-    return (
-        _ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.dtype in _DTYPES
-        and (rows is None or x.numel() >= rows[x.dtype] * x.shape[-1])
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 class FastLinear(nn.Linear):
@@ -76,23 +58,6 @@ class FastLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         return linear(x, self.weight, self.bias)
-
-
-class FastMLP(nn.Module):
-    """Goes before a Transformers MLP of `fc1`, `activation_fn` and `fc2` among a class's bases.
-
-    PyTorch's GELU takes 0.7 of the time of the product before it, in bfloat16 three times that (measured).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> [..., width]."""
-        first: Any = self.fc1
-        activation: Any = self.activation_fn
-        kind = _GELU.get(type(activation))
-        if type(first) is FastLinear and kind and _by_onednn(x, first.weight, _MANY):
-            hidden = torch.ops.mkldnn._linear_pointwise(x, first.weight, first.bias, "gelu", [], kind)
-            return self.fc2(hidden)  # type: ignore[operator]
-        return super().forward(x)
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -146,15 +111,6 @@ class Fused:
         if self.weight is None:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)
         return linear(x, self.weight, self.bias)
-
-    def gated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        """[..., in] -> activation(first layer's output) · second layer's, [..., out]."""
-        kind, (gate, up) = _GELU.get(type(activation)), self.layers
-        if not (kind and type(gate) is type(up) is FastLinear and _by_onednn(x, gate.weight, _MANY)):
-            first, second = self(x)
-            return activation(first) * second
-        found = torch.ops.mkldnn._linear_pointwise(x, gate.weight, gate.bias, "gelu", [], kind)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, found, up.weight, up.bias, "mul")
 
 
 def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:

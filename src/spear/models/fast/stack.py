@@ -1,8 +1,6 @@
 """The layers of a Gemma as inference runs them, with keys and values in buffers that are made once, and the
 prefill of those buffers with images and text. The same numbers as the model's own layers, up to rounding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -28,7 +26,7 @@ class StaticKVCache:
         self.layers = self.whole.unbind(0)
         self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
 
-    def to(self, dtype: torch.dtype) -> StaticKVCache:
+    def to(self, dtype: torch.dtype) -> "StaticKVCache":
         """Itself, or a copy in another precision."""
         first = self.layers[0]
         if first.dtype == dtype:
@@ -39,7 +37,7 @@ class StaticKVCache:
             new.copy_(old)
         return copy
 
-    def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
+    def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "Window":
         """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
         return Window(
@@ -179,8 +177,8 @@ class Stack:
         found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
         out = layer.out(found.reshape(batch, length, self.heads * self.width))[0]
         x = x + self._norm(out, layer.after_attention)
-        hidden = layer.gate_up.gated(self._norm(x, layer.before_mlp), self.activation)
-        return x + self._norm(layer.down(hidden)[0], layer.after_mlp)
+        gate, up = layer.gate_up(self._norm(x, layer.before_mlp))
+        return x + self._norm(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
 
     def _attend(
         self,

@@ -1,7 +1,5 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -127,7 +125,7 @@ class Shards:
     weights: Mapping[str, Stored]
 
     @staticmethod
-    def open(name: Path | str, what: str) -> Shards:
+    def open(name: Path | str, what: str) -> "Shards":
         """A local folder, or a name on the Hub. what: the kind of checkpoint, for the error messages.
 
         Raises `SpearError` when it is not found, incomplete or broken.
