@@ -40,6 +40,6 @@ def test_a_way_that_differs_or_raises_is_named(
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_free", lambda device: 1000)
+    monkeypatch.setattr(doctor.os, "sysconf", lambda name: 1000)
     with pytest.raises(doctor.SpearError, match="nano"):
         next(doctor.examine(preset("nano"), torch.device("cpu")))
