@@ -67,24 +67,23 @@ def alone(root: Path) -> None:
     pretend()
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
-    for changes in ({}, {"moments": "bf16"}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}):
-        stepper = prepared("pretend", **changes)
-        step(stepper)
-        assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
-        with FAKE, Checkpoints(root, stepper) as checkpoints:
-            held = checkpoints._tensors()
-            assert {tensor.device.type for tensor in held.values()} == {"pretend"}
-            assert len(held) > 3 * len(stepper.learning)
-            written: list[Any] = []
-            checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
-            looks.clear()
-            checkpoints.save(2, {})
-            checkpoints.wait()
-            copies = written[0][1]
-            assert copies.keys() == held.keys() and len(looks) == 1
-            assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
-            checkpoints._make_moments(dict.fromkeys(stepper.learning, 2.0))  # what a checkpoint is read into
-            assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {"pretend"}
+    stepper = prepared("pretend", moments="bf16", gradient_checkpointing=True, frozen=("vlm.moge",))
+    step(stepper)
+    assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
+    with FAKE, Checkpoints(root, stepper) as checkpoints:
+        held = checkpoints._tensors()
+        assert {tensor.device.type for tensor in held.values()} == {"pretend"}
+        assert len(held) > 3 * len(stepper.learning)
+        written: list[Any] = []
+        checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
+        looks.clear()
+        checkpoints.save(2, {})
+        checkpoints.wait()
+        copies = written[0][1]
+        assert copies.keys() == held.keys() and len(looks) == 1
+        assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
+        checkpoints._make_moments(dict.fromkeys(stepper.learning, 2.0))  # what a checkpoint is read into
+        assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {"pretend"}
 
 
 def several(root: Path) -> None:
