@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from spear.errors import RetryableError, SpearError
-from spear.labels.fit.points import noise_level, subsample, support_plane
+from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
@@ -163,7 +163,7 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
         settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
-    background = subsample(np.argwhere(known & ~taken), 600)
+    background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
     plane = support_plane(geometry.points[tuple(background.T)], up)
     noise = noise_level(geometry.points, geometry.mask)
     lifted = (

@@ -123,10 +123,12 @@ def fit_box(
         stands = partial(_is_box, points, noise=0.8 * blur, flat=_FLAT / 3)
         level = _upright(points, up)
         upright = faces(points, level, up)
-        if not stands(upright):
+        flat = stands(upright)
+        if not flat:
             # Whether a face that the camera hardly sees is one shows only along better axes.
             upright = min(upright, faces(points, upright.axes, up), key=lambda found: found.misfit)
-        if stands(upright):
+            flat = stands(upright)
+        if flat:
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)
     free = faces(points, start)

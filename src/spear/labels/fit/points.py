@@ -15,6 +15,7 @@ NEAR = 0.02
 """Two points of neighbouring pixels belong to touching surfaces when they are nearer to each other than this
 fraction of their distance from the camera (our choice)."""
 
+PLANE_POINTS = 600  # of a background are enough to find its plane (our choice)
 _GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -78,7 +79,7 @@ def support_plane(points: Array, up: Array | None = None) -> Plane | None:
     Returns the plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
     points lie on one.
     """
-    points = np.asarray(subsample(points, 600), np.float64)
+    points = np.asarray(subsample(points, PLANE_POINTS), np.float64)
     if len(points) < 30:
         return None
     limit = 0.01 * float(np.median(np.linalg.norm(points, axis=1)))
