@@ -82,6 +82,8 @@ class RecordOptions(Options):
     """Model size whose cameras are used."""
     workers: Annotated[int, Within(1)] = 2
     """Processes."""
+    policy: Name | None = None
+    """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""
 
 
 def record(options: RecordOptions) -> None:
@@ -91,16 +93,23 @@ def record(options: RecordOptions) -> None:
     target. Demonstrations that fail are left out. If it is stopped, the same command continues behind what is
     written, every 256 episodes; with more episodes it adds them.
 
-    Example:
+    Examples:
         spear record --episodes 3000 --out runs/episodes
+        spear record --policy nano --first-seed 40000 --out runs/corrections
     """
     from spear.data.demonstrations import demonstrate
     from spear.models.presets import preset as find_preset
     from spear.sim.scene import FAMILIES
 
     o = options
-    sizes = find_preset(o.preset).image_sizes
-    written, tried = demonstrate(o.out, o.families or FAMILIES, o.episodes, o.first_seed, sizes, o.workers)
+    sizes, policy = find_preset(o.preset).image_sizes, None
+    if o.policy is not None:
+        from spear.evaluate.agents import NextAction
+        from spear.policy import locate
+
+        policy = NextAction(locate(o.policy))
+    families = o.families or FAMILIES
+    written, tried = demonstrate(o.out, families, o.episodes, o.first_seed, sizes, o.workers, policy=policy)
     print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
-from spear.sim.record import record
+from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
 from spear.sim.scene import TRAIN_SEED, check_families
 from spear.util.files import check_own
@@ -24,10 +24,12 @@ def demonstrate(
     sizes: Mapping[str, Size],
     workers: int = 2,
     quiet: bool = False,
+    policy: Acts | None = None,
 ) -> tuple[int, int]:
     """Record `episodes` demonstrations of each task family; returns how many succeeded, and of how many.
 
     sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
+    policy takes turns with the expert; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
@@ -38,17 +40,17 @@ def demonstrate(
         raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
     check_own(out, SHARD_GLOB, "record")
-    kept, first = _look(out, tasks, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
-    made = record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers)
+    kept, first = _look(out, tasks, sizes, policy is not None) if any(out.glob(SHARD_GLOB)) else (0, 0)
+    made = record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
     bar = ProgressBar("recording", len(tasks), "demonstrations", first, quiet)
     good = (episode for episode in tracked(made, bar) if episode.success)
     return kept + write_episodes(good, out, append=True), len(tasks)
 
 
-def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size]) -> tuple[int, int]:
+def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size], turns: bool) -> tuple[int, int]:
     """How many of these demonstrations are there, and how many tasks they are done with."""
     store = EpisodeStore(out)
-    places = {f"sim/{family}/{seed}": place for place, (family, seed) in enumerate(tasks)}
+    places = {source_of(*task, turns): place for place, task in enumerate(tasks)}
     last = -1
     for index in range(len(store)):
         place = places.get(store.source(index), -1)

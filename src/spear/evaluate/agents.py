@@ -1,8 +1,10 @@
 """Who acts in an evaluation: a policy, or one of the references that frame its number from both sides."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +59,24 @@ class PolicyAgent(Agent):
         pairs = zip(envs, observations, strict=True)
         seeded = [{**o, "seed": 1000 * env.seed + env.steps} for env, o in pairs]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
+
+
+@functools.cache
+def _loaded(folder: Path) -> Policy:
+    from spear.policy import Spear1Policy
+
+    torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
+    return Spear1Policy.load(folder)
+
+
+@dataclass(frozen=True)
+class NextAction:
+    """The first action of a policy's chunk (`spear.sim.record.Acts`); can be sent to other processes."""
+
+    folder: Path
+
+    def __call__(self, observation: Mapping[str, Any], seed: int) -> Array:
+        return np.asarray(_loaded(self.folder).infer({**observation, "seed": seed})["actions"][0], np.float32)
 
 
 class ExpertAgent(Agent):

@@ -2,13 +2,15 @@
 
 At random moments the arm is pushed and twisted off course for a step or two, drops what it holds, or closes
 its gripper on nothing and lifts it as if it held something. Those steps are part of the episode, but masked:
-they are never a training target. What follows them shows how to recover.
+they are never a training target. What follows them shows how to recover. Where a policy is given, the pushes
+are its own steps, so that recoveries begin where it goes wrong (as DAgger, arXiv 1011.0686, but by turns).
 """
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ from spear.types import Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
+Acts = Callable[[Mapping[str, Any], int], NDArray[np.float32]]
+"""What a policy does, [8], when it sees this observation; the number fixes its noise."""
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03
@@ -51,19 +55,24 @@ class Disturbance:
     miss: float = 0.3
 
 
+POLICY_STARTS, POLICY_STEPS = 0.25, 8
+"""Of a policy's turns: the chance per step of the expert's that one begins, and its longest, steps."""
+
+
 def record(
     tasks: Iterable[tuple[str, int]],
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
     disturbance: Disturbance | None = Disturbance(),
     workers: int = 2,
+    policy: Acts | None = None,
 ) -> Iterator[Episode]:
     """An `Episode` for each (family, seed) of `tasks`, in that order; also of failures (`success` False).
 
     Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
-    the work; the episodes are the same whatever their number.
+    the work, to whom `policy` is sent; the episodes are the same whatever their number.
     """
-    job = functools.partial(_job, (image_size, wrist_size, disturbance))
+    job = functools.partial(_job, image_size, wrist_size, disturbance, policy)
     with processes.pool(workers if workers > 1 else 0, __name__, "give fewer --workers") as executor:
         yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
 
@@ -75,24 +84,31 @@ def record_episode(
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
     disturbance: Disturbance | None = None,
+    policy: Acts | None = None,
 ) -> Episode:
-    """The expert's demonstration of one scene, disturbed if asked."""
+    """The expert's demonstration of one scene, disturbed if asked, or by turns with a policy."""
     env = TabletopEnv(family, image_size, wrist_size, renderer)
     observation, info = env.reset(seed=seed)
     rng = np.random.default_rng([seed, 1])
     images: dict[str, list[bytes]] = {"external": [], "wrist": []}
     states, actions, mask = [], [], []
-    pushed, missed, limit = 0, False, MAX_STEPS + (_EXTRA_STEPS if disturbance else 0)
+    pushed, missed, limit = 0, False, MAX_STEPS + (_EXTRA_STEPS if disturbance or policy else 0)
     while env.steps < limit and not info["success"]:
         action = expert.act(env.world)
         holding = bool(action[7] < 0.5)
-        if disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
+        if policy is not None:
+            if pushed == 0 and env.steps > 0 and rng.random() < POLICY_STARTS:
+                pushed = int(rng.integers(1, POLICY_STEPS + 1))
+        elif disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
             missed = not holding and rng.random() < disturbance.miss
             pushed = int(rng.integers(2, MISSED + 1) if missed else rng.integers(1, 3))
         mask.append(pushed == 0)
-        if disturbance is not None and pushed > 0:
+        if pushed > 0:
             pushed -= 1
-            action = _push(action, disturbance, rng, holding, missed)
+            if policy is not None:
+                action = policy(observation, 1000 * seed + env.steps)
+            elif disturbance is not None:
+                action = _push(action, disturbance, rng, holding, missed)
         images["external"].append(encode_jpeg(observation["observation/image"]))
         images["wrist"].append(encode_jpeg(observation["observation/wrist_image"]))
         states.append(observation["observation/state"])
@@ -107,16 +123,22 @@ def record_episode(
         gripper=state[:, 7],
         instruction=env.world.spec.instruction,
         rate_hz=RATE_HZ,
-        source=f"sim/{family}/{seed}",
+        source=source_of(family, seed, policy is not None),
         action=np.array(actions, np.float32),
         action_mask=np.array(mask),
         success=bool(info["success"]),
     )
 
 
-def _job(how: tuple[Size, Size, Disturbance | None], task: tuple[str, int]) -> Episode:
-    external, wrist, disturbance = how
-    return record_episode(*task, shared_renderer(), external, wrist, disturbance)
+def source_of(family: str, seed: int, turns: bool) -> str:
+    """What an episode is called; turns: a policy took turns with the expert."""
+    return f"sim/{family}/{seed}" + "/turns" * turns
+
+
+def _job(
+    external: Size, wrist: Size, disturbance: Disturbance | None, policy: Acts | None, task: tuple[str, int]
+) -> Episode:
+    return record_episode(*task, shared_renderer(), external, wrist, disturbance, policy)
 
 
 def _push(
