@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -14,6 +17,7 @@ from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 
 SIZES = (96, 72), (48, 48)
+NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
@@ -60,3 +64,19 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
     again = record_episode("stack_cube", TRAIN_SEED, renderer, *SIZES, Disturbance())
     for a, b in zip([*one, again], [*two, one[0]], strict=True):
         assert_same(a, b)
+
+
+def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
+    seeds = []
+
+    def stay(observation: Mapping[str, Any], seed: int) -> NDArray[np.float32]:
+        assert observation["observation/image"].shape == (72, 96, 3)
+        seeds.append(seed)
+        return NOTHING
+
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=stay)
+    assert episode.action is not None and episode.action_mask is not None and episode.success
+    stayed = (episode.action == NOTHING).all(axis=1)
+    assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9
+    assert len(set(seeds)) == stayed.sum()
+    assert episode.source != record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES).source

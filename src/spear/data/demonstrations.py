@@ -1,6 +1,6 @@
 """The scripted expert's demonstrations → a store of episodes. Killed at any moment, the same call goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
@@ -8,12 +8,10 @@ from spear.errors import SpearError
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
 from spear.sim.scene import TRAIN_SEED, check_families
+from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, tracked
-
-Task = tuple[str, int]
-"""Task family, seed of its scene."""
 
 
 def demonstrate(
@@ -39,18 +37,37 @@ def demonstrate(
     if first_seed < TRAIN_SEED:
         raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
+    sources = [source_of(*task, policy is not None) for task in tasks]
+
+    def make(first: int) -> Iterator[Episode]:
+        return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
+
+    return collect(out, sources, make, sizes, quiet)
+
+
+def collect(
+    out: Path,
+    sources: Sequence[str],
+    make: Callable[[int], Iterator[Episode]],
+    sizes: Mapping[str, Size],
+    quiet: bool = False,
+) -> tuple[int, int]:
+    """Write the successful ones of these episodes; returns how many succeeded, and of how many.
+
+    sources  the episodes' names, in order; make(i) makes them from number i on. sizes: see `demonstrate`,
+             which raises the same.
+    """
     check_own(out, SHARD_GLOB, "record")
-    kept, first = _look(out, tasks, sizes, policy is not None) if any(out.glob(SHARD_GLOB)) else (0, 0)
-    made = record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
-    bar = ProgressBar("recording", len(tasks), "demonstrations", first, quiet)
-    good = (episode for episode in tracked(made, bar) if episode.success)
-    return kept + write_episodes(good, out, append=True), len(tasks)
+    kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
+    bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
+    good = (episode for episode in tracked(make(first), bar) if episode.success)
+    return kept + write_episodes(good, out, append=True), len(sources)
 
 
-def _look(out: Path, tasks: Sequence[Task], sizes: Mapping[str, Size], turns: bool) -> tuple[int, int]:
-    """How many of these demonstrations are there, and how many tasks they are done with."""
+def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:
+    """How many of these demonstrations are there, and how many sources they are done with."""
     store = EpisodeStore(out)
-    places = {source_of(*task, turns): place for place, task in enumerate(tasks)}
+    places = {source: place for place, source in enumerate(sources)}
     last = -1
     for index in range(len(store)):
         place = places.get(store.source(index), -1)

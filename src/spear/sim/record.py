@@ -89,26 +89,13 @@ def record_episode(
     """The expert's demonstration of one scene, disturbed if asked, or by turns with a policy."""
     env = TabletopEnv(family, image_size, wrist_size, renderer)
     observation, info = env.reset(seed=seed)
-    rng = np.random.default_rng([seed, 1])
+    push = Pushes(disturbance, np.random.default_rng([seed, 1]), policy)
     images: dict[str, list[bytes]] = {"external": [], "wrist": []}
     states, actions, mask = [], [], []
-    pushed, missed, limit = 0, False, MAX_STEPS + (_EXTRA_STEPS if disturbance or policy else 0)
+    limit = MAX_STEPS + (_EXTRA_STEPS if disturbance or policy else 0)
     while env.steps < limit and not info["success"]:
-        action = expert.act(env.world)
-        holding = bool(action[7] < 0.5)
-        if policy is not None:
-            if pushed == 0 and env.steps > 0 and rng.random() < POLICY_STARTS:
-                pushed = int(rng.integers(1, POLICY_STEPS + 1))
-        elif disturbance is not None and pushed == 0 and env.steps > 0 and rng.random() < disturbance.start:
-            missed = not holding and rng.random() < disturbance.miss
-            pushed = int(rng.integers(2, MISSED + 1) if missed else rng.integers(1, 3))
-        mask.append(pushed == 0)
-        if pushed > 0:
-            pushed -= 1
-            if policy is not None:
-                action = policy(observation, 1000 * seed + env.steps)
-            elif disturbance is not None:
-                action = _push(action, disturbance, rng, holding, missed)
+        action, pushed = push(expert.act(env.world), env.steps, observation, seed)
+        mask.append(not pushed)
         images["external"].append(encode_jpeg(observation["observation/image"]))
         images["wrist"].append(encode_jpeg(observation["observation/wrist_image"]))
         states.append(observation["observation/state"])
@@ -139,6 +126,36 @@ def _job(
     external: Size, wrist: Size, disturbance: Disturbance | None, policy: Acts | None, task: tuple[str, int]
 ) -> Episode:
     return record_episode(*task, shared_renderer(), external, wrist, disturbance, policy)
+
+
+class Pushes:
+    """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one."""
+
+    def __init__(
+        self, disturbance: Disturbance | None, rng: np.random.Generator, policy: Acts | None = None
+    ) -> None:
+        self._how, self._rng, self._policy = disturbance, rng, policy
+        self._left, self._missed = 0, False
+
+    def __call__(
+        self, action: NDArray[np.float32], step: int, observation: Mapping[str, Any], seed: int
+    ) -> tuple[NDArray[np.float32], bool]:
+        """What is done instead of the expert's `action` in this step, and whether it is a push; none comes
+        in an episode's first step."""
+        rng, how, holding = self._rng, self._how, bool(action[7] < 0.5)
+        if self._policy is not None:
+            if self._left == 0 and step > 0 and rng.random() < POLICY_STARTS:
+                self._left = int(rng.integers(1, POLICY_STEPS + 1))
+        elif how is not None and self._left == 0 and step > 0 and rng.random() < how.start:
+            self._missed = not holding and rng.random() < how.miss
+            self._left = int(rng.integers(2, MISSED + 1) if self._missed else rng.integers(1, 3))
+        if self._left == 0:
+            return action, False
+        self._left -= 1
+        if self._policy is not None:
+            return self._policy(observation, 1000 * seed + step), True
+        assert how is not None
+        return _push(action, how, rng, holding, self._missed), True
 
 
 def _push(

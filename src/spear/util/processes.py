@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -55,7 +55,7 @@ def _begin() -> None:
 
 
 def in_order(
-    executor: ProcessPoolExecutor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
+    executor: Executor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
 ) -> Iterator[R]:
     """`map`, by the workers, with at most `ahead` results waiting."""
     if executor is None:

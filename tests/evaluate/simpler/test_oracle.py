@@ -3,6 +3,8 @@ law."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -10,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.tasks import TASKS, Truth
+from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, off_grid
 from spear.evaluate.simpler.world import (
     _ours,
     at_rest,
@@ -127,3 +129,26 @@ def test_rest_is_judged_by_the_pose() -> None:
     assert at_rest(truth, trembling, truth.opening)  # joints at 0.03 rad/s that press on something go nowhere
     assert not at_rest(truth, moving, truth.opening)
     assert not at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
+
+
+def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
+    """On a grid as ManiSkill's of the carrot: four corners, two orientations."""
+    corners = np.array([[x, y, 0.88] for x in (-0.235, -0.085) for y in (-0.075, 0.075)])
+    places = np.array([[a, b] for a in corners for b in corners if a is not b])
+    turns = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
+    task = TASKS["PutCarrotOnPlateInScene-v1"]
+    starts = [off_grid(task, seed, places, turns) for seed in range(300)]
+    for start in starts:
+        nearest = np.linalg.norm(places[:, :, :2] - start.places[:, :2], axis=-1).max(axis=1).min()
+        off = Rotation.from_quat(turns[:, 0], scalar_first=True).inv()
+        turned = (off * Rotation.from_quat(start.turns[0], scalar_first=True)).magnitude().min()
+        assert nearest >= MARGIN[0] or turned >= MARGIN[1]
+        assert np.linalg.norm(start.places[0] - start.places[1]) >= task.apart
+        assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all() and turned <= np.pi / 4 + 1e-9
+        near = dataclasses.replace(start, places=places[3] + 0.5 * MARGIN[0], turns=turns[1])
+        assert is_official(near, places, turns)
+    again = off_grid(task, 7, places, turns)
+    np.testing.assert_array_equal(again.places, starts[7].places)
+    assert len({start.places.tobytes() for start in starts}) == 300
+    fixed = off_grid(task, 0, np.stack([corners, corners[[2] * 4]], axis=1), turns)
+    np.testing.assert_array_equal(fixed.places[1], corners[2])

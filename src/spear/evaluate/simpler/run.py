@@ -36,7 +36,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
 
     A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
-    other noise for the policy. References, which have none, see each start at most once.
+    other noise for the policy. References, which have none, see each start at most once. With
+    `options.off_grid` every seed has a start of its own (`spear.evaluate.simpler.tasks.off_grid`).
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown task,
     and where ManiSkill, its assets or a renderer are missing.
@@ -50,9 +51,11 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
         "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,
+        **({"starts": "off the grid"} if options.off_grid else {}),
     }
     first, most = options.first_seed, options.scenes
-    counts = {t: most if agent.needs_images else min(most, TASKS[t].starts) for t in tasks}
+    repeats = agent.needs_images or options.off_grid
+    counts = {t: most if repeats else min(most, TASKS[t].starts) for t in tasks}
     scenes = {t: range(first, first + count) for t, count in counts.items()}
     simulator = Simpler(options)
     try:
@@ -150,7 +153,10 @@ class Simpler:
         return self._processes[:count]
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
-        moment = process.reset(seed % TASKS[task].starts, image)
+        if self._options.off_grid:
+            moment = process.reset_off_grid(seed, image)
+        else:
+            moment = process.reset(seed % TASKS[task].starts, image)
         seen = [moment.observation["observation/image"]] if image else []
         return SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan), seen)
 

@@ -1,9 +1,14 @@
 """The four tasks, and what is known of a moment in one of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+
+from spear.geometry import quat_multiply
 from spear.types import Array
 
 RATE_HZ = 5.0
@@ -19,6 +24,8 @@ class Task:
     turns, along, drop  how the scripted reference takes the object: in so many equally good directions of a
             full turn (4 for a cube, 2 for a long object, along its x axis), at a place along its x axis (m
             from its origin); and how high above its place it lets go of it (m).
+    around, apart  starts off the grid: objects lie up to so far, along x and y, from the middle of the grid,
+            and so far from each other (m; our choice).
     """
 
     starts: int
@@ -26,15 +33,60 @@ class Task:
     turns: int
     along: float = 0.0
     drop: float = 0.004
+    around: tuple[float, float] = (0.1, 0.1)
+    apart: float = 0.12
 
 
 TASKS: dict[str, Task] = {
     "PutCarrotOnPlateInScene-v1": Task(24, 60, 2),
-    "PutEggplantInBasketScene-v1": Task(64, 120, 2, -0.005, 0.03),
+    "PutEggplantInBasketScene-v1": Task(64, 120, 2, -0.005, 0.03, (0.02, 0.03), 0.0),
     "PutSpoonOnTableClothInScene-v1": Task(24, 60, 2, 0.03),
-    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002, apart=0.065),
 }
 """ManiSkill's names, in the order of the paper's table."""
+
+MARGIN = 0.01, math.radians(10)
+"""A start of which both objects are less than this (m), and the object to move less than this (rad), off one
+of the official starts is taken for it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a scene begins: places [2, 3] (m) and quaternions [2, 4] (w x y z) of the object to move and of the
+    goal, in the world, before they settle; joints [6] (rad), added to the arm's posture."""
+
+    places: Array
+    turns: Array
+    joints: Array
+
+
+def off_grid(task: Task, seed: int, places: Array, turns: Array) -> Start:
+    """A start that is none of the official ones, which combine `places` [n, 2, 3] with `turns` [m, 2, 4].
+
+    Objects that the official starts move are placed anew, uniformly within `task.around` of their middle; the
+    object to move is turned from one of its official orientations by up to 45° about the vertical.
+    """
+    rng = np.random.default_rng([seed, 2])
+    moves = np.ptp(places[..., :2], axis=0).any(axis=-1)  # [2]
+    middle = (places[..., :2].min(axis=0) + places[..., :2].max(axis=0)) / 2
+    while True:
+        place, turn = places[0].copy(), turns[rng.integers(len(turns))].copy()
+        spread = rng.uniform(-1, 1, (2, 2)) * task.around
+        place[:, :2] = np.where(moves[:, None], middle + spread, place[:, :2])
+        angle = rng.uniform(-math.pi / 4, math.pi / 4)
+        about = torch.tensor([math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64)
+        turn[0] = quat_multiply(about, torch.from_numpy(turn[0])).numpy()
+        start = Start(place, turn, rng.normal(0, 0.05, 6))
+        apart = float(np.linalg.norm(place[0, :2] - place[1, :2]))
+        if apart >= task.apart and not is_official(start, places, turns):
+            return start
+
+
+def is_official(start: Start, places: Array, turns: Array) -> bool:
+    """Whether a start is within `MARGIN` of one of the official ones (see `off_grid`)."""
+    near = (np.linalg.norm(places - start.places, axis=-1)[..., :] < MARGIN[0]).all(axis=-1)  # [n]
+    cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)
+    return bool(near.any() and (2 * np.arccos(np.clip(cosine, 0, 1)) < MARGIN[1]).any())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
 from spear.errors import SpearError, first_line
-from spear.evaluate.simpler.tasks import Moment, Truth
+from spear.evaluate.simpler.tasks import TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array
 
@@ -92,8 +92,28 @@ class SimplerWorld:
         self._env = _make(task)
         self._mode = self._env._obs_mode
 
+        self._task = TASKS[task]
+        self._official = self._env.xyz_configs, self._env.quat_configs
+
     def reset(self, start: int, image: bool) -> Moment:
         """The scene of that number. image: whether the camera is looked through."""
+        self._env.xyz_configs, self._env.quat_configs = self._official
+        self._begin_at(start)
+        return self._moment(image, [])
+
+    def reset_off_grid(self, seed: int, image: bool) -> Moment:
+        """A scene that is none of the official ones (`spear.evaluate.simpler.tasks.off_grid`)."""
+        official = (np.asarray(configs, np.float64) for configs in self._official)
+        start = off_grid(self._task, seed, *official)
+        self._env.xyz_configs = torch.from_numpy(start.places)[None]
+        self._env.quat_configs = torch.from_numpy(start.turns)[None]
+        self._begin_at(0)
+        joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
+        joints[:6] += start.joints
+        self._env.agent.reset(init_qpos=joints)
+        return self._moment(image, [])
+
+    def _begin_at(self, start: int) -> None:
         # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
         self._env._obs_mode = "none"
         # The physics is built anew for each scene: otherwise objects settle while the arm still stands where
@@ -104,7 +124,6 @@ class SimplerWorld:
         self._reached = self._wrong = False
         self._before: Truth | None = None
         self._begin = {name: o.pose.p[0].numpy().copy() for name, o in self._env.objs.items()}
-        return self._moment(image, [])
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """Control steps, one per row [7] of the embodiment's command; filming: with a picture after each."""
@@ -247,6 +266,9 @@ class SimplerProcess:
     def reset(self, start: int, image: bool) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
         return self._ask("reset", start, image)
+
+    def reset_off_grid(self, seed: int, image: bool) -> Moment:
+        return self._ask("reset_off_grid", seed, image)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         return self._ask("run", rows, image, filming)
