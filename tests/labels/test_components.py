@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from spear.errors import SpearError
-from spear.labels.components import Choice, build
+from spear.labels.components import build
+from spear.labels.options import LabelOptions
 
 
 def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    alone = build("detector", f"file:{path}", Choice())
-    both = build("detector", f"file:{path}+ground-truth", Choice())
+    alone = build("detector", f"file:{path}", LabelOptions())
+    both = build("detector", f"file:{path}+ground-truth", LabelOptions())
     assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
-    assert "ground-truth" in build("segmenter", f"file:{path}+ground-truth", Choice()).name
+    assert "ground-truth" in build("segmenter", f"file:{path}+ground-truth", LabelOptions()).name
 
 
 @pytest.mark.parametrize(
@@ -33,5 +34,5 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
 )
 def test_what_makes_no_sense_is_named(kind: str, description: str, hint: str) -> None:
     with pytest.raises(SpearError) as stop:
-        build(kind, description, Choice())
+        build(kind, description, LabelOptions())
     assert hint in str(stop.value) and "\n" not in str(stop.value)

@@ -16,7 +16,8 @@ from websockets.sync.client import connect
 from serve_here import get, process, serving
 from spear.embodiments import load, tools
 from spear.errors import SpearError
-from spear.serve import guard, wire
+from spear.serve import server as serve_module
+from spear.serve import wire
 from spear.serve.client import RemotePolicy
 
 GENERIC = load("generic")
@@ -91,7 +92,7 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
     attack: bytes, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(guard, name, value)
+        monkeypatch.setattr(serve_module, name, value)
     with serving() as running:
         honest, other = RemotePolicy(f"ws://127.0.0.1:{running.port}"), deaf(running.port)
         with pytest.raises(ConnectionError):
@@ -103,7 +104,7 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
 
 
 def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "OPENING", 3)
+    monkeypatch.setattr(serve_module, "OPENING", 3)
     with serving() as running:
         silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
         assert [s.recv(1) for s in silent[:2]] == [b"", b""]
@@ -117,7 +118,7 @@ import asyncio
 import numpy as np
 from serve_here import Homing
 from spear.embodiments import load
-from spear.serve import guard, server
+from spear.serve import server
 from spear.serve.options import ServeOptions
 from spear.serve.service import Service
 
@@ -125,7 +126,7 @@ class Loud(Homing):
     def infer_batch(self, observations):
         return [{"actions": np.zeros((2**21, 8), np.float32)} for _ in observations]
 
-server.DRAIN_S, guard.SEND_S = 0.5, 1e6
+server.DRAIN_S, server.SEND_S = 0.5, 1e6
 made = server.PolicyServer(Service(Loud(), load("generic")), ServeOptions("test", port=0))
 asyncio.run(made.run(lambda made: print(made.port, flush=True)))
 """
@@ -170,8 +171,8 @@ def test_pages_of_others_get_nothing(path: str) -> None:
 
 
 def test_an_address_for_others_is_one_that_answers() -> None:
-    assert guard.reachable("::1") == "[::1]" and guard.reachable("10.0.0.5") == "10.0.0.5"
-    address = guard.reachable("0.0.0.0")
+    assert serve_module.reachable("::1") == "[::1]" and serve_module.reachable("10.0.0.5") == "10.0.0.5"
+    address = serve_module.reachable("0.0.0.0")
     assert address not in ("", "0.0.0.0")
     with serving(host="0.0.0.0") as running:
         RemotePolicy(f"ws://{address}:{running.port}").close()

@@ -29,8 +29,7 @@ def serve(options: ServeOptions) -> None:
     """
     import asyncio
 
-    from spear.serve.guard import reachable
-    from spear.serve.server import LARGEST_MESSAGE, PolicyServer
+    from spear.serve.server import LARGEST_MESSAGE, PolicyServer, reachable
 
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
@@ -70,8 +69,8 @@ def vla_eval(options: VlaEvalOptions) -> None:
     """
     from vla_eval.model_servers.serve import serve
 
-    from spear.serve.guard import cannot_listen, reachable
     from spear.serve.harness import HarnessServer
+    from spear.serve.server import cannot_listen, reachable
 
     _, service = _warm(options)
     address = f"ws://{reachable(options.host)}:{options.port}"
@@ -86,7 +85,7 @@ def vla_eval(options: VlaEvalOptions) -> None:
 def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything
     and an address that cannot be had, before the weights are read."""
-    from spear.serve.guard import check_address
+    from spear.serve.server import check_address
 
     check_address(options.host, options.port)
     import torch

@@ -10,58 +10,43 @@
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError, check_known
 from spear.labels.engine import Graph
+from spear.labels.options import LabelOptions
 from spear.labels.pipeline import settings_for
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What the user has chosen for all components.
-
-    vocabulary  names to look for; none for whatever is there, where the detector can.
-    device      "cpu", "cuda", …; "auto" takes the GPU if there is one.
-    cache       folder of answers of a remote detector, so that asking again costs nothing.
-    per_minute  requests to a remote detector at most; 0 leaves that to the service.
-    """
-
-    vocabulary: tuple[str, ...] = ()
-    device: str = "auto"
-    cache: Path | None = None
-    per_minute: int = 0
-
-
-Maker = Callable[[str | None, Choice], Any]
-"""(what follows NAME= or NAME:, choice) → the component."""
+Maker = Callable[[str | None, LabelOptions], Any]
+"""(what follows NAME= or NAME:, options) → the component."""
 
 
 def _named(place: str, *takes: str, usual: str = "") -> Maker:
-    """Makes what is at FILE:NAME of `spear.labels.models`, with the parts of the choice that it takes.
+    """Makes what is at FILE:NAME of `spear.labels.models`, with those of the options that it takes.
 
     usual: the network among `PUBLISHED` that it is without another.
     """
 
-    def make(model: str | None, choice: Choice) -> Any:
+    def make(model: str | None, options: LabelOptions) -> Any:
         if usual:  # importing it takes longer than asking the Hub
             model = model or PUBLISHED[usual].repository
-            if "vocabulary" in takes and not choice.vocabulary:
+            if "vocabulary" in takes and not options.names:
                 raise SpearError(f'--detector {usual}: name what to look for: --vocabulary "mug, spoon"')
             need_on_hub(model, f"a folder or file that holds it, as in {usual}=PATH")
         file, name = place.split(":")
         made = getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
-        return made(**({"model": model} if model else {}), **{part: getattr(choice, part) for part in takes})
+        known = {**vars(options), "vocabulary": options.names}
+        known["cache"] = options.cache or options.out / ".answers"
+        return made(**({"model": model} if model else {}), **{part: known[part] for part in takes})
 
     return make
 
 
-def _from_file(name: str, path: str | None, choice: Choice) -> Any:
+def _from_file(name: str, path: str | None, options: LabelOptions) -> Any:
     """A `FileDetector` or `FileSegmenter` that still wants another component for what the file lacks."""
     from spear.labels.models import annotations
 
@@ -92,15 +77,15 @@ KINDS: dict[str, dict[str, Maker]] = {
 """Kind of component → name → what makes it."""
 
 
-def build(kind: str, description: str, choice: Choice) -> Any:
+def build(kind: str, description: str, options: LabelOptions) -> Any:
     """Make a component: kind is one of `KINDS`. Raises `SpearError` for an unknown name, and what the
     component itself complains about."""
     check(kind, description)
     first, plus, otherwise = description.partition("+")
     name, argument = split(first)
-    made = KINDS[kind][name](argument, choice)
+    made = KINDS[kind][name](argument, options)
     if isinstance(made, partial):  # from a file, which may leave some images to another component
-        return made(build(kind, otherwise, choice) if plus else None)
+        return made(build(kind, otherwise, options) if plus else None)
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
     return made
@@ -121,15 +106,14 @@ def split(description: str) -> tuple[str, str | None]:
     return name, argument[0] if argument else None
 
 
-def graph(detector: str, segmenter: str, pointmap: str, choice: Choice, longest: int | None = 840) -> Graph:
-    """The whole of what is done with an image, from the three descriptions; nothing is loaded yet. longest:
-    see `Graph`. `SpearError` for an unknown name."""
-    for kind, description in zip(KINDS, (detector, segmenter, pointmap), strict=True):
+def graph(options: LabelOptions) -> Graph:
+    """The whole of what is done with an image; nothing is loaded yet. `SpearError` for an unknown name."""
+    descriptions = options.detector, options.segmenter, options.pointmap
+    for kind, description in zip(KINDS, descriptions, strict=True):
         check(kind, description)
-    return Graph(
-        partial(build, "detector", detector, choice),
-        partial(build, "segmenter", segmenter, choice),
-        partial(build, "point map", pointmap, choice),
-        boxes=settings_for(segmenter, pointmap),
-        longest=longest,
+    detector, segmenter, pointmap = (
+        partial(build, kind, description, options)
+        for kind, description in zip(KINDS, descriptions, strict=True)
     )
+    boxes = settings_for(options.segmenter, options.pointmap)
+    return Graph(detector, segmenter, pointmap, boxes, longest=options.size or None)

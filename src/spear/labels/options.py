@@ -79,6 +79,11 @@ class LabelOptions(Options):
     work: WorkOptions = WorkOptions()
     scene: SceneOptions = SceneOptions()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The vocabulary, name by name."""
+        return tuple(name.strip() for name in self.vocabulary.split(",") if name.strip())
+
 
 @dataclass(frozen=True)
 class QuestionOptions(Options):

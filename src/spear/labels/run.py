@@ -27,7 +27,7 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError
-from spear.labels.components import Choice, graph
+from spear.labels.components import graph
 from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
@@ -101,10 +101,7 @@ def label_photos(
 def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
     """What is done with the images of `options.photos`, what lists them, and the settings; nothing is loaded.
     Raises `SpearError` as `label_photos` does."""
-    vocabulary = tuple(name.strip() for name in options.vocabulary.split(",") if name.strip())
-    cache = options.cache or options.out / ".answers"
-    choice = Choice(vocabulary, options.device, cache, options.per_minute)
-    chosen = graph(options.detector, options.segmenter, options.pointmap, choice, options.size or None)
+    chosen = graph(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
     for part in ("detector", "segmenter", "pointmap"):
         for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
@@ -115,7 +112,7 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
                 )
     settings = {
         "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
-        "pointmap": options.pointmap, "vocabulary": vocabulary, "size": options.size, "rate": options.rate,
+        "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,
         "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
     }  # fmt: skip
     return chosen, partial(find_items, inputs, options.rate, options.per_episode), settings

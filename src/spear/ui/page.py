@@ -1,6 +1,6 @@
 """The page: its files, who may see them, and its tabs, each with a websocket.
 
-The page puts this machine to work for whoever opens it; other web sites may not (`spear.serve.guard`).
+The page puts this machine to work for whoever opens it; other web sites may not (`spear.serve.server`).
 
 A tab sends JSON {"do": one of `REQUESTS`, …}, or the bytes of an image file; it is sent parts of its view.
 Whatever is wrong becomes {"problem": one line}. One thread does all the work, never the event loop.

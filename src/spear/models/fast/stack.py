@@ -26,17 +26,6 @@ class StaticKVCache:
         self.layers = self.whole.unbind(0)
         self._pairs = [held.flatten(1, 2).unbind(0) for held in self.layers]
 
-    def to(self, dtype: torch.dtype) -> "StaticKVCache":
-        """Itself, or a copy in another precision."""
-        first = self.layers[0]
-        if first.dtype == dtype:
-            return self
-        _, batch, groups, places, width = first.shape
-        copy = StaticKVCache(len(self.layers), (batch, groups, places, width), dtype, first.device)
-        for new, old in zip(copy.layers, self.layers, strict=True):
-            new.copy_(old)
-        return copy
-
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "Window":
         """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
@@ -109,8 +98,13 @@ class Stack:
         return StaticKVCache(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
     def take(self, cache: StaticKVCache) -> StaticKVCache:
-        """What another stack left in a cache, as this one reads it."""
-        return cache.to(self.dtype)
+        """What another stack left in a cache, as this one reads it: itself, or a copy in its precision."""
+        if cache.whole.dtype == self.dtype:
+            return cache
+        _, _, batch, _, places, _ = cache.whole.shape
+        copy = self.cache(batch, places, self.dtype, cache.whole.device)
+        copy.whole.copy_(cache.whole)
+        return copy
 
     def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What rotates queries and keys at positions [B, S]: cosines, and signed sines, [B, S, 1, d] each."""
