@@ -22,8 +22,8 @@ import spear
 from spear.errors import SpearError, first_line
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import bfloat16_is_fast
-from spear.models.fast.graphs import Inputs
 from spear.models.fast.linear import linear
+from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, spear1_config
 from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction

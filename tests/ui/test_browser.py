@@ -19,7 +19,7 @@ from spear.serve.server import PolicyServer
 pytest.importorskip("mujoco")
 
 from spear.ui.page import Page
-from spear.ui.shelf import Shelf
+from spear.ui.scenes import Shelf
 
 FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PAINTED = """((canvas, name) => {

@@ -45,7 +45,7 @@ from spear.sim.render import camera_pose, object_boxes
 from spear.ui import page as pages
 from spear.ui import scenes
 from spear.ui.page import Page
-from spear.ui.shelf import Shelf
+from spear.ui.scenes import Shelf
 from spear.ui.table import Studio
 
 LIMIT = 2**20

@@ -35,7 +35,7 @@ def serve(options: ServeOptions) -> None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
     shelf = None
     if options.episodes:  # before the weights are read
-        from spear.ui.shelf import Shelf
+        from spear.ui.scenes import Shelf
 
         shelf = Shelf(options.episodes, options.dataset)
     policy, service = _warm(options)

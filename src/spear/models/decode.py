@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from spear.errors import SpearError
-from spear.models.fast.graphs import Inputs
 from spear.models.fast.small import SMALL, SmallStack
-from spear.models.fast.stack import STACK, Stack, can_compile, prefill
+from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill
 
 Range = tuple[int, int]
 """Token ids [first, last)."""

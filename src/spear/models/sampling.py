@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
 from spear.errors import first_line, notice
-from spear.models.fast.graphs import Inputs
 from spear.models.fast.linear import Fused, Prepared, linear
 from spear.models.fast.small import if_small
-from spear.models.fast.stack import Stack, can_compile, prefill
+from spear.models.fast.stack import Inputs, Stack, can_compile, prefill
 from spear.models.layers import sinusoids
 from spear.types import Action
 

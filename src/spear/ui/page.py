@@ -29,8 +29,7 @@ from spear.errors import SpearError, unknown_name
 from spear.policy import Spear1Policy
 from spear.sim.env import RATE_HZ
 from spear.sim.scene import FAMILIES
-from spear.ui.scenes import View, whole
-from spear.ui.shelf import Shelf
+from spear.ui.scenes import Shelf, View, whole
 from spear.ui.table import Studio, Table
 from spear.util.processes import release_workers
 

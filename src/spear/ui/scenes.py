@@ -1,20 +1,25 @@
 """What a tab looks at, step by step: an episode in the simulator, or pictures that were taken before.
 
 Every step can be looked at again as it was. Metres; `vertices` are in the camera frame, all else in the base
-frame.
+frame. Results of an evaluation hold how each episode ended, and few films. But the scene's seed fixes all of
+an episode, the policy's noise too: an episode is run again, where the same weights are served.
 """
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from spear.chunks import REPLAN, ChunkExecutor
+from spear.data.store.episode_store import EpisodeStore, is_store
 from spear.errors import SpearError
+from spear.evaluate import results
+from spear.evaluate.agents import identity
 from spear.evaluate.closed_loop import delay_steps
 from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
@@ -22,7 +27,7 @@ from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, camera_pose, intrinsics, object_boxes
 from spear.types import Array
-from spear.util.images import encode_jpeg
+from spear.util.images import decode_image, encode_jpeg
 
 View = dict[str, Any]
 Again = tuple[Mapping[str, Any], Outcome]
@@ -32,6 +37,9 @@ LARGEST_SHOWN = (1152, 864)
 """Pictures of recordings and photos are scaled down to fit these pixels."""
 MOST_SENT = 1000
 """Steps of a recording in the page's chart: of a longer one every second, third …"""
+MOST_LISTED = 500
+"""Episodes that the page offers (our choice): of more, the first; an evaluation's failures come first."""
+SAID = {True: "success · ", False: "failure · ", None: ""}
 LINKS = (*(f"link{k}" for k in range(8)), "hand")
 
 
@@ -167,6 +175,49 @@ class Recording:
         }
 
 
+class Shelf:
+    """What a folder holds. dataset: whose units the policy uses (`Spear1Policy.load`).
+
+    Raises `SpearError` for a folder of something else.
+    """
+
+    def __init__(self, folder: Path, dataset: str | None = None) -> None:
+        self._dataset, self._weights = dataset, ""
+        self._held: EpisodeStore | Sequence[results.Outcome]
+        self._settings: dict[str, Any] | None = None
+        if is_store(folder):
+            self._held = store = EpisodeStore(folder)
+            first = [store.without_images(i) for i in range(min(len(store), MOST_LISTED))]
+            self._titles = [f"{i} · {SAID[e.success]}{e.instruction[:80]}" for i, e in enumerate(first)]
+        elif results.journals(folder) or (folder / "results.json").is_file():
+            found = results.load(folder)
+            self._policy, self._settings = found.policy, found.settings
+            self._held = sorted(found.outcomes, key=lambda o: o.success)
+            some = self._held[:MOST_LISTED]
+            self._titles = [f"{SAID[o.success]}{o.family.replace('_', ' ')} {o.seed}" for o in some]
+        else:
+            what = "recorded episodes (of spear record, or prepared ones) or results of spear evaluate --out"
+            raise SpearError(f"--episodes {folder}: holds neither {what}")
+        self.about = {"episodes": self._titles, "episodes_in_all": len(self._held)}
+
+    def open(self, index: object, policy: Spear1Policy, renderer: Renderer) -> Scene | Recording:
+        """An episode, to be looked at. Raises `SpearError` for one that cannot be."""
+        number, held = whole("episode", index, len(self._titles) - 1), self._held
+        if isinstance(held, EpisodeStore):
+            return _recorded(held, number)
+        assert self._settings is not None
+        outcome, dtype = held[number], next(policy.model.parameters()).dtype
+        if policy.folder and not self._weights:
+            self._weights = identity(policy.folder, dtype, self._dataset)
+        same = self._settings.get("weights") == self._weights and policy.steps == Spear1Policy.steps
+        if not same or "execution" not in self._settings:
+            raise SpearError(
+                f"{outcome.film_name}: only with the policy that made it can it be run again: serve "
+                f"{self._policy}, with its --dtype and --dataset and without --steps (SIMPLER: see its films)"
+            )
+        return Scene(outcome.family, outcome.seed, policy, renderer, (self._settings, outcome))
+
+
 def whole(what: str, value: object, most: int) -> int:
     """A whole number from 0 to `most`, as a page sent it. Raises `SpearError` naming it for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
@@ -183,3 +234,15 @@ def _jpeg(image: Array) -> str:
     picture.thumbnail(LARGEST_SHOWN)
     data = encode_jpeg(np.asarray(picture), quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def _recorded(store: EpisodeStore, index: int) -> Recording:
+    e = store.without_images(index)
+
+    def picture(step: int, camera: str) -> Array | None:
+        data = store.image(index, step, camera)
+        return None if data is None else decode_image(data, f"{e.source} step {step}")
+
+    states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
+    about = f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success
+    return Recording("recording", *about)

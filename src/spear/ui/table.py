@@ -21,8 +21,7 @@ from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.types import Array
-from spear.ui.scenes import Recording, Scene, View, whole
-from spear.ui.shelf import Shelf
+from spear.ui.scenes import Recording, Scene, Shelf, View, whole
 from spear.util.images import decode_image, load_image
 
 MOST_BOXES = 8
