@@ -13,7 +13,9 @@ from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 from labels_tiny import save_sam2
 from spear.errors import SpearError
 from spear.labels.models.protocols import Detection
-from spear.labels.models.sam2 import MEAN, STD, Sam2Segmenter, postprocess, preprocess, scale_boxes
+from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
+from spear.models.vision import IMAGENET_MEAN as MEAN
+from spear.models.vision import IMAGENET_STD as STD
 from spear.types import Array, Frame
 
 BOXES = np.array([[5, 4, 30, 30], [20, 5, 50, 33], [1, 20, 12, 39], [40, 2, 59, 20]], np.float32)

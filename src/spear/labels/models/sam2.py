@@ -13,11 +13,8 @@ from torch.nn import functional as F
 
 from spear.labels.models.pretrained import enough_memory, load_model
 from spear.labels.models.protocols import Detection
+from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
 from spear.types import Array, Frame
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's, in RGB, of pixels in 0 … 1: what SAM 2 was trained with."""
 
 AT_ONCE = 16
 """Boxes per call of the mask decoder, and masks blown up to the size of the image at a time."""
@@ -73,12 +70,11 @@ def preprocess(image: Array, side: int) -> torch.Tensor:
     """An image [h, w, 3] uint8 as the network takes it: [3, side, side] float32.
 
     Squeezed to a square (bilinear, antialiased, rounded to whole levels as Transformers does), then
-    normalised.
+    normalised with ImageNet's statistics, as SAM 2 was trained.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
-    levels = pixels[0].round().clamp(0, 255) / 255
-    return (levels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return standardize(pixels[0].round().clamp(0, 255) / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from spear.errors import SpearError
-from spear.models.presets import TOKEN_IDS, preset
+from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.backbones import own_config
@@ -71,13 +71,9 @@ def plan_policy(
         fields = _expert_fields(shards, names, text.head_dim)
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
         sources["action expert"] = str(expert)
-    config = Spear1Config(
-        vlm_config=inner,
-        expert_config={**fields, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
-        horizon=numbers.horizon,
-        flow=dict(numbers.flow),
-        **periods,
-    )
+    config = spear1_config(replace(numbers, expert=fields), inner)
+    for name, value in periods.items():
+        setattr(config, name, value)
     with torch.device("meta"):
         wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
     inside = {k: v for k, v in wanted.items() if k.startswith("vlm.")}
