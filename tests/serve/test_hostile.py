@@ -16,8 +16,7 @@ from websockets.sync.client import connect
 from serve_here import get, process, serving
 from spear.embodiments import load, tools
 from spear.errors import SpearError
-from spear.serve import server as serve_module
-from spear.serve import wire
+from spear.serve import server, wire
 from spear.serve.client import RemotePolicy
 
 GENERIC = load("generic")
@@ -92,7 +91,7 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
     attack: bytes, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(serve_module, name, value)
+        monkeypatch.setattr(server, name, value)
     with serving() as running:
         honest, other = RemotePolicy(f"ws://127.0.0.1:{running.port}"), deaf(running.port)
         with pytest.raises(ConnectionError):
@@ -104,7 +103,7 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
 
 
 def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_module, "OPENING", 3)
+    monkeypatch.setattr(server, "OPENING", 3)
     with serving() as running:
         silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
         assert [s.recv(1) for s in silent[:2]] == [b"", b""]
@@ -171,8 +170,8 @@ def test_pages_of_others_get_nothing(path: str) -> None:
 
 
 def test_an_address_for_others_is_one_that_answers() -> None:
-    assert serve_module.reachable("::1") == "[::1]" and serve_module.reachable("10.0.0.5") == "10.0.0.5"
-    address = serve_module.reachable("0.0.0.0")
+    assert server.reachable("::1") == "[::1]" and server.reachable("10.0.0.5") == "10.0.0.5"
+    address = server.reachable("0.0.0.0")
     assert address not in ("", "0.0.0.0")
     with serving(host="0.0.0.0") as running:
         RemotePolicy(f"ws://{address}:{running.port}").close()

@@ -14,10 +14,9 @@ from labels_tiny import save_sam2
 from spear.errors import SpearError
 from spear.labels.models.protocols import Detection
 from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
-from spear.models.vision import IMAGENET_MEAN as MEAN
-from spear.models.vision import IMAGENET_STD as STD
 from spear.types import Array, Frame
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOXES = np.array([[5, 4, 30, 30], [20, 5, 50, 33], [1, 20, 12, 39], [40, 2, 59, 20]], np.float32)
 
 
