@@ -42,7 +42,7 @@ def test_bfloat16_is_used_where_it_is_fast_and_a_run_keeps_its_precision(
     monkeypatch.setattr(devices, "HAS_BFLOAT16", False)
     assert not bfloat16_is_fast(CPU, tiles=True)
 
-    asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16", moments="bf16")
+    asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
     plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")
     for fast, used in ((True, asked), (False, plain)):
         monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: fast)

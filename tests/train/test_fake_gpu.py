@@ -67,7 +67,7 @@ def alone(root: Path) -> None:
     pretend()
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
-    stepper = prepared("pretend", moments="bf16", gradient_checkpointing=True, frozen=("vlm.moge",))
+    stepper = prepared("pretend", gradient_checkpointing=True, frozen=("vlm.moge",))
     step(stepper)
     assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
     with FAKE, Checkpoints(root, stepper) as checkpoints:

@@ -89,7 +89,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16", "moments": "bf16"}],
+    [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}],
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
     stage = STAGE.changed(preset="tiny", **changes)
@@ -98,18 +98,18 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     learning = sum(p.numel() for p in stepper.learning.values())
     assert planned.learning == learning and planned.parameters >= learning
     assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
-    assert planned.moments == (4 if "moments" in changes else 8) * learning
+    assert planned.moments == 8 * learning
     stored = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
     assert planned.weights == stored
 
 
 def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = memory.training(STAGE.changed(gradient_checkpointing=True, accumulate=8, moments="bf16", ema=0))
+    last = memory.training(STAGE.changed(gradient_checkpointing=True, accumulate=8, ema=0))
     assert last.activations < 0.6 * whole.activations and last.weights == whole.weights
-    assert last.moments == whole.moments / 2 and last.averaged == 0 < whole.averaged
+    assert last.moments == whole.moments and last.averaged == 0 < whole.averaged
     monkeypatch.setattr(memory, "training", lambda stage: whole)
-    names = ["frozen_precision", "gradient_checkpointing", "accumulate", "moments", "ema"]
-    assert [list(changes) for changes, _ in memory.plans(STAGE)] == [names[:count] for count in range(6)]
+    names = ["frozen_precision", "gradient_checkpointing", "accumulate", "ema"]
+    assert [list(changes) for changes, _ in memory.plans(STAGE)] == [names[:count] for count in range(5)]
 
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:

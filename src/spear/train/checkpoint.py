@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from spear.errors import SpearError
 from spear.train import parallel
-from spear.train.optimize import HalfStateAdamW, Stepper
+from spear.train.optimize import Stepper
 
 _NAME = re.compile(r"step-(\d{8})$")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -171,13 +171,11 @@ class Checkpoints:
         """Give the parameters that have taken steps moments to read into, as their optimiser would make
         them."""
         state = self.stepper.optimizer.state
-        half = isinstance(self.stepper.optimizer, HalfStateAdamW)
         for parameter in self.stepper.learning.values():
             state.pop(parameter, None)
             if (count := counts.get(self._names[parameter])) is not None:
-                dtype = torch.bfloat16 if half else parameter.dtype
-                made = {kind: torch.zeros_like(parameter, dtype=dtype) for kind in _MOMENTS}
-                step = torch.full((), count, device="cpu" if half else parameter.device)
+                made = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
+                step = torch.full((), count, device=parameter.device)
                 state[parameter] = {"step": step, **made}
 
 

@@ -21,7 +21,7 @@ from spear.models.meter import Meter, give_storage
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.train.optimize import BLOCK, add_adapters, apply_freeze, store_weights
+from spear.train.optimize import add_adapters, apply_freeze, store_weights
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
 
@@ -89,12 +89,11 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     apply_freeze(model, opt)
     store_weights(model, opt)
     recompute_layers(model, opt.gradient_checkpointing)
-    moment_type = torch.bfloat16 if opt.moments == "bf16" else torch.float32
     with FakeTensorMode(), Meter() as meter:
         give_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
-        held = [torch.empty_like(p, dtype=moment_type) for p in learning for _ in range(2)]
+        held = [torch.empty_like(p) for p in learning for _ in range(2)]
         moments = meter.live - weights
         held += [torch.empty_like(p) for p in learning if opt.ema > 0]
         averaged = meter.live - weights - moments
@@ -108,11 +107,8 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
         del loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
     fixed = weights + moments + averaged + gradients
-    # The update works in place, but for the float32 blocks of `HalfStateAdamW`.
-    block = min(BLOCK, max((p.numel() for p in learning), default=0))
-    update = fixed + (4 * 4 * block if opt.moments == "bf16" else 0)
     numbers = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learning)
-    return Memory(weights, gradients, moments, averaged, max(meter.peak, update) - fixed, *numbers)
+    return Memory(weights, gradients, moments, averaged, meter.peak - fixed, *numbers)
 
 
 def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
@@ -202,7 +198,6 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
         (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
         (not opt.gradient_checkpointing, "gradient_checkpointing", True),
         *((batch // opt.accumulate > n and batch % n == 0, "accumulate", batch // n) for n in (8, 1)),
-        (opt.moments != "bf16", "moments", "bf16"),
         (opt.ema > 0, "ema", 0),
     ]
     for useful, name, value in savers:

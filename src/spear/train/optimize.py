@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from spear.errors import SpearError, need
@@ -23,8 +22,6 @@ Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
 Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 """The total loss and its named parts, all 0-d."""
-BLOCK = 2**24
-"""Numbers that `HalfStateAdamW` works on at a time: what it needs in float32 then stays below 0.3 GB."""
 TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """The modules that get one: every linear layer of the language model, none of the encoders' or the
 expert's."""
@@ -155,46 +152,7 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.Ada
     for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0]):
         rate = {"lr": opt.lr * scale, "peak": opt.lr * scale}
         settings.append({"params": params, **rate, "weight_decay": opt.weight_decay * decays})
-    kind = HalfStateAdamW if opt.moments == "bf16" else torch.optim.AdamW
-    return kind(settings, betas=opt.betas, fused=True)
-
-
-class HalfStateAdamW(torch.optim.AdamW):
-    """AdamW with its moments in bfloat16; everything is computed in float32 (our choice).
-
-    With β = 0.95 a second moment in 8 bits stops within 4 % of its goal, which is 2 % of a step's size.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. `closure` is not supported."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        state["step"] += 1
-        count, (beta1, beta2) = float(state["step"]), group["betas"]
-        size = group["lr"] / (1 - beta1**count)
-        root = math.sqrt(1 - beta2**count)
-        assert parameter.grad is not None
-        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        parts = [part.to_local() if isinstance(part, DTensor) else part for part in whole]
-        assert all(part.is_contiguous() for part in parts)
-        for weight, grad, mean, square in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
-            first = mean.float().lerp_(grad, 1 - beta1)
-            second = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            mean.copy_(first)
-            square.copy_(second)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.addcdiv_(first, second.sqrt_().div_(root).add_(group["eps"]), value=-size)
+    return torch.optim.AdamW(settings, betas=opt.betas, fused=True)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -46,7 +46,6 @@ class Optimization:
     precision         "bf16" autocasts the forward pass where that is fast (`models.devices`), else as "fp32";
                       the weights that learn stay float32.
     frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
-    moments           "bf16" keeps AdamW's two averages in bfloat16 (`spear.train.optimize.HalfStateAdamW`).
     accumulate        pieces in which a process works through its batch; their gradients are averaged. A run
                       that is continued keeps its pieces (`spear.train.parallel`).
     max_skipped       steps whose loss or gradient is not finite are skipped; more than so many end the run.
@@ -67,7 +66,6 @@ class Optimization:
     ema: Decay = 0.999
     precision: Precision = "bf16"
     frozen_precision: Precision = "fp32"
-    moments: Precision = "fp32"
     accumulate: Some = 1
     gradient_checkpointing: bool = False
     max_skipped: Count = 10
