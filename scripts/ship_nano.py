@@ -1,4 +1,4 @@
-"""Puts a trained folder into the package, as bfloat16: `python scripts/ship_nano.py runs/nano-vla nano`.
+"""Puts a trained folder into the package, as float16: `python scripts/ship_nano.py runs/nano-vla nano`.
 
 The name is what commands take: "nano", the policy, which holds its whole SPEAR-VLM, so that one folder serves
 `spear ask` and `spear evaluate`; "nano-vlm-0" and "nano-depth", from which SPEAR-VLM is trained. Results are
@@ -19,14 +19,15 @@ LIMIT_MB = 20
 
 
 def main(trained: str, name: str) -> None:
-    """Copy the folder, weights rounded to bfloat16; a card that is there stays."""
+    """Copy the folder, weights rounded to float16 (bfloat16 loses eight times as much); a card that is there
+    stays."""
     final, shipped = locate(trained), SHIPPED / name
     part = SHIPPED / f".part-{name}"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(final, part)
     weights = load_file(final / "model.safetensors")
     save_file(
-        {k: v.to(torch.bfloat16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
+        {k: v.to(torch.float16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
     )
     card = shipped / "README.md"
     if card.is_file():

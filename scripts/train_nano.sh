@@ -20,5 +20,13 @@ $TRAIN nano-vlm-1 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-1" --init "$RUNS
 $TRAIN nano-vlm-2 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-2" --init "$RUNS/nano-vlm-1"
 $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" --out "$RUNS/nano-vla" \
     --init "$RUNS/nano-vlm-2"
-"$BIN/spear" evaluate vqa "$RUNS/nano-vlm-2" sim --images 300 --out "$RUNS/evaluate-vqa"
-"$BIN/spear" evaluate --policy "$RUNS/nano-vla" --scenes 200 --out "$RUNS/evaluate"
+# What the policy does wrong, put right by the expert; then everything learns a little more.
+"$BIN/spear" record --policy "$RUNS/nano-vla" --first-seed 40000 --out "$RUNS/corrections"
+"$BIN/spear" record --policy "$RUNS/nano-vla" --families stack_cube --episodes 500 --first-seed 50000 \
+    --out "$RUNS/corrections-stacking"
+$TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" "$RUNS/corrections" "$RUNS/corrections-stacking" \
+    --shares 0.65 0.2 0.15 --out "$RUNS/nano-corrected" --init "$RUNS/nano-vla" --steps 1720 --set lr=4e-4 \
+    'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]' warmup=200 normalization=meanstd \
+    'flow={"rotation_loss":"cosine","rotation_weight":200}'
+"$BIN/spear" evaluate vqa "$RUNS/nano-corrected" sim --images 300 --out "$RUNS/evaluate-vqa"
+"$BIN/spear" evaluate --policy "$RUNS/nano-corrected" --scenes 200 --out "$RUNS/evaluate"

@@ -184,11 +184,6 @@ class Plan:
         """All of them, once each."""
         return [job for job in self.jobs if isinstance(job, Training)]
 
-    @property
-    def scorings(self) -> list[Scoring]:
-        """All of them, once each."""
-        return [job for job in self.jobs if isinstance(job, Scoring)]
-
     def scoring(self, row: str, seed: int) -> Scoring:
         """The one that gives a row's number for a seed."""
         return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
@@ -249,6 +244,7 @@ def _training(
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
     if fields["committed"] is None:  # younger than the keys of trainings that are done
         del fields["committed"]
+    fields["optimization"]["moments"] = "fp32"  # which the trainings that are done could still choose
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}

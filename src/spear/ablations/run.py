@@ -54,7 +54,7 @@ def done(out: Path, job: Job) -> bool:
 def left(plan: Plan, out: Path) -> list[Job]:
     """What there is still to do, in order. Nothing is trained for policies that are scored."""
     trainings = {t.key: t for t in plan.trainings}
-    scorings = [job for job in plan.scorings if not done(out, job)]
+    scorings = [job for job in plan.jobs if isinstance(job, Scoring) and not done(out, job)]
     wanted: set[str] = set()
     for scoring in scorings:
         key: str | None = scoring.policy.key

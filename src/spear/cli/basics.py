@@ -1,13 +1,14 @@
 """Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from spear.errors import notice
-from spear.evaluate.options import Assets, Decode
+from spear.evaluate.options import Decode
 from spear.util.files import write_bytes
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
 
@@ -82,7 +83,7 @@ class RecordOptions(Options):
     """Model size whose cameras are used."""
     workers: Annotated[int, Within(1)] = 2
     """Processes."""
-    policy: Name | None = None
+    policy: Name = None
     """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""
 
 
@@ -99,56 +100,15 @@ def record(options: RecordOptions) -> None:
     """
     from spear.data.demonstrations import demonstrate
     from spear.models.presets import preset as find_preset
-    from spear.sim.scene import FAMILIES
 
     o = options
     sizes, policy = find_preset(o.preset).image_sizes, None
     if o.policy is not None:
-        from spear.evaluate.agents import NextAction
+        from spear.evaluate.agents import next_action
         from spear.policy import locate
 
-        policy = NextAction(locate(o.policy))
-    families = o.families or FAMILIES
-    written, tried = demonstrate(o.out, families, o.episodes, o.first_seed, sizes, o.workers, policy=policy)
-    print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
-
-
-@dataclass(frozen=True)
-class RecordSimplerOptions(Options):
-    out: Path = Path("runs/simpler-episodes")
-    """Folder to write to: one of each task."""
-    episodes: Annotated[int, Within(1)] = 200
-    """How many demonstrations per task."""
-    tasks: tuple[str, ...] = ()
-    """ManiSkill's names; all four when none is given."""
-    first_seed: int = 10_000
-    """Starts first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
-    preset: str = "nano"
-    """Model size, from whose camera the height of the pictures is."""
-    workers: Annotated[int, Within(1)] = 2
-    """Processes."""
-    assets: Assets = None
-
-
-def record_simpler(options: RecordSimplerOptions) -> None:
-    """Record demonstrations of SIMPLER's four WidowX tasks, from starts off the official grid.
-
-    A script that knows the true state acts; now and then the arm is pushed off course, and the push is never
-    a training target. Needs what `spear evaluate simpler` needs. Stopped, the same command continues.
-
-    Example:
-        spear record simpler --episodes 500 --out runs/simpler-episodes
-    """
-    from spear.evaluate.simpler.record import demonstrate
-    from spear.evaluate.simpler.tasks import TASKS
-    from spear.models.presets import preset as find_preset
-
-    o = options
-    height = find_preset(o.preset).image_sizes["external"][1]
-    tasks = o.tasks or tuple(TASKS)
-    written = demonstrate(o.out, tasks, o.episodes, o.first_seed, height, o.workers, o.assets)
-    for task, (good, tried) in written.items():
-        print(f"{good} of {tried} demonstrations succeeded and are in {o.out / task}")
+        policy = partial(next_action, locate(o.policy))
+    demonstrate(o.out, o.families, o.episodes, o.first_seed, sizes, o.workers, policy=policy)
 
 
 @dataclass(frozen=True)

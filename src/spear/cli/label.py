@@ -45,7 +45,13 @@ def label(options: LabelOptions) -> None:
     if options.photos:
         _label_photos(options)
     else:
-        _label_scenes(options)
+        from spear.labels.scenes import label_scenes
+        from spear.models.presets import preset
+
+        out, scene = options.out, options.scene
+        sizes = preset(scene.preset).image_sizes
+        images = label_scenes(out, scene.scenes, sizes, scene.first_seed, options.work.workers)
+        print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))
 
@@ -109,16 +115,6 @@ def _label_photos(options: LabelOptions) -> None:
             print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
     finally:
         print(*bills, sep="\n", end="\n" if bills else "")
-
-
-def _label_scenes(options: LabelOptions) -> None:
-    from spear.labels.scenes import label_scenes
-    from spear.models.presets import preset
-
-    out, scene = options.out, options.scene
-    sizes = preset(scene.preset).image_sizes
-    images = label_scenes(out, scene.scenes, sizes, scene.first_seed, options.work.workers)
-    print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
 
 
 def ask_about(options: QuestionOptions) -> None:

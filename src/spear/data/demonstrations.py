@@ -7,7 +7,7 @@ from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episo
 from spear.errors import SpearError
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
-from spear.sim.scene import TRAIN_SEED, check_families
+from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
 from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
@@ -24,7 +24,8 @@ def demonstrate(
     quiet: bool = False,
     policy: Acts | None = None,
 ) -> tuple[int, int]:
-    """Record `episodes` demonstrations of each task family; returns how many succeeded, and of how many.
+    """Record `episodes` demonstrations of each task family (none: all); says and returns how many succeeded,
+    and of how many.
 
     sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
     policy takes turns with the expert; its steps are masked (`spear.sim.record`).
@@ -36,7 +37,7 @@ def demonstrate(
     check_families(families)
     if first_seed < TRAIN_SEED:
         raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
-    tasks = [(family, first_seed + i) for i in range(episodes) for family in families]
+    tasks = [(family, first_seed + i) for i in range(episodes) for family in families or FAMILIES]
     sources = [source_of(*task, policy is not None) for task in tasks]
 
     def make(first: int) -> Iterator[Episode]:
@@ -52,16 +53,18 @@ def collect(
     sizes: Mapping[str, Size],
     quiet: bool = False,
 ) -> tuple[int, int]:
-    """Write the successful ones of these episodes; returns how many succeeded, and of how many.
+    """Write the successful ones of these episodes; the rest is as in `demonstrate`.
 
-    sources  the episodes' names, in order; make(i) makes them from number i on. sizes: see `demonstrate`,
-             which raises the same.
+    sources  the episodes' names, in order; make(i) makes them from number i on.
     """
     check_own(out, SHARD_GLOB, "record")
     kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
     bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
     good = (episode for episode in tracked(make(first), bar) if episode.success)
-    return kept + write_episodes(good, out, append=True), len(sources)
+    written = kept + write_episodes(good, out, append=True)
+    if not quiet:
+        print(f"{written} of {len(sources)} demonstrations succeeded and are in {out}")
+    return written, len(sources)
 
 
 def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,14 +68,9 @@ def _loaded(folder: Path) -> Policy:
     return Spear1Policy.load(folder)
 
 
-@dataclass(frozen=True)
-class NextAction:
-    """The first action of a policy's chunk (`spear.sim.record.Acts`); can be sent to other processes."""
-
-    folder: Path
-
-    def __call__(self, observation: Mapping[str, Any], seed: int) -> Array:
-        return np.asarray(_loaded(self.folder).infer({**observation, "seed": seed})["actions"][0], np.float32)
+def next_action(folder: Path, observation: Mapping[str, Any], seed: int) -> Array:
+    """The first action of a policy's chunk: with its folder bound, a `spear.sim.record.Acts`."""
+    return np.asarray(_loaded(folder).infer({**observation, "seed": seed})["actions"][0], np.float32)
 
 
 class ExpertAgent(Agent):

@@ -1,17 +1,12 @@
 """What an evaluation can be told, from the command line or in Python."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from spear.util.options import Dataset, Device, Dtype, Folder, Options, Seed, Within
 
-Assets = Annotated[
-    Path | None,
-    arg(help="ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."),
-]
 Films = int | Literal["failures", "all"]
 """Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
 Decode = Annotated[
@@ -87,7 +82,8 @@ class SimplerOptions(EpisodeOptions):
     """Other starts than the official ones: each scene has a start of its own."""
     batch: Annotated[int | None, Within(1), arg(metavar="N")] = None
     """Scenes that run at once, each in a process of its own; without it, as many as there are cores."""
-    assets: Assets = None
+    assets: Folder = None
+    """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,6 @@ def _pack(work: Work) -> Work:
     return replace(work, frame=frame, masks=np.packbits(work.masks, axis=-1))
 
 
-def _unpack(work: Work) -> Work:
-    assert work.frame is not None and work.masks is not None
-    masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1])
-    return replace(work, masks=masks.view(bool))
-
-
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
     """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
@@ -124,7 +118,9 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
             skipped.append(SkippedImage(work.source, work.reason, work.empty, work.retryable))
             continue
         try:
-            labels.append(lift(_unpack(work), boxes))
+            assert work.frame is not None and work.masks is not None
+            masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1]).view(bool)
+            labels.append(lift(replace(work, masks=masks), boxes))
         except Exception as error:
             skipped.append(SkippedImage(work.source, f"fitting boxes: {type(error).__name__}: {error}"))
     return Done(to_table(labels), skipped)

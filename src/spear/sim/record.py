@@ -63,7 +63,6 @@ def record(
     tasks: Iterable[tuple[str, int]],
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    disturbance: Disturbance | None = Disturbance(),
     workers: int = 2,
     policy: Acts | None = None,
 ) -> Iterator[Episode]:
@@ -72,7 +71,7 @@ def record(
     Images are JPEG (quality 95) at the given (width, height). With `workers` > 1, that many processes share
     the work, to whom `policy` is sent; the episodes are the same whatever their number.
     """
-    job = functools.partial(_job, image_size, wrist_size, disturbance, policy)
+    job = functools.partial(_job, image_size, wrist_size, policy)
     with processes.pool(workers if workers > 1 else 0, __name__, "give fewer --workers") as executor:
         yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
 
@@ -117,45 +116,45 @@ def record_episode(
     )
 
 
-def source_of(family: str, seed: int, turns: bool) -> str:
+def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:
     """What an episode is called; turns: a policy took turns with the expert."""
-    return f"sim/{family}/{seed}" + "/turns" * turns
+    return f"{simulator}/{family}/{seed}" + "/turns" * turns
 
 
-def _job(
-    external: Size, wrist: Size, disturbance: Disturbance | None, policy: Acts | None, task: tuple[str, int]
-) -> Episode:
-    return record_episode(*task, shared_renderer(), external, wrist, disturbance, policy)
+def _job(external: Size, wrist: Size, policy: Acts | None, task: tuple[str, int]) -> Episode:
+    return record_episode(*task, shared_renderer(), external, wrist, Disturbance(), policy)
 
 
+@dataclass
 class Pushes:
-    """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one."""
+    """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one.
+    left: steps that the push still lasts; missed: it is a missed grasp."""
 
-    def __init__(
-        self, disturbance: Disturbance | None, rng: np.random.Generator, policy: Acts | None = None
-    ) -> None:
-        self._how, self._rng, self._policy = disturbance, rng, policy
-        self._left, self._missed = 0, False
+    how: Disturbance | None
+    rng: np.random.Generator
+    policy: Acts | None = None
+    left: int = 0
+    missed: bool = False
 
     def __call__(
         self, action: NDArray[np.float32], step: int, observation: Mapping[str, Any], seed: int
     ) -> tuple[NDArray[np.float32], bool]:
         """What is done instead of the expert's `action` in this step, and whether it is a push; none comes
         in an episode's first step."""
-        rng, how, holding = self._rng, self._how, bool(action[7] < 0.5)
-        if self._policy is not None:
-            if self._left == 0 and step > 0 and rng.random() < POLICY_STARTS:
-                self._left = int(rng.integers(1, POLICY_STEPS + 1))
-        elif how is not None and self._left == 0 and step > 0 and rng.random() < how.start:
-            self._missed = not holding and rng.random() < how.miss
-            self._left = int(rng.integers(2, MISSED + 1) if self._missed else rng.integers(1, 3))
-        if self._left == 0:
+        rng, how, holding = self.rng, self.how, bool(action[7] < 0.5)
+        if self.policy is not None:
+            if self.left == 0 and step > 0 and rng.random() < POLICY_STARTS:
+                self.left = int(rng.integers(1, POLICY_STEPS + 1))
+        elif how is not None and self.left == 0 and step > 0 and rng.random() < how.start:
+            self.missed = not holding and rng.random() < how.miss
+            self.left = int(rng.integers(2, MISSED + 1) if self.missed else rng.integers(1, 3))
+        if self.left == 0:
             return action, False
-        self._left -= 1
-        if self._policy is not None:
-            return self._policy(observation, 1000 * seed + step), True
+        self.left -= 1
+        if self.policy is not None:
+            return self.policy(observation, 1000 * seed + step), True
         assert how is not None
-        return _push(action, how, rng, holding, self._missed), True
+        return _push(action, how, rng, holding, self.missed), True
 
 
 def _push(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from spear.evaluate.compare import beside
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.results import load
 from spear.evaluate.runner import run_evaluation
-from spear.evaluate.simpler.record import record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, random_quat
 
+RECORDER = Path(__file__).parents[3] / "examples" / "record_simpler.py"
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
 
@@ -90,12 +91,13 @@ def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
 
 def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProcess) -> None:
     """Its actions lead along its poses, and lead there again from the same seed."""
+    record_episode = runpy.run_path(str(RECORDER))["record_episode"]
     first, again = (record_episode(process, TASK, 10_001, (171, 128)) for _ in range(2))
     assert first.success and first.action is not None and first.action_mask is not None
     assert 0 < (~first.action_mask).sum() < len(first) / 2
     np.testing.assert_array_equal(first.position, again.position)
     official = [process.reset(start, False).truth for start in range(TASKS[TASK].starts)]
-    begun = process.reset_off_grid(10_001, False).truth
+    begun = process.reset(10_001, False, other=True).truth
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
     assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2
     assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3

@@ -51,7 +51,7 @@ def write_lerobot(
             sizes = {camera: seen.size for camera, seen in samples.items()}
             writer = writer or LeRobotWriter(part, sizes, episode.rate_hz, images)
             writer.check(episode, samples)
-            if writer.data_bytes > lerobot.DATA_MB << 20:
+            if writer._data is not None and os.path.getsize(writer._data_path) > lerobot.DATA_MB << 20:
                 writer.end_file()
             writer.add(episode, samples)
             if len(writer.waiting) == EPISODES_PER_FILE:
@@ -157,11 +157,6 @@ class LeRobotWriter:
             "index": self.frames + np.arange(length),
             "task_index": np.full(length, task),
         }
-
-    @property
-    def data_bytes(self) -> int:
-        """How large the file of rows is now."""
-        return os.path.getsize(self._data_path) if self._data is not None else 0
 
     @property
     def _data_path(self) -> Path:

@@ -95,7 +95,12 @@ def prepare(
     call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
-    todo = _blocks(path, split)
+    todo = [  # a split that the readers take, its length
+        (f"{name}[{first}:{first + count}]", count)
+        for name, start, end in split_ranges(episode_counts(path), split, path)
+        for first in range(start, end, BLOCK)
+        for count in [min(BLOCK, end - first)]
+    ]
     source = open_dataset(path)
     if isinstance(source, Dataset):
         source.spec(how.layout)  # says what is wrong with it before anything is written
@@ -290,16 +295,6 @@ def _check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> No
     if good == 0:
         why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
-
-
-def _blocks(path: Path, split: str) -> list[tuple[str, int]]:
-    """A split in pieces of at most `BLOCK` episodes: (a split that the readers take, its length) of each."""
-    pieces = []
-    for name, start, end in split_ranges(episode_counts(path), split, path):
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
-            pieces.append((f"{name}[{first}:{last}]", last - first))
-    return pieces
 
 
 def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Ready], list[str]]:

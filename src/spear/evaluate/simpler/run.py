@@ -153,10 +153,8 @@ class Simpler:
         return self._processes[:count]
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
-        if self._options.off_grid:
-            moment = process.reset_off_grid(seed, image)
-        else:
-            moment = process.reset(seed % TASKS[task].starts, image)
+        other = self._options.off_grid
+        moment = process.reset(seed if other else seed % TASKS[task].starts, image, other)
         seen = [moment.observation["observation/image"]] if image else []
         return SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan), seen)
 

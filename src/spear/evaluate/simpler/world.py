@@ -95,35 +95,32 @@ class SimplerWorld:
         self._task = TASKS[task]
         self._official = self._env.xyz_configs, self._env.quat_configs
 
-    def reset(self, start: int, image: bool) -> Moment:
-        """The scene of that number. image: whether the camera is looked through."""
+    def reset(self, start: int, image: bool, other: bool = False) -> Moment:
+        """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
+        camera is looked through."""
         self._env.xyz_configs, self._env.quat_configs = self._official
-        self._begin_at(start)
-        return self._moment(image, [])
-
-    def reset_off_grid(self, seed: int, image: bool) -> Moment:
-        """A scene that is none of the official ones (`spear.evaluate.simpler.tasks.off_grid`)."""
-        official = (np.asarray(configs, np.float64) for configs in self._official)
-        start = off_grid(self._task, seed, *official)
-        self._env.xyz_configs = torch.from_numpy(start.places)[None]
-        self._env.quat_configs = torch.from_numpy(start.turns)[None]
-        self._begin_at(0)
-        joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
-        joints[:6] += start.joints
-        self._env.agent.reset(init_qpos=joints)
-        return self._moment(image, [])
-
-    def _begin_at(self, start: int) -> None:
+        if other:
+            places, turns = (np.asarray(configs, np.float64) for configs in self._official)
+            begin = off_grid(self._task, start, places, turns)
+            self._env.xyz_configs = torch.from_numpy(begin.places)[None]
+            self._env.quat_configs = torch.from_numpy(begin.turns)[None]
         # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
         self._env._obs_mode = "none"
         # The physics is built anew for each scene: otherwise objects settle while the arm still stands where
         # the last episode left it, and contacts that the solver remembers change how they roll.
-        self._env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([start])})
+        self._env.reset(
+            seed=0, options={"reconfigure": True, "episode_id": torch.tensor([0 if other else start])}
+        )
+        if other:
+            joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
+            joints[:6] += begin.joints
+            self._env.agent.reset(init_qpos=joints)
         self._unreachable = self._steps = 0
         self._info: dict[str, Any] = {"success": False, "is_src_obj_grasped": False}
         self._reached = self._wrong = False
         self._before: Truth | None = None
         self._begin = {name: o.pose.p[0].numpy().copy() for name, o in self._env.objs.items()}
+        return self._moment(image, [])
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """Control steps, one per row [7] of the embodiment's command; filming: with a picture after each."""
@@ -263,12 +260,9 @@ class SimplerProcess:
         self._process.start()
         theirs.close()
 
-    def reset(self, start: int, image: bool) -> Moment:
+    def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
-        return self._ask("reset", start, image)
-
-    def reset_off_grid(self, seed: int, image: bool) -> Moment:
-        return self._ask("reset_off_grid", seed, image)
+        return self._ask("reset", start, image, other)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         return self._ask("run", rows, image, filming)

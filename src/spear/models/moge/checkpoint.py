@@ -132,14 +132,13 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
     """Put the weights in place. names: ours -> the checkpoint's."""
-    state = {o: _piece(checkpoint, o, n).to(torch.float32, copy=True) for o, n in names.items()}
+    state = {}
+    for ours, name in names.items():
+        weight = checkpoint.weights[name]
+        if ".attn.qkv." in name:  # queries, keys and values are one in MoGe
+            weight = weight.chunk(3)["qkv".index(ours.split("attention.")[1][0])]
+        state[ours] = weight.to(torch.float32, copy=True)
     model.load_state_dict(state, assign=next(model.parameters()).is_meta)
-
-
-def _piece(checkpoint: Checkpoint, ours: str, name: str) -> torch.Tensor:
-    """The weight of that name, or the part of it that is ours: queries, keys and values are one in MoGe."""
-    weight = checkpoint.weights[name]
-    return weight.chunk(3)["qkv".index(ours.split("attention.")[1][0])] if ".attn.qkv." in name else weight
 
 
 def _match(

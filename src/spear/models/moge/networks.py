@@ -88,14 +88,11 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
-def learned_upsample(width: int, out: int) -> nn.Sequential:
-    """[B, width, h, w] -> [B, out, 2h, 2w], by a transposed convolution and a smoothing one."""
+def upsample(kind: str, width: int, out: int) -> nn.Sequential:
+    """[B, width, h, w] -> [B, out, 2h, 2w], learned ("conv_transpose") or "bilinear", then a convolution."""
+    if kind == "bilinear":
+        return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), conv3(width, out))
     return nn.Sequential(nn.ConvTranspose2d(width, out, 2, stride=2), conv3(out, out))
-
-
-def bilinear_upsample(width: int, out: int) -> nn.Sequential:
-    """[B, width, h, w] -> [B, out, 2h, 2w], bilinear, then a convolution."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), conv3(width, out))
 
 
 def view_plane(
@@ -143,7 +140,7 @@ _FIXED_V1 = {
 }
 HEADS = ("points_head", "mask_head")
 """The heads of a MoGe-2 that are read; some have normals as well."""
-RESAMPLERS = {"conv_transpose": learned_upsample, "bilinear": bilinear_upsample}
+RESAMPLERS = ("conv_transpose", "bilinear")
 _FIXED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
@@ -212,7 +209,7 @@ class MogeV1Head(nn.Module):
         self.projects = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in range(layers))
         self.upsample_blocks = nn.ModuleList(
             nn.Sequential(
-                learned_upsample(before + 2, after),
+                upsample("conv_transpose", before + 2, after),
                 *(ResidualBlock(after, after * times, True) for _ in range(blocks)),
             )
             for before, after in pairwise((project, *widths))
@@ -344,7 +341,7 @@ class ConvStack(nn.Module):
             nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
         )
         self.resamplers = nn.ModuleList(
-            RESAMPLERS[kind](*pair) for kind, pair in zip(kinds, pairwise(widths), strict=True)
+            upsample(kind, *pair) for kind, pair in zip(kinds, pairwise(widths), strict=True)
         )
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))

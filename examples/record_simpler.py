@@ -1,28 +1,38 @@
-"""Demonstrations of SIMPLER's tasks: the oracle at work from starts off the official grid, with disturbances
-that it recovers from, as `Episode`s of the third-view camera."""
+"""Demonstrations of SIMPLER's four WidowX tasks, to train a policy on: the oracle at work from starts off the
+official grid, with disturbances that it recovers from. Needs what `spear evaluate simpler` needs.
+
+    python examples/record_simpler.py --episodes 500 --out runs/simpler-episodes
+    spear train nano-post --init nano --episodes runs/simpler-episodes/* --out runs/nano-simpler
+
+Each task has a folder in --out, of the third-view camera's pictures. Stopped, the same command continues.
+"""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+import tyro
 
 from spear import embodiments
 from spear.data.demonstrations import collect
 from spear.errors import SpearError, check_known
+from spear.evaluate.agents import next_action
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import RATE_HZ, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, check_installed
-from spear.sim.record import Disturbance, Pushes
+from spear.policy import locate
+from spear.sim.record import Acts, Disturbance, Pushes, source_of
+from spear.sim.scene import TRAIN_SEED
 from spear.types import Episode
 from spear.util.images import encode_jpeg, fit_image
 from spear.util.processes import in_order
 
-HELD_OUT = 10_000
-"""Seeds below this are kept for evaluation off the grid; demonstrations have those from it on."""
 AFTER = 5
 """Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
 PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
@@ -30,44 +40,49 @@ PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radi
 CAMERA = (640, 480)
 
 
-def demonstrate(
-    out: Path,
-    tasks: Sequence[str],
-    episodes: int,
-    first_seed: int,
-    height: int,
-    workers: int,
+def main(
+    out: Path = Path("runs/simpler-episodes"),
+    episodes: int = 200,
+    tasks: tuple[str, ...] = tuple(TASKS),
+    first_seed: int = TRAIN_SEED,
+    height: int = 128,
+    workers: int = 2,
+    policy: str | None = None,
     assets: Path | None = None,
-    quiet: bool = False,
-) -> dict[str, tuple[int, int]]:
-    """Record `episodes` demonstrations of each task into `out`/TASK; task → how many succeeded, of how many.
+) -> None:
+    """Record demonstrations.
 
-    height  of the pictures, in pixels; the whole camera image is scaled to it.
-
-    The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError` for an unknown task, for seeds that are kept for testing, and where ManiSkill, its assets or
-    a renderer are missing.
+    Args:
+        out: folder to write to. episodes: of each task.
+        first_seed: starts first-seed, first-seed + 1, …; those below 10000 are kept for `--off-grid`.
+        height: of the pictures, in pixels; the whole camera image is scaled to it.
+        policy: a trained folder that takes turns with the oracle, which puts right what it does wrong.
+        assets: ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR.
     """
     check_known("task", TASKS, *tasks)
-    if first_seed < HELD_OUT:
-        raise SpearError(f"--first-seed {first_seed}: below {HELD_OUT} are starts kept for testing")
+    if first_seed < TRAIN_SEED:
+        raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are starts kept for testing")
     check_installed()
     check_assets(assets)
+    acts = None if policy is None else partial(next_action, locate(policy))
     size = round(CAMERA[0] * height / CAMERA[1]), height
     seeds = range(first_seed, first_seed + episodes)
-    written = {}
     for task in tasks:
-        sources = [f"simpler/{task}/{seed}" for seed in seeds]
 
         def make(first: int, task: str = task) -> Iterator[Episode]:
-            return record(task, seeds[first:], size, workers, assets)
+            return record(task, seeds[first:], size, workers, assets, acts)
 
-        written[task] = collect(out / task, sources, make, {"external": size}, quiet)
-    return written
+        sources = [source_of(task, seed, acts is not None, "simpler") for seed in seeds]
+        collect(out / task, sources, make, {"external": size})
 
 
 def record(
-    task: str, seeds: Sequence[int], size: tuple[int, int], workers: int, assets: Path | None = None
+    task: str,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    workers: int,
+    assets: Path | None = None,
+    policy: Acts | None = None,
 ) -> Iterator[Episode]:
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
@@ -79,7 +94,7 @@ def record(
     def one(seed: int) -> Episode:
         process = free.get()
         try:
-            return record_episode(process, task, seed, size)
+            return record_episode(process, task, seed, size, policy)
         finally:
             free.put(process)
 
@@ -96,14 +111,14 @@ def record_episode(
     task: str,
     seed: int,
     size: tuple[int, int],
-    disturbance: Disturbance | None = PUSHES,
+    policy: Acts | None = None,
 ) -> Episode:
-    """The oracle's demonstration from one start off the grid."""
+    """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
     robot = embodiments.load(ROBOT)
     convert = robot.control(None)[1].convert
-    push = Pushes(disturbance, np.random.default_rng([seed, 1]))
+    push = Pushes(PUSHES, np.random.default_rng([seed, 1]), policy)
     images, states, actions, mask = [], [], [], []
-    moment, fulfilled = process.reset_off_grid(seed, True), 0
+    moment, fulfilled = process.reset(seed, True, other=True), 0
     while moment.steps < TASKS[task].steps and fulfilled < AFTER:
         seen = robot.read(moment.observation)
         action, pushed = push(oracle.act(task, moment.truth), moment.steps, seen, seed)
@@ -122,8 +137,15 @@ def record_episode(
         gripper=state[:, 7],
         instruction=str(moment.observation["prompt"]),
         rate_hz=RATE_HZ,
-        source=f"simpler/{task}/{seed}",
+        source=source_of(task, seed, policy is not None, "simpler"),
         action=np.array(actions, np.float32),
         action_mask=np.array(mask),
         success=fulfilled >= AFTER or moment.success,
     )
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except SpearError as error:
+        sys.exit(f"error: {error}")
