@@ -115,7 +115,7 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
 def test_the_nano_policy_runs_to_the_end_and_is_filmed(
     simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(TASKS, TASK, Task(24, 6))
+    monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
     agent = load_agent("nano")
     run_evaluation(
         simpler, agent, {TASK: range(30, 31)}, {}, EpisodeOptions(films=1, out=tmp_path), quiet=True
