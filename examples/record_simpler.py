@@ -73,7 +73,8 @@ def main(
             return record(task, seeds[first:], size, workers, assets, acts)
 
         sources = [source_of(task, seed, acts is not None, "simpler") for seed in seeds]
-        collect(out / task, sources, make, {"external": size})
+        written, tried = collect(out / task, sources, make, {"external": size})
+        print(f"{written} of {tried} demonstrations succeeded and are in {out / task}")
 
 
 def record(

@@ -108,7 +108,9 @@ def record(options: RecordOptions) -> None:
         from spear.policy import locate
 
         policy = partial(next_action, locate(o.policy))
-    demonstrate(o.out, o.families, o.episodes, o.first_seed, sizes, o.workers, policy=policy)
+    how = o.first_seed, sizes, o.workers
+    written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=policy)
+    print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
 
 
 @dataclass(frozen=True)

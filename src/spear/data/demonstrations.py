@@ -24,8 +24,7 @@ def demonstrate(
     quiet: bool = False,
     policy: Acts | None = None,
 ) -> tuple[int, int]:
-    """Record `episodes` demonstrations of each task family (none: all); says and returns how many succeeded,
-    and of how many.
+    """Record `episodes` demonstrations of each task family (none: all); how many succeeded, and of how many.
 
     sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
     policy takes turns with the expert; its steps are masked (`spear.sim.record`).
@@ -61,10 +60,7 @@ def collect(
     kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
     bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
     good = (episode for episode in tracked(make(first), bar) if episode.success)
-    written = kept + write_episodes(good, out, append=True)
-    if not quiet:
-        print(f"{written} of {len(sources)} demonstrations succeeded and are in {out}")
-    return written, len(sources)
+    return kept + write_episodes(good, out, append=True), len(sources)
 
 
 def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:

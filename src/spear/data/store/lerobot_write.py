@@ -51,8 +51,7 @@ def write_lerobot(
             sizes = {camera: seen.size for camera, seen in samples.items()}
             writer = writer or LeRobotWriter(part, sizes, episode.rate_hz, images)
             writer.check(episode, samples)
-            if writer._data is not None and os.path.getsize(writer._data_path) > lerobot.DATA_MB << 20:
-                writer.end_file()
+            writer.end_file(above=lerobot.DATA_MB << 20)
             writer.add(episode, samples)
             if len(writer.waiting) == EPISODES_PER_FILE:
                 writer.write_episodes()
@@ -217,9 +216,9 @@ class LeRobotWriter:
             f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
         }
 
-    def end_file(self) -> None:
-        """Complete the file of rows; the next episode begins another."""
-        if self._data is not None:
+    def end_file(self, above: int = 0) -> None:
+        """Complete the file of rows, if it has more than `above` bytes; the next episode begins another."""
+        if self._data is not None and (not above or os.path.getsize(self._data_path) > above):
             data, self._data = self._data, None
             data.close()
             self.data_files += 1

@@ -95,12 +95,11 @@ def prepare(
     call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
-    todo = [  # a split that the readers take, its length
-        (f"{name}[{first}:{first + count}]", count)
-        for name, start, end in split_ranges(episode_counts(path), split, path)
-        for first in range(start, end, BLOCK)
-        for count in [min(BLOCK, end - first)]
-    ]
+    todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
+    for name, start, end in split_ranges(episode_counts(path), split, path):
+        for first in range(start, end, BLOCK):
+            last = min(first + BLOCK, end)
+            todo.append((f"{name}[{first}:{last}]", last - first))
     source = open_dataset(path)
     if isinstance(source, Dataset):
         source.spec(how.layout)  # says what is wrong with it before anything is written

@@ -84,7 +84,7 @@ def off_grid(task: Task, seed: int, places: Array, turns: Array) -> Start:
 
 def is_official(start: Start, places: Array, turns: Array) -> bool:
     """Whether a start is within `MARGIN` of one of the official ones (see `off_grid`)."""
-    near = (np.linalg.norm(places - start.places, axis=-1)[..., :] < MARGIN[0]).all(axis=-1)  # [n]
+    near = (np.linalg.norm(places - start.places, axis=-1) < MARGIN[0]).all(axis=-1)  # [n]
     cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)
     return bool(near.any() and (2 * np.arccos(np.clip(cosine, 0, 1)) < MARGIN[1]).any())
 
