@@ -26,6 +26,7 @@ from spear.cli import main
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.weights import conversion
 from spear.models.weights import load as weights
 from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
@@ -45,17 +46,19 @@ def coordinates(path: Path, bins: int = TINY14.bins) -> str:
     return str(path)
 
 
-def test_from_backbones_to_a_policy_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_backbones_to_a_policy_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "model.pt")
     expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
     vlm, policy, back = (tmp_path / name for name in ("vlm", "policy", "back"))
     meaning = coordinates(tmp_path / "coordinates.json")
     size = ("--preset", "tiny14")
-    small = (*size, "--shard", "100KB")
+    monkeypatch.setattr(conversion, "MOST", "100KB")
     made = [
         (*BACKBONES, str(folder), str(moge), "--out", str(vlm), "--coordinates", meaning, *size),
-        ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *small),
+        ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *size),
         ("convert", "policy", str(policy), "--out", str(back)),
     ]
     for argv in made:
@@ -85,7 +88,6 @@ def test_what_does_not_fit_is_one_line(
     few = coordinates(tmp_path / "few.json", 8)
     assert "tokenizer" in refused(*BACKBONES, bare, "none", "--coordinates", few, *size)
     assert "'--dry-run'" in refused(*BACKBONES, bare, "none", "--dryrun")
-    assert "5 gigs" in refused(*BACKBONES, bare, "none", "--shard", "5 gigs", *size)
     into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
     assert "cannot write" in refused(*BACKBONES, bare, "none", *into)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))

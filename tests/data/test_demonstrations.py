@@ -10,6 +10,7 @@ from data_tiny import assert_same
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
+from spear.util.ledger import lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}
 FAMILIES = "put_on", "spoon_on_towel"
@@ -62,3 +63,9 @@ def test_a_folder_with_others_is_refused_and_left_as_it_is(
     with pytest.raises(SpearError, match=words):
         record(whole, **changed)  # type: ignore[arg-type]
     assert sorted((path, path.stat().st_mtime_ns) for path in whole.iterdir()) == before
+
+
+def test_one_recording_at_a_time(whole: Path) -> None:
+    with lock(whole / ".lock"), pytest.raises(SpearError, match="another process is recording"):
+        record(whole, episodes=3)
+    assert len(EpisodeStore(whole)) == 4

@@ -69,9 +69,9 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
 def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
     seeds = []
 
-    def stay(observation: Mapping[str, Any], seed: int) -> NDArray[np.float32]:
+    def stay(observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
         assert observation["observation/image"].shape == (72, 96, 3)
-        seeds.append(seed)
+        seeds.append((seed, step))
         return NOTHING
 
     episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=stay)

@@ -18,6 +18,7 @@ import torch
 from spear.errors import SpearError
 from spear.train import checkpoint, log, optimize
 from spear.train.options import Optimization
+from spear.util.ledger import lock
 from train_tiny import Regression, go, rows, start
 
 SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
@@ -228,3 +229,18 @@ def test_frozen_parts_have_no_gradient_no_state_and_half_the_weights() -> None:
     assert stepper.ema is not None and set(stepper.ema) == {"2.weight", "2.bias"}
     with pytest.raises(SpearError, match="frozen_precision"):
         optimize.Stepper(Regression(), replace(opt, precision="fp32"), seed=0)
+
+
+def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
+    def minutes() -> float:
+        latest = checkpoint.find_latest(tmp_path / "checkpoints")
+        return 0.0 if latest is None else float(checkpoint.read_state(latest)["minutes"])
+
+    with lock(tmp_path / ".lock"), pytest.raises(SpearError, match="another process is training"):
+        go(Regression(), FOUR, tmp_path)
+    assert minutes() == 0.0
+    go(Regression(), FOUR, tmp_path)
+    state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"minutes": 7.0}))
+    go(Regression(), replace(FOUR, steps=6), tmp_path)
+    assert 7.0 < minutes() < 8.0

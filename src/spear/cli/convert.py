@@ -1,6 +1,5 @@
 """`spear convert …`: published weights to SPEAR-VLM, SPEAR-VLM to SPEAR-1, and back."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,16 +24,12 @@ class ConvertOptions(Options):
     """New folder to write to."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the result; without it that of the weights that are read."""
-    shard: str = "5GB"
-    """The most that one file holds, as 5GB or 500MB."""
     dry_run: bool = False
     """Only say what would be done; nothing is written."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.shard):
-            raise SpearError(f"--shard {self.shard}: write it as 5GB or 500MB")
         if not self.dry_run:
             check_new(self.out)
 
@@ -176,7 +171,7 @@ def _finish(plan: "Conversion[Any]", processor: "Processor | None", options: Con
         print(f"nothing written (dry run); it would be {size} in {options.out}")
         return
     also = processor.save if processor is not None else None
-    plan.save(options.out, kind, options.seed, options.shard, also)
+    plan.save(options.out, kind, options.seed, also)
     print(f"written: {options.out} ({size})")
     if processor is None:
         print("without a processor: training needs one, see --coordinates of `spear convert backbones`")

@@ -11,6 +11,7 @@ from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
 from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
+from spear.util.ledger import alone
 from spear.util.progress import ProgressBar, tracked
 
 
@@ -57,10 +58,11 @@ def collect(
     sources  the episodes' names, in order; make(i) makes them from number i on.
     """
     check_own(out, SHARD_GLOB, "record")
-    kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
-    bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
-    good = (episode for episode in tracked(make(first), bar) if episode.success)
-    return kept + write_episodes(good, out, append=True), len(sources)
+    with alone(out, "recording into"):
+        kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
+        bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
+        good = (episode for episode in tracked(make(first), bar) if episode.success)
+        return kept + write_episodes(good, out, append=True), len(sources)
 
 
 def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:

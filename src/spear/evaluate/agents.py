@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,16 +62,16 @@ class PolicyAgent(Agent):
 
 
 @functools.cache
-def _loaded(folder: Path) -> Policy:
+def _loaded(folder: Path) -> PolicyAgent:
     from spear.policy import Spear1Policy
 
     torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
-    return Spear1Policy.load(folder)
+    return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
 
-def next_action(folder: Path, observation: Mapping[str, Any], seed: int) -> Array:
+def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
     """The first action of a policy's chunk: with its folder bound, a `spear.sim.record.Acts`."""
-    return np.asarray(_loaded(folder).infer({**observation, "seed": seed})["actions"][0], np.float32)
+    return _loaded(folder).act([SimpleNamespace(seed=seed, steps=step)], [observation])[0][0]
 
 
 class ExpertAgent(Agent):

@@ -23,8 +23,8 @@ from spear.types import Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
-Acts = Callable[[Mapping[str, Any], int], NDArray[np.float32]]
-"""What a policy does, [8], when it sees this observation; the number fixes its noise."""
+Acts = Callable[[Mapping[str, Any], int, int], NDArray[np.float32]]
+"""What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise."""
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03
@@ -152,7 +152,7 @@ class Pushes:
             return action, False
         self.left -= 1
         if self.policy is not None:
-            return self.policy(observation, 1000 * seed + step), True
+            return self.policy(observation, seed, step), True
         assert how is not None
         return _push(action, how, rng, holding, self.missed), True
 

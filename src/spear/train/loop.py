@@ -25,6 +25,7 @@ from spear.train.checkpoint import Checkpoints
 from spear.train.log import FOLDER, Logger, NotFinite, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
+from spear.util.ledger import alone
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,8 @@ def _serve(_: int) -> None:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT is put into the list that this gives; the next acts as ever.
-
-    All act as ever in other threads than the main one, which cannot take signals.
-    """
+    """The first SIGTERM or SIGINT is put into the list that this gives; the next acts as ever, and all do in
+    other threads than the main one, which cannot take signals."""
     came: list[int] = []
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _STOPPING if main}
@@ -158,7 +157,8 @@ def run(
     about: what the run is of, by name; a run continues only where all of it is the same.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
     Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
-    after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone.
+    after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone, or
+    another run trains into `out`.
     """
     how = how or RunOptions()
     opt = settled(opt, out, how.device or parallel.CPU)
@@ -169,13 +169,14 @@ def run(
         "optimization": dataclasses.asdict(opt),
         "about": dict(about or {}),
     }
-    with Checkpoints(out / "checkpoints", stepper) as checkpoints:
-        first = skipped = 0
+    own = alone(out, "training into") if parallel.rank() == 0 else contextlib.nullcontext()
+    with own, Checkpoints(out / "checkpoints", stepper) as checkpoints:
+        first, skipped, minutes, began = 0, 0, 0.0, time.monotonic()
         found = state_to_continue(out, how.seed, settings["about"], opt.steps)
         if found is not None:
             latest, state = found
             checkpoints.load(latest, state["counts"])
-            first, skipped = state["step"], state["skipped"]
+            first, skipped, minutes = state["step"], state["skipped"], state.get("minutes", 0.0)
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
             logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
@@ -201,7 +202,8 @@ def run(
                     late, stopped = parallel.most(passed, *signals[:1] or [0])
                     if late or stopped or (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
                         begun = time.monotonic()
-                        checkpoints.save(step + 1, {"settings": settings, "skipped": skipped})
+                        state = {"minutes": minutes + (begun - began) / 60, "skipped": skipped}
+                        checkpoints.save(step + 1, {"settings": settings, **state})
                         saved = time.monotonic()
                         blocked = saved - begun
                     if stopped:

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.load import simulator_only
-from spear.train import build, loop, parallel
+from spear.train import build, checkpoint, loop, parallel
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
 from spear.util.files import read_json
@@ -41,7 +40,6 @@ def train(
     device: as for `choose_device`; it replaces that of `how`. Raises `SpearError` for data or a device that
     is missing, or as `build` and `loop.run` do.
     """
-    started = time.time()
     how = how or RunOptions()
     place = check(stage, out, inputs, how, device)
     earlier = None if inputs.init is None else _made_by(inputs.init)
@@ -60,7 +58,7 @@ def train(
             parameters[key].copy_(value)
     if parallel.is_sharded(model):
         parallel.unshard(model)
-    final = out / "final"
+    final, latest = out / "final", checkpoint.find_latest(out / "checkpoints")
     if parallel.rank() == 0:
         torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
         part = out / ".part-final"
@@ -71,7 +69,7 @@ def train(
             "seed": how.seed,
             "init": earlier,
             "simulator_only": _simulator_only(inputs),
-            "minutes": round((time.time() - started) / 60, 2),
+            "minutes": round(checkpoint.read_state(latest)["minutes"], 2) if latest else 0.0,
             "processes": parallel.world(),
             "sharded": how.sharded,
             "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,

@@ -7,11 +7,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spear.errors import SpearError
 from spear.util.files import read_json, write_text, writing
@@ -20,26 +21,30 @@ END, MOST_READ = 65536, 1000
 """Bytes at the end of a file that `add_files` reads, where Parquet, Arrow and growing files change; of about
 how many files at most."""
 
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
+
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Holds the lock file `path`; gives whether this process has it (always, after waiting, with `wait`).
 
-    The lock ends with the process, however that ends.
+    The lock ends with the process, however that ends: processes that it forks do not keep it.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = path.open("a")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield False
             return
+        _held.add(file)
         try:
             yield True
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also where a worker process has inherited the file
+            _held.discard(file)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
 _EXPERT = ("expert", "state_proj", "action_")
 """Beginnings of the names of weights that are the action expert's."""
+MOST = "5GB"
+"""The most that one file of weights holds."""
 _NUMBER = re.compile(r"\b\d+\b")
 _ABOUT = {
     "spear_vlm": ("SPEAR-VLM", "image-text-to-text", "answers 3D questions about images"),
@@ -154,14 +156,13 @@ class Conversion(Generic[Model]):
         folder: Path,
         dtype: torch.dtype | None = None,
         seed: int = 0,
-        shard: str = "5GB",
         also: Callable[[Path], Any] | None = None,
     ) -> Model:
         """`run`, and write the model as sharded safetensors with a model card, whole or not at all.
 
-        `recipe.json` says what the model was made of. shard: the most that one file holds. also: writes more
-        files into the folder (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds
-        something already, and when it cannot be written or does not fit on the disk.
+        `recipe.json` says what the model was made of. also: writes more files into the folder
+        (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds something already, and
+        when it cannot be written or does not fit on the disk.
         """
         check_new(folder)
         self.check()
@@ -178,7 +179,7 @@ class Conversion(Generic[Model]):
                 )
             model = self.run(dtype, seed)
             with quiet():
-                model.save_pretrained(part, max_shard_size=shard)
+                model.save_pretrained(part, max_shard_size=MOST)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(part)
             if also is not None:
