@@ -20,13 +20,24 @@ $TRAIN nano-vlm-1 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-1" --init "$RUNS
 $TRAIN nano-vlm-2 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-2" --init "$RUNS/nano-vlm-1"
 $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" --out "$RUNS/nano-vla" \
     --init "$RUNS/nano-vlm-2"
-# What the policy does wrong, put right by the expert; then everything learns a little more.
-"$BIN/spear" record --policy "$RUNS/nano-vla" --first-seed 40000 --out "$RUNS/corrections"
+# What the policy does wrong, put right by the expert; then everything learns a little more. Twice, the second time
+# more of the families that fail most.
+correct() { # FROM TO STEPS CORRECTIONS SHARES
+    from=$1 to=$2 steps=$3 corrections=$4
+    shift 4
+    $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" "$RUNS"/$corrections --shares "$@" \
+        --init "$RUNS/$from" --out "$RUNS/$to" --steps "$steps" --set lr=4e-4 warmup=200 normalization=meanstd \
+        'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]' \
+        'flow={"rotation_loss":"cosine","rotation_weight":200}'
+}
+"$BIN/spear" record --policy "$RUNS/nano-vla" --first-seed 40000 --out "$RUNS/corrections-1"
 "$BIN/spear" record --policy "$RUNS/nano-vla" --families stack_cube --episodes 500 --first-seed 50000 \
-    --out "$RUNS/corrections-stacking"
-$TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" "$RUNS/corrections" "$RUNS/corrections-stacking" \
-    --shares 0.65 0.2 0.15 --out "$RUNS/nano-corrected" --init "$RUNS/nano-vla" --steps 1720 --set lr=4e-4 \
-    'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]' warmup=200 normalization=meanstd \
-    'flow={"rotation_loss":"cosine","rotation_weight":200}'
+    --out "$RUNS/corrections-1-stacking"
+correct nano-vla nano-corrected-1 1720 'corrections-1*' 0.65 0.2 0.15
+"$BIN/spear" record --policy "$RUNS/nano-corrected-1" --families put_on put_in_basket --episodes 100 \
+    --first-seed 70000 --out "$RUNS/corrections-2"
+"$BIN/spear" record --policy "$RUNS/nano-corrected-1" --families spoon_on_towel stack_cube --episodes 250 \
+    --first-seed 60000 --out "$RUNS/corrections-2-hard"
+correct nano-corrected-1 nano-corrected 3500 'corrections-*' 0.45 0.13 0.08 0.10 0.24
 "$BIN/spear" evaluate vqa "$RUNS/nano-corrected" sim --images 300 --out "$RUNS/evaluate-vqa"
 "$BIN/spear" evaluate --policy "$RUNS/nano-corrected" --scenes 200 --out "$RUNS/evaluate"
