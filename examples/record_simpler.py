@@ -1,10 +1,10 @@
 """Demonstrations of SIMPLER's four WidowX tasks, to train a policy on: the oracle at work from starts off the
 official grid, with disturbances that it recovers from. Needs what `spear evaluate simpler` needs.
 
-    python examples/record_simpler.py --episodes 500 --out runs/simpler-episodes
-    spear train nano-post --init nano --episodes runs/simpler-episodes/* --out runs/nano-simpler
+    python examples/record_simpler.py --episodes 80 --out runs/simpler-episodes
 
 Each task has a folder in --out, of the third-view camera's pictures. Stopped, the same command continues.
+docs/simpler.md says how to train on them, and what came of it.
 """
 
 import math
