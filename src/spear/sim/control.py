@@ -34,17 +34,13 @@ HIDDEN_GROUP = 3
 """Geom group of collision shapes that no camera sees; 1 is the robot's."""
 
 
-@functools.cache
-def bare_model() -> mujoco.MjModel:
-    """The arm alone, for kinematics."""
-    return mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("arm.xml")))
-
-
-JOINT_LOWER, JOINT_UPPER = bare_model().jnt_range[:7].T
+_ARM = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("arm.xml")))
+"""The arm alone, for kinematics."""
+JOINT_LOWER, JOINT_UPPER = _ARM.jnt_range[:7].T
 """Joint limits, rad."""
-FINGER_TRAVEL = float(bare_model().joint("finger1").range[1])
+FINGER_TRAVEL = float(_ARM.joint("finger1").range[1])
 """Each finger's travel, m: the gripper opens 8 cm."""
-_stiffness, _held_back = -bare_model().actuator_biasprm[:7, 1:3].T
+_stiffness, _held_back = -_ARM.actuator_biasprm[:7, 1:3].T
 LAG = _held_back / _stiffness
 """Of the joints' servos: the joint angle (rad) by which one stays behind its command, per rad/s."""
 LEASH = (0.03, np.deg2rad(15.0))
@@ -63,8 +59,7 @@ _MARGIN = 0.01
 def ee_from_flange() -> Floats:
     """[4, 4] pose of the EE frame in the flange frame."""
     c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
-    offset = bare_model().site("ee").pos[2]
-    return np.array([[c, s, 0, 0], [s, -c, 0, 0], [0, 0, -1, offset], [0, 0, 0, 1]])
+    return np.array([[c, s, 0, 0], [s, -c, 0, 0], [0, 0, -1, _ARM.site("ee").pos[2]], [0, 0, 0, 1]])
 
 
 @dataclass(frozen=True)
@@ -79,15 +74,14 @@ class Kinematics:
     """Forward and inverse kinematics of the bare arm."""
 
     def __init__(self) -> None:
-        self._model = bare_model()
-        self._data = mujoco.MjData(self._model)
-        self._site = self._model.site("ee").id
-        self._jacobian = np.zeros((6, self._model.nv))
+        self._data = mujoco.MjData(_ARM)
+        self._site = _ARM.site("ee").id
+        self._jacobian = np.zeros((6, _ARM.nv))
 
     def pose(self, joints: Floats) -> tuple[Floats, Floats]:
         """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
         self._data.qpos[:7] = joints
-        mujoco.mj_kinematics(self._model, self._data)
+        mujoco.mj_kinematics(_ARM, self._data)
         quat = np.zeros(4)
         mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
         return self._data.site_xpos[self._site].copy(), quat
@@ -116,8 +110,8 @@ class Kinematics:
         MuJoCo's own routines compute it: NumPy's differ in the last bit between kinds of processors, and
         contacts make a different episode of a last bit.
         """
-        mujoco.mj_comPos(self._model, self._data)
-        mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
+        mujoco.mj_comPos(_ARM, self._data)
+        mujoco.mj_jacSite(_ARM, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
         j = np.ascontiguousarray(self._jacobian[:, :7])
         gram, left, solved, step = np.empty((6, 6)), np.empty(6), np.empty(6), np.empty(7)
         mujoco.mju_mulMatMatT(gram, j, j)
@@ -129,10 +123,8 @@ class Kinematics:
         return step
 
 
-@functools.cache
-def kinematics() -> Kinematics:
-    """The one solver of this process."""
-    return Kinematics()
+kinematics = functools.cache(Kinematics)
+"""The one solver of this process."""
 
 
 class Servo:
@@ -194,23 +186,17 @@ class Servo:
         # a target that is not reached does not run ahead of the arm
         out = missed or excess > 1
         self._position, self._rotation = (reached, reached_turn) if out else (position, quat)
-        self._follow(goal, 1.0 if opening >= 0.5 else 0.0, substeps)
-        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or excess > 1))
-
-    def _follow(self, goal: Floats, opening: float, substeps: int) -> None:
-        model, data = self._model, self._data
-        data.ctrl[7:9] = opening * FINGER_TRAVEL
-        velocity = (goal - self._command) / (substeps * model.opt.timestep)
         path = np.linspace(self._command, goal, substeps + 1)[1:]
         # lead the servo by what its damping holds back; the last steps let it settle
-        path[:-1] += LAG * velocity
-        ctrl = data.ctrl
+        path[:-1] += LAG * ((goal - self._command) / (substeps * self._model.opt.timestep))
+        self._data.ctrl[7:9] = FINGER_TRAVEL if opening >= 0.5 else 0.0
         for row in path:
-            ctrl[:7] = row
-            mujoco.mj_step(model, data)
+            self._data.ctrl[:7] = row
+            mujoco.mj_step(self._model, self._data)
         # positions that belong to the new joint angles, for whoever looks next
-        mujoco.mj_kinematics(model, data)
+        mujoco.mj_kinematics(self._model, self._data)
         self._command = goal
+        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or excess > 1))
 
 
 def length(vector: Floats) -> float:

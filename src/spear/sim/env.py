@@ -3,6 +3,7 @@
 Observations are the dict that `spear.types.Policy.infer` takes, actions are rows of what it returns.
 """
 
+import string
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from spear.sim.control import Motion, check_action
 from spear.sim.render import Renderer, Size
-from spear.sim.scene import FAMILIES, sample_scene
+from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, milestones
 
 RATE_HZ = 5.0
@@ -64,7 +65,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self._renderer = renderer
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
-            "prompt": gymnasium.spaces.Text(200, min_length=0, charset=_LETTERS),
+            "prompt": gymnasium.spaces.Text(200, min_length=0, charset=f"{string.ascii_lowercase} "),
         }
         sizes = {"observation/image": image_size, "observation/wrist_image": wrist_size}
         for key, (width, height) in sizes.items() if images else ():
@@ -78,7 +79,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         """Start the scene of `seed`; without a seed, one of the held-out scenes at random."""
         super().reset(seed=seed)
         if seed is None:
-            seed = int(self.np_random.integers(0, 10_000))
+            seed = int(self.np_random.integers(0, TRAIN_SEED))
         self.load(World(sample_scene(self.family, seed)))
         return self.observe(), self._info(Motion(False, False))
 
@@ -134,7 +135,5 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             self._milestones[key] = now[key] = self._milestones[key] or now[key]
         return {**now, **asdict(motion), "steps": self.steps}
 
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv", kwargs={"family": FAMILIES[0]})

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim.control import FINGER_TRAVEL, length
-from spear.sim.world import World, placed, roles
+from spear.sim.scene import SOURCE, TARGET
+from spear.sim.world import World, placed
 
 Floats = NDArray[np.float64]
 
@@ -37,111 +38,99 @@ _TURN_WEIGHT = 0.10
 """Metres of funnel per radian of misalignment."""
 
 
+Aim = tuple[Floats, float, float]
+"""Where the gripper is to go (m, base frame), its yaw there (rad), and its opening."""
+
+
 def act(world: World) -> NDArray[np.float32]:
     """[8] the expert's action in this state (layout of `spear.types.Action`)."""
-    source, _ = roles(world)
-    touching = world.fingers_touching(source)
-    # a held object may only brush the target: it is not yet down on it
-    hanging = touching == 2 and _underside(world, source) > _release_height(world) + 0.012
-    if placed(world) and not hanging:
-        return _leave(world, touching)
-    if touching == 2:
-        return _carry(world)
-    return _approach(world)
-
-
-def _approach(world: World) -> NDArray[np.float32]:
-    """Hover, align, come down, close."""
-    source, _ = roles(world)
     position, rotation = world.servo.pose()
-    point, directions, width = _grasp(world, source)
     yaw, tilt = _yaw_tilt(rotation)
+    touching = world.fingers_touching(SOURCE)
+    # a held object may only brush the target: it is not yet down on it
+    hanging = touching == 2 and _underside(world) > _release_height(world) + 0.012
+    if placed(world) and not hanging:
+        aim = _leave(world, position, yaw, touching)
+    elif touching == 2:
+        aim = _carry(world, position, yaw, tilt)
+    else:
+        aim = _approach(world, position, yaw, tilt)
+    return _action(position, rotation, *aim)
+
+
+def _approach(world: World, position: Floats, yaw: float, tilt: float) -> Aim:
+    """Hover, align, come down, close."""
+    point, directions, width = _grasp(world)
     goal_yaw = _nearest_yaw(yaw, directions)
     turn = abs(_wrap(goal_yaw - yaw))
     side = length(point[:2] - position[:2])
     error = side + _TURN_WEIGHT * (turn + tilt)
     goal = point + np.array([0, 0, np.clip(1.6 * (error - 0.012), 0, HOVER)])
     aligned = side < 0.008 and abs(point[2] - position[2]) < 0.008 and turn < 0.09 and tilt < 0.09
-    opening = world.servo.opening()
     # closed with nothing between the fingers: open and try again
-    missed = opening * 2 * FINGER_TRAVEL < 0.7 * width
-    close = aligned and not missed
-    return _action(position, rotation, goal, goal_yaw, 0.0 if close else 1.0)
+    missed = world.servo.opening() * 2 * FINGER_TRAVEL < 0.7 * width
+    return goal, goal_yaw, 0.0 if aligned and not missed else 1.0
 
 
-def _carry(world: World) -> NDArray[np.float32]:
+def _carry(world: World, position: Floats, yaw: float, tilt: float) -> Aim:
     """Lift, move over the target, come down, open."""
-    source, target = roles(world)
-    position, rotation = world.servo.pose()
-    yaw, tilt = _yaw_tilt(rotation)
     goal_yaw = _placing_yaw(world, yaw)
     turn = abs(_wrap(goal_yaw - yaw))
-    offset = world.position(target)[:2] - world.position(source)[:2]
+    offset = world.position(TARGET)[:2] - world.position(SOURCE)[:2]
     side = length(offset)
     error = side + _TURN_WEIGHT * (turn + tilt)
-    underside = _underside(world, source)
-    release = _release_height(world)
+    underside, release = _underside(world), _release_height(world)
     height = min(max(CARRY, release), release + float(np.clip(2.0 * (error - 0.010), 0, 1)))
     goal = position + np.array([offset[0], offset[1], height - underside])
     ready = side < 0.008 and turn < 0.12 and abs(underside - release) < 0.010
-    return _action(position, rotation, goal, goal_yaw, 1.0 if ready else 0.0)
+    return goal, goal_yaw, 1.0 if ready else 0.0
 
 
-def _leave(world: World, touching: int) -> NDArray[np.float32]:
+def _leave(world: World, position: Floats, yaw: float, touching: int) -> Aim:
     """Let go, then go up."""
-    _, target = roles(world)
-    position, rotation = world.servo.pose()
-    yaw, _ = _yaw_tilt(rotation)
     goal = position.copy()
     if touching < 2 and world.servo.opening() > 0.6:
-        goal[2] = max(position[2], world.position(target)[2] + RETREAT)
-    return _action(position, rotation, goal, yaw, 1.0)
+        goal[2] = max(position[2], world.position(TARGET)[2] + RETREAT)
+    return goal, yaw, 1.0
 
 
 def _release_height(world: World) -> float:
     """Height at which the carried object's underside should be when the gripper opens, m."""
-    _, target = roles(world)
-    kind = world.bodies[target].kind
-    top = float(world.position(target)[2]) + kind.rim
+    kind = world.bodies[TARGET].kind
+    top = float(world.position(TARGET)[2]) + kind.rim
     return top + {"basket": -0.025, "bowl": -0.015}.get(kind.name, 0.004)
 
 
-def _underside(world: World, index: int) -> float:
-    body = world.bodies[index]
-    down = world.matrix(index)[2]
+def _underside(world: World) -> float:
+    """Height of the lowest point of the object to be moved, m."""
+    body, down = world.bodies[SOURCE], world.matrix(SOURCE)[2]
     center, half = (body.low + body.high) / 2, (body.high - body.low) / 2
-    return float(world.position(index)[2] + (down * center).sum() - (np.abs(down) * half).sum())
+    return float(world.position(SOURCE)[2] + (down * center).sum() - (np.abs(down) * half).sum())
 
 
 def _placing_yaw(world: World, yaw: float) -> float:
     """Cubes go square on cubes, long things along the basket; else the yaw does not matter."""
-    source, target = roles(world)
-    kind, onto = world.bodies[source].kind, world.bodies[target].kind
+    kind, onto = world.bodies[SOURCE].kind, world.bodies[TARGET].kind
     if kind.name.endswith("cube") and onto.name.endswith("cube"):
         period = math.pi / 2
-    elif kind.elongated and onto.name == "basket":
+    elif not kind.round and kind.radius > 0.042 and onto.name == "basket":  # longer than the gripper opens
         period = math.pi
     else:
         return yaw
-    off = _wrap(_heading(world, target) - _heading(world, source), period)
+    wanted, has = (math.atan2(m[1, 0], m[0, 0]) for m in map(world.matrix, (TARGET, SOURCE)))
+    off = _wrap(wanted - has, period)
     return yaw + off if abs(yaw + off) <= MAX_YAW else yaw + off - math.copysign(period, off)
 
 
-def _heading(world: World, index: int) -> float:
-    x = world.matrix(index)[:, 0]
-    return math.atan2(x[1], x[0])
-
-
-def _grasp(world: World, index: int) -> tuple[Floats, list[float] | None, float]:
-    """Where to take an object: point [3], gripper yaws that fit (None: any), and its width, m."""
-    grasp = world.bodies[index].kind.grasp
-    assert grasp is not None
-    center, half = np.array(grasp[0]), np.array(grasp[1])
-    frame = world.matrix(index)
-    point = world.position(index) + (frame * center).sum(1)
+def _grasp(world: World) -> tuple[Floats, list[float] | None, float]:
+    """Where to take the object: point [3], gripper yaws that fit (None: any), and its width, m."""
+    kind, frame = world.bodies[SOURCE].kind, world.matrix(SOURCE)
+    assert kind.grasp is not None
+    center, half = map(np.array, kind.grasp)
+    point = world.position(SOURCE) + (frame * center).sum(1)
     top = point[2] + float((np.abs(frame[2]) * half).sum())
     point[2] = max(point[2], top - REACH_DOWN, LOWEST)
-    if world.bodies[index].kind.round:
+    if kind.round:
         axis = frame[:, 2]
         if abs(axis[2]) > 0.8:
             return point, None, 2 * float(half[0])
@@ -178,8 +167,6 @@ def _action(
     mujoco.mju_quat2Vel(vector, relative, 1.0)
     angle = length(vector)
     mujoco.mju_axisAngle2Quat(delta, vector / max(angle, 1e-9), min(angle, MAX_ROTATION))
-    if delta[0] < 0:
-        delta = -delta
     return np.concatenate([step, delta, [opening]]).astype(np.float32)
 
 

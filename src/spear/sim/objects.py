@@ -63,13 +63,10 @@ class Kind:
     rim: float = 0.0
     fixed: bool = False
 
-    @property
-    def elongated(self) -> bool:
-        """Longer than the gripper opens: its yaw decides whether a grasp works."""
-        return self.grasp is not None and not self.round and self.radius > 0.042
-
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -93,16 +90,12 @@ def _parts(row: dict[str, Any]) -> Iterator[Part]:
 
 
 def _catalogue() -> dict[str, Kind]:
-    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-    palette, kinds = tables.pop("palette"), {}
-    for name, table in tables.items():
-        for row in table["parts"]:
-            if isinstance(row.get("color"), str):
-                row["color"] = palette[row["color"]]
-            row |= {key: _tuples(value) for key, value in row.items()}
-        parts = tuple(part for row in table.pop("parts") for part in _parts(row))
-        kinds[name] = Kind(name, parts, **{key: _tuples(value) for key, value in table.items()})
-    return kinds
+    tables = _tuples(tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
+    palette = tables.pop("palette")
+    for table in tables.values():
+        rows = [{**row, "color": palette.get(row.get("color"), row.get("color"))} for row in table["parts"]]
+        table["parts"] = tuple(part for row in rows for part in _parts(row))
+    return {name: Kind(name, **table) for name, table in tables.items()}
 
 
 KINDS = _catalogue()

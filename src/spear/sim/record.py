@@ -154,24 +154,12 @@ class Pushes:
         if self.policy is not None:
             return self.policy(observation, seed, step), True
         assert how is not None
-        return _push(action, how, rng, holding, self.missed), True
-
-
-def _push(
-    action: NDArray[np.float32],
-    disturbance: Disturbance,
-    rng: np.random.Generator,
-    holding: bool,
-    missed: bool,
-) -> NDArray[np.float32]:
-    """A random step instead of the expert's; the gripper stays, drops what it holds, or has `missed`."""
-    step = rng.normal(0, disturbance.translation, 3)
-    vector = rng.normal(0, disturbance.rotation, 3)
-    vector[2] += rng.normal(0, disturbance.twist)
-    angle = length(vector)
-    quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
-    opening = 1.0 if holding and rng.random() < disturbance.drop else action[7]
-    if missed:
-        step[2] += _LIFT
-        opening = 0.0
-    return np.array([*step, *quat, opening], np.float32)
+        move, vector = rng.normal(0, how.translation, 3), rng.normal(0, how.rotation, 3)
+        vector[2] += rng.normal(0, how.twist)
+        angle = length(vector)
+        quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
+        opening = 1.0 if holding and rng.random() < how.drop else action[7]
+        if self.missed:
+            move[2] += _LIFT
+            opening = 0.0
+        return np.array([*move, *quat, opening], np.float32), True

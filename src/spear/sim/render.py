@@ -176,7 +176,7 @@ def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame
         image=image,
         depth=depth,
         instances=instances,
-        names={i: world.bodies[i - 1].name if i <= len(world.bodies) else GRIPPER for i in seen},
+        names={i: world.bodies[i - 1].kind.name if i <= len(world.bodies) else GRIPPER for i in seen},
         intrinsics=intrinsics(world, camera, size),
         extrinsics=pose,
         boxes={i: (boxes[i] - pose[:3, 3]) @ pose[:3, :3] for i in seen},
@@ -222,11 +222,9 @@ def _gripper_box(world: World) -> NDArray[np.float64]:
     hand = model.body("hand").id
     axes, origin = data.xmat[hand].reshape(3, 3), data.xpos[hand]
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    for name in ("hand", "finger1", "finger2"):
-        start = int(model.body(name).geomadr[0])
-        for geom in range(start, start + int(model.body(name).geomnum[0])):
-            turn = axes.T @ data.geom_xmat[geom].reshape(3, 3)
-            half = half_extent(model.geom_type[geom], model.geom_size[geom], turn)
-            center = axes.T @ (data.geom_xpos[geom] - origin)
-            low, high = np.minimum(low, center - half), np.maximum(high, center + half)
+    for geom in np.flatnonzero(world.instance_of_geom == len(world.bodies) + 1):
+        turn = axes.T @ data.geom_xmat[geom].reshape(3, 3)
+        half = half_extent(model.geom_type[geom], model.geom_size[geom], turn)
+        center = axes.T @ (data.geom_xpos[geom] - origin)
+        low, high = np.minimum(low, center - half), np.maximum(high, center + half)
     return (low + _CORNERS * (high - low)) @ axes.T + origin

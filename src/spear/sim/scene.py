@@ -5,7 +5,7 @@ The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out
 
 import math
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from spear.errors import SpearError, check_known
 from spear.sim.objects import CUBES, GRASPABLE, KINDS, SUPPORTS, Color, Vec3
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
+TARGET, SOURCE = 0, 1
+"""Of the objects in a scene with a task: where the source, which is to be moved, goes."""
 TRAIN_SEED = 10_000
 """The first seed of training data."""
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
@@ -40,6 +42,12 @@ TEMPLATES: dict[str, Sequence[str]] = _DATA["templates"]
 """Task family → its instructions, with {source} and {target}."""
 SYNONYMS: dict[str, Sequence[str]] = _DATA["synonyms"]
 """What some objects are called, the usual word first."""
+SURFACES = {
+    "table": (("wood", "planks", "cloth", "plain"), 0.06),
+    "floor": (("tiles", "planks", "plain"), 0.08),
+    "wall": (("plain", "cloth", "tiles"), 0.08),
+}
+"""Surface → the materials that it may have, and how far its colours are spread."""
 
 Quat = tuple[float, float, float, float]
 
@@ -56,17 +64,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Look:
-    """How a scene looks: external camera (m, base frame; vertical view angle, degrees), surfaces, light."""
+    """How a scene looks: the external camera and what it looks at (m, base frame), the material and colour of
+    each of the `SURFACES`, light."""
 
     camera: Vec3
     target: Vec3
-    fovy: float
-    table: str
-    table_color: Color
-    floor: str
-    floor_color: Color
-    wall: str
-    wall_color: Color
+    surfaces: Mapping[str, tuple[str, Color]]
     light: Vec3
     diffuse: Color
     ambient: Color
@@ -76,7 +79,7 @@ class Look:
 class SceneSpec:
     """A scene: the objects, where the gripper starts, what to do, how it looks.
 
-    things     the objects; source and target are indices into it (None in scenes without a task).
+    things     the objects; where there is a task, `TARGET` and `SOURCE` are indices into it.
     ee_position, ee_rotation   the gripper's pose at the start (m, quaternion w x y z, base frame).
     opening    the gripper's opening at the start, 0 closed … 1 open.
     held       index of an object that is between the fingers at the start, or None.
@@ -89,8 +92,6 @@ class SceneSpec:
     ee_rotation: Quat
     look: Look
     instruction: str = ""
-    source: int | None = None
-    target: int | None = None
     opening: float = 1.0
     held: int | None = None
 
@@ -113,18 +114,14 @@ def held_out_seeds(first: int, count: int) -> range:
 def sample_scene(family: str, seed: int) -> SceneSpec:
     """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
     check_families([family])
-    _check_seed(seed)
-    rng = np.random.default_rng([FAMILIES.index(family), seed])
+    rng = _random(FAMILIES.index(family), seed)
     source, target, pool = _cast(family, rng)
     wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
-    things = _place(wanted, rng, must=2)
     return SceneSpec(
         family=family,
         seed=seed,
-        things=tuple(things),
-        source=1,
-        target=0,
         # drawn in this order
+        things=_place(wanted, rng),
         ee_position=_vec(START + rng.uniform(-0.08, 0.08, 3)),
         ee_rotation=_tilted(rng, math.radians(18), math.radians(30)),
         instruction=_instruct(family, source, target, rng),
@@ -137,11 +134,10 @@ def clutter_scene(seed: int) -> SceneSpec:
 
     Its images cover what the policy sees on the way: the gripper over, beside or low between the objects.
     """
-    _check_seed(seed)
-    rng = np.random.default_rng([len(FAMILIES), seed])
+    rng = _random(len(FAMILIES), seed)
     names = _choose(rng, DISTRACTORS, int(rng.integers(2, 6)), repeats=0.15)
     supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
-    things = _place([*supports, *names], rng, must=2)
+    things = _place([*supports, *names], rng)
     held = None
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
     graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].grasp]
@@ -156,7 +152,7 @@ def clutter_scene(seed: int) -> SceneSpec:
     return SceneSpec(
         family="clutter",
         seed=seed,
-        things=tuple(things),
+        things=things,
         ee_position=_vec([*xy, height]),
         ee_rotation=_tilted(rng, math.radians(tilt), math.radians(90)),
         opening=opening,
@@ -172,26 +168,23 @@ def _look(rng: np.random.Generator) -> Look:
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
     warm = rng.uniform(-0.05, 0.05)
     bright = rng.uniform(0.45, 0.70)
-    diffuse = np.clip([bright + warm, bright, bright - warm], 0, 1)
     return Look(
         camera=_vec(camera),
         target=_vec(target),
-        fovy=FOVY,
-        table=str(rng.choice(["wood", "planks", "cloth", "plain"])),
-        table_color=_pick(rng, _DATA["colors"]["table"], 0.06),
-        floor=str(rng.choice(["tiles", "planks", "plain"])),
-        floor_color=_pick(rng, _DATA["colors"]["floor"], 0.08),
-        wall=str(rng.choice(["plain", "cloth", "tiles"])),
-        wall_color=_pick(rng, _DATA["colors"]["wall"], 0.08),
+        surfaces={
+            name: (str(rng.choice(materials)), _pick(rng, _DATA["colors"][name], spread))
+            for name, (materials, spread) in SURFACES.items()
+        },
         light=_vec(light / math.hypot(*light)),
-        diffuse=_vec(diffuse),
+        diffuse=_vec(np.clip([bright + warm, bright, bright - warm], 0, 1)),
         ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),
     )
 
 
-def _check_seed(seed: int) -> None:
+def _random(stream: int, seed: int) -> np.random.Generator:
     if seed < 0:
         raise SpearError(f"seed {seed}: scenes are numbered from 0: give a seed >= 0")
+    return np.random.default_rng([stream, seed])
 
 
 def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str]]:
@@ -227,18 +220,18 @@ def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: 
     return names
 
 
-def _place(names: Sequence[str], rng: np.random.Generator, must: int) -> list[Thing]:
-    """Lay the objects apart from each other; those after the first `must` are left out when room is short."""
+def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[Thing, ...]:
+    """Lay the objects apart from each other; those after the first two are left out when room is short."""
     while True:
         things: list[Thing] = []
         for i, name in enumerate(names):
-            thing = _find_room(name, things, rng, gap=0.03 if i < must else 0.02)
+            thing = _find_room(name, things, rng, gap=0.03 if i < 2 else 0.02)
             if thing is not None:
                 things.append(thing)
-            elif i < must:
+            elif i < 2:
                 break
-        if len(things) >= min(must, len(names)):
-            return things
+        else:
+            return tuple(things)
 
 
 def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap: float) -> Thing | None:
@@ -252,15 +245,9 @@ def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap
             math.hypot(x - o.position[0], y - o.position[1]) > kind.radius + KINDS[o.kind].radius + gap
             for o in others
         ):
-            yaw = float(rng.uniform(-math.pi, math.pi))
-            if name in ("basket", "towel"):
-                yaw *= 0.12
-            return Thing(
-                name,
-                (float(x), float(y), kind.height),
-                (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)),
-                _pick(rng, kind.colors, 0.04),
-            )
+            yaw = rng.uniform(-math.pi, math.pi) * (0.12 if name in ("basket", "towel") else 1)
+            turn = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
+            return Thing(name, _vec([x, y, kind.height]), turn, _pick(rng, kind.colors, 0.04))
     return None
 
 
@@ -273,9 +260,7 @@ def _tilted(rng: np.random.Generator, tilt: float, yaw: float) -> Quat:
     c, s = math.cos(lean / 2), math.sin(lean / 2)
     ct, st = math.cos(turn / 2), math.sin(turn / 2)
     ax, ay = math.cos(way), math.sin(way)
-    quat = np.array([ct * c, s * (ct * ax - st * ay), s * (ct * ay + st * ax), st * c])
-    quat = quat if quat[0] >= 0 else -quat
-    return float(quat[0]), float(quat[1]), float(quat[2]), float(quat[3])
+    return ct * c, s * (ct * ax - st * ay), s * (ct * ay + st * ax), st * c
 
 
 def _pick(rng: np.random.Generator, colors: Sequence[Color], spread: float) -> Color:

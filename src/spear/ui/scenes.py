@@ -72,7 +72,7 @@ class Scene:
             "family": self._env.family,
             "seed": self._env.seed,
             "instruction": world.spec.instruction,
-            "objects": [body.name for body in world.bodies],
+            "objects": [body.kind.name for body in world.bodies],
             "limit": MAX_STEPS,
             "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
         }
@@ -105,7 +105,7 @@ class Scene:
         things = []
         for index, body in enumerate(world.bodies, 1):
             vertices = order_vertices((corners[index] - pose[:3, 3]) @ pose[:3, :3])
-            things.append({"name": body.name, "vertices": vertices.tolist()})
+            things.append({"name": body.kind.name, "vertices": vertices.tolist()})
         status = {"reached": "reached", "grasped": "grasped", "wrong_object_moved": "moved something else"}
         said = [words for key, words in status.items() if info.get(key)]
         ended = "success" if info.get("success") else "time is up" if step >= MAX_STEPS else None
