@@ -32,11 +32,11 @@ types:
 	$(BIN)/mypy
 
 pytest:
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
 
 # The networks, the losses and the memory plan on other instructions than this processor's newest.
 test-avx2: setup
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	    $(BIN)/python -m pytest -n 2 tests/models/*.py tests/train/test_memory.py tests/test_flow.py
 
 clean:

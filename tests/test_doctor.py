@@ -34,6 +34,7 @@ def test_a_way_that_differs_or_raises_is_named(
         return real(model, *rest) + 0.01
 
     monkeypatch.setattr(doctor, "fast", broken)
+    monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
     assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
     found = capsys.readouterr()
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out

@@ -14,6 +14,7 @@ from labels_scenes import random_frame
 from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
 from rgbd_folders import write_scannet
 from spear.cli import main
+from spear.doctor import Machine
 from spear.labels import components
 from spear.labels.fit.quality import compare
 from spear.labels.models import needs
@@ -92,6 +93,7 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
+    monkeypatch.setattr("spear.doctor.machine", lambda *_: Machine(1e10, 1e11))  # measured in its own tests
     batch = ["--batch-size", "2", "--out", str(out), "--plan"]
     assert (
         main(["label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch]) == 0
