@@ -1,5 +1,6 @@
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,19 +30,23 @@ BUSY = error(429, "RESOURCE_EXHAUSTED", "Slow down.", retry_info("0.3s"))
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with serving() as running:
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", running.address)
         yield running
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
+def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "secret-key")
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def detector(server: Server, **changes: Any) -> GeminiDetector:
-    return GeminiDetector(**{"base_url": server.address, "first_wait": 0.01, **changes})
+def detector(**changes: Any) -> GeminiDetector:
+    """With an empty cache of its own if it is given none."""
+    return GeminiDetector(**{"cache": Path(tempfile.mkdtemp()), **changes})
 
 
 def found(detections: Any) -> list[tuple[str, list[float]]]:
@@ -50,7 +55,7 @@ def found(detections: Any) -> list[tuple[str, list[float]]]:
 
 def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SIDE", 200)
-    gemini = detector(server, model="gemini-x", vocabulary=["cup", "fork"])
+    gemini = detector(model="gemini-x", vocabulary=["cup", "fork"])
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
     gemini.detect([Frame(smooth)])
     (request,) = server.requests
@@ -124,7 +129,7 @@ def test_an_answer_may_stand_in_a_fence() -> None:
 )
 def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
     server.replies = [reply]
-    gemini = detector(server, attempts=2)
+    gemini = detector()
     with pytest.raises(SpearError) as stop:
         gemini.detect([noise(0), noise(1)])
     assert "secret" not in f"{stop.value} {gemini.bill()}"
@@ -134,29 +139,33 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(module, "time", clock)
-    gemini = detector(server, per_minute=20, concurrency=1)
+    monkeypatch.setattr(module, "CONCURRENCY", 1)
+    gemini = detector(per_minute=20)
     gemini.detect([noise(i) for i in range(4)])
     assert clock.now == pytest.approx(9.0) and len(server.requests) == 4
 
 
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     server.replies = [BUSY, error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"), boxes(CUP)]
-    (detections,) = detector(server).detect([noise(0)])
+    (detections,) = detector().detect([noise(0)])
     assert [d.name for d in detections] == ["red cup"]
     first, second, third = server.times
     assert second - first >= 0.3 and third - second >= 0.4
 
 
-def test_overload_is_waited_out_and_without_end_concerns_one_image(server: Server) -> None:
+def test_overload_is_waited_out_and_without_end_concerns_one_image(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
     server.replies = [
         overloaded, Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops."), boxes(CUP)
     ]  # fmt: skip
-    gemini = detector(server)
+    gemini = detector()
     assert [d.name for d in gemini.detect([noise(0)])[0]] == ["red cup"]
     assert gemini.usage["requests"] == len(server.requests) == 4
     server.replies = [*[overloaded] * 3, boxes(CUP)]
-    gemini = detector(server, attempts=3)
+    monkeypatch.setattr(module, "ATTEMPTS", 3)
+    gemini = detector()
     with pytest.raises(RetryableError, match=r"0\.jpg: .*503"):
         gemini.detect([noise(0)])
     assert len(gemini.detect([noise(1)])[0]) == 1
@@ -191,11 +200,11 @@ def test_what_comes_instead_of_an_answer(server: Server, reply: Reply, named: st
     """An unusable answer is asked for once more; a refusal concerns one image; what fails for every image is
     asked once."""
     server.replies = [reply, boxes(CUP)]
-    gemini = detector(server)
+    gemini = detector()
     if then == "again":
         assert len(gemini.detect([noise(0)])[0]) == 1
         server.replies = [reply]
-        gemini = detector(server)
+        gemini = detector()
     with pytest.raises(SpearError, match=named) as stop:
         gemini.detect([noise(0)])
     assert isinstance(stop.value, RetryableError) == (then != "next")
@@ -219,36 +228,39 @@ def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answe
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
-    names = [[d.name for d in found] for found in detector(server, concurrency=3).detect(frames)]
+    names = [[d.name for d in found] for found in detector().detect(frames)]
     assert names == [[f"thing {60 + i}"] for i in range(6)]
 
 
 def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     server.replies = [boxes(CUP)]
-    first = detector(server, cache=tmp_path).detect([noise(0)])
-    again = detector(server, cache=tmp_path)
+    first = detector(cache=tmp_path).detect([noise(0)])
+    again = detector(cache=tmp_path)
     assert found(again.detect([noise(0)])[0]) == found(first[0])
     assert len(server.requests) == 1 and again.usage == {"cached": 1}
     again.detect([noise(0), noise(1)])
     assert again.usage == {"requests": 1, "cached": 2, "input": 1200, "output": 100}
     assert all(number in again.bill() for number in ("1 requests", "2 answers", "1200", "100"))
     for other in ({"vocabulary": ["cup"]}, {"model": "other"}):
-        detector(server, cache=tmp_path, **other).detect([noise(0)])
+        detector(cache=tmp_path, **other).detect([noise(0)])
     assert len(server.requests) == 4
     for path in tmp_path.rglob("*.json"):
         path.write_text("broken")
-    detector(server, cache=tmp_path).detect([noise(0)])
+    detector(cache=tmp_path).detect([noise(0)])
     assert len(server.requests) == 5
     assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
-def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice(server: Server) -> None:
+def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CONCURRENCY", 1)
     known = {"depth": np.ones((40, 60), np.float32), "intrinsics": np.diag([50.0, 50, 1])}
     frames = [replace(noise(i), **known) for i in range(4)]
     blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
     server.replies = [blocked, boxes(CUP)]
     skipped = Skipped(0.5, patience=200)
-    gemini = detector(server, concurrency=1)
+    gemini = detector()
     labels = list(label(frames, gemini, BoxSegmenter(), GroundTruthPointMap(), skipped=skipped))
     assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
     (reason,) = skipped.reasons
@@ -260,19 +272,19 @@ def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
     with pytest.raises(SpearError, match=r"GEMINI_API_KEY.*--detector"):
-        detector(server)
+        detector()
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
-    detector(server).detect([noise(0)])
+    detector().detect([noise(0)])
     assert server.headers[0]["x-goog-api-key"] == "other-key"
 
 
-def test_without_a_network_it_says_so_once_and_stops() -> None:
+def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        gemini = GeminiDetector(base_url=address, attempts=2, first_wait=0.01)
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        gemini = detector()
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(0)])
-        gemini.attempts = 10**9  # would never return if it tried again
+        monkeypatch.setattr(module, "ATTEMPTS", 10**9)  # would never return if it tried again
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(1)])

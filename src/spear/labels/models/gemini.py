@@ -15,18 +15,16 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Len
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from spear.errors import RetryableError, SpearError, first_line, need
 from spear.labels.fit.image import iou2d
+from spear.labels.inputs import shrink
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
@@ -44,15 +42,18 @@ THINKING = "low"
 """How much it thinks before it answers."""
 MAX_SIDE = 1536
 """Larger images are sent scaled down to this many pixels."""
+CONCURRENCY = 8
+"""Requests at the same time."""
 TIMEOUT = 120.0
 """Seconds for one request."""
-LONGEST_WAIT = 120.0
-"""Seconds between attempts at most. A service that asks for more has no quota left."""
+ATTEMPTS, ANSWERS = 6, 2
+"""Requests per image before it is given up, overload included; and unusable answers that are paid for."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
+"""Seconds after the first failure, doubled after each, and at most. A service that asks for more has no quota
+left."""
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FATAL = (401, 403, 404)
-_ANSWERS = 2
-"""How many unusable answers are paid for before an image is given up."""
 
 _ASKED = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PROMPT, VOCABULARY, SCHEMA = (_ASKED[name] for name in ("prompt", "vocabulary", "schema"))
@@ -68,13 +69,9 @@ class GeminiDetector:
 
     Answers are kept by image, prompt and settings, so that a repeated run costs nothing.
 
-    vocabulary   the only names to detect; none for whatever is there.
-    cache        folder of answers, which several processes may share; None keeps none.
-    concurrency  requests at the same time.
-    per_minute   requests begun in a minute at most, evenly spread; 0 leaves that to the service.
-    attempts     requests per image, overload included.
-    first_wait   seconds after the first failure; doubled after each.
-    base_url     another address of the API.
+    cache       folder of answers, which several processes may share.
+    vocabulary  the only names to detect; none for whatever is there.
+    per_minute  requests begun in a minute at most, evenly spread; 0 leaves that to the service.
 
     Raises `SpearError`: no key, or google-genai is not installed.
     """
@@ -83,16 +80,11 @@ class GeminiDetector:
         self,
         model: str = MODEL,
         *,
+        cache: Path,
         vocabulary: Sequence[str] = (),
-        cache: str | Path | None = None,
-        concurrency: int = 8,
         per_minute: int = 0,
-        attempts: int = 6,
-        first_wait: float = 1.0,
-        base_url: str | None = None,
     ) -> None:
-        self.model, self.cache, self.concurrency = model, cache, concurrency
-        self.attempts, self.first_wait, self.pause = attempts, first_wait, 60 / (per_minute or np.inf)
+        self.model, self.cache, self.pause = model, cache, 60 / (per_minute or np.inf)
         self.prompt = prompt_for(vocabulary)
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
         self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
@@ -102,10 +94,8 @@ class GeminiDetector:
             raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
         genai = need("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
-        self._address = base_url or ADDRESS
-        options = genai.types.HttpOptions(
-            base_url=base_url, api_version="v1beta", timeout=int(1000 * TIMEOUT)
-        )
+        self._address = os.environ.get("GOOGLE_GEMINI_BASE_URL", ADDRESS)  # where the client reads it too
+        options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT))
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
         self._config = genai.types.GenerateContentConfig(
             response_mime_type="application/json",
@@ -124,7 +114,7 @@ class GeminiDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, as Gemini lists them."""
-        with ThreadPoolExecutor(max(1, min(self.concurrency, len(frames)))) as threads:
+        with ThreadPoolExecutor(CONCURRENCY) as threads:
             found = list(threads.map(self._detect, frames))
         for failure in found:
             if isinstance(failure, SpearError):
@@ -148,20 +138,18 @@ class GeminiDetector:
         key = self._digest(frame.image)
         if (known := self._last.pop(key, None)) is not None:
             return known
-        path = None if self.cache is None else Path(self.cache) / key[:2] / f"{key}.json"
+        path = self.cache / key[:2] / f"{key}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if path is not None:
-                found = parse(json.loads(path.read_bytes())["text"], *frame.image.shape[:2])
-                with self._lock:
-                    self.usage["cached"] += 1
-                return found
+            found = parse(json.loads(path.read_bytes())["text"], *frame.image.shape[:2])
+            with self._lock:
+                self.usage["cached"] += 1
+            return found
         try:
             text, found = self._ask(frame)
         except SpearError as error:
             return error
         try:  # several processes may share the folder
-            if path is not None:
-                write_text(path, json.dumps({"model": self.model, "text": text}))
+            write_text(path, json.dumps({"model": self.model, "text": text}))
         except SpearError as error:
             return self._stop(f"cannot keep an answer: {error}, or choose another cache folder")
         return found
@@ -174,12 +162,13 @@ class GeminiDetector:
 
     def _ask(self, frame: Frame) -> tuple[str, list[Detection]]:
         """The text of a usable answer, and what is in it."""
-        contents = [self._image(frame.image), self.prompt]
+        sent = encode_jpeg(shrink(frame.image, MAX_SIDE))
+        contents = [self._types.Part.from_bytes(data=sent, mime_type="image/jpeg"), self.prompt]
         where, reason, unusable = frame.source or "image", "", 0
-        for attempt in range(self.attempts):
+        for attempt in range(ATTEMPTS):
             self._wait_for_turn()
             # less up to half by chance, so that many clients do not come back at once
-            wait = min(LONGEST_WAIT, self.first_wait * 2.0**attempt) * random.uniform(0.5, 1.0)
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 response = self._client.models.generate_content(
                     model=self.model, contents=contents, config=self._config
@@ -200,9 +189,9 @@ class GeminiDetector:
                     return text, parse(text, *frame.image.shape[:2])
                 except Unusable as error:
                     reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
-            if unusable == _ANSWERS:
+            if unusable == ANSWERS:
                 break
-            if attempt + 1 < self.attempts:
+            if attempt + 1 < ATTEMPTS:
                 time.sleep(wait)
         raise RetryableError(
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
@@ -257,14 +246,6 @@ class GeminiDetector:
                 self.usage["output"] += tokens.candidates_token_count or 0
                 self.usage["output"] += tokens.thoughts_token_count or 0
 
-    def _image(self, image: Array) -> Any:
-        height, width = image.shape[:2]
-        scale = MAX_SIDE / max(height, width)
-        if scale < 1:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-        return self._types.Part.from_bytes(data=encode_jpeg(image), mime_type="image/jpeg")
-
 
 def prompt_for(vocabulary: Sequence[str]) -> str:
     """What Gemini is asked about every image."""
@@ -316,34 +297,23 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
 
 def answer_text(response: Any, where: str) -> str:
     """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
-    feedback = response.prompt_feedback
+    feedback, reason = response.prompt_feedback, None
     if feedback is not None and feedback.block_reason:
-        raise SpearError(f"{where}: Gemini blocked the image ({_text(feedback.block_reason)}): leave it out")
-    candidate = response.candidates[0] if response.candidates else None
-    end = "" if candidate is None else _text(candidate.finish_reason)
-    if end not in ("STOP", "MAX_TOKENS", ""):
-        raise SpearError(f"{where}: Gemini refused to answer ({end}): leave the image out")
-    parts = candidate.content.parts if candidate is not None and candidate.content is not None else None
-    text = "".join(part.text for part in parts or () if part.text and not part.thought)
-    if end == "MAX_TOKENS":
+        raise SpearError(f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out")
+    if response.candidates:
+        reason = response.candidates[0].finish_reason
+    if reason not in ("STOP", "MAX_TOKENS", None):
+        raise SpearError(f"{where}: Gemini refused to answer ({reason.value}): leave the image out")
+    if reason == "MAX_TOKENS":
         raise Unusable("cut off at the limit of tokens")
-    if not text:
+    if not response.text:
         raise Unusable("empty")
-    return text
-
-
-def _text(enum: Any) -> str:
-    return str(getattr(enum, "value", enum) or "")
+    return str(response.text)
 
 
 def advised_wait(headers: Mapping[str, str], details: str) -> float | None:
-    """Seconds that a refusing service asks to wait: the longer of `Retry-After` (seconds or a date) in its
-    headers and `google.rpc.RetryInfo` ("38s") in the JSON of its answer; None when it does not say."""
-    waits = [float(seconds) for seconds in re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)]
-    if value := headers.get("retry-after"):
-        try:
-            waits.append(float(value))
-        except ValueError:
-            with contextlib.suppress(TypeError, ValueError):
-                waits.append((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    return max(0.0, *waits) if waits else None
+    """Seconds that a refusing service asks to wait: the longer of `Retry-After` in its headers (a date there
+    is not read) and `google.rpc.RetryInfo` ("38s") in the JSON of its answer; None when it does not say."""
+    waits = re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)
+    waits += re.findall(r"^\d+\.?\d*$", headers.get("retry-after", ""))
+    return max(map(float, waits), default=None)
