@@ -24,11 +24,12 @@ data = pytest.importorskip("skimage.data", reason="scikit-image brings the photo
 VOCABULARY = [word for word in WORDS if word in ("cup", "plate", "bowl")]
 
 
-def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path) -> None:
+def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cup of coffee with a spoon on a saucer."""
     photo = Frame(data.coffee()[::2, ::2].copy(), source="coffee.png")
     network = str(save_grounding_dino(tmp_path / "grounding-dino"))
-    detector = GroundingDinoDetector(network, vocabulary=VOCABULARY, threshold=0.0)
+    monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
+    detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMap(random_v1(), device="cpu", num_tokens=60)
     settings = BoxSettings(min_points=4)

@@ -42,16 +42,9 @@ def outlined(name: str, x: float, y: float, radius: float = 8, **changes: Any) -
     return Annotation(name, **{**fields, **changes})
 
 
-class Known:
+def held(**images: list[Annotation]) -> Annotations:
     """Annotations held in memory, by source."""
-
-    name = "known"
-
-    def __init__(self, **images: list[Annotation]) -> None:
-        self.images = images
-
-    def find(self, source: str) -> list[Annotation] | None:
-        return self.images.get(source)
+    return Annotations("known", images.get)
 
 
 class FullBoxes(BoxSegmenter):
@@ -70,7 +63,7 @@ def frame(source: str, height: int = 40, width: int = 60, **known: Any) -> Frame
 
 
 def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropped() -> None:
-    known = Known(a=[outlined("cup", 20, 20), outlined("mug", 44, 22, 5)], b=[])
+    known = held(a=[outlined("cup", 20, 20), outlined("mug", 44, 22, 5)], b=[])
     for height, width in ((40, 60), (20, 30), (80, 120), (27, 40)):
         frames = [frame("a", height, width), frame("b", height, width)]
         (cup, mug), nothing = FileDetector(known).detect(frames)
@@ -87,7 +80,7 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
 
 
 def test_boxes_are_cut_at_the_edge_and_empty_ones_left_out() -> None:
-    known = Known(
+    known = held(
         a=[
             outlined("cut", 58, 38),
             outlined("outside", 80, 20),
@@ -104,7 +97,7 @@ def test_boxes_are_cut_at_the_edge_and_empty_ones_left_out() -> None:
 
 def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> None:
     boxed = outlined("fork", 44, 22, 5, outline=None)
-    known = Known(a=[boxed, outlined("cup", 20, 20)], b=[outlined("cup", 20, 20)])
+    known = held(a=[boxed, outlined("cup", 20, 20)], b=[outlined("cup", 20, 20)])
     frames = [frame("a"), frame("b"), frame("c")]
     spoon = Detection("spoon", np.array([0, 0, 4, 4], np.float32))
     detections = [*FileDetector(known).detect(frames[:2]), [spoon]]
@@ -118,7 +111,7 @@ def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> N
 
 
 def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
-    known = Known(a=[outlined("mug", 20, 20), outlined("cup", 22, 20)])
+    known = held(a=[outlined("mug", 20, 20), outlined("cup", 22, 20)])
     near = Detection("cup", np.array([12, 12, 28, 28], np.float32))  # the mug's box, but a cup by name
     second = Detection("beaker", np.array([13, 12, 29, 28], np.float32))
     far = Detection("cup", np.array([40, 12, 56, 28], np.float32))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -68,13 +68,17 @@ class Annotation:
         return rows, columns
 
 
-class Annotations(Protocol):
+Find = Callable[[str], list[Annotation] | None]
+"""What is annotated in the image of a source (see `Frame`); None for one that is not known. `SpearError` for
+a source that fits several images."""
+
+
+@dataclass(frozen=True)
+class Annotations:
     """A file of annotations. `name` goes into the label's provenance."""
 
     name: str
-
-    def find(self, source: str) -> list[Annotation] | None:
-        """What is annotated in the image of this source (see `Frame`); None for one that it does not know."""
+    find: Find
 
 
 class FileDetector:
@@ -99,11 +103,9 @@ class FileDetector:
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
         results = []
         for frame, annotated in zip(frames, found, strict=True):
-            if annotated is None:
-                results.append(next(others))
-                continue
-            boxed = [(a, a.box_in(*frame.image.shape[:2])) for a in annotated]
-            results.append([Detection(a.name, b, a.score) for a, b in boxed if b[2] > b[0] and b[3] > b[1]])
+            boxed = [(a, a.box_in(*frame.image.shape[:2])) for a in annotated or ()]
+            own = [Detection(a.name, b, a.score) for a, b in boxed if b[2] > b[0] and b[3] > b[1]]
+            results.append(next(others) if annotated is None else own)
         return results
 
 
@@ -168,9 +170,11 @@ def open_annotations(path: str | Path) -> Annotations:
     """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations. `SpearError` for what
     is neither."""
     content = read_json(Path(path), "give another file")
-    name = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
+    file = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
     try:
-        return (CocoAnnotations if "images" in content else RelationAnnotations)(content, name)
+        if "images" in content:
+            return Annotations(f"coco {file}", _coco(content, file))
+        return Annotations(f"ego-exo4d relations {file}", _relations(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SpearError(
             f"{path}: neither COCO's JSON of instances nor Ego-Exo4D's relations ({type(error).__name__}: "
@@ -178,51 +182,46 @@ def open_annotations(path: str | Path) -> Annotations:
         ) from error
 
 
-def path_parts(path: str) -> list[str]:
+def _parts(path: str) -> list[str]:
     """The folders and the file of a path, whichever slashes it has; "#" separates like a slash."""
     return [part for part in re.split(r"[\\/#]+", path) if part not in ("", ".")]
 
 
-class CocoAnnotations:
-    """The objects in a COCO JSON file, by image; see `open_annotations`.
+def _coco(content: Mapping[str, Any], file: str) -> Find:
+    """The objects in a COCO JSON file, by image.
 
     An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
     Annotations of crowds (`iscrowd`) are left out: they are no instances. Annotations without a box get the
-    tight box of their mask.
-
-    Raises `SpearError`: from `find`, a source that fits several images; from masks, run lengths of the wrong
-    size.
+    tight box of their mask. Run lengths of the wrong size are a `SpearError` when the mask is wanted.
     """
+    known: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
+    objects: dict[Any, list[Annotation]] = {}
+    categories = {c["id"]: str(c["name"]) for c in content["categories"]}
+    sizes = {}
+    for image in content["images"]:
+        parts = _parts(image["file_name"])
+        known[parts[-1]].append((parts, image["id"]))
+        objects[image["id"]] = []
+        if "height" in image and "width" in image:
+            sizes[image["id"]] = (int(image["height"]), int(image["width"]))
+    for a in content["annotations"]:
+        if not a.get("iscrowd"):
+            size, name = sizes.get(a["image_id"]), categories[a["category_id"]]
+            objects[a["image_id"]].append(_coco_annotation(a, name, size))
 
-    def __init__(self, content: Mapping[str, Any], file: str) -> None:
-        self.name = f"coco {file}"
-        self._by_file: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
-        self._objects: dict[Any, list[Annotation]] = {}
-        categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-        sizes = {}
-        for image in content["images"]:
-            parts = path_parts(image["file_name"])
-            self._by_file[parts[-1]].append((parts, image["id"]))
-            self._objects[image["id"]] = []
-            if "height" in image and "width" in image:
-                sizes[image["id"]] = (int(image["height"]), int(image["width"]))
-        for a in content["annotations"]:
-            if not a.get("iscrowd"):
-                size, name = sizes.get(a["image_id"]), categories[a["category_id"]]
-                self._objects[a["image_id"]].append(_coco_annotation(a, name, size))
-
-    def find(self, source: str) -> list[Annotation] | None:
-        """See `Annotations.find`."""
-        asked = path_parts(source)
+    def find(source: str) -> list[Annotation] | None:
+        asked = _parts(source)
         common = {}
-        for known, image in self._by_file.get(asked[-1], ()) if asked else ():
-            length = min(len(asked), len(known))
-            if asked[-length:] == known[-length:]:
+        for parts, image in known.get(asked[-1], ()) if asked else ():
+            length = min(len(asked), len(parts))
+            if asked[-length:] == parts[-length:]:
                 common[image] = length
         best = [image for image, length in common.items() if length == max(common.values())]
         if len(best) > 1:
-            raise SpearError(f"{source}: fits {len(best)} images of {self.name}: name its folder too")
-        return self._objects[best[0]] if best else None
+            raise SpearError(f"{source}: fits {len(best)} images of coco {file}: name its folder too")
+        return objects[best[0]] if best else None
+
+    return find
 
 
 def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int] | None) -> Annotation:
@@ -250,55 +249,44 @@ def _outline(segmentation: Any) -> Callable[[int, int], Array]:
     return outline
 
 
-class RelationAnnotations:
-    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame; see
-    `open_annotations`.
+def _relations(content: Mapping[str, Any]) -> Find:
+    """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
 
     The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`, `cam04`),
     and ends in the number of the frame in the frame-aligned video, in any spelling of a path:
     `takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270` or `<take uid>/cam04/270.jpg`.
 
     The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without finding any
-    object is known, and empty. Images may be smaller than the video was: masks are resized to them.
-
-    A mask that cannot be decoded is a `SpearError`.
+    object is known, and empty. Images may be smaller than the video was: masks are resized to them. A mask
+    that cannot be decoded is a `SpearError` when it is wanted.
     """
+    takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
+    for uid, take in content.get("annotations", content).items():
+        cameras: dict[str, dict[int, list[Annotation]]] = defaultdict(lambda: defaultdict(list))
+        takes[uid] = takes[str(take["take_name"])] = cameras
+        for thing, views in take["object_masks"].items():
+            for camera, view in views.items():
+                for number in view.get("annotated_frames", ()):
+                    cameras[camera].setdefault(int(number), [])
+                for number, entry in view["annotation"].items():
+                    size = int(entry["height"]), int(entry["width"])
+                    outline = partial(_packed, entry["encodedMask"])
+                    name = re.sub(r"_\d+$", "", thing)
+                    cameras[camera][int(number)].append(Annotation(name, None, size, outline))
+    if not takes:
+        raise ValueError("it is empty")
 
-    def __init__(self, content: Mapping[str, Any], file: str) -> None:
-        self.name = f"ego-exo4d relations {file}"
-        self._takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
-        for uid, take in content.get("annotations", content).items():
-            cameras = _cameras(take["object_masks"])
-            self._takes[uid] = self._takes[str(take["take_name"])] = cameras
-        if not self._takes:
-            raise ValueError("it is empty")
-
-    def find(self, source: str) -> list[Annotation] | None:
-        """See `Annotations.find`."""
-        parts = [re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in path_parts(source)]
-        take = max((i for i, part in enumerate(parts) if part in self._takes), default=None)
+    def find(source: str) -> list[Annotation] | None:
+        parts = [re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in _parts(source)]
+        take = max((i for i, part in enumerate(parts) if part in takes), default=None)
         if take is None:
             return None
-        cameras = self._takes[parts[take]]
+        cameras = takes[parts[take]]
         camera = next((part for part in parts[take + 1 : -1] if part in cameras), None)
         number = re.search(r"\d+$", parts[-1])
         return None if camera is None or number is None else cameras[camera].get(int(number.group()))
 
-
-def _cameras(masks: Mapping[str, Any]) -> dict[str, dict[int, list[Annotation]]]:
-    """camera -> frame -> objects, from the `object_masks` of a take."""
-    cameras: dict[str, dict[int, list[Annotation]]] = {}
-    for thing, views in masks.items():
-        name = re.sub(r"_\d+$", "", thing)
-        for camera, view in views.items():
-            frames = cameras.setdefault(camera, {})
-            for number in view.get("annotated_frames", ()):
-                frames.setdefault(int(number), [])
-            for number, entry in view["annotation"].items():
-                size = int(entry["height"]), int(entry["width"])
-                outline = partial(_packed, entry["encodedMask"])
-                frames.setdefault(int(number), []).append(Annotation(name, None, size, outline))
-    return cameras
+    return find
 
 
 def _packed(encoded: str, height: int, width: int) -> Array:

@@ -77,12 +77,7 @@ class GeminiDetector:
     """
 
     def __init__(
-        self,
-        model: str = MODEL,
-        *,
-        cache: Path,
-        vocabulary: Sequence[str] = (),
-        per_minute: int = 0,
+        self, model: str = MODEL, *, cache: Path, vocabulary: Sequence[str] = (), per_minute: int = 0
     ) -> None:
         self.model, self.cache, self.pause = model, cache, 60 / (per_minute or np.inf)
         self.prompt = prompt_for(vocabulary)
@@ -173,26 +168,23 @@ class GeminiDetector:
                 response = self._client.models.generate_content(
                     model=self.model, contents=contents, config=self._config
                 )
+                self._count(response.usage_metadata)
+                text = answer_text(response, where)
+                return text, parse(text, *frame.image.shape[:2])
             except self._errors.APIError as error:
                 self._count()
                 reason = self._said(f"{error.code} {error.status or ''}: {error.message or ''}")
                 wait = self._wait(error, reason, where, wait)
             except self._offline as error:
                 reason = self._said(f"no connection: {first_line(error)}")
+            except Unusable as error:
+                reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
             except ValueError as error:  # the client could not read the response
                 self._count()
                 reason, unusable = self._said(f"unreadable response: {error}"), unusable + 1
-            else:
-                self._count(response.usage_metadata)
-                try:
-                    text = answer_text(response, where)
-                    return text, parse(text, *frame.image.shape[:2])
-                except Unusable as error:
-                    reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
-            if unusable == ANSWERS:
+            if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
                 break
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(wait)
+            time.sleep(wait)
         raise RetryableError(
             f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
         )

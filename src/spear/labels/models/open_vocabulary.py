@@ -7,6 +7,7 @@ key. Both networks are Transformers'. Thresholds and the suppression of boxes on
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,40 +17,53 @@ from spear.errors import SpearError
 from spear.labels.fit.image import clip, suppress
 from spear.labels.models.pretrained import enough_memory, load_model, load_processor
 from spear.labels.models.protocols import Detection
-from spear.types import Frame
-
-PROMPT = "a photo of a {}"
-"""What OWLv2 is told for a name."""
+from spear.types import Array, Frame
 
 
-class GroundingDinoDetector:
-    """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
-    too long for a prompt is asked in several.
+class _OpenVocabulary:
+    """What both share: a network that finds the objects of a vocabulary.
 
-    model       name on the Hub, or folder.
-    threshold   lowest score of a detection.
-    overlap     of two boxes with a higher IoU the better stays.
+    model  name on the Hub, or folder.
 
     Raises `SpearError`: an empty vocabulary, a name too long for a prompt, or no such model.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        vocabulary: Sequence[str],
-        threshold: float = 0.3,
-        overlap: float = 0.7,
-        device: str = "auto",
-    ) -> None:
-        from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
+    kind: str
+    """The network's `model_type` in Transformers."""
+    prompt: str
+    """What it is told for a name."""
+    threshold: float
+    """Lowest score of a detection."""
+    overlap = 0.7
+    """Of two boxes with a higher IoU the better stays."""
 
-        names = _names(vocabulary, "Grounding DINO")
-        self.threshold, self.overlap = threshold, overlap
-        self._processor = load_processor(GroundingDinoProcessor, "grounding-dino", model)
-        self._network = load_model(GroundingDinoForObjectDetection, "grounding-dino", model, device)
-        self._prompts = self._split(names)
-        self.name = f"grounding-dino {model} ({_asked(names, ', '.join(names), threshold, overlap)})"
+    def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        self._names = names = _names(vocabulary, self.kind)
+        self._processor = load_processor(AutoProcessor, self.kind, model)
+        self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
+        told = hashlib.sha256(", ".join(map(self.prompt.format, names)).encode()).hexdigest()[:8]
+        settings = f"threshold {self.threshold:g}, overlap {self.overlap:g}"
+        self.name = f"{self.kind} {model} ({len(names)} names {told}, {settings})"
+
+    def _ask(self, images: Sequence[Array], prompts: Any, **options: Any) -> tuple[Any, Any]:
+        """What the network is given about images and what is told with each, and what it says."""
+        inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
+        inputs = inputs.to(self._network.device, self._network.dtype)
+        with torch.inference_mode(), enough_memory(len(images)):
+            return inputs, self._network(**inputs)
+
+
+class GroundingDinoDetector(_OpenVocabulary):
+    """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
+    too long for a prompt is asked in several."""
+
+    kind, prompt, threshold = "grounding-dino", "{}", 0.3
+
+    def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
+        super().__init__(model, vocabulary=vocabulary, device=device)
+        self._prompts = self._split()
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
@@ -61,10 +75,7 @@ class GroundingDinoDetector:
         for (height, width, _), numbers in sizes.items():
             images = [frames[i].image for i in numbers]
             for prompt, names in self._prompts:
-                inputs = self._processor(images=images, text=[prompt] * len(images), return_tensors="pt")
-                inputs = inputs.to(self._network.device, self._network.dtype)
-                with torch.inference_mode(), enough_memory(len(images)):
-                    outputs = self._network(**inputs)
+                inputs, outputs = self._ask(images, [prompt] * len(images))
                 said = self._read(outputs, inputs["input_ids"][0].tolist(), (height, width), names)
                 for i, detections in zip(numbers, said, strict=True):
                     found[i] += detections
@@ -92,25 +103,19 @@ class GroundingDinoDetector:
     def _spans(self, tokens: Sequence[int]) -> list[list[int]]:
         """The places of each name's tokens in a prompt."""
         tokenizer = self._processor.tokenizer
-        ends = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids}
-        spans: list[list[int]] = [[]]
-        for place, token in enumerate(tokens):
-            if token not in ends or token == tokenizer.unk_token_id:
-                spans[-1].append(place)
-            elif spans[-1]:
-                spans.append([])
-        return [span for span in spans if span]
+        ends = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        runs = groupby(range(len(tokens)), lambda place: tokens[place] in ends)
+        return [list(places) for end, places in runs if not end]
 
-    def _split(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    def _split(self) -> list[tuple[str, list[str]]]:
         """Prompts that are short enough, with the names in each."""
-        prompts: list[tuple[str, list[str]]] = []
-        for name in names:
-            words = f"{name}."
-            if prompts and self._fits(f"{prompts[-1][0]} {words}"):
-                prompt, others = prompts[-1]
-                prompts[-1] = f"{prompt} {words}", [*others, name]
-            elif self._fits(words):
-                prompts.append((words, [name]))
+        prompts: list[tuple[str, list[str]]] = [("", [])]
+        for name in self._names:
+            prompt, others = prompts[-1]
+            if self._fits(longer := f"{prompt} {name}.".strip()):
+                prompts[-1] = longer, [*others, name]
+            elif self._fits(f"{name}."):
+                prompts.append((f"{name}.", [name]))
             else:
                 raise SpearError(f"Grounding DINO: {name[:40]!r} is too long: give a few words")
         return prompts
@@ -119,38 +124,16 @@ class GroundingDinoDetector:
         return len(self._processor.tokenizer(prompt)["input_ids"]) <= self._network.config.max_text_len
 
 
-class Owlv2Detector:
-    """Finds the objects of a vocabulary; arguments and errors as of `GroundingDinoDetector`."""
+class Owlv2Detector(_OpenVocabulary):
+    """Finds the objects of a vocabulary."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        vocabulary: Sequence[str],
-        threshold: float = 0.2,
-        overlap: float = 0.7,
-        device: str = "auto",
-    ) -> None:
-        from transformers import Owlv2ForObjectDetection, Owlv2Processor
-
-        self._names = _names(vocabulary, "OWLv2")
-        self._prompts = [PROMPT.format(name) for name in self._names]
-        self.threshold, self.overlap = threshold, overlap
-        self._processor = load_processor(Owlv2Processor, "owlv2", model)
-        self._network = load_model(Owlv2ForObjectDetection, "owlv2", model, device)
-        self.name = f"owlv2 {model} ({_asked(self._names, ', '.join(self._prompts), threshold, overlap)})"
+    kind, prompt, threshold = "owlv2", "a photo of a {}", 0.2
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
-        if not frames:
-            return []
         images = [frame.image for frame in frames]
-        prompts = [self._prompts] * len(images)
-        inputs = self._processor(
-            images=images, text=prompts, padding="max_length", truncation=True, return_tensors="pt"
-        ).to(self._network.device, self._network.dtype)
-        with torch.inference_mode(), enough_memory(len(images)):
-            outputs = self._network(**inputs)
+        prompts = [[self.prompt.format(name) for name in self._names]] * len(images)
+        _, outputs = self._ask(images, prompts, padding="max_length", truncation=True)
         sizes, names = [image.shape[:2] for image in images], [self._names] * len(images)
         results = self._processor.post_process_grounded_object_detection(
             outputs, threshold=self.threshold, target_sizes=sizes, text_labels=names
@@ -176,12 +159,6 @@ def tidy(detections: Sequence[Detection], height: int, width: int, overlap: floa
 def _detections(boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str]) -> list[Detection]:
     rows = zip(names, boxes.float().cpu().numpy(), scores.tolist(), strict=True)
     return [Detection(name, box, float(score)) for name, box, score in rows]
-
-
-def _asked(names: Sequence[str], prompt: str, threshold: float, overlap: float) -> str:
-    """The settings, for a detector's name."""
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-    return f"{len(names)} names {digest}, threshold {threshold:g}, overlap {overlap:g}"
 
 
 def _names(vocabulary: Sequence[str], who: str) -> list[str]:
