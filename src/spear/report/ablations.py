@@ -8,7 +8,6 @@ from typing import Any
 
 from spear.ablations.plan import Plan
 from spear.ablations.table import Filled, Line, to_json
-from spear.evaluate.stats import Estimate
 from spear.report import plot
 from spear.report.page import render
 from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences
@@ -16,8 +15,6 @@ from spear.util.files import write_text
 
 CURVE = "images"
 """The table that is also drawn as a curve."""
-Point = tuple[int, Estimate, Sequence[float]]
-"""3D-labelled images, success with its interval, and the success of each training."""
 
 
 def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
@@ -49,11 +46,11 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
 def _section(filled: Filled) -> dict[str, Any]:
     """A table as the templates show it."""
     apart = [(line.row.title, line.against) for line in filled.lines if line.against is not None]
-    curve = [(line.images, e, line.by_seed) for line in filled.lines if (e := line.success) is not None]
+    has_run = any(line.success is not None for line in filled.lines)
     return {
         "table": filled.table,
         "source": filled.source,
-        "chart": scaling_curve(curve) if filled.table.name == CURVE and curve else _bars(filled),
+        "chart": _scaling_curve(filled) if filled.table.name == CURVE and has_run else _bars(filled),
         "against": next(line.row.title for line in filled.lines if line.row.name == filled.table.against),
         "differences": differences(apart) if apart else "",
         "headers": list(_cells(filled.lines[0], filled)),
@@ -63,11 +60,10 @@ def _section(filled: Filled) -> dict[str, Any]:
 
 def _cells(line: Line, filled: Filled) -> dict[str, str]:
     """A line as text, by the columns' names."""
-    first = line.row.name == filled.table.against
     cells = {"row": line.row.title}
     if filled.table.name == CURVE:
         cells["3D-labelled images"] = f"{line.images:,}"
-    success, against = line.success, None if first else line.against
+    success, against = line.success, line.against
     cells["success, % [95 %]"] = "not run yet" if success is None else success.say(".1f", 100)
     cells["difference, points [95 %]"] = "–" if against is None else against.say("+.1f", 100)
     if filled.source:
@@ -83,9 +79,10 @@ def _bars(filled: Filled) -> str:
     """Ours as full bars with intervals; below each the paper's number as a hollow one."""
     groups = []
     for line in filled.lines:
-        rows = [Bar("here", None, "not run yet")]
-        if (e := line.success) is not None:
-            rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
+        e = line.success
+        rows = [
+            Bar("here", e.value, e.say(".1f", 100), e.low, e.high) if e else Bar("here", None, "not run yet")
+        ]
         if line.published is not None:
             theirs = f"{line.published:.1f} (theirs)"
             rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))
@@ -93,12 +90,13 @@ def _bars(filled: Filled) -> str:
     return bars(groups)
 
 
-def scaling_curve(found: Sequence[Point]) -> str:
+def _scaling_curve(filled: Filled) -> str:
     """Success over the number of 3D-labelled images: means with 95 % intervals, and a dot per training.
 
     The horizontal axis is logarithmic, with 0 set apart at its left end.
     """
-    found = sorted(found, key=lambda point: point[0])
+    lines = sorted(filled.lines, key=lambda line: line.images)
+    found = [(line.images, e, line.by_seed) for line in lines if (e := line.success) is not None]
     first = min((images for images, _, _ in found if images), default=1)
     x = [log10(images) if images else log10(first) - 0.5 for images, _, _ in found]
     top = min(100, 10 * ceil(10 * max(max(e.high, *singles) for _, e, singles in found)))

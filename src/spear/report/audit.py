@@ -26,14 +26,8 @@ QUESTIONS = {
 
 def text(report: Report) -> str:
     """The report as a table for the terminal."""
-    return render(
-        "audit.txt",
-        report=report,
-        questions=QUESTIONS,
-        size=size,
-        interval=_interval,
-        conclusion=conclusion(report),
-    )
+    shown = {"report": report, "questions": QUESTIONS, "conclusion": conclusion(report)}
+    return render("audit.txt", **shown, size=size, interval=_interval)
 
 
 def conclusion(report: Report) -> str:
@@ -63,9 +57,8 @@ def conclusion(report: Report) -> str:
 def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
     facts = [(f"{report.episodes:,}", f"episodes, {report.steps:,} steps")]
-    for part in report.parts:
-        words = f"of the logged {part.name}s unexplained by their best reading"
-        facts.append((f"{part.best.relative:.1%}", words))
+    words = "of the logged {}s unexplained by their best reading"
+    facts += [(f"{part.best.relative:.1%}", words.format(part.name)) for part in report.parts]
     html = render(
         "audit.html",
         title=f"Audit: {Path(report.path).resolve().name}",

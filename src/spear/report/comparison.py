@@ -1,5 +1,6 @@
 """Comparisons as pages: two policies in the same scenes; predicted actions beside a demonstrator's."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ def open_loop_charts(model: OpenLoop, reference: OpenLoop) -> list[list[str]]:
     """Of three held-out episodes: predicted and true displacement along each axis, and gripper, by step."""
     names = ("Forward (x), mm", "Left (y), mm", "Up (z), mm", "Gripper opening")
     shown = []
-    for truth, ours, theirs in zip(
-        model.truth[:3], model.predicted[:3], reference.predicted[:3], strict=True
-    ):
+    episodes = zip(model.truth, model.predicted, reference.predicted, strict=True)
+    for truth, ours, theirs in itertools.islice(episodes, 3):
         charts = []
         for row, name in enumerate(names):
             scale, column = (1000, row) if row < 3 else (1, 7)

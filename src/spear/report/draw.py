@@ -1,10 +1,9 @@
 """Draw on images: labels as masks, 3D boxes and names; answers as boxes and points."""
 
-import colorsys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import Segments, image_points, numbers
@@ -23,10 +22,8 @@ RIM = (16, 18, 22)
 
 def colors(n: int) -> list[Colour]:
     """n bright colours that differ in hue as much as they can."""
-    return [
-        tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, 0.7, 1.0))  # type: ignore[misc]
-        for i in range(n)
-    ]
+    hues = (360 * ((0.02 + i * 0.618034) % 1.0) for i in range(n))
+    return [ImageColor.getrgb(f"hsv({hue:f},70%,100%)")[:3] for hue in hues]
 
 
 def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
@@ -54,7 +51,7 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
 
 
 def draw_answers(
-    image: Array, intrinsics: Array | None, answers: Sequence[tuple[Segments, Colour]], scale: int = 3
+    image: Array, intrinsics: Array | None, answers: Sequence[tuple[Segments, Colour]], scale: int
 ) -> Array:
     """The image [h, w, 3] uint8, `scale` times as large, with the boxes and points of answers on it.
 
@@ -68,8 +65,8 @@ def draw_answers(
     return np.asarray(canvas)
 
 
-def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, scale: int = 3) -> Array:
-    """`draw_answers` of a single answer.
+def draw_answer(answer: Segments, image: Array, intrinsics: Array | None) -> Array:
+    """`draw_answers` of a single answer, three times as large.
 
     Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
     """
@@ -80,7 +77,7 @@ def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, scale:
             if intrinsics is None:
                 wrong = "is in 3D, the camera of this image unknown: ask with --family back_projection"
         raise SpearError(f"cannot draw: the answer {wrong}")
-    return draw_answers(image, intrinsics, [(answer, PREDICTION)], scale)
+    return draw_answers(image, intrinsics, [(answer, PREDICTION)], 3)
 
 
 def places(answer: Segments, width: int, height: int, intrinsics: Array | None) -> Array | None:

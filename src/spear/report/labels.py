@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from spear.labels.questions.statistics import Statistics, skip_reasons, statisti
 from spear.labels.questions.store import ask, read_questions
 from spear.labels.store import read
 from spear.report.draw import colors, draw_label
-from spear.report.page import picture, render, short, spaced
+from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Pixel, Question
@@ -102,7 +103,7 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     return {
         "source": label.source,
         "image": picture(draw_label(label, max(1, round(WIDTH / label.width)), masks=True)),
-        "questions": [(q.prompt, short(say(q, label), 150)) for q in questions],
+        "questions": [(q.prompt, shorten(say(q, label), 150, placeholder=" …")) for q in questions],
         "left_out": [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons],
     }
 
@@ -157,8 +158,8 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
         stream.log("camera/image", rr.Pinhole(image_from_camera=label.intrinsics, resolution=size))
         stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
         stream.log("source", rr.TextDocument(label.source))
-        found = [(o, o.box3d, c) for o, c in zip(label.objects, colors(len(label.objects)), strict=True)]
-        boxed = [(o, box, c) for o, box, c in found if box is not None]
+        tinted = zip(label.objects, colors(len(label.objects)), strict=True)
+        boxed = [(o, o.box3d, c) for o, c in tinted if o.box3d is not None]
         edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in EDGES]
         points = [(p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()]
         radii: Any = {"radii": rr.Radius.ui_points(4)}

@@ -6,7 +6,7 @@ Everything that an HTML template is given is escaped, unless it is `Markup`, whi
 import base64
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from spear.types import Array
@@ -16,7 +16,7 @@ from spear.util.images import encode_jpeg
 def render(template: str, **values: Any) -> str:
     """The template of this name (without .j2), filled in. HTML is `Markup`."""
     filled = _TEMPLATES.get_template(f"{template}.j2").render(values)
-    return Markup(filled) if _is_html(f"{template}.j2") else filled
+    return Markup(filled) if template.endswith(".html") else filled
 
 
 def picture(image: Array) -> str:
@@ -34,26 +34,12 @@ def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def short(text: str, most: int) -> str:
-    """The beginning of a text, cut at a space."""
-    return text if len(text) <= most else f"{text[: most - 2].rsplit(' ', 1)[0]} …"
-
-
-def _is_html(template: str | None) -> bool:
-    return template is None or template.endswith(".html.j2")
-
-
-def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("spear.report"),
-        autoescape=_is_html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"spaced": spaced, "short": short, "data_uri": data_uri}
-    made.globals["part"] = made.get_template("parts.html.j2").module
-    return made
-
-
-_TEMPLATES = _environment()
+_TEMPLATES = Environment(
+    loader=PackageLoader("spear.report"),
+    autoescape=select_autoescape(["html.j2"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"spaced": spaced, "data_uri": data_uri}
+_TEMPLATES.globals["part"] = _TEMPLATES.get_template("parts.html.j2").module

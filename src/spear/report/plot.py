@@ -74,13 +74,9 @@ def chart(
     title: str = "",
     size: tuple[int, int] = (360, 200),
     equal: bool = False,
-    diagonal: bool = False,
 ) -> str:
-    """Lines over two axes, with a legend, `size` pixels large.
-
-    equal     one unit is equally long on both axes, as on a map.
-    diagonal  also draw the line on which x = y.
-    """
+    """Lines over two axes, with a legend, `size` pixels large. equal: one unit is as long on both axes, as on
+    a map."""
     left, right, top, bottom = (54 if y.title else 40), size[0] - 14, 8, size[1] - (38 if x.title else 22)
     across = _ends(x, [line.x for line in lines])
     up = _ends(y, [*(line.y for line in lines), *(end for line in lines for end in (line.low, line.high))])
@@ -101,7 +97,6 @@ def chart(
                 "whiskers": [(to_x(a), to_y(low), to_y(high)) for a, low, high in ends],
             }
         )
-    corners = [max(min(across), min(up)), min(max(across), max(up))]
     return render(
         "chart.html",
         lines=drawn,
@@ -113,7 +108,6 @@ def chart(
         x_ticks=[(to_x(v), label) for v, label in x.ticks or _ticks(across, x, (right - left) // 60)],
         y_ticks=[(to_y(v), label) for v, label in y.ticks or _ticks(up, y, (bottom - top) // 40)],
         zero=to_y(0) if not y.log and up[0] < 0 < up[1] else None,
-        diagonal=_path([(to_x(v), to_y(v)) for v in corners]) if diagonal else "",
     )
 
 

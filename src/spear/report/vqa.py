@@ -1,6 +1,7 @@
 """What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best and worst answers drawn."""
 
 from dataclasses import replace
+from textwrap import shorten
 
 import numpy as np
 
@@ -9,9 +10,8 @@ from spear.evaluate.vqa.measures import MEASURES
 from spear.evaluate.vqa.scores import Asked, Scores
 from spear.report.draw import PREDICTION, TRUTH, draw_answers
 from spear.report.labels import say
-from spear.report.page import picture, render, short, spaced
-from spear.report.plot import Axis, Line, chart
-from spear.types import Array
+from spear.report.page import picture, render, spaced
+from spear.report.plot import GREY, Axis, Line, chart
 from spear.util.images import decode_image
 
 WIDTH = 576
@@ -36,25 +36,18 @@ def vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     )
 
 
-def draw(asked: Asked, scale: int | None = None) -> Array:
-    """The answer (orange) and the truth (green) on the image: [scale·h, scale·w, 3] uint8.
-
-    What lies behind the camera, or has no place in the image, is left out.
-    """
-    label = asked.label
-    answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
-    image = decode_image(label.image, label.source)
-    return draw_answers(image, label.intrinsics, answers, scale or max(1, round(WIDTH / label.width)))
-
-
 def figure(asked: Asked) -> tuple[str, str]:
-    """The drawing as a data URI, and its caption: the question, and how far off the answer is."""
-    measures = asked.measures
+    """The answer (orange) and the truth (green) on the image, as a data URI; and the caption: the question,
+    and how far off the answer is. What lies behind the camera, or has no place in the image, is left out."""
+    label, measures = asked.label, asked.measures
+    answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
+    image, scale = decode_image(label.image, label.source), max(1, round(WIDTH / label.width))
+    drawn = picture(draw_answers(image, label.intrinsics, answers, scale))
     words = [MEASURES[n].say(measures[n]) for n in ("error", "pixels", "relative") if n in measures]
     if "iou" in measures:
         words.append(f"IoU {measures['iou']:.2f}")
     off = f"off by {', '.join(words)}" if words else "broken"
-    return picture(draw(asked)), f"{asked.question.prompt} — {off}"
+    return drawn, f"{asked.question.prompt} — {off}"
 
 
 def _facts(scores: Scores) -> list[tuple[str, str]]:
@@ -108,8 +101,10 @@ def _calibration(scores: Scores) -> list[str]:
     ends = (min(values) / 1.2, max(values) * 1.2) if values else (0.1, 10.0)
     share = Axis("central interval", (0.0, 100.0), unit=" %")
     spread = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
+    covered.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
+    bands.append(Line("", ends, ends, GREY, dashed=True))
     plots = ((covered, share, "truths in it"), (bands, spread, "error, of the distance"))
-    return [chart(y, x, replace(x, title=t), size=(460, 340), diagonal=True) for y, x, t in plots]
+    return [chart(y, x, replace(x, title=t), size=(460, 340)) for y, x, t in plots]
 
 
 def _in_words(scores: Scores) -> list[list[str]]:
@@ -120,6 +115,6 @@ def _in_words(scores: Scores) -> list[list[str]]:
         for i in np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ():
             a = some[i]
             said = replace(a.question, segments=a.answer)
-            truth, answer = (short(say(q, a.label), 64) for q in (a.question, said))
+            truth, answer = (shorten(say(q, a.label), 64, placeholder=" …") for q in (a.question, said))
             rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])
     return rows

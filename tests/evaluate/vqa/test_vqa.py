@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +31,10 @@ from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
 from spear.report.draw import PREDICTION, TRUTH
-from spear.report.vqa import draw, vqa_page
+from spear.report.vqa import figure, vqa_page
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, LabeledImage, Pixel, Question, Unit
+from spear.util.images import decode_image
 
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 20_000), bins=256)
 
@@ -209,8 +211,9 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     for family, readings in scores.readings.items():
         assert readings.error["median"] == pytest.approx(scores.families[family].measures["relative"].value)
         assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
-    picture = draw(next(a for a in scores.asked if a.question.family == "box_vertices"), scale=3)
-    assert picture.shape == (315, 420, 3)
+    uri, _ = figure(next(a for a in scores.asked if a.question.family == "box_vertices"))
+    picture = decode_image(base64.b64decode(uri.partition(",")[2]))
+    assert picture.shape == (420, 560, 3)
     for colour in (TRUTH, PREDICTION):
         assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
     page = vqa_page(scores, "model <1>", "labels")

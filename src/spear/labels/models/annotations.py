@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -124,23 +125,20 @@ class FileSegmenter:
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
-        results, rest = [], []
-        for frame, found in zip(frames, detections, strict=True):
-            masks, missing = self._masks(frame, found)
-            results.append(masks)
-            if missing:
-                rest.append((frame, masks, missing, [found[i] for i in missing]))
+        results = list(map(self._masks, frames, detections))
+        rest = [(f, d, *r) for f, d, r in zip(frames, detections, results, strict=True) if r[1]]
         if rest and self.otherwise is None:
-            frame, _, _, without = rest[0]
+            frame, found, _, missing = rest[0]
             raise SpearError(
-                f"{frame.source}: no mask of {without[0].name!r} in {self.annotations.name}: add a "
+                f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}: add a "
                 "segmenter for objects without one"
             )
         if rest and self.otherwise:
-            made = self.otherwise.segment([frame for frame, *_ in rest], [without for *_, without in rest])
-            for (_, masks, missing, _), others in zip(rest, made, strict=True):
+            wanted = [[found[i] for i in missing] for _, found, _, missing in rest]
+            made = self.otherwise.segment([frame for frame, *_ in rest], wanted)
+            for (_, _, masks, missing), others in zip(rest, made, strict=True):
                 masks[missing] = others
-        return results
+        return [masks for masks, _ in results]
 
     def _masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
         """Masks [n, h, w] of the detections, and the numbers of those that have none in the file."""
@@ -310,15 +308,13 @@ def decompress(text: str) -> str:
     broken = SpearError("Ego-Exo4D mask: not an lz-string: give the file as it was published")
     if not set(text) <= _VALUES.keys():
         raise broken
-    bits = "".join(f"{_VALUES[letter]:06b}" for letter in text)
-    position = 0
+    bits = chain.from_iterable(f"{_VALUES[letter]:06b}" for letter in text)
 
     def number(width: int) -> int:
-        nonlocal position
-        position += width
-        if position > len(bits):
+        taken = "".join(islice(bits, width))
+        if len(taken) < width:
             raise broken
-        return int(bits[position - width : position][::-1], 2)
+        return int(taken[::-1], 2)
 
     words, pieces = ["", "", ""], [""]
     while (code := number(len(words).bit_length())) != 2:

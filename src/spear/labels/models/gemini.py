@@ -13,7 +13,7 @@ import threading
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,7 +216,10 @@ class GeminiDetector:
             raise SpearError(
                 f"{where}: Gemini refused the request ({reason}): change the settings, or leave it out"
             )
-        advised = advised_wait(getattr(error.response, "headers", {}), details)
+        # google.rpc.RetryInfo, as in "38s", and the header; a date there is not read
+        asked = re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)
+        asked += re.findall(r"^\d+\.?\d*$", getattr(error.response, "headers", {}).get("retry-after", ""))
+        advised = max(map(float, asked), default=None)
         if "PerDay" in details or (advised or 0) > LONGEST_WAIT:  # as Google names the quota of a day
             when = "tomorrow" if "PerDay" in details else f"in {advised:.0f} s"
             raise self._stop(f"no quota left ({reason}): label again {when}")
@@ -289,23 +292,14 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
 
 def answer_text(response: Any, where: str) -> str:
     """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
-    feedback, reason = response.prompt_feedback, None
+    feedback = response.prompt_feedback
     if feedback is not None and feedback.block_reason:
         raise SpearError(f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out")
-    if response.candidates:
-        reason = response.candidates[0].finish_reason
-    if reason not in ("STOP", "MAX_TOKENS", None):
-        raise SpearError(f"{where}: Gemini refused to answer ({reason.value}): leave the image out")
-    if reason == "MAX_TOKENS":
+    end = response.candidates[0].finish_reason if response.candidates else None
+    if end not in ("STOP", "MAX_TOKENS", None):
+        raise SpearError(f"{where}: Gemini refused to answer ({end.value}): leave the image out")
+    if end == "MAX_TOKENS":
         raise Unusable("cut off at the limit of tokens")
     if not response.text:
         raise Unusable("empty")
     return str(response.text)
-
-
-def advised_wait(headers: Mapping[str, str], details: str) -> float | None:
-    """Seconds that a refusing service asks to wait: the longer of `Retry-After` in its headers (a date there
-    is not read) and `google.rpc.RetryInfo` ("38s") in the JSON of its answer; None when it does not say."""
-    waits = re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)
-    waits += re.findall(r"^\d+\.?\d*$", headers.get("retry-after", ""))
-    return max(map(float, waits), default=None)

@@ -24,14 +24,9 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
     """Tight 2D box [4] of each visible, named instance: x0, y0, x1, y1, pixels, the upper ends exclusive."""
     if frame.instances is None:
         raise _missing(frame, "instance map")
-    found = ndimage.find_objects(frame.instances)
-    boxes = {}
-    for instance in frame.names:
-        where = found[instance - 1] if 0 < instance <= len(found) else None
-        if where is not None:
-            rows, columns = where
-            boxes[instance] = np.array([columns.start, rows.start, columns.stop, rows.stop], np.float32)
-    return boxes
+    found = dict(enumerate(ndimage.find_objects(frame.instances), 1))
+    seen = {i: found[i] for i in frame.names if found.get(i)}
+    return {i: np.array([x.start, y.start, x.stop, y.stop], np.float32) for i, (y, x) in seen.items()}
 
 
 class GroundTruthDetector:
@@ -41,13 +36,11 @@ class GroundTruthDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The named instances of each frame, by instance id."""
-        found: list[list[Detection]] = [[] for _ in frames]
-        for frame, detections in zip(frames, found, strict=True):
-            for instance, box in sorted(instance_boxes(frame).items()):
-                x0, y0, x1, y1 = box.astype(int)
-                assert frame.instances is not None
-                if np.count_nonzero(frame.instances[y0:y1, x0:x1] == instance) >= 12:
-                    detections.append(Detection(frame.names[instance], box))
+        found = []
+        for frame in frames:
+            boxes = sorted(instance_boxes(frame).items())
+            seen = [(i, box) for i, box in boxes if np.count_nonzero(frame.instances == i) >= 12]
+            found.append([Detection(frame.names[i], box) for i, box in seen])
         return found
 
 
@@ -65,11 +58,11 @@ class GroundTruthSegmenter:
             assert frame.instances is not None
             found.append(np.zeros((len(wanted), *frame.instances.shape), bool))
             for mask, detection in zip(found[-1], wanted, strict=True):
-                candidates = {i: b for i, b in boxes.items() if frame.names[i] == detection.name}
-                overlaps = {i: float(iou2d(box, detection.box2d)) for i, box in candidates.items()}
-                best = max(overlaps, key=overlaps.__getitem__, default=0)
-                if best and overlaps[best] > 0.5:
-                    mask[:] = frame.instances == best
+                candidates = [i for i in boxes if frame.names[i] == detection.name]
+                overlaps = [(float(iou2d(boxes[i], detection.box2d)), -i) for i in candidates]
+                overlap, best = max(overlaps, default=(0.0, 0))
+                if overlap > 0.5:
+                    mask[:] = frame.instances == -best
         return found
 
 

@@ -1,7 +1,7 @@
 """What the networks of labelling need, found before any is downloaded: their published sizes, run on tensors
 without contents."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,22 +39,18 @@ def needs(name: str, batch: int, longest: int, names: int) -> Needs:
     with FakeTensorMode(), Meter() as meter, work, torch.inference_mode():
         give_storage(network)
         weights = meter.live
-        _run(name, network, batch, longest, names)
+        if name.startswith("moge"):
+            network(torch.zeros(batch, 3, longest * 3 // 4, longest), network.most_tokens)
+        elif name == "sam2":
+            side = network.config.prompt_encoder_config.image_size
+            levels = network.get_image_embeddings(torch.zeros(batch, 3, side, side))
+            for place in range(batch):
+                one = [level[place : place + 1] for level in levels]
+                network(image_embeddings=one, input_boxes=torch.zeros(1, AT_ONCE, 4), multimask_output=False)
+        elif name == "owlv2":  # Grounding DINO looks at numbers
+            vision, text = network.config.vision_config, network.config.text_config
+            ids = torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long)
+            side = vision.image_size
+            network(pixel_values=torch.zeros(batch, 3, side, side), input_ids=ids, attention_mask=ids + 1)
     count = sum(weight.numel() for weight in network.parameters())
     return Needs(count, weights, meter.peak - weights, work.get_total_flops() / batch)
-
-
-def _run(name: str, network: Any, batch: int, longest: int, names: int) -> None:
-    if name.startswith("moge"):
-        network(torch.zeros(batch, 3, longest * 3 // 4, longest), network.most_tokens)
-    elif name == "sam2":
-        side = network.config.prompt_encoder_config.image_size
-        levels = network.get_image_embeddings(torch.zeros(batch, 3, side, side))
-        for place in range(batch):
-            one = [level[place : place + 1] for level in levels]
-            network(image_embeddings=one, input_boxes=torch.zeros(1, AT_ONCE, 4), multimask_output=False)
-    elif name == "owlv2":  # Grounding DINO looks at numbers
-        vision, text = network.config.vision_config, network.config.text_config
-        ids = torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long)
-        side = vision.image_size
-        network(pixel_values=torch.zeros(batch, 3, side, side), input_ids=ids, attention_mask=ids + 1)

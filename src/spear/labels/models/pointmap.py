@@ -21,20 +21,17 @@ class MogePointMap:
 
     Images of equal size go through the network as one batch, so the batch size is that of `predict`'s caller.
     The model is moved to the device (`choose_device`); name: where its weights come from, for the label's
-    provenance; num_tokens: see `spear.models.moge.infer.infer`, None takes the finest.
+    provenance.
     """
 
-    def __init__(
-        self,
-        model: MogeV1 | MogeV2,
-        name: str = "random weights",
-        device: str = "auto",
-        num_tokens: int | None = None,
-    ) -> None:
+    num_tokens: int | None = None
+    """See `spear.models.moge.infer.infer`: None takes the finest."""
+
+    def __init__(self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto") -> None:
         chosen = choose_device(device)
         # mixed precision, as MoGe does
         self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32
-        self.model, self.num_tokens = model.to(chosen).eval(), num_tokens
+        self.model = model.to(chosen).eval()
         self.name = f"{'moge-v1' if isinstance(model, MogeV1) else 'moge-2'} {name}"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
@@ -49,8 +46,7 @@ class MogePointMap:
         for members in groups.values():
             images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(0, 3, 1, 2)
             found = infer(self.model, images, self.num_tokens, self.dtype)
-            for row, index in enumerate(members):
-                results[index] = self._result(found, row, frames[index].source)
+            results |= {i: self._result(found, row, frames[i].source) for row, i in enumerate(members)}
         return [results[index] for index in range(len(frames))]
 
     def _result(self, found: Geometry, row: int, source: str) -> PointMapResult:

@@ -9,7 +9,7 @@ import torch
 
 from spear.errors import SpearError, first_line
 from spear.models.devices import choose_device
-from spear.util.network import hub_unreachable, need_on_hub
+from spear.util.network import hub_unreachable, is_hub_name
 
 
 def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
@@ -52,11 +52,9 @@ def enough_memory(images: int) -> Iterator[None]:
 def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     """The processor that goes with a network (or another part); arguments and errors as of `load_model`."""
     path = Path(model).expanduser()
-    local = path.exists() or model.startswith((".", "/", "~", "\\")) or model.count("/") > 1
+    local = path.exists() or not is_hub_name(model)
     if local and not path.is_dir():
         raise SpearError(f"{model}: no such folder: give the folder of a model, or its name on the Hub")
-    if not local:
-        need_on_hub(model, f"a folder that holds it, as in {kind}=FOLDER")
     options["local_files_only"] = local or bool(hub_unreachable())
     name, _, revision = (str(path), "", "") if local else model.partition("@")
     try:

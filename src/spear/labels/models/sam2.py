@@ -29,8 +29,7 @@ class Sam2Segmenter:
 
         # The published checkpoints are those of the video model, which holds this one
         self._network = load_model(Sam2Model, "sam2", model, device, also=("sam2_video",))
-        size = self._network.config.prompt_encoder_config.image_size
-        self._side = int(size if isinstance(size, int) else size[0])
+        self._side = int(self._network.config.prompt_encoder_config.image_size)
         self.name = f"sam2 {model} (box prompts)"
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
@@ -46,24 +45,19 @@ class Sam2Segmenter:
         with torch.inference_mode(), enough_memory(len(busy)):
             levels = self._network.get_image_embeddings(pixels.to(self._network.device, self._network.dtype))
             for place, i in enumerate(busy):
-                embeddings = [level[place : place + 1] for level in levels]
                 height, width = frames[i].image.shape[:2]
                 boxes = np.stack([d.box2d for d in detections[i]]).astype(np.float32)
-                prompts = scale_boxes(boxes, height, width, self._side)
-                for start in range(0, len(boxes), AT_ONCE):
-                    part = slice(start, start + AT_ONCE)
-                    logits = self._decode(embeddings, prompts[part])
-                    masks[i][part] = postprocess(logits, height, width).cpu().numpy()
+                prompts = scale_boxes(boxes, height, width, self._side)[None].to(levels[0])
+                found = [
+                    self._network(
+                        image_embeddings=[level[place : place + 1] for level in levels],
+                        input_boxes=some,
+                        multimask_output=False,  # three masks are for ambiguous prompts, which a box is not
+                    ).pred_masks[0, :, 0]
+                    for some in prompts.split(AT_ONCE, dim=1)
+                ]
+                masks[i] = np.concatenate([postprocess(some, height, width).cpu().numpy() for some in found])
         return masks
-
-    def _decode(self, embeddings: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
-        """Logits [n, h', w'] of the masks of boxes [n, 4] in one image, at the decoder's resolution."""
-        outputs = self._network(
-            image_embeddings=list(embeddings),
-            input_boxes=boxes[None].to(self._network.device, self._network.dtype),
-            multimask_output=False,  # three masks are for ambiguous prompts, which a box is not
-        )
-        return outputs.pred_masks[0, :, 0]
 
 
 def preprocess(image: Array, side: int) -> torch.Tensor:
