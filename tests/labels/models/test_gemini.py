@@ -153,9 +153,7 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
     assert second - first >= 0.3 and third - second >= 0.4
 
 
-def test_overload_is_waited_out_and_without_end_concerns_one_image(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
     server.replies = [
         overloaded, Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops."), boxes(CUP)
@@ -251,9 +249,7 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
-def test_in_the_pipeline_a_refused_image_is_set_aside_and_nothing_is_asked_twice(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_the_pipeline_nothing_is_asked_twice(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONCURRENCY", 1)
     known = {"depth": np.ones((40, 60), np.float32), "intrinsics": np.diag([50.0, 50, 1])}
     frames = [replace(noise(i), **known) for i in range(4)]

@@ -9,7 +9,7 @@ from labels_stand_ins import noise
 from labels_tiny import save_grounding_dino, save_owlv2
 from spear.errors import SpearError
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
-from spear.labels.models.protocols import Detection, Detector
+from spear.labels.models.protocols import Detection
 
 THINGS = ["red cup", "forks", "plate", "Steel Bowl."]
 
@@ -37,7 +37,7 @@ def outputs(tokens: int, *objects: tuple[dict[int, float], list[float]]) -> Any:
     return SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
 
 
-def test_grounding_dino_names_objects_by_their_best_token(dino: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.4)
     detector = GroundingDinoDetector(dino, vocabulary=THINGS)
     ((prompt, names),) = detector._prompts
@@ -55,16 +55,10 @@ def test_grounding_dino_names_objects_by_their_best_token(dino: str, monkeypatch
     assert rows(found) == [("red cup", [15, 15, 45, 25], 0.6), ("forks", [12, 8, 18, 12], 0.7)]
 
 
-@pytest.mark.parametrize("kind", ["dino", "owl"])
-def test_the_same_is_found_in_a_batch_and_alone(
-    kind: str, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.2)
-    detector: Detector
-    if kind == "dino":
-        detector = GroundingDinoDetector(dino, vocabulary=THINGS)
-    else:
-        detector = Owlv2Detector(owl, vocabulary=THINGS)
+@pytest.mark.parametrize("made", [GroundingDinoDetector, Owlv2Detector])
+def test_batches_change_nothing(made: Any, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made, "threshold", 0.2)
+    detector = made(dino if made is GroundingDinoDetector else owl, vocabulary=THINGS)
     frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
     together = detector.detect(frames)
     assert all(together) and len({tuple(rows(found)[0][1]) for found in together}) == 4
