@@ -199,14 +199,14 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
 
 
 def episode_steps(
-    path: str | Path, split: str, images: Sequence[str]
+    path: str | Path, split: str, images: Sequence[str] | None
 ) -> Iterator[tuple[str, Steps | SpearError]]:
-    """The steps of a dataset's episodes, with the columns of images that are asked for."""
+    """The steps of a dataset's episodes, with the columns of images that are asked for; None for all."""
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
         return folder.steps(split, images)
     store = open_split(path, split)
-    read = store.__getitem__ if images else store.without_images
+    read = store.__getitem__ if images or images is None else store.without_images
     return ((e.source, vars(e)) for e in map(read, range(len(store))))
 
 

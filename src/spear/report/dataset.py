@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from spear.data.actions import episode_actions
+from spear.data.audit import episode_steps
 from spear.data.inspect import inspect, layout_known, leaves
-from spear.data.readers.formats import episode_counts, open_dataset, read_episodes
+from spear.data.readers.formats import episode_counts, read_episodes
 from spear.data.readers.layout import Steps
 from spear.data.readers.spec import SPEC_FILE, Layout
-from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render
@@ -45,14 +45,13 @@ def write_page(path: str | Path, out: Path, layout: Layout = None) -> None:
     reasons: list[str] = []
     counts = episode_counts(path)
     split = next(iter(counts))
-    folder = open_dataset(path)
     known = layout is not None or layout_known(path)
 
     def episodes() -> Iterator[dict[str, Any]]:
-        if known or isinstance(folder, EpisodeStore):
+        if known:
             yield from map(_episode, read_episodes(path, split, layout, lambda e: reasons.append(str(e))))
             return
-        for source, steps in folder.steps(split):
+        for source, steps in episode_steps(path, split, None):
             if isinstance(steps, SpearError):
                 reasons.append(str(steps))
             else:
