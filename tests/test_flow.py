@@ -58,6 +58,10 @@ def truth(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> Acti
     return data if config.prediction == "clean" else flow.interpolate(noise, data, time, config)[1]
 
 
+def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
+    return flow.prediction_to_velocity(clean, state, time, dataclasses.replace(config, prediction="clean"))
+
+
 def distance(a: Action, b: Action) -> float:
     straight = max(
         float((a.translation - b.translation).abs().max()), float((a.gripper - b.gripper).abs().max())
@@ -153,11 +157,11 @@ def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed(
 def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowConfig) -> None:
     noise, data, time = pair(config)
     state, velocity = flow.interpolate(noise, data, time, config)
-    derived = flow.velocity_from_clean(data, state, time, config)
+    derived = velocity_from_clean(data, state, time, config)
     torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
     if config.rotation == "s3":  # neither the sign nor the length of a predicted quaternion matters
         scaled = Action(data.translation, -3 * data.rotation, data.gripper)
-        derived = flow.velocity_from_clean(scaled, state, time, config)
+        derived = velocity_from_clean(scaled, state, time, config)
         torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
 
 
@@ -354,7 +358,7 @@ def test_integrating_the_true_prediction_lands_on_the_data(config: FlowConfig, s
 
     def predict(state: Action, time: Tensor) -> Action:
         assert time.shape == (64,)
-        return data if config.prediction == "clean" else flow.velocity_from_clean(data, state, time, config)
+        return data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
 
     assert distance(flow.integrate(predict, noise, steps, config), data) < 1e-12
 
@@ -370,7 +374,7 @@ def test_each_action_at_a_time_of_its_own(config: FlowConfig) -> None:
 
     def everything(noise: Action, data: Action, said: Action, time: Tensor) -> list[Tensor]:
         state, velocity = flow.interpolate(noise, data, time, config)
-        derived = flow.velocity_from_clean(said, state, time, config)
+        derived = velocity_from_clean(said, state, time, config)
         whole = [x.to_vector().reshape(320, 8) for x in (state, velocity, derived)]
         return [*whole, flow.loss(said, noise, data, time, config).total]
 
@@ -389,7 +393,7 @@ def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) ->
 
     def predict(state: Action, time: Tensor) -> Action:
         seen.append((state, time))
-        return data if config.prediction == "clean" else flow.velocity_from_clean(data, state, time, config)
+        return data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
 
     found = flow.integrate(predict, noise, 4, config, flow.Committed(decided, held))
     for k, (state, time) in enumerate([*seen, (found, torch.ones(64, 5).double())]):

@@ -63,8 +63,7 @@ class ChunkExecutor:
         self.mode, self.replan, self.decay, self.most = mode, replan, decay, most
         self.tick = 0
         self._gripper = 1.0
-        self._waiting: list[_Chunk] = []
-        self._held: list[_Chunk] = []  # ensemble: chunks at hand
+        self._waiting: list[_Chunk] = []  # ensemble: until it is used up, else until it arrives
         self._left: list[Array] = []  # other modes: actions still to execute
         self._looked = -1
         self._delay = 0
@@ -114,28 +113,23 @@ class ChunkExecutor:
         self._gripper = float(action[7])
         return action
 
-    def _arrived(self) -> list[_Chunk]:
-        arrived = [c for c in self._waiting if c.arrives <= self.tick]
-        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
-        return arrived
-
     def _take_up(self) -> None:
-        for chunk in self._arrived():
+        for chunk in (c for c in self._waiting if c.arrives <= self.tick):
             made = self._made_since(chunk.observed)
             # In rtc there is nothing to join, but where inference took longer than the policy was told.
             rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
             self._horizon = len(chunk.actions)
             self._left = list(rows)
+        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
 
     def _ensembled(self) -> Array | None:
-        self._held += self._arrived()
-        now = [(c, len(self._made_since(c.observed))) for c in self._held]
-        now = [(c, index) for c, index in now if index < len(c.actions)]
-        self._held = [c for c, _ in now]
+        now = [(c, c.actions[len(self._made_since(c.observed)) :]) for c in self._waiting]
+        self._waiting = [c for c, left in now if c.arrives > self.tick or len(left)]
+        now = [(c, left) for c, left in now if c.arrives <= self.tick and len(left)]
         if not now:
             return None
         weights = np.exp([-self.decay * (self.tick - c.observed) for c, _ in now])
-        return mean_action(np.stack([c.actions[index] for c, index in now]), weights)
+        return mean_action(np.stack([left[0] for _, left in now]), weights)
 
     def _made_since(self, tick: int) -> list[Array]:
         """The actions made since a tick's observation; ticks without motion are left out."""

@@ -16,7 +16,7 @@ With `rotation="linear"`, the ablation, quaternions flow in straight lines of R�
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -172,35 +172,27 @@ def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -
     return state, velocity
 
 
-def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
-    """The velocity that leads from the state at its time to the predicted clean action at τ = 1.
-
-    On the sphere the prediction is normalised and made canonical first, as data is: with the true action this
-    is exactly the velocity of `interpolate`. In R⁴ it is normalised where the loss is the cosine, which
-    teaches no length.
-    """
-    remaining = _per_part(1 - time, state).clamp_min(_MIN_REMAINING)
-    rotation = _meant(clean.rotation, config)
-    if config.rotation == "s3":
-        rotation = sphere_log(state.rotation, quat_canonical(rotation))
-    else:
-        rotation = rotation - state.rotation
-    return Action(
-        (clean.translation - state.translation) / remaining,
-        rotation / remaining,
-        (clean.gripper - state.gripper) / remaining,
-    )
-
-
 def prediction_to_velocity(prediction: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
-    """What the network said, as a velocity: rotations tangent to the sphere at the state."""
-    if config.prediction == "clean":
-        return velocity_from_clean(prediction, state, time, config)
-    if config.rotation == "linear":
-        return prediction
-    along = (prediction.rotation * state.rotation).sum(-1, keepdim=True)
-    tangent = prediction.rotation - along * state.rotation
-    return Action(prediction.translation, tangent, prediction.gripper)
+    """What the network said, as a velocity: rotations tangent to the sphere at the state.
+
+    Of a clean action it is the one that leads there from the state at its time. On the sphere that action is
+    normalised and made canonical first, as data is: with the true one this is exactly the velocity of
+    `interpolate`. In R⁴ it is normalised where the loss is the cosine, which teaches no length.
+    """
+    rotation, on_sphere = prediction.rotation, config.rotation == "s3"
+    if config.prediction == "velocity":
+        if not on_sphere:
+            return prediction
+        along = (rotation * state.rotation).sum(-1, keepdim=True)
+        return replace(prediction, rotation=rotation - along * state.rotation)
+    remaining = _per_part(1 - time, state).clamp_min(_MIN_REMAINING)
+    goal = _meant(rotation, config)
+    way = sphere_log(state.rotation, quat_canonical(goal)) if on_sphere else goal - state.rotation
+    return Action(
+        (prediction.translation - state.translation) / remaining,
+        way / remaining,
+        (prediction.gripper - state.gripper) / remaining,
+    )
 
 
 def loss(
@@ -224,14 +216,15 @@ def loss(
     choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q +
     q̂‖), half the angle, whose gradient does not fade for small rotations, as that of the others does; but
     what it says of several possible truths is their median, and in data where most steps do not turn that is
-    not to turn. "linear" has the velocities' formulas in R⁴ for both, on predictions as `velocity_from_clean`
-    takes them.
+    not to turn. "linear" has the velocities' formulas in R⁴ for both, on predictions as
+    `prediction_to_velocity` takes them.
 
     The paper sums over the chunk; we average over its valid steps: mask [..., H] bool, None is all.
     """
     if config.prediction == "clean":
         spoken, truth = prediction, data
-        rotation, geodesic = _clean_rotation_errors(prediction.rotation, data.rotation, config)
+        ends = _meant(prediction.rotation, config), quat_canonical(data.rotation)
+        rotation = _clean_rotation_error(*ends, config)
     else:
         state, truth = interpolate(noise, data, time, config)
         spoken = prediction_to_velocity(prediction, state, time, config)
@@ -239,14 +232,14 @@ def loss(
         step = _per_part(1 - time, state)
         if config.geodesic_step is not None:
             step = step.clamp_max(config.geodesic_step)
-        geodesic = _chord(
+        ends = (
             _advance(state.rotation, spoken.rotation, step, config),
             _advance(state.rotation, truth.rotation, step, config),
         )
     parts = {
         "translation": _average(_squared(spoken.translation, truth.translation), mask),
         "rotation": _average(rotation, mask),
-        "geodesic": _average(geodesic, mask),
+        "geodesic": _average(_chord(*ends), mask),
         "gripper": _average(_squared(spoken.gripper, truth.gripper), mask),
     }
     total = (
@@ -273,7 +266,8 @@ def integrate(
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")
-    state = noise if committed is None else committed.into(noise)
+    keep = (lambda chunk: chunk) if committed is None else committed.into
+    state = keep(noise)
     for k in range(steps):
         time = torch.full_like(noise.translation[..., 0, 0], k / steps)
         if committed is not None:
@@ -283,14 +277,9 @@ def integrate(
         if config.rotation == "s3":
             # Rounding alone would drift off the sphere over many steps.
             rotation = quat_canonical(quat_normalize(rotation))
-        state = Action(
-            state.translation + velocity.translation / steps,
-            rotation,
-            state.gripper + velocity.gripper / steps,
-        )
-        state = state if committed is None else committed.into(state)
-    action = Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)
-    return action if committed is None else committed.into(action)
+        translation = state.translation + velocity.translation / steps
+        state = keep(Action(translation, rotation, state.gripper + velocity.gripper / steps))
+    return keep(Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper))
 
 
 def _per_part(time: Tensor, chunk: Action) -> Tensor:
@@ -311,28 +300,24 @@ def _meant(clean: Tensor, config: FlowConfig) -> Tensor:
     return clean if free else quat_normalize(clean)
 
 
-def _clean_rotation_errors(predicted: Tensor, data: Tensor, config: FlowConfig) -> tuple[Tensor, Tensor]:
-    target, predicted = quat_canonical(data), _meant(predicted, config)
+def _clean_rotation_error(predicted: Tensor, target: Tensor, config: FlowConfig) -> Tensor:
     if config.rotation == "linear":
-        return _rotation_error(predicted, target, config), _chord(predicted, target)
+        return _rotation_error(predicted, target, config)
     between = quat_multiply(quat_conjugate(predicted), target)
-    if config.rotation_loss == "mse":
-        error = quat_log(between).square().sum(-1)
-    else:
-        error = between[..., 1:].square().sum(-1)  # 1 - ⟨q̂, q⟩² without cancellation
-    return error, _chord(predicted, target)
-
-
-def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    return _cosine_error(v, u) if config.rotation_loss == "cosine" else _squared(v, u)
+    # the imaginary part's square is 1 - ⟨q̂, q⟩² without cancellation
+    turn = quat_log(between) if config.rotation_loss == "mse" else between[..., 1:]
+    return turn.square().sum(-1)
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean(-1)
 
 
-def _cosine_error(v: Tensor, u: Tensor) -> Tensor:
-    """1 - cos(v, u) [...]; 0 where u has no direction, with a bounded gradient where v has none."""
+def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+    """‖v - u‖² / 4, or 1 - cos(v, u) [...]; that is 0 where u has no direction, with a bounded gradient where
+    v has none."""
+    if config.rotation_loss == "mse":
+        return _squared(v, u)
     v_norm = torch.linalg.vector_norm(v, dim=-1)
     u_norm = torch.linalg.vector_norm(u, dim=-1)
     cos = (v * u).sum(-1) / (v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED))

@@ -86,19 +86,16 @@ class VlmBundle:
         distributions  also give those probabilities with each answer.
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
-        grammars = [self._grammar(f) for f in families]
-        device = self.model.device
+        device, tokens = self.model.device, self.processor.coordinate_ids
         text = self.processor.prompts(prompts)
-        first = self.processor.coordinate_start
-        last = first + self.processor.coordinates.bins
-        watched = Watched((first, last)) if distributions or decode != "mode" else None
+        watched = Watched((tokens.start, tokens.stop)) if distributions or decode != "mode" else None
         ids = greedy(
             self.model,
             {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
             text["input_ids"].to(device),
             text["attention_mask"].to(device),
             max_new_tokens=max_new_tokens,
-            grammars=grammars if any(g is not None for g in grammars) else None,
+            grammars=[self._grammar(f) for f in families],
             watched=watched,
         )
         unit = self.processor.coordinates.unit
@@ -106,10 +103,9 @@ class VlmBundle:
         if watched is None or not watched.logits:
             return answers
         probabilities = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
-        end, found = self.processor.tokenizer.eos_token_id, []
+        found = []
         for row, answer, probable in zip(ids.tolist(), answers, probabilities, strict=True):
-            said = row[: row.index(end)] if end in row else row
-            places = [i for i, token in enumerate(said) if first <= token < last]
+            places = [i for i, token in enumerate(row) if token in tokens]
             numbers = Distribution(probable[places], self.processor.coordinates)
             segments = with_numbers(answer.segments, numbers.read(decode))
             found.append(Answer(segments, unit, numbers if distributions else None))
@@ -143,11 +139,11 @@ def load_vlm(
 
 def _place(model: torch.nn.Module, device: str | torch.device) -> None:
     """Put a loaded model on a device, in place."""
-    half = next(model.parameters()).dtype == torch.bfloat16
-    if half and not bfloat16_is_fast(torch.device(device)):
+    device = torch.device(device)
+    if next(model.parameters()).dtype == torch.bfloat16 and not bfloat16_is_fast(device):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
     torch.nn.Module.to(model, device)
-    if torch.device(device).type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()  # else the temporaries of a batch of eight are a tenth of its time
 
 
@@ -167,9 +163,7 @@ class Spear1Policy:
     steps: int = 10
     seed: int = 0
     folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        self._seen = 0
+    _seen: int = field(default=0, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -192,9 +186,8 @@ class Spear1Policy:
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
-        normalizer = normalizer.of(dataset)
         processor = Processor.load(folder, model.config.vlm_config)
-        return Spear1Policy(model, processor, normalizer, steps, seed, folder)
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder)
 
     @property
     def committed(self) -> int:
@@ -211,8 +204,7 @@ class Spear1Policy:
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
-        action = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
-        vectors = action.to_vector()
+        vectors = self.normalizer.unnormalize_action(self.predict(self.inputs(observations))).to_vector()
         vectors[..., 7].clamp_(0, 1)
         return [{"actions": row} for row in vectors.cpu().numpy().astype(np.float32)]
 

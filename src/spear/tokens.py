@@ -8,7 +8,7 @@ often. New embeddings are drawn from a normal with the mean and covariance of th
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,13 +37,11 @@ class CoordinateTokenizer:
     edges            [bins + 1] strictly increasing; bin i is [edges[i], edges[i + 1]), the last one closed.
     representatives  [bins] the median of the fitted values of each bin (its middle if it had none).
     unit             of the values, "metre" or "relative".
-    clamped          how many values `encode` has seen outside [edges[0], edges[-1]] so far.
     """
 
     edges: Array
     representatives: Array
     unit: Unit
-    clamped: int = field(default=0, compare=False)
 
     @property
     def bins(self) -> int:
@@ -84,12 +82,11 @@ class CoordinateTokenizer:
     def encode(self, values: ArrayLike) -> Array:
         """Bin ids, int64, of the same shape; monotone in the value.
 
-        Values out of range take the first or last bin and are counted in `clamped`. NaN raises `SpearError`.
+        Values out of range take the first or last bin. NaN raises `SpearError`.
         """
         x = np.asarray(values, dtype=np.float64)
         if np.isnan(x).any():
             raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
-        self.clamped += int(((x < self.edges[0]) | (x > self.edges[-1])).sum())
         return np.asarray(np.searchsorted(self.edges[1:-1], x, side="right"), dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> Array:
@@ -105,7 +102,7 @@ class CoordinateTokenizer:
         return np.asarray(self.representatives[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it but `clamped`, exactly (floats with all their digits), whole or not at all."""
+        """Write it exactly (floats with all their digits), whole or not at all."""
         edges, representatives = self.edges.tolist(), self.representatives.tolist()
         content = {"unit": self.unit, "edges": edges, "representatives": representatives}
         write_text(Path(path), json.dumps(content))

@@ -121,7 +121,7 @@ def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
     for own in ({}, ROTATIONS[4].stages[-1].changes["flow"]):
         config = flow.FlowConfig(**{**PRESETS["nano"].flow, **own})
         if own:
-            said = flow.velocity_from_clean(said, noise, time, config)
+            said = flow.prediction_to_velocity(said, noise, time, replace(config, prediction="clean"))
         costs.append(float(flow.loss(said, noise, data, time, config).total))
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
 

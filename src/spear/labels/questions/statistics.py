@@ -122,7 +122,7 @@ def histogram(values: Sequence[float], bins: int = 40) -> Histogram | None:
 def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUse:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
     low, high = float(coordinates.edges[0]), float(coordinates.edges[-1])
-    ids = coordinates.encode(np.clip(np.asarray(values, np.float64), low, high))
+    ids = coordinates.encode(values)
     counts = np.bincount(np.asarray(ids), minlength=coordinates.bins)
     share = counts[counts > 0] / max(counts.sum(), 1)
     return TokenUse(
