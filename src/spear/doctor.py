@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 import spear
 from spear.errors import SpearError, first_line
@@ -84,12 +85,11 @@ class Machine:
 def seconds(run: Callable[[], object], device: str, processor: bool = False) -> float:
     """One run. processor: processor time of all threads, which other work on the machine changes less."""
     clock = time.process_time if processor else time.perf_counter
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     begun = clock()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return clock() - begun
 
 
@@ -176,17 +176,12 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
         del model, sampler, ways
 
 
-def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
     if size.name == "nano":
         return load(Spear1ForActionPrediction, SHIPPED / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a large model would not fit twice
-    try:
-        with device:
-            return Spear1ForActionPrediction(spear1_config(size)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with device:  # and in this type from the start: a large model would not fit twice
+        return AutoModel.from_config(spear1_config(size), dtype=dtype).eval()
 
 
 def _observation(size: Preset, device: torch.device) -> Inputs:

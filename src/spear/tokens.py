@@ -115,17 +115,11 @@ class CoordinateTokenizer:
             edges = np.asarray(content["edges"], dtype=np.float64)
             representatives = np.asarray(content["representatives"], dtype=np.float64)
             unit = content["unit"]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            low, value, high = edges[:-1], representatives, edges[1:]
+            if low.shape != value.shape or not ((low <= value) & (value <= high) & (low < high)).all():
+                raise ValueError("edges must increase, with one value between each two")
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
-        inside = edges.shape == (representatives.size + 1,) and bool(
-            (np.diff(edges) > 0).all()
-            and (edges[:-1] <= representatives).all()
-            and (representatives <= edges[1:]).all()
-        )
-        if not inside:
-            raise SpearError(
-                f"not a 3D tokenizer: {path}: edges must increase, with one value between each two"
-            )
         check_known("unit", get_args(Unit), str(unit))
         return CoordinateTokenizer(edges, representatives, unit)
 
@@ -161,15 +155,10 @@ def init_new_embeddings(
     """
     rows, width = existing.shape
     weight = existing.detach()
-    mean = torch.zeros(width, dtype=torch.float64, device=weight.device)
-    for chunk in weight.split(_CHUNK):
-        mean += chunk.double().sum(0)
-    mean /= rows
-    cov = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-    for chunk in weight.split(_CHUNK):
-        centred = chunk.double() - mean
-        cov += centred.T @ centred
-    cov /= rows
+    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
+    mean = sum((chunk.double().sum(0) for chunk in weight.split(_CHUNK)), zero) / rows
+    centred = (chunk.double() - mean for chunk in weight.split(_CHUNK))
+    cov = sum((chunk.T @ chunk for chunk in centred), zero) / rows
     eigenvalues, vectors = torch.linalg.eigh(cov)
     root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
     if smooth:

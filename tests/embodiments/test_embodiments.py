@@ -133,7 +133,7 @@ def test_neither_simpler_takes_the_others_observations() -> None:
 
 
 def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
-    from spear.sim.control import kinematics
+    from spear.sim import control
 
     robot = embodiments.load("droid")
     seen = robot.example()
@@ -142,7 +142,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     joints = robot.controls["joint_position"].convert(chunk(), state, seen)
     assert joints.shape == (15, 8)
     for row, position, facing in zip(joints[2::3], positions, turns, strict=True):
-        at, orientation = kinematics().pose(row[:7])
+        at, orientation = control.pose(row[:7])
         assert np.linalg.norm(at - position) < 1e-3
         assert (turn(orientation).inv() * facing).magnitude() < 5e-3
     velocity = robot.controls["joint_velocity"].convert(chunk(), state, seen)

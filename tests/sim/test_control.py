@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from spear.data.readers.layout import franka_pose
 from spear.errors import SpearError
 from spear.sim import control
-from spear.sim.control import FLOOR, check_action, kinematics
+from spear.sim.control import FLOOR, check_action
 from spear.sim.scene import sample_scene
 from spear.sim.world import SUBSTEPS, World
 
@@ -30,7 +30,7 @@ def test_forward_kinematics_equal_the_published_parameters() -> None:
     rng = np.random.default_rng(0)
     joints = rng.uniform(control.JOINT_LOWER, control.JOINT_UPPER, (50, 7))
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
-        at, turned = kinematics().pose(row)
+        at, turned = control.pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
         np.testing.assert_allclose(
             as_rotation(turned).as_matrix(), as_rotation(rotation).as_matrix(), atol=1e-9
@@ -42,8 +42,8 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
     for _ in range(40):
         position = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
         lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
-        joints = kinematics().solve(control.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
-        at, turn = kinematics().pose(joints)
+        joints = control.solve(control.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
+        at, turn = control.pose(joints)
         assert np.linalg.norm(at - position) < 1e-3
         assert (as_rotation(turn).inv() * lean).magnitude() < 5e-3
         assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()

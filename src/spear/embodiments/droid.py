@@ -92,9 +92,9 @@ def example() -> dict[str, Any]:
 
 def _kinematics() -> Any:
     need("mujoco", "sim", "droid")
-    from spear.sim.control import kinematics
+    from spear.sim import control
 
-    return kinematics()
+    return control
 
 
 def _path(actions: Array, state: Array, observation: Observation) -> Array:

@@ -12,7 +12,6 @@ during the 0.2 s of a control step. Each target adds to the one before, which is
 really is, so that a blocked arm does not wind up.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ HIDDEN_GROUP = 3
 
 
 _ARM = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("arm.xml")))
+_STATE, _SITE = mujoco.MjData(_ARM), _ARM.site("ee").id
 """The arm alone, for kinematics."""
 JOINT_LOWER, JOINT_UPPER = _ARM.jnt_range[:7].T
 """Joint limits, rad."""
@@ -70,61 +70,52 @@ class Motion:
     clipped: bool
 
 
-class Kinematics:
-    """Forward and inverse kinematics of the bare arm."""
-
-    def __init__(self) -> None:
-        self._data = mujoco.MjData(_ARM)
-        self._site = _ARM.site("ee").id
-        self._jacobian = np.zeros((6, _ARM.nv))
-
-    def pose(self, joints: Floats) -> tuple[Floats, Floats]:
-        """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
-        self._data.qpos[:7] = joints
-        mujoco.mj_kinematics(_ARM, self._data)
-        quat = np.zeros(4)
-        mujoco.mju_mat2Quat(quat, self._data.site_xmat[self._site])
-        return self._data.site_xpos[self._site].copy(), quat
-
-    def solve(self, joints: Floats, position: Floats, rotation: Floats, iterations: int = 20) -> Floats:
-        """[7] joint angles, inside the limits, that bring the end-effector as near to the target as found.
-
-        Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
-        """
-        q = np.array(joints)
-        lower, upper = JOINT_LOWER + _MARGIN, JOINT_UPPER - _MARGIN
-        for _ in range(iterations):
-            at, turn = self.pose(q)
-            error = np.concatenate([position - at, rotation_vector(turn, rotation)])
-            if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
-                break
-            home = _POSTURE_GAIN * (HOME - q)
-            step = home + self._least_squares(error, home)
-            step *= min(1.0, 0.4 / float(np.abs(step).max()))
-            q = np.clip(q + step, lower, upper)
-        return q
-
-    def _least_squares(self, error: Floats, home: Floats) -> Floats:
-        """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home), at the pose last asked for.
-
-        MuJoCo's own routines compute it: NumPy's differ in the last bit between kinds of processors, and
-        contacts make a different episode of a last bit.
-        """
-        mujoco.mj_comPos(_ARM, self._data)
-        mujoco.mj_jacSite(_ARM, self._data, self._jacobian[:3], self._jacobian[3:], self._site)
-        j = np.ascontiguousarray(self._jacobian[:, :7])
-        gram, left, solved, step = np.empty((6, 6)), np.empty(6), np.empty(6), np.empty(7)
-        mujoco.mju_mulMatMatT(gram, j, j)
-        gram[np.diag_indices(6)] += _DAMPING**2 * min(1.0, 1e3 * length(error) ** 2)
-        mujoco.mju_cholFactor(gram, 1e-12)
-        mujoco.mju_mulMatVec(left, j, home)
-        mujoco.mju_cholSolve(solved, gram, error - left)
-        mujoco.mju_mulMatTVec(step, j, solved)
-        return step
+def pose(joints: Floats) -> tuple[Floats, Floats]:
+    """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
+    _STATE.qpos[:7] = joints
+    mujoco.mj_kinematics(_ARM, _STATE)
+    quat = np.zeros(4)
+    mujoco.mju_mat2Quat(quat, _STATE.site_xmat[_SITE])
+    return _STATE.site_xpos[_SITE].copy(), quat
 
 
-kinematics = functools.cache(Kinematics)
-"""The one solver of this process."""
+def solve(joints: Floats, position: Floats, rotation: Floats, iterations: int = 20) -> Floats:
+    """[7] joint angles, inside the limits, that bring the end-effector as near to the target as found.
+
+    Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
+    """
+    q = np.array(joints)
+    lower, upper = JOINT_LOWER + _MARGIN, JOINT_UPPER - _MARGIN
+    for _ in range(iterations):
+        at, turn = pose(q)
+        error = np.concatenate([position - at, rotation_vector(turn, rotation)])
+        if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
+            break
+        home = _POSTURE_GAIN * (HOME - q)
+        step = home + _least_squares(error, home)
+        step *= min(1.0, 0.4 / float(np.abs(step).max()))
+        q = np.clip(q + step, lower, upper)
+    return q
+
+
+def _least_squares(error: Floats, home: Floats) -> Floats:
+    """[7] Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J home), at the pose last asked for.
+
+    MuJoCo's own routines compute it: NumPy's differ in the last bit between kinds of processors, and contacts
+    make a different episode of a last bit.
+    """
+    jacobian = np.zeros((6, _ARM.nv))
+    mujoco.mj_comPos(_ARM, _STATE)
+    mujoco.mj_jacSite(_ARM, _STATE, jacobian[:3], jacobian[3:], _SITE)
+    j = np.ascontiguousarray(jacobian[:, :7])
+    gram, left, solved, step = np.empty((6, 6)), np.empty(6), np.empty(6), np.empty(7)
+    mujoco.mju_mulMatMatT(gram, j, j)
+    gram[np.diag_indices(6)] += _DAMPING**2 * min(1.0, 1e3 * length(error) ** 2)
+    mujoco.mju_cholFactor(gram, 1e-12)
+    mujoco.mju_mulMatVec(left, j, home)
+    mujoco.mju_cholSolve(solved, gram, error - left)
+    mujoco.mju_mulMatTVec(step, j, solved)
+    return step
 
 
 class Servo:
@@ -151,13 +142,13 @@ class Servo:
 
     def place(self, position: Floats, rotation: Floats, opening: float) -> None:
         """Put the arm at a pose at once, at rest (as near as it can reach)."""
-        self._command = kinematics().solve(HOME, position, rotation, iterations=60)
+        self._command = solve(HOME, position, rotation, iterations=60)
         self._data.qpos[self._joints] = self._command
         self._data.qpos[self._fingers] = opening * FINGER_TRAVEL
         self._data.ctrl[:7] = self._command
         self._data.ctrl[7:9] = opening * FINGER_TRAVEL
         mujoco.mj_kinematics(self._model, self._data)
-        self._position, self._rotation = kinematics().pose(self._command)
+        self._position, self._rotation = pose(self._command)
 
     def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> Motion:
         """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
@@ -172,8 +163,8 @@ class Servo:
         low = position[2] < FLOOR
         position[2] = max(position[2], FLOOR)
         mujoco.mju_quatIntegrate(quat, delta, 1.0)
-        goal = kinematics().solve(self._command, position, quat)
-        reached, reached_turn = kinematics().pose(goal)
+        goal = solve(self._command, position, quat)
+        reached, reached_turn = pose(goal)
         missed = (
             length(reached - position) > TOLERANCE[0]
             or length(rotation_vector(reached_turn, quat)) > TOLERANCE[1]
@@ -182,7 +173,7 @@ class Servo:
         excess = float((np.abs(step) / (SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
         if excess > 1:
             goal = self._command + step / excess
-            reached, reached_turn = kinematics().pose(goal)
+            reached, reached_turn = pose(goal)
         # a target that is not reached does not run ahead of the arm
         out = missed or excess > 1
         self._position, self._rotation = (reached, reached_turn) if out else (position, quat)

@@ -121,8 +121,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     @property
     def renderer(self) -> Renderer:
         """The rendering context in use."""
-        if self._renderer is None:
-            self._renderer = Renderer()
+        self._renderer = self._renderer or Renderer()
         return self._renderer
 
     def render(self) -> NDArray[np.uint8]:

@@ -60,7 +60,11 @@ class World:
             for i, thing in enumerate(spec.things)
         )
         self.servo = Servo(self.model, self.data)
-        self.instance_of_geom = self._instances()
+        of_body = np.zeros(self.model.nbody, np.int32)
+        of_body[[body.index for body in self.bodies]] = np.arange(len(self.bodies)) + 1
+        of_body[[self.model.body(name).id for name in ("hand", "finger1", "finger2")]] = len(self.bodies) + 1
+        self.instance_of_geom = np.append(of_body[self.model.geom_bodyid], np.int32(0))
+        """[ngeom + 1] instance id of each geom: objects from 1, then the gripper; last entry: background."""
         self._fingers = tuple(self.model.body(f"finger{k}").id for k in (1, 2))
         self._robot_bodies = range(self.model.body("link0").id, self.model.body("finger2").id + 1)
         self.reset()
@@ -116,29 +120,14 @@ class World:
         """[3, 3] orientation of object `index`."""
         return self.data.xmat[self.bodies[index].index].reshape(3, 3).copy()
 
-    def speed(self, index: int) -> float:
-        """Linear speed of object `index`, which can be moved, m/s."""
-        start = self.model.body_dofadr[self.bodies[index].index]
-        return length(self.data.qvel[start : start + 3])
-
     def fingers_touching(self, index: int) -> int:
         """How many of the two fingers touch object `index`."""
-        return sum(self._touch(self.bodies[index].index, finger) for finger in self._fingers)
+        return sum(self.touching(self.bodies[index].index, finger) for finger in self._fingers)
 
-    def touching(self, one: int, other: int) -> bool:
-        """Whether objects `one` and `other` touch."""
-        return self._touch(self.bodies[one].index, self.bodies[other].index)
-
-    def _touch(self, a: int, b: int) -> bool:
+    def touching(self, a: int, b: int) -> bool:
+        """Whether two bodies of the model touch."""
         pairs = self._contact_bodies()
         return bool((((pairs == (a, b)) | (pairs == (b, a))).all(axis=1)).any())
-
-    def _instances(self) -> NDArray[np.int32]:
-        """[ngeom + 1] instance id of each geom: objects from 1, then the gripper; last entry: background."""
-        of_body = np.zeros(self.model.nbody, np.int32)
-        of_body[[body.index for body in self.bodies]] = np.arange(len(self.bodies)) + 1
-        of_body[[self.model.body(name).id for name in ("hand", "finger1", "finger2")]] = len(self.bodies) + 1
-        return np.append(of_body[self.model.geom_bodyid], np.int32(0))
 
 
 def milestones(world: World) -> dict[str, bool]:
@@ -151,21 +140,22 @@ def milestones(world: World) -> dict[str, bool]:
     """
     touching = world.fingers_touching(SOURCE)
     ee, _ = world.servo.pose()
-    displaced = world.positions() - world.start
+    displaced, start = world.positions() - world.start, world.model.body_dofadr[world.bodies[SOURCE].index]
+    speed = length(world.data.qvel[start : start + 3])
     return {
         "reached": length(ee - world.position(SOURCE)) < NEAR,
         "grasped": bool(touching == 2 and displaced[SOURCE, 2] > LIFTED),
-        "success": touching == 0 and world.speed(SOURCE) < SLOW and placed(world),
+        "success": touching == 0 and speed < SLOW and placed(world),
         "wrong_object_moved": bool((np.linalg.norm(displaced[2:], axis=1) > MOVED).any()),
     }
 
 
 def placed(world: World) -> bool:
     """Whether the object to be moved lies on or in the target, held or not."""
-    kind = world.bodies[TARGET].kind
+    source, target = world.bodies[SOURCE], world.bodies[TARGET]
+    kind, frame = target.kind, world.matrix(TARGET)
     assert kind.inside is not None, "a scene without a task"
-    frame = world.matrix(TARGET)
-    if frame[2, 2] < 0.95 or not world.touching(SOURCE, TARGET):
+    if frame[2, 2] < 0.95 or not world.touching(source.index, target.index):
         return False
     local = (frame.T * (world.position(SOURCE) - world.position(TARGET))).sum(1)
     half_x, half_y, floor = kind.inside
