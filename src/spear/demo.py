@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import folder_in, prepare
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
-from spear.evaluate.agents import Agent, ExpertAgent, IdleAgent, PolicyAgent
+from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
@@ -48,15 +48,14 @@ Values = dict[str, Any]
 """What a part of templates/demo.html.j2 shows; its "fact" is a card on top: a number, and what it is."""
 
 
-def make(out: Path, data: Path | None = None, log: Console | None = None) -> Path:
+def make(out: Path, data: Path | None = None) -> Path:
     """Write `out`/index.html and return its path.
 
     data  a folder with real robot episodes (RLDS, LeRobot); without it there is no fine-tuning.
 
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
-    log = log or Console(stderr=True)
-    started = time.perf_counter()
+    log, started = Console(stderr=True), time.perf_counter()
     if data is not None:
         _split(data, out)  # what is wrong with it is said before minutes of other work
     vlm, policy = load_vlm("nano"), Spear1Policy.load("nano")
@@ -72,8 +71,7 @@ def make(out: Path, data: Path | None = None, log: Console | None = None) -> Pat
     for name, (title, job) in jobs.items():
         log.print(title)
         begun = time.perf_counter()
-        values = job()
-        parts[name] = {**values, "seconds": time.perf_counter() - begun}
+        parts[name] = {**job(), "seconds": time.perf_counter() - begun}
     facts = [values["fact"] for values in parts.values() if "fact" in values]
     minutes = (time.perf_counter() - started) / 60
     html = render(
@@ -114,31 +112,21 @@ def answers(vlm: VlmBundle) -> Values:
 
 def robot_at_work(policy: Spear1Policy) -> Values:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
-    agents: Sequence[Agent] = (
-        PolicyAgent(policy, "SPEAR-1 nano", image_sizes=policy.processor.image_sizes),
-        ExpertAgent(),
-        IdleAgent(),
-    )
-    ran = [
-        closed_loop.evaluate(a, TabletopOptions(SCENES, films=0 if i else 1, families=FAMILIES))
-        for i, a in enumerate(agents)
-    ]
-    results, films = [result for result, _ in ran], ran[0][1]
+    ours = PolicyAgent(policy, "SPEAR-1 nano", image_sizes=policy.processor.image_sizes)
+    result, films = closed_loop.evaluate(ours, TabletopOptions(SCENES, films=1, families=FAMILIES))
+    unseen = TabletopOptions(SCENES, films=0, families=FAMILIES)
+    results = [result, *(closed_loop.evaluate(agent, unseen)[0] for agent in (ExpertAgent(), IdleAgent()))]
     rows = []
     for family in FAMILIES:
-        s = results[0].summary(family)
+        s = result.summary(family)
         steps = "–" if s.steps is None else f"{s.steps:.0f} ({s.steps / 5:.0f} s)"
         numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
         rows.append([spaced(family), *numbers, steps])
-    every = results[0].summary().success
+    every = result.summary().success
     rates = [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
-    shown = [
-        (film.data, film.mime, f"{spaced(o.family)}, scene {o.seed}: {ending(o)}")
-        for film in films
-        for o in [film.outcome]
-    ]
-    words = f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
-    fact = f"{results[0].mean().value:.0%}", words
+    captions = [f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (film.outcome for film in films)]
+    shown = [(film.data, film.mime, caption) for film, caption in zip(films, captions, strict=True)]
+    fact = f"{result.mean().value:.0%}", f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
     return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
 
 

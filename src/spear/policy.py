@@ -224,8 +224,7 @@ class Spear1Policy:
         keys = {"observation/image" if v == "external" else f"observation/{v}_image": v for v in sizes}
         for key in (key for observation in observations for key in observation):
             if key.startswith("observation/") and key.endswith("image") and key not in keys:
-                known = ", ".join(keys)
-                raise SpearError(f"{key}: not a camera of the model (it knows {known}): leave it out")
+                raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")
         pixels: dict[str, torch.Tensor] = {}
         present: dict[str, torch.Tensor] = {}
         for key, view in keys.items():

@@ -15,14 +15,14 @@ from typing import Any
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known
 from spear.evaluate.agents import fingerprint
 from spear.flow import FlowConfig
 from spear.labels.scenes import label_scenes
 from spear.labels.store import count
 from spear.models.presets import preset
 from spear.policy import locate
-from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
+from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe
 from spear.util.ledger import add_files, lock
@@ -102,7 +102,7 @@ def record(folder: Path, families: Sequence[str], each: int, workers: int = 2) -
 
 def settle(families: Sequence[str]) -> tuple[str, ...]:
     """Task families in the simulator's order; all for none. Raises `SpearError` for unknown ones."""
-    check_families(families)
+    check_known("task family", FAMILIES, *families)
     return tuple(family for family in FAMILIES if family in families) or FAMILIES
 
 

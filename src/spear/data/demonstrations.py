@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
-from spear.sim.scene import FAMILIES, TRAIN_SEED, check_families
+from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
@@ -34,7 +34,7 @@ def demonstrate(
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
     for a folder that holds other files, other demonstrations or images of another size.
     """
-    check_families(families)
+    check_known("task family", FAMILIES, *families)
     if first_seed < TRAIN_SEED:
         raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families or FAMILIES]

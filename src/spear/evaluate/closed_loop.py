@@ -9,6 +9,7 @@ from typing import Any
 import mujoco
 
 from spear.chunks import ChunkExecutor, check_mode
+from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import TabletopOptions
@@ -16,7 +17,7 @@ from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer
-from spear.sim.scene import FAMILIES, check_families, held_out_seeds, sample_scene
+from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
 from spear.sim.world import World
 from spear.types import Array
 
@@ -29,7 +30,7 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
     """
     check_mode(options.execution, agent.committed)
     families = options.families or FAMILIES
-    check_families(families)
+    check_known("task family", FAMILIES, *families)
     seeds = held_out_seeds(options.first_seed, options.scenes)
     settings = {
         "replan": options.replan,

@@ -5,7 +5,7 @@ The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,6 @@ class SceneSpec:
     held: int | None = None
 
 
-def check_families(families: Iterable[str]) -> None:
-    """Raises `SpearError` for a task family that is not in `FAMILIES`."""
-    check_known("task family", FAMILIES, *families)
-
-
 def held_out_seeds(first: int, count: int) -> range:
     """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
     if count < 1 or first < 0 or first + count > TRAIN_SEED:
@@ -113,7 +108,7 @@ def held_out_seeds(first: int, count: int) -> range:
 
 def sample_scene(family: str, seed: int) -> SceneSpec:
     """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
-    check_families([family])
+    check_known("task family", FAMILIES, family)
     rng = _random(FAMILIES.index(family), seed)
     source, target, pool = _cast(family, rng)
     wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
