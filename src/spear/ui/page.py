@@ -14,7 +14,7 @@ import http
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import resources
 from typing import Any
@@ -25,19 +25,18 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError
 from spear.policy import Spear1Policy
 from spear.sim.env import RATE_HZ
 from spear.sim.scene import FAMILIES
-from spear.ui.scenes import Shelf, View, whole
+from spear.ui.scenes import Shelf, View
 from spear.ui.table import Studio, Table
 from spear.util.processes import release_workers
 
 LOG = logging.getLogger("spear.ui")
-LARGEST_SEED = 2**31 - 1
-LOOKS = ("look", "film", "predict", "boxes", "question")
-REQUESTS = (*LOOKS, "reset", "open", "instruct", "step", "start", "stop", "follow")
-"""What a tab may ask for: `LOOKS` are of a step that was; others are methods of `Session`, with _ before."""
+OF_TABLE = ("look", "film", "predict", "boxes", "question", "reset", "open", "instruct", "step", "follow")
+REQUESTS = (*OF_TABLE, "start", "stop")
+"""What a tab may ask for: `OF_TABLE` are methods of `spear.ui.table.Table`."""
 LONGEST_REQUEST = 10_000
 """Characters: what is longer is no request (our choice)."""
 SOCKET = "/ui"
@@ -59,7 +58,7 @@ class Page:
     ) -> None:
         self._studio = Studio(policy, name, shelf)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
-        self._token, self._about, self._tabs = token, {"max_bytes": max_bytes}, 0
+        self._token, self._max_bytes, self._tabs = token, max_bytes, 0
         folder = resources.files("spear.ui")
         read = {path: folder.joinpath(path[1:] or "index.html").read_bytes() for path in FILES}
         self._files = {path: (data, f"text/{FILES[path]}") for path, data in read.items()}
@@ -88,7 +87,8 @@ class Page:
         """One tab, until it is closed."""
         self._tabs += 1
         try:
-            await Session(connection, self._studio, self._thread).talk(self._about)
+            about = {"max_bytes": self._max_bytes, **self._studio.about()}
+            await Session(connection, self._studio, self._thread).talk(about)
         finally:
             self._tabs -= 1
 
@@ -147,38 +147,23 @@ class Session:
     """One tab. `thread` is the one thread that the studio belongs to."""
 
     def __init__(self, connection: ServerConnection, studio: Studio, thread: Executor) -> None:
-        self._connection, self._studio, self._thread = connection, studio, thread
-        self._table = Table(studio)
+        self._connection, self._table, self._thread = connection, Table(studio), thread
         self._rollout: asyncio.Task[None] | None = None
-        self._instruction = ""
-        self._following = False
 
     async def talk(self, about: View) -> None:
         """Serve the tab until it is closed. `about` is sent first, then the first scene."""
         try:
-            await self._send({**about, **self._studio.about(), "running": False, "problem": None})
-            await self._safely(self._reset, {"family": FAMILIES[0], "seed": 0})
+            await self._send({**about, "running": False, "problem": None})
+            await self._safely(self._do({"do": "reset", "family": FAMILIES[0], "seed": 0}))
             async for message in self._connection:
-                await self._answer(message)
+                await self._safely(self._answer(message))
         finally:
-            await self._stop({})
+            await self._stop()
 
-    async def _answer(self, message: str | bytes) -> None:
-        if isinstance(message, bytes):
-            await self._safely(self._photo, {"data": message})
-            return
-        try:
-            request = json.loads(message[:LONGEST_REQUEST])
-            name = REQUESTS[REQUESTS.index(request["do"])]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            await self._send({"problem": f"{message[:60]!r}: no request of this page: reload it"})
-            return
-        await self._safely(self._look if name in LOOKS else getattr(self, f"_{name}"), request)
-
-    async def _safely(self, do: Callable[[Mapping[str, Any]], Any], request: Mapping[str, Any]) -> None:
+    async def _safely(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it; what goes wrong is said to the page."""
         try:
-            await do(request)
+            await work
             await self._send({"problem": None})
         except SpearError as error:
             await self._send({"problem": str(error)})
@@ -186,64 +171,40 @@ class Session:
             LOG.exception("request failed")
             await self._send({"problem": f"the server failed: {type(error).__name__}: see its log"})
 
-    async def _reset(self, request: Mapping[str, Any]) -> None:
-        family, seed = request.get("family"), whole("seed", request.get("seed"), LARGEST_SEED)
-        if family not in FAMILIES:
-            raise unknown_name("task family", str(family)[:40], FAMILIES)
-        await self._begin(self._table.reset, family, seed)
+    async def _answer(self, message: str | bytes) -> None:
+        if isinstance(message, bytes):
+            return await self._do({"do": "photo", "data": message})
+        try:
+            request = json.loads(message[:LONGEST_REQUEST])
+            REQUESTS.index(request["do"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise SpearError(f"{message[:60]!r}: no request of this page: reload it") from None
+        await self._do(request)
 
-    async def _open(self, request: Mapping[str, Any]) -> None:
-        await self._begin(self._table.open, request.get("episode"))
-        if self._table.moves:
-            await self._start({})
+    async def _do(self, request: Mapping[str, Any]) -> None:
+        name = request["do"]
+        if name in ("stop", "step", "reset", "open", "photo"):
+            await self._stop()
+        if name not in ("start", "stop"):
+            await self._send(await self._work(getattr(self._table, name), request))
+        starts = name == "start" or (name == "open" and self._table.moves)
+        if starts and (self._rollout is None or self._rollout.done()):
+            self._rollout = asyncio.create_task(self._safely(self._roll()))
 
-    async def _photo(self, request: Mapping[str, Any]) -> None:
-        await self._begin(self._table.show, request["data"])
-
-    async def _begin(self, job: Callable[..., View], *args: Any) -> None:
-        await self._stop({})
-        view = await self._work(job, *args)
-        self._instruction = view["instruction"] or self._instruction  # a photo brings none
-        await self._send(view)
-
-    async def _look(self, request: Mapping[str, Any]) -> None:
-        table, words, step = self._table, self._instruction, request.get("step")
-        jobs: Mapping[str, tuple[Any, ...]] = {
-            "look": (table.look, step),
-            "film": (table.film, words),
-            "predict": (table.predict, words, step),
-            "boxes": (table.boxes, request.get("objects"), step),
-            "question": (table.question, request.get("text"), step),
-        }
-        await self._send(await self._work(*jobs[request["do"]]))
-
-    async def _instruct(self, request: Mapping[str, Any]) -> None:
-        text = request.get("text")
-        self._instruction = text if isinstance(text, str) else ""
-
-    async def _step(self, request: Mapping[str, Any]) -> None:
-        await self._stop({})
-        await self._send(await self._work(self._table.step, self._instruction, self._following))
-
-    async def _start(self, request: Mapping[str, Any]) -> None:
-        if self._rollout is None or self._rollout.done():
-            self._rollout = asyncio.create_task(self._safely(self._roll, {}))
-
-    async def _stop(self, request: Mapping[str, Any]) -> None:
+    async def _stop(self) -> None:
         task, self._rollout = self._rollout, None
         if task is not None and not task.done():
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def _roll(self, request: Mapping[str, Any]) -> None:
+    async def _roll(self) -> None:
         """Steps at the robot's pace, or as fast as this machine can, until stopped or the episode is over."""
         await self._send({"running": True})
         try:
             due = time.monotonic()
             while True:
-                view = await self._work(self._table.step, self._instruction, self._following)
-                await self._send(view)
+                await self._send(await self._work(self._table.step, {}))
                 if not self._table.moves:
                     break
                 due = max(due + 1 / RATE_HZ, time.monotonic() - 1 / RATE_HZ)
@@ -251,13 +212,10 @@ class Session:
         finally:
             await self._send({"running": False})
 
-    async def _follow(self, request: Mapping[str, Any]) -> None:
-        self._following = request.get("on") is True
-
-    async def _work(self, job: Callable[..., View], *args: Any) -> View:
+    async def _work(self, job: Callable[[Mapping[str, Any]], View], request: Mapping[str, Any]) -> View:
         def alone() -> View:
             try:
-                return job(*args)
+                return job(request)
             finally:
                 release_workers()  # they would slow the robots' inference
 

@@ -7,12 +7,13 @@ the page's view, as plain JSON, which the page keeps by step.
 import base64
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from spear.embodiments import tools
-from spear.errors import SpearError, need
+from spear.errors import SpearError, need, unknown_name
 from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
@@ -24,6 +25,8 @@ from spear.types import Array
 from spear.ui.scenes import Recording, Scene, Shelf, View, whole
 from spear.util.images import decode_image, load_image
 
+Request = Mapping[str, Any]
+LARGEST_SEED = 2**31 - 1
 MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
 NEUTRAL = np.array([[*START, 1, 0, 0, 0, 1]], np.float32)
@@ -62,12 +65,17 @@ class Studio:
 
 
 class Table:
-    """One tab's scene, recording or photo. at: the step to look at, None for the newest."""
+    """One tab's scene, recording or photo. What the page may ask for is a method of that name.
+
+    Each takes the request, whose "step" is the step to look at (else the newest), and gives the part of the
+    view that changes. Raises `SpearError` for whatever is wrong with a request.
+    """
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._scene: Scene | Recording | None = None
         self._asked: list[str] = []
+        self._instruction, self._following = "", False
 
     @property
     def moves(self) -> bool:
@@ -75,38 +83,50 @@ class Table:
         scene = self._scene
         return isinstance(scene, Scene) and scene.look(scene.newest)["outcome"] is None
 
-    def reset(self, family: str, seed: int) -> View:
-        """The start of a scene. Raises `SpearError` for an unknown family or a bad seed."""
+    def reset(self, request: Request) -> View:
+        """The start of a scene, by its family and seed."""
+        family, seed = request.get("family"), whole("seed", request.get("seed"), LARGEST_SEED)
+        if family not in FAMILIES:
+            raise unknown_name("task family", str(family)[:40], FAMILIES)
         return self._begin(Scene(family, seed, self._studio.policy, self._studio.renderer))
 
-    def open(self, index: object) -> View:
-        """An episode of `spear serve --episodes`. Raises `SpearError` for one that is not there."""
+    def open(self, request: Request) -> View:
+        """An episode of `spear serve --episodes`, by its number."""
         if self._studio.shelf is None:
             raise SpearError("there are no episodes: start the server with --episodes FOLDER")
-        return self._begin(self._studio.shelf.open(index, self._studio.policy, self._studio.renderer))
+        policy, renderer = self._studio.policy, self._studio.renderer
+        return self._begin(self._studio.shelf.open(request.get("episode"), policy, renderer))
 
-    def show(self, data: bytes) -> View:
-        """A photo, as its file. Raises `SpearError` for one that cannot be read or is too large."""
-        pixels = load_image(data, "the image", tools.LONGEST_SIDE)
+    def photo(self, request: Request) -> View:
+        """A photo, as the data of its file."""
+        pixels = load_image(request["data"], "the image", tools.LONGEST_SIDE)
         seen = {"external": tools.image({"the image": pixels}, "the image")}
         return self._begin(Recording("photo", "photo", lambda _, camera: seen.get(camera), NEUTRAL))
 
-    def look(self, at: object) -> View:
+    def instruct(self, request: Request) -> View:
+        """What the robot is to do, for all that follows."""
+        text = request.get("text")
+        self._instruction = text if isinstance(text, str) else ""
+        return {}
+
+    def follow(self, request: Request) -> View:
+        """Whether the boxes that were asked for are asked for again after each step."""
+        self._following = request.get("on") is True
+        return {}
+
+    def look(self, request: Request) -> View:
         """The pictures and the robot."""
-        scene, step = self._at(at)
+        scene, step = self._at(request)
         return scene.look(step)
 
-    def predict(self, instruction: str, at: object) -> View:
-        """The chunk of actions that the policy would take. Raises `SpearError` for a bad instruction."""
-        scene, step = self._at(at)
-        return {"step": step, "chunk": self._predict(scene.observation(step), instruction, step)[1]}
+    def predict(self, request: Request) -> View:
+        """The chunk of actions that the policy would take."""
+        scene, step = self._at(request)
+        return {"step": step, "chunk": self._predict(scene.observation(step), step)[1]}
 
-    def step(self, instruction: str, follow: bool) -> View:
-        """Makes one step of 0.2 s, with a new look when the last chunk is used up.
-
-        follow  whether the boxes that were asked for are asked for again.
-        """
-        scene, step = self._at(None)
+    def step(self, _: Request) -> View:
+        """Makes one step of 0.2 s, with a new look when the last chunk is used up."""
+        scene, step = self._at({})
         if not isinstance(scene, Scene):
             raise SpearError(f"a {scene.kind} does not move: choose a scene of the simulator")
         if not self.moves:
@@ -114,24 +134,25 @@ class Table:
         view: View = {}
         if scene.executor.wants():
             seen = {**scene.observation(step), **scene.executor.told()}
-            actions, view["chunk"] = self._predict(seen, instruction, step)
+            actions, view["chunk"] = self._predict(seen, step)
             scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
         scene.execute(scene.executor.next())
         view |= scene.look(scene.newest)
-        if follow and self._asked:
-            view |= self.boxes(self._asked)
+        if self._following and self._asked:
+            view |= self.boxes({"objects": self._asked})
         return view
 
-    def boxes(self, names: object, at: object = None) -> View:
+    def boxes(self, request: Request) -> View:
         """SPEAR-VLM's 3D boxes of objects, asked for at once; in the simulator also how far off they are.
 
         Where it was measured how far the model can be trusted, also within which distance (mm) the numbers
-        are, and which objects are absent. Raises `SpearError` for no name, too many of them, or bad ones.
+        are, and which objects are absent.
         """
+        names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"objects {str(names)[:60]}: give a list of 1 to {MOST_BOXES} names")
         names = [tools.prompt({"object": name}, "object") for name in names]
-        scene, step = self._at(at)
+        scene, step = self._at(request)
         image, started = scene.observation(step)["observation/image"], time.perf_counter()
         vlm, trust, family = self._studio.vlm, self._studio.trust, "box_vertices"
         absent = ask.missing(vlm, image, names) if trust and trust.tells_absent else {}
@@ -154,17 +175,17 @@ class Table:
         self._asked = names
         return {"step": step, "boxes": found, "absent": list(absent), "boxes_ms": 1000 * elapsed}
 
-    def question(self, text: object, at: object) -> View:
+    def question(self, request: Request) -> View:
         """SPEAR-VLM's answer to any question, in words."""
-        scene, step = self._at(at)
-        asked = tools.prompt({"question": text}, "question")
+        scene, step = self._at(request)
+        asked = tools.prompt({"question": request.get("text")}, "question")
         image = scene.observation(step)["observation/image"]
         _, said = ask.ask(self._studio.vlm, image, asked, trust=self._studio.trust)
         return {"step": step, "answer": {"question": asked, "text": said, "step": step}}
 
-    def film(self, instruction: str) -> View:
-        """All steps so far as a film. Raises `SpearError` where films cannot be written."""
-        scene, newest = self._at(None)
+    def film(self, _: Request) -> View:
+        """All steps so far as a film."""
+        scene, newest = self._at({})
         need("av", "report", "a film")
 
         def frames() -> Iterator[Array]:
@@ -172,7 +193,7 @@ class Table:
                 data = [base64.b64decode(uri.partition(",")[2]) for uri in look["images"].values() if uri]
                 external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
-                yield video.compose(external, wrist[0] if wrist else None, instruction, ended)
+                yield video.compose(external, wrist[0] if wrist else None, self._instruction, ended)
 
         data, mime = video.encode(frames(), scene.rate_hz)
         name = f"{scene.name}.{mime.removeprefix('video/')}"
@@ -181,18 +202,20 @@ class Table:
     def _begin(self, scene: Scene | Recording) -> View:
         self._scene, self._asked = scene, []
         about = {"source": scene.kind, "rate_hz": scene.rate_hz}
-        return {**NOTHING_YET, **about, **scene.begins(), **scene.look(0)}
+        view = {**NOTHING_YET, **about, **scene.begins(), **scene.look(0)}
+        self._instruction = view["instruction"] or self._instruction  # a photo brings none
+        return view
 
-    def _at(self, step: object) -> tuple[Scene | Recording, int]:
-        """The scene and the step. Raises `SpearError` where there is none."""
+    def _at(self, request: Request) -> tuple[Scene | Recording, int]:
+        """The scene and the step."""
         if self._scene is None:
             raise SpearError("there is no picture yet: choose a scene or open a photo")
-        newest = self._scene.newest
+        newest, step = self._scene.newest, request.get("step")
         return self._scene, newest if step is None else whole("step", step, newest)
 
-    def _predict(self, seen: View, instruction: str, step: int) -> tuple[Array, View]:
+    def _predict(self, seen: View, step: int) -> tuple[Array, View]:
         """Actions [H, 8], and the chunk to draw: H + 1 poses, the first where the gripper is."""
-        seen["prompt"] = tools.prompt({"prompt": instruction})
+        seen["prompt"] = tools.prompt({"prompt": self._instruction})
         started = time.perf_counter()
         actions = self._studio.policy.infer(seen)["actions"]
         elapsed = time.perf_counter() - started
