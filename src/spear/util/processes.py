@@ -32,7 +32,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    executor = ProcessPoolExecutor(workers, context, initializer=_begin)
+    executor = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
         yield executor
     except BrokenProcessPool as error:
@@ -41,7 +41,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
+def follow_parent() -> None:
     """A worker leaves interrupts to the process that it works for, and ends when that one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -4,6 +4,7 @@ As in SIMPLER's own scripts, an episode runs to its time limit and what counts i
 fulfilled then, not whether it was for a moment.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,11 +58,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     repeats = agent.needs_images or options.off_grid
     counts = {t: most if repeats else min(most, TASKS[t].starts) for t in tasks}
     scenes = {t: range(first, first + count) for t, count in counts.items()}
-    simulator = Simpler(options)
-    try:
+    with contextlib.closing(Simpler(options)) as simulator:
         return run_evaluation(simulator, agent, scenes, settings, options, quiet)
-    finally:
-        simulator.close()
 
 
 @dataclass
@@ -171,10 +169,7 @@ class Simpler:
         )
         scene.moment = scene.process.run(rows, image, filming)
         scene.pictures = scene.pictures + scene.moment.pictures if filming else []
-        if not scene.moment.success:
-            scene.achieved = None
-        elif scene.achieved is None:
-            scene.achieved = scene.steps
+        scene.achieved = (scene.achieved or scene.steps) if scene.moment.success else None
         return scene.steps >= TASKS[scene.task].steps
 
 

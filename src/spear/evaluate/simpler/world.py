@@ -8,13 +8,15 @@ only; it simulates on one core, and a driver that fails takes its process with i
 process of its own, and they run side by side.
 """
 
+import functools
 import hashlib
 import logging
 import multiprocessing
 import os
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ from spear.errors import SpearError, first_line
 from spear.evaluate.simpler.tasks import TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array
+from spear.util.processes import follow_parent
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
 CAMERA = "3rd_view_camera"
 CLOSED, OPEN = 0.015, 0.037
 """The fingers' joints, m."""
-NEAR = 0.04
-MOVED = 0.03
+NEAR, MOVED = 0.04, 0.03
 """m, see `Moment`."""
 STILL = 5e-4, 5e-3, 0.01
 """Changes of place (m), of orientation (of a quaternion) and of the opening in a control step, up to which
@@ -41,15 +43,13 @@ arm and fingers are at rest. Joints that press on something tremble for ever, wh
 
 
 class NoRenderer(SpearError):
-    """ManiSkill finds nothing to draw its pictures with."""
+    """ManiSkill finds nothing to draw its pictures with, for this reason."""
 
-
-def no_renderer(reason: str) -> NoRenderer:
-    """What to tell a user whose machine cannot draw."""
-    return NoRenderer(
-        f"SIMPLER: ManiSkill cannot draw here ({reason.strip()}): install a Vulkan driver, for the CPU "
-        "Mesa's lavapipe 24.3 or newer (Debian 12: from bookworm-backports, docs/simpler.md has the lines)"
-    )
+    def __str__(self) -> str:
+        return (
+            f"SIMPLER: ManiSkill cannot draw here ({self.args[0]}): install a Vulkan driver, for the CPU "
+            "Mesa's lavapipe 24.3 or newer (Debian 12: from bookworm-backports: see docs/simpler.md)"
+        )
 
 
 def check_assets(folder: Path | None) -> Path:
@@ -246,7 +246,7 @@ def _make(task: str) -> Any:
         options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
         env = gymnasium.make(task, num_envs=1, **options)
     except RuntimeError as error:
-        raise no_renderer(first_line(error)) from error
+        raise NoRenderer(first_line(error)) from error
     return env.unwrapped
 
 
@@ -255,10 +255,8 @@ class SimplerProcess:
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, task, assets), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent)
+        self._of = task, assets
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
@@ -268,42 +266,28 @@ class SimplerProcess:
         return self._ask("run", rows, image, filming)
 
     def close(self) -> None:
-        self._pipe.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._worker.shutdown(cancel_futures=True)
 
-    def _ask(self, call: str, *arguments: Any) -> Moment:
+    def _ask(self, *call: Any) -> Moment:
         try:
-            self._pipe.send((call, arguments))
-            answer = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join(5)
-            raise no_renderer(f"its process ended with code {self._process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        assert isinstance(answer, Moment)
-        return answer
+            return self._worker.submit(_answer, *self._of, *call).result()
+        except BrokenProcessPool:
+            raise NoRenderer("its process crashed") from None
 
 
-def _serve(pipe: Connection, task: str, assets: Path | None) -> None:
-    """Answers calls until the pipe closes. The world is made at the first: processes start side by side."""
+@functools.cache
+def _world(task: str, assets: Path | None) -> SimplerWorld:
+    """The world of this process. It is made at the first call: processes start side by side."""
     torch.set_num_threads(1)  # threads of many processes only stand in each other's way
     os.environ.setdefault("LP_NUM_THREADS", "1")  # those of the software renderer
-    world: Any = None
-    while True:
-        try:
-            call, arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            world = world or SimplerWorld(task, assets)
-            answer: Any = getattr(world, call)(*arguments)
-        except KeyboardInterrupt:
-            return
-        except SpearError as error:
-            answer = error
-        except Exception as error:
-            answer = SpearError(f"SIMPLER: {task}: {type(error).__name__}: {error}")
-        pipe.send(answer)
+    return SimplerWorld(task, assets)
+
+
+def _answer(task: str, assets: Path | None, call: str, *arguments: Any) -> Moment:
+    try:
+        moment: Moment = getattr(_world(task, assets), call)(*arguments)
+        return moment
+    except SpearError:
+        raise
+    except Exception as error:
+        raise SpearError(f"SIMPLER: {task}: {type(error).__name__}: {error}") from error
