@@ -49,11 +49,10 @@ class _Slot:
     """One running scene. poses: the joint positions at each step, of which its film is made."""
 
     env: TabletopEnv
-    seed: int
     chunks: ChunkExecutor
+    poses: list[Array]
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
-    poses: list[Array] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -72,8 +71,7 @@ class _Tabletop:
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
         """All seeds through a few environments, which share one renderer. A scene that ends makes room for
         the next seed."""
-        waiting = list(seeds)[::-1]
-        slots: list[_Slot] = []
+        waiting, slots = list(seeds)[::-1], list[_Slot]()
         sizes = self._sizes["external"], self._sizes["wrist"]
         free = [
             TabletopEnv(family, *sizes, self._renderer, images=agent.needs_images)
@@ -81,18 +79,16 @@ class _Tabletop:
         ]
         while waiting or slots:
             while waiting and free:
-                how, replan = self._options.execution, self._options.replan
-                executor = ChunkExecutor(how, replan, most=agent.committed)
-                slot = _Slot(free.pop(), waiting.pop(), executor)
-                slot.env.load(World(sample_scene(family, slot.seed)))
-                slots.append(slot)
+                env, how, replan = free.pop(), self._options.execution, self._options.replan
+                env.load(World(sample_scene(family, waiting.pop())))
+                chunks = ChunkExecutor(how, replan, most=agent.committed)
+                slots.append(_Slot(env, chunks, [env.world.data.qpos.copy()]))
             seen = [s.env.observe() if agent.needs_images else {} for s in slots]
             told = [{**o, **s.chunks.told()} for o, s in zip(seen, slots, strict=True)]
-            chunks = agent.act([s.env for s in slots], told)
             running = []
-            for slot, chunk in zip(slots, chunks, strict=True):
+            for slot, chunk in zip(slots, agent.act([s.env for s in slots], told), strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)
-                if _execute(slot, filming):
+                if _execute(slot):
                     yield _outcome(slot), time.perf_counter() - slot.started, slot.poses
                     free.append(slot.env)
                 else:
@@ -120,22 +116,18 @@ def delay_steps(latency_ms: float) -> int:
     return math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
 
 
-def _execute(slot: _Slot, filming: bool) -> bool:
+def _execute(slot: _Slot) -> bool:
     """Steps one scene until it is time to look again; True when its episode has ended."""
-    data = slot.env.world.data
     while not slot.chunks.wants():
-        if filming:
-            slot.poses.append(data.qpos.copy())
         slot.info = slot.env.physics_step(slot.chunks.next())
+        slot.poses.append(slot.env.world.data.qpos.copy())
         slot.unreachable += slot.info["unreachable"]
         if slot.info["success"] or slot.env.steps >= MAX_STEPS:
-            if filming:
-                slot.poses.append(data.qpos.copy())
             return True
     return False
 
 
 def _outcome(slot: _Slot) -> Outcome:
     seen: Any = {name: bool(slot.info[name]) for name in MILESTONES}
-    where = slot.env.family, slot.seed, slot.env.world.spec.instruction
+    where = slot.env.family, slot.env.seed, slot.env.world.spec.instruction
     return Outcome(*where, **seen, unreachable=slot.unreachable, steps=slot.env.steps)

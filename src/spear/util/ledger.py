@@ -48,20 +48,20 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, doing: str, *marks: str) -> Iterator[None]:
-    """Makes `folder`, and lets one process at a time work in it.
+def alone(folder: Path, doing: str, *marks: str, name: str = ".lock") -> Iterator[None]:
+    """Makes `folder`, and lets one process at a time work in it, or in its part whose lock has this name.
 
     Raises `SpearError` when another one does. doing: what, for the message: "labelling into". marks: files
     that are written before there is any work; a new folder that has nothing else when work fails is removed.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with lock(folder / ".lock") as ours:
+        with lock(folder / name) as ours:
             if not ours:
                 raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
             yield
     except BaseException:
-        kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", *marks))
+        kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (name, *marks))
         if new and not any(kept):
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
