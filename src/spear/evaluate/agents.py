@@ -75,7 +75,7 @@ def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: i
 
 
 class ExpertAgent(Agent):
-    """The scripted expert, which sees the simulator's true state: what the arm and the time limit allow."""
+    """The scripted expert, which sees the true state: what the arm and the time limit allow."""
 
     name = "expert"
 
@@ -102,8 +102,8 @@ def load_agent(
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address.
 
-    device, dtype: where a policy that is loaded here computes, and the precision of its weights.
-    dataset: whose units it uses, see `Spear1Policy.load`. Raises SpearError where no policy is loaded here.
+    device, dtype, dataset: of a policy that is loaded here, see `Spear1Policy.load`. Raises SpearError for a
+    dataset where none is.
     """
     from spear.policy import Spear1Policy, locate
 

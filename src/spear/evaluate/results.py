@@ -19,7 +19,7 @@ from rich.table import Table
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
-from spear.util.files import write_text, writing
+from spear.util.files import read_json, write_text, writing
 from spear.util.ledger import difference, plain
 
 HALF_WIDTH = 0.05
@@ -104,9 +104,7 @@ class Results:
         steps = [o.steps for o in chosen if o.success]
         rates = [wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES]
         lost = float(np.mean([o.unreachable for o in chosen]))
-        success, reached, grasped, wrong = rates
-        mean = float(np.mean(steps)) if steps else None
-        return Summary(success, reached, grasped, wrong, lost, mean)
+        return Summary(*rates, lost, float(np.mean(steps)) if steps else None)
 
     def save(self, path: Path) -> None:
         """Writes JSON, the summaries first, whole or not at all."""
@@ -131,8 +129,8 @@ class Results:
         mean = self.mean()
         rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5])
         title = f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
-        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object", "steps out of reach"]
-        headers.append("steps to success")
+        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
+        headers += ["steps out of reach", "steps to success"]
         return terminal_table(title, headers, rows, self.width(), mean_last=True)
 
 
@@ -259,12 +257,9 @@ def load(path: Path) -> Results:
             raise SpearError(f"results: {path}: no episode has ended there: run `spear evaluate` again")
         return results
     file = path / "results.json" if path.is_dir() else path
+    raw = read_json(file, "give what `spear evaluate --out` wrote")
     try:
-        raw = json.loads(file.read_text())
-        return Results(
-            raw["policy"], raw["settings"], [Outcome(**o) for o in raw["outcomes"]], raw["seconds"]
-        )
-    except FileNotFoundError:
-        raise SpearError(f"results: {file}: no such file") from None
-    except (ValueError, KeyError, TypeError):
+        outcomes = [Outcome(**o) for o in raw["outcomes"]]
+        return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"])
+    except (KeyError, TypeError):
         raise SpearError(f"results: {file}: not a file that `spear evaluate --out` wrote") from None

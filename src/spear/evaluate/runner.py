@@ -1,16 +1,16 @@
 """What evaluations in every simulator share: outcomes on disk as they come, what is missing is run, films."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from spear.errors import SpearError, need
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
-from spear.evaluate.options import EpisodeOptions, Films
+from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import Journal, Outcome, Results, parse_shard
 from spear.util.files import write_bytes
 from spear.util.ledger import alone
@@ -31,13 +31,11 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing, to make and to keep. Otherwise tracks
-                    are only asked for where every episode may need one; the few others are run again for
-                    their film.
+    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for
+                    where every episode may need one; the few others are run again for their film.
     """
 
-    @property
-    def films_are_free(self) -> bool: ...
+    films_are_free: bool
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
@@ -69,7 +67,10 @@ def run_evaluation(
     most = max(map(len, scenes.values()), default=0)
     if most < index:
         raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {most} parts")
-    films = _FilmMaker(simulator, options.films, options.out)
+    if options.films:
+        need("av", "report", "a film")
+    films: dict[str, Film] = {}
+    make_films = functools.partial(_make_films, simulator, options, films)
     filming = isinstance(options.films, str) or (options.films > 0 and simulator.films_are_free)
     journal = None
     outcomes: list[Outcome] = []
@@ -93,48 +94,43 @@ def run_evaluation(
                     if filming:
                         tracks[outcome.seed] = track
                     if isinstance(options.films, str):  # at once: in SIMPLER a track is every picture
-                        films.make([outcome], tracks)
+                        make_films([outcome], tracks)
                         tracks.clear()
                     bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
                 ended = [done[s] for s in seeds]
                 outcomes += ended
-                for outcome, _, track in simulator.run(agent, family, films.make(ended, tracks), True):
+                again = make_films(ended, tracks)
+                for outcome, _, track in simulator.run(agent, family, again, True):
                     if outcome == done[outcome.seed]:
-                        films.make([outcome], {outcome.seed: track})
+                        make_films([outcome], {outcome.seed: track})
                     else:
                         bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
-    return Results(agent.name, settings, outcomes, time.perf_counter() - started), films.made
+    return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(films.values())
 
 
-class _FilmMaker(Generic[Track]):
-    """Makes the films that are wanted."""
-
-    def __init__(self, simulator: Simulator[Track], films: Films, out: Path | None) -> None:
-        if films:
-            need("av", "report", "a film")
-        self._simulator, self._films, self._out = simulator, films, out
-        self.made: list[Film] = []
-
-    def make(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
-        """The films that are wanted of these episodes and not there yet, on disk when this returns. Returns
-        the seeds of those without a track."""
-        again = []
-        for outcome in self._missing(ended):
-            if outcome.seed not in tracks:
-                again.append(outcome.seed)
-                continue
-            film = self._simulator.film(outcome, tracks[outcome.seed])
-            self.made.append(film)
-            if self._out:
-                write_bytes(self._out / f"{outcome.film_name}.{film.mime.removeprefix('video/')}", film.data)
-        return again
-
-    def _missing(self, ended: Sequence[Outcome]) -> list[Outcome]:
-        if isinstance(self._films, int):
-            wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
-            wanted = wins[: self._films] + failures[: self._films]
-        else:
-            wanted = [o for o in ended if self._films == "all" or not o.success]
-        made = {film.outcome.film_name for film in self.made}
-        new = [o for o in wanted if o.film_name not in made]
-        return [o for o in new if not (self._out and video.film_file(self._out, o.film_name))]
+def _make_films(
+    simulator: Simulator[Track],
+    options: EpisodeOptions,
+    made: dict[str, Film],
+    ended: Sequence[Outcome],
+    tracks: Mapping[int, Track],
+) -> list[int]:
+    """Adds to `made`, and writes, the films that are wanted of these episodes and not there yet. Returns the
+    seeds of those without a track."""
+    if isinstance(options.films, int):
+        wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
+        wanted = wins[: options.films] + failures[: options.films]
+    else:
+        wanted = [o for o in ended if options.films == "all" or not o.success]
+    again = []
+    for outcome in wanted:
+        name = outcome.film_name
+        if name in made or (options.out and video.film_file(options.out, name)):
+            continue
+        if outcome.seed not in tracks:
+            again.append(outcome.seed)
+            continue
+        made[name] = film = simulator.film(outcome, tracks[outcome.seed])
+        if options.out:
+            write_bytes(options.out / f"{name}.{film.mime.removeprefix('video/')}", film.data)
+    return again

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spear import embodiments
-from spear.chunks import ChunkExecutor
+from spear.chunks import check_replan
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -36,9 +36,8 @@ UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
 def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
     """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
 
-    A task has few starts (`spear.evaluate.simpler.tasks`): further seeds show the same scenes again, with
-    other noise for the policy. References, which have none, see each start at most once. With
-    `options.off_grid` every seed has a start of its own (`spear.evaluate.simpler.tasks.off_grid`).
+    A task has few starts: further seeds show them again, with other noise for the policy. References, which
+    have none, see each start at most once. With `options.off_grid` every seed has a start of its own.
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown task,
     and where ManiSkill, its assets or a renderer are missing.
@@ -76,7 +75,6 @@ class SimplerScene:
     seed: int
     moment: Moment
     process: SimplerProcess
-    chunks: ChunkExecutor
     pictures: list[Array]
     achieved: int | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -154,18 +152,16 @@ class Simpler:
         other = self._options.off_grid
         moment = process.reset(seed if other else seed % TASKS[task].starts, image, other)
         seen = [moment.observation["observation/image"]] if image else []
-        return SimplerScene(task, seed, moment, process, ChunkExecutor("sync", self._options.replan), seen)
+        return SimplerScene(task, seed, moment, process, seen)
 
     def _execute(
         self, scene: SimplerScene, chunk: Array, observation: Mapping[str, Any], image: bool, filming: bool
     ) -> bool:
         """Steps one scene until it is time to look again; True when its episode has ended."""
-        scene.chunks.give(chunk)
-        actions: list[Array] = []
-        while not scene.chunks.wants() and scene.steps + len(actions) < TASKS[scene.task].steps:
-            actions.append(scene.chunks.next())
+        check_replan(self._options.replan, len(chunk))
+        actions = chunk[: min(self._options.replan, TASKS[scene.task].steps - scene.steps)]
         rows = self._robot.control(None)[1].convert(
-            np.stack(actions), observation["observation/state"], scene.moment.observation
+            actions, observation["observation/state"], scene.moment.observation
         )
         scene.moment = scene.process.run(rows, image, filming)
         scene.pictures = scene.pictures + scene.moment.pictures if filming else []

@@ -15,7 +15,7 @@ from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.models.readout import ONE_SIGMA, Distribution
 from spear.types import Array
-from spear.util.files import write_text
+from spear.util.files import read_json, write_text
 
 CENTRAL = (0.5, 0.8, 0.95)
 """The central intervals that tables report."""
@@ -67,12 +67,11 @@ class Trust:
     @staticmethod
     def load(folder: Path) -> "Trust | None":
         """Of the model in a folder, where it was measured. Raises SpearError for a broken file."""
+        path = folder / FILE
         try:
-            return Trust(**json.loads((folder / FILE).read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise SpearError(f"{folder / FILE}: cannot be read ({error}): remove it") from error
+            return Trust(**read_json(path, "remove it")) if path.is_file() else None
+        except TypeError as error:
+            raise SpearError(f"{path}: cannot be read ({error}): remove it") from error
 
     def save(self, folder: Path) -> None:
         write_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")

@@ -42,10 +42,11 @@ def evaluate(
         raise SpearError(f"no questions: no object to ask about in {len(labels)} images: `spear label show`")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
-    def ask(part: Sequence[tuple[int, Question]], family: str | None, decode: Decode) -> list[Asked]:
+    def ask(part: Sequence[tuple[int, Question]], family: str | None) -> list[Asked]:
         images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
         answers = model.answer(images, prompts, family, options.view, distributions=family is not None)
-        return [_asked(i, labels[i], q, a, decode) for (i, q), a in zip(part, answers, strict=True)]
+        pairs = zip(part, answers, strict=True)
+        return [_asked(i, labels[i], q, a, options.decode) for (i, q), a in pairs]
 
     constrained: list[Asked] = []
     free: list[Asked] = []
@@ -53,20 +54,18 @@ def evaluate(
         for family, some in questions.items():
             for start in range(0, len(some), options.batch):
                 part = some[start : start + options.batch]
-                constrained += ask(part, family, options.decode)
-                free += ask(part, None, "mode")
+                constrained += ask(part, family)
+                free += ask(part, None)
                 bar.update(bar.done + len(part), family)
-    return summarize(constrained, free, labels)
+    return summarize(constrained, free, labels, options.decode)
 
 
-def measure_trust(
-    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str, quiet: bool = False
-) -> Trust:
+def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str) -> Trust:
     """How far the model can be trusted: from `scores` of questions about these images, and from two objects
     that are in each and two that are not. where: the images, in words."""
     rng, names = np.random.default_rng(0), sorted({o.name for label in labels for o in label.objects})
     found: dict[bool, list[bool]] = {True: [], False: []}
-    for label in tracked(labels, ProgressBar("naming", len(labels), "images", quiet=quiet)):
+    for label in tracked(labels, ProgressBar("naming", len(labels), "images")):
         image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
         others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
         for there, some in ((True, [o.name for o in askable(label)]), (False, others)):
@@ -97,9 +96,9 @@ def _asked(image: int, label: LabeledImage, question: Question, answer: Answer, 
     """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
     said = answer.distribution
     if said is None:
-        return Asked(image, label, question, {"mode": answer.segments})
+        return Asked(image, label, question, answer.segments)
     readings = {d: with_numbers(answer.segments, said.read(d)) for d in DECODES}
     certainty = None
     if len(said) and grammatical(question, answer.segments):
         certainty = Certainty.of(said, numbers(question.segments), scales(question, label))
-    return Asked(image, label, question, readings, decode, certainty)
+    return Asked(image, label, question, readings[decode], readings, certainty)

@@ -22,9 +22,8 @@ from spear.util.files import write_text
 class Asked:
     """A question about a labelled image, number `image` of those that were asked about, and the answer.
 
-    readings   the answer, as each way of reading its numbers has it; "mode" alone where the model did not say
-               what it held possible.
-    decode     the reading that is scored.
+    readings   the answer as each way of reading its numbers has it, where the model said what it held
+               possible. `answer` is the one that is scored.
     certainty  how sure it was of its numbers, and whether rightly; None where it did not say, for answers
                without numbers and for those with the wrong grammar.
     """
@@ -32,14 +31,9 @@ class Asked:
     image: int
     label: LabeledImage = field(repr=False)
     question: Question
-    readings: Mapping[Decode, Segments]
-    decode: Decode = "mode"
+    answer: Segments
+    readings: Mapping[Decode, Segments] = field(default_factory=dict)
     certainty: Certainty | None = None
-
-    @property
-    def answer(self) -> Segments:
-        """The reading that is scored."""
-        return self.readings[self.decode]
 
     @property
     def grammatical(self) -> bool:
@@ -50,12 +44,6 @@ class Asked:
     def measures(self) -> dict[str, float]:
         """See `evaluate.measures`."""
         return measure(self.question, self.answer, self.label)
-
-    def error_read(self, decode: Decode) -> float | None:
-        """The relative error of one reading; None where the grammar is wrong."""
-        if decode == self.decode:
-            return self.measures.get("relative")
-        return measure(self.question, self.readings[decode], self.label).get("relative")
 
 
 @dataclass(frozen=True)
@@ -175,7 +163,9 @@ class Scores:
         return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
 
 
-def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage]) -> Scores:
+def summarize(
+    asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage], decode: Decode
+) -> Scores:
     """Scores per question family, in the order of their first appearance; `free`: unconstrained answers."""
     families: dict[str, list[Asked]] = {}
     for a in asked:
@@ -188,7 +178,6 @@ def summarize(asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[La
         if sure:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
             calibration[family] = calibrate(sure)
-    decode = asked[0].decode if asked else "mode"
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)
 
 
@@ -225,7 +214,9 @@ def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[st
 
 
 def _readings(rows: Sequence[Asked]) -> Readings:
-    errors = {d: np.array([a.error_read(d) for a in rows], float) for d in DECODES}
+    errors = {
+        d: np.array([measure(a.question, a.readings[d], a.label)["relative"] for a in rows]) for d in DECODES
+    }
     both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
     gain: dict[Decode, Estimate] = {}
     for d in DECODES[1:]:
