@@ -37,10 +37,8 @@ class Agent(Protocol):
     committed: int = 0
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        """One chunk [H, 8] of actions (`spear.types.Action`, metres) per scene.
-
-        envs: the running scenes, each with its `seed` and its `steps` so far, and with its simulator's truth.
-        """
+        """One chunk [H, 8] of actions (`spear.types.Action`, metres) for each of the running scenes, which
+        have their `seed`, their `steps` so far and their simulator's truth."""
 
 
 class PolicyAgent(Agent):
@@ -100,10 +98,8 @@ def load_agent(
     dtype: torch.dtype = torch.float32,
     dataset: str | None = None,
 ) -> Agent:
-    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address.
-
-    device, dtype, dataset: of a policy that is loaded here, see `Spear1Policy.load`. Raises SpearError for a
-    dataset where none is.
+    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
+    dtype, dataset: of a policy that is loaded here (`Spear1Policy.load`); SpearError for a dataset of others.
     """
     from spear.policy import Spear1Policy, locate
 

@@ -23,12 +23,8 @@ Pair = tuple[Outcome, Outcome]
 
 @dataclass(frozen=True)
 class Row:
-    """One family, or the mean of the families, on the shared scenes.
-
-    first, second            success rates with 95 % intervals.
-    difference, p            first - second, see `stats.paired_difference`.
-    only_first, only_second  scenes that only one of the two solved.
-    """
+    """One family, or the mean of the families, on the shared scenes: the success rates, their difference and
+    its p (`stats.paired_difference`), and how many scenes only one of the two solved."""
 
     name: str
     first: Estimate
@@ -41,10 +37,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """first, second: names. pairs: both outcomes of each shared scene. unshared: scenes only one of them saw.
-
-    rows: the families and, last, their mean. settings: how the two were run differently, in words.
-    """
+    """first, second: names. rows: the families and, last, their mean. pairs: both outcomes of each shared
+    scene; unshared: how many only one of them saw. settings: how the two were run differently, in words."""
 
     first: str
     second: str
@@ -75,12 +69,8 @@ class Comparison:
 
 
 def compare(first: Results, second: Results, names: tuple[str, str] | None = None) -> Comparison:
-    """Success of `first` minus `second`, paired on the scenes that both have seen.
-
-    names  what to call the two; the policies' names otherwise.
-
-    Raises `SpearError` when they have no scene in common, or one that is not the same in both.
-    """
+    """Success of `first` minus `second`, paired on the scenes that both have seen. names: the policies', if
+    none are given. Raises `SpearError` when they share no scene, or one is not the same in both."""
     a, b = names or (first.policy, second.policy)
     other = {(o.family, o.seed): o for o in second.outcomes}
     pairs = [(o, other[o.family, o.seed]) for o in first.outcomes if (o.family, o.seed) in other]
@@ -139,11 +129,9 @@ def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
 
 @dataclass(frozen=True)
 class Reference:
-    """A published table.
+    """A published table: of each method success per column (a task), and the mean as published, %.
 
-    columns   tasks, and `families` the same tasks as families of our results; empty for means alone.
-    rows      method -> success per column, %.
-    means     method -> mean success, %, as published.
+    families  the same tasks as families of our results; empty, as columns, for means alone.
     note      what to know when reading it.
     """
 

@@ -26,17 +26,12 @@ def film_file(folder: Path, name: str) -> Path | None:
 
 
 def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | None = None) -> Array:
-    """One film frame: [h, w, 3] uint8 with even sides, the external view left, the wrist view right.
-
-    outcome  True writes "success" and False "failure" into the bar; None (still running) writes neither.
-    """
-    views = [_scale(external)] + ([] if wrist is None else [_scale(wrist)])
-    width = sum(v.width for v in views)
+    """One film frame: [h, w, 3] uint8 with even sides, the external view left, the wrist view right,
+    `caption` above and, where the episode has ended, its outcome."""
+    views = np.concatenate([_scale(view) for view in (external, wrist) if view is not None], axis=1)
+    width = views.shape[1]
     frame = Image.new("RGB", (width + width % 2, HEIGHT + BAR), GREY)
-    x = 0
-    for view in views:
-        frame.paste(view, (x, BAR))
-        x += view.width
+    frame.paste(Image.fromarray(views), (0, BAR))
     draw = ImageDraw.Draw(frame)
     badge = "" if outcome is None else ("success" if outcome else "failure")
     badge_width = 120 if badge else 20
@@ -47,10 +42,8 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
 
 
 def encode(frames: Iterable[Array], rate_hz: float) -> tuple[bytes, str]:
-    """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9.
-
-    The last frame stays for a second, so that a looping film shows its outcome.
-    """
+    """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9. The
+    last frame stays for a second, so that a looping film shows its outcome."""
     import av
 
     name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}
@@ -71,10 +64,9 @@ def encode(frames: Iterable[Array], rate_hz: float) -> tuple[bytes, str]:
     return buffer.getvalue(), mime
 
 
-def _scale(image: Array) -> Image.Image:
-    picture = Image.fromarray(image)
-    width = round(picture.width * HEIGHT / picture.height)
-    return picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
+def _scale(image: Array) -> Array:
+    size = round(image.shape[1] * HEIGHT / image.shape[0]), HEIGHT
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 @functools.cache

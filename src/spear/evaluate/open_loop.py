@@ -39,9 +39,7 @@ class OpenLoop:
 
     def summary(self) -> dict[str, Estimate]:
         """Means with intervals that resample whole episodes (steps of one episode depend on each other).
-
-        Raises SpearError where there is nothing to take a mean of.
-        """
+        Raises SpearError where there is nothing to take a mean of."""
         if not any(len(e["chunk_end_mm"]) for e in self.episodes):
             raise SpearError("no held-out episode has a whole chunk of known actions: give longer ones")
         names = self.episodes[0]
@@ -86,10 +84,8 @@ def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
 
 
 def score_last_action(held_out: EpisodeStore) -> OpenLoop:
-    """The same errors for doing again, five times, what was done in the step before.
-
-    In an episode's first step, where nothing was done before: for standing still, the gripper as it is.
-    """
+    """The same errors for doing again, five times, what was done in the step before; in an episode's first
+    step, for standing still, the gripper as it is."""
 
     def repeated(episode: Episode) -> tuple[Episode, Array]:
         still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)

@@ -153,11 +153,8 @@ def terminal_table(
 
 
 def merge(parts: Sequence[Results]) -> Results:
-    """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed.
-
-    A scene that is in several parts counts once. Raises `SpearError` when policies or settings differ, or a
-    scene ended differently.
-    """
+    """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed, each
+    once. Raises `SpearError` when policies or settings differ, or a scene ended differently."""
     first = parts[0]
     found: dict[tuple[str, int], Outcome] = {}
     for part in parts:
@@ -176,9 +173,7 @@ def merge(parts: Sequence[Results]) -> Results:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "2/5", the second of five parts of an evaluation, as (2, 5): every fifth scene from the second on.
-
-    Raises `SpearError` for anything else than k/n with 1 <= k <= n.
-    """
+    Raises `SpearError` for anything else than k/n with 1 <= k <= n."""
     index, _, of = text.partition("/")
     if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
         raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
@@ -208,16 +203,13 @@ class Journal:
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
         """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
-        if not self._path.is_file() or not self._path.stat().st_size:
-            self._write(self._head)
-        self._write({**asdict(outcome), "seconds": seconds, "wall": wall})
-        self.done[outcome.family, outcome.seed] = outcome
-
-    def _write(self, line: Mapping[str, Any]) -> None:
         with writing(self._path), self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            lines = [{**asdict(outcome), "seconds": seconds, "wall": wall}]
+            lines = lines if file.tell() else [self._head, *lines]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
+        self.done[outcome.family, outcome.seed] = outcome
 
 
 def journals(folder: Path) -> list[Path]:
@@ -247,10 +239,8 @@ def read_journal(path: Path) -> Results:
 
 
 def load(path: Path) -> Results:
-    """The results in a folder (its journals together, or else its results.json), or in a results file.
-
-    Raises `SpearError` when there are none, or when they do not belong together.
-    """
+    """The results in a folder (its journals together, or else its results.json), or in a results file. Raises
+    `SpearError` when there are none, or when they do not belong together."""
     if path.is_dir() and (found := journals(path)):
         results = merge([read_journal(p) for p in found])
         if not results.outcomes:

@@ -143,10 +143,8 @@ def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
 
 
 def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
-    """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`.
-
-    Seeds are paired by their order, scenes by theirs.
-    """
+    """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`,
+    seeds and scenes paired by their order."""
     a, b = _checked(first), _checked(second)
     if [x.shape for x in a] != [y.shape for y in b]:
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")

@@ -44,10 +44,8 @@ LINKS = (*(f"link{k}" for k in range(8)), "hand")
 
 
 class Scene:
-    """An episode in the simulator, from the start of the scene of `seed`: 60 steps, 20 MB, at most.
-
-    again  the settings of an evaluation and how one of its episodes ended, where it is run again.
-    """
+    """An episode in the simulator, from the start of the scene of `seed`: 60 steps, 20 MB, at most. again:
+    the settings of an evaluation and how one of its episodes ended, where it is run again."""
 
     kind, rate_hz = "simulator", RATE_HZ
 
@@ -63,7 +61,7 @@ class Scene:
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
         self.delay = delay_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
-        self._steps = [(seen, self._look({}))]
+        self._steps = [(seen, self._look(seen, {}))]
 
     def begins(self) -> View:
         """What holds for all steps."""
@@ -80,7 +78,7 @@ class Scene:
     def execute(self, action: Array) -> None:
         """One more step of 0.2 s."""
         seen, *_, info = self._env.step(action)
-        self._steps.append((seen, self._look(info)))
+        self._steps.append((seen, self._look(seen, info)))
         self.newest = self._env.steps
 
     def observation(self, step: int) -> View:
@@ -91,7 +89,7 @@ class Scene:
         """The scene at a step, for the page."""
         return self._steps[step][1]
 
-    def _look(self, info: Mapping[str, Any]) -> View:
+    def _look(self, seen: View, info: Mapping[str, Any]) -> View:
         """The scene as it is now."""
         world, sizes, step = self._env.world, self._sizes, self._env.steps
         # whole multiples of what the model sees
@@ -100,7 +98,6 @@ class Scene:
         external, wrist = self._renderer.images(world, views)
         width, height = views[0][1]
         focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
-        position, rotation = world.servo.pose()
         pose, corners = camera_pose(world, "external"), object_boxes(world)
         things = []
         for index, body in enumerate(world.bodies, 1):
@@ -118,7 +115,7 @@ class Scene:
             "step": step,
             "outcome": ended,
             "milestones": said,
-            "gripper": _gripper(np.concatenate([position, rotation, [world.servo.opening()]])),
+            "gripper": _gripper(seen["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in LINKS],
             "things": things,
         }
@@ -150,8 +147,7 @@ class Recording:
         every = math.ceil(len(self.states) / MOST_SENT)
         rows = self.states[::every].round(4)
         track = {"every": every, "position": rows[:, :3].tolist(), "opening": rows[:, 7].tolist()}
-        about: View = {"objects": [], "instruction": self.instruction, "recorded": None}
-        return {**about, "limit": self.newest, "track": track}
+        return {"instruction": self.instruction, "limit": self.newest, "track": track}
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step."""
@@ -176,10 +172,8 @@ class Recording:
 
 
 class Shelf:
-    """What a folder holds. dataset: whose units the policy uses (`Spear1Policy.load`).
-
-    Raises `SpearError` for a folder of something else.
-    """
+    """What a folder holds. dataset: whose units the policy uses (`Spear1Policy.load`). Raises `SpearError`
+    for a folder of something else."""
 
     def __init__(self, folder: Path, dataset: str | None = None) -> None:
         self._dataset, self._weights = dataset, ""

@@ -31,7 +31,8 @@ MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
 NEUTRAL = np.array([[*START, 1, 0, 0, 0, 1]], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
-NOTHING_YET: View = {"chunk": None, "boxes": [], "absent": [], "answer": None, "milestones": [], "things": []}
+NONE: View = dict.fromkeys(("chunk", "answer", "recorded"))
+NOTHING_YET: View = {**NONE, "boxes": [], "absent": [], "milestones": [], "things": [], "objects": []}
 
 
 class Studio:
@@ -144,10 +145,8 @@ class Table:
 
     def boxes(self, request: Request) -> View:
         """SPEAR-VLM's 3D boxes of objects, asked for at once; in the simulator also how far off they are.
-
-        Where it was measured how far the model can be trusted, also within which distance (mm) the numbers
-        are, and which objects are absent.
-        """
+        Where the model was calibrated, also within which distance (mm) they are, and which objects are
+        absent."""
         names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"objects {str(names)[:60]}: give a list of 1 to {MOST_BOXES} names")

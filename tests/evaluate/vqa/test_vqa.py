@@ -135,9 +135,6 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
     scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
     assert "error" not in scores.families["keypoint"].measures
     assert "%" in scores.rows()[1][0][2]
-    mixed = [labelled(0), labelled(1, unit="relative")]
-    with pytest.raises(SpearError, match="labels mix units"):
-        vqa.evaluate(Oracle(), mixed, QuestionOptions())
     with pytest.raises(SpearError, match="did you mean 'keypoint'"):
         vqa.evaluate(Oracle(), [labelled(0)], QuestionOptions(families=("keypiont",)))
 

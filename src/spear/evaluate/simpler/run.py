@@ -63,13 +63,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
 
 @dataclass
 class SimplerScene:
-    """A running scene.
-
-    seed      of the task's starts it is number seed modulo their count; a policy's noise has the seed itself.
-    moment    what is known since the last look.
-    pictures  of each step so far, for its film.
-    achieved  the step since which the task has been fulfilled; None while it is not.
-    """
+    """A running scene. moment: what is known since the last look; pictures: of each step so far, for a film;
+    achieved: the step since which the task has been fulfilled, None while it is not."""
 
     task: str
     seed: int

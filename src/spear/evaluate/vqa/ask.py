@@ -19,11 +19,8 @@ from spear.util.images import load_image
 
 
 def read_picture(where: str, size: tuple[int, int]) -> Frame:
-    """An image file (see `util.images.load_image`), or "sim:SEED": that held-out scene at `size` (width,
-    height), whose camera is known.
-
-    Raises SpearError for a file that is not there or not an image, and for a seed that is not held out.
-    """
+    """An image file (see `util.images.load_image`, also for what it raises), or "sim:SEED": that held-out
+    scene at `size` (width, height), whose camera is known (see `held_out_frames`)."""
     if where.startswith("sim:"):
         return next(held_out_frames(1, sim_seed(where), size))
     return Frame(load_image(where))
@@ -162,9 +159,7 @@ def held_out_frames(
     scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
 ) -> Iterator[Frame]:
     """Scenes first_seed, first_seed + 1, … as a camera of `size` (width, height) sees them, with their truth.
-
-    Raises SpearError for seeds that training uses (10,000 and above).
-    """
+    Raises SpearError for seeds that training uses (10,000 and above)."""
     from spear.sim.render import Renderer, clutter_frame
     from spear.sim.scene import held_out_seeds
 

@@ -95,10 +95,8 @@ def factor(answers: Sequence[Certainty]) -> float:
 
 @dataclass(frozen=True)
 class Band:
-    """Numbers of similar predicted spread: the median of it, and the error that 68 % of them stay below.
-
-    Both in percent of the distance. They are equal where the model is calibrated.
-    """
+    """Numbers of similar predicted spread: the median of it, and the error that 68 % of them stay below, both
+    in percent of the distance. They are equal where the model is calibrated."""
 
     spread: float
     error: float

@@ -155,10 +155,8 @@ def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
 
 
 def nearest_box(vertices: Array) -> Box3D:
-    """The box nearest to eight vertices [8, 3] in the order of `labels.box3d`, which need not be one.
-
-    Its axes are the rotation nearest to the mean edges, its size their lengths along them (our choice).
-    """
+    """The box nearest to eight vertices [8, 3] in the order of `labels.fit.box3d`, which need not be one: its
+    axes are the rotation nearest to the mean edges, its size their lengths along them (our choice)."""
     edges = np.stack([SIGNS[:, axis] @ vertices / 4 for axis in range(3)], axis=1)  # right, down, away
     lengths = np.linalg.norm(edges, axis=0)
     left, _, right = np.linalg.svd(edges / np.maximum(lengths, 1e-12))
@@ -176,10 +174,8 @@ def constant_guess(questions: Sequence[Question]) -> list[Segments]:
 
 
 def depth_guess(questions: Sequence[Question], labels: Sequence[LabeledImage]) -> list[Segments] | None:
-    """The same in units of the depth of each question's image; None for image locations, which have none.
-
-    The depth of an image is the median z of its boxed objects' centres.
-    """
+    """The same in units of the depth of each question's image, which is the median z of its boxed objects'
+    centres; None for image locations, which have none."""
     if questions[0].family == "back_projection":
         return None
     boxes = [[o.box3d for o in label.objects if o.box3d is not None] for label in labels]

@@ -28,15 +28,10 @@ from spear.util.progress import ProgressBar, tracked
 def evaluate(
     model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, quiet: bool = False
 ) -> Scores:
-    """Ask questions of each family about each image, all in the model's unit, and score the answers.
-
-    Raises SpearError for an unknown family, labels of several units, and where no image allows a question.
-    """
+    """Ask questions of each family about each image, all in the model's unit, and score the answers. Raises
+    SpearError for an unknown family, and where no image allows a question."""
     families = options.families or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
-    units = sorted({label.unit for label in labels})
-    if len(units) > 1:
-        raise SpearError(f"labels mix units ({', '.join(units)}): evaluate on one unit at a time")
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
         raise SpearError(f"no questions: no object to ask about in {len(labels)} images: `spear label show`")
