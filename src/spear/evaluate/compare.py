@@ -88,12 +88,9 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     rows = [_row(name, [some]) for name, some in families.items()]
     rows.append(_row("mean of families", list(families.values())))
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    # Which scenes were run is no difference, nor by which weights.
-    shared = [
-        k for k in first.settings if k in second.settings and k not in ("scenes", "first_seed", "weights")
-    ]
-    both = [(k.replace("_", " "), first.settings[k], second.settings[k]) for k in shared]
-    settings = [f"{name}: {one} and {two}" for name, one, two in both if one != two]
+    same = ("scenes", "first_seed", "weights")  # which scenes were run is no difference, nor by which weights
+    both = [(k, one, second.settings.get(k, one)) for k, one in first.settings.items() if k not in same]
+    settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
     return Comparison(a, b, rows, pairs, unshared, settings)
 
 

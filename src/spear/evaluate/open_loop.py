@@ -50,14 +50,12 @@ def observations(episode: Episode) -> list[dict[str, Any]]:
     """What a policy would have seen at each of the T steps (`spear.types.Policy`)."""
     if "external" not in episode.images:
         raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
-    names = {"external": "observation/image", "wrist": "observation/wrist_image"}
     parts = [episode.position, episode.rotation, episode.gripper[:, None]]
     state = np.concatenate(parts, 1, dtype=np.float32)
     seen: list[dict[str, Any]] = [{"observation/state": s, "prompt": episode.instruction} for s in state]
-    for camera, key in names.items():
+    for camera, key in (("external", "observation/image"), ("wrist", "observation/wrist_image")):
         for step, encoded in enumerate(episode.images.get(camera, ())):
-            where = f"{episode.source} step {step} camera {camera!r}"
-            seen[step][key] = decode_image(encoded, where)
+            seen[step][key] = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
     return seen
 
 

@@ -102,9 +102,10 @@ class Results:
         """The numbers of one family, or of all episodes together."""
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
-        rates = [wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES]
-        lost = float(np.mean([o.unreachable for o in chosen]))
-        return Summary(*rates, lost, float(np.mean(steps)) if steps else None)
+        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES)
+        success, reached, grasped, wrong = rates
+        lost, mean = float(np.mean([o.unreachable for o in chosen])), float(np.mean(steps)) if steps else None
+        return Summary(success, reached, grasped, wrong, lost, mean)
 
     def save(self, path: Path) -> None:
         """Writes JSON, the summaries first, whole or not at all."""

@@ -34,7 +34,7 @@ from spear.ui.table import Studio, Table
 from spear.util.processes import release_workers
 
 LOG = logging.getLogger("spear.ui")
-OF_TABLE = ("look", "film", "predict", "boxes", "question", "reset", "open", "instruct", "step", "follow")
+OF_TABLE = ("look", "film", "predict", "boxes", "question", "reset", "open", "instruct", "step")
 REQUESTS = (*OF_TABLE, "start", "stop")
 """What a tab may ask for: `OF_TABLE` are methods of `spear.ui.table.Table`."""
 LONGEST_REQUEST = 10_000

@@ -105,14 +105,10 @@ class Table:
         return self._begin(Recording("photo", "photo", lambda _, camera: seen.get(camera), NEUTRAL))
 
     def instruct(self, request: Request) -> View:
-        """What the robot is to do, for all that follows."""
-        text = request.get("text")
+        """What the robot is to do from now on; whether boxes are asked for again after each of its steps."""
+        text = request.get("text", self._instruction)
         self._instruction = text if isinstance(text, str) else ""
-        return {}
-
-    def follow(self, request: Request) -> View:
-        """Whether the boxes that were asked for are asked for again after each step."""
-        self._following = request.get("on") is True
+        self._following = request.get("follow", self._following) is True
         return {}
 
     def look(self, request: Request) -> View:

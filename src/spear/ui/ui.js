@@ -337,7 +337,7 @@ function drawChunk(c, plan) {
 // ---- what people do ---------------------------------------------------------------------------------------------------
 
 const instruct = () => ask({ do: "instruct", text: $("instruction").value });
-function follow() { ask({ do: "follow", on: $("follow").checked }); }
+function follow() { ask({ do: "instruct", follow: $("follow").checked }); }
 const reset = () => ask({ do: "reset", family: $("family").value, seed: Math.trunc(Number($("seed").value)) });
 
 $("instruction").onchange = instruct;

@@ -97,6 +97,7 @@ class Simpler:
         self._options = options
         self._batch = options.batch or os.cpu_count() or 1
         self._robot = embodiments.load(ROBOT)
+        self._convert = self._robot.control(None)[1].convert
         self._processes: list[SimplerProcess] = []
         self._task = ""
 
@@ -104,12 +105,10 @@ class Simpler:
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
         """All seeds through a few processes."""
-        if not seeds:
-            return
         free = self.open(family, min(self._batch, len(seeds)))
         image = agent.needs_images or filming
         waiting, scenes = list(seeds)[::-1], list[SimplerScene]()
-        with ThreadPoolExecutor(len(free)) as threads:
+        with ThreadPoolExecutor(self._batch) as threads:
             while waiting or scenes:
                 new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
                 scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
@@ -155,9 +154,7 @@ class Simpler:
         """Steps one scene until it is time to look again; True when its episode has ended."""
         check_replan(self._options.replan, len(chunk))
         actions = chunk[: min(self._options.replan, TASKS[scene.task].steps - scene.steps)]
-        rows = self._robot.control(None)[1].convert(
-            actions, observation["observation/state"], scene.moment.observation
-        )
+        rows = self._convert(actions, observation["observation/state"], scene.moment.observation)
         scene.moment = scene.process.run(rows, image, filming)
         scene.pictures = scene.pictures + scene.moment.pictures if filming else []
         scene.achieved = (scene.achieved or scene.steps) if scene.moment.success else None

@@ -134,8 +134,6 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
         labels = list(label_frames(frames))
     else:
         folder = Path(where)
-        if not folder.exists():
-            raise SpearError(f"no such folder: {folder}: give one that `spear label` wrote, or sim")
         labels = choose(folder / view if (folder / view).is_dir() else folder, images)
     unit = processor.coordinates.unit
     other = next((label for label in labels if label.unit != unit), None)

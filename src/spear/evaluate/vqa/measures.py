@@ -73,10 +73,7 @@ MEASURES: Mapping[str, Measure] = {
     "closer": Measure("names the closer of two", "", "rate"),
     "consistent": Measure("says what its own distances say", "", "rate"),
 }
-RATES: Mapping[str, tuple[str, ...]] = {
-    "box_vertices": ("iou_25", "iou_50"),
-    "chain_of_thought": ("closer", "consistent"),
-}
+RATES = {"box_vertices": ("iou_25", "iou_50"), "chain_of_thought": ("closer", "consistent")}
 """Family → its measures that a failed answer counts in."""
 
 

@@ -37,22 +37,20 @@ def evaluate(
         raise SpearError(f"no questions: no object to ask about in {len(labels)} images: `spear label show`")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
-    def ask(part: Sequence[tuple[int, Question]], family: str | None) -> list[Asked]:
-        images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
-        answers = model.answer(images, prompts, family, options.view, distributions=family is not None)
-        pairs = zip(part, answers, strict=True)
-        return [_asked(i, labels[i], q, a, options.decode) for (i, q), a in pairs]
-
-    constrained: list[Asked] = []
-    free: list[Asked] = []
+    asked: list[Asked] = []
+    free: dict[str, list[bool]] = {}
     with ProgressBar("asking", sum(map(len, questions.values())), "questions", quiet=quiet) as bar:
         for family, some in questions.items():
             for start in range(0, len(some), options.batch):
                 part = some[start : start + options.batch]
-                constrained += ask(part, family)
-                free += ask(part, None)
+                images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
+                held = model.answer(images, prompts, family, options.view, distributions=True)
+                pairs = zip(part, held, strict=True)
+                asked += [_asked(i, labels[i], q, a, options.decode) for (i, q), a in pairs]
+                pairs = zip(part, model.answer(images, prompts, None, options.view), strict=True)
+                free.setdefault(family, []).extend(grammatical(q, a.segments) for (_, q), a in pairs)
                 bar.update(bar.done + len(part), family)
-    return summarize(constrained, free, labels, options.decode)
+    return summarize(asked, free, labels, options.decode)
 
 
 def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str) -> Trust:

@@ -164,15 +164,12 @@ class Scores:
 
 
 def summarize(
-    asked: Sequence[Asked], free: Sequence[Asked], labels: Sequence[LabeledImage], decode: Decode
+    asked: Sequence[Asked], free: Mapping[str, Sequence[bool]], labels: Sequence[LabeledImage], decode: Decode
 ) -> Scores:
-    """Scores per question family, in the order of their first appearance; `free`: unconstrained answers."""
-    families: dict[str, list[Asked]] = {}
-    for a in asked:
-        families.setdefault(a.question.family, []).append(a)
+    """Scores per question family. free: of each, whether its unconstrained answers were grammatical."""
     scores, readings, calibration = {}, {}, {}
-    for family, rows in families.items():
-        freely = [a.grammatical for a in free if a.question.family == family]
+    for family, freely in free.items():
+        rows = [a for a in asked if a.question.family == family]
         scores[family] = _score(rows, freely)
         sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
         if sure:
