@@ -1,7 +1,7 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
 from spear.models.devices import bfloat16_is_fast, keep_freed_memory
 from spear.models.processing import Processor
-from spear.models.readout import Decode, Distribution, with_numbers
+from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
@@ -74,21 +74,18 @@ class VlmBundle:
         family: str | Sequence[str | None] | None = None,
         view: str = "external",
         max_new_tokens: int = 64,
-        decode: Decode = "mode",
         distributions: bool = False,
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
         family  of the questions (one, or one each): answers are then held to its form, with exactly as many
                 numbers or image locations as it has. None: the model answers freely.
-        decode  how numbers are read off the probabilities of the 3D tokens (`models.readout`); the tokens
-                that the model goes on from are the likeliest ones in any case.
-        distributions  also give those probabilities with each answer.
+        distributions  also give the probabilities of the 3D tokens with each answer.
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         device, tokens = self.model.device, self.processor.coordinate_ids
         text = self.processor.prompts(prompts)
-        watched = Watched((tokens.start, tokens.stop)) if distributions or decode != "mode" else None
+        watched = Watched((tokens.start, tokens.stop)) if distributions else None
         ids = greedy(
             self.model,
             {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
@@ -106,9 +103,8 @@ class VlmBundle:
         found = []
         for row, answer, probable in zip(ids.tolist(), answers, probabilities, strict=True):
             places = [i for i, token in enumerate(row) if token in tokens]
-            numbers = Distribution(probable[places], self.processor.coordinates)
-            segments = with_numbers(answer.segments, numbers.read(decode))
-            found.append(Answer(segments, unit, numbers if distributions else None))
+            held = Distribution(probable[places], self.processor.coordinates)
+            found.append(replace(answer, distribution=held))
         return found
 
     def _grammar(self, family: str | None) -> Any:

@@ -31,7 +31,7 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
     check_mode(options.execution, agent.committed)
     families = options.families or FAMILIES
     check_known("task family", FAMILIES, *families)
-    seeds = held_out_seeds(options.first_seed, options.scenes)
+    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.scenes))
     settings = {
         "replan": options.replan,
         "image_size": list(agent.image_sizes["external"]),
@@ -40,8 +40,7 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
     }
-    simulator = _Tabletop(agent, options)
-    return run_evaluation(simulator, agent, dict.fromkeys(families, seeds), settings, options, quiet)
+    return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options, quiet)
 
 
 @dataclass
@@ -83,10 +82,9 @@ class _Tabletop:
                 env.load(World(sample_scene(family, waiting.pop())))
                 chunks = ChunkExecutor(how, replan, most=agent.committed)
                 slots.append(_Slot(env, chunks, [env.world.data.qpos.copy()]))
-            seen = [s.env.observe() if agent.needs_images else {} for s in slots]
-            told = [{**o, **s.chunks.told()} for o, s in zip(seen, slots, strict=True)]
+            seen = [{**(s.env.observe() if agent.needs_images else {}), **s.chunks.told()} for s in slots]
             running = []
-            for slot, chunk in zip(slots, agent.act([s.env for s in slots], told), strict=True):
+            for slot, chunk in zip(slots, agent.act([s.env for s in slots], seen), strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)
                 if _execute(slot):
                     yield _outcome(slot), time.perf_counter() - slot.started, slot.poses

@@ -1,7 +1,6 @@
 """What evaluations in every simulator share: outcomes on disk as they come, what is missing is run, films."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,27 @@ def run_evaluation(
     if options.films:
         need("av", "report", "a film")
     films: dict[str, Film] = {}
-    make_films = functools.partial(_make_films, simulator, options, films)
+
+    def make_films(ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
+        """Films that are wanted of these episodes and not there yet; the seeds of those without a track."""
+        if isinstance(options.films, int):
+            wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
+            wanted = wins[: options.films] + failures[: options.films]
+        else:
+            wanted = [o for o in ended if options.films == "all" or not o.success]
+        again = []
+        for outcome in wanted:
+            name = outcome.film_name
+            if name in films or (options.out and video.film_file(options.out, name)):
+                continue
+            if outcome.seed not in tracks:
+                again.append(outcome.seed)
+                continue
+            films[name] = film = simulator.film(outcome, tracks[outcome.seed])
+            if options.out:
+                write_bytes(options.out / f"{name}.{film.mime.removeprefix('video/')}", film.data)
+        return again
+
     filming = isinstance(options.films, str) or (options.films > 0 and simulator.films_are_free)
     journal = None
     outcomes: list[Outcome] = []
@@ -106,31 +125,3 @@ def run_evaluation(
                     else:
                         bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
     return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(films.values())
-
-
-def _make_films(
-    simulator: Simulator[Track],
-    options: EpisodeOptions,
-    made: dict[str, Film],
-    ended: Sequence[Outcome],
-    tracks: Mapping[int, Track],
-) -> list[int]:
-    """Adds to `made`, and writes, the films that are wanted of these episodes and not there yet. Returns the
-    seeds of those without a track."""
-    if isinstance(options.films, int):
-        wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
-        wanted = wins[: options.films] + failures[: options.films]
-    else:
-        wanted = [o for o in ended if options.films == "all" or not o.success]
-    again = []
-    for outcome in wanted:
-        name = outcome.film_name
-        if name in made or (options.out and video.film_file(options.out, name)):
-            continue
-        if outcome.seed not in tracks:
-            again.append(outcome.seed)
-            continue
-        made[name] = film = simulator.film(outcome, tracks[outcome.seed])
-        if options.out:
-            write_bytes(options.out / f"{name}.{film.mime.removeprefix('video/')}", film.data)
-    return again

@@ -178,7 +178,7 @@ class Shelf:
     def __init__(self, folder: Path, dataset: str | None = None) -> None:
         self._dataset, self._weights = dataset, ""
         self._held: EpisodeStore | Sequence[results.Outcome]
-        self._settings: dict[str, Any] | None = None
+        self._settings: dict[str, Any] = {}
         if is_store(folder):
             self._held = store = EpisodeStore(folder)
             first = [store.without_images(i) for i in range(min(len(store), MOST_LISTED))]
@@ -199,7 +199,6 @@ class Shelf:
         number, held = whole("episode", index, len(self._titles) - 1), self._held
         if isinstance(held, EpisodeStore):
             return _recorded(held, number)
-        assert self._settings is not None
         outcome, dtype = held[number], next(policy.model.parameters()).dtype
         if policy.folder and not self._weights:
             self._weights = identity(policy.folder, dtype, self._dataset)

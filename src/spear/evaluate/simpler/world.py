@@ -91,7 +91,6 @@ class SimplerWorld:
         os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
         self._env = _make(task)
         self._mode = self._env._obs_mode
-
         self._task = TASKS[task]
         self._official = self._env.xyz_configs, self._env.quat_configs
 

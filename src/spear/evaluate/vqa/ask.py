@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spear.errors import SpearError, check_known
@@ -12,7 +13,7 @@ from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_
 from spear.labels.scenes import label_frames
 from spear.labels.store import choose
 from spear.models.processing import Processor
-from spear.models.readout import Decode
+from spear.models.readout import Decode, with_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import Array, Frame, LabeledImage, Pixel
 from spear.util.images import load_image
@@ -54,9 +55,11 @@ def ask(
             f"{name} (where the model points for it, it sees: {other})" for name, other in lacking.items()
         ]
         return None, f"not in the picture: {'; '.join(seen)}"
-    answer = model.answer([image], [question], family, decode=decode, distributions=True)[0]
-    said, held = words(answer, image), answer.distribution
-    if not trust or held is None or not len(held):
+    answer = model.answer([image], [question], family, distributions=True)[0]
+    if held := answer.distribution:
+        answer = replace(answer, segments=with_numbers(answer.segments, held.read(decode)))
+    said = words(answer, image)
+    if not trust or not held:
         return answer, said
     if family is None:
         form = PROMPTS["distance"][0].format(x=with_article("mug", True))

@@ -134,10 +134,9 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
         overlap = iou(nearest_box(said.reshape(8, 3)), nearest_box(truth.reshape(8, 3)))
         found |= {"iou": overlap, "iou_25": float(overlap >= 0.25), "iou_50": float(overlap >= 0.5)}
     if question.family == "chain_of_thought":
-        named = closer_named(answer, question.objects)
-        first, second = question.objects
-        found["closer"] = float(named == (first if truth[0] < truth[1] else second))
-        found["consistent"] = float(named == (first if said[0] < said[1] else second))
+        named, (first, second) = closer_named(answer, question.objects), question.objects
+        for name, (one, other) in (("closer", truth), ("consistent", said)):
+            found[name] = float(named == (first if one < other else second))
     return found
 
 

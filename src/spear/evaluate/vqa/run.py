@@ -1,5 +1,4 @@
-"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `evaluate.vqa.measures` says what is
-scored.
+"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `measures` says what is scored.
 
 Every question is asked twice: held to the grammar of its family, which is what is scored, and freely, which
 shows how often the grammar would have been right by itself. Each number is read off the probabilities of its
