@@ -53,9 +53,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
         "weights": agent.weights,
         **({"starts": "off the grid"} if options.off_grid else {}),
     }
-    first, most = options.first_seed, options.scenes
-    repeats = agent.needs_images or options.off_grid
-    counts = {t: most if repeats else min(most, TASKS[t].starts) for t in tasks}
+    first, repeats = options.first_seed, agent.needs_images or options.off_grid
+    counts = {t: options.scenes if repeats else min(options.scenes, TASKS[t].starts) for t in tasks}
     scenes = {t: range(first, first + count) for t, count in counts.items()}
     with contextlib.closing(Simpler(options)) as simulator:
         return run_evaluation(simulator, agent, scenes, settings, options, quiet)
