@@ -110,15 +110,15 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
 
 def _histograms(found: Statistics) -> list[tuple[str, str]]:
     unit = "m" if found.unit == "metre" else "the image's own unit"
-    lengths = {"Distance from the camera": found.distance, "Longest side of the box": found.size}
-    spreads = [(f"{title} ({unit})", spread) for title, spread in lengths.items()]
-    spreads += [(f"Score: {name}", spread) for name, spread in found.scores.items()]
-    known = [(title, s) for title, s in spreads if s is not None]
-    return [(t, histogram(s.counts, f"{s.edges[0]:.3g}", f"{s.edges[-1]:.3g}")) for t, s in known]
+    spreads = {f"Distance from the camera ({unit})": found.distances}
+    spreads |= {f"Longest side of the box ({unit})": found.sizes}
+    spreads |= {f"Score: {name}": values for name, values in found.scores.items()}
+    counted = [(title, *np.histogram(values, bins=40)) for title, values in spreads.items() if values]
+    return [(t, histogram(n.tolist(), f"{at[0]:.3g}", f"{at[-1]:.3g}")) for t, n, at in counted]
 
 
-def _rows(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    return [(name, f"{n:,}") for name, n in counts.items()]
+def _rows(counts: Counter[str]) -> list[tuple[str, str]]:
+    return [(name, f"{n:,}") for name, n in counts.most_common()]
 
 
 def _tokens(

@@ -35,11 +35,9 @@ def test_counts(labels: list[LabeledImage]) -> None:
     assert s.names == dict(Counter(o.name for o in objects).most_common())
     assert s.provenance["segmenter: ground-truth"] == 6
     assert s.reasons["ambiguous"] == 2 and s.reasons["no box"] == 1
-    assert s.distance is not None and s.size is not None
-    assert s.distance.n == sum(s.distance.counts) == 17
-    assert s.distance.median == pytest.approx(np.median([np.linalg.norm(o.box3d.center) for o in boxed]))
-    assert s.size.edges[-1] == pytest.approx(max(o.box3d.size.max() for o in boxed))
-    assert s.scores["visible"].n == 18 and s.scores["stability"].n == 18
+    assert list(s.distances) == pytest.approx([np.linalg.norm(o.box3d.center) for o in boxed])
+    assert max(s.sizes) == pytest.approx(max(o.box3d.size.max() for o in boxed))
+    assert len(s.scores["visible"]) == 18 and len(s.scores["stability"]) == 18
 
 
 def test_token_use(labels: list[LabeledImage]) -> None:

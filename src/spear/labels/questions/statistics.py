@@ -3,10 +3,11 @@
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,20 +22,10 @@ if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
 SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "compact")
+_numbers = partial(array, "d")  # a list would take four times the memory
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """How `n` numbers are spread: `counts` [k] of those within `edges` [k + 1], and their median."""
-
-    n: int
-    edges: Sequence[float]
-    counts: Sequence[int]
-    median: float
-
-
-@dataclass(frozen=True)
-class TokenUse:
+class TokenUse(NamedTuple):
     """How often each 3D token (bin) occurs in the answers: `counts`; how many bins are `unused`, and how many
     numbers `outside` all; `evenness`, 1 where all are used alike, 1 / bins where only one is: exp(entropy) /
     bins."""
@@ -45,92 +36,72 @@ class TokenUse:
     evenness: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """Of a set of labels, all in one unit.
 
-    boxed, asked    objects with a 3D box, and those that 3D questions may be about.
-    provenance      what made the labels ("detector: …") → images.
-    names           name → objects, most frequent first.
-    distance, size  of boxed objects: from the camera to the box's centre, and the box's longest side.
-    scores          score → its histogram, of objects that have it.
-    reasons         why objects are not asked about → objects (one may have several reasons).
+    asked       objects that 3D questions may be about.
+    provenance  what made the labels ("detector: …") → images.
+    names       name → objects.
+    reasons     why objects are not asked about → objects (one may have several reasons).
+    distances   of boxed objects: from the camera to the box's centre; sizes: the box's longest side.
+    scores      score → its values, of the objects that have it.
     """
 
-    images: int
-    objects: int
-    boxed: int
-    asked: int
-    unit: Unit | None
-    provenance: Mapping[str, int]
-    names: Mapping[str, int]
-    distance: Histogram | None
-    size: Histogram | None
-    scores: Mapping[str, Histogram]
-    reasons: Mapping[str, int]
+    images: int = 0
+    asked: int = 0
+    unit: Unit | None = None
+    provenance: Counter[str] = field(default_factory=Counter)
+    names: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    distances: "array[float]" = field(default_factory=_numbers)
+    sizes: "array[float]" = field(default_factory=_numbers)
+    scores: "dict[str, array[float]]" = field(default_factory=lambda: {name: _numbers() for name in SCORES})
+
+    @property
+    def objects(self) -> int:
+        """How many there are, with and without a 3D box."""
+        return self.names.total()
+
+    @property
+    def boxed(self) -> int:
+        """How many objects have a 3D box."""
+        return len(self.distances)
 
 
 def statistics(labels: Iterable[LabeledImage]) -> Statistics:
     """Count what labels hold, in one pass that keeps no image. `SpearError`: a label in another unit than the
     others."""
-    names, reasons, provenance = Counter[str](), Counter[str](), Counter[str]()
-    images = asked = 0
-    distances, sizes = array("d"), array("d")  # a list would take four times the memory
-    scores = {name: array("d") for name in SCORES}
-    unit: Unit | None = None
+    found = Statistics()
     for label in labels:
-        unit = label.unit if unit is None else unit
-        if label.unit != unit:
+        found.unit = found.unit or label.unit
+        if label.unit != found.unit:
             raise SpearError(
-                f"{label.source or 'label'}: in unit {label.unit!r}, not {unit!r} as the others: give "
+                f"{label.source or 'label'}: in unit {label.unit!r}, not {found.unit!r} as the others: give "
                 "labels of one unit"
             )
-        images += 1
-        provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
+        found.images += 1
+        found.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
         for o, why in zip(label.objects, why_not_asked(label), strict=True):
-            names[o.name] += 1
-            reasons.update(why)
-            asked += not why
-            for name in scores.keys() & o.scores.keys():
-                scores[name].append(float(o.scores[name]))
+            found.names[o.name] += 1
+            found.reasons.update(why)
+            found.asked += not why
+            for name in found.scores.keys() & o.scores.keys():
+                found.scores[name].append(float(o.scores[name]))
             if o.box3d is not None:
-                distances.append(float(np.linalg.norm(o.box3d.center)))
-                sizes.append(float(o.box3d.size.max()))
-    return Statistics(
-        images=images,
-        objects=names.total(),
-        boxed=len(distances),
-        asked=asked,
-        unit=unit,
-        provenance=dict(sorted(provenance.items())),
-        names=dict(names.most_common()),
-        distance=histogram(distances),
-        size=histogram(sizes),
-        scores={name: h for name, values in scores.items() if (h := histogram(values)) is not None},
-        reasons=dict(reasons.most_common()),
-    )
-
-
-def histogram(values: Sequence[float], bins: int = 40) -> Histogram | None:
-    """Of finite numbers, between the least and the largest; None of no numbers."""
-    if not values:
-        return None
-    counts, edges = np.histogram(values, bins=bins)
-    return Histogram(len(values), edges.tolist(), counts.tolist(), float(np.median(values)))
+                found.distances.append(float(np.linalg.norm(o.box3d.center)))
+                found.sizes.append(float(o.box3d.size.max()))
+    return found
 
 
 def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUse:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
-    low, high = float(coordinates.edges[0]), float(coordinates.edges[-1])
-    ids = coordinates.encode(values)
-    counts = np.bincount(np.asarray(ids), minlength=coordinates.bins)
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return TokenUse(
-        counts=counts.tolist(),
-        unused=int((counts == 0).sum()),
-        outside=sum(not low <= v <= high for v in values),
-        evenness=float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(share) else 0.0,
-    )
+    every = np.asarray(values, np.float64)
+    inside = every.clip(coordinates.edges[0], coordinates.edges[-1])
+    counts = np.bincount(coordinates.encode(every), minlength=coordinates.bins)
+    share = counts[counts > 0] / max(len(every), 1)
+    evenness = float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(every) else 0.0
+    return TokenUse(counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness)
 
 
 def skip_reasons(folder: Path) -> Counter[str]:
