@@ -90,8 +90,6 @@ def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
     assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
     late = items[0]._replace(place=99.0)
     assert "ends before 99.00 s" in str(grey([items[9], late])[1])
-    with pytest.raises(SpearError, match="more than 0"):
-        list(find(str(tmp_path / "film.mp4"), rate=0))
 
 
 def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,8 +196,6 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
 
     Raises `SpearError`: not a video, or one that does not say how long it is.
     """
-    if rate <= 0:
-        raise SpearError(f"video rate {rate}: give the frames per second, more than 0")
     with _video(path) as container:
         stream = container.streams.video[0]
         if stream.duration and stream.time_base:
@@ -214,10 +212,10 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
         yield Item(f"{path}#{index}", read_frames, path, index / per_second)
 
 
-def read_frames(path: str, times: Sequence[float]) -> Iterator[Array | SpearError]:
+def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     """The frames [h, w, 3] uint8 RGB of a video shown at rising `times` (s), each decoded once.
 
-    A time after the last frame that is there gives a `SpearError`; so do all times of a video that breaks.
+    Raises `SpearError` at a time after the last frame that is there, and where the video breaks.
     """
     import av
 
@@ -226,27 +224,19 @@ def read_frames(path: str, times: Sequence[float]) -> Iterator[Array | SpearErro
         stream = container.streams.video[0]
         start = float((stream.start_time or 0) * stream.time_base)
         half = 0.5 / float(stream.average_rate or 1000)
-        shown: Any = None
         try:
             container.seek(int((start + wanted[0]) / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                # The frame shown at a time is the last that does not come after it.
-                while wanted and shown is not None and frame.time - start > wanted[0] + half:
+            # The frame shown at a time is the last that does not come after it.
+            for shown, following in pairwise(chain(container.decode(stream), [None])):
+                end = shown.time + 3 * half if following is None else following.time - half
+                while wanted and wanted[0] < end - start:
                     yield _pixels(shown)
                     wanted.pop(0)
                 if not wanted:
                     return
-                shown = frame
         except av.FFmpegError as error:
-            reason = f"{path}: broken video ({error.strerror}): copy it again"
-        else:
-            reason = f"{path}: the video ends before {{time:.2f}} s: copy it again"
-            end = shown.time - start + 3 * half if shown is not None else -1.0
-            while wanted and wanted[0] <= end:
-                yield _pixels(shown)
-                wanted.pop(0)
-    for time in wanted:
-        yield SpearError(reason.format(time=time))
+            raise SpearError(f"{path}: broken video ({error.strerror}): copy it again") from error
+    raise SpearError(f"{path}: the video ends before {wanted[0]:.2f} s: copy it again")
 
 
 def _pixels(frame: Any) -> Array:

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 from spear.errors import SpearError
 from spear.labels.inputs import Content, Item, find
@@ -107,21 +106,10 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
 
 
 @lru_cache(maxsize=1)
-def _store(folder: str) -> Any:
-    """The folder's store of episodes; None where it is of another format."""
-    from spear.data.readers.formats import find_format
-    from spear.data.store.episode_store import EpisodeStore
-
-    return EpisodeStore(folder) if find_format(folder) == "store" else None
-
-
-@lru_cache(maxsize=1)
 def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
-    from spear.data.readers.formats import read_episodes
+    from spear.data.readers import formats
 
     try:
-        if (store := _store(folder)) is not None:
-            return store[index]
-        return next(read_episodes(folder, f"{split}[{index}:{index + 1}]"))
+        return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
     except SpearError as error:
         return error
