@@ -32,8 +32,7 @@ pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each ot
 def cluster() -> Iterator[None]:
     """A Ray of two CPUs whose workers can import what the tests can."""
     ray = pytest.importorskip("ray")
-    for part in ("ray.data", "ray.train.torch"):
-        pytest.importorskip(part)
+    pytest.importorskip("ray.train.torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")

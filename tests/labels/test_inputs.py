@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tiny import png
-from spear.errors import SpearError
+from spear.errors import RetryableError, SpearError
 from spear.labels.inputs import Item, find, read
 
 
 def grey(items: Sequence[Item], **options: int) -> list[int | str]:
     """The grey value of each item's image, or why there is none."""
     return [
-        work.reason or round(float(work.frame.image.mean())) if work.frame is not None else work.reason or ""
+        str(work.error) if work.frame is None or work.error else round(float(work.frame.image.mean()))
         for work in read(items, **options)
     ]
 
@@ -124,7 +124,9 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     (tmp_path / "zero.png").write_bytes(b"")
     items = list(find(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
-    assert [work.retryable for work in read([*items, gone])] == [False, False, False, True]
+    assert [type(work.error) for work in read([*items, gone])] == [
+        type(None), SpearError, SpearError, RetryableError
+    ]  # fmt: skip
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
     assert "1×1 pixels" in str(tiny) and "not a readable" in str(zero) and "No such file" in str(missing)

@@ -32,7 +32,7 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     works = read(found)
     values = [work.frame.image[0, 0, 0] for work in works if work.frame is not None]
     assert values == [0, 3, 6, 9, 100, 101]
-    assert all("only 2 steps" in (work.reason or "") for work in works[6:])
+    assert all("only 2 steps" in str(work.error) for work in works[6:])
 
 
 def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path) -> None:

@@ -293,12 +293,10 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
             raise content
         content = load_image(content, key) if isinstance(content, bytes) else content
     except SpearError as error:
-        work = Work(key, None)
-        work.skip(error)
-        return work
+        return Work(key, None, error)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest))
     work = admit(dataclasses.replace(frame, source=key))
-    if work.reason is None:
+    if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work
 

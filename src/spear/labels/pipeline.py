@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from spear.errors import RetryableError, SpearError
+from spear.errors import SpearError
 from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
@@ -23,6 +23,8 @@ from spear.util.ledger import Skipped
 T = TypeVar("T")
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
+EMPTY = "no object was found"
+"""Why an image is skipped in which nothing was found, which is no failure."""
 
 
 @dataclass
@@ -31,9 +33,7 @@ class Work:
 
     source      where the image came from: the label's source.
     frame       the image; None when it could not be read.
-    reason      why it is skipped, by all later stages too; None while all is well.
-    empty       it is skipped because nothing was found in it, which is no failure.
-    retryable   it is skipped for a reason that may pass.
+    error       why it is skipped, by all later stages too; None while all is well.
     encoded     the image as it is kept; None leaves encoding to `lift`.
     detections  of `detect`.
     masks       [n, h, w] bool, of `segment`.
@@ -43,18 +43,12 @@ class Work:
 
     source: str
     frame: Frame | None
-    reason: str | None = None
-    empty: bool = False
-    retryable: bool = False
+    error: SpearError | None = None
     encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
-
-    def skip(self, error: SpearError) -> None:
-        """Skip the image for this reason."""
-        self.reason, self.retryable = str(error), isinstance(error, RetryableError)
 
 
 def label(
@@ -83,24 +77,25 @@ def label(
         segment(works, segmenter)
         locate(works, pointmap)
         for work in works:
-            if work.reason is None:
+            if work.error is None:
                 good += 1
                 yield lift(work, settings)
             else:
-                skipped(f"{work.source or 'unnamed'}: {work.reason}")
+                skipped(f"{work.source or 'unnamed'}: {work.error}")
         skipped.check(good)
     skipped.check(good, finished=True)
 
 
 def admit(frame: Frame) -> Work:
     """The work of labelling a frame, skipped when its image is not [h, w, 3] uint8 or too small."""
-    image, reason = frame.image, None
+    image, error = frame.image, None
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        reason = f"image is {got}: convert it to [h, w, 3] uint8 RGB"
+        error = SpearError(f"image is {got}: convert it to [h, w, 3] uint8 RGB")
     elif min(image.shape[:2]) < MIN_SIDE:
-        reason = f"image is {image.shape[1]}×{image.shape[0]} pixels: give at least {MIN_SIDE}×{MIN_SIDE}"
-    return Work(frame.source, frame, reason)
+        size = f"{image.shape[1]}×{image.shape[0]}"
+        error = SpearError(f"image is {size} pixels: give at least {MIN_SIDE}×{MIN_SIDE}")
+    return Work(frame.source, frame, error)
 
 
 def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
@@ -109,7 +104,7 @@ def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False
         work.detections = found
         work.provenance["detector"] = detector.name
         if need_objects and not found:
-            work.reason, work.empty = "no object was found", True
+            work.error = SpearError(EMPTY)
 
 
 def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
@@ -135,14 +130,14 @@ def _answers(
 ) -> list[tuple[Work, T]]:
     """The answer to each good image by a model, which gets the works and their frames; when it refuses them,
     image by image, skipping those that it refuses alone."""
-    good = [work for work in works if work.reason is None]
+    good = [work for work in works if work.error is None]
     try:
         frames = [work.frame for work in good if work.frame is not None]
         return list(zip(good, call(good, frames), strict=True)) if good else []
     except SpearError as error:
         if len(good) > 1:
             return [pair for work in good for pair in _answers([work], call)]
-        good[0].skip(error)
+        good[0].error = error
         return []
 
 

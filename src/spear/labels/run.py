@@ -32,6 +32,7 @@ from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, ru
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
+from spear.labels.pipeline import EMPTY
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
 from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep, tables
@@ -66,6 +67,14 @@ class _Shard(NamedTuple):
     number: int
     keys: tuple[str, ...]
     again: frozenset[str] = frozenset()
+
+
+class _Finished(NamedTuple):
+    """What the footer of a shard says, see `FOOTER`."""
+
+    items: int
+    keys: str
+    skipped: list[SkippedImage]
 
 
 def label_photos(
@@ -153,11 +162,11 @@ def label_folder(
         for number, known in finished.items():
             if number * work.shard_size >= total:
                 raise _changed(out, number, known)
-        skipped = {number: _skipped(known) for number, known in finished.items()}
-        retryable = sum(image.retryable for some in skipped.values() for image in some)
+        there = [image for known in finished.values() for image in known.skipped]
+        retryable = sum(image.retryable for image in there)
         again = retryable if retry_skipped else 0
-        before = sum(known["items"] for known in finished.values()) - again
-        progress = Progress(total, before, before, sum(map(len, skipped.values())) - again, retryable - again)
+        before = sum(known.items for known in finished.values()) - again
+        progress = Progress(total, before, before, len(there) - again, retryable - again)
         on_progress(progress)
         bad = Skipped(MOST_BAD, "images", patience=200)
 
@@ -172,8 +181,8 @@ def label_folder(
                     skipped=progress.skipped + len(refused),
                     retryable=progress.retryable + sum(image.retryable for image in refused),
                 )
-                for source, reason, empty, _ in refused:
-                    if not empty:
+                for source, reason, _ in refused:
+                    if reason != EMPTY:
                         bad(reason if source in reason else f"{source}: {reason}")
                 seen = progress.done - (0 if retry_skipped else before)
                 bad.check(seen - len(bad.reasons), finished=progress.done == total)
@@ -188,7 +197,9 @@ def label_folder(
                     batches: Iterable[Done] = counted(group)
                     if shard.again:
                         there = [table.cast(SCHEMA) for table in tables(path)]
-                        old = [Done(table, []) for table in there] + [Done(_NONE, skipped[shard.number])]
+                        old = [Done(table, []) for table in there] + [
+                            Done(_NONE, finished[shard.number].skipped)
+                        ]
                         found, new = _by_key(old), _by_key(batches)
                         found |= {k: done for k, done in new.items() if k in shard.again or len(done.labels)}
                         batches = (found[key] for key in shard.keys)
@@ -196,16 +207,12 @@ def label_folder(
                     for done in batches:
                         writer.write(done.labels)
                         refused += done.skipped
-                    about = {
-                        "items": len(shard.keys),
-                        "keys": _hash(shard.keys),
-                        "skipped": [(image.source, image.reason, image.retryable) for image in refused],
-                    }
-                    writer.commit({FOOTER: json.dumps(about)})
+                    about = _Finished(len(shard.keys), _hash(shard.keys), refused)
+                    writer.commit({FOOTER: json.dumps(about._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
             for known in _finished(out).values():
-                rows = [image._asdict() for image in _skipped(known)]
+                rows = [image._asdict() for image in known.skipped]
                 writer.write(pa.Table.from_pylist(rows, schema))
             writer.commit()
         write_card(out)
@@ -216,7 +223,7 @@ def _labelled(
     out: Path,
     items: Iterable[Item],
     engine: Engine,
-    finished: Mapping[int, Mapping[str, Any]],
+    finished: Mapping[int, _Finished],
     work: WorkOptions,
     retry_skipped: bool,
 ) -> Generator[tuple[_Shard, Done], None, None]:
@@ -229,9 +236,9 @@ def _labelled(
             known, keys = finished.get(number), tuple(item.key for item in members)
             shard = _Shard(number, keys)
             if known is not None:
-                if known["keys"] != _hash(keys):
+                if known.keys != _hash(keys):
                     raise _changed(out, number, known)
-                retried = {image.source for image in _skipped(known) if image.retryable and retry_skipped}
+                retried = {image.source for image in known.skipped if image.retryable and retry_skipped}
                 shard = _Shard(number, keys, frozenset(retried))
             for batch in _chunks(members, work.batch_size):
                 if known is None or not shard.again.isdisjoint(item.key for item in batch):
@@ -261,14 +268,16 @@ def _by_key(batches: Iterable[Done]) -> dict[str, Done]:
     return found
 
 
-def _finished(out: Path) -> dict[int, dict[str, Any]]:
-    """The shards that are there: number → what the footer says, see `FOOTER`."""
+def _finished(out: Path) -> dict[int, _Finished]:
+    """The shards that are there, by number."""
     found = {}
     for path in sorted(out.glob("labels-*.parquet")):
         known = json.loads(footer(path, FOOTER) or "{}")
         if "skipped" not in known:
             raise SpearError(f"{path}: not of this run: move it elsewhere")
-        found[int(path.stem.removeprefix("labels-"))] = known
+        skipped = [SkippedImage(*image) for image in known["skipped"]]
+        number = int(path.stem.removeprefix("labels-"))
+        found[number] = _Finished(known["items"], known["keys"], skipped)
     return found
 
 
@@ -276,13 +285,8 @@ def _hash(keys: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(keys).encode()).hexdigest()
 
 
-def _skipped(known: Mapping[str, Any]) -> list[SkippedImage]:
-    """The skipped images of a shard, in order, by its footer."""
-    return [SkippedImage(source, reason, retryable=again) for source, reason, again in known["skipped"]]
-
-
-def _changed(out: Path, number: int, known: Mapping[str, Any]) -> SpearError:
+def _changed(out: Path, number: int, known: _Finished) -> SpearError:
     return SpearError(
-        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known['items']} "
+        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known.items} "
         "of its images: label the present input into another folder"
     )
