@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from spear.errors import SpearError
-from spear.labels.components import build
+from spear.labels.components import component
 from spear.labels.options import LabelOptions
 
 
 def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    alone = build("detector", f"file:{path}", LabelOptions())
-    both = build("detector", f"file:{path}+ground-truth", LabelOptions())
+    alone = component("detector", f"file:{path}", LabelOptions())()
+    both = component("detector", f"file:{path}+ground-truth", LabelOptions())()
     assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
-    assert "ground-truth" in build("segmenter", f"file:{path}+ground-truth", LabelOptions()).name
+    segmenter = component("segmenter", f"file:{path}+ground-truth", LabelOptions())()
+    assert "ground-truth" in segmenter.name
 
 
 @pytest.mark.parametrize(
@@ -34,5 +35,5 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
 )
 def test_what_makes_no_sense_is_named(kind: str, description: str, hint: str) -> None:
     with pytest.raises(SpearError) as stop:
-        build(kind, description, LabelOptions())
+        component(kind, description, LabelOptions())
     assert hint in str(stop.value) and "\n" not in str(stop.value)

@@ -186,7 +186,7 @@ def _shards(labels: Path) -> Path:
 
 def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMapResult | None]":
     """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
-    from spear.labels.components import build
+    from spear.labels.components import component
     from spear.labels.inputs import read
     from spear.labels.pipeline import admit, locate
     from spear.labels.sources import items
@@ -200,6 +200,6 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
     if run["pointmap"] == "ground-truth":
         found = {item.key: item for item in items(run["inputs"], run["rate"], run["per_episode"])}
         works = read([found[label.source] for label in labels if label.source in found])
-    locate(works, build("point map", run["pointmap"], LabelOptions()))
+    locate(works, component("point map", run["pointmap"], LabelOptions())())
     located = {work.source: work.geometry for work in works}
     return [located.get(label.source) for label in labels]

@@ -4,7 +4,7 @@
     gemini   grounding-dino=IDEA-Research/grounding-dino-tiny   owlv2=my_folder   file:boxes.json
     sam2     file:relations_train.json+sam2                      moge-2           ground-truth
 
-`build` makes a component, which may load a network; until then it is a description that any process can have.
+`component` describes how one is made, which may load a network; any process can have the description.
 """
 
 import importlib
@@ -21,8 +21,8 @@ from spear.labels.pipeline import settings_for
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
 
-Maker = Callable[[str | None, LabelOptions], Any]
-"""(what follows NAME= or NAME:, options) → the component."""
+Maker = Callable[..., Any]
+"""(what follows NAME= or NAME:, options, what makes the one after +) → the component."""
 
 
 def _named(place: str, *takes: str, usual: str = "") -> Maker:
@@ -30,27 +30,30 @@ def _named(place: str, *takes: str, usual: str = "") -> Maker:
 
     usual: the network among `PUBLISHED` that it is without another.
     """
-
-    def make(model: str | None, options: LabelOptions) -> Any:
-        if usual:  # importing it takes longer than asking the Hub
-            model = model or PUBLISHED[usual].repository
-            if "vocabulary" in takes and not options.names:
-                raise SpearError(f'--detector {usual}: name what to look for: --vocabulary "mug, spoon"')
-            need_on_hub(model, f"a folder or file that holds it, as in {usual}=PATH")
-        file, name = place.split(":")
-        made = getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
-        known = {**vars(options), "vocabulary": options.names}
-        known["cache"] = options.cache or options.out / ".answers"
-        return made(**({"model": model} if model else {}), **{part: known[part] for part in takes})
-
-    return make
+    return partial(_make, place, takes, usual)
 
 
-def _from_file(name: str, path: str | None, options: LabelOptions) -> Any:
-    """A `FileDetector` or `FileSegmenter` that still wants another component for what the file lacks."""
-    from spear.labels.models import annotations
+def _make(
+    place: str, takes: tuple[str, ...], usual: str, model: str | None, options: LabelOptions, _: Maker | None
+) -> Any:
+    if usual:  # importing it takes longer than asking the Hub
+        model = model or PUBLISHED[usual].repository
+        if "vocabulary" in takes and not options.names:
+            raise SpearError(f'--detector {usual}: name what to look for: --vocabulary "mug, spoon"')
+        need_on_hub(model, f"a folder or file that holds it, as in {usual}=PATH")
+    known = {**vars(options), "vocabulary": options.names, "cache": options.cache or options.out / ".answers"}
+    given = {"model": model} if model else {}
+    return _class(place)(**given, **{part: known[part] for part in takes})
 
-    return partial(getattr(annotations, name), annotations.open_annotations(path or ""))
+
+def _from_file(place: str, path: str, options: LabelOptions, otherwise: Maker | None) -> Any:
+    """A `FileDetector` or `FileSegmenter`; another component does what the file lacks."""
+    return _class(place)(_class("annotations:open_annotations")(path), otherwise and otherwise())
+
+
+def _class(place: str) -> Any:
+    file, name = place.split(":")
+    return getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
 
 
 KINDS: dict[str, dict[str, Maker]] = {
@@ -60,12 +63,12 @@ KINDS: dict[str, dict[str, Maker]] = {
             "open_vocabulary:GroundingDinoDetector", "device", "vocabulary", usual="grounding-dino"
         ),
         "owlv2": _named("open_vocabulary:Owlv2Detector", "device", "vocabulary", usual="owlv2"),
-        "file": partial(_from_file, "FileDetector"),
+        "file": partial(_from_file, "annotations:FileDetector"),
         "ground-truth": _named("ground_truth:GroundTruthDetector"),
     },
     "segmenter": {
         "sam2": _named("sam2:Sam2Segmenter", "device", usual="sam2"),
-        "file": partial(_from_file, "FileSegmenter"),
+        "file": partial(_from_file, "annotations:FileSegmenter"),
         "ground-truth": _named("ground_truth:GroundTruthSegmenter"),
     },
     "point map": {
@@ -77,27 +80,18 @@ KINDS: dict[str, dict[str, Maker]] = {
 """Kind of component → name → what makes it."""
 
 
-def build(kind: str, description: str, options: LabelOptions) -> Any:
-    """Make a component: kind is one of `KINDS`. Raises `SpearError` for an unknown name, and what the
-    component itself complains about."""
-    check(kind, description)
+def component(kind: str, description: str, options: LabelOptions) -> Callable[[], Any]:
+    """What makes a component: kind is one of `KINDS`. Raises `SpearError` for a name or file that does not
+    exist, before anything is loaded; made, it raises what the component itself complains about."""
     first, plus, otherwise = description.partition("+")
     name, argument = split(first)
-    made = KINDS[kind][name](argument, options)
-    if isinstance(made, partial):  # from a file, which may leave some images to another component
-        return made(build(kind, otherwise, options) if plus else None)
-    if plus:
+    check_known(kind, KINDS[kind], name)
+    if name == "file" and not (argument and Path(argument).is_file()):
+        raise SpearError(f"{kind} {first!r}: no such file: write file:PATH")
+    if plus and name != "file":
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
-    return made
-
-
-def check(kind: str, description: str) -> None:
-    """Raise `SpearError` for a name that does not exist, before anything is loaded."""
-    for part in description.split("+"):
-        name, argument = split(part)
-        check_known(kind, KINDS[kind], name)
-        if name == "file" and not (argument and Path(argument).is_file()):
-            raise SpearError(f"{kind} {part!r}: no such file: write file:PATH")
+    rest = component(kind, otherwise, options) if plus else None
+    return partial(KINDS[kind][name], argument, options, rest)
 
 
 def split(description: str) -> tuple[str, str | None]:
@@ -109,11 +103,6 @@ def split(description: str) -> tuple[str, str | None]:
 def graph(options: LabelOptions) -> Graph:
     """The whole of what is done with an image; nothing is loaded yet. `SpearError` for an unknown name."""
     descriptions = options.detector, options.segmenter, options.pointmap
-    for kind, description in zip(KINDS, descriptions, strict=True):
-        check(kind, description)
-    detector, segmenter, pointmap = (
-        partial(build, kind, description, options)
-        for kind, description in zip(KINDS, descriptions, strict=True)
-    )
+    makers = (component(kind, said, options) for kind, said in zip(KINDS, descriptions, strict=True))
     boxes = settings_for(options.segmenter, options.pointmap)
-    return Graph(detector, segmenter, pointmap, boxes, longest=options.size or None)
+    return Graph(*makers, boxes=boxes, longest=options.size or None)
