@@ -5,7 +5,7 @@ Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +29,6 @@ WORDING = "wording.txt"
 """The instructions that the simulator gives, by which such a folder is known: the first file in it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """`count` scenes from seed `first` on: shard `index` of every view of `sizes`."""
-
-    out: Path
-    index: int
-    first: int
-    count: int
-    sizes: Mapping[str, Size]
-    labelled: Labelled
-
-    def shard(self, view: str) -> Path:
-        return self.out / view / f"labels-{self.index:05d}.parquet"
-
-
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
     """Frames with ground truth → labels."""
     return label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
@@ -56,7 +41,6 @@ def label_scenes(
     first_seed: int,
     workers: int = 2,
     labelled: Labelled = label_frames,
-    quiet: bool = False,
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view; returns the images.
 
@@ -68,10 +52,9 @@ def label_scenes(
     Raises `SpearError`: before anything is written, for a folder that holds other files, other scenes or
     sizes.
     """
-    jobs = [
-        Job(out, index, first_seed + start, min(SCENES_PER_JOB, scenes - start), sizes, labelled)
-        for index, start in enumerate(range(0, scenes, SCENES_PER_JOB))
-    ]
+    end = first_seed + scenes
+    starts = range(first_seed, end, SCENES_PER_JOB)
+    jobs = [(i, range(start, min(start + SCENES_PER_JOB, end))) for i, start in enumerate(starts)]
     check_own(out, WORDING, "label")
     settings = {"spear": spear.__version__, "scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
     advice = "use fewer --workers, and run the same command again"
@@ -82,13 +65,13 @@ def label_scenes(
         for view in sizes:
             sweep(out / view)
             sweep(out / "depth" / view)
-        todo = [job for job in jobs if not all(job.shard(view).is_file() for view in sizes)]
-        before = scenes - sum(job.count for job in todo)
+        todo = [job for job in jobs if not all(_shard(out, view, job[0]).is_file() for view in sizes)]
+        before = scenes - sum(len(seeds) for _, seeds in todo)
         with (
             processes.pool(workers if workers > 1 else 0, __name__, advice) as pool,
-            ProgressBar("labelling", scenes, "scenes", before, quiet) as bar,
+            ProgressBar("labelling", scenes, "scenes", before) as bar,
         ):
-            for count in processes.in_order(pool, _make, todo, workers):
+            for count in processes.in_order(pool, partial(_make, out, sizes, labelled), todo, workers):
                 bar.update(bar.done + count)
     return scenes * len(sizes)
 
@@ -101,19 +84,25 @@ def wording(draws: int = 2000) -> list[str]:
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 
-def _make(job: Job) -> int:
-    """Label the scenes of a job, view by view; a view's shard, which marks it as finished, comes last."""
+def _shard(out: Path, view: str, index: int) -> Path:
+    return out / view / f"labels-{index:05d}.parquet"
+
+
+def _make(out: Path, sizes: Mapping[str, Size], labelled: Labelled, job: tuple[int, range]) -> int:
+    """Label the scenes of a job (number, seeds): shard `number` of every view. It marks the view as finished,
+    and comes last."""
     from spear.sim.render import Renderer, frame_of
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
+    index, seeds = job
     renderer = Renderer()
-    worlds = [World(clutter_scene(seed)) for seed in range(job.first, job.first + job.count)]
-    for view, size in job.sizes.items():
+    worlds = [World(clutter_scene(seed)) for seed in seeds]
+    for view, size in sizes.items():
         frames = [frame_of(world, view, size, renderer) for world in worlds]
-        labels = list(job.labelled(iter(frames)))
+        labels = list(labelled(iter(frames)))
         depth = [(item.image, frame.depth) for item, frame in zip(labels, frames, strict=True)]
-        write_depth(depth, job.out / "depth" / view / f"depth-{job.index:05d}.parquet")
-        write_labels(labels, job.shard(view))
+        write_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
+        write_labels(labels, _shard(out, view, index))
     renderer.close()
-    return job.count
+    return len(seeds)

@@ -7,6 +7,7 @@ they are in 3D, and those on it that fly take their depth from the inside. All o
 Depth is handled as its inverse, which is straight along pixels on every plane: there, continuing it is exact.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,25 +68,20 @@ def run_lengths(text: str) -> list[int]:
     """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
 
     Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
-    makes it printable. From the third on, it is the difference from the run two before. Not by pycocotools,
-    which takes a string that is cut off for a mask, filled up with what was in memory.
+    makes it printable: from "P" on. The last group's fifth bit is the sign. From the third on, it is the
+    difference from the run two before. Not by pycocotools, which takes a string that is cut off for a mask,
+    filled up with what was in memory.
     """
+    rest = re.sub(r"^([P-o]*[0-O])*", "", text)
+    if rest:
+        raise SpearError(
+            f"compressed mask: {rest[:20]!r} is not part of one, or cut off: give the whole string"
+        )
     runs: list[int] = []
-    value = shift = 0
-    for letter in text:
-        code = ord(letter) - 48
-        if not 0 <= code < 64:
-            raise SpearError(f"compressed mask: {letter!r} is not part of one: give COCO run lengths")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
+    for number in re.findall(r"[P-o]*[0-O]", text):
+        value = sum((ord(letter) - 48 & 31) << 5 * place for place, letter in enumerate(number))
+        value -= (ord(number[-1]) - 48 >> 4 & 1) << 5 * len(number)
         runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise SpearError("compressed mask: it ends in the middle of a number: give the whole string")
     return runs
 
 
