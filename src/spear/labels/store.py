@@ -69,7 +69,7 @@ class ParquetWriter:
     def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
         self.path, self.rows_per_group = path, rows_per_group
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._waiting: list[pa.Table] = []
+        self._waiting = schema.empty_table()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by __exit__
@@ -77,20 +77,19 @@ class ParquetWriter:
 
     def write(self, table: pa.Table) -> None:
         """Add rows."""
-        self._waiting.append(table)
-        while sum(map(len, self._waiting)) >= self.rows_per_group:
-            rows = pa.concat_tables(self._waiting)
-            self._write_group(rows.slice(0, self.rows_per_group))
-            self._waiting = [rows.slice(self.rows_per_group)]
+        self._waiting = pa.concat_tables([self._waiting, table])
+        while len(self._waiting) >= self.rows_per_group:
+            self._write_group(self.rows_per_group)
 
-    def _write_group(self, rows: pa.Table) -> None:
+    def _write_group(self, rows: int) -> None:
         with writing(self.path):
-            self._parquet.write_table(rows.combine_chunks())
+            self._parquet.write_table(self._waiting.slice(0, rows).combine_chunks())
+        self._waiting = self._waiting.slice(rows)
 
     def commit(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the last rows, and `metadata` into the footer; then the file is there, on the disk."""
-        if any(map(len, self._waiting)):
-            self._write_group(pa.concat_tables(self._waiting))
+        if len(self._waiting):
+            self._write_group(len(self._waiting))
         with writing(self.path):
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
