@@ -47,7 +47,7 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     source = photos(tmp_path / "photos", 21)
     label_folder(listing(source), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
-    broken = partial(run_ray, Graph(no_key, BoxSegmenter, SlopePointMap), WORK)
+    broken = partial(run_ray, Graph((no_key, BoxSegmenter, SlopePointMap)), WORK)
     with pytest.raises(SpearError, match="set ONE"):
         label_folder(listing(source), tmp_path / "none", broken, {}, WORK)
     assert not (tmp_path / "none").exists()

@@ -82,7 +82,7 @@ def run(folder: Path, workers: int) -> None:
     label_folder(
         lambda: find(str(folder / "photos")),
         folder / "labels",
-        partial(run_local, Graph(StandIn, StandIn, StandIn), workers),
+        partial(run_local, Graph((StandIn, StandIn, StandIn)), workers),
         {},
         WorkOptions(),
     )

@@ -78,7 +78,7 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
     """Seconds per image of labelling the folder, from the first call of a network until all is on the
     disk."""
     model = StandIn(seconds)
-    graph = Graph(lambda: model, lambda: model, lambda: model)
+    graph = Graph((lambda: model, lambda: model, lambda: model))
     engine = partial(run_local, graph, workers)
     done = label_folder(lambda: find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
     assert model.begun is not None

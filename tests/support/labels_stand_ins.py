@@ -90,7 +90,7 @@ def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
 
 def graph(*detector: Any) -> Graph:
     """The three together, with these arguments for the detector."""
-    return Graph(partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap)
+    return Graph((partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap))
 
 
 def engine(workers: int = 0, *detector: Any) -> Any:

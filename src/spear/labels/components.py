@@ -103,6 +103,8 @@ def split(description: str) -> tuple[str, str | None]:
 def graph(options: LabelOptions) -> Graph:
     """The whole of what is done with an image; nothing is loaded yet. `SpearError` for an unknown name."""
     descriptions = options.detector, options.segmenter, options.pointmap
-    makers = (component(kind, said, options) for kind, said in zip(KINDS, descriptions, strict=True))
+    detector, segmenter, pointmap = (
+        component(kind, said, options) for kind, said in zip(KINDS, descriptions, strict=True)
+    )
     boxes = settings_for(options.segmenter, options.pointmap)
-    return Graph(*makers, boxes=boxes, longest=options.size or None)
+    return Graph((detector, segmenter, pointmap), boxes, longest=options.size or None)

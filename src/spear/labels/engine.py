@@ -31,22 +31,15 @@ from spear.util import processes
 class Graph:
     """What is done with an image. Images in which nothing is found are skipped.
 
-    detector, segmenter, pointmap  each makes its component; can be sent to another process.
+    makers   of detector, segmenter and point map: each makes its component; can be sent to another process.
     boxes    how boxes are fitted.
     longest  photos are made smaller until their longer side has so many pixels; None keeps them. 840 is what
              the paper labelled at.
     """
 
-    detector: Callable[[], Detector]
-    segmenter: Callable[[], Segmenter]
-    pointmap: Callable[[], PointMap]
+    makers: tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]
     boxes: BoxSettings = field(default_factory=BoxSettings)
     longest: int | None = 840
-
-    @property
-    def makers(self) -> tuple[Callable[[], Any], ...]:
-        """What makes the three components, in the order of `STAGES`."""
-        return self.detector, self.segmenter, self.pointmap
 
 
 class SkippedImage(NamedTuple):
@@ -108,13 +101,17 @@ STAGES: Sequence[Stage] = (partial(detect, need_objects=True), segment, locate_a
 """What is done with a batch by each of the three components, in order."""
 
 
-def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
-    """Label batches on this computer.
-
-    The components of `graph` are made here, before a worker begins.
+def run_local(
+    graph: Graph,
+    workers: int,
+    batches: Iterable[Sequence[Item]],
+    on_bill: Callable[[str], None] = lambda bill: None,
+) -> Iterator[Done]:
+    """Label batches on this computer. The components of `graph` are made here, before a worker begins.
 
     workers  processes that read images, fit boxes and encode; 0 does all that in this process.
     batches  items that go through the networks together.
+    on_bill  called with the bill of a component that has one, however the work ends.
 
     Raises `SpearError`: a component cannot be made, or a worker was killed.
     """
@@ -123,12 +120,17 @@ def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> 
     if (first := next(batches, None)) is None:
         return
     components = [make() for make in graph.makers]
-    with processes.pool(workers, __name__, advice) as pool:
-        reader = partial(read, longest=graph.longest)
-        works = processes.in_order(pool, reader, chain([first], batches), workers + 1)
-        for stage, component in zip(STAGES, components, strict=True):
-            works = map(partial(_through, stage, component), works)
-        yield from processes.in_order(pool, partial(finish, graph.boxes), works, workers + 1)
+    try:
+        with processes.pool(workers, __name__, advice) as pool:
+            reader = partial(read, longest=graph.longest)
+            works = processes.in_order(pool, reader, chain([first], batches), workers + 1)
+            for stage, component in zip(STAGES, components, strict=True):
+                works = map(partial(_through, stage, component), works)
+            yield from processes.in_order(pool, partial(finish, graph.boxes), works, workers + 1)
+    finally:
+        for component in components:
+            if hasattr(component, "bill") and (bill := component.bill()):
+                on_bill(bill)
 
 
 def _through(stage: Stage, component: Any, works: list[Work]) -> list[Work]:

@@ -84,27 +84,15 @@ def label_photos(
 ) -> Progress:
     """Label `options.photos`. Returns how far it came.
 
-    on_bill is called with the bill of a detector that has one, however the work ends (not with Ray). Raises
-    `SpearError`: an unknown component, no input, or as in `label_folder`.
+    on_bill  see `run_local` (not with Ray). Raises `SpearError`: an unknown component, no input, or as in
+             `label_folder`.
     """
     chosen, listing, settings = prepare(options)
-    made: list[Any] = []
-
-    def detector() -> Any:
-        made.append(chosen.detector())
-        return made[0]
-
-    engine: Engine = partial(run_ray, chosen, options.work)
-    if options.work.engine == "local":
-        engine = partial(run_local, dataclasses.replace(chosen, detector=detector), options.work.workers)
-    try:
-        return label_folder(
-            listing, options.out, engine, settings, options.work, options.retry_skipped, on_progress
-        )
-    finally:
-        for component in made:
-            if hasattr(component, "bill") and (bill := component.bill()):
-                on_bill(bill)
+    work, retry = options.work, options.retry_skipped
+    engine: Engine = partial(run_ray, chosen, work)
+    if work.engine == "local":
+        engine = partial(run_local, chosen, work.workers, on_bill=on_bill)
+    return label_folder(listing, options.out, engine, settings, work, retry, on_progress)
 
 
 def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
