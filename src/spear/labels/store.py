@@ -27,7 +27,8 @@ STRIDE = 4
 """Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch size."""
 
 _VECTOR = pa.list_(pa.float32())
-_BOX = pa.struct({"vertices": _VECTOR, "center": _VECTOR, "size": _VECTOR, "rotation": _VECTOR})
+_SHAPES = {"vertices": (8, 3), "center": (3,), "size": (3,), "rotation": (3, 3)}
+_BOX = pa.struct(dict.fromkeys(_SHAPES, _VECTOR))
 _OBJECT = pa.struct(
     {
         "name": pa.string(),
@@ -204,8 +205,8 @@ def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = Tru
         return file.read_row_group(group, columns=columns, use_threads=False)
 
 
-def _flat(array: Any) -> Any:
-    return np.asarray(array, np.float32).ravel()
+def _floats(values: Any, *shape: int) -> Array:
+    return np.array(values, np.float32).reshape(shape or -1)
 
 
 def _to_row(label: LabeledImage) -> dict[str, Any]:
@@ -220,10 +221,10 @@ def _to_row(label: LabeledImage) -> dict[str, Any]:
 def _object_to_row(o: LabeledObject) -> dict[str, Any]:
     box = o.box3d
     return vars(o) | {
-        "box2d": _flat(o.box2d),
+        "box2d": _floats(o.box2d),
         "mask": list(o.mask),
-        "box3d": box and {field.name: _flat(getattr(box, field.name)) for field in _BOX},
-        "keypoints": {k: _flat(v) for k, v in o.keypoints.items()} or None,
+        "box3d": box and {name: _floats(getattr(box, name)) for name in _SHAPES},
+        "keypoints": {k: _floats(v) for k, v in o.keypoints.items()} or None,
         "scores": json.dumps(dict(o.scores), sort_keys=True),
     }
 
@@ -239,19 +240,14 @@ def _from_row(row: dict[str, Any]) -> LabeledImage:
 
 
 def _object_from_row(row: dict[str, Any]) -> LabeledObject:
-    box = None
-    if row["box3d"]:
-        made = {name: np.array(values, np.float32) for name, values in row["box3d"].items()}
-        made["vertices"], made["rotation"] = made["vertices"].reshape(8, 3), made["rotation"].reshape(3, 3)
-        box = Box3D(**made)
-    return LabeledObject(
-        name=row["name"],
-        box2d=np.array(row["box2d"], np.float32),
-        mask=row.get("mask", ()),
-        box3d=box,
-        keypoints={k: np.array(v, np.float32) for k, v in (row["keypoints"] or {}).items()},
-        scores=json.loads(row["scores"]),
-    )
+    made = {
+        "box2d": _floats(row["box2d"], 4),
+        "mask": row.get("mask", ()),
+        "box3d": row["box3d"] and Box3D(**{k: _floats(v, *_SHAPES[k]) for k, v in row["box3d"].items()}),
+        "keypoints": {k: _floats(v, 3) for k, v in (row["keypoints"] or {}).items()},
+        "scores": json.loads(row["scores"]),
+    }
+    return LabeledObject(**row | made)
 
 
 def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
