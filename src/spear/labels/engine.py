@@ -8,7 +8,7 @@ come out in the order in which they went in.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, cycle
@@ -57,7 +57,7 @@ class Done(NamedTuple):
     skipped: list[SkippedImage]
 
 
-Engine = Callable[[Iterable[Sequence[Item]]], Iterator[Done]]
+Engine = Callable[[Iterable[Sequence[Item]]], Generator[Done, None, None]]
 """Batches of items → the labels of each, in order."""
 
 
@@ -106,7 +106,7 @@ def run_local(
     workers: int,
     batches: Iterable[Sequence[Item]],
     on_bill: Callable[[str], None] = lambda bill: None,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Label batches on this computer. The components of `graph` are made here, before a worker begins.
 
     workers  processes that read images, fit boxes and encode; 0 does all that in this process.
@@ -152,7 +152,9 @@ class _Network:
         return _through(self.stage, self.component, works)
 
 
-def run_ray(graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]) -> Iterator[Done]:
+def run_ray(
+    graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]
+) -> Generator[Done, None, None]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
     work: its `copies` and `gpus`, of detector, segmenter and point map, count. Raises `SpearError`: Ray is

@@ -145,11 +145,10 @@ def find_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
     file = _parquet(path)
     column = _image_column(file.schema_arrow, path)
-    row = 0
+    number = count()
     for group in range(file.num_row_groups):
         for place in range(file.metadata.row_group(group).num_rows):
-            yield Item(f"{path}#{row}", read_parquet, path, (column, group, place))
-            row += 1
+            yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place))
 
 
 def read_parquet(path: str, places: Sequence[tuple[str, int, int]]) -> Iterator[Content]:

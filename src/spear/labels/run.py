@@ -15,11 +15,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -177,8 +176,9 @@ def label_folder(
                 on_progress(progress)
                 yield done
 
-        labelled = _labelled(out, items(), engine, finished, work, retry_skipped)
-        with closing(labelled) as results:
+        ours, theirs = tee(_todo(out, items(), finished, work, retry_skipped))
+        with closing(engine(batch for _, batch in theirs)) as labelled:
+            results = zip((shard for shard, _ in ours), labelled, strict=True)
             for shard, group in groupby(results, key=lambda result: result[0]):
                 path = out / f"labels-{shard.number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
@@ -207,34 +207,25 @@ def label_folder(
     return progress
 
 
-def _labelled(
+def _todo(
     out: Path,
     items: Iterable[Item],
-    engine: Engine,
     finished: Mapping[int, _Finished],
     work: WorkOptions,
     retry_skipped: bool,
-) -> Generator[tuple[_Shard, Done], None, None]:
+) -> Iterator[tuple[_Shard, list[Item]]]:
     """The batches of unfinished shards, in order, each with its shard, and those in which something is tried
     again: whole, since what a network says of an image depends a little on which others it comes with."""
-    handed: deque[_Shard] = deque()
-
-    def batches() -> Iterator[Sequence[Item]]:
-        for number, members in enumerate(_chunks(items, work.shard_size)):
-            known, keys = finished.get(number), tuple(item.key for item in members)
-            shard = _Shard(number, keys)
-            if known is not None:
-                if known.keys != _hash(keys):
-                    raise _changed(out, number, known)
-                retried = {image.source for image in known.skipped if image.retryable and retry_skipped}
-                shard = _Shard(number, keys, frozenset(retried))
-            for batch in _chunks(members, work.batch_size):
-                if known is None or not shard.again.isdisjoint(item.key for item in batch):
-                    handed.append(shard)
-                    yield batch
-
-    for done in engine(batches()):
-        yield handed.popleft(), done
+    for number, members in enumerate(_chunks(items, work.shard_size)):
+        known, shard = finished.get(number), _Shard(number, tuple(item.key for item in members))
+        if known is not None:
+            if known.keys != _hash(shard.keys):
+                raise _changed(out, number, known)
+            retried = (image.source for image in known.skipped if image.retryable and retry_skipped)
+            shard = shard._replace(again=frozenset(retried))
+        for batch in _chunks(members, work.batch_size):
+            if known is None or not shard.again.isdisjoint(item.key for item in batch):
+                yield shard, batch
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
