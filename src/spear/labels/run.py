@@ -60,12 +60,12 @@ class Progress:
 
 
 class _Shard(NamedTuple):
-    """A shard that is to be made: its number, the keys of its items, and where it is there, those that are
-    tried again."""
+    """A shard that is to be made: its number, the keys of its items, and those that are tried: all, or where
+    it is there, some again."""
 
     number: int
     keys: tuple[str, ...]
-    again: frozenset[str] = frozenset()
+    tried: frozenset[str]
 
 
 class _Finished(NamedTuple):
@@ -125,12 +125,10 @@ def label_folder(
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
 
-    items          lists the input; called twice, and must list the same both times.
-    out            folder, new or of a run with the same settings.
-    settings       all that decides what the labels are, JSON-able; kept in run.json.
-    work           its `shard_size`, on which memory does not depend, and `batch_size`.
-    retry_skipped  try again the images that were skipped for a reason that may pass.
-    on_progress    called at the start and after each batch.
+    items     lists the input; called twice, and must list the same both times.
+    settings  all that decides what the labels are, JSON-able; kept in run.json.
+    work      its `shard_size`, on which memory does not depend, and `batch_size`.
+    on_progress is called at the start and after each batch.
 
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
@@ -157,14 +155,13 @@ def label_folder(
         on_progress(progress)
         bad = Skipped(MOST_BAD, "images", patience=200)
 
-        def counted(results: Iterable[tuple[_Shard, Done]]) -> Iterator[Done]:
+        def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
             nonlocal progress
-            for shard, done in results:
-                tried = [*done.labels["source"].to_pylist(), *(image.source for image in done.skipped)]
-                refused = [image for image in done.skipped if not shard.again or image.source in shard.again]
+            for (shard, batch), done in results:
+                refused = [image for image in done.skipped if image.source in shard.tried]
                 progress = dataclasses.replace(
                     progress,
-                    done=progress.done + len(shard.again.intersection(tried) if shard.again else tried),
+                    done=progress.done + sum(item.key in shard.tried for item in batch),
                     skipped=progress.skipped + len(refused),
                     retryable=progress.retryable + sum(image.retryable for image in refused),
                 )
@@ -178,18 +175,16 @@ def label_folder(
 
         ours, theirs = tee(_todo(out, items(), finished, work, retry_skipped))
         with closing(engine(batch for _, batch in theirs)) as labelled:
-            results = zip((shard for shard, _ in ours), labelled, strict=True)
-            for shard, group in groupby(results, key=lambda result: result[0]):
+            results = zip(ours, labelled, strict=True)
+            for shard, group in groupby(results, key=lambda result: result[0][0]):
                 path = out / f"labels-{shard.number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
                     batches: Iterable[Done] = counted(group)
-                    if shard.again:
-                        there = [table.cast(SCHEMA) for table in tables(path)]
-                        old = [Done(table, []) for table in there] + [
-                            Done(_NONE, finished[shard.number].skipped)
-                        ]
+                    if shard.number in finished:
+                        old = [Done(table.cast(SCHEMA), []) for table in tables(path)]
+                        old.append(Done(_NONE, finished[shard.number].skipped))
                         found, new = _by_key(old), _by_key(batches)
-                        found |= {k: done for k, done in new.items() if k in shard.again or len(done.labels)}
+                        found |= {k: done for k, done in new.items() if k in shard.tried or len(done.labels)}
                         batches = (found[key] for key in shard.keys)
                     refused: list[SkippedImage] = []
                     for done in batches:
@@ -217,15 +212,15 @@ def _todo(
     """The batches of unfinished shards, in order, each with its shard, and those in which something is tried
     again: whole, since what a network says of an image depends a little on which others it comes with."""
     for number, members in enumerate(_chunks(items, work.shard_size)):
-        known, shard = finished.get(number), _Shard(number, tuple(item.key for item in members))
+        known, keys = finished.get(number), tuple(item.key for item in members)
+        tried = frozenset(keys)
         if known is not None:
-            if known.keys != _hash(shard.keys):
+            if known.keys != _hash(keys):
                 raise _changed(out, number, known)
-            retried = (image.source for image in known.skipped if image.retryable and retry_skipped)
-            shard = shard._replace(again=frozenset(retried))
+            tried = frozenset(i.source for i in known.skipped if i.retryable and retry_skipped)
         for batch in _chunks(members, work.batch_size):
-            if known is None or not shard.again.isdisjoint(item.key for item in batch):
-                yield shard, batch
+            if not tried.isdisjoint(item.key for item in batch):
+                yield _Shard(number, keys, tried), batch
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
