@@ -73,8 +73,7 @@ class ParquetWriter:
         self._waiting = schema.empty_table()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by __exit__
-            self._parquet = pq.ParquetWriter(self._file, schema, compression="zstd")
+            self._parquet = pq.ParquetWriter(self._temporary, schema, compression="zstd")
 
     def write(self, table: pa.Table) -> None:
         """Add rows."""
@@ -95,18 +94,16 @@ class ParquetWriter:
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
             self._parquet.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._temporary.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(self._temporary, self.path)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for close in (self._parquet.close, self._file.close):
-            with suppress(OSError):  # on a full disk; the file is removed anyway
-                close()
+        with suppress(OSError):  # on a full disk; the file is removed anyway
+            self._parquet.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -15,8 +15,7 @@ from spear.types import Array
 def _rays(height: int, width: int, intrinsics: bytes) -> Array:
     inverse = np.linalg.inv(np.frombuffer(intrinsics, np.float64).reshape(3, 3))
     y, x = np.mgrid[:height, :width] + 0.5
-    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ inverse.T
-    return rays.astype(np.float32)
+    return (np.stack([x, y, np.ones_like(x)], axis=-1) @ inverse.T).astype(np.float32)
 
 
 def unproject(depth: Array, intrinsics: Array) -> Array:
