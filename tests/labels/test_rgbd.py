@@ -13,7 +13,7 @@ from spear.errors import SpearError
 from spear.labels.fit.image import unproject
 from spear.labels.fit.quality import compare
 from spear.labels.pipeline import label
-from spear.labels.rgbd import align_depth, open_scene
+from spear.labels.rgbd import Scene, align_depth
 from spear.types import Frame
 
 
@@ -24,7 +24,7 @@ def truth() -> list[Frame]:
 
 
 def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]) -> None:
-    scene = open_scene(write_plain(tmp_path / "s", [*truth] * 4))
+    scene = Scene(write_plain(tmp_path / "s", [*truth] * 4))
     assert [Path(source).stem for source in scene.sources] == [str(i) for i in range(12)]  # by number
     for i, true in enumerate(truth):
         frame = scene[i]
@@ -38,7 +38,7 @@ def test_a_plain_folder_gives_its_frames_back(tmp_path: Path, truth: list[Frame]
 
 def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame]) -> None:
     frames = [replace(frame, names=truth[0].names) for frame in truth]
-    scene = open_scene(write_scannet(tmp_path / "s", frames))
+    scene = Scene(write_scannet(tmp_path / "s", frames))
     read = [scene[i] for i in range(len(scene.sources))]
     assert read[0].names == truth[0].names  # the wall is no object
     result = compare(label(read, *TRUTH), frames)
@@ -51,7 +51,7 @@ def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: P
     folder = write_plain(tmp_path / "s", truth[:1])
     assert truth[0].depth is not None
     millimetres(truth[0].depth[1::2, 1::2]).save(folder / "depth" / "0.png")
-    frame = open_scene(folder)[0]
+    frame = Scene(folder)[0]
     assert frame.depth is not None
     blocks = truth[0].depth[1::2, 1::2].repeat(2, axis=0).repeat(2, axis=1)
     np.testing.assert_allclose(frame.depth, blocks, atol=5.1e-4)
@@ -74,7 +74,7 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(tmp_path: Path, tru
     steps = np.asarray(millimetres(truth[0].depth)).copy()
     steps[0, 0], steps[0, 1] = 0, 65535
     Image.fromarray(steps).save(folder / "depth" / "0.png")
-    frame = open_scene(folder)[0]
+    frame = Scene(folder)[0]
     assert frame.extrinsics is None
     assert frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
 
@@ -87,7 +87,7 @@ def test_intrinsics_as_json(tmp_path: Path, truth: list[Frame]) -> None:
         json.dumps({"fx": k[0, 0], "fy": k[1, 1], "cx": k[0, 2] - 0.5, "cy": k[1, 2] - 0.5})
     )
     (folder / "color").rename(folder / "rgb")
-    frame = open_scene(folder)[0]
+    frame = Scene(folder)[0]
     np.testing.assert_allclose(frame.intrinsics, k)
 
 
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, truth: list[Frame], spoil: Any, m
     folder = write_plain(tmp_path / "s", truth[:1])
     spoil(folder)
     with pytest.raises(SpearError, match=message):
-        open_scene(folder)[0]
+        Scene(folder)[0]
 
 
 def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -> None:
@@ -123,6 +123,6 @@ def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -
     moved[0, 3] = 0.03
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
     with pytest.raises(SpearError, match="registered to one camera"):
-        open_scene(folder)
+        Scene(folder)
     with pytest.raises(SpearError, match="no RGB-D scene"):
-        open_scene(tmp_path)
+        Scene(tmp_path)

@@ -25,17 +25,13 @@ Maker = Callable[..., Any]
 """(what follows NAME= or NAME:, options, what makes the one after +) → the component."""
 
 
-def _named(place: str, *takes: str, usual: str = "") -> Maker:
-    """Makes what is at FILE:NAME of `spear.labels.models`, with those of the options that it takes.
-
-    usual: the network among `PUBLISHED` that it is without another.
-    """
-    return partial(_make, place, takes, usual)
-
-
 def _make(
-    place: str, takes: tuple[str, ...], usual: str, model: str | None, options: LabelOptions, _: Maker | None
+    place: str, usual: str, takes: tuple[str, ...], model: str | None, options: LabelOptions, _: Maker | None
 ) -> Any:
+    """What is at FILE:NAME of `spear.labels.models`, made with those of the options that it takes.
+
+    usual: the network among `PUBLISHED` that it is without another; "" for what is no network.
+    """
     if usual:  # importing it takes longer than asking the Hub
         model = model or PUBLISHED[usual].repository
         if "vocabulary" in takes and not options.names:
@@ -58,23 +54,23 @@ def _class(place: str) -> Any:
 
 KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
-        "gemini": _named("gemini:GeminiDetector", "vocabulary", "cache", "per_minute"),
-        "grounding-dino": _named(
-            "open_vocabulary:GroundingDinoDetector", "device", "vocabulary", usual="grounding-dino"
+        "gemini": partial(_make, "gemini:GeminiDetector", "", ("vocabulary", "cache", "per_minute")),
+        "grounding-dino": partial(
+            _make, "open_vocabulary:GroundingDinoDetector", "grounding-dino", ("device", "vocabulary")
         ),
-        "owlv2": _named("open_vocabulary:Owlv2Detector", "device", "vocabulary", usual="owlv2"),
+        "owlv2": partial(_make, "open_vocabulary:Owlv2Detector", "owlv2", ("device", "vocabulary")),
         "file": partial(_from_file, "annotations:FileDetector"),
-        "ground-truth": _named("ground_truth:GroundTruthDetector"),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthDetector", "", ()),
     },
     "segmenter": {
-        "sam2": _named("sam2:Sam2Segmenter", "device", usual="sam2"),
+        "sam2": partial(_make, "sam2:Sam2Segmenter", "sam2", ("device",)),
         "file": partial(_from_file, "annotations:FileSegmenter"),
-        "ground-truth": _named("ground_truth:GroundTruthSegmenter"),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthSegmenter", "", ()),
     },
     "point map": {
-        "moge": _named("pointmap:load_pointmap", "device", usual="moge"),
-        "moge-2": _named("pointmap:load_pointmap", "device", usual="moge-2"),
-        "ground-truth": _named("ground_truth:GroundTruthPointMap"),
+        "moge": partial(_make, "pointmap:load_pointmap", "moge", ("device",)),
+        "moge-2": partial(_make, "pointmap:load_pointmap", "moge-2", ("device",)),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthPointMap", "", ()),
     },
 }
 """Kind of component → name → what makes it."""

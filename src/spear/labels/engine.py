@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, cycle
 from typing import Any, NamedTuple
 
@@ -143,12 +143,10 @@ class _Network:
 
     def __init__(self, make: Callable[[], Any], stage: Stage) -> None:
         self.make, self.stage = make, stage
-
-    @cached_property
-    def component(self) -> Any:
-        return self.make()
+        self.component: Any = None
 
     def call(self, works: list[Work]) -> list[Work]:
+        self.component = self.component or self.make()
         return _through(self.stage, self.component, works)
 
 

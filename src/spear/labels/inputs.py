@@ -229,19 +229,15 @@ def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
             for shown, following in pairwise(chain(container.decode(stream), [None])):
                 end = shown.time + 3 * half if following is None else following.time - half
                 while wanted and wanted[0] < end - start:
-                    yield _pixels(shown)
+                    # Turned as the camera (a phone held upright, say) has noted.
+                    quarters = round(getattr(shown, "rotation", 0) / 90)
+                    yield np.ascontiguousarray(np.rot90(shown.to_ndarray(format="rgb24"), quarters))
                     wanted.pop(0)
                 if not wanted:
                     return
         except av.FFmpegError as error:
             raise SpearError(f"{path}: broken video ({error.strerror}): copy it again") from error
     raise SpearError(f"{path}: the video ends before {wanted[0]:.2f} s: copy it again")
-
-
-def _pixels(frame: Any) -> Array:
-    """[h, w, 3] uint8 RGB, turned as the camera (a phone held upright, say) has noted."""
-    quarters = round(getattr(frame, "rotation", 0) / 90)
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
 
 
 def _video(path: str) -> Any:

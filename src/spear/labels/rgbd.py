@@ -19,7 +19,6 @@ two cameras, which stand in one place.
     *.aggregation.json          with it: what the instances are called
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,24 +36,38 @@ UNIT = 0.001
 """Metres per step of the depth images."""
 
 
-@dataclass
 class Scene:
-    """The frames of a folder: `scene[i]`, from `scene.sources[i]`. A frame is read when it is asked for; one
-    that cannot be read is a `SpearError` that concerns no other.
+    """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`. A frame is read
+    when it is asked for; one that cannot be read is a `SpearError` that concerns no other.
 
-    folder        as above; without colour and depth images a `SpearError`.
-    camera        [3, 3] intrinsics of the colour images.
-    depth_camera  [3, 3] of the depth images, None where both show the same view.
-    names         of the instances, None without any.
+    Raises `SpearError` for a folder that is neither or incomplete, and for a scan whose two cameras do not
+    stand in one place.
     """
 
-    folder: Path
-    camera: Array
-    depth_camera: Array | None = None
-    names: dict[int, str] | None = None
-
-    def __post_init__(self) -> None:
-        self._pairs = _pairs(self.folder)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = path = Path(folder)
+        self.depth_camera: Array | None = None  # both images show the same view
+        self.names: dict[int, str] | None = None
+        calibration = path / "intrinsic"
+        if calibration.is_dir():
+            for name in ("extrinsic_color.txt", "extrinsic_depth.txt"):
+                file = calibration / name
+                if file.is_file() and not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
+                    raise SpearError(
+                        f"{file}: not the identity: depth and colour must be registered to one camera first"
+                    )
+            self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
+            self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")
+            self.names = _scannet_names(path)
+        elif (path / "depth").is_dir():
+            file = path / "intrinsics.json"
+            self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
+        else:
+            raise SpearError(
+                f"{path}: no RGB-D scene: give a folder with depth/, color/, intrinsics.txt, or a ScanNet "
+                "scan"
+            )
+        self._pairs = _pairs(path)
         self.sources = [str(color) for color, _ in self._pairs]
 
     def __getitem__(self, index: int) -> Frame:
@@ -75,28 +88,6 @@ class Scene:
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
         )
-
-
-def open_scene(folder: str | Path) -> Scene:
-    """The frames of a ScanNet scan, or of a plain folder. `SpearError` for one that is neither or incomplete,
-    and for a scan whose two cameras do not stand in one place."""
-    path = Path(folder)
-    calibration = path / "intrinsic"
-    if calibration.is_dir():
-        for name in ("extrinsic_color.txt", "extrinsic_depth.txt"):
-            file = calibration / name
-            if file.is_file() and not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
-                raise SpearError(
-                    f"{file}: not the identity: depth and colour must be registered to one camera first"
-                )
-        color, depth = (read_intrinsics(calibration / f"intrinsic_{k}.txt") for k in ("color", "depth"))
-        return Scene(path, color, depth, _scannet_names(path))
-    if not (path / "depth").is_dir():
-        raise SpearError(
-            f"{path}: no RGB-D scene: give a folder with depth/, color/, intrinsics.txt, or a ScanNet scan"
-        )
-    file = path / "intrinsics.json"
-    return Scene(path, read_intrinsics(file if file.is_file() else file.with_suffix(".txt")))
 
 
 def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width: int) -> Array:

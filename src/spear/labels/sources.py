@@ -13,10 +13,10 @@ from functools import lru_cache
 
 from spear.errors import SpearError
 from spear.labels.inputs import Content, Item, find
-from spear.labels.rgbd import open_scene
+from spear.labels.rgbd import Scene
 from spear.types import Episode
 
-_scene = lru_cache(maxsize=1)(open_scene)
+_scene = lru_cache(maxsize=1)(Scene)
 CAMERA = "external"
 """The camera of robot episodes that is labelled; the first by name when there is none of this name."""
 SIM_SIZE = (840, 630)

@@ -262,24 +262,17 @@ def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
         writer.commit()
 
 
-class DepthImages:
-    """All images of a folder of files of `write_depth`, in memory: `len(images)`, `images[i]`.
+DepthImages = list[tuple[bytes, Array]]
+"""Encoded images, each with its depth [h / STRIDE, w / STRIDE] float16, metres."""
 
-    Raises `SpearError` when there are none, or a file is broken.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.parquet"))
-        if not files:
-            raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
-        with _reading(folder):
-            self.table = pa.concat_tables([pq.read_table(f) for f in files]).combine_chunks()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, row: int) -> tuple[bytes, Array]:
-        """The encoded image and its depth [h / STRIDE, w / STRIDE] float32, metres."""
-        shape = (self.table["height"][row].as_py(), self.table["width"][row].as_py())
-        depth = np.frombuffer(self.table["depth"][row].as_py(), np.float16).reshape(shape)
-        return self.table["image"][row].as_py(), depth.astype(np.float32)
+def read_depth(folder: Path) -> DepthImages:
+    """All images of a folder of files of `write_depth`. Raises `SpearError`: there are none, or a file is
+    broken."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+    with _reading(folder):
+        rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
+    shaped = (np.frombuffer(row["depth"], np.float16).reshape(row["height"], row["width"]) for row in rows)
+    return [(row["image"], depth) for row, depth in zip(rows, shaped, strict=True)]

@@ -20,7 +20,7 @@ from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.errors import SpearError
 from spear.labels.fit.masks import decode_mask
 from spear.labels.questions.generate import generate
-from spear.labels.store import DepthImages, read
+from spear.labels.store import DepthImages, read, read_depth
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS, MogeForDepth, PatchClassification
@@ -42,7 +42,7 @@ class DepthTask:
 
     def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
         self.model, self.batch_size, self.seed = model, batch_size, seed
-        self.views = {path.name: DepthImages(path) for path in sorted(folder.glob("*/"))}
+        self.views = {path.name: read_depth(path) for path in sorted(folder.glob("*/"))}
         if not self.views:
             raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
 
@@ -52,7 +52,8 @@ class DepthTask:
         images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"]
         rows = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
-        return {"pixels": torch.stack(pixels), "depth": torch.stack([torch.from_numpy(d) for _, d in rows])}
+        depth = torch.from_numpy(np.stack([depth for _, depth in rows])).float()
+        return {"pixels": torch.stack(pixels), "depth": depth}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Mean absolute error of log depth, shape and scale apart."""
@@ -173,7 +174,7 @@ def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict
 def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
     """The depth of the images that `load_labels` gave, by view: row i belongs to label i. Raises `SpearError`
     for a folder without depth, or with that of other images."""
-    found = {view: DepthImages(Path(folder) / "depth" / view) for view in labels}
+    found = {view: read_depth(Path(folder) / "depth" / view) for view in labels}
     for view, images in found.items():
         if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
             raise SpearError(

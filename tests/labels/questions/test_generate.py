@@ -13,7 +13,7 @@ from spear.errors import SpearError
 from spear.labels.fit.image import unproject
 from spear.labels.questions.generate import all_texts, askable, generate
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.labels.store import DepthImages, write_depth
+from spear.labels.store import read_depth, write_depth
 from spear.train.tasks import load_depth
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 from spear.util.images import encode_jpeg
@@ -152,4 +152,4 @@ def test_depth_of_other_images_is_refused(tmp_path: Path) -> None:
     write_depth([(image, np.ones((8, 8), np.float32))], tmp_path / "depth/external/depth-00000.parquet")
     with pytest.raises(SpearError, match="of other images than the labels"):
         load_depth(tmp_path, {"external": [label]})
-    assert len(DepthImages(tmp_path / "depth/external")) == 1
+    assert len(read_depth(tmp_path / "depth/external")) == 1
