@@ -132,9 +132,7 @@ def _outline(
     """
     total = occluded = 0
     beside = []
-    for axis in (0, 1):
-        ahead = tuple(slice(1, None) if i == axis else slice(None) for i in (0, 1))
-        behind = tuple(slice(None, -1) if i == axis else slice(None) for i in (0, 1))
+    for ahead, behind in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         for here, there in ((ahead, behind), (behind, ahead)):
             border = inside[here] & ~inside[there]
             total += int(np.count_nonzero(border))

@@ -109,11 +109,8 @@ def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False
 
 def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
     """Outline the objects of each image."""
-
-    def outline(good: Sequence[Work], frames: Sequence[Frame]) -> list[Array]:
-        return segmenter.segment(frames, [work.detections for work in good])
-
-    for work, masks in _answers(works, outline):
+    answers = _answers(works, lambda good, frames: segmenter.segment(frames, [w.detections for w in good]))
+    for work, masks in answers:
         work.masks = masks
         work.provenance["segmenter"] = segmenter.name
 

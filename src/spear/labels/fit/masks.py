@@ -33,11 +33,8 @@ def encode_mask(mask: Array) -> list[int]:
     """A mask [h, w] bool as run lengths, COCO's convention: alternating counts of zeros and ones, column by
     column, zeros first (0 when the first pixel is set); they sum to h·w."""
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
-    if flat.size == 0:
-        return []
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    edges = np.concatenate([[0, 0] if flat[0] else [0], changes, [flat.size]])
-    runs: list[int] = np.diff(edges).tolist()
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    runs: list[int] = np.diff(changes, prepend=0, append=flat.size).tolist()
     return runs
 
 
@@ -104,10 +101,7 @@ def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
     number = np.cumsum(where).reshape(where.shape) - 1
     depth = np.where(where, points[..., 2], 1.0)
     pairs = []
-    for a, b in (
-        ((slice(None), slice(1, None)), (slice(None), slice(-1))),
-        ((slice(1, None),), (slice(-1),)),
-    ):
+    for a, b in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
         near = where[a] & where[b]
         near &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
         pairs.append(np.stack([number[a][near], number[b][near]]))

@@ -13,6 +13,7 @@ The objects asked about are those that a reader can tell apart and whose label i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,8 +82,7 @@ def generate(
     flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
     scene = Scene(label, askable(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
-    questions: list[Question] = []
-    seen = set()
+    questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(4 * wanted):
         family = pick(families, rng)
         answer = MAKERS[family](scene, rng)
@@ -90,16 +90,15 @@ def generate(
             continue
         words, segments, objects = answer
         key = (family, objects, tuple(segments))
-        if key in seen:
+        if key in questions:
             continue
-        seen.add(key)
         prompt = pick(PROMPTS[family], rng).format_map(words)
         if len(UNITS[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
             prompt = pick(UNITS[label.unit], rng).format(prompt)
-        questions.append(Question(family, prompt, segments, objects, label.unit))
+        questions[key] = Question(family, prompt, segments, objects, label.unit)
         if len(questions) == wanted:
             break
-    return questions
+    return list(questions.values())
 
 
 def spoken(question: Question) -> str:

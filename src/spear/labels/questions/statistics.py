@@ -5,7 +5,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
 SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "compact")
-_numbers = partial(array, "d")  # a list would take four times the memory
 
 
 class TokenUse(NamedTuple):
@@ -45,7 +43,7 @@ class Statistics:
     names       name → objects.
     reasons     why objects are not asked about → objects (one may have several reasons).
     distances   of boxed objects: from the camera to the box's centre; sizes: the box's longest side.
-    scores      score → its values, of the objects that have it.
+    scores      score → its values, of the objects that have it. (Lists would take four times the memory.)
     """
 
     images: int = 0
@@ -54,9 +52,9 @@ class Statistics:
     provenance: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    distances: "array[float]" = field(default_factory=_numbers)
-    sizes: "array[float]" = field(default_factory=_numbers)
-    scores: "dict[str, array[float]]" = field(default_factory=lambda: {name: _numbers() for name in SCORES})
+    distances: "array[float]" = field(default_factory=lambda: array("d"))
+    sizes: "array[float]" = field(default_factory=lambda: array("d"))
+    scores: "dict[str, array[float]]" = field(default_factory=lambda: {name: array("d") for name in SCORES})
 
     @property
     def objects(self) -> int:

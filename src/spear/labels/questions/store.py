@@ -80,12 +80,5 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
-    return {
-        "source": source,
-        "family": question.family,
-        "prompt": question.prompt,
-        "answer": spoken(question),
-        "segments": json.dumps(segments),
-        "objects": list(question.objects),
-        "unit": question.unit,
-    }
+    words = {"source": source, "answer": spoken(question), "segments": json.dumps(segments)}
+    return vars(question) | words | {"objects": list(question.objects)}
