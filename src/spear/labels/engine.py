@@ -65,14 +65,13 @@ def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
     """`locate`; then keep only what `finish` needs, for the way to another process: no pixels (they are
     encoded already), no truth, and masks eight pixels to a byte."""
     locate(works, pointmap)
-    works[:] = map(_pack, works)
-
-
-def _pack(work: Work) -> Work:
-    if work.error is not None or work.frame is None or work.masks is None:
-        return replace(work, frame=None, masks=None, geometry=None)
-    frame = replace(work.frame, image=work.frame.image[..., :0], depth=None, instances=None, boxes=None)
-    return replace(work, frame=frame, masks=np.packbits(work.masks, axis=-1))
+    for work in works:
+        if work.error is not None or work.frame is None or work.masks is None:
+            work.frame = work.masks = work.geometry = None
+        else:
+            image = work.frame.image[..., :0]
+            work.frame = replace(work.frame, image=image, depth=None, instances=None, boxes=None)
+            work.masks = np.packbits(work.masks, axis=-1)
 
 
 def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:

@@ -58,10 +58,9 @@ class Item(NamedTuple):
 def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
-    argument  an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
-              files and files with other endings are passed over; an EgoExo4D take gives the frames of its
-              cameras), or a glob of all that.
-    rate      frames per second of video.
+    argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
+    files and files with other endings are passed over; an EgoExo4D take gives the frames of its cameras), or
+    a glob of all that. rate: frames per second of video.
 
     Raises `SpearError`: nothing there, nothing in there that is an image, or an archive that cannot be
     listed.
@@ -302,5 +301,5 @@ def shrink(image: Array, longest: int | None) -> Array:
     if longest is None or max(height, width) <= longest:
         return image
     scale = longest / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))

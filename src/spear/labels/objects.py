@@ -58,12 +58,9 @@ def label_object(
 ) -> LabeledObject | None:
     """Lift one detection to 3D.
 
-    detection  name, 2D box and score.
-    mask       [h, w] bool, its pixels.
-    pointmap   of the whole image.
-    plane      the support plane of the image, None when none was found.
-    taken      [h, w] bool, the pixels of all objects.
-    noise      of the depth, see `points.noise_level`.
+    mask   [h, w] bool, its pixels; taken: [h, w] bool, those of all objects; pointmap: of the whole image.
+    plane  the support plane of the image, None when none was found.
+    noise  of the depth, see `points.noise_level`.
 
     Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
     mask. Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is

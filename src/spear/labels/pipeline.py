@@ -61,8 +61,7 @@ def label(
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come.
 
-    frames    images, with ground truth where the components read it.
-    detector, segmenter, pointmap  the models; each gets eight images at a time.
+    frames    images, with ground truth where the models read it; these get eight at a time.
     settings  how boxes are fitted; None for those of `settings_for` the models.
     skipped   collects the reasons of skipped images; None stops at more than a tenth of bad ones.
 

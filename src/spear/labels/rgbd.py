@@ -46,6 +46,8 @@ class Scene:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = path = Path(folder)
+        self._pairs = _pairs(path)
+        self.sources = [str(color) for color, _ in self._pairs]
         self.depth_camera: Array | None = None  # both images show the same view
         self.names: dict[int, str] | None = None
         calibration = path / "intrinsic"
@@ -59,16 +61,9 @@ class Scene:
             self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
             self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")
             self.names = _scannet_names(path)
-        elif (path / "depth").is_dir():
+        else:
             file = path / "intrinsics.json"
             self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
-        else:
-            raise SpearError(
-                f"{path}: no RGB-D scene: give a folder with depth/, color/, intrinsics.txt, or a ScanNet "
-                "scan"
-            )
-        self._pairs = _pairs(path)
-        self.sources = [str(color) for color, _ in self._pairs]
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
@@ -180,7 +175,8 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
     """Colour and depth files of the same name, by number, then by name."""
     color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
-        raise SpearError(f"{folder}: no color/ or no depth/ here: give a folder that has both")
+        what = "no RGB-D scene (no color/ or no depth/)"
+        raise SpearError(f"{folder}: {what}: give both and intrinsics.txt, or a ScanNet scan")
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
     pairs = [(path, depths[path.stem]) for path in color.iterdir() if path.stem in depths]
     if not pairs:

@@ -46,11 +46,9 @@ def label_scenes(
 
     A job of `SCENES_PER_JOB` scenes that is finished is kept, so an interrupted run continues where it was.
 
-    sizes     view ("external", "wrist") → (width, height).
-    labelled  how frames are labelled; the depth images are true whatever it is.
-
-    Raises `SpearError`: before anything is written, for a folder that holds other files, other scenes or
-    sizes.
+    sizes: view ("external", "wrist") → (width, height). labelled: how frames are labelled; the depth images
+    are true whatever it is. Raises `SpearError`, before anything is written, for a folder that holds other
+    files, other scenes or sizes.
     """
     end = first_seed + scenes
     starts = range(first_seed, end, SCENES_PER_JOB)

@@ -264,9 +264,8 @@ def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Arr
     the faces of the box around it, and its back is hidden: it is taken to be as deep as it is wide or high,
     whichever is less. Our choice.
 
-    along      [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up).
-    middle     [3] the mean point, camera frame.
-    low, high  [3] the extremes of `along`.
+    along: [n, 3] the points along `axes`, the box axes [3, 3] (columns, the last one up), with their extremes
+    `low` and `high` [3]. middle: [3] the mean point, camera frame.
     """
     towards = middle @ axes[:, :2]
     towards = towards / max(float(np.linalg.norm(towards)), 1e-9)

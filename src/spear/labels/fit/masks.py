@@ -145,11 +145,8 @@ def snap(
     is higher than the support. What neither tells, the mask does; one too thin to have an inside stays as it
     is.
 
-    mask    what the segmenter says.
-    points  [h, w, 3] camera frame; known: [h, w] where they are.
-    taken   [h, w] the pixels of other objects.
-    plane   the support, None when unknown.
-    noise   of the depth, as a fraction of it.
+    points  [h, w, 3] camera frame; known: [h, w] where they are; taken: [h, w] the pixels of other objects.
+    plane   the support, None when unknown; noise: of the depth, as a fraction of it.
     """
     core = erode(mask, pixels) & known
     if not core.any():

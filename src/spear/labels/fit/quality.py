@@ -47,13 +47,8 @@ def stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Medians over n boxes.
-
-    center  distance between the centres.
-    vertex  mean distance between the vertices, up to the symmetry of a box.
-    iou     3D intersection over union.
-    missed  true boxes of visible objects that no label has.
-    """
+    """Medians over n boxes, of what `box_errors` says of each; missed: true boxes of visible objects that no
+    label has."""
 
     n: int
     center: float
