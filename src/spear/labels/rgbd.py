@@ -6,8 +6,7 @@ A plain folder. Both images show the same view; the depth image may have fewer p
     depth/NAME.png    16 bits, millimetres; 0 and 65535 are unknown
     intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image, the first pixel's centre at 0 (as in
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
-    pose/NAME.txt     optional: 4×4, camera → world, metres, the world's z up; camera x right, y down, z
-    forward
+    pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z forward
 
 A ScanNet scan as its own tools export it. The depth image is laid over the colour image along the rays of the
 two cameras, which stand in one place.
