@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, cycle
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,14 +115,11 @@ def run_local(
     Raises `SpearError`: a component cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
-    batches = iter(batches)
-    if (first := next(batches, None)) is None:
-        return
     components = [make() for make in graph.makers]
     try:
         with processes.pool(workers, __name__, advice) as pool:
             reader = partial(read, longest=graph.longest)
-            works = processes.in_order(pool, reader, chain([first], batches), workers + 1)
+            works = processes.in_order(pool, reader, batches, workers + 1)
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
             yield from processes.in_order(pool, partial(finish, graph.boxes), works, workers + 1)
@@ -158,9 +155,6 @@ def run_ray(
     not installed, or a component cannot be made.
     """
     ray = need("ray", "ray", "the ray engine")
-    batches = iter(batches)
-    if (first := next(batches, None)) is None:
-        return
     begun = not ray.is_initialized()
     if begun:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -173,7 +167,7 @@ def run_ray(
         reader, finisher = ray.remote(read), ray.remote(finish)
         ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
         waiting: deque[Any] = deque()
-        for batch in chain([first], batches):
+        for batch in batches:
             works = reader.remote(list(batch), graph.longest)
             for network in networks:
                 works = next(network).call.remote(works)

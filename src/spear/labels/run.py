@@ -175,7 +175,8 @@ def label_folder(
 
         ours, theirs = tee(_todo(out, items(), finished, work, retry_skipped))
         with closing(engine(batch for _, batch in theirs)) as labelled:
-            results = zip(ours, labelled, strict=True)
+            # In this order an engine that has nothing to do is not begun.
+            results = zip(ours, labelled, strict=False)
             for shard, group in groupby(results, key=lambda result: result[0][0]):
                 path = out / f"labels-{shard.number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
