@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2040, "ablations": 690, "cli": 1650, "data": 4930, "embodiments": 780, "evaluate": 2895,
-    "labels": 4940, "models": 4745, "report": 1200, "serve": 1010, "sim": 1585, "train": 2620, "ui": 695,
+    "labels": 4745, "models": 4745, "report": 1200, "serve": 1010, "sim": 1585, "train": 2620, "ui": 695,
     "util": 725,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
