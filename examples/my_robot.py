@@ -41,7 +41,6 @@ def example():
 
 
 EMBODIMENT = Embodiment(
-    about="a robot that takes poses",
     required={
         "camera": "the camera's image, uint8 [height, width, 3]",
         POSE: "x y z (mm), rotation vector (rad), base frame: 6 numbers",

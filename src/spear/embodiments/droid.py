@@ -110,7 +110,6 @@ def _with_gripper(rows: Array, actions: Array) -> Array:
 
 
 EMBODIMENT = Embodiment(
-    about="the DROID platform (Franka), with openpi's keys",
     required={
         IMAGE: "the exterior camera's image, uint8 [height, width, 3]",
         WRIST: "the wrist camera's image, uint8 [height, width, 3]",

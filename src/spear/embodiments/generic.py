@@ -21,7 +21,6 @@ def example() -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="SPEAR-1's own observations and actions",
     required=read.REQUIRED,
     optional={
         WRIST: "the wrist camera's image, uint8 [height, width, 3]",

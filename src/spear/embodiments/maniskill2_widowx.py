@@ -49,7 +49,6 @@ def example() -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="WidowX of SIMPLER in ManiSkill 2 (SimplerEnv), in the vla-eval harness",
     required={
         "images": "a map whose 'primary' is the third-view camera's image, uint8 [height, width, 3]",
         "states": maniskill3.LINK_POSE + " (the benchmark's send_state: true)",

@@ -45,7 +45,6 @@ def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="the DROID platform in RoboArena's evaluation",
     required=renamed(droid.EMBODIMENT.required),
     optional={
         ENDPOINT: '"infer"; or "reset", which needs nothing else',

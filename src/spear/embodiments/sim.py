@@ -14,4 +14,4 @@ def example() -> dict[str, Any]:
     return observation
 
 
-EMBODIMENT = dataclasses.replace(generic.EMBODIMENT, about="the embedded simulator", example=example)
+EMBODIMENT = dataclasses.replace(generic.EMBODIMENT, example=example)

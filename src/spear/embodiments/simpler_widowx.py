@@ -66,7 +66,6 @@ def example() -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="WidowX of SIMPLER in ManiSkill 3",
     required={
         "observation/image": "the third-view camera's image, uint8 [height, width, 3]",
         POSE: LINK_POSE,

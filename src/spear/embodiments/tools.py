@@ -1,20 +1,22 @@
-"""What robots' files are made of: reading an observation strictly, and following a chunk of actions.
+"""What robots' files are made of: a robot, reading its observation strictly, following a chunk of actions.
 
 This is the one place where observations are checked. A robot reads its own keys with the functions below;
 `check` does it for an observation that is in SPEAR-1's own words already. The result is a `Checked`, which is
 not looked at again on its way to the network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known, unknown_name
 from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
 from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array
 
+Observation = Mapping[str, Any]
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
 COMMITTED = "committed"
 REQUIRED = {
@@ -39,7 +41,66 @@ class Checked(dict[str, Any]):
     """An observation of `spear.types.Policy` whose values have all been checked."""
 
 
-def check(observation: Mapping[str, Any]) -> Checked:
+@dataclass(frozen=True)
+class Control:
+    """One way to command a robot.
+
+    about    what a row of the result is, with units and frames: clients are told.
+    rate_hz  rows per second.
+    convert  (actions [H, 8] of `spear.types.Action`, state [8] and the robot's own observation from which
+             they were predicted) → [N, n] rows for the robot; left out, they are the actions themselves.
+    """
+
+    about: str
+    rate_hz: float
+    convert: Callable[[Array, Array, Observation], Array] = lambda actions, state, observation: actions
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """A robot.
+
+    required   observation key → what it is; every one must be there.
+    observe    the robot's observation → that of `spear.types.Policy`; raises `SpearError` naming the key.
+    controls   name → `Control`; the first is the default.
+    example    an observation as the robot sends it, the same at every call.
+    optional   as `required`, for keys that may be there, the seed always; any other key is refused.
+    greeting   control's name → the server's first message, for clients that want another than `Service`'s.
+    direct_reply  request → the text that answers it without the policy, None where it is an observation.
+    """
+
+    required: Mapping[str, str]
+    observe: Callable[[Observation], dict[str, Any]]
+    controls: Mapping[str, Control]
+    example: Callable[[], dict[str, Any]]
+    optional: Mapping[str, str] = field(default_factory=dict)
+    greeting: Callable[[str], dict[str, Any]] | None = None
+    direct_reply: Callable[[Observation], str | None] = lambda request: None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optional", {**self.optional, SEED: ANY_SEED})
+
+    def read(self, observation: Any) -> Checked:
+        """The robot's observation as SPEAR-1 wants it. Raises `SpearError` naming the key that is wrong."""
+        if not isinstance(observation, Mapping):
+            raise SpearError(f"observation: a {type(observation).__name__}: send a map of keys to values")
+        known = [*self.required, *self.optional]
+        for key in observation:
+            if key not in known:
+                raise unknown_name("observation key", str(key)[:80], known)
+        for key, about in self.required.items():
+            if key not in observation:
+                raise SpearError(f"observation without {key!r}: send {about}")
+        return Checked({**self.observe(observation), **seed(observation)})
+
+    def control(self, name: str | None) -> tuple[str, Control]:
+        """A control by name, the default for None. Raises `SpearError` for an unknown one."""
+        name = name or next(iter(self.controls))
+        check_known("control", self.controls, name)
+        return name, self.controls[name]
+
+
+def check(observation: Observation) -> Checked:
     """Check an observation of `spear.types.Policy`. Raises `SpearError` naming the key.
 
     Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Other keys stay as they are.
@@ -55,7 +116,7 @@ def check(observation: Mapping[str, Any]) -> Checked:
     return Checked({**observation, **own, **seed(observation), **committed(observation)})
 
 
-def image(observation: Mapping[str, Any], key: str) -> Array:
+def image(observation: Observation, key: str) -> Array:
     """[h, w, 3] uint8, RGB. Raises `SpearError` naming the key for anything else."""
     value = observation[key]
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
@@ -69,7 +130,7 @@ def image(observation: Mapping[str, Any], key: str) -> Array:
     return value
 
 
-def numbers(observation: Mapping[str, Any], key: str, count: int) -> Array:
+def numbers(observation: Observation, key: str, count: int) -> Array:
     """[count] float64, finite; one number may come without a shape. Raises `SpearError` naming the key."""
     value = observation[key]
     if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
@@ -89,14 +150,14 @@ def position(values: Array, what: str) -> Array:
     return values
 
 
-def opening(observation: Mapping[str, Any], key: str, value: float) -> float:
+def opening(observation: Observation, key: str, value: float) -> float:
     """A gripper opening in 0 … 1; readings up to 0.1 beyond are clipped, others refused."""
     if not -0.1 <= value <= 1.1:
         raise SpearError(f"{key}: a gripper reading of {value:g}: send a number from 0 to 1")
     return min(max(value, 0.0), 1.0)
 
 
-def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
+def prompt(observation: Observation, key: str = PROMPT) -> str:
     """The instruction. Raises `SpearError` naming the key."""
     value = observation[key]
     if isinstance(value, str) and len(value) > LONGEST_PROMPT:
@@ -106,7 +167,7 @@ def prompt(observation: Mapping[str, Any], key: str = PROMPT) -> str:
     return value
 
 
-def seed(observation: Mapping[str, Any]) -> dict[str, int]:
+def seed(observation: Observation) -> dict[str, int]:
     """The entry that fixes the random part of an answer, where there is one. Raises `SpearError` naming the
     key for anything but a whole number."""
     if SEED not in observation:
@@ -117,7 +178,7 @@ def seed(observation: Mapping[str, Any]) -> dict[str, int]:
     return {SEED: int(value)}
 
 
-def committed(observation: Mapping[str, Any]) -> dict[str, Array]:
+def committed(observation: Observation) -> dict[str, Array]:
     """The entry with the actions [d, 8] that are executed before the answer is there, where there is one.
     Raises `SpearError` naming the key for anything else."""
     if COMMITTED not in observation:
@@ -143,7 +204,7 @@ def state(position: Array, rotation: Array, gripper: float, what: str = "the ori
 
 
 def arm(
-    observation: Mapping[str, Any],
+    observation: Observation,
     key: str,
     values: Array,
     rotation: Array,

@@ -43,7 +43,6 @@ def example() -> dict[str, Any]:
 
 
 EMBODIMENT = Embodiment(
-    about="WidowX 250 with BridgeData V2's controller",
     required={
         "observation/image": "the over-the-shoulder camera's image, uint8 [height, width, 3], not squeezed",
         STATE: "x y z (m), roll pitch yaw (rad), gripper opening 0 … 1, as the controller's state: 7 numbers",
