@@ -105,7 +105,7 @@ def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
 
 
 def test_clients_and_messages_are_bounded() -> None:
-    with serving(bounds={"max_bytes": 300_000, "max_clients": 2}) as server:
+    with serving(bounds={"LARGEST_MESSAGE": 300_000, "MOST_CLIENTS": 2}) as server:
         with connect(url(server), compression=None) as other, connect(url(server), compression=None) as raw:
             raw.recv()
             other.recv()

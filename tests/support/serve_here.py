@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -96,23 +97,24 @@ def serving(
     bounds: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Iterator[PolicyServer]:
-    """A server on a free port of this machine, stopped at the end. bounds: of clients and messages."""
+    """A server on a free port of this machine, stopped at the end. bounds: other constants of its module."""
     service = Service(policy or Homing(), embodiments.load(robot), "test", robot, options.get("control"))
     started = threading.Event()
     held: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, ServeOptions("test", port=0, **options), page, **(bounds or {}))
+        server = PolicyServer(service, ServeOptions("test", port=0, **options), page)
         held["server"] = server
         LOOPS[server] = asyncio.get_running_loop()
         await server.run(lambda _: started.set())
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    thread.start()
-    assert started.wait(120), "the server did not start"
-    try:
-        yield held["server"]
-    finally:
-        stop(held["server"])
-        thread.join(120)
-        assert not thread.is_alive(), "the server did not stop"
+    with patch.dict("spear.serve.server.__dict__", bounds or {}):
+        thread.start()
+        assert started.wait(120), "the server did not start"
+        try:
+            yield held["server"]
+        finally:
+            stop(held["server"])
+            thread.join(120)
+            assert not thread.is_alive(), "the server did not stop"

@@ -49,7 +49,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def server(browser: Browser, renderer: Any) -> Iterator[PolicyServer]:
     """`renderer`: skips where nothing can be rendered."""
     policy = Spear1Policy.load("nano", steps=2)
-    with serving(policy, page=Page(policy, "nano", None, 2**20), bounds={"max_bytes": 2**20}) as running:
+    with serving(
+        policy, page=Page(policy, "nano", None, 2**20), bounds={"LARGEST_MESSAGE": 2**20}
+    ) as running:
         yield running
 
 

@@ -59,7 +59,9 @@ def policy() -> Spear1Policy:
 
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
-    with serving(policy, page=Page(policy, "nano", None, LIMIT), bounds={"max_bytes": LIMIT}) as running:
+    with serving(
+        policy, page=Page(policy, "nano", None, LIMIT), bounds={"LARGEST_MESSAGE": LIMIT}
+    ) as running:
         yield running
 
 

@@ -16,7 +16,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -30,14 +30,16 @@ from websockets.protocol import State
 from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.options import ServeOptions
-from spear.serve.service import Batcher, Busy, Gone, Service
+from spear.serve.service import Batcher, Busy, Gone, Result, Service
 
 LOG = logging.getLogger("spear.serve")
 QUIET = logging.getLogger("spear.serve.websockets")
 """For what broken clients do: the metrics count it, the terminal does not show it."""
 QUIET.setLevel(logging.CRITICAL)
 LARGEST_MESSAGE = 16 * 2**20
-"""Bytes (our choice)."""
+"""Bytes; a larger one ends its connection, 1009 (our choice)."""
+MOST_CLIENTS = 256
+"""Connections at a time; further ones get 503 (our choice)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 30.0
 """How long requests under way may take when the server stops."""
@@ -90,11 +92,6 @@ class Metrics:
         Gauge("spear_queue", "Requests that wait.", registry=own).set_function(queue)
         Gauge("spear_clients", "Open connections.", registry=own).set_function(clients)
         Gauge("spear_gpu_memory_bytes", gpu, registry=own).set_function(gpu_memory)
-
-    def batch(self, size: int, seconds: float) -> None:
-        """Count a batch."""
-        self.size.observe(size)
-        self.inference.observe(seconds)
 
 
 class Guarded(ServerConnection):
@@ -161,33 +158,27 @@ class Guarded(ServerConnection):
 
 
 class PolicyServer:
-    """Serves one `Service`, and a page if there is one, until it is stopped.
+    """Serves one `Service`, and a page if there is one, until it is stopped."""
 
-    max_clients  connections at a time; further ones get 503.
-    max_bytes    the largest message; a larger one ends its connection (1009).
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        options: ServeOptions,
-        page: Page | None = None,
-        max_clients: int = 256,
-        max_bytes: int = LARGEST_MESSAGE,
-    ) -> None:
+    def __init__(self, service: Service, options: ServeOptions, page: Page | None = None) -> None:
         self.options, self.page, self.port = options, page, options.port
-        self._max_clients, self._max_bytes = max_clients, max_bytes
         self._greeting, self._direct_reply = wire.encode(service.greeting), service.embodiment.direct_reply
         self._peers: dict[Guarded, None] = {}
         self._metrics = Metrics(lambda: len(self._batcher), self._clients)
-        wait_s = options.wait_ms / 1000
-        self._batcher = Batcher(service.answer, options.max_batch, wait_s, options.queue, self._metrics.batch)
+        self._service = service
+        self._batcher = Batcher(self._compute, options.max_batch, options.wait_ms / 1000, options.queue)
         self._stop = asyncio.Event()
         self._draining = False
         self._answering = 0
 
     def _clients(self) -> int:
         return sum(peer.state is State.OPEN for peer in self._peers)
+
+    def _compute(self, requests: Sequence[Any]) -> Sequence[Result]:
+        """A batch, counted."""
+        self._metrics.size.observe(len(requests))
+        with self._metrics.inference.time():
+            return self._service.answer(requests)
 
     def stop(self) -> None:
         """Take no more requests, answer those that were taken, then end `run`. Call it in the event loop."""
@@ -198,10 +189,9 @@ class PolicyServer:
 
         Raises `SpearError` when the port cannot be had.
         """
-        loop = asyncio.get_running_loop()
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: `stop` is for that
             for number in SIGNALS:
-                loop.add_signal_handler(number, self.stop)
+                asyncio.get_running_loop().add_signal_handler(number, self.stop)
         answering = asyncio.create_task(self._batcher.run())
         try:
             async with await self._listen() as server:
@@ -215,8 +205,6 @@ class PolicyServer:
             answering.cancel()
             if self.page:
                 await self.page.close()
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
 
     async def _listen(self) -> Server:
         try:
@@ -227,7 +215,7 @@ class PolicyServer:
                 create_connection=functools.partial(Guarded, self._peers),  # type: ignore[arg-type]
                 process_request=self._request,
                 compression=None,
-                max_size=self._max_bytes,
+                max_size=LARGEST_MESSAGE,
                 max_queue=1,
                 server_header=None,
                 logger=QUIET,
@@ -327,7 +315,7 @@ class PolicyServer:
             return connection.respond(status.OK, generate_latest(self._metrics.registry).decode())
         if "upgrade" not in request.headers:
             return connection.respond(status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n")
-        if (busy := self._clients()) >= self._max_clients:
+        if (busy := self._clients()) >= MOST_CLIENTS:
             return connection.respond(status.SERVICE_UNAVAILABLE, f"busy: {busy} clients: try again later\n")
         return None
 

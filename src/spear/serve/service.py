@@ -136,7 +136,6 @@ class Batcher:
     wait_s     the longest that a batch waits for more requests once the last batch is done. It starts at once
                when it is full, or when every client that was active within the last second is in it.
     capacity   the most requests that wait; further ones are refused with `Busy`.
-    done       called after each batch with its size and the seconds that it took.
     """
 
     def __init__(
@@ -145,10 +144,8 @@ class Batcher:
         max_batch: int,
         wait_s: float,
         capacity: int,
-        done: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        self._answer, self._done = answer, done
-        self._max_batch, self._wait_s, self._capacity = max_batch, wait_s, capacity
+        self._answer, self._max_batch, self._wait_s, self._capacity = answer, max_batch, wait_s, capacity
         self._queue: deque[_Waiting] = deque()
         self._seen: dict[Hashable, float] = {}
         self._arrived = asyncio.Event()
@@ -185,9 +182,7 @@ class Batcher:
                 batch = await self._collect()
                 if not batch:  # everyone who asked has left
                     continue
-                started = time.perf_counter()
                 results = await loop.run_in_executor(self._thread, self._safely, [w.request for w in batch])
-                self._done(len(batch), time.perf_counter() - started)
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
                         self._seen[waiting.client] = time.perf_counter()
