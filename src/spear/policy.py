@@ -14,7 +14,7 @@ from spear.embodiments.tools import Checked, check
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
-from spear.models.devices import bfloat16_is_fast, keep_freed_memory
+from spear.models.devices import bfloat16_is_fast, choose_device, keep_freed_memory
 from spear.models.processing import Processor
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -118,13 +118,13 @@ class VlmBundle:
 
 
 def load_vlm(
-    name: str | Path = "nano", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path = "nano", device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
 ) -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
 
-    dtype: of the weights. Raises `SpearError` when it is missing or broken.
+    device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or broken.
     """
-    folder = locate(name)
+    folder, device, dtype = locate(name), *_where(device, dtype)
     if weights.architecture(folder) == Spear1ForActionPrediction.config_class.model_type:
         model = weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     else:
@@ -133,9 +133,13 @@ def load_vlm(
     return VlmBundle(model, Processor.load(folder, model.config))
 
 
-def _place(model: torch.nn.Module, device: str | torch.device) -> None:
+def _where(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
+    place = choose_device(device) if isinstance(device, str) else device
+    return place, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _place(model: torch.nn.Module, device: torch.device) -> None:
     """Put a loaded model on a device, in place."""
-    device = torch.device(device)
     if next(model.parameters()).dtype == torch.bfloat16 and not bfloat16_is_fast(device):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
     torch.nn.Module.to(model, device)
@@ -168,15 +172,16 @@ class Spear1Policy:
         steps: int = 10,
         seed: int = 0,
         dataset: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = "float32",
     ) -> "Spear1Policy":
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
+        device   as in `choose_device`.
         dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and
                  only there.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
-        folder = locate(name)
+        folder, device, dtype = locate(name), *_where(device, dtype)
         model = weights.load(Spear1ForActionPrediction, folder, dtype)
         _place(model, device)
         normalizer = Normalizer.load(folder / "normalizer.json")

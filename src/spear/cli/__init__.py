@@ -8,7 +8,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import inspect
 import io
 import os
 import re
@@ -213,16 +212,16 @@ def _description(name: str) -> str:
 
 
 def _help(name: str) -> str:
-    """The docstring of a command, read without importing what the command imports."""
+    """The docstring of a command."""
     module, _, function = COMMANDS[name].partition(":")
-    tree = _tree(Path(__file__).with_name(f"{module}.py"))
-    found = next(f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == function)
-    return inspect.cleandoc(ast.get_docstring(found) or "")
+    return _docstrings(module)[function]
 
 
 @functools.cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def _docstrings(module: str) -> dict[str, str]:
+    """Those of a file's functions, read without importing what the file imports."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    return {f.name: ast.get_docstring(f) or "" for f in tree.body if isinstance(f, ast.FunctionDef)}
 
 
 def _group(word: str) -> list[str]:

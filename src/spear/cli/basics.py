@@ -41,18 +41,15 @@ def ask(options: AskOptions) -> None:
         spear ask photo.jpg "How far away is the mug?"
         spear ask sim:7 "Provide the 3D bounding box coordinates of the carrot" --draw box.png
     """
-    import torch
-
     from spear.evaluate.vqa import ask as asking
     from spear.evaluate.vqa.calibration import Trust
-    from spear.models.devices import choose_device
     from spear.models.weights.load import simulator_only
     from spear.policy import load_vlm, locate
     from spear.util.images import encode_picture, picture_format
 
     if options.draw:
         picture_format(str(options.draw))
-    bundle = load_vlm(options.model, choose_device(options.device), getattr(torch, options.dtype))
+    bundle = load_vlm(options.model, options.device, options.dtype)
     picture = asking.read_picture(options.image, bundle.processor.image_sizes["external"])
     folder = locate(options.model)
     trust = Trust.load(folder)

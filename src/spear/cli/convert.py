@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known
 from spear.util.files import check_new
+from spear.util.network import is_hub_name
 from spear.util.options import Name, Options, Seed
 
 if TYPE_CHECKING:
@@ -181,11 +182,8 @@ def _folder(name: str, what: str) -> Path:
     """A checkpoint's folder: local, a run's, one that comes with the package, or from the Hub."""
     from spear.models.weights.load import find
     from spear.policy import locate
-    from spear.util.network import is_hub_name
 
-    if is_hub_name(name) and not Path(name).exists():
-        return find(name, what)
-    return locate(name)
+    return find(name, what) if is_hub_name(name) and not Path(name).exists() else locate(name)
 
 
 def _processor(folder: Path, config: Any) -> "Processor | None":

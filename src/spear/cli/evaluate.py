@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
+from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
@@ -14,9 +16,6 @@ from spear.evaluate.results import Results, journals, load, missing_parts
 from spear.evaluate.results import merge as put_together
 from spear.util.files import check_own, write_bytes, write_text
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
-
-if TYPE_CHECKING:
-    from spear.evaluate.agents import Agent
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,12 @@ def evaluate(options: EvaluateOptions) -> None:
         spear evaluate --policy runs/my_policy --families stack_cube --out runs/mine
         spear evaluate --policy nano --shard 2/5 --films failures
     """
+    from spear.evaluate.agents import load_agent
     from spear.evaluate.closed_loop import evaluate as run
 
-    run(_load(options.agent), options.loop)
-    _report(options.agent.policy, options.loop.out)
+    who = options.agent
+    run(load_agent(who.policy, who.device, who.dtype, who.dataset), options.loop)
+    _report(who.policy, options.loop.out)
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
         spear evaluate simpler --policy runs/my_policy
         spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
     """
+    from spear.evaluate.agents import load_agent
     from spear.evaluate.simpler.run import OracleAgent
     from spear.evaluate.simpler.run import evaluate as run
 
-    policy = options.agent.policy
-    if policy == "expert":
+    who = options.agent
+    if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    oracle = policy == "oracle" and options.agent.dataset is None
-    run(OracleAgent() if oracle else _load(options.agent), options.loop)
-    _report(policy, options.loop.out)
+    oracle = who.policy == "oracle" and who.dataset is None
+    run(OracleAgent() if oracle else load_agent(who.policy, who.device, who.dtype, who.dataset), options.loop)
+    _report(who.policy, options.loop.out)
 
 
 @dataclass(frozen=True)
@@ -100,26 +102,21 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
-    from tempfile import TemporaryDirectory
-
-    import torch
-
     from spear.evaluate import open_loop
-    from spear.models.devices import choose_device
     from spear.policy import Spear1Policy
     from spear.report.comparison import open_loop_page
 
-    o, place = options, choose_device(options.device)
+    o = options
+    learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
     check_episodes(o.data, o.split)
-    check_episodes(o.train or o.data, o.train_split or "train" if o.train else o.train_split or o.split)
-    model = Spear1Policy.load(o.policy, place, dataset=o.dataset, dtype=getattr(torch, o.dtype))
+    check_episodes(*learned)
+    model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split)
         ours = open_loop.score(o.policy, model, held_out)
-        learned = held_out
-        if o.train or o.train_split:
-            learned = open_episodes(o.train or o.data, Path(scratch) / "train", o.train_split or "train")
-        reference = open_loop.score_mean_action(learned, held_out)
+        same, (folder, split) = learned == (o.data, o.split), learned
+        train = held_out if same else open_episodes(folder, Path(scratch) / "train", split)
+        reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
     names = "".join(f"{s.name[-26:]:<28}" for s in scores)
     print(f"{len(held_out)} held-out episodes".ljust(24) + names.rstrip())
@@ -162,18 +159,14 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
         spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate
     """
-    import torch
-    from rich import print as show
-
     from spear.evaluate.vqa.ask import find_images
     from spear.evaluate.vqa.run import evaluate as run
     from spear.evaluate.vqa.run import measure_trust
-    from spear.models.devices import choose_device
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
     o, asked = options, options.asked
-    bundle = load_vlm(o.model, choose_device(o.device), getattr(torch, o.dtype))
+    bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     scores = run(bundle, labels, asked)
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
@@ -209,8 +202,6 @@ def compare(options: CompareOptions) -> None:
         spear evaluate compare runs/mine runs/evaluate
         spear evaluate compare runs/mine runs/evaluate --out compare.html
     """
-    from rich import print as show
-
     from spear.evaluate.compare import compare as pair_up
     from spear.report.comparison import comparison_page
 
@@ -286,23 +277,11 @@ def reference(options: ReferenceOptions) -> None:
         spear evaluate reference
         spear evaluate reference --table rotation
     """
-    from rich import print as show
-
     known = references()
     if options.table is not None and options.table not in known:
         raise unknown_name("table", options.table, known)
     for name in [options.table] if options.table else known:
         show(known[name].table())
-
-
-def _load(options: AgentOptions) -> "Agent":
-    import torch
-
-    from spear.evaluate.agents import load_agent
-    from spear.models.devices import choose_device
-
-    o, device = options, choose_device(options.device)
-    return load_agent(o.policy, device, getattr(torch, o.dtype), o.dataset)
 
 
 def _folder(results: Path) -> Path:
@@ -312,8 +291,6 @@ def _folder(results: Path) -> Path:
 
 def _report(name: str, out: Path | None, results: Results | None = None) -> None:
     """Write results.json into a folder, and print its results (or these), beside published numbers."""
-    from rich import print as show
-
     assert out is not None
     results = results or load(out)
     results.save(out / "results.json")

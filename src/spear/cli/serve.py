@@ -1,5 +1,6 @@
 """`spear serve` and `spear vla-eval`: a policy for robots, or a benchmark, to connect to."""
 
+import asyncio
 import dataclasses
 import os
 import sys
@@ -27,8 +28,6 @@ def serve(options: ServeOptions) -> None:
         spear serve nano --ui --episodes runs/my_evaluation
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
     """
-    import asyncio
-
     from spear.serve.server import LARGEST_MESSAGE, PolicyServer, reachable
 
     if options.token is None:
@@ -88,7 +87,6 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     from spear.serve.server import check_address
 
     check_address(options.host, options.port)
-    import torch
 
     from spear import embodiments
     from spear.chunks import check_replan
@@ -100,8 +98,8 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     robot.control(options.control)
     folder, device = locate(options.policy), choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
-    dtype = getattr(torch, options.dtype)
-    policy = Spear1Policy.load(folder, device, options.steps, dataset=options.dataset, dtype=dtype)
+    o = options
+    policy = Spear1Policy.load(folder, device, o.steps, dataset=o.dataset, dtype=o.dtype)
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
     rows = service.warm_up()
     if isinstance(options, VlaEvalOptions) and options.replan is not None:

@@ -94,8 +94,8 @@ class IdleAgent(Agent):
 
 def load_agent(
     name: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    dtype: str = "float32",
     dataset: str | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
@@ -118,7 +118,8 @@ def load_agent(
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         return PolicyAgent(policy, name)
     local = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
-    return PolicyAgent(local, name, identity(locate(name), dtype, dataset), local.processor.image_sizes)
+    which = identity(locate(name), local.model.dtype, dataset)
+    return PolicyAgent(local, name, which, local.processor.image_sizes)
 
 
 def identity(folder: Path, dtype: torch.dtype, dataset: str | None) -> str:
