@@ -50,6 +50,6 @@ def test_the_configuration_then_observations_and_resets(control: str) -> None:
 
 def test_the_pose_and_the_commands_are_those_of_droid() -> None:
     ours = load("roboarena").read(roboarena.EMBODIMENT.example())
-    for key, value in droid.EMBODIMENT.read(droid.example()).items():
+    for key, value in droid.EMBODIMENT.read(droid.EMBODIMENT.example()).items():
         np.testing.assert_array_equal(ours[key], value)
     assert all(droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items())

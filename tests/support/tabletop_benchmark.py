@@ -63,7 +63,7 @@ def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def example() -> dict[str, Any]:
-    ours = generic.example()
+    ours = generic.EMBODIMENT.example()
     return {
         "images": {"primary": ours["observation/image"]},
         "states": ours["observation/state"],

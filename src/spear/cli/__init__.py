@@ -58,21 +58,17 @@ COMMANDS: dict[str, str] = {
 ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it."
 
 EXTRAS = {
-    "mujoco": "sim",
-    "gymnasium": "sim",
-    "crc32c": "rlds",
-    "google": "rlds",
-    "peft": "lora",
-    "tensorboard": "train",
-    "av": "report",
-    "websockets": "serve",
-    "msgpack": "serve",
-    "prometheus_client": "serve",
-    "pycocotools": "label",
-    "vla_eval": "vla-eval",
-    "rerun": "view",
+    "sim": ("mujoco", "gymnasium"),
+    "rlds": ("crc32c", "google"),
+    "lora": ("peft",),
+    "train": ("tensorboard",),
+    "report": ("av",),
+    "serve": ("websockets", "msgpack", "prometheus_client"),
+    "label": ("pycocotools",),
+    "vla-eval": ("vla_eval",),
+    "view": ("rerun",),
 }
-"""Module that may be absent -> the extra of this package that brings it."""
+"""Extra of this package -> the modules that it brings, which may be absent."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +123,8 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, SpearError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        extra = EXTRAS.get((error.name or "").split(".")[0])
+        absent = (error.name or "").split(".")[0]
+        extra = next((extra for extra, brought in EXTRAS.items() if absent in brought), None)
         hint = f"run pip install 'spear-vla[{extra}]'"
         return f"this command needs {error.name}, which is not installed: {hint}" if extra else None
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import notice
 from spear.evaluate.options import Decode
-from spear.util.files import write_bytes
+from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
 
 
@@ -156,7 +156,6 @@ def doctor(options: DoctorOptions) -> None:
     from spear.models.devices import choose_device
     from spear.models.presets import preset
     from spear.report.page import render
-    from spear.util.files import write_text
 
     size, device = preset(options.preset), choose_device(options.device)
     facts = machine.about(size, device)

@@ -1,6 +1,7 @@
 """The commands on robot data: what a folder holds, and from one format to another."""
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
 from spear.errors import SpearError, Undecided, check_known
+from spear.util.files import write_text
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -49,12 +51,9 @@ def describe(options: DescribeOptions) -> None:
         spear data describe my_robot
         spear data describe my_robot --out my_robot/spear.json
     """
-    import json
-
     from spear.data.describe import describe as propose
     from spear.data.readers.formats import open_dataset
     from spear.data.readers.spec import SPEC_FILE
-    from spear.util.files import write_text
 
     path, out = options.path, options.out
     if out is not None and out.exists():

@@ -79,17 +79,6 @@ def cartesian_positions(actions: Array, state: Array, observation: Observation) 
     return _with_gripper(torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1).numpy(), actions)
 
 
-def example() -> dict[str, Any]:
-    """The arm in front of its base, gripper open; images as openpi's client sends them."""
-    return {
-        IMAGE: read.example_image(224, 224),
-        WRIST: read.example_image(224, 224),
-        JOINTS: np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785]),
-        GRIPPER: np.array([0.0]),
-        "prompt": "put the carrot on the plate",
-    }
-
-
 def _kinematics() -> Any:
     need("mujoco", "sim", "droid")
     from spear.sim import control
@@ -129,5 +118,11 @@ EMBODIMENT = Embodiment(
             cartesian_positions,
         ),
     },
-    example=example,
+    example=lambda: {
+        IMAGE: read.example_image(224, 224),  # as openpi's client sends them
+        WRIST: read.example_image(224, 224),
+        JOINTS: np.array([0.0, -0.785, 0.0, -2.356, 0.0, 1.571, 0.785]),
+        GRIPPER: np.array([0.0]),
+        "prompt": "put the carrot on the plate",
+    },
 )

@@ -1,23 +1,11 @@
 """Any robot that speaks SPEAR-1's own language: `spear.types.Policy` observations in, actions [5, 8] out."""
 
-from typing import Any
-
 import numpy as np
 
 from spear.embodiments import Control, Embodiment
 from spear.embodiments import tools as read
 
 WRIST = "observation/wrist_image"
-
-
-def example() -> dict[str, Any]:
-    """An arm in front of its base, gripper open and pointing down."""
-    return {
-        read.IMAGE: read.example_image(280, 210),
-        WRIST: read.example_image(112, 112),
-        read.STATE: np.array([0.45, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32),
-        read.PROMPT: "put the carrot on the plate",
-    }
 
 
 EMBODIMENT = Embodiment(
@@ -34,5 +22,10 @@ EMBODIMENT = Embodiment(
             5.0,
         )
     },
-    example=example,
+    example=lambda: {
+        read.IMAGE: read.example_image(280, 210),
+        WRIST: read.example_image(112, 112),
+        read.STATE: np.array([0.45, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32),
+        read.PROMPT: "put the carrot on the plate",
+    },
 )

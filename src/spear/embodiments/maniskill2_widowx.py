@@ -37,17 +37,6 @@ def controller_actions(actions: Array, state: Array, observation: Observation) -
     return maniskill3.command(actions, quat_log(torch.from_numpy(read.base_rotations(state, actions))), 0.0)
 
 
-def example() -> dict[str, Any]:
-    """What the harness sends at the start of an episode."""
-    seen = maniskill3.example()
-    return {
-        "images": {"primary": seen["observation/image"]},
-        "states": seen[maniskill3.POSE],
-        "task_description": seen["prompt"],
-        "task_name": "widowx_carrot_on_plate",
-    }
-
-
 EMBODIMENT = Embodiment(
     required={
         "images": "a map whose 'primary' is the third-view camera's image, uint8 [height, width, 3]",
@@ -64,5 +53,10 @@ EMBODIMENT = Embodiment(
             controller_actions,
         )
     },
-    example=example,
+    example=lambda: {
+        "images": {"primary": read.example_image(640, 480)},
+        "states": maniskill3.EMBODIMENT.example()[maniskill3.POSE],
+        "task_description": "put carrot on plate",
+        "task_name": "widowx_carrot_on_plate",
+    },
 )

@@ -56,7 +56,7 @@ EMBODIMENT = Embodiment(
         name: droid.EMBODIMENT.controls[name]
         for name in ("joint_position", "joint_velocity", "cartesian_position")
     },
-    example=lambda: {**renamed(droid.example()), ENDPOINT: "infer"},
+    example=lambda: {**renamed(droid.EMBODIMENT.example()), ENDPOINT: "infer"},
     greeting=greeting,
     direct_reply=direct_reply,
 )

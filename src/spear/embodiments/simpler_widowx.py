@@ -29,6 +29,8 @@ POSE = "maniskill3/eef_pos"
 LINK_POSE = "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
 LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
 """Orientation of the link where our end-effector frame is parallel to the base frame."""
+TURNED = torch.tensor([0.99, 0.0, 0.0, 0.1410674], dtype=torch.float64)
+"""How the gripper is turned in the example, where it points down."""
 
 
 def orientation(link: Array) -> Array:
@@ -54,17 +56,6 @@ def controller_actions(actions: Array, state: Array, observation: Observation) -
     return command(actions, quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ"), -1.0)
 
 
-def example() -> dict[str, Any]:
-    """The arm before the table, gripper open, pointing down and turned a little."""
-    turned = torch.tensor([0.99, 0.0, 0.0, 0.1410674], dtype=torch.float64)
-    link = quat_multiply(turned, LINK).numpy()
-    return {
-        "observation/image": read.example_image(640, 480),
-        POSE: np.array([0.3, 0.0, 0.15, *link, 1.0], np.float32),
-        "prompt": "put carrot on plate",
-    }
-
-
 EMBODIMENT = Embodiment(
     required={
         "observation/image": "the third-view camera's image, uint8 [height, width, 3]",
@@ -80,5 +71,9 @@ EMBODIMENT = Embodiment(
             controller_actions,
         )
     },
-    example=example,
+    example=lambda: {
+        "observation/image": read.example_image(640, 480),
+        POSE: np.array([0.3, 0.0, 0.15, *quat_multiply(TURNED, LINK).numpy(), 1.0], np.float32),
+        "prompt": "put carrot on plate",
+    },
 )

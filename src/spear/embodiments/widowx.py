@@ -33,15 +33,6 @@ def step_actions(actions: Array, state: Array, observation: Observation) -> Arra
     return np.concatenate([actions[:, :3], turns, actions[:, 7:]], axis=1).astype(np.float32)
 
 
-def example() -> dict[str, Any]:
-    """The arm before the table, gripper open."""
-    return {
-        "observation/image": read.example_image(640, 480),
-        STATE: np.array([0.3, 0.05, 0.15, 0.02, -0.1, 0.4, 1.0], np.float32),
-        "prompt": "put the carrot on the plate",
-    }
-
-
 EMBODIMENT = Embodiment(
     required={
         "observation/image": "the over-the-shoulder camera's image, uint8 [height, width, 3], not squeezed",
@@ -56,5 +47,9 @@ EMBODIMENT = Embodiment(
             step_actions,
         )
     },
-    example=example,
+    example=lambda: {
+        "observation/image": read.example_image(640, 480),
+        STATE: np.array([0.3, 0.05, 0.15, 0.02, -0.1, 0.4, 1.0], np.float32),
+        "prompt": "put the carrot on the plate",
+    },
 )

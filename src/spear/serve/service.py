@@ -182,7 +182,12 @@ class Batcher:
                 batch = await self._collect()
                 if not batch:  # everyone who asked has left
                     continue
-                results = await loop.run_in_executor(self._thread, self._safely, [w.request for w in batch])
+                try:
+                    requests = [waiting.request for waiting in batch]
+                    results = await loop.run_in_executor(self._thread, self._answer, requests)
+                except Exception as error:
+                    logging.getLogger(__name__).exception("inference failed")
+                    results = [error] * len(batch)
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
                         self._seen[waiting.client] = time.perf_counter()
@@ -225,10 +230,3 @@ class Batcher:
         """How many clients are expected to ask again."""
         now = time.perf_counter()
         return sum(now - seen < RECENT for seen in self._seen.values())
-
-    def _safely(self, requests: Sequence[Any]) -> Sequence[Any]:
-        try:
-            return self._answer(requests)
-        except Exception as error:
-            logging.getLogger(__name__).exception("inference failed")
-            return [error] * len(requests)
