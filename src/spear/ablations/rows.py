@@ -83,7 +83,6 @@ SETTINGS, LENGTHS, TABLES = _load()
 """Recipe -> how it is trained, and a factor on its steps, in all rows alike; and the tables."""
 
 
-@dataclass(frozen=True)
 class AblationOptions(Options):
     """The options of `spear evaluate ablations`."""
 

@@ -1,6 +1,5 @@
 """Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,6 @@ from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
 
 
-@dataclass(frozen=True)
 class AskOptions(Options):
     image: Annotated[Positional[str], arg(metavar="IMAGE")]
     """A JPEG or PNG file, or sim:SEED for a scene of the built-in simulator."""
@@ -66,7 +64,6 @@ def ask(options: AskOptions) -> None:
         write_bytes(options.draw, encode_picture(drawn, str(options.draw)))
 
 
-@dataclass(frozen=True)
 class RecordOptions(Options):
     out: Path = Path("runs/episodes")
     """Folder to write to."""
@@ -110,7 +107,6 @@ def record(options: RecordOptions) -> None:
     print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
 
 
-@dataclass(frozen=True)
 class DemoOptions(Options):
     out: Path = Path("runs/demo")
     """Folder for the page and its intermediate results."""
@@ -132,7 +128,6 @@ def demo(options: DemoOptions) -> None:
     print(f"open {make(options.out, options.data).resolve()}")
 
 
-@dataclass(frozen=True)
 class DoctorOptions(Options):
     preset: str = "nano"
     """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""

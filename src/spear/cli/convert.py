@@ -1,6 +1,5 @@
 """`spear convert …`: published weights to SPEAR-VLM, SPEAR-VLM to SPEAR-1, and back."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions(Options):
+class ConvertOptions(Options, kw_only=True):
     """What every conversion takes."""
 
     out: Path
@@ -35,8 +33,7 @@ class ConvertOptions(Options):
             check_new(self.out)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackbonesOptions(ConvertOptions):
+class BackbonesOptions(ConvertOptions, kw_only=True):
     """Options of `spear convert backbones`."""
 
     paligemma: Annotated[Positional[str], arg(metavar="PALIGEMMA")]
@@ -77,8 +74,7 @@ def convert_backbones(options: BackbonesOptions) -> None:
     _finish(plan, processor, options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions(ConvertOptions):
+class PolicyOptions(ConvertOptions, kw_only=True):
     """Options of `spear convert vlm`."""
 
     vlm: Annotated[Positional[str], arg(metavar="VLM")]
@@ -106,8 +102,7 @@ def convert_vlm(options: PolicyOptions) -> None:
     _finish(plan, _processor(folder, plan.config.vlm_config), options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InnerVlmOptions(ConvertOptions):
+class InnerVlmOptions(ConvertOptions, kw_only=True):
     """Options of `spear convert policy`."""
 
     policy: Annotated[Positional[str], arg(metavar="POLICY")]
@@ -128,7 +123,6 @@ def convert_policy(options: InnerVlmOptions) -> None:
     _finish(plan, _processor(folder, plan.config), options)
 
 
-@dataclass(frozen=True)
 class ExpectedOptions(Options):
     network: Annotated[Positional[str], arg(metavar="NETWORK")] = "list"
     """A published network by its name here; list shows the names, repositories, revisions and files."""

@@ -1,6 +1,6 @@
 """Evaluating policies and SPEAR-VLMs, comparing the results of two policies, putting parts together."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -18,7 +18,6 @@ from spear.util.files import check_own, write_bytes, write_text
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
 
-@dataclass(frozen=True)
 class EvaluateOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: TabletopOptions = field(default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate")))
@@ -44,7 +43,6 @@ def evaluate(options: EvaluateOptions) -> None:
     _report(who.policy, options.loop.out)
 
 
-@dataclass(frozen=True)
 class EvaluateSimplerOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
     loop: SimplerOptions = field(default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler")))
@@ -73,7 +71,6 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     _report(who.policy, options.loop.out)
 
 
-@dataclass(frozen=True)
 class EvaluateDataOptions(Options):
     policy: Annotated[Positional[Policy], arg(metavar="POLICY")]
     data: Annotated[Positional[Path], arg(metavar="FOLDER")]
@@ -128,7 +125,6 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         write_text(o.plot, open_loop_page(ours, reference))
 
 
-@dataclass(frozen=True)
 class EvaluateVqaOptions(Options):
     model: Annotated[Positional[Model], arg(metavar="MODEL")]
     questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
@@ -179,7 +175,6 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
 
 
-@dataclass(frozen=True)
 class CompareOptions(Options):
     first: Annotated[Positional[Path], arg(metavar="A")]
     """Folder that spear evaluate wrote (or its results.json)."""
@@ -227,7 +222,6 @@ def compare(options: CompareOptions) -> None:
         print(f"page: {options.out}")
 
 
-@dataclass(frozen=True)
 class MergeOptions(Options):
     parts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")] = ()
     """Folders that spear evaluate wrote."""
@@ -262,7 +256,6 @@ def merge(options: MergeOptions) -> None:
     _report(results.policy, out, results)
 
 
-@dataclass(frozen=True)
 class ReferenceOptions(Options):
     table: Name = None
     """Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid."""

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,7 +134,6 @@ def ask_about(options: QuestionOptions) -> None:
     print(f"{counts.total():,} questions about {images:,} images: {kinds or 'none could be asked'}")
 
 
-@dataclass(frozen=True)
 class ShowOptions(Options):
     """Of `spear label show`."""
 

@@ -1,6 +1,5 @@
 """Options of the commands on robot data: plain values, so that asking for help loads nothing heavy."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,6 @@ MOST_PIXELS = 8192
 """The largest side of an image that is asked for."""
 
 
-@dataclass(frozen=True)
 class InspectOptions(Options):
     path: Source
     out: File = None
@@ -25,14 +23,12 @@ class InspectOptions(Options):
     layout: Layout = None
 
 
-@dataclass(frozen=True)
 class DescribeOptions(Options):
     path: Source
     out: File = None
     """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
 
 
-@dataclass(frozen=True)
 class PrepareOptions(Options):
     paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
     """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
@@ -63,7 +59,6 @@ class PrepareOptions(Options):
         return sizes
 
 
-@dataclass(frozen=True)
 class ExportOptions(Options):
     path: Source
     out: Path
@@ -75,7 +70,6 @@ class ExportOptions(Options):
     layout: Layout = None
 
 
-@dataclass(frozen=True)
 class AuditOptions(Options):
     path: Source
     out: File = None

@@ -1,6 +1,5 @@
 """What an evaluation can be told, from the command line or in Python."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -18,7 +17,6 @@ Decode = Annotated[
 ]
 
 
-@dataclass(frozen=True)
 class AgentOptions(Options):
     """Who acts, and how it is loaded."""
 
@@ -31,7 +29,6 @@ class AgentOptions(Options):
     dataset: Dataset = None
 
 
-@dataclass(frozen=True)
 class EpisodeOptions(Options):
     """Which episodes, and what is kept of them: the same in every simulator."""
 
@@ -51,7 +48,6 @@ class EpisodeOptions(Options):
     there; parts from other machines with `spear evaluate merge`."""
 
 
-@dataclass(frozen=True)
 class TabletopOptions(EpisodeOptions):
     """A closed loop in the embedded simulator."""
 
@@ -68,7 +64,6 @@ class TabletopOptions(EpisodeOptions):
     its next step: it counts in whole steps of 200 ms, rounded up."""
 
 
-@dataclass(frozen=True)
 class SimplerOptions(EpisodeOptions):
     """A closed loop in SIMPLER's tasks."""
 
@@ -86,7 +81,6 @@ class SimplerOptions(EpisodeOptions):
     """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
-@dataclass(frozen=True)
 class QuestionOptions(Options):
     """What a SPEAR-VLM is asked about labelled images, and what is scored."""
 

@@ -1,6 +1,5 @@
 """What can be chosen when labelling, and when asking questions about labels."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +8,6 @@ from tyro.conf import Positional, arg
 from spear.util.options import Device, Folder, Options, Within
 
 
-@dataclass(frozen=True)
 class WorkOptions(Options):
     """How the work is done. What the labels are does not depend on it."""
 
@@ -27,7 +25,6 @@ class WorkOptions(Options):
     """With ray: GPUs for each detector, segmenter and point map; 0.5 shares one."""
 
 
-@dataclass(frozen=True)
 class SceneOptions(Options):
     """Scenes of the simulator, which are labelled where no photos are given."""
 
@@ -39,7 +36,6 @@ class SceneOptions(Options):
     """Model size whose cameras are used for scenes."""
 
 
-@dataclass(frozen=True)
 class LabelOptions(Options):
     """Of `spear label`."""
 
@@ -85,7 +81,6 @@ class LabelOptions(Options):
         return tuple(name.strip() for name in self.vocabulary.split(",") if name.strip())
 
 
-@dataclass(frozen=True)
 class QuestionOptions(Options):
     """Of `spear questions`."""
 

@@ -1,6 +1,5 @@
 """Options of the servers: light, so that the command line knows them without what a server needs to run."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -9,7 +8,6 @@ from spear.errors import SpearError
 from spear.util.options import Dataset, Device, Dtype, Folder, Name, Number, Options, Policy, Within
 
 
-@dataclass(frozen=True)
 class ServiceOptions(Options):
     """A policy, the robot that it is served to, and where."""
 
@@ -36,7 +34,6 @@ class ServiceOptions(Options):
     """For so long, at most, a batch waits for more observations."""
 
 
-@dataclass(frozen=True)
 class ServeOptions(ServiceOptions):
     """What `spear serve` takes."""
 
@@ -67,7 +64,6 @@ class ServeOptions(ServiceOptions):
             )
 
 
-@dataclass(frozen=True)
 class VlaEvalOptions(ServiceOptions):
     """What `spear vla-eval` takes."""
 

@@ -219,7 +219,6 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
         raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
 
 
-@dataclass(frozen=True)
 class TrainOptions(Options):
     """The options of `spear train`."""
 
@@ -267,7 +266,6 @@ class TrainOptions(Options):
         return key_values(self.set, "--set") | {"preset": self.preset, "steps": self.steps}
 
 
-@dataclass(frozen=True)
 class PlanOptions(Options):
     """The options of `spear plan`."""
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from docstring_parser import parse_from_object
 from tyro.conf import Positional, arg
@@ -34,11 +34,17 @@ class Within:
             raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")
 
 
+@typing.dataclass_transform(frozen_default=True)
 class Options:
-    """What the dataclasses of options inherit: ranges are checked when one is made.
+    """What options inherit, which makes a class a frozen dataclass; ranges are checked when one is made.
 
     Raises `SpearError` for a number outside its range, naming the field as the command line does.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls, kw_only: bool = False) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
