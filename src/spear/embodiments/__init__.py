@@ -5,8 +5,8 @@ its name is the file's. docs/robots.md shows how to write one.
 """
 
 import importlib
-import importlib.util
 import pkgutil
+import runpy
 from pathlib import Path
 
 from spear.embodiments.tools import Control, Embodiment, Observation
@@ -30,16 +30,13 @@ def load(name: str) -> Embodiment:
 
 
 def _from_file(path: Path) -> Embodiment:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         others = ", ".join(names())
         raise SpearError(f"embodiment: {path}: no such file: give a Python file or one of {others}")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(str(path)).get("EMBODIMENT")
     except Exception as error:
         raise SpearError(f"embodiment: {path}: {type(error).__name__}: {error}: repair the file") from error
-    found = getattr(module, "EMBODIMENT", None)
     if not isinstance(found, Embodiment):
         raise SpearError(f"embodiment: {path}: has no EMBODIMENT: see docs/robots.md for an example")
     return found
