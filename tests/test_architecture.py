@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2040, "ablations": 690, "cli": 1650, "data": 4930, "embodiments": 780, "evaluate": 2895,
-    "labels": 4745, "models": 4745, "report": 1200, "serve": 1010, "sim": 1585, "train": 2620, "ui": 695,
-    "util": 725,
+    "(top)": 2040, "ablations": 690, "cli": 1585, "data": 4930, "embodiments": 740, "evaluate": 2895,
+    "labels": 4745, "models": 4745, "report": 1200, "serve": 990, "sim": 1585, "train": 2620, "ui": 695,
+    "util": 735,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
