@@ -83,10 +83,9 @@ class Metrics:
         self.requests = Counter("spear_requests", "Requests by outcome.", ["outcome"], registry=own)
         for outcome in ("ok", "refused", "busy", "failed", "gone"):
             self.requests.labels(outcome)  # shown from the start
-        about = "From a request's arrival to its answer being ready."
-        self.latency = Histogram("spear_request_seconds", about, buckets=SECONDS, registry=own)
-        about = "Inference of one batch."
-        self.inference = Histogram("spear_inference_seconds", about, buckets=SECONDS, registry=own)
+        seconds = functools.partial(Histogram, buckets=SECONDS, registry=own)
+        self.latency = seconds("spear_request_seconds", "From a request's arrival to its answer being ready.")
+        self.inference = seconds("spear_inference_seconds", "Inference of one batch.")
         self.size = Histogram("spear_batch_size", "Requests answered together.", buckets=SIZES, registry=own)
         gpu = "Memory that PyTorch holds on GPUs."
         Gauge("spear_queue", "Requests that wait.", registry=own).set_function(queue)
