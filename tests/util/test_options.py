@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated
 
 import pytest
@@ -12,12 +12,10 @@ from spear.errors import SpearError
 from spear.util.options import Options, Within, key_values, option_names
 
 
-@dataclass(frozen=True)
 class Inner(Options):
     quality: Annotated[int, Within(1, 100)] = 95
 
 
-@dataclass(frozen=True)
 class Outer(Options):
     name: Positional[str] = "a"
     first_seed: Annotated[int | None, Within(0)] = None
