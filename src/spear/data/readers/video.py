@@ -80,7 +80,7 @@ class VideoWriter:
 
 @contextmanager
 def _as_urgent_as_before() -> Iterator[None]:
-    """Threads keep their scheduling, and new ones get the calling one's (Linux).
+    """All threads get the scheduling that the calling one has now (Linux).
 
     SVT-AV1, started by root, makes its threads and its caller's real-time ones: nothing else would get a
     processor while they work.
@@ -89,22 +89,12 @@ def _as_urgent_as_before() -> Iterator[None]:
         yield
         return
     policy, urgency = os.sched_getscheduler(0), os.sched_getparam(0)
-    others = _schedulers()
     try:
         yield
     finally:
-        for thread, now in _schedulers().items():
-            if now != others.get(thread, policy) == policy:
-                with suppress(OSError):  # it has ended
-                    os.sched_setscheduler(thread, policy, urgency)
-
-
-def _schedulers() -> dict[int, int]:
-    found = {}
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with suppress(OSError):  # it has ended
-            found[thread] = os.sched_getscheduler(thread)
-    return found
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(OSError):  # it has ended
+                os.sched_setscheduler(thread, policy, urgency)
 
 
 def _av() -> Any:

@@ -13,11 +13,11 @@ already (JPEG or PNG).
 
 import bisect
 import contextlib
-import functools
+import copy
 import hashlib
 import itertools
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from spear.data.actions import check_episode, with_actions
-from spear.data.store.index import INDEX, Shard, image_columns, number_columns, open_shards
+from spear.data.store.index import INDEX, Shard, image_columns, number_columns, open_shards, write_batches
 from spear.errors import SpearError
 from spear.types import Array, Episode
 
@@ -57,16 +57,9 @@ def write_episodes(
 
 def _write_shard(episodes: Sequence[Episode], folder: Path) -> None:
     table = pa.RecordBatch.from_pydict(number_columns(episodes) | image_columns(episodes))
-    table = table.replace_schema_metadata({"format": FORMAT})
-    temporary = ""
+    temporary = folder / f".episodes-{uuid.uuid4().hex}"
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".episodes-", suffix=".tmp", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_batch(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        write_batches(temporary, [table], {"format": FORMAT})
         for number in itertools.count(len(list(folder.glob(SHARD_GLOB)))):
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, folder / f"episodes-{number:05d}.arrow")
@@ -75,14 +68,14 @@ def _write_shard(episodes: Sequence[Episode], folder: Path) -> None:
         why = f"cannot write: {folder}: {error}; free some space, or take another folder"
         raise SpearError(why) from error
     finally:
-        if temporary:
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 class EpisodeStore:
     """Random access to the episodes of a folder, and to single frames, by memory mapping.
 
     Nothing is loaded until asked for. Every episode has canonical actions and a mask of those that are known.
+    lengths, known and rates_hz [E] are each episode's steps, those with a known action, and steps per second;
     `whole` is False for a `subset`. Raises SpearError for a folder without episodes, and for a corrupt or
     truncated file, naming it.
     """
@@ -93,12 +86,16 @@ class EpisodeStore:
         self._shards = _open(self.path)
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
+        self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
+        self.known: Array = np.concatenate([shard.known for shard in self._shards])
+        self.rates_hz: Array = np.concatenate([shard.rates_hz for shard in self._shards])
 
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
         """A store of only these episodes, in this order, sharing the mapped files."""
-        store = object.__new__(EpisodeStore)
-        store.path, store._shards, store._bounds = self.path, self._shards, self._bounds
-        store.whole, store._ids = False, self._ids[np.asarray(indices, np.int64)]
+        store, chosen = copy.copy(self), np.asarray(indices, np.int64)
+        store.whole = False
+        for name in ("_ids", "lengths", "known", "rates_hz"):
+            setattr(store, name, getattr(self, name)[chosen])
         return store
 
     def __len__(self) -> int:
@@ -116,21 +113,6 @@ class EpisodeStore:
         number = int(self._ids[index])
         shard = bisect.bisect_right(self._bounds, number) - 1
         return self._shards[shard], number - self._bounds[shard]
-
-    @functools.cached_property
-    def lengths(self) -> Array:
-        """[E] number of steps of each episode."""
-        return np.concatenate([np.diff(shard.offsets) for shard in self._shards])[self._ids]
-
-    @functools.cached_property
-    def known(self) -> Array:
-        """[E] how many steps of each episode have a known action."""
-        return np.concatenate([shard.known for shard in self._shards])[self._ids]
-
-    @functools.cached_property
-    def rates_hz(self) -> Array:
-        """[E] steps per second of each episode."""
-        return np.concatenate([shard.rates_hz for shard in self._shards])[self._ids]
 
     @property
     def cameras(self) -> list[str]:

@@ -33,17 +33,12 @@ MOST_MAPPED = 256
 def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
     """Everything but the images of checked episodes with actions (see `with_actions`), as columns."""
     offsets = np.cumsum([0] + [len(e) for e in episodes])
-    return {
-        "instruction": pa.array([e.instruction for e in episodes], pa.large_string()),
-        "source": pa.array([e.source for e in episodes], pa.large_string()),
-        "rate_hz": pa.array([e.rate_hz for e in episodes], pa.float64()),
-        "success": pa.array([e.success for e in episodes], pa.bool_()),
-        "position": lists(offsets, np.concatenate([e.position for e in episodes])),
-        "rotation": lists(offsets, np.concatenate([e.rotation for e in episodes])),
-        "gripper": lists(offsets, np.concatenate([e.gripper for e in episodes])),
-        "action": lists(offsets, np.concatenate([np.asarray(e.action, np.float32) for e in episodes])),
-        "action_mask": lists(offsets, np.concatenate([np.array(e.action_mask, np.uint8) for e in episodes])),
-    }
+    text, rows = pa.large_string(), dict.fromkeys(("position", "rotation", "gripper", "action"), np.float32)
+    words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
+    columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
+    for name, kind in {**rows, "action_mask": np.uint8}.items():
+        columns[name] = lists(offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes]))
+    return columns
 
 
 def image_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
@@ -192,19 +187,23 @@ def _find_places(path: Path, episodes: Sequence[Episode]) -> dict[str, Array]:
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], note: Mapping[str, str]) -> None:
-    """Write an index file (one batch after the other is in memory), complete or not at all."""
+    """Write an index file (one batch after the other is in memory), complete or not at all. Its format is
+    `FORMAT`, unless the note says another."""
     part = path.with_name(f".{path.name}.tmp")
     writer = None
-    with open(part, "wb") as file:
-        for batch in batches:
-            schema = batch.schema.with_metadata({"format": FORMAT, **note})
-            writer = writer or pa.ipc.new_file(file, schema)
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-        assert writer is not None  # nobody writes an empty index
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            for batch in batches:
+                schema = batch.schema.with_metadata({"format": FORMAT, **note})
+                writer = writer or pa.ipc.new_file(file, schema)
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            assert writer is not None  # nobody writes an empty index
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_batches(path: Path, form: str = FORMAT) -> tuple[list[pa.RecordBatch], dict[str, str]]:

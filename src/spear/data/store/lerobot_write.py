@@ -165,18 +165,12 @@ class LeRobotWriter:
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
             # Images are compressed already: as they are, they can be read by memory mapping.
-            plain, others = [], []
-            for field in self.schema:
-                if pa.types.is_struct(field.type):
-                    plain += [f"{field.name}.bytes", f"{field.name}.path"]
-                else:
-                    nested = pa.types.is_fixed_size_list(field.type)
-                    others.append(f"{field.name}.list.element" if nested else field.name)
+            numbers = [field for field in self.schema if not pa.types.is_struct(field.type)]
+            nested = [".list.element" * pa.types.is_fixed_size_list(field.type) for field in numbers]
+            packed = [field.name + below for field, below in zip(numbers, nested, strict=True)]
+            snappy = dict.fromkeys(packed, "snappy")
             self._data = pq.ParquetWriter(
-                self._data_path,
-                self.schema,
-                compression=dict.fromkeys(plain, "none") | dict.fromkeys(others, "snappy"),
-                use_dictionary=others,
+                self._data_path, self.schema, compression=snappy, use_dictionary=packed
             )
         arrays = []
         for field in self.schema:
@@ -244,11 +238,7 @@ class LeRobotWriter:
             self.write_episodes()
         stats = {name: rows.total() for name, rows in self.rows.items()}
         stats |= {lerobot.feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
-        lists = {
-            n: {which: values.tolist() for which, values in stats[n].items()}
-            for n in self.features
-            if n in stats
-        }
+        lists = {n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats}
         info = {
             "codebase_version": "v3.0",
             "robot_type": "unknown",

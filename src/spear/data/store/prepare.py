@@ -124,9 +124,8 @@ def prepare(
         )
     check_new(out)
     work = out.with_name(f".{out.name}.part")
-    new = [folder for folder in work.parents if not folder.exists()]
     try:
-        with alone(work, "preparing data in"):
+        with alone(work, "preparing data in", "request.json"):
             same_settings(work / "request.json", request, begun=any(work.glob("parts/*.arrow")))
             parts = _Parts(work, how.rate_hz)
             try:
@@ -145,11 +144,6 @@ def prepare(
                 parts.finish({MARK: mark})
             except BaseException:
                 parts.abandon()
-                if not parts.blocks:  # nothing to continue
-                    shutil.rmtree(work, ignore_errors=True)
-                    with contextlib.suppress(OSError):  # another process has put something there
-                        for folder in new:
-                            folder.rmdir()
                 raise
             (work / "dataset").replace(out)
             shutil.rmtree(work, ignore_errors=True)
@@ -173,6 +167,7 @@ class _Parts:
         self.skipped = Skipped(MOST_BAD)
         self.blocks = self.open_blocks = 0
         self.writer: LeRobotWriter | None = None
+        self.waiting: list[Episode] = []
 
     @property
     def episodes(self) -> int:
@@ -196,7 +191,6 @@ class _Parts:
             writer.meta_files += 1
             self.blocks = self.open_blocks = note["blocks"]
             self.skipped.reasons = note["reasons"]
-        self._begin()
         self._remove_unfinished()
 
     def _indices(self) -> list[Path]:
@@ -208,10 +202,6 @@ class _Parts:
             keep = {self.folder / lerobot.place(template, i) for i in range(len(self._indices()))}
             for path in {*self.folder.glob(f"{template.partition('/chunk')[0]}/*/*")} - keep:
                 path.unlink()
-
-    def _begin(self) -> None:
-        self.waiting: list[Episode] = []
-        self.bytes = 0
 
     def add(self, ready: Sequence[Ready], reasons: Sequence[str]) -> None:
         """Write a block; end the part when it is large enough."""
@@ -227,10 +217,10 @@ class _Parts:
                 continue
             self.writer.add(episode, samples)
             self.waiting.append(episode)
-            self.bytes += sum(len(image) for images in episode.images.values() for image in images)
         self.skipped.check(self.episodes)
         self.open_blocks += 1
-        if self.bytes >= PART_MB * 2**20:
+        images = (image for e in self.waiting for images in e.images.values() for image in images)
+        if sum(map(len, images)) >= PART_MB * 2**20:
             self.end()
 
     def end(self) -> None:
@@ -247,8 +237,7 @@ class _Parts:
         note = {"blocks": self.open_blocks, "reasons": reasons, "sizes": sizes, "pictures": seen}
         batch = index_batch(self.folder, number, self.waiting)
         write_batches(self.done / f"part-{number:06d}.arrow", [batch], {"part": json.dumps(note)})
-        self.blocks = self.open_blocks
-        self._begin()
+        self.blocks, self.waiting = self.open_blocks, []
 
     def abandon(self) -> None:
         """Close and remove what does not count: on a full disk, every byte does."""
