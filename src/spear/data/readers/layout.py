@@ -240,10 +240,6 @@ def _turned(rotation: Array) -> Array:
     return 2 * np.arccos(np.abs((rotation[1:] * rotation[:-1]).sum(1)).clip(max=1))
 
 
-def _from_pose(pose: torch.Tensor) -> torch.Tensor:
-    return matrix_to_quat(pose[..., :3, :3].contiguous())
-
-
 FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
     "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
@@ -252,8 +248,8 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),
     "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
-    "matrix4_columns": (16, lambda v: _from_pose(v.unflatten(-1, (4, 4)).mT)),
-    "matrix4_rows": (16, lambda v: _from_pose(v.unflatten(-1, (4, 4)))),
+    "matrix4_columns": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4)).mT[..., :3, :3].contiguous())),
+    "matrix4_rows": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4))[..., :3, :3].contiguous())),
 }
 """Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z).
 

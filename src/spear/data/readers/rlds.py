@@ -128,15 +128,10 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     shards = []
     for index, length in enumerate(lengths):
-        name = template.format(
-            DATASET=dataset,
-            SPLIT=split["name"],
-            FILEFORMAT="tfrecord",
-            SHARD_X_OF_Y=f"{index:05d}-of-{len(lengths):05d}",
-            SHARD_INDEX=f"{index:05d}",
-            NUM_SHARDS=f"{len(lengths):05d}",
-        )
-        shards.append((folder / name, length))
+        number, count = f"{index:05d}", f"{len(lengths):05d}"
+        words = {"DATASET": dataset, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"}
+        words |= {"SHARD_INDEX": number, "NUM_SHARDS": count, "SHARD_X_OF_Y": f"{number}-of-{count}"}
+        shards.append((folder / template.format(**words), length))
     return shards
 
 

@@ -29,16 +29,8 @@ from pydantic.dataclasses import dataclass
 from spear.errors import SpearError, check_known, unknown_name
 from spear.util.files import read_json
 
-LoggedFormat = Literal[
-    "euler_xyz",
-    "euler_XYZ",
-    "euler_zyx",
-    "rotation_vector",
-    "quat_wxyz",
-    "quat_xyzw",
-    "matrix4_columns",
-    "matrix4_rows",
-]
+AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_zyx", "rotation_vector"]
+LoggedFormat = AngleFormat | Literal["quat_wxyz", "quat_xyzw", "matrix4_columns", "matrix4_rows"]
 """How a logged rotation is written down.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
@@ -57,7 +49,7 @@ franka_joints    a Franka's seven joint angles, the column of both positions and
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
-ANGLES = ("euler_xyz", "euler_zyx", "euler_XYZ", "euler_zxy", "rotation_vector", "franka_joints")
+ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
 LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 """Unit -> metres."""
