@@ -33,10 +33,11 @@ MOST_MAPPED = 256
 def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
     """Everything but the images of checked episodes with actions (see `with_actions`), as columns."""
     offsets = np.cumsum([0] + [len(e) for e in episodes])
-    text, rows = pa.large_string(), dict.fromkeys(("position", "rotation", "gripper", "action"), np.float32)
+    text = pa.large_string()
     words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
     columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
-    for name, kind in {**rows, "action_mask": np.uint8}.items():
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        kind = np.uint8 if name == "action_mask" else np.float32
         columns[name] = lists(offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes]))
     return columns
 
