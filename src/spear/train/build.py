@@ -55,12 +55,12 @@ def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
     model, task, save = make(stage, size, inputs, seed)
     if not stage.lora_rank:
         return model, task, save
-    optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    adapters = optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
 
     def save_with_lora(folder: Path) -> None:
         """The LoRA, in `adapter`, and a plain model with the LoRA merged in."""
-        optimize.save_adapters(model, folder / "adapter", stage.lora_rank, stage.lora_alpha)
-        optimize.merge_adapters(model)
+        optimize.save_adapters(adapters, folder / "adapter")
+        adapters.merge_and_unload()
         save(folder)
 
     return model, task, save_with_lora

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -15,9 +15,6 @@ from spear.train import parallel
 from spear.train.log import NotFinite
 from spear.train.options import Optimization
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
 Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
@@ -25,8 +22,6 @@ Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """The modules that get one: every linear layer of the language model, none of the encoders' or the
 expert's."""
-_PEFT_ROOT = "base_model.model."
-"""What PEFT's files put before a module's name."""
 
 
 class Task(Protocol):
@@ -78,16 +73,15 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
         parameter.requires_grad_(learns or is_adapter(name))
 
 
-def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> None:
+def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     """Put LoRA matrices beside the layers in `TARGETS`, in place; at first they change nothing.
 
     A weight W [out, in] acts as W + alpha / rank · B A, with A [rank, in] random and B [out, rank] zero.
-    Raises `SpearError` when PEFT is missing.
+    Returns PEFT's view of the model. Raises `SpearError` when PEFT is missing.
     """
-    config = _config(rank, alpha)
-    from peft import inject_adapter_in_model
-
-    inject_adapter_in_model(config, model)
+    peft: Any = need("peft", "lora", "LoRA")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
+    return peft.LoraModel(model, config, "default")
 
 
 def is_adapter(name: str) -> bool:
@@ -95,33 +89,14 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def save_adapters(model: torch.nn.Module, folder: Path, rank: int, alpha: float) -> None:
-    """Write the LoRA matrices as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
-    tensors = {
-        _PEFT_ROOT + name.replace(".default.", "."): parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if is_adapter(name)
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    _config(rank, alpha).save_pretrained(str(folder))
+def save_adapters(adapters: Any, folder: Path) -> None:
+    """Write LoRA matrices as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
+    from peft import get_peft_model_state_dict
+
+    adapters.peft_config["default"].save_pretrained(str(folder))
+    found = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    tensors = {f"base_model.{name}": tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
-def merge_adapters(model: torch.nn.Module) -> None:
-    """Add the LoRA matrices to the weights beside them and take them out: a plain model again."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            adapted: Any = module
-            adapted.merge()
-            model.set_submodule(name, adapted.get_base_layer())
-    vars(model).pop("peft_config", None)
-
-
-def _config(rank: int, alpha: float) -> "LoraConfig":
-    peft: Any = need("peft", "lora", "LoRA")
-    return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
 
 
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
