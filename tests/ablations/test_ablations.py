@@ -30,10 +30,10 @@ from spear.ablations.plan import (
     make_plan,
     pretrained,
 )
-from spear.ablations.plan import record as record_demonstrations
 from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
+from spear.data.demonstrations import demonstrate
 from spear.evaluate import closed_loop
 from spear.evaluate.compare import references
 from spear.evaluate.results import Journal, Outcome
@@ -42,7 +42,7 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.report.ablations import write
-from spear.sim.scene import FAMILIES
+from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
 from spear.types import Action
@@ -139,7 +139,7 @@ def test_what_rows_share_is_trained_once() -> None:
     assert [t.recipe.name for t in full] == ["nano-vlm-1", "nano-vlm-2", "nano-vla"]
     assert [t.seed for t in full] == [1, 1, 1]
     assert full[0].init == START[0] and [t.moge for t in full] == [START[1], None, None]
-    assert all(t.init == before.key for before, t in pairwise(full))
+    assert all(t.init == before for before, t in pairwise(full))
     assert planned("scratch").chains["scratch", 0][0].init is None
     asked = plan.chains["points", 0][-2].recipe.questions.families
     assert "pixel_point" in asked and "box_vertices" not in asked
@@ -151,14 +151,14 @@ def test_what_rows_share_is_trained_once() -> None:
     everything = planned()
     assert len({t.key for t in everything.trainings}) == len(everything.trainings)
     names = ("full", "quantile", "siglip-trained", "all-images", "full-again", "s3-mse")
-    assert len({everything.scoring(row, 0).policy.key for row in names}) == 1
-    assert everything.scoring("s3-cosine", 0).policy.key != everything.scoring("full", 0).policy.key
+    assert len({everything.scoring(row, 0).before.key for row in names}) == 1
+    assert everything.scoring("s3-cosine", 0).before.key != everything.scoring("full", 0).before.key
 
 
 def test_keys_follow_what_decides_the_result() -> None:
-    key = planned("full", seeds=1).scoring("full", 0).policy.key
+    key = planned("full", seeds=1).scoring("full", 0).before.key
     assert key == "db33e4e24fa4"  # else the scores that are kept in docs/ablations count no more
-    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).policy.key == key
+    assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
     others = [
         more,
@@ -167,9 +167,9 @@ def test_keys_follow_what_decides_the_result() -> None:
         planned("full", seeds=1, budget=7),
         planned("full", seeds=1, set=("lr=1e-5",)),
     ]
-    assert len({key, *(plan.scoring("full", 0).policy.key for plan in others)}) == 6
+    assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 6
     moved = (replace(START[0], folder=Path("elsewhere")), START[1])
-    assert planned("full", start=moved, seeds=1).scoring("full", 0).policy.key == key
+    assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
     # What sees no demonstrations is shared, whatever they are.
     ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more))
     assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
@@ -213,7 +213,7 @@ def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
     """Journals as scoring writes them, with so many successes."""
     for (row, seed), chain in plan.chains.items():
         if row in rates:
-            folder = out / "scores" / plan.scoring(row, seed).policy.key
+            folder = out / "scores" / plan.scoring(row, seed).before.key
             journal = Journal(folder, chain[-1].folder, {}, (1, 1))
             rng = np.random.default_rng(seed)
             for family in FAMILIES:
@@ -269,7 +269,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 3, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
-    record_demonstrations(folder / "episodes", ("put_on",), 1, 1)
+    demonstrate(folder / "episodes", ("put_on",), 1, TRAIN_SEED, preset("nano").image_sizes, 1)
     return look_at(folder / "labels", folder / "episodes")
 
 
@@ -313,7 +313,7 @@ def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path, monkeypatch
     good = short("no-3d", data=data, families=("put_on",)).scoring("no-3d", 0)
     bad = short("scratch", data=data, changes=(*TINY, "lr=1e30", "warmup=0", "max_skipped=0"))
     scratch = bad.scoring("scratch", 0)
-    jobs = [scratch.policy, scratch, good.policy, good]
+    jobs = [scratch.before, scratch, good.before, good]
     failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)
-    assert len(failed) == 1 and "not finite" in failed[0] and scratch.policy.key in failed[0]
+    assert len(failed) == 1 and "not finite" in failed[0] and scratch.before.key in failed[0]
     assert [done(tmp_path, job) for job in jobs] == [False, False, True, True]

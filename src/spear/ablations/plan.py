@@ -71,7 +71,6 @@ def look_at(labels: Path, episodes: Path) -> Data:
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
     """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
-    families = settle(options.families)
     labels, episodes = _folders(options)
     with lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
@@ -81,7 +80,10 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
             complete.touch()
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
-            record(episodes, families, DEMONSTRATIONS)
+            part = episodes.with_name(f".part-{episodes.name}")  # all or none
+            families, sizes = settle(options.families), preset(PRESET).image_sizes
+            demonstrate(part, families, DEMONSTRATIONS, TRAIN_SEED, sizes)
+            part.replace(episodes)
         return look_at(labels, episodes)
 
 
@@ -91,13 +93,6 @@ def expected(options: AblationOptions) -> Data:
     if (options.labels or (labels / "complete").is_file()) and episodes.is_dir():
         return look_at(labels, episodes)
     return Data(labels, episodes, SCENES, "", "")
-
-
-def record(folder: Path, families: Sequence[str], each: int, workers: int = 2) -> None:
-    """Records `each` demonstrations per family into `folder`: all or none. Goes on where it was killed."""
-    part = folder.with_name(f".part-{folder.name}")
-    demonstrate(part, families, each, TRAIN_SEED, preset(PRESET).image_sizes, workers)
-    part.replace(folder)
 
 
 def settle(families: Sequence[str]) -> tuple[str, ...]:
@@ -129,14 +124,19 @@ Pretrained = tuple[Weights, Weights]
 class Training:
     """One stage to train: a recipe as it will run, its seed, and what it begins with.
 
-    init  the key of another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
+    init  another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
     """
 
     key: str
     recipe: Recipe
     seed: int
-    init: str | Weights | None = None
+    init: "Training | Weights | None" = None
     moge: Weights | None = None
+
+    @property
+    def before(self) -> "Training | None":
+        """The training that comes before it."""
+        return self.init if isinstance(self.init, Training) else None
 
     @property
     def folder(self) -> str:
@@ -153,9 +153,14 @@ class Training:
 class Scoring:
     """A trained policy to score, on so many scenes of each of some task families."""
 
-    policy: Training
+    before: Training
     scenes: int
     families: Sequence[str] = FAMILIES
+
+    @property
+    def key(self) -> str:
+        """As of a training, among all jobs."""
+        return f"score-{self.before.key}"
 
     @property
     def episodes(self) -> int:
@@ -210,16 +215,15 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
         for _, rows in tables:
             for row in rows:
                 chain: list[Training] = []
-                before: str | Weights | None = vlm if row.pretrained else None
+                before: Training | Weights | None = vlm if row.pretrained else None
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
                     moge = depth if stage.moge else None
-                    chain.append(_training(one, seed + AGAIN * stage.again, data, before, moge))
-                    before = chain[-1].key
+                    before = _training(one, seed + AGAIN * stage.again, data, before, moge)
+                    chain.append(before)
                 chains[row.name, seed] = chain
-                for training in chain:
-                    jobs.setdefault(training.key, training)
-                jobs.setdefault(f"score {before}", Scoring(chain[-1], options.scenes, families))
+                for job in (*chain, Scoring(chain[-1], options.scenes, families)):
+                    jobs.setdefault(job.key, job)
     return Plan(tables, list(jobs.values()), chains, options.seeds, options.scenes, families)
 
 
@@ -239,7 +243,7 @@ def _recipe(
 
 
 def _training(
-    one: Recipe, seed: int, data: Data, init: str | Weights | None, moge: Weights | None
+    one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
     if fields["committed"] is None:  # younger than the keys of trainings that are done
@@ -251,7 +255,7 @@ def _training(
     if size["flow"]["prediction"] == "clean":  # the step has no meaning there: whatever its default is
         size["flow"]["geodesic_step"] = 0.003
     learned_from = data.key if one.kind == "vla" else data.labels_key
-    begins = [part.key if isinstance(part, Weights) else part for part in (init, moge)]
+    begins = [None if part is None else part.key for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
 

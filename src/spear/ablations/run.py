@@ -7,7 +7,7 @@ OUT/locks/               who works on what
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
@@ -34,7 +34,7 @@ def final(out: Path, training: Training) -> Path:
 
 def scored(out: Path, scoring: Scoring) -> Results | None:
     """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
-    found = journals(out / "scores" / scoring.policy.key)
+    found = journals(out / "scores" / scoring.before.key)
     if not found:
         return None
     whole = merge([read_journal(path) for path in found])
@@ -53,15 +53,13 @@ def done(out: Path, job: Job) -> bool:
 
 def left(plan: Plan, out: Path) -> list[Job]:
     """What there is still to do, in order. Nothing is trained for policies that are scored."""
-    trainings = {t.key: t for t in plan.trainings}
-    scorings = [job for job in plan.jobs if isinstance(job, Scoring) and not done(out, job)]
     wanted: set[str] = set()
-    for scoring in scorings:
-        key: str | None = scoring.policy.key
-        while key is not None and key not in wanted and not done(out, trainings[key]):
-            wanted.add(key)
-            key = next(iter(_needs(trainings[key])), None)
-    return [job for job in plan.jobs if (job in scorings if isinstance(job, Scoring) else job.key in wanted)]
+    for scoring in plan.jobs:
+        job: Job | None = scoring if isinstance(scoring, Scoring) else None
+        while job is not None and job.key not in wanted and not done(out, job):
+            wanted.add(job.key)
+            job = job.before
+    return [job for job in plan.jobs if job.key in wanted]
 
 
 def run(
@@ -80,61 +78,50 @@ def run(
 
     Returns what was skipped, with the reasons: a training that failed, which stops no other row.
     """
-    trainings = {t.key: t for t in plan.trainings}
     waiting = left(plan, out)
     failed: dict[str, str] = {}
     while True:
         for job in waiting:
-            lost = next((failed[key] for key in _needs(job) if key in failed), None)
-            if lost is not None:
-                failed[_name(job)] = lost
-        waiting = [job for job in waiting if _name(job) not in failed and not done(out, job)]
+            if job.before is not None and job.before.key in failed:
+                failed[job.key] = failed[job.before.key]
+        waiting = [job for job in waiting if job.key not in failed and not done(out, job)]
         if not waiting:
             return list(dict.fromkeys(failed.values()))
         for job in waiting:
-            if not all(done(out, trainings[key]) for key in _needs(job)):
+            if job.before is not None and not done(out, job.before):
                 continue
-            with lock(out / "locks" / _name(job)) as ours:
+            with lock(out / "locks" / job.key) as ours:
                 if not ours or done(out, job):
                     continue
                 try:
                     if isinstance(job, Scoring):
-                        which = f"{job.policy.folder}, seed {job.policy.seed}"
-                        say(f"scoring {which}, {job.scenes} scenes per family")
-                        agent = load_agent(str(final(out, job.policy)))
-                        agent.name = job.policy.folder  # the folder may be moved
-                        journal, families = out / "scores" / job.policy.key, tuple(job.families)
-                        evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families), quiet)
+                        _score(job, out, quiet, say)
                         on_score()
                     else:
-                        say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
-                        _train(job, trainings, out, data, workers, quiet)
+                        _train(job, out, data, workers, quiet, say)
                 except SpearError as error:
-                    failed[_name(job)] = f"{_name(job)}: {error}"
+                    failed[job.key] = f"{job.key}: {error}"
             break
         else:
             time.sleep(WAIT)
 
 
-def _name(job: Job) -> str:
-    return f"score-{job.policy.key}" if isinstance(job, Scoring) else job.key
-
-
-def _needs(job: Job) -> list[str]:
-    """The keys of the trainings that come before it."""
-    if isinstance(job, Scoring):
-        return [job.policy.key]
-    return [job.init] if isinstance(job.init, str) else []
+def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
+    policy = job.before
+    say(f"scoring {policy.folder}, seed {policy.seed}, {job.scenes} scenes per family")
+    agent = load_agent(str(final(out, policy)))
+    agent.name = policy.folder  # the folder may be moved
+    journal, families = out / "scores" / policy.key, tuple(job.families)
+    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families), quiet)
 
 
 def _train(
-    job: Training, trainings: Mapping[str, Training], out: Path, data: Data, workers: int, quiet: bool
+    job: Training, out: Path, data: Data, workers: int, quiet: bool, say: Callable[[str], None]
 ) -> None:
-    folder = out / "stages" / job.folder
-    before = None
-    if job.init is not None:
-        before = job.init.folder if isinstance(job.init, Weights) else final(out, trainings[job.init])
+    say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
+    init = job.init.folder if isinstance(job.init, Weights) else job.before and final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    inputs = Inputs(data.labels, robots, before, job.moge.folder if job.moge else None)
+    inputs = Inputs(data.labels, robots, init, job.moge.folder if job.moge else None)
+    folder = out / "stages" / job.folder
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
