@@ -1,12 +1,11 @@
 """What a recipe asks for, put together: the model, its data and its task, before the first step."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
@@ -39,31 +38,36 @@ from spear.train.tasks import (
 )
 from spear.types import LabeledImage
 
-Built = tuple[torch.nn.Module, Task, Callable[[Path], None]]
-"""A model, the task that trains it, and what saves the result into a folder."""
+Built = tuple[torch.nn.Module, Task, Sequence[Callable[[Path], object]]]
+"""A model, the task that trains it, and what writes the result into a folder, part by part."""
 Labels = dict[str, list[LabeledImage]]
 """Labelled images by view, as `load_labels` gives them."""
 
 
-def build(stage: Recipe, inputs: Inputs, seed: int = 0) -> Built:
-    """A recipe's model and task, before the first step. Raises `SpearError` for inputs that are missing, or
-    that do not fit the recipe or each other."""
+def build(
+    stage: Recipe, inputs: Inputs, seed: int = 0
+) -> tuple[torch.nn.Module, Task, Callable[[Path], None]]:
+    """A recipe's model, the task that trains it, before the first step, and what saves the result.
+
+    Raises `SpearError` for inputs that are missing, or that do not fit the recipe or each other.
+    """
     check_inputs(stage, inputs)
     stage, size = check(stage, inputs)
     torch.manual_seed(seed)
     make = {"depth": _depth, "naming": _naming, "vlm": _vlm, "vla": _vla}[stage.kind]
-    model, task, save = make(stage, size, inputs, seed)
-    if not stage.lora_rank:
-        return model, task, save
-    adapters = optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    model, task, writers = make(stage, size, inputs, seed)
+    rank = stage.lora_rank
+    adapters = optimize.add_adapters(model, rank, stage.lora_alpha) if rank else None
 
-    def save_with_lora(folder: Path) -> None:
-        """The LoRA, in `adapter`, and a plain model with the LoRA merged in."""
-        optimize.save_adapters(adapters, folder / "adapter")
-        adapters.merge_and_unload()
-        save(folder)
+    def save(folder: Path) -> None:
+        """A plain model, with the LoRA merged in, which is also in `adapter`."""
+        if adapters is not None:
+            optimize.save_adapters(adapters, folder / "adapter")
+            adapters.merge_and_unload()
+        for write in writers:
+            write(folder)
 
-    return model, task, save_with_lora
+    return model, task, save
 
 
 def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
@@ -125,23 +129,10 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     return stage.changed(**shares), size
 
 
-def _saver(
-    model: PreTrainedModel, processor: Processor | None = None, normalizer: Normalizer | None = None
-) -> Callable[[Path], None]:
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save(folder)
-        if normalizer is not None:
-            normalizer.save(folder / "normalizer.json")
-
-    return save
-
-
 def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(size).moge_config))
     folder = _labels(inputs) / "depth"
-    return model, DepthTask(model, folder, stage.batch_size, seed), _saver(model)
+    return model, DepthTask(model, folder, stage.batch_size, seed), [model.save_pretrained]
 
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -153,7 +144,7 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
     task = PatchTask(model, processor, names, known, stage.batch_size, seed)
-    return model, task, _saver(vlm, processor)
+    return model, task, [vlm.save_pretrained, processor.save]
 
 
 def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -164,14 +155,20 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         model = _new_vlm(stage, size, processor, seed)
     else:
         processor = Processor.load(inputs.init)
-        earlier = weights.load(SpearVLM, inputs.init)
-        if stage.bins is not None or stage.spacing is not None:
+        model = weights.load(SpearVLM, inputs.init)
+        joins, refit = (model.moge is None) == stage.moge, bool(stage.bins or stage.spacing)
+        if refit:
             coordinates = _fitted(stage, known, processor.coordinates.bins, seed)
             processor = dataclasses.replace(processor, coordinates=coordinates)
-            _renew_coordinates(earlier, processor, stage, seed)
-        model = _grown(earlier, stage, size, processor, inputs.moge, seed)
+        # 3D tokens are also new where MoGe joins, and, without MoGe, in the stage that learns their rows.
+        if refit or joins or (stage.coordinate_rows_only and not stage.moge):
+            _renew_coordinates(model, processor, stage, seed)
+        if joins:
+            model = _with_moge(model, stage, size, processor, inputs.moge)
+        _weigh_numbers(model.config, stage)
     samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
-    return model, VlmTask(model, samples, stage.coordinate_rows_only), _saver(model, processor)
+    task = VlmTask(model, samples, stage.coordinate_rows_only)
+    return model, task, [model.save_pretrained, processor.save]
 
 
 def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -207,7 +204,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         questions = _questions(stage, _labels(inputs), known, processor, stage.question_images, seed)
         _weigh_numbers(model.vlm.config, stage)
     task = VlaTask(model, processor, normalizer, samples, stage, questions)
-    return model, task, _saver(model, processor, normalizer)
+    writers = model.save_pretrained, processor.save, lambda out: normalizer.save(out / "normalizer.json")
+    return model, task, writers
 
 
 def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
@@ -246,10 +244,15 @@ def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateT
 
 def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed: int) -> None:
     """Give a model the 3D tokens of `processor`, all of them new, in more rows of embeddings if needed. If
-    there are fewer than before, the others stay in the vocabulary as words that no answer has."""
+    there are fewer than before, the others stay in the vocabulary as words that no answer has.
+
+    Rows are drawn with the mean and covariance of the words' rows (the paper, section 3). Those of the
+    location tokens are left out, since they were drawn in the same way (our choice).
+    """
     first, bins = processor.coordinate_start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
-    new = _new_tokens(words, processor, stage, seed)
+    generator = torch.Generator().manual_seed(seed)
+    new = init_new_embeddings(words[: processor.location_start], bins, generator, stage.smooth_tokens)
     rows = torch.cat([words[:first], new, words[first + bins :]])
     embeddings: Any = vlm.get_input_embeddings()  # kept, since Gemma's scales what it looks up
     embeddings.weight, embeddings.num_embeddings = torch.nn.Parameter(rows), len(rows)
@@ -277,35 +280,6 @@ def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMCo
         config.moge_config = None
     _weigh_numbers(config, stage)
     return config
-
-
-def _grown(
-    vlm: SpearVLM, stage: Recipe, size: Preset, processor: Processor, moge: Path | None, seed: int
-) -> SpearVLM:
-    """The earlier stage's VLM, with what this stage adds: MoGe's encoder, a new projection, new 3D tokens.
-
-    The 3D tokens are new where MoGe joins, and, without MoGe, in the stage that learns their rows alone.
-    """
-    joins = (vlm.moge is None) == stage.moge
-    if joins:
-        vlm = _with_moge(vlm, stage, size, processor, moge)
-    _weigh_numbers(vlm.config, stage)
-    if joins or (stage.coordinate_rows_only and not stage.moge):
-        first, bins = processor.coordinate_start, processor.coordinates.bins
-        embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
-        with torch.no_grad():
-            embeddings[first : first + bins] = _new_tokens(embeddings, processor, stage, seed)
-    return vlm
-
-
-def _new_tokens(embeddings: torch.Tensor, processor: Processor, stage: Recipe, seed: int) -> torch.Tensor:
-    """Rows for the 3D tokens, drawn with the mean and covariance of the words' rows (the paper, section 3).
-
-    Those of the location tokens are left out, since they were drawn in the same way (our choice).
-    """
-    words = embeddings[: processor.location_start]
-    generator = torch.Generator().manual_seed(seed)
-    return init_new_embeddings(words, processor.coordinates.bins, generator, stage.smooth_tokens)
 
 
 def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:
