@@ -89,8 +89,9 @@ def alone(root: Path) -> None:
 def several(root: Path) -> None:
     pretend()
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
-    meshes = {kind: parallel.mesh(kind) for kind in ("cpu", "pretend")}  # whose own numbers are real
-    parallel.mesh = meshes.__getitem__  # type: ignore[assignment]
+    # Their own numbers are real.
+    meshes = {kind: parallel.init_device_mesh(kind, (WORLD,)) for kind in ("cpu", "pretend")}
+    parallel.init_device_mesh = lambda kind, _: meshes[kind]
     stepper = prepared("pretend", sharded=True)
     parts = [p.to_local() for p in stepper.model.parameters()]
     assert {part.device.type for part in parts} == {"pretend"} and parallel.is_sharded(stepper.model)

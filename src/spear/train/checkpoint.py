@@ -26,7 +26,9 @@ from torch.distributed.tensor import DTensor
 from spear.errors import SpearError
 from spear.train import parallel
 from spear.train.optimize import Stepper
+from spear.util.files import read_json
 
+INSTEAD = "delete that folder to continue from the one before"
 _NAME = re.compile(r"step-(\d{8})$")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
@@ -41,15 +43,10 @@ def find_latest(folder: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state.json`: what `Checkpoints.save` was given, and "step"."""
-    try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        missing = {"step", "skipped", "counts"} - set(state) | {"seed", "pieces", "about"} - set(
-            state["settings"]
-        )
-        if missing:
-            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _unreadable(path, error) from error
+    state = read_json(path / "state.json", INSTEAD)
+    known = {*state, *state.get("settings", ())}
+    if missing := {"step", "skipped", "counts", "seed", "pieces", "about"} - known:
+        raise SpearError(f"checkpoint {path}: state.json lacks {', '.join(sorted(missing))}: {INSTEAD}")
     return state
 
 
@@ -88,10 +85,9 @@ class Checkpoints:
         steps = {self._names[p]: s["step"] for p, s in self.stepper.optimizer.state.items()}
         # A GPU is waited for once, not for every parameter.
         counts = dict(zip(steps, torch.stack([*steps.values()]).tolist() if steps else [], strict=True))
-        processes = parallel.mesh("cpu") if self.stepper.sharded else None
         tensors = sorted(self._tensors().items(), key=lambda item: -item[1].numel())
         copies = {
-            key: _copy(tensor, processes)
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
             if isinstance(tensor, DTensor) or place % parallel.world() == parallel.rank()
         }
@@ -150,7 +146,7 @@ class Checkpoints:
                 no_dist=self._group is None,
             )
         except _FAILED as error:
-            raise _unreadable(path, error) from error
+            raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The tensors themselves: parameters and buffers (tied ones once), averaged weights, moments."""
@@ -177,24 +173,6 @@ class Checkpoints:
                 made = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
                 step = torch.full((), count, device=parameter.device)
                 state[parameter] = {"step": step, **made}
-
-
-def _copy(tensor: torch.Tensor, processes: Any) -> torch.Tensor:
-    """A contiguous copy on the CPU; of a sharded tensor, of this process's part."""
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    copy = torch.empty(own.shape, dtype=own.dtype).copy_(own.detach())
-    if not isinstance(tensor, DTensor):
-        return copy
-    return DTensor.from_local(
-        copy, processes, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
-def _unreadable(path: Path, error: BaseException) -> SpearError:
-    return SpearError(
-        f"checkpoint {path} cannot be read ({_reason(error)}): "
-        "delete that folder to continue from the one before"
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -114,11 +114,6 @@ def lost(error: RuntimeError) -> bool:
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def mesh(kind: str) -> DeviceMesh:
-    """All processes in a row, on "cpu" or "cuda"."""
-    return init_device_mesh(kind, (world(),))
-
-
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     """Shard `model` over all processes, in place, on `device`: a group per transformer layer and one more.
 
@@ -132,7 +127,7 @@ def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
         raise SpearError(
             f"parameter {single[0]} is a single number, which cannot be sharded: use --parallel ddp"
         )
-    processes = mesh(device.type)
+    processes = init_device_mesh(device.type, (world(),))
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     gathered = torch.bfloat16 if lower and device.type != "cpu" else None
     layer = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
