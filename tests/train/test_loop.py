@@ -78,7 +78,7 @@ class Broken(Regression):
 
     def batch(self, step: int) -> dict[str, Any]:
         broken = torch.tensor(float(step in self.bad))
-        return {**super().batch(step), "more": {"broken": broken, "name": f"batch {step}"}}
+        return {**super().batch(step), "more": {"broken": broken}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         loss, parts = super().loss(batch, generator)
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
     assert last["step"] == 7 and last["grad_norm" if gradient else "loss"] is None
     (file,) = (tmp_path / "not-finite").iterdir()
     batch, about = log.load_batch(file)
-    assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["name"] == "batch 6"
+    assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["broken"]
     loss, _ = task.loss(batch, optimize.step_generator(about["seed"], about["number"]))
     assert loss.isfinite() == gradient
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_flatten_with_path
 
 from spear.util.progress import ProgressBar
 
@@ -130,16 +130,15 @@ class NotFinite(Exception):
 
 
 def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> Path:
-    """Write a piece's batch under `out`: its tensors (safetensors), and what else is in it as JSON.
+    """Write a piece's batch, tensors in dicts, under `out`, by paths such as "questions/input_ids".
 
     number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
     """
-    flat = _flat(batch)
-    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, torch.Tensor)}
-    others = {k: v for k, v in flat.items() if k not in tensors}
+    leaves, _ = tree_flatten_with_path(batch)
+    tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"step": step, "number": number, "seed": seed, "others": others}
+    about = {"step": step, "number": number, "seed": seed}
     save_file(tensors, path, {"batch": json.dumps(about)})
     return path
 
@@ -149,19 +148,10 @@ def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     batch: dict[str, Any] = {}
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["batch"])
-        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-    for key, value in {**values, **about.pop("others")}.items():
-        *folders, name = key.split("/")
-        place = batch
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
+        for key in file.keys():  # noqa: SIM118  (no mapping)
+            *folders, name = key.split("/")
+            place = batch
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            place[name] = file.get_tensor(key)
     return batch, about
-
-
-def _flat(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values by path, such as "questions/input_ids"."""
-    flat: dict[str, Any] = {}
-    for key, value in batch.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -7,6 +7,7 @@ CPU.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import signal
 import threading
@@ -51,17 +52,12 @@ class RunOptions:
     sharded: bool = False
 
 
-class _Steps(torch.utils.data.Dataset[Batch | SpearError]):
-    """The batches by number. An error is returned, since raised in a worker it would bring a traceback."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __getitem__(self, step: int) -> Batch | SpearError:
-        try:
-            return self.task.batch(step)
-        except SpearError as error:
-            return error
+def _batch(task: Task, number: int) -> Batch | SpearError:
+    """An error is returned, since raised in a worker it would bring a traceback."""
+    try:
+        return task.batch(number)
+    except SpearError as error:
+        return error
 
 
 def batches(
@@ -72,11 +68,11 @@ def batches(
     `accumulate` of them per step: those that as many processes would take. For a GPU they are in pinned
     memory, from which it copies while it works.
     """
-    numbers = (n for step in range(first, last) for n in parallel.numbers(step, accumulate))
+    numbers = [n for step in range(first, last) for n in parallel.numbers(step, accumulate)]
     loader = torch.utils.data.DataLoader(
-        _Steps(task),
+        numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
-        sampler=numbers,
+        collate_fn=functools.partial(_batch, task),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_serve if workers else None,

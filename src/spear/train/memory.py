@@ -21,6 +21,7 @@ from spear.models.meter import Meter, give_storage
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.train import parallel
 from spear.train.optimize import add_adapters, apply_freeze, store_weights
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
@@ -80,11 +81,7 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     if stage.kind not in ("vla", "vlm"):
         raise SpearError(f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe")
     size, opt = preset(stage.preset), stage.optimization
-    pieces, rest = divmod(stage.batch_size, opt.accumulate)
-    if rest or not pieces:
-        raise SpearError(
-            f"batch_size {stage.batch_size} has no {opt.accumulate} equal pieces: change accumulate"
-        )
+    pieces = parallel.share(stage.batch_size, "batch_size", opt.accumulate)
     model = _empty_model(stage, size, as_on_gpu)
     apply_freeze(model, opt)
     store_weights(model, opt)
@@ -93,10 +90,7 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
         give_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
-        held = [torch.empty_like(p) for p in learning for _ in range(2)]
-        moments = meter.live - weights
-        held += [torch.empty_like(p) for p in learning if opt.ema > 0]
-        averaged = meter.live - weights - moments
+        learned = sum(p.nbytes for p in learning)
         if opt.accumulate > 1:  # the gradients of the earlier pieces are there
             for p in learning:
                 p.grad = torch.empty_like(p)
@@ -106,9 +100,9 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
         loss.backward()
         del loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
-    fixed = weights + moments + averaged + gradients
+    averaged, activations = learned * (opt.ema > 0), meter.peak - weights - gradients
     numbers = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learning)
-    return Memory(weights, gradients, moments, averaged, meter.peak - fixed, *numbers)
+    return Memory(weights, gradients, 2 * learned, averaged, activations, *numbers)
 
 
 def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
