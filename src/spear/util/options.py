@@ -25,14 +25,6 @@ class Within:
     least: float
     most: float = float("inf")
 
-    def check(self, option: str, value: Any) -> None:
-        """Raises `SpearError`, naming the option, for a number outside."""
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is None or isinstance(number, str) or self.least <= number <= self.most:
-                continue
-            most = f" and at most {self.most:g}" if self.most < float("inf") else ""
-            raise SpearError(f"{option} {number:g}: give at least {self.least:g}{most}")
-
 
 @typing.dataclass_transform(frozen_default=True)
 class Options:
@@ -48,9 +40,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            for mark in getattr(hint, "__metadata__", ()):
-                if isinstance(mark, Within):
-                    mark.check(option_name(name), getattr(self, name))
+            value = getattr(self, name)
+            for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within)):
+                for number in value if isinstance(value, tuple) else (value,):
+                    if isinstance(number, int | float) and not mark.least <= number <= mark.most:
+                        most = f" and at most {mark.most:g}" if mark.most < float("inf") else ""
+                        raise SpearError(
+                            f"{option_name(name)} {number:g}: give at least {mark.least:g}{most}"
+                        )
 
 
 def option_name(field: str) -> str:
