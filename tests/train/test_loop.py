@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from spear.errors import SpearError
-from spear.train import checkpoint, log, optimize
+from spear.train import log, optimize
+from spear.train.checkpoint import newest
 from spear.train.options import Optimization
 from spear.util.ledger import lock
 from train_tiny import Regression, go, rows, start
@@ -137,8 +138,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     with pytest.raises(SpearError, match=r"model\.0\.weight"):
         go(other, SMALL, tmp_path)
-    latest = checkpoint.find_latest(tmp_path / "checkpoints")
-    assert latest is not None
+    found = newest(tmp_path / "checkpoints")
+    assert found is not None
+    latest, _ = found
     (weights,) = latest.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(SpearError, match="step-00000004"):
@@ -200,10 +202,10 @@ def test_ended_by_a_signal_and_the_same_again(
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code
-    latest = checkpoint.find_latest(ended / "checkpoints")
+    found = newest(ended / "checkpoints")
     done = losses(ended)[-1][0]
-    assert latest is not None and 12 <= done < SMALL.steps
-    kept = checkpoint.read_state(latest)["step"]
+    assert found is not None and 12 <= done < SMALL.steps
+    kept = found[1]["step"]
     assert kept == done if number != signal.SIGKILL else 0 < kept <= done
     go(Regression(), SMALL, ended, seed=3)
     assert json.dumps(losses(whole)) == json.dumps(losses(ended))
@@ -233,8 +235,8 @@ def test_frozen_parts_have_no_gradient_no_state_and_half_the_weights() -> None:
 
 def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
     def minutes() -> float:
-        latest = checkpoint.find_latest(tmp_path / "checkpoints")
-        return 0.0 if latest is None else float(checkpoint.read_state(latest)["minutes"])
+        found = newest(tmp_path / "checkpoints")
+        return 0.0 if found is None else float(found[1]["minutes"])
 
     with lock(tmp_path / ".lock"), pytest.raises(SpearError, match="another process is training"):
         go(Regression(), FOUR, tmp_path)

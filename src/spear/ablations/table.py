@@ -17,7 +17,6 @@ from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seed
 from spear.types import Array
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
-NOT_PUBLISHED: Verdict = "–"
 _Results = dict[str, dict[int, Results]]
 """The episodes of rows that have been scored, by row and seed."""
 
@@ -87,7 +86,7 @@ def judge(against: Estimate | None, published: float | None, seeds: int) -> Verd
     seeds      trainings behind ours. One alone cannot tell a better recipe from a lucky draw.
     """
     if published is None:
-        return NOT_PUBLISHED
+        return "–"
     if against is None:
         return "not run yet"
     if seeds < 2:

@@ -35,29 +35,26 @@ _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Checkpo
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
 
 
-def find_latest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in `folder`, or None."""
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint with the highest step in `folder` and its `state.json` (what `Checkpoints.save` was
+    given, and "step"), or None. Raises `SpearError` for one that cannot be read."""
     found = [p for p in folder.glob("step-*") if _NAME.search(p.name) and (p / "state.json").is_file()]
-    return max(found, default=None, key=lambda p: p.name)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`: what `Checkpoints.save` was given, and "step"."""
+    if not found:
+        return None
+    path = max(found)
     state = read_json(path / "state.json", INSTEAD)
     known = {*state, *state.get("settings", ())}
     if missing := {"step", "skipped", "counts", "seed", "pieces", "about"} - known:
         raise SpearError(f"checkpoint {path}: state.json lacks {', '.join(sorted(missing))}: {INSTEAD}")
-    return state
+    return path, state
 
 
 class Checkpoints:
-    """The checkpoints of a stepper's state in a folder, of which the newest `keep` stay.
+    """The checkpoints of a stepper's state in a folder, of which the newest two stay. All processes save and
+    load together."""
 
-    All processes save and load together.
-    """
-
-    def __init__(self, folder: Path, stepper: Stepper, keep: int = 2) -> None:
-        self.folder, self.stepper, self.keep = folder, stepper, keep
+    def __init__(self, folder: Path, stepper: Stepper) -> None:
+        self.folder, self.stepper = folder, stepper
         names = stepper.model.named_parameters()
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names}
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
@@ -121,7 +118,7 @@ class Checkpoints:
             (part / "state.json").write_text(state)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for old in sorted(p for p in self.folder.glob("step-*") if _NAME.search(p.name))[: -self.keep]:
+            for old in sorted(p for p in self.folder.glob("step-*") if _NAME.search(p.name))[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self, path: Path, counts: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -117,6 +118,7 @@ def _keep_lines_until(log: Path, step: int) -> None:
         log.write_text("".join(lines))
 
 
+@dataclass
 class NotFinite(Exception):
     """A step that was not done, because its loss or its gradient is not finite; the weights are as before.
 
@@ -124,9 +126,9 @@ class NotFinite(Exception):
     suspects  this process's pieces, from 0, that may be the cause: of a gradient, all.
     """
 
-    def __init__(self, what: str, suspects: list[int], values: dict[str, float]) -> None:
-        super().__init__(what)
-        self.what, self.suspects, self.values = what, suspects, values
+    what: str
+    suspects: list[int]
+    values: dict[str, float]
 
 
 def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> Path:

@@ -21,8 +21,8 @@ import torch
 
 from spear.errors import SpearError
 from spear.models.devices import bfloat16_is_fast
-from spear.train import checkpoint, parallel
-from spear.train.checkpoint import Checkpoints
+from spear.train import parallel
+from spear.train.checkpoint import Checkpoints, newest
 from spear.train.log import FOLDER, Logger, NotFinite, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
@@ -121,11 +121,11 @@ def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
     Without a run there: in bfloat16 only where that is fast. Raises `SpearError` when the run's pieces cannot
     be shared among the processes that there are.
     """
-    latest = checkpoint.find_latest(out / "checkpoints")
+    found = newest(out / "checkpoints")
     full: dict[str, Any] = {"precision": "fp32", "frozen_precision": "fp32"}
-    if latest is None:
+    if found is None:
         return opt if bfloat16_is_fast(device) else dataclasses.replace(opt, **full)
-    before = checkpoint.read_state(latest)["settings"]
+    before = found[1]["settings"]
     if before.get("optimization", {}).get("precision") == "fp32":
         opt = dataclasses.replace(opt, **full)
     pieces = before["pieces"]
@@ -223,10 +223,10 @@ def state_to_continue(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint in `out/checkpoints` and its state, if there is one; `SpearError` unless its run
     has this seed, what is known `about` it is the same, and it is at no later a step."""
-    latest = checkpoint.find_latest(out / "checkpoints")
-    if latest is None:
+    found = newest(out / "checkpoints")
+    if found is None:
         return None
-    state = checkpoint.read_state(latest)
+    _, state = found
     there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
     here = {"seed": seed, **about}
     for name in there:
@@ -239,7 +239,7 @@ def state_to_continue(
         raise SpearError(
             f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out"
         )
-    return latest, state
+    return found
 
 
 def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:

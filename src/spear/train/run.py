@@ -25,7 +25,8 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.load import simulator_only
-from spear.train import build, checkpoint, loop, parallel
+from spear.train import build, loop, parallel
+from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
 from spear.util.files import read_json
@@ -41,15 +42,14 @@ def train(
     is missing, or as `build` and `loop.run` do.
     """
     how = how or RunOptions()
-    place = check(stage, out, inputs, how, device)
+    asked = stage.optimization.precision
+    stage, place = check(stage, out, inputs, how, device)
     earlier = None if inputs.init is None else _made_by(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    opt = loop.settled(stage.optimization, out, place)
-    if opt.precision != stage.optimization.precision and not how.quiet and parallel.rank() == 0:
+    if stage.optimization.precision != asked and not how.quiet and parallel.rank() == 0:
         print("note: training in float32, as it began, or since this CPU is faster in it", file=sys.stderr)
-    stage = dataclasses.replace(stage, optimization=opt)
     model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def train(
             parameters[key].copy_(value)
     if parallel.is_sharded(model):
         parallel.unshard(model)
-    final, latest = out / "final", checkpoint.find_latest(out / "checkpoints")
+    final, found = out / "final", newest(out / "checkpoints")
     if parallel.rank() == 0:
         torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
         part = out / ".part-final"
@@ -69,7 +69,7 @@ def train(
             "seed": how.seed,
             "init": earlier,
             "simulator_only": _simulator_only(inputs),
-            "minutes": round(checkpoint.read_state(latest)["minutes"], 2) if latest else 0.0,
+            "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
             "sharded": how.sharded,
             "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
@@ -85,13 +85,16 @@ def train(
     return final
 
 
-def check(stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str) -> torch.device:
+def check(
+    stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
+) -> tuple[Recipe, torch.device]:
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
-    device. Commands ask before they make data: inputs may lack the demonstrations."""
+    recipe as it is `settled`, and its device. Commands ask before they make data: inputs may lack the
+    demonstrations."""
     place = choose_device(device)
     parallel.start(place)
-    opt = loop.settled(stage.optimization, out, place)
-    build.check(dataclasses.replace(stage, optimization=opt), inputs)
+    stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
+    build.check(stage, inputs)
     if inputs.init is not None:
         _made_by(inputs.init)
     known = {k: v for k, v in _about(stage, inputs).items() if k != "--episodes" or inputs.episodes}
@@ -99,7 +102,7 @@ def check(stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise SpearError(f"{there}: not a folder that can be written to: give another --out")
-    return place
+    return stage, place
 
 
 _MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")

@@ -183,6 +183,7 @@ def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> di
     return found
 
 
+@dataclass(frozen=True)
 class QuestionSamples:
     """Batches of images with questions: a pure function of (seed, step).
 
@@ -191,28 +192,24 @@ class QuestionSamples:
     depth    view -> the depth of these images (`load_depth`), needed where the mix asks about pixels.
     """
 
-    def __init__(
-        self,
-        labels: Mapping[str, Sequence[LabeledImage]],
-        processor: Processor,
-        mix: QuestionMix,
-        images: int,
-        seed: int,
-        augment: float = 0.0,
-        depth: Mapping[str, DepthImages] | None = None,
-    ) -> None:
-        if not labels or not all(labels.values()):
+    labels: Mapping[str, Sequence[LabeledImage]]
+    processor: Processor
+    mix: QuestionMix
+    images: int
+    seed: int
+    augment: float = 0.0
+    depth: Mapping[str, DepthImages] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.labels or not all(self.labels.values()):
             raise SpearError("no labelled images: make some with `spear label --out …`")
-        self.labels = {view: images[: mix.most_images or None] for view, images in labels.items()}
-        self.depth, self.processor, self.mix = depth, processor, mix
-        self.images, self.seed, self.augment = images, seed, augment
 
     def batch(self, step: int) -> Batch:
         """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
         rng = np.random.default_rng((self.seed, 1, step))
         wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
         view = "wrist" if wrist else next(iter(self.labels))
-        labels = self.labels[view]
+        labels = self.labels[view][: self.mix.most_images or None]
         pixels: list[torch.Tensor] = []
         questions: list[Question] = []
         owners: list[int] = []
