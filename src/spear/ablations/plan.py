@@ -38,7 +38,7 @@ POLICY = "nano-vla"
 """A budget is given as the steps of this recipe."""
 AGAIN = 1000
 """Added to the seed of a stage that continues on the same data."""
-_WORDS = ("name", "description", "starts_from")
+_WORDS = ("name", "description")
 """Fields of a recipe that change nothing."""
 
 

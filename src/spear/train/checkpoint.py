@@ -8,7 +8,6 @@ a temporary name, and renamed when all processes are done, so it is whole or abs
 
 import json
 import os
-import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from spear.train.optimize import Stepper
 from spear.util.files import read_json
 
 INSTEAD = "delete that folder to continue from the one before"
-_NAME = re.compile(r"step-(\d{8})$")
+_NAME = "step-" + 8 * "[0-9]"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
@@ -38,15 +37,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint with the highest step in `folder` and its `state.json` (what `Checkpoints.save` was
     given, and "step"), or None. Raises `SpearError` for one that cannot be read."""
-    found = [p for p in folder.glob("step-*") if _NAME.search(p.name) and (p / "state.json").is_file()]
-    if not found:
+    path = max(folder.glob(f"{_NAME}/state.json"), default=None)
+    if path is None:
         return None
-    path = max(found)
-    state = read_json(path / "state.json", INSTEAD)
+    state = read_json(path, INSTEAD)
     known = {*state, *state.get("settings", ())}
     if missing := {"step", "skipped", "counts", "seed", "pieces", "about"} - known:
-        raise SpearError(f"checkpoint {path}: state.json lacks {', '.join(sorted(missing))}: {INSTEAD}")
-    return path, state
+        raise SpearError(f"checkpoint {path} lacks {', '.join(sorted(missing))}: {INSTEAD}")
+    return path.parent, state
 
 
 class Checkpoints:
@@ -118,7 +116,7 @@ class Checkpoints:
             (part / "state.json").write_text(state)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-            for old in sorted(p for p in self.folder.glob("step-*") if _NAME.search(p.name))[:-2]:
+            for old in sorted(self.folder.glob(_NAME))[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self, path: Path, counts: dict[str, float]) -> None:

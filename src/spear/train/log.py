@@ -50,7 +50,7 @@ class Spikes:
 class Logger:
     """Progress on screen, `log.jsonl` and TensorBoard events (when it is installed) in a run's folder.
 
-    Lines of steps from `first_step` on are dropped: they will be run again.
+    Earlier lines of steps after `first_step` are dropped: they will be run again.
     """
 
     def __init__(self, out: Path, first_step: int, total: int, every: int = 20, quiet: bool = False) -> None:
@@ -58,8 +58,11 @@ class Logger:
         self.total, self.every = total, every
         self.started, self.first = time.perf_counter(), first_step
         self.spikes, self.waited, self.written = Spikes(), 0.0, self.started
-        _keep_lines_until(out / "log.jsonl", first_step)
-        self.file = (out / "log.jsonl").open("a")
+        path = out / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        whole = (line for line in lines if line.endswith("\n"))  # the last one may be cut off
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        self.file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -103,19 +106,6 @@ class Logger:
             if count := self.spikes.count:
                 self.info += f", {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}"
         self.bar.update(done, self.info)
-
-
-def _keep_lines_until(log: Path, step: int) -> None:
-    """Drop log lines of steps that the checkpoint does not contain, and a line that was cut off."""
-    if log.is_file():
-        lines = []
-        for line in log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line + "\n")
-            except ValueError:
-                continue
-        log.write_text("".join(lines))
 
 
 @dataclass

@@ -102,13 +102,14 @@ def _noted() -> Iterator[list[int]]:
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _STOPPING if main}
 
-    def restore(number: int = 0, _: Any = None) -> None:
-        came.extend([number] if number else [])
+    def restore(*given: Any) -> None:
+        came.extend(given[:1])
         for known, handler in before.items():
             signal.signal(known, handler)
 
     for known, handler in before.items():
-        signal.signal(known, signal.SIG_IGN if handler is signal.SIG_IGN else restore)
+        if handler is not signal.SIG_IGN:
+            signal.signal(known, restore)
     try:
         yield came
     finally:

@@ -102,7 +102,6 @@ class Recipe:
     smooth_tokens  new 3D tokens start out alike where their bins are alike (`spear.tokens`; our choice).
     bins, spacing  how many 3D tokens, and where the edges of their bins lie: new ones, fitted to the labels.
                   None: those of `--init`; without one, the preset's number, at quantiles (the paper).
-    starts_from   the stage whose result `--init` takes; None starts from random weights.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
     question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
@@ -129,7 +128,6 @@ class Recipe:
     smooth_tokens: bool = False
     bins: Annotated[int, Ge(2)] | None = None
     spacing: Literal["quantile", "uniform"] | None = None
-    starts_from: str | None = None
     questions: QuestionMix = QuestionMix()
     flow_samples: Some = 1
     question_images: Count = 0

@@ -37,7 +37,6 @@ _NANO_VLA = Recipe(
         ema=0.998,
     ),
     batch_size=32,
-    starts_from="nano-vlm-2",
     questions=_NANO_MIX,
     flow_samples=4,
     question_images=2,
@@ -52,7 +51,6 @@ _POST_TRAIN = Recipe(
     description="The paper's post-training for the WidowX: 50k steps on BridgeData V2.",
     optimization=Optimization(steps=50_000, lr=2.5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
     batch_size=256,
-    starts_from="vla-pretrain",
 )
 
 _FINETUNE = Recipe(
@@ -71,7 +69,6 @@ _FINETUNE = Recipe(
         gradient_checkpointing=True,
     ),
     batch_size=64,
-    starts_from="vla-pretrain",
     lora_rank=16,
 )
 
@@ -111,7 +108,6 @@ RECIPES: dict[str, Recipe] = {
             ),
             batch_size=16,
             moge=False,
-            starts_from="nano-siglip",
             questions=QuestionMix(("what_at", "centre_2d", "centre_2d", "where_2d"), pairs=(4, 4)),
         ),
         Recipe(
@@ -125,7 +121,6 @@ RECIPES: dict[str, Recipe] = {
             batch_size=16,
             coordinate_rows_only=True,
             smooth_tokens=True,
-            starts_from="nano-vlm-0",
             questions=dataclasses.replace(
                 _NANO_MIX, families=("keypoint", "keypoint", "distance", "centre_2d", "what_at")
             ),
@@ -144,7 +139,6 @@ RECIPES: dict[str, Recipe] = {
                 ema=0.995,
             ),
             batch_size=16,
-            starts_from="nano-vlm-1",
             questions=_NANO_MIX,
         ),
         _NANO_VLA,
@@ -158,7 +152,6 @@ RECIPES: dict[str, Recipe] = {
             ),
             batch_size=64,
             moge=False,
-            starts_from="nano-vlm-0",
             question_images=0,
         ),
         Recipe(
@@ -170,7 +163,6 @@ RECIPES: dict[str, Recipe] = {
                 steps=600, lr=3e-4, warmup=50, frozen=("vlm.moge",), weight_decay=0.02, ema=0.99
             ),
             batch_size=32,
-            starts_from="nano-vla",
             flow_samples=4,
             augment=1.0,
         ),
@@ -182,7 +174,6 @@ RECIPES: dict[str, Recipe] = {
             optimization=Optimization(steps=2000, lr=1e-3, trained=VLM_1, weight_decay=0.0),
             batch_size=512,
             coordinate_rows_only=True,
-            starts_from="PaliGemma-3B and MoGe",
         ),
         Recipe(
             name="vlm-stage2",
@@ -191,7 +182,6 @@ RECIPES: dict[str, Recipe] = {
             description="The paper's SPEAR-VLM stage 2: 10k steps, both encoders trained (its best row).",
             optimization=Optimization(steps=10000, lr=2e-5),
             batch_size=512,
-            starts_from="vlm-stage1",
         ),
         Recipe(
             name="vla-pretrain",
@@ -200,7 +190,6 @@ RECIPES: dict[str, Recipe] = {
             description="The paper's pre-training: 300k steps at batch 2048, MoGe frozen, SigLIP trained.",
             optimization=Optimization(steps=300_000, lr=5e-5, frozen=("vlm.moge",), warmup=1000, ema=0.999),
             batch_size=2048,
-            starts_from="vlm-stage2",
         ),
         _POST_TRAIN,
         dataclasses.replace(

@@ -105,7 +105,7 @@ def check(
     return stage, place
 
 
-_MAY_CHANGE = ("optimization", "batch_size", "description", "starts_from")
+_MAY_CHANGE = ("optimization", "batch_size", "description")
 """Fields of a recipe that may change while a run is continued."""
 
 
