@@ -68,10 +68,8 @@ class Table:
 
 def _load() -> tuple[Mapping[str, Mapping[str, Any]], Mapping[str, float], tuple[Table, ...]]:
     data = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    stages, tables = {}, []
-    for name, fields in data["stages"].items():
-        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("changes", {}).items()}
-        stages[name] = Stage(**fields, changes=changes)
+    stages = {name: Stage(**fields) for name, fields in data["stages"].items()}
+    tables = []
     for table in data["tables"]:
         rows = [Row(**{**row, "stages": [stages[name] for name in row["stages"]]}) for row in table["rows"]]
         tables.append(Table(**{**table, "rows": rows}))

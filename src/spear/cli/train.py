@@ -8,6 +8,7 @@ from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
+from spear.util.options import key_values
 
 
 def train(options: TrainOptions) -> None:
@@ -29,7 +30,8 @@ def train(options: TrainOptions) -> None:
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    stage = recipe(options.recipe).changed(**options.changes())
+    changes = key_values(options.set, "--set") | {"preset": options.preset, "steps": options.steps}
+    stage = recipe(options.recipe).changed(**changes)
     preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
@@ -67,7 +69,6 @@ def plan(options: PlanOptions) -> None:
     from spear.models.presets import preset
     from spear.train import memory
     from spear.train.recipes import recipe
-    from spear.util.options import key_values
 
     capacity = memory.usable(options.gpu)
     changes = key_values(options.set, "--set") | {"preset": options.preset, "batch_size": options.batch_size}

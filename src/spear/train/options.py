@@ -8,14 +8,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known, unknown_name
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within, key_values
+from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -169,9 +169,6 @@ def _check(part: type, key: str, value: Any) -> None:
         # Through JSON, in which lists are tuples and whole numbers are numbers, but words and flags are not.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
-        words = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
-        if words:
-            raise unknown_name(key, str(value), words) from error
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise SpearError(f"recipe key {key} is {value!r}: {why}") from error
     if key == "pairs" and value[0] > value[1]:
@@ -254,10 +251,6 @@ class TrainOptions(Options):
         if self.shares and len(self.shares) != len(self.episodes):
             count, folders = len(self.shares), len(self.episodes)
             raise SpearError(f"--shares: {count} for {folders} folders of --episodes: give one for each")
-
-    def changes(self) -> dict[str, Any]:
-        """What is different from the recipe."""
-        return key_values(self.set, "--set") | {"preset": self.preset, "steps": self.steps}
 
 
 class PlanOptions(Options):

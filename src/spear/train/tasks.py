@@ -289,17 +289,9 @@ class VlaTask:
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Flow loss + weight · question loss, and the parts of both."""
-        output = self.model(
-            batch["pixel_values"],
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["state"],
-            Action.from_vector(batch["actions"]),
-            batch["action_mask"],
-            flow_samples=self.stage.flow_samples,
-            view_mask=batch["view_mask"],
-            generator=generator,
-        )
+        robot = {key: value for key, value in batch.items() if key != "questions"}
+        robot["actions"] = Action.from_vector(batch["actions"])
+        output = self.model(**robot, flow_samples=self.stage.flow_samples, generator=generator)
         total, parts = output.loss, dict(output.parts)
         if self.questions is not None:
             questions = batch["questions"]
