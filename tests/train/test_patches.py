@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from spear.labels.fit.masks import decode_mask, encode_mask
-from spear.train.tasks import _targets
+from spear.train.tasks import patch_targets
 from spear.types import LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
 
@@ -25,7 +25,7 @@ def a_label() -> LabeledImage:
 
 
 def test_targets_say_what_is_where() -> None:
-    _, shown, cells, centre, largest = _targets(a_label(), ["cup", "fork", "spoon"], 32, (64, 64))
+    _, shown, cells, centre, largest = patch_targets(a_label(), ["cup", "fork", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown[:, 0], [True, True, False, False])
     assert not shown[:, 1].any()
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
@@ -58,8 +58,8 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     kept = [
         dataclasses.replace(o, mask=encode_mask(decode_mask(o.mask, 64, 64) & cut)) for o in small.objects
     ]
-    expected = _targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
-    _, shown, cells, centre, largest = _targets(large, ["cup", "spoon"], 32, (64, 64))
+    expected = patch_targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
+    _, shown, cells, centre, largest = patch_targets(large, ["cup", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown, expected[1])
     np.testing.assert_allclose(cells, expected[2].astype(int), atol=40)  # edges are antialiased
     np.testing.assert_allclose(centre, expected[3], atol=1e-6)

@@ -38,8 +38,6 @@ POLICY = "nano-vla"
 """A budget is given as the steps of this recipe."""
 AGAIN = 1000
 """Added to the seed of a stage that continues on the same data."""
-_WORDS = ("name", "description")
-"""Fields of a recipe that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,6 @@ class Scoring:
 class Plan:
     """What there is to do, in order.
 
-    tables   with their rows.
     jobs     trainings and scorings, each after what it needs; all rows of the first seed come first.
     chains   (row, seed) -> its trainings, the policy last.
     """
@@ -245,7 +242,7 @@ def _recipe(
 def _training(
     one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
-    fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in _WORDS}
+    fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
     if fields["committed"] is None:  # younger than the keys of trainings that are done
         del fields["committed"]
     fields["optimization"]["moments"] = "fp32"  # which the trainings that are done could still choose

@@ -34,7 +34,6 @@ class Stage:
 class Row:
     """One line of a table.
 
-    name        for the command line.
     title       for people: what is different in it; where the paper has the row, its name in the published
                 numbers.
     stages      what is trained, in order; the last one is the policy.

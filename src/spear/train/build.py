@@ -13,7 +13,7 @@ from spear.errors import SpearError, check_known
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
-from spear.labels.store import shards_in
+from spear.labels.store import read_depth, shards_in
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
@@ -34,6 +34,7 @@ from spear.train.tasks import (
     fit_coordinates,
     load_depth,
     load_labels,
+    patch_targets,
     view_folders,
 )
 from spear.types import LabeledImage
@@ -132,7 +133,10 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
 def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(size).moge_config))
     folder = _labels(inputs) / "depth"
-    return model, DepthTask(model, folder, stage.batch_size, seed), [model.save_pretrained]
+    views = {path.name: read_depth(path) for path in sorted(folder.glob("*/"))}
+    if not views:
+        raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+    return model, DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
 
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -143,7 +147,9 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     names = sorted({o.name for label in known["external"] for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
-    task = PatchTask(model, processor, names, known, stage.batch_size, seed)
+    patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes
+    views = {v: [patch_targets(one, names, patch, sizes[v]) for one in some] for v, some in known.items()}
+    task = PatchTask(model, processor, views, stage.batch_size, seed)
     return model, task, [vlm.save_pretrained, processor.save]
 
 

@@ -126,7 +126,7 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
 
     number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
     """
-    leaves, _ = tree_flatten_with_path(batch)
+    leaves: Any = tree_flatten_with_path(batch)[0]
     tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,6 @@ class RunOptions:
     workers     processes that make batches ahead; 0: this one does.
     save_every, log_every  steps between checkpoints, and between lines of the log.
     save_minutes  a checkpoint is also written after so long, as far as that takes a fiftieth of the time.
-    quiet       shows no progress.
     device      where the model is put; None leaves it where it is.
     sharded     weights, gradients, moments and averages are divided among the processes (`parallel.shard`).
     """
@@ -88,8 +87,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def _serve(_: int) -> None:
-    """One thread; a signal that reaches all processes ends the work when the step is done, not before."""
-    torch.set_num_threads(1)
+    """A signal that reaches all processes ends the work when the step is done, not before."""
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
 

@@ -70,7 +70,7 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
         learns = learns and not any(_matches(name, p) for p in opt.frozen)
-        parameter.requires_grad_(learns or is_adapter(name))
+        parameter.requires_grad_(learns or ".lora_" in name)
 
 
 def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
@@ -82,11 +82,6 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     peft: Any = need("peft", "lora", "LoRA")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
     return peft.LoraModel(model, config, "default")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name belongs to a LoRA."""
-    return ".lora_A." in name or ".lora_B." in name
 
 
 def save_adapters(adapters: Any, folder: Path) -> None:

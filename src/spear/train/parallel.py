@@ -87,12 +87,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     have = torch.tensor([float(p.grad is not None) for p in learning], device=learning[0].device)
     dist.all_reduce(have)
-    grads = []
     for parameter, count in zip(learning, have.tolist(), strict=True):
         if count and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if parameter.grad is not None:
-            grads.append(parameter.grad)
+    grads = [parameter.grad for parameter in learning if parameter.grad is not None]
     while grads:
         bucket, size = [], 0
         while grads and size < BUCKET:

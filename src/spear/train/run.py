@@ -105,13 +105,10 @@ def check(
     return stage, place
 
 
-_MAY_CHANGE = ("optimization", "batch_size", "description")
-"""Fields of a recipe that may change while a run is continued."""
-
-
 def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
-    recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in _MAY_CHANGE}
+    may_change = ("optimization", "batch_size", "description")  # while a run is continued
+    recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
     stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
     given = {"--labels": inputs.labels, "--init": inputs.init, "--moge": inputs.moge}
     marks: dict[str, str | None] = dict.fromkeys(given)

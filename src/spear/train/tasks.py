@@ -32,19 +32,21 @@ from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, Question
 from spear.util.images import decode_image, fit_image
 
+Targets = tuple[bytes, Array, Array, Array, Array]
+"""An image and what its patches show, as `patch_targets` gives it."""
 LEAST = 0.01
 """Share of a patch that an object must cover to be shown by it."""
 
 
+@dataclass(frozen=True)
 class DepthTask:
-    """Batches of images with depth, and the loss of `MogeForDepth`. folder has a sub-folder per view; every
-    fourth batch is of the wrist camera when there is one."""
+    """Batches of images with depth, by view, and the loss of `MogeForDepth`. Every fourth batch is of the
+    wrist camera when there is one."""
 
-    def __init__(self, model: MogeForDepth, folder: Path, batch_size: int, seed: int) -> None:
-        self.model, self.batch_size, self.seed = model, batch_size, seed
-        self.views = {path.name: read_depth(path) for path in sorted(folder.glob("*/"))}
-        if not self.views:
-            raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+    model: MogeForDepth
+    views: Mapping[str, DepthImages]
+    batch_size: int
+    seed: int
 
     def batch(self, step: int) -> Batch:
         """uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
@@ -60,28 +62,16 @@ class DepthTask:
         return self.model(batch["pixels"], batch["depth"]).loss, {}
 
 
+@dataclass(frozen=True)
 class PatchTask:
-    """Batches of labelled images with what each patch shows, and the loss of `PatchClassification`.
+    """Batches of labelled images with what each patch shows, by view, as `patch_targets` gives it, and the
+    loss of `PatchClassification`. Every fourth batch is of the wrist camera when there is one."""
 
-    labels  view -> labelled images with their masks, of any size: they are fitted as their pixels are. Every
-            fourth batch is of the wrist camera when there is one.
-    """
-
-    def __init__(
-        self,
-        model: PatchClassification,
-        processor: Processor,
-        names: Sequence[str],
-        labels: Mapping[str, Sequence[LabeledImage]],
-        images: int,
-        seed: int,
-    ) -> None:
-        self.model, self.processor, self.images, self.seed = model, processor, images, seed
-        patch = model.vlm.config.vision_config.patch_size
-        self.views = {
-            view: [_targets(label, names, patch, processor.image_sizes[view]) for label in found]
-            for view, found in labels.items()
-        }
+    model: PatchClassification
+    processor: Processor
+    views: Mapping[str, Sequence[Targets]]
+    images: int
+    seed: int
 
     def batch(self, step: int) -> Batch:
         """Arguments of `PatchClassification.forward`."""
@@ -101,9 +91,7 @@ class PatchTask:
         return output.loss, output.parts
 
 
-def _targets(
-    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
-) -> tuple[bytes, Array, Array, Array, Array]:
+def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]) -> Targets:
     """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
     largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
     rows, columns = size[1] // patch, size[0] // patch

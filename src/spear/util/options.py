@@ -61,17 +61,16 @@ def option_names(options: type) -> list[str]:
     What stands below each field becomes its help, as one paragraph: tyro by itself keeps the line breaks.
     """
     found = []
-    hints = typing.get_type_hints(options, include_extras=True)
+    hints, types = typing.get_type_hints(options, include_extras=True), typing.get_type_hints(options)
     said = {
         p.arg_name: p.description for kind in options.__mro__[-2::-1] for p in parse_from_object(kind).params
     }
     for field in dataclasses.fields(options):
         help = " ".join((said.get(field.name) or "").split())
         field.metadata = MappingProxyType({**field.metadata, "help": help or None})
-        hint = hints[field.name]
-        inner = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        hint, inner = hints[field.name], types[field.name]
         if dataclasses.is_dataclass(inner):
-            found += option_names(typing.cast(type, inner))
+            found += option_names(inner)
         elif Positional[int].__metadata__[0] not in getattr(hint, "__metadata__", ()):  # type: ignore[attr-defined]
             found.append(option_name(field.name))
             if inner is bool:

@@ -17,11 +17,9 @@ EVERY = 30.0
 class ProgressBar:
     """Counts what is done of some work, and shows it from `with` on.
 
-    name    what is being done.
     total   how many there are to do; None where that is known later (`begin`).
     unit    what is counted, as a plural.
     before  how many of them an earlier command had done; they count as done, but not for the rate.
-    quiet   show nothing.
     """
 
     def __init__(
