@@ -207,6 +207,7 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
     jobs: dict[str, Training | Scoring] = {}
+    trainings: dict[str, Training] = {}
     chains: dict[tuple[str, int], Sequence[Training]] = {}
     for seed in range(options.seeds):
         for _, rows in tables:
@@ -216,11 +217,13 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
                     moge = depth if stage.moge else None
-                    before = _training(one, seed + AGAIN * stage.again, data, before, moge)
+                    training = _training(one, seed + AGAIN * stage.again, data, before, moge)
+                    before = trainings.setdefault(training.key, training)
+                    jobs[before.key] = before
                     chain.append(before)
                 chains[row.name, seed] = chain
-                for job in (*chain, Scoring(chain[-1], options.scenes, families)):
-                    jobs.setdefault(job.key, job)
+                scoring = Scoring(chain[-1], options.scenes, families)
+                jobs.setdefault(scoring.key, scoring)
     return Plan(tables, list(jobs.values()), chains, options.seeds, options.scenes, families)
 
 

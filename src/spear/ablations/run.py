@@ -119,7 +119,9 @@ def _train(
     job: Training, out: Path, data: Data, workers: int, quiet: bool, say: Callable[[str], None]
 ) -> None:
     say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
-    init = job.init.folder if isinstance(job.init, Weights) else job.before and final(out, job.before)
+    init = job.init.folder if isinstance(job.init, Weights) else None
+    if job.before is not None:
+        init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     inputs = Inputs(data.labels, robots, init, job.moge.folder if job.moge else None)
     folder = out / "stages" / job.folder

@@ -2,9 +2,9 @@
 agree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,6 +66,17 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
         lines = [_line(plan, data, row, first, results, means) for row in rows]
         filled.append(Filled(table, lines, f"{reference.title}. {reference.source}" if reference else ""))
     return filled
+
+
+def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
+    """Everything that the pages show, as data."""
+    return [
+        {
+            **{"table": filled.table.name, "against": filled.table.against, "source": filled.source},
+            "lines": [asdict(x) | {"row": x.row.name, "title": x.row.title} for x in filled.lines],
+        }
+        for filled in tables
+    ]
 
 
 def judge(against: Estimate | None, published: float | None, seeds: int) -> Verdict:

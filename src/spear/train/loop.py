@@ -68,7 +68,7 @@ def batches(
     memory, from which it copies while it works.
     """
     numbers = [n for step in range(first, last) for n in parallel.numbers(step, accumulate)]
-    loader = torch.utils.data.DataLoader(
+    loader: Any = torch.utils.data.DataLoader(
         numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
         collate_fn=functools.partial(_batch, task),

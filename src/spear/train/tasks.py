@@ -227,10 +227,9 @@ def fit_coordinates(
     """3D tokens whose bins are fitted to the numbers that questions about `labels` (20,000 at the most) have
     as answers; `SpearError` for labels of several units."""
     rng = np.random.default_rng(seed)
-    values: list[float] = []
-    for index in rng.permutation(len(labels))[:20_000]:
-        for question in generate(labels[index], rng, (4, 4)):
-            values += question.values
+    order = rng.permutation(len(labels))[:20_000]
+    questions = (question for index in order for question in generate(labels[index], rng, (4, 4)))
+    values = [value for question in questions for value in question.values]
     units = {label.unit for label in labels}
     if len(units) != 1:
         raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
