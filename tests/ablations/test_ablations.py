@@ -21,7 +21,6 @@ from spear import flow
 from spear.ablations.plan import (
     Data,
     Plan,
-    Pretrained,
     Scoring,
     Weights,
     describe,
@@ -53,7 +52,7 @@ START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
 TINY = ("batch_size=2", "question_images=1", "flow_samples=1")
 
 
-def planned(*names: str, data: Data = DATA, start: Pretrained = START, **given: Any) -> Plan:
+def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **given: Any) -> Plan:
     return make_plan(AblationOptions(rows=names, **{"scenes": 2, **given}), data, start)
 
 

@@ -36,8 +36,6 @@ in scripts/train_nano.sh."""
 PRESET = "nano"
 POLICY = "nano-vla"
 """A budget is given as the steps of this recipe."""
-AGAIN = 1000
-"""Added to the seed of a stage that continues on the same data."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,6 @@ class Weights:
     key: str
 
 
-Pretrained = tuple[Weights, Weights]
-"""What stands for published weights in all rows and seeds: for PaliGemma's, and for MoGe's."""
-
-
 @dataclass(frozen=True)
 class Training:
     """One stage to train: a recipe as it will run, its seed, and what it begins with.
@@ -191,13 +185,14 @@ class Plan:
         return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
 
 
-def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> Pretrained:
-    """By names or folders; those that come with this package. Raises `SpearError` where there are none."""
+def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weights, Weights]:
+    """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders. Raises
+    `SpearError` where there are none."""
     one, two = locate(vlm), locate(depth)
     return Weights(one, fingerprint(one)), Weights(two, fingerprint(two))
 
 
-def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
+def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weights]) -> Plan:
     """All trainings and scorings that some rows need.
 
     Raises `SpearError` for an unknown row, family or change.
@@ -217,7 +212,8 @@ def make_plan(options: AblationOptions, data: Data, start: Pretrained) -> Plan:
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
                     moge = depth if stage.moge else None
-                    training = _training(one, seed + AGAIN * stage.again, data, before, moge)
+                    own = seed + 1000 * stage.again  # the same data in another order
+                    training = _training(one, own, data, before, moge)
                     before = trainings.setdefault(training.key, training)
                     jobs[before.key] = before
                     chain.append(before)

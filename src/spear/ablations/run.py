@@ -22,8 +22,6 @@ from spear.train.options import Inputs
 from spear.train.run import train
 from spear.util.ledger import lock
 
-WAIT = 5.0
-"""Seconds between looks at what other processes have finished."""
 Job = Training | Scoring
 
 
@@ -103,7 +101,7 @@ def run(
                     failed[job.key] = f"{job.key}: {error}"
             break
         else:
-            time.sleep(WAIT)
+            time.sleep(5)  # until another process has finished something
 
 
 def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:

@@ -172,5 +172,4 @@ class Checkpoints:
 
 def _reason(error: BaseException) -> str:
     """The last line: PyTorch's messages begin with the traceback of another process."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -34,7 +34,6 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 class Optimization:
     """How the weights move; the part of a recipe that the loop reads.
 
-    steps             optimiser steps.
     lr                peak learning rate.
     lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
     frozen            module prefixes that do not learn.
