@@ -70,7 +70,7 @@ def option_names(options: type) -> list[str]:
         field.metadata = MappingProxyType({**field.metadata, "help": help or None})
         hint, inner = hints[field.name], types[field.name]
         if dataclasses.is_dataclass(inner):
-            found += option_names(inner)
+            found += option_names(typing.cast(type, inner))
         elif Positional[int].__metadata__[0] not in getattr(hint, "__metadata__", ()):  # type: ignore[attr-defined]
             found.append(option_name(field.name))
             if inner is bool:
