@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
@@ -168,6 +168,9 @@ def _check(part: type, key: str, value: Any) -> None:
         # Through JSON, in which lists are tuples and whole numbers are numbers, but words and flags are not.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
+        words = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
+        if words:
+            raise unknown_name(key, str(value), words) from error
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise SpearError(f"recipe key {key} is {value!r}: {why}") from error
     if key == "pairs" and value[0] > value[1]:
