@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2045, "ablations": 660, "cli": 1585, "data": 4855, "embodiments": 740, "evaluate": 2895,
+    "(top)": 2045, "ablations": 660, "cli": 1590, "data": 4855, "embodiments": 740, "evaluate": 2895,
     "labels": 4745, "models": 4745, "report": 1200, "serve": 990, "sim": 1585, "train": 2460, "ui": 695,
-    "util": 720,
+    "util": 725,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
