@@ -119,11 +119,14 @@ def test_the_bill_comes_however_the_work_ends(
     folder = photos(tmp_path / "photos", 3, bad=False)
     monkeypatch.setitem(components.KINDS["segmenter"], "sam2", lambda *_: BoxSegmenter())
     monkeypatch.setitem(components.KINDS["point map"], "moge-2", lambda *_: SlopePointMap())
-    for unreached, status in (("none", 0), (".png", 2)):
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text('{"images": [], "annotations": [], "categories": []}')
+    for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
         monkeypatch.setitem(
             components.KINDS["detector"], "gemini", lambda *_, u=unreached: Paid(unreached=(u,))
         )
-        assert main(["label", str(folder), "--out", str(tmp_path / unreached), "--workers", "0"]) == status
+        words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
+        assert main(["label", str(folder), *words]) == status
         assert "3 requests" in capsys.readouterr().out
 
 

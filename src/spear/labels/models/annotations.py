@@ -109,6 +109,10 @@ class FileDetector:
             results.append(next(others) if annotated is None else own)
         return results
 
+    def bill(self) -> str:
+        """That of the detector of the other images, where it has one."""
+        return str(self.otherwise.bill()) if hasattr(self.otherwise, "bill") else ""
+
 
 class FileSegmenter:
     """Masks from a file of annotations, for detections of that file or of any other detector.
