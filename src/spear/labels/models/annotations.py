@@ -111,7 +111,8 @@ class FileDetector:
 
     def bill(self) -> str:
         """That of the detector of the other images, where it has one."""
-        return str(self.otherwise.bill()) if hasattr(self.otherwise, "bill") else ""
+        bill = getattr(self.otherwise, "bill", None)
+        return bill() if bill else ""
 
 
 class FileSegmenter:
