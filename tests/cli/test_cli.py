@@ -73,6 +73,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("plan --recipe finetune-lorra", "'finetune-lora'"),
         ("train nano-vla --stesp 3", "did you mean '--steps'?"),
         ("train nano-vla --set schedule=cosin", "did you mean 'cosine'?"),
+        ("train nano-vla --set steps=-1", "key steps"),
         ("label --preset nanno", "did you mean 'nano'?"),
         ("label nowhere.jpg", "no such file"),
         ("label sim:1 --engine dask", "engine"),

@@ -30,8 +30,9 @@ def train(options: TrainOptions) -> None:
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    changes = key_values(options.set, "--set") | {"preset": options.preset, "steps": options.steps}
-    stage = recipe(options.recipe).changed(**changes)
+    named = {"preset": options.preset, "steps": options.steps}
+    named = {name: value for name, value in named.items() if value is not None}
+    stage = recipe(options.recipe).changed(**key_values(options.set, "--set") | named)
     preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
