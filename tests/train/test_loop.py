@@ -230,7 +230,7 @@ def test_frozen_parts_have_no_gradient_no_state_and_half_the_weights() -> None:
     assert set(stepper.optimizer.state) == {second.weight, second.bias}
     assert stepper.ema is not None and set(stepper.ema) == {"2.weight", "2.bias"}
     with pytest.raises(SpearError, match="frozen_precision"):
-        optimize.Stepper(Regression(), replace(opt, precision="fp32"), seed=0)
+        replace(opt, precision="fp32")
 
 
 def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:

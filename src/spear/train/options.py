@@ -68,6 +68,10 @@ class Optimization:
     gradient_checkpointing: bool = False
     max_skipped: Count = 10
 
+    def __post_init__(self) -> None:
+        if self.frozen_precision == "bf16" and self.precision == "fp32":  # which could not use them
+            raise SpearError("frozen_precision bf16 needs precision bf16: set both, or neither")
+
 
 @dataclass(frozen=True)
 class QuestionMix:
