@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from spear.cli import main
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
 from spear.evaluate.results import Journal, Outcome, Results, load, merge
@@ -104,25 +103,3 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(weights)
         found.append(fingerprint(tmp_path))
     assert found[0] == found[2] != found[1]
-
-
-def test_merging_takes_films_along_and_only_a_new_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, seed in (("one", 0), ("two", 2)):
-        journal(tmp_path / name, range(seed, seed + 2), (1 + seed // 2, 3))
-        (tmp_path / name / f"a-success-{seed}.mp4").write_bytes(b"film")
-    (tmp_path / "data" / "meta").mkdir(parents=True)
-
-    def merged(*parts: str, out: str) -> int:
-        return main(["evaluate", "merge", *(str(tmp_path / p) for p in parts), "--out", str(tmp_path / out)])
-
-    for _ in range(2):  # the second time over what the first wrote
-        assert merged("one", "two", out="all") == 0
-    said = capsys.readouterr()
-    assert "75%" in said.out and "part 3/3 " in said.err
-    films = ["a-success-0.mp4", "a-success-2.mp4"]
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [*films, "results.json"]
-    assert len(load(tmp_path / "all").outcomes) == 4
-    assert merged("all", "two", out="one") == merged("all", out="data") == merged(out="new") == 2
-    assert len(load(tmp_path / "one").outcomes) == 2

@@ -34,7 +34,6 @@ COMMANDS: dict[str, str] = {
     "evaluate data": "evaluate:evaluate_data",
     "evaluate simpler": "evaluate:evaluate_simpler",
     "evaluate compare": "evaluate:compare",
-    "evaluate merge": "evaluate:merge",
     "evaluate reference": "evaluate:reference",
     "evaluate vqa": "evaluate:evaluate_vqa",
     "evaluate ablations": "train:ablations",

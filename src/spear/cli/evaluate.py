@@ -1,4 +1,4 @@
-"""Evaluating policies and SPEAR-VLMs, comparing the results of two policies, putting parts together."""
+"""Evaluating policies and SPEAR-VLMs, and comparing the results of two policies."""
 
 from dataclasses import field
 from pathlib import Path
@@ -9,12 +9,11 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, notice, unknown_name
+from spear.errors import SpearError, check_known
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
-from spear.evaluate.results import Results, journals, load, missing_parts
-from spear.evaluate.results import merge as put_together
-from spear.util.files import check_own, write_bytes, write_text
+from spear.evaluate.results import load
+from spear.util.files import write_text
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
 
@@ -222,40 +221,6 @@ def compare(options: CompareOptions) -> None:
         print(f"page: {options.out}")
 
 
-class MergeOptions(Options):
-    parts: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")] = ()
-    """Folders that spear evaluate wrote."""
-    out: Path = Path("runs/merged")
-    """Folder for the whole, a new one."""
-
-
-def merge(options: MergeOptions) -> None:
-    """Put the parts of one evaluation together that ran with spear evaluate --shard on several machines.
-
-    Prints the whole table; writes OUT/results.json and copies the films.
-
-    Example:
-        spear evaluate merge from-machine-1 from-machine-2 --out runs/evaluate
-    """
-    from spear.evaluate.film import film_file
-
-    parts, out = options.parts, options.out
-    if not parts:
-        raise SpearError("nothing to merge: name the folders that `spear evaluate --shard` wrote")
-    if journals(out):
-        raise SpearError(f"--out {out}: holds an evaluation of its own: give a new folder for the whole")
-    check_own(out, "results.json", "merge")
-    found = [load(path) for path in parts]
-    if missing := missing_parts(parts):
-        notice(f"not all of the evaluation: part {', '.join(missing)} is in none of these folders")
-    results = put_together(found)
-    for path, part in zip(parts, found, strict=True):
-        for film in filter(None, (film_file(_folder(path), o.film_name) for o in part.outcomes)):
-            if film.parent.resolve() != out.resolve():
-                write_bytes(out / film.name, film.read_bytes())
-    _report(results.policy, out, results)
-
-
 class ReferenceOptions(Options):
     table: Name = None
     """Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid."""
@@ -271,9 +236,9 @@ def reference(options: ReferenceOptions) -> None:
         spear evaluate reference --table rotation
     """
     known = references()
-    if options.table is not None and options.table not in known:
-        raise unknown_name("table", options.table, known)
-    for name in [options.table] if options.table else known:
+    chosen = known if options.table is None else [options.table]
+    check_known("table", known, *chosen)
+    for name in chosen:
         show(known[name].table())
 
 
@@ -282,10 +247,10 @@ def _folder(results: Path) -> Path:
     return results if results.is_dir() else results.parent
 
 
-def _report(name: str, out: Path | None, results: Results | None = None) -> None:
-    """Write results.json into a folder, and print its results (or these), beside published numbers."""
+def _report(name: str, out: Path | None) -> None:
+    """Write results.json into a folder, and print its results beside published numbers."""
     assert out is not None
-    results = results or load(out)
+    results = load(out)
     results.save(out / "results.json")
     show(results.table())
     for table in beside(results):

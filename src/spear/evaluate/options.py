@@ -45,7 +45,7 @@ class EpisodeOptions(Options):
     """Folder for the results. Outcomes are written as they come; those that it holds are not run again."""
     shard: str = "1/1"
     """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
-    there; parts from other machines with `spear evaluate merge`."""
+    there; so do those of other machines, when their files are copied there."""
 
 
 class TabletopOptions(EpisodeOptions):

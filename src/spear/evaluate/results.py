@@ -218,16 +218,6 @@ def journals(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("episodes-*-of-*.jsonl") if b"\n" in p.read_bytes())
 
 
-def missing_parts(folders: Sequence[Path]) -> list[str]:
-    """The parts, like "2/5", of an evaluation in shards of which none of these folders holds a journal."""
-    found: dict[int, set[int]] = {}
-    for path in (path for folder in folders if folder.is_dir() for path in journals(folder)):
-        index, _, of = path.stem.removeprefix("episodes-").partition("-of-")
-        found.setdefault(int(of), set()).add(int(index))
-    missing = [[f"{i}/{of}" for i in range(1, of + 1) if i not in found[of]] for of in sorted(found)]
-    return min(missing, key=len, default=[])
-
-
 def read_journal(path: Path) -> Results:
     """The episodes of one journal so far. Raises `SpearError` for a file that is not one."""
     lines = path.read_text().rpartition("\n")[0].split("\n")
