@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 CEILINGS = {
     "(top)": 2045, "ablations": 660, "cli": 1590, "data": 4855, "embodiments": 740, "evaluate": 2895,
     "labels": 4745, "models": 4745, "report": 1200, "serve": 990, "sim": 1585, "train": 2460, "ui": 695,
-    "util": 725,
+    "util": 730,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

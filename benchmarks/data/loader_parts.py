@@ -15,9 +15,10 @@ import tyro
 from PIL import Image
 from tyro.conf import Positional
 
+from spear.data.mixture import jitter
 from spear.data.store.stats import sample_images
 from spear.types import Episode
-from spear.util.images import decode_image, encode_jpeg, fit_image, open_image
+from spear.util.images import decode_image, encode_jpeg, fit_image
 
 SIZES = {"external": (210, 280), "wrist": (112, 112)}
 
@@ -38,7 +39,7 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
     encoded = encode_jpeg(small)
     stacked = np.empty((1, height, width, 3), np.uint8)
     planes = np.empty((3, height, width), np.uint8)
-    one = np.zeros((1, 3))
+    one, draws = np.zeros((1, 3)), np.linspace(0, 1, 5)
     episode = Episode({"camera": [encoded]}, one, np.eye(4)[:1], one[:, 0], "look", 5.0, "photo")
 
     def turned() -> object:
@@ -46,14 +47,17 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
         return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
     def placed() -> None:
-        for plane, band in zip(planes, open_image(encoded).split(), strict=True):
-            plane[...] = np.asarray(band)
+        planes[...] = decode_image(encoded).transpose(2, 0, 1)
+
+    def jittered() -> None:
+        jitter(decode_image(encoded), draws, 1.0, planes.transpose(1, 2, 0))
 
     print(f"{width} x {height}: {len(encoded)} bytes; the original has {len(original)}")
     return {
         "decoded": lambda: decode_image(encoded),
         "decoded, stacked, channels to the front": turned,
         "decoded, channels copied to their place": placed,
+        "decoded, jittered there": jittered,
         "preparing: original decoded": lambda: decode_image(original),
         "preparing: scaled": lambda: fit_image(large, height, width),
         "preparing: encoded": lambda: encode_jpeg(small),

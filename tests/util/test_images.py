@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from spear.errors import SpearError
 from spear.types import Array
@@ -136,6 +136,22 @@ def test_what_is_no_picture_is_refused() -> None:
     for broken in (b"no image", encoded(noise)[:40]):
         with pytest.raises(SpearError, match="episode 3 step 4"):
             decode_image(broken, "episode 3 step 4")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+def test_jpegs_have_the_numbers_that_pillow_reads(mode: str, options: dict[str, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((67, 45), Image.Resampling.BICUBIC).convert(mode)
+    data = encoded(picture, "JPEG", quality=90, **options)
+    truth = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    most = 0 if features.check_feature("libjpeg_turbo") else 3
+    assert np.abs(decode_image(data) - truth).max() <= most
+    with pytest.raises(SpearError, match="cut"):
+        decode_image(data[:-200], "cut")
+    size = data.index(b"\xff\xc2" if "progressive" in options else b"\xff\xc0") + 5
+    with pytest.raises(SpearError, match="huge"):
+        decode_image(data[:size] + b"\xff\xdc\xff\xdc" + data[size + 4 :], "huge")
 
 
 @settings(max_examples=150)

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 from spear.errors import SpearError, first_line
@@ -13,20 +14,24 @@ IMAGE_BEGINS = (b"\xff\xd8\xff", b"\x89PNG")
 """What JPEG and PNG files begin with."""
 
 
-def open_image(encoded: bytes, where: str = "an image") -> Image.Image:
-    """JPEG or PNG bytes, decoded, RGB. Raises SpearError naming `where` when broken."""
+def decode_image(encoded: bytes, where: str = "an image") -> Array:
+    """JPEG or PNG bytes as [h, w, 3] uint8 RGB, writable. Raises SpearError naming `where` when broken.
+
+    JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
+    is not plain (CMYK, of no sane size, broken) goes to Pillow, which reads it or says why not.
+    """
+    if encoded.startswith(IMAGE_BEGINS[0]):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+            if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+                return np.asarray(simplejpeg.decode_jpeg(encoded))
+        except ValueError:
+            pass
     try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = first_line(error).partition(" <_io.")[0]  # without an address in memory
         raise SpearError(f"broken image: {where}: {why}; leave it out") from error
-
-
-def decode_image(encoded: bytes, where: str = "an image") -> Array:
-    """`open_image` as [h, w, 3] uint8, writable."""
-    return np.array(open_image(encoded, where))
 
 
 def fit_image(image: Array, height: int, width: int) -> Array:
