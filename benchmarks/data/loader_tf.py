@@ -72,7 +72,7 @@ def steps_of(record: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def decode(step: dict[str, tf.Tensor], sizes: dict[str, tuple[int, int]]) -> dict[str, tf.Tensor]:
-    """Encoded images to pixels of their camera's (height, width), as exactly as ours (its default is IFAST)."""
+    """Encoded images to pixels of their camera's (height, width), as exactly as ours (default: IFAST)."""
 
     def pixels(encoded: tf.Tensor) -> tf.Tensor:
         return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
