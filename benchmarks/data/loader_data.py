@@ -107,7 +107,7 @@ class Video:
 
 def loaded(task: Any) -> Iterator[int]:
     """Batches that come from two loader processes; yields how many samples are in each."""
-    for _ in loop.batches(task, 0, 10**9, workers=CORES):
+    for _ in loop.batches(task, 0, 10**5, workers=CORES):
         yield task.batch_size
 
 

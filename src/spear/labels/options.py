@@ -64,7 +64,8 @@ class LabelOptions(Options):
     per_minute: Annotated[int, Within(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
-    """Try again the images that were skipped for a reason that may pass, such as a service out of reach."""
+    """Make the files again in which images were skipped for a reason that may pass, such as a service out of
+    reach."""
     plan: bool = False
     """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads nothing."""
     questions: bool = False

@@ -7,8 +7,8 @@
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
 that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items, which shows an input that has changed meanwhile. Images that were skipped for a
-reason that may pass can be tried again, and take their places in the shard.
+hash of the keys of its items, which shows an input that has changed meanwhile. A shard can be made again of
+which images were skipped for a reason that may pass.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
-from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep, tables
+from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 
@@ -60,12 +60,10 @@ class Progress:
 
 
 class _Shard(NamedTuple):
-    """A shard that is to be made: its number, the keys of its items, and those that are tried: all, or where
-    it is there, some again."""
+    """A shard that is to be made: its number, and the keys of its items."""
 
     number: int
     keys: tuple[str, ...]
-    tried: frozenset[str]
 
 
 class _Finished(NamedTuple):
@@ -147,48 +145,39 @@ def label_folder(
         for number, known in finished.items():
             if number * work.shard_size >= total:
                 raise _changed(out, number, known)
-        there = [image for known in finished.values() for image in known.skipped]
-        retryable = sum(image.retryable for image in there)
-        again = retryable if retry_skipped else 0
-        before = sum(known.items for known in finished.values()) - again
-        progress = Progress(total, before, before, len(there) - again, retryable - again)
+        again = {n for n, s in finished.items() if retry_skipped and any(i.retryable for i in s.skipped)}
+        kept = [known for number, known in finished.items() if number not in again]
+        before = sum(known.items for known in kept)
+        there = [image for known in kept for image in known.skipped]
+        progress = Progress(total, before, before, len(there), sum(image.retryable for image in there))
         on_progress(progress)
         bad = Skipped(MOST_BAD, "images", patience=200)
 
         def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
             nonlocal progress
-            for (shard, batch), done in results:
-                refused = [image for image in done.skipped if image.source in shard.tried]
+            for (_, batch), done in results:
                 progress = dataclasses.replace(
                     progress,
-                    done=progress.done + sum(item.key in shard.tried for item in batch),
-                    skipped=progress.skipped + len(refused),
-                    retryable=progress.retryable + sum(image.retryable for image in refused),
+                    done=progress.done + len(batch),
+                    skipped=progress.skipped + len(done.skipped),
+                    retryable=progress.retryable + sum(image.retryable for image in done.skipped),
                 )
-                for source, reason, _ in refused:
+                for source, reason, _ in done.skipped:
                     if reason != EMPTY:
                         bad(reason if source in reason else f"{source}: {reason}")
-                seen = progress.done - (0 if retry_skipped else before)
-                bad.check(seen - len(bad.reasons), finished=progress.done == total)
+                bad.check(progress.done - before - len(bad.reasons), finished=progress.done == total)
                 on_progress(progress)
                 yield done
 
-        ours, theirs = tee(_todo(out, items(), finished, work, retry_skipped))
+        ours, theirs = tee(_todo(out, items(), finished, again, work))
         with closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
             for shard, group in groupby(results, key=lambda result: result[0][0]):
                 path = out / f"labels-{shard.number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
-                    batches: Iterable[Done] = counted(group)
-                    if shard.number in finished:
-                        old = [Done(table.cast(SCHEMA), []) for table in tables(path)]
-                        old.append(Done(_NONE, finished[shard.number].skipped))
-                        found, new = _by_key(old), _by_key(batches)
-                        found |= {k: done for k, done in new.items() if k in shard.tried or len(done.labels)}
-                        batches = (found[key] for key in shard.keys)
                     refused: list[SkippedImage] = []
-                    for done in batches:
+                    for done in counted(group):
                         writer.write(done.labels)
                         refused += done.skipped
                     about = _Finished(len(shard.keys), _hash(shard.keys), refused)
@@ -204,43 +193,22 @@ def label_folder(
 
 
 def _todo(
-    out: Path,
-    items: Iterable[Item],
-    finished: Mapping[int, _Finished],
-    work: WorkOptions,
-    retry_skipped: bool,
+    out: Path, items: Iterable[Item], finished: Mapping[int, _Finished], again: set[int], work: WorkOptions
 ) -> Iterator[tuple[_Shard, list[Item]]]:
-    """The batches of unfinished shards, in order, each with its shard, and those in which something is tried
-    again: whole, since what a network says of an image depends a little on which others it comes with."""
+    """The batches of shards that are unfinished or to be made again, in order, each with its shard."""
     for number, members in enumerate(_chunks(items, work.shard_size)):
         known, keys = finished.get(number), tuple(item.key for item in members)
-        tried = frozenset(keys)
-        if known is not None:
-            if known.keys != _hash(keys):
-                raise _changed(out, number, known)
-            tried = frozenset(i.source for i in known.skipped if i.retryable and retry_skipped)
-        for batch in _chunks(members, work.batch_size):
-            if not tried.isdisjoint(item.key for item in batch):
-                yield _Shard(number, keys, tried), batch
+        if known is not None and known.keys != _hash(keys):
+            raise _changed(out, number, known)
+        if known is None or number in again:
+            for batch in _chunks(members, work.batch_size):
+                yield _Shard(number, keys), batch
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk
-
-
-_NONE = SCHEMA.empty_table()
-
-
-def _by_key(batches: Iterable[Done]) -> dict[str, Done]:
-    """Batches → key of an item → a batch of it alone."""
-    found: dict[str, Done] = {}
-    for labels, skipped in batches:
-        for row, source in enumerate(labels["source"].to_pylist()):
-            found[source] = Done(labels.slice(row, 1), [])
-        found |= {image.source: Done(_NONE, [image]) for image in skipped}
-    return found
 
 
 def _finished(out: Path) -> dict[int, _Finished]:

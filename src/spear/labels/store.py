@@ -133,15 +133,9 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     broken one.
     """
     for shard in shards_in(path):
-        for table in tables(shard, pixels):
-            yield from map(_from_row, table.to_pylist())
-
-
-def tables(shard: Path, pixels: bool = True) -> Iterator[pa.Table]:
-    """The rows of one shard, as `to_table` gives them, a row group at a time; otherwise as `read`."""
-    file = _open(shard)
-    for group in range(file.num_row_groups):
-        yield _read_group(file, group, shard, pixels)
+        file = _open(shard)
+        for group in range(file.num_row_groups):
+            yield from map(_from_row, _read_group(file, group, shard, pixels).to_pylist())
 
 
 def count(path: str | Path) -> int:
