@@ -17,7 +17,7 @@ from spear.models.decode import Watched, greedy
 from spear.models.devices import bfloat16_is_fast, choose_device, keep_freed_memory
 from spear.models.processing import Processor
 from spear.models.readout import Distribution
-from spear.models.spear1 import Spear1ForActionPrediction
+from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
@@ -125,10 +125,7 @@ def load_vlm(
     device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or broken.
     """
     folder, device, dtype = locate(name), *_where(device, dtype)
-    if weights.architecture(folder) == Spear1ForActionPrediction.config_class.model_type:
-        model = weights.load(Spear1ForActionPrediction, folder, dtype).vlm
-    else:
-        model = weights.load(SpearVLMForConditionalGeneration, folder, dtype)
+    model = load_inner_vlm(folder, dtype)
     _place(model, device)
     return VlmBundle(model, Processor.load(folder, model.config))
 

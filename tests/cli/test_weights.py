@@ -24,10 +24,8 @@ from published_checkpoints import (
 )
 from spear.cli import main
 from spear.models.processing import Processor
-from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.spear1 import load_inner_vlm
 from spear.models.weights import conversion
-from spear.models.weights import load as weights
 from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
@@ -52,14 +50,13 @@ def test_from_backbones_to_a_policy_and_back(
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "model.pt")
     expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
-    vlm, policy, back = (tmp_path / name for name in ("vlm", "policy", "back"))
+    vlm, policy = (tmp_path / name for name in ("vlm", "policy"))
     meaning = coordinates(tmp_path / "coordinates.json")
     size = ("--preset", "tiny14")
     monkeypatch.setattr(conversion, "MOST", "100KB")
     made = [
         (*BACKBONES, str(folder), str(moge), "--out", str(vlm), "--coordinates", meaning, *size),
         ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *size),
-        ("convert", "policy", str(policy), "--out", str(back)),
     ]
     for argv in made:
         assert main([*argv, "--dry-run"]) == 0
@@ -68,11 +65,10 @@ def test_from_backbones_to_a_policy_and_back(
         assert not Path(argv[argv.index("--out") + 1]).exists()
         assert main(argv) == 0
         assert capsys.readouterr().out.startswith(said.partition("nothing written")[0])
-    first, last = (weights.load(SpearVLMForConditionalGeneration, path).state_dict() for path in (vlm, back))
+    first, last = (load_inner_vlm(path).state_dict() for path in (vlm, policy))
     assert all(torch.equal(last[name], weight) for name, weight in first.items())
     assert len(list(policy.glob("*.safetensors"))) > 1
-    weights.load(Spear1ForActionPrediction, policy)
-    for path in (vlm, policy, back):
+    for path in (vlm, policy):
         processor = Processor.load(path)
         assert processor.coordinate_start == ROWS and dict(processor.image_sizes) == dict(TINY14.image_sizes)
         assert json.loads((path / "recipe.json").read_text())["converted"]
@@ -98,7 +94,7 @@ def test_what_does_not_fit_is_one_line(
     know_tiny(monkeypatch)
     assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
     assert "without a processor" in capsys.readouterr().out
-    for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare), ("convert", "policy", "nano")):
+    for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare)):
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
         assert "is there already" in said.err and not said.out

@@ -47,7 +47,6 @@ COMMANDS: dict[str, str] = {
     "data datasets": "data:datasets",
     "convert backbones": "convert:convert_backbones",
     "convert vlm": "convert:convert_vlm",
-    "convert policy": "convert:convert_policy",
     "convert expected": "convert:convert_expected",
     "plan": "train:plan",
     "doctor": "basics:doctor",

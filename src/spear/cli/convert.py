@@ -1,4 +1,4 @@
-"""`spear convert …`: published weights to SPEAR-VLM, SPEAR-VLM to SPEAR-1, and back."""
+"""`spear convert …`: published weights to SPEAR-VLM, and SPEAR-VLM to SPEAR-1."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -100,27 +100,6 @@ def convert_vlm(options: PolicyOptions) -> None:
     folder = _folder(options.vlm, "SPEAR-VLM")
     plan = plan_policy(folder, options.expert, options.preset)
     _finish(plan, _processor(folder, plan.config.vlm_config), options)
-
-
-class InnerVlmOptions(ConvertOptions, kw_only=True):
-    """Options of `spear convert policy`."""
-
-    policy: Annotated[Positional[str], arg(metavar="POLICY")]
-    """Folder of a SPEAR-1, its name on the Hub, or nano for the one that comes with this package."""
-    out: Path = Path("runs/spear-vlm")
-
-
-def convert_policy(options: InnerVlmOptions) -> None:
-    """Take the SPEAR-VLM out of a SPEAR-1 policy, as a checkpoint of its own.
-
-    Example:
-        spear convert policy nano --out runs/nano-vlm
-    """
-    from spear.models.weights.backbones import plan_inner_vlm
-
-    folder = _folder(options.policy, "SPEAR-1")
-    plan = plan_inner_vlm(folder)
-    _finish(plan, _processor(folder, plan.config), options)
 
 
 class ExpectedOptions(Options):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from spear.models.layers import (
 )
 from spear.models.sampling import sample
 from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action
 
 STATE_FEATURES = 10
@@ -256,6 +258,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if committed is not None:
             inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
         return Action.from_vector(sample(self, inputs, steps, graphs))
+
+
+def load_inner_vlm(folder: Path, dtype: torch.dtype | None = None) -> SpearVLMForConditionalGeneration:
+    """The SPEAR-VLM in a folder, or inside the policy in it. Raises `SpearError` as `weights.load` does."""
+    if weights.architecture(folder) == Spear1Config.model_type:
+        return weights.load(Spear1ForActionPrediction, folder, dtype).vlm
+    return weights.load(SpearVLMForConditionalGeneration, folder, dtype)
 
 
 AutoConfig.register(Spear1Config.model_type, Spear1Config, exist_ok=True)

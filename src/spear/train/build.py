@@ -16,7 +16,7 @@ from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.labels.store import read_depth, shards_in
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
-from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
+from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
@@ -91,7 +91,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     config: Any = vlm_config(size)
     config.moge_config = config.moge_config if stage.moge else None
     if init is not None:
-        policy = acts and weights.architecture(init) == Spear1Config.model_type
+        policy = weights.architecture(init) == Spear1Config.model_type
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
@@ -104,7 +104,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             raise SpearError(
                 f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing in the VLM's"
             )
-        if policy and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
+        if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
             raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
         if inputs.moge and inner.moge_config is not None:
             raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
@@ -161,7 +161,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         model = _new_vlm(stage, size, processor, seed)
     else:
         processor = Processor.load(inputs.init)
-        model = weights.load(SpearVLM, inputs.init)
+        model = load_inner_vlm(inputs.init)
         joins, refit = (model.moge is None) == stage.moge, bool(stage.bins or stage.spacing)
         if refit:
             coordinates = _fitted(stage, known, processor.coordinates.bins, seed)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
-from spear.models.weights.backbones import own_config
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
 from spear.models.weights.load import Part, Shards, reading
 from spear.types import ACTION_DIM
@@ -60,7 +59,9 @@ def plan_policy(
     numbers = preset(size)
     sources = {"SPEAR-VLM": str(vlm)}
     stored = Shards.open(vlm, "SPEAR-VLM")
-    inner, dtype = own_config(stored, SpearVLMConfig), stored.dtype(next(iter(stored.weights)))
+    kind = str(stored.config.get("model_type"))
+    check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
+    inner, dtype = SpearVLMConfig.from_dict(dict(stored.config)), stored.dtype(next(iter(stored.weights)))
     text = inner.text_config
     if expert is None:  # the VLM's keys and values are the expert's too
         shared = ("num_hidden_layers", "num_key_value_heads", "head_dim")

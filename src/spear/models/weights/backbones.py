@@ -1,4 +1,4 @@
-"""PaliGemma and MoGe, as published, → SPEAR-VLM; and SPEAR-1 → the SPEAR-VLM inside it.
+"""PaliGemma and MoGe, as published, → SPEAR-VLM.
 
 PaliGemma 1 and 2 are read under the names that were published in 2024 and under those that Transformers has
 written since; MoGe as `spear.models.moge.checkpoint` reads it.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PaliGemmaConfig, PreTrainedConfig
+from transformers import AutoTokenizer, PaliGemmaConfig
 
 from spear.errors import SpearError, first_line
 from spear.models.moge.checkpoint import (
@@ -23,7 +23,6 @@ from spear.models.moge.checkpoint import (
     read_checkpoint,
 )
 from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
-from spear.models.spear1 import Spear1Config
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
@@ -119,36 +118,6 @@ def plan_backbones(
     return Conversion(
         SpearVLMForConditionalGeneration, config, report, parts, shards.dtype(table), sources, tokenizer
     )
-
-
-def plan_inner_vlm(policy: Path | str) -> Conversion[SpearVLMForConditionalGeneration]:
-    """SPEAR-1 → the SPEAR-VLM inside it, with all names and shapes checked and nothing read yet.
-
-    policy: its folder, or its name on the Hub. Raises `SpearError` as `plan_backbones` does.
-    """
-    shards = Shards.open(policy, "SPEAR-1")
-    config = own_config(shards, Spear1Config).vlm_config
-    with torch.device("meta"):
-        wanted = SpearVLMForConditionalGeneration(copy.deepcopy(config)).state_dict()
-    inside = {n.removeprefix("vlm."): n for n in shards.weights if n.startswith("vlm.")}
-    keys, names = match(wanted, shards, inside, "SPEAR-1")
-    keys += left_over({o: n for o, n in inside.items() if o not in wanted}, shards, {}, "SPEAR-VLM")
-    others = {name: name for name in shards.weights if not name.startswith("vlm.")}
-    keys += left_over(others, shards, {"": "the action expert's"}, "SPEAR-VLM")
-    dtype = shards.dtype(inside[EMBEDDINGS]) if EMBEDDINGS in inside else torch.float32
-    report, sources = _ordered(keys, list(wanted)), {"SPEAR-1": str(policy)}
-    return Conversion(
-        SpearVLMForConditionalGeneration, config, report, [reading(shards, names)], dtype, sources
-    )
-
-
-def own_config(shards: Shards, kind: type[PreTrainedConfig]) -> Any:
-    """The config of one of our own checkpoints. Raises `SpearError` when it is of another architecture."""
-    found = shards.config.get("model_type")
-    if found != kind.model_type:
-        where = shards.folder / "config.json"
-        raise SpearError(f"another architecture: {where} says {found!r}: give one of {kind.model_type!r}")
-    return kind.from_dict(dict(shards.config))
 
 
 def _paligemma_config(shards: Shards) -> Any:

@@ -17,11 +17,6 @@ from spear.util.files import read_json
 from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-_KINDS = {
-    "spear_vlm": ("a SPEAR-VLM", "give the one that it was trained from"),
-    "spear1": ("a policy", "train one from it with `spear train … --init`"),
-}
-"""model_type -> what it is, and what to do where it is needed and the other is given."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 """The files of a repository on the Hub that belong to a checkpoint."""
@@ -96,9 +91,8 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     kind = architecture(folder)
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
-    if kind != wanted and kind in _KINDS and wanted in _KINDS:
-        (is_, _), (needed, instead) = _KINDS[kind], _KINDS[wanted]
-        raise SpearError(f"{folder}: is {is_}; {needed} is needed: {instead}")
+    if (kind, wanted) == ("spear_vlm", "spear1"):
+        raise SpearError(f"{folder}: is a SPEAR-VLM: train a policy from it with `spear train … --init`")
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
     shards = Shards.open(folder, wanted)
