@@ -24,9 +24,8 @@ SHIFTS = (-1, 0, 1, 2)
 """Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
 STRETCH = 20
 """Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
-SIGNS = ["".join(s) for s in itertools.product("+-", repeat=3)]
-"""Of the x, y and z components."""
-FLIPS = np.array([[1.0 if s == "+" else -1.0 for s in signs] for signs in SIGNS])
+SIGNS = {"".join(s): np.array([float(f"{sign}1") for sign in s]) for s in itertools.product("+-", repeat=3)}
+"""Signs of the x, y and z components -> what they are multiplied by."""
 Scale = tuple[str, str, float]
 """Kind, unit, and the factor to metres or radians per step."""
 UNSCALED = "unit quaternion"
@@ -211,7 +210,7 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
     def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
         """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
         for kind, unit, factor in names:
-            for signs, flip in zip(SIGNS, FLIPS, strict=True):
+            for signs, flip in SIGNS.items():
                 distance = np.linalg.norm(parts @ (flip * factor) - offset - recorded, axis=-1)
                 reading = Reading(kind, frame, unit, signs, shift, state, "-")
                 fits.append(Fit(reading, stretches.sums(distance), moved, steps, factor))
@@ -233,7 +232,7 @@ def integrate_translations(recording: Recording, fit: Fit) -> Array:
     assert recording.translation is not None
     rows = np.arange(len(recording.position) - 1) - reading.shift
     known = (rows >= 0) & (rows < len(recording.position))
-    logged = recording.translation[np.where(known, rows, 0)] * FLIPS[SIGNS.index(reading.signs)] * fit.factor
+    logged = recording.translation[np.where(known, rows, 0)] * SIGNS[reading.signs] * fit.factor
     path = np.array(recording.position, np.float64)
     if reading.kind == "absolute":
         path[1:] = np.where(known[:, None], logged, path[1:])
@@ -309,7 +308,7 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
     """Every way to read logged rotations, [K], and the quaternions [K, N, 4] that it gives."""
     readings, quaternions = [], []
     for (kind, unit, factor), form in itertools.product(scales, _forms(logged)):
-        for signs, flip in zip(SIGNS, FLIPS, strict=True):
+        for signs, flip in SIGNS.items():
             if logged.shape[1] == 3:
                 turn = _quaternions(form, _vector(logged * flip * factor))
             else:
@@ -325,7 +324,7 @@ def _added(
     """Readings by which logged angles are added to the recorded ones, which is no composition."""
     start = angles[stretches.rows[:, :1]]
     total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
-    for (kind, unit, factor), (signs, flip) in itertools.product(scales, zip(SIGNS, FLIPS, strict=True)):
+    for (kind, unit, factor), (signs, flip) in itertools.product(scales, SIGNS.items()):
         if kind == "absolute":
             continue
         reached = _vector(start + total * (flip * factor))

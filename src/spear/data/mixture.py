@@ -26,12 +26,11 @@ JITTER_DRAWS = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a sample is: its dataset, episode, step (and row among all steps), and its random numbers."""
+    """Where a sample is: its dataset, episode and step; and its random numbers."""
 
     source: int
     episode: int
     step: int
-    flat: int
     draws: Array
 
 
@@ -59,7 +58,6 @@ class Mixture:
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
         self._begin = [np.concatenate([[0], np.cumsum(store.known)]) for store in self.stores]
-        self._starts = [np.concatenate([[0], np.cumsum(store.lengths)]) for store in self.stores]
         read = lambda source, episode: self.stores[source].without_images(episode)  # noqa: E731
         self._episode: Callable[[int, int], Episode] = functools.lru_cache(EPISODES_KEPT)(read)
         for name, begin in zip(self.names, self._begin, strict=True):
@@ -83,8 +81,7 @@ class Mixture:
             episode = int(np.searchsorted(begin, index, side="right")) - 1
             known = np.asarray(self._episode(source, episode).action_mask)
             step = int(np.flatnonzero(known)[index - int(begin[episode])])
-            flat = int(self._starts[source][episode]) + step
-            samples.append(Sample(source, episode, step, flat, row[2:]))
+            samples.append(Sample(source, episode, step, row[2:]))
         return samples
 
     def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:

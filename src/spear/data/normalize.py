@@ -15,12 +15,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from spear.data.readers.spec import said
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, check_known
 from spear.geometry import quat_to_6d
-from spear.types import Action
+from spear.types import Action, Array
 from spear.util.files import write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
@@ -48,6 +50,7 @@ class Normalizer:
     position_scale: Triple
     samples: int
     datasets: "Mapping[str, Normalizer]" = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @staticmethod
     def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
@@ -85,11 +88,14 @@ class Normalizer:
         seen = [(columns, weight) for columns, weight in sketches if columns[0].count]
         if not seen:
             raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
-        parts = [
-            _fit([[(columns[first + axis], weight) for columns, weight in seen] for axis in range(3)], mode)
-            for first in (0, 3)
-        ]
-        return Normalizer(mode, *parts[0], *parts[1], samples=sum(columns[0].count for columns, _ in seen))
+        weights = [weight for _, weight in seen]
+        share = np.array(weights) / sum(weights)
+        axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
+        offset, scale = zip(*axes, strict=True)
+        translation = _triple(offset[:3]), _triple(scale[:3])
+        position = _triple(offset[3:]), _triple(scale[3:])
+        samples = sum(columns[0].count for columns, _ in seen)
+        return Normalizer(mode, *translation, *position, samples)
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
@@ -125,17 +131,12 @@ class Normalizer:
     def load(path: str | Path) -> "Normalizer":
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
         try:
-            return _from_json(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            why = f"cannot read normalisation statistics: {path}: {error}; take the file beside the weights"
-            raise SpearError(why) from error
-
-
-def _from_json(fields: dict[str, Any]) -> Normalizer:
-    for name in ("translation_offset", "translation_scale", "position_offset", "position_scale"):
-        fields[name] = _triple(fields[name])
-    datasets = {name: _from_json(own) for name, own in fields.pop("datasets", {}).items()}
-    return Normalizer(**fields, datasets=datasets)
+            return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
+        except (OSError, ValidationError) as error:
+            why = " ".join(said(error)) if isinstance(error, ValidationError) else error
+            raise SpearError(
+                f"cannot read normalisation statistics: {path}: {why}; take the file beside the weights"
+            ) from error
 
 
 def save_sketches(folder: Path) -> None:
@@ -172,29 +173,22 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     return sketches
 
 
-def _fit(axes: Iterable[Sequence[tuple[QuantileSketch, float]]], mode: Mode) -> tuple[Triple, Triple]:
-    """Offset and scale of each of three axes, of which each dataset has a sketch and a weight."""
-    offset, scale = zip(*(_fit_axis(axis, mode) for axis in axes), strict=True)
-    return _triple(offset), _triple(1.0 if part < SMALLEST_SCALE else part for part in scale)
-
-
-def _fit_axis(datasets: Sequence[tuple[QuantileSketch, float]], mode: Mode) -> tuple[float, float]:
-    sketches = [sketch for sketch, _ in datasets]
-    share = np.array([weight for _, weight in datasets]) / sum(weight for _, weight in datasets)
+def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> tuple[float, float]:
+    """Offset and scale of an axis, of which each dataset has a sketch and a share."""
+    parts = list(zip(sketches, share, strict=True))
     if mode == "meanstd":
-        mean = float(sum(w * s.mean for s, w in zip(sketches, share, strict=True)))
-        parts = (
-            w * (s.squares / s.count + (s.mean - mean) ** 2) for s, w in zip(sketches, share, strict=True)
-        )
-        return mean, float(np.sqrt(sum(parts)))
+        offset = float(sum(w * s.mean for s, w in parts))
+        scale = float(np.sqrt(sum(w * (s.squares / s.count + (s.mean - offset) ** 2) for s, w in parts)))
+        return offset, 1.0 if scale < SMALLEST_SCALE else scale
     if mode == "minmax":
         low, high = min(s.low for s in sketches), max(s.high for s in sketches)
     else:
         pairs = [s.weighted() for s in sketches]
         values = np.concatenate([v for v, _ in pairs])
-        weights = [n * w / s.count for (_, n), s, w in zip(pairs, sketches, share, strict=True)]
+        weights = [n * w / s.count for (_, n), (s, w) in zip(pairs, parts, strict=True)]
         low, high = (weighted_quantile(values, np.concatenate(weights), q) for q in (0.01, 0.99))
-    return (high + low) / 2, (high - low) / 2
+    scale = (high - low) / 2
+    return (high + low) / 2, 1.0 if scale < SMALLEST_SCALE else scale
 
 
 def _triple(values: Iterable[float]) -> Triple:

@@ -30,11 +30,9 @@ def lerobot(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def raw(shared: Path) -> list[dict[str, Any]]:
+def raw(shared: Path) -> list[Any]:
     """The same episodes as the RLDS folder has them."""
-    return [
-        example["steps"] for _, example in open_rlds(shared / "data/bridge_v2_sample").examples("train[:8]")
-    ]
+    return [steps for _, steps in open_rlds(shared / "data/bridge_v2_sample").steps("train[:8]")]
 
 
 def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:

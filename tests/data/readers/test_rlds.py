@@ -19,9 +19,10 @@ from scipy.spatial.transform import Rotation
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.layout import column, episode_from
-from spear.data.readers.rlds import open_rlds
+from spear.data.readers.rlds import open_rlds, unflatten
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
+from spear.data.readers.tfrecord import parse_example, read_records
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
@@ -54,11 +55,13 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
     """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders."""
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
     truth = json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
-    read = list(open_rlds(bridge).examples())
+    folder = open_rlds(bridge)
+    read, records = list(folder.steps("train")), read_records(folder.path / SHARD)
     assert len(read) == len(truth) == 25
-    for index, ((source, example), expected) in enumerate(zip(read, truth, strict=True)):
+    for (index, record), (source, steps), expected in zip(records, read, truth, strict=True):
         assert source == f"bridge_dataset/train#{index}"
-        steps = example["steps"]
+        assert not isinstance(steps, SpearError) and isinstance(record, bytes)
+        metadata = unflatten(folder.features, parse_example(record))["episode_metadata"]
         np.testing.assert_array_equal(steps["action"], arrays[f"{index:02d}/action"])
         np.testing.assert_array_equal(steps["observation"]["state"], arrays[f"{index:02d}/state"])
         assert steps["action"].dtype == np.float32 and len(steps["action"]) == expected["steps"]
@@ -66,7 +69,7 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
             assert steps[flag].tolist() == expected[flag]
         assert {text.decode() for text in steps["language_instruction"]} == {expected["instruction"]}
         for key, value in expected["episode_metadata"].items():
-            got = example["episode_metadata"][key]
+            got = metadata[key]
             assert (got.decode() if isinstance(got, bytes) else got) == value
         means = [decode_image(image).mean() for image in steps["observation"]["image_0"]]
         assert np.abs(np.array(means) - expected["image_0_mean"]).max() < 1.0
@@ -104,10 +107,10 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
 
 
 def test_bridge_episodes_are_canonical(bridge: Path) -> None:
-    sources = [source for source, _ in open_rlds(bridge).examples("train[20%:28%]+train[-1:]")]
+    sources = [source for source, _ in open_rlds(bridge).steps("train[20%:28%]+train[-1:]")]
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
     episodes = list(read_episodes(bridge))
-    raw = [example["steps"] for _, example in open_rlds(bridge).examples()]
+    raw: Any = [steps for _, steps in open_rlds(bridge).steps("train")]
     assert len(episodes) == 25
     for episode, steps in zip(episodes, raw, strict=True):
         state = steps["observation"]["state"]
@@ -177,7 +180,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     }
     (copy / "spear.json").write_text(json.dumps(mine))
     episode = next(read_episodes(copy))
-    steps = next(open_rlds(copy).examples())[1]["steps"]
+    steps: Any = next(open_rlds(copy).steps("train"))[1]
     state = steps["observation"]["state"]
     assert episode.action is None and episode.rate_hz == 10 and episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
@@ -215,30 +218,32 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
 def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     """Not only the pose: a NaN of the gripper's command would be a gripper that is always closed."""
     spec = REGISTRY["bridge_dataset"]
-    ((source, example),) = open_rlds(copy).examples("train[:1]")
+    ((source, raw),) = open_rlds(copy).steps("train[:1]")
+    assert not isinstance(raw, SpearError)
     for where in ("action[6]", "observation/state[6]", "observation/state[4]", "observation/state[1]"):
         name, _, index = where.rstrip("]").partition("[")
-        steps = deepcopy(example["steps"])
+        steps = dict(deepcopy(raw))
         column(steps, name, source)[3, int(index)] = np.nan
         with pytest.raises(SpearError, match=rf"{source} step 3: {re.escape(name)}"):
             episode_from(steps, spec, source)
     own = dataclasses.replace(spec, action="mine", success="reward", action_mask="reward")
-    steps = {**example["steps"], "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
+    steps = {**raw, "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
     assert episode_from(steps, own, source).success is not None
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
         episode_from({**steps, "reward": np.append(np.zeros(9), np.nan)}, own, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
     with pytest.raises(SpearError, match=r"step 0: .*gripper_range is \[0, 0\.08\].* to 1"):
-        episode_from(example["steps"], narrow, source)
-    broken = deepcopy(example["steps"])
+        episode_from(raw, narrow, source)
+    broken = dict(deepcopy(raw))
     broken["observation"]["image_0"][4] = b"\xff\xd8no image"
     with pytest.raises(SpearError, match=r"train#0 step 4 camera 'external': [^<]*$"):  # and no address
         episode_from(broken, spec, source)
 
 
 def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
-    ((source, example),) = open_rlds(copy).examples("train[5:6]")
-    steps, spec = deepcopy(example["steps"]), REGISTRY["bridge_dataset"]
+    ((source, raw),) = open_rlds(copy).steps("train[5:6]")
+    assert not isinstance(raw, SpearError)
+    steps, spec = deepcopy(raw), REGISTRY["bridge_dataset"]
     steps["observation"]["state"][2:5] = steps["observation"]["state"][2]
     whole = episode_from(steps, spec, source)
     busy = episode_from(steps, dataclasses.replace(spec, drop_idle=True), source)
@@ -261,7 +266,9 @@ def test_descriptions_that_do_not_fit(copy: Path) -> None:
         steps["featuresDict"]["features"]["action"]["tensor"]["shape"]["dimensions"] = ["9"]
 
     edit(copy / "features.json", wrong_shape)
-    assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(next(open_rlds(copy).examples())[1]))
+    assert re.search(
+        r"record 0: feature 'steps/action'.*70.*\[9\]", str(next(open_rlds(copy).steps("train"))[1])
+    )
     for name in ("features.json", "dataset_info.json"):
         (copy / name).write_text("[]")
         with pytest.raises(SpearError, match=name):

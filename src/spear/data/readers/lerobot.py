@@ -173,9 +173,9 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         old = info.codebase_version.lstrip("v").startswith("2.")
         tasks, episodes = _read_v2(folder, info) if old else _read_v3(folder, info)
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
+        key, why = said(error)
         hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
-        raise SpearError(f"unreadable: {where}: {key} {said(error)}{hint}") from error
+        raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
     if info.total_episodes not in (None, len(episodes)):

@@ -56,18 +56,10 @@ class RldsFolder:
     def steps(
         self, split: str, images: Collection[str] | None = None
     ) -> Iterator[tuple[str, Steps | SpearError]]:
-        """(source, step arrays) of each episode of a split, in order, or the reason why it cannot be read.
+        """(source, step arrays) of each episode of a split, in order, nested as in `features.json`.
 
-        images plays no part: a record holds them all.
-        """
-        for source, example in self.examples(split):
-            yield source, example if isinstance(example, SpearError) else example["steps"]
-
-    def examples(self, split: str = "train") -> Iterator[tuple[str, dict[str, Any] | SpearError]]:
-        """(source, example) of each episode of a split, nested as in `features.json`.
-
-        Below "steps" each array has the steps as its first dimension; images and texts are bytes (lists of
-        bytes below "steps"). In the place of a broken record comes the SpearError that names it.
+        Each array has the steps as its first dimension; images and texts are lists of bytes. In the place of
+        a broken record comes the SpearError that names it. images plays no part: a record holds them all.
         """
         for name, first, end in split_ranges(self.lengths, split, self.path):
             before = 0
@@ -82,11 +74,11 @@ class RldsFolder:
                     yield f"{self.name}/{name}#{before + lost}", SpearError(why)
                 before += length
 
-    def _parse(self, record: bytes | SpearError, file: Path, index: int) -> dict[str, Any] | SpearError:
+    def _parse(self, record: bytes | SpearError, file: Path, index: int) -> Steps | SpearError:
         if isinstance(record, SpearError):
             return record
         try:
-            return dict(_unflatten(self.features, parse_example(record)))
+            return dict(unflatten(self.features, parse_example(record))["steps"])
         except (ValueError, KeyError) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
 
@@ -135,7 +127,7 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     return shards
 
 
-def _unflatten(
+def unflatten(
     description: Mapping[str, Any], features: Mapping[str, Feature], name: str = "", depth: int = 0
 ) -> Any:
     """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
@@ -146,11 +138,11 @@ def _unflatten(
     if "featuresDict" in description:
         children = description["featuresDict"]["features"]
         return {
-            key: _unflatten(child, features, f"{name}/{key}" if name else key, depth)
+            key: unflatten(child, features, f"{name}/{key}" if name else key, depth)
             for key, child in children.items()
         }
     if "sequence" in description:
-        return _unflatten(description["sequence"]["feature"], features, name, depth + 1)
+        return unflatten(description["sequence"]["feature"], features, name, depth + 1)
     if depth > 1:
         return _ragged(description, features, name, depth)
     if name not in features:

@@ -193,17 +193,20 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
     try:
         return DatasetSpec(**values)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
+        path_of, why = said(error)
+        key = path_of.partition(".")[0]
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):
             known = re.findall(r"'(\w+)'", " ".join(choices))
             raise unknown_name(f"{key} (in {path})", fields[key], known) from error
-        raise SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {said(error)}") from error
+        raise SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}") from error
 
 
-def said(error: ValidationError) -> str:
-    """What is wrong with the first bad value, in a few words."""
-    return error.errors()[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
+def said(error: ValidationError) -> tuple[str, str]:
+    """The key of the first bad value ("features.state.dtype"), and what is wrong with it, in a few words."""
+    first = error.errors()[0]
+    words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return ".".join(map(str, first["loc"])), words
 
 
 def _load() -> dict[str, DatasetSpec]:
