@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -5,12 +6,12 @@ import numpy as np
 import pytest
 
 from labels_scenes import TRUTH, random_frame, render
+from spear.errors import SpearError
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare
 from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.types import Frame
-from spear.util.ledger import Skipped
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +56,16 @@ def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
     assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
 
 
-def test_a_bad_image_is_set_aside_with_its_reason(frames: list[Frame]) -> None:
+def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:
     bad = [
         replace(frames[0], image=frames[0].image[..., 0], source="grey.png"),
         replace(frames[0], image=frames[0].image[:1, :1], source="tiny.png"),
         replace(frames[2], instances=None, source="photo.png"),
         replace(frames[2], depth=None, source="flat.png"),
     ]
-    skipped = Skipped(0.5, patience=200)
-    mixed = [*frames[:5], *bad, *frames[5:10]]
-    labels = list(label(mixed, *TRUTH, skipped=skipped))
-    assert len(labels) == 10
-    reasons = {name: reason for name, _, reason in (line.partition(": ") for line in skipped.reasons)}
-    assert list(reasons) == ["grey.png", "tiny.png", "photo.png", "flat.png"]
-    assert "uint8 (128, 192)" in reasons["grey.png"]
-    assert "1×1" in reasons["tiny.png"]
-    assert "instance map" in reasons["photo.png"]
-    assert "depth" in reasons["flat.png"]
+    for frame, reason in zip(bad, ("uint8 (128, 192)", "1×1", "instance map", "depth"), strict=True):
+        with pytest.raises(SpearError, match=re.escape(reason)):
+            list(label([*frames[:5], frame], *TRUTH))
 
 
 def test_unknown_depth_leaves_objects_without_box(frames: list[Frame]) -> None:

@@ -18,7 +18,6 @@ from spear.labels.models.protocols import Detection, Detector, PointMap, PointMa
 from spear.labels.objects import ESTIMATED, BoxSettings, label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
-from spear.util.ledger import Skipped
 
 T = TypeVar("T")
 MIN_SIDE = 16
@@ -57,32 +56,23 @@ def label(
     segmenter: Segmenter,
     pointmap: PointMap,
     settings: BoxSettings | None = None,
-    skipped: Skipped | None = None,
 ) -> Iterator[LabeledImage]:
-    """Label images with 3D boxes, as they come.
+    """Label images with 3D boxes, as they come, one label each; without any detection it has no objects.
 
     frames    images, with ground truth where the models read it; these get eight at a time.
     settings  how boxes are fitted; None for those of `settings_for` the models.
-    skipped   collects the reasons of skipped images; None stops at more than a tenth of bad ones.
 
-    Yields one label per good image, in order; an image without any detection is a label without objects.
-    Raises `SpearError`: more images than `skipped.limit` were bad.
+    Raises `SpearError` for the first image that is bad or that a model refuses.
     """
-    skipped = Skipped(0.1, "images", patience=200) if skipped is None else skipped
-    good, source = 0, iter(frames)
-    while batch := list(islice(source, 8)):
-        works = [admit(frame) for frame in batch]
+    source = iter(frames)
+    while works := [admit(frame) for frame in islice(source, 8)]:
         detect(works, detector)
         segment(works, segmenter)
         locate(works, pointmap)
         for work in works:
-            if work.error is None:
-                good += 1
-                yield lift(work, settings)
-            else:
-                skipped(f"{work.source or 'unnamed'}: {work.error}")
-        skipped.check(good)
-    skipped.check(good, finished=True)
+            if work.error is not None:
+                raise work.error
+            yield lift(work, settings)
 
 
 def admit(frame: Frame) -> Work:

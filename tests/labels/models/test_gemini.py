@@ -4,7 +4,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +12,12 @@ import numpy as np
 import pytest
 
 from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
-from labels_stand_ins import BoxSegmenter, noise
+from labels_stand_ins import noise
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
 from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, parse
-from spear.labels.models.ground_truth import GroundTruthPointMap
-from spear.labels.pipeline import label
+from spear.labels.pipeline import admit, detect
 from spear.types import Frame
-from spear.util.ledger import Skipped
 
 pytest.importorskip("google.genai")
 
@@ -251,18 +248,14 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
 
 def test_in_the_pipeline_nothing_is_asked_twice(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONCURRENCY", 1)
-    known = {"depth": np.ones((40, 60), np.float32), "intrinsics": np.diag([50.0, 50, 1])}
-    frames = [replace(noise(i), **known) for i in range(4)]
     blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
     server.replies = [blocked, boxes(CUP)]
-    skipped = Skipped(0.5, patience=200)
-    gemini = detector()
-    labels = list(label(frames, gemini, BoxSegmenter(), GroundTruthPointMap(), skipped=skipped))
-    assert [result.source for result in labels] == ["1.jpg", "2.jpg", "3.jpg"]
-    (reason,) = skipped.reasons
-    assert reason.startswith("0.jpg") and "SAFETY" in reason
+    gemini, works = detector(), [admit(noise(i)) for i in range(4)]
+    detect(works, gemini)
+    assert [w.source for w in works if w.error is None and w.detections] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert str(works[0].error).startswith("0.jpg") and "SAFETY" in str(works[0].error)
     assert len(server.requests) == 4 and gemini.usage["cached"] == 0
-    assert labels[0].provenance["detector"] == gemini.name
+    assert works[1].provenance["detector"] == gemini.name
 
 
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
