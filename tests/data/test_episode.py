@@ -47,11 +47,9 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
         store[7]
 
 
-def test_append_adds_shards_and_overwriting_is_refused(tmp_path: Path) -> None:
+def test_a_second_call_adds_shards(tmp_path: Path) -> None:
     write_episodes([make_episode(0)], tmp_path)
-    with pytest.raises(SpearError, match="episodes exist"):
-        write_episodes([make_episode(1)], tmp_path)
-    write_episodes([make_episode(1)], tmp_path, append=True)
+    write_episodes([make_episode(1)], tmp_path)
     assert [e.source for e in EpisodeStore(tmp_path)] == ["test 0", "test 1"]
 
 

@@ -44,7 +44,7 @@ def demonstrate(
         bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
         made = record(tasks[first:], sizes["external"], sizes["wrist"], workers, policy)
         good = (episode for episode in tracked(made, bar) if episode.success)
-        return kept + write_episodes(good, out, append=True), len(sources)
+        return kept + write_episodes(good, out), len(sources)
 
 
 def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:

@@ -138,8 +138,8 @@ class DatasetSpec:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-Layout = DatasetSpec | Path | None
-"""A layout, a file that describes one (see `read_spec`), or None: the dataset's own."""
+Layout = Path | None
+"""A file that describes a layout (see `read_spec`), or None: the dataset's own."""
 _NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 
 
@@ -151,18 +151,14 @@ def missing(spec: DatasetSpec) -> list[str]:
 def find_spec(
     name: str, folder: Path, given: Layout = None, defaults: Mapping[str, Any] | None = None
 ) -> DatasetSpec:
-    """The layout of dataset `name`: as given, or by the `spear.json` in its folder, or else by the registry.
+    """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
 
-    given     a layout, or a file like `spear.json` with one.
     defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
               before the registry and after `spear.json`.
-    Raises SpearError for an unknown dataset, for one of which too little is
-    known, and for a bad `spear.json`.
+    Raises SpearError for an unknown dataset, for one of which too little is known, and for a bad file.
     """
-    path = given if isinstance(given, Path) else folder / SPEC_FILE
-    if isinstance(given, DatasetSpec):
-        spec = given
-    elif path.is_file() or given is not None:
+    path = given or folder / SPEC_FILE
+    if path.is_file() or given is not None:
         spec = read_spec(path, name, defaults)
     elif name in REGISTRY:
         spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))

@@ -35,18 +35,13 @@ DIGESTED = 1000
 """Episodes whose numbers `EpisodeStore.digest` reads (our choice)."""
 
 
-def write_episodes(
-    episodes: Iterable[Episode], out_dir: str | Path, shard_size: int = 256, append: bool = False
-) -> int:
-    """Write checked episodes, with canonical actions, as shards of `shard_size`; returns how many.
+def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
+    """Append checked episodes, with canonical actions, as shards of `shard_size`; returns how many.
 
     A shard appears complete or not at all, and takes the next free number, so several processes may append
-    to one folder. Raises SpearError for a bad episode, for a folder that has episodes already (unless
-    `append`), and when the disk is full (what is already written stays readable).
+    to one folder. Raises SpearError for a bad episode, and when the disk is full (what is already written
+    stays readable).
     """
-    folder = Path(out_dir)
-    if not append and any(folder.glob(SHARD_GLOB)):
-        raise SpearError(f"episodes exist: {folder}: choose another folder, remove it, or append to it")
     folder.mkdir(parents=True, exist_ok=True)
     checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
     while shard := list(itertools.islice(checked, shard_size)):
