@@ -38,7 +38,7 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
     small = fit_image(large, height, width)
     encoded = encode_jpeg(small)
     stacked = np.empty((1, height, width, 3), np.uint8)
-    planes = np.empty((3, height, width), np.uint8)
+    place = np.empty((height, width, 3), np.uint8)
     one, draws = np.zeros((1, 3)), np.linspace(0, 1, 5)
     episode = Episode({"camera": [encoded]}, one, np.eye(4)[:1], one[:, 0], "look", 5.0, "photo")
 
@@ -47,17 +47,17 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
         return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 
     def placed() -> None:
-        planes[...] = decode_image(encoded).transpose(2, 0, 1)
+        decode_image(encoded, out=place)
 
     def jittered() -> None:
-        jitter(decode_image(encoded), draws, 1.0, planes.transpose(1, 2, 0))
+        jitter(decode_image(encoded, out=place), draws, 1.0, place)
 
     print(f"{width} x {height}: {len(encoded)} bytes; the original has {len(original)}")
     return {
         "decoded": lambda: decode_image(encoded),
         "decoded, stacked, channels to the front": turned,
-        "decoded, channels copied to their place": placed,
-        "decoded, jittered there": jittered,
+        "decoded in its place": placed,
+        "decoded and jittered in its place": jittered,
         "preparing: original decoded": lambda: decode_image(original),
         "preparing: scaled": lambda: fit_image(large, height, width),
         "preparing: encoded": lambda: encode_jpeg(small),

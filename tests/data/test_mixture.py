@@ -65,7 +65,6 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
     batch = TrainingSamples(mixture, VIEWS).batch(0, 64)
     assert batch["images"]["external"].shape == (64, 12, 16, 3)
     assert batch["images"]["wrist"].shape == (64, 6, 6, 3)
-    assert batch["images"]["external"].transpose(0, 3, 1, 2).flags.c_contiguous  # as the network takes it
     assert batch["action"].shape == (64, 5, 8) and batch["action_mask"].shape == (64, 5)
     episode = np.floor(batch["position"][:, 0] + 1e-4).astype(int)
     step = np.rint((batch["position"][:, 0] - episode) * 100).astype(int)

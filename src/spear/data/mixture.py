@@ -105,7 +105,7 @@ class TrainingSamples:
     augment  strength of photometric jitter, 0 for none (never geometric: depth depends on it).
 
     A batch of B samples
-        images       camera -> [B, h, w, 3] uint8 (a view of [B, 3, h, w]); zeros where an episode lacks it
+        images       camera -> [B, h, w, 3] uint8; zeros where an episode lacks it
         views        camera -> [B] bool, whether it has it
         position     [B, 3] m, base frame       rotation  [B, 4]       gripper  [B] opening 0 … 1
         action       [B, H, 8] metres, as `Action.to_vector`
@@ -125,11 +125,9 @@ class TrainingSamples:
         states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
         images, present = {}, {}
         for camera, (height, width) in self.views.items():
-            # In memory the channels come first, as the network takes them: turning costs half a decoding.
-            planes = np.zeros((batch_size, 3, height, width), np.uint8)
-            found = [self._decode(sample, camera, out) for sample, out in zip(samples, planes, strict=True)]
-            present[camera] = np.array(found)
-            images[camera] = planes.transpose(0, 2, 3, 1)
+            images[camera] = np.zeros((batch_size, height, width, 3), np.uint8)
+            pairs = zip(samples, images[camera], strict=True)
+            present[camera] = np.array([self._decode(sample, camera, out) for sample, out in pairs])
         return {
             "images": images,
             "views": present,
@@ -143,17 +141,17 @@ class TrainingSamples:
         }
 
     def _decode(self, sample: Sample, camera: str, out: Array) -> bool:
-        """Put a sample's image [3, h, w] where it belongs; returns whether it has one."""
+        """Put a sample's image into `out` [h, w, 3]; returns whether it has one."""
         encoded = self.mixture.stores[sample.source].image(sample.episode, sample.step, camera)
         if encoded is None:
             return False
         source = self.mixture.episode(sample).source
-        image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}")
-        image = fit_image(image, *out.shape[1:])
+        image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
+        image = fit_image(image, *out.shape[:2])
         if self.augment:
-            jitter(image, sample.draws, self.augment, out.transpose(1, 2, 0))
-        else:
-            out[...] = image.transpose(2, 0, 1)
+            jitter(image, sample.draws, self.augment, out)
+        elif image is not out:
+            out[...] = image
         return True
 
 

@@ -23,8 +23,9 @@ LAST_LAYERS = 4
 def normalize_pixels(
     pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> torch.Tensor:
-    """uint8 [B, 3, h, w] in 0 … 255 -> float32, (pixel / 255 − mean) / std per channel."""
-    x = pixels.float()
+    """uint8 [B, 3, h, w] in 0 … 255, however it lies in memory -> float32, (pixel / 255 − mean) / std per
+    channel, contiguous."""
+    x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     same = len(set(mean)) == len(set(std)) == 1
     # Without a tensor of constants: copying one to a GPU would mean waiting.
     for channel, m, s in zip([x] if same else x.unbind(1), mean, std, strict=False):

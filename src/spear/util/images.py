@@ -14,9 +14,10 @@ IMAGE_BEGINS = (b"\xff\xd8\xff", b"\x89PNG")
 """What JPEG and PNG files begin with."""
 
 
-def decode_image(encoded: bytes, where: str = "an image") -> Array:
+def decode_image(encoded: bytes, where: str = "an image", out: Array | None = None) -> Array:
     """JPEG or PNG bytes as [h, w, 3] uint8 RGB, writable. Raises SpearError naming `where` when broken.
 
+    out: an array that is filled and returned, if it has the image's size; else a new one is.
     JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
     is not plain (CMYK, of no sane size, broken) goes to Pillow, which reads it or says why not.
     """
@@ -24,7 +25,9 @@ def decode_image(encoded: bytes, where: str = "an image") -> Array:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
-                return np.asarray(simplejpeg.decode_jpeg(encoded))
+                fits = out is not None and out.shape == (height, width, 3)
+                found = simplejpeg.decode_jpeg(encoded, buffer=out if fits else None)
+                return out if out is not None and fits else np.asarray(found)
         except ValueError:
             pass
     try:
