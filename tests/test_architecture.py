@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2045, "ablations": 660, "cli": 1590, "data": 4807, "embodiments": 740, "evaluate": 2895,
+    "(top)": 2045, "ablations": 660, "cli": 1590, "data": 4798, "embodiments": 740, "evaluate": 2895,
     "labels": 4745, "models": 4745, "report": 1200, "serve": 990, "sim": 1585, "train": 2460, "ui": 695,
     "util": 730,
 }  # fmt: skip

@@ -38,7 +38,7 @@ from spear.data.readers.layout import (
     recorded_pose,
     to_quaternion,
 )
-from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Layout, RotationFormat
+from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
 from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
@@ -134,7 +134,7 @@ class Report:
         return "undecided" if verdicts - {"agrees"} else "consistent"
 
 
-def audit(path: str | Path, split: str | None = None, layout: Layout = None) -> Report:
+def audit(path: str | Path, split: str | None = None, layout: Path | None = None) -> Report:
     """Audit some episodes of a folder in any format that keeps its logged actions.
 
     split is the first one where None; layout is the dataset's own where None. Bad episodes are skipped.
@@ -210,7 +210,7 @@ def episode_steps(
     return ((e.source, vars(e)) for e in map(read, range(len(store))))
 
 
-def logged_layout(path: str | Path, layout: Layout) -> DatasetSpec:
+def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
     """The layout of a dataset, which must name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):

@@ -18,7 +18,7 @@ from spear.data.audit import episode_steps
 from spear.data.inspect import inspect, layout_known, leaves
 from spear.data.readers.formats import episode_counts, read_episodes
 from spear.data.readers.layout import Steps
-from spear.data.readers.spec import SPEC_FILE, Layout
+from spear.data.readers.spec import SPEC_FILE
 from spear.errors import SpearError
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render
@@ -36,7 +36,7 @@ TOGETHER, MOST_NUMBERS = 3, 24
 TIME = Axis("seconds")
 
 
-def write_page(path: str | Path, out: Path, layout: Layout = None) -> None:
+def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     """Write a page on the dataset in `path` to the file `out`; `layout` is its own, if it has none itself.
 
     The episodes shown are the first good ones; those skipped on the way are listed. Raises SpearError when

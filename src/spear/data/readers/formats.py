@@ -7,7 +7,6 @@ from pathlib import Path
 from spear.data.readers.layout import episode_from
 from spear.data.readers.lerobot import LeRobotFolder, is_lerobot, open_lerobot
 from spear.data.readers.rlds import RldsFolder, is_rlds, open_rlds
-from spear.data.readers.spec import Layout
 from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
@@ -42,7 +41,7 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
 
 def read_episodes(
-    path: str | Path, split: str = "train", dataset: Layout = None, on_bad: OnBad | None = None
+    path: str | Path, split: str = "train", dataset: Path | None = None, on_bad: OnBad | None = None
 ) -> Iterator[Episode]:
     """Episodes of a folder in any format, in our conventions, at their own rate, checked.
 
@@ -85,7 +84,7 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
     return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
 
 
-def cameras(path: str | Path, layout: Layout = None) -> list[str]:
+def cameras(path: str | Path, layout: Path | None = None) -> list[str]:
     """The cameras of a folder's episodes, by our names. Raises SpearError where its columns are not known."""
     folder = open_dataset(path)
     return folder.cameras if isinstance(folder, EpisodeStore) else list(folder.spec(layout).images)

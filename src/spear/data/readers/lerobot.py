@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from spear.data.readers.layout import Steps
-from spear.data.readers.spec import DatasetSpec, Layout, Positive, find_spec, said
+from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, first_line
@@ -96,7 +96,7 @@ class LeRobotFolder:
         """Features that are images or videos."""
         return [name for name, f in self.info.features.items() if f.dtype in ("image", "video")]
 
-    def spec(self, given: Layout = None) -> DatasetSpec:
+    def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`."""
         return find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
 

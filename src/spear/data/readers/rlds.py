@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.readers.layout import Steps
-from spear.data.readers.spec import DatasetSpec, Layout, find_spec
+from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError
@@ -45,7 +45,7 @@ class RldsFolder:
         """Split name -> number of episodes."""
         return {name: sum(length for _, length in shards) for name, shards in self.splits.items()}
 
-    def spec(self, given: Layout = None) -> DatasetSpec:
+    def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
         spec = find_spec(self.name, self.path, given)
         if spec.newest is not None and _parts(self.version) > _parts(spec.newest):

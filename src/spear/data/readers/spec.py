@@ -138,8 +138,6 @@ class DatasetSpec:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-Layout = Path | None
-"""A file that describes a layout (see `read_spec`), or None: the dataset's own."""
 _NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 
 
@@ -149,7 +147,7 @@ def missing(spec: DatasetSpec) -> list[str]:
 
 
 def find_spec(
-    name: str, folder: Path, given: Layout = None, defaults: Mapping[str, Any] | None = None
+    name: str, folder: Path, given: Path | None = None, defaults: Mapping[str, Any] | None = None
 ) -> DatasetSpec:
     """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
 

@@ -117,7 +117,7 @@ class LeRobotWriter:
             "dataset_from_index": self.frames,
             "dataset_to_index": self.frames + length,
         }
-        stats = {name: rows.add(columns[name].reshape(length, -1)) for name, rows in self.rows.items()}
+        stats = {name: RowStats().add(columns[name].reshape(length, -1)).total() for name in self.rows}
         for camera in self.sizes:
             if self.images == "video":
                 row |= self._write_video(camera, episode)
@@ -127,14 +127,13 @@ class LeRobotWriter:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
         self.waiting.append(row | lerobot.place_of("meta/episodes", self.meta_files))
-        self.episodes += 1
-        self.frames += length
+        self.recall(episode)
 
     def recall(self, episode: Episode) -> None:
-        """Count an episode that an earlier process has written; its images do not matter."""
+        """Count an episode that is written (by an earlier process, perhaps); its images do not matter."""
         columns = self._columns(episode)
         for name, rows in self.rows.items():
-            rows.update(columns[name].reshape(len(episode), -1))
+            rows.add(columns[name].reshape(len(episode), -1))
         self.episodes += 1
         self.frames += len(episode)
 

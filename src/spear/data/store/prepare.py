@@ -28,7 +28,7 @@ import numpy as np
 from spear.data.actions import RATE_HZ, resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
-from spear.data.readers.spec import SPEC_FILE, Layout
+from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
@@ -68,7 +68,7 @@ class Conversion:
     quality    of the JPEGs, for images that are changed; colour is kept at full resolution (our choice).
     """
 
-    layout: Layout = None
+    layout: Path | None = None
     rate_hz: float = RATE_HZ
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     quality: int = 95
@@ -264,7 +264,7 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def good_episodes(path: str | Path, split: str, layout: Layout, skipped: Skipped) -> Iterator[Episode]:
+def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:
     """The good episodes of a dataset in any format; the others go to `skipped`.
 
     Raises SpearError when too many are bad, or nothing good is left.

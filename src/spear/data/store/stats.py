@@ -6,6 +6,7 @@ quantiles of a dataset are averages over its episodes; ours are the quantiles of
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -26,18 +27,12 @@ class RowStats:
     def __init__(self) -> None:
         self._columns: list[QuantileSketch] = []
 
-    def add(self, values: Array) -> Stats:
-        """Take in one episode's rows [T, d]; returns their own statistics."""
-        self.update(values)
-        own = RowStats()
-        own.update(values)
-        return own.total()
-
-    def update(self, values: Array) -> None:
-        """Take in one episode's rows [T, d]."""
+    def add(self, values: Array) -> Self:
+        """Take in one episode's rows [T, d]; returns itself."""
         self._columns, self._kind = self._columns or [QuantileSketch() for _ in values.T], values.dtype
         for sketch, column in zip(self._columns, values.T, strict=True):
             sketch.add(column)
+        return self
 
     def total(self) -> Stats:
         """Statistics of everything added."""
