@@ -176,6 +176,10 @@ def test_sphere_agrees_with_geomstats(sphere: Any) -> None:
     same(geo.sphere_exp(a, 0.4 * tangent), sphere.exp(0.4 * tangent.numpy(), a.numpy()), atol=1e-9)
     same((tangent * a).sum(-1), torch.zeros(len(a)))
     same(geo.sphere_exp(a, tangent), b)
+    for part in (0.0, 0.4, 1.0):
+        same(geo.sphere_slerp(a, b, part), geo.sphere_exp(a, part * tangent))
+        near = geo.sphere_exp(a, 1e-5 * tangent)
+        same(geo.sphere_slerp(a, near, part), geo.sphere_exp(a, part * 1e-5 * tangent))
 
 
 def test_sphere_log_at_coinciding_and_antipodal_points() -> None:

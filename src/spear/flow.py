@@ -35,6 +35,7 @@ from spear.geometry import (
     sphere_angle,
     sphere_exp,
     sphere_log,
+    sphere_slerp,
 )
 from spear.types import Action
 
@@ -272,7 +273,11 @@ def integrate(
         time = torch.full_like(noise.translation[..., 0, 0], k / steps)
         if committed is not None:
             time = torch.where(committed.held, 1.0, time[..., None])
-        velocity = prediction_to_velocity(predict(state, time), state, time, config)
+        prediction = predict(state, time)
+        if config.prediction == "clean":
+            state = keep(_towards(state, prediction, 1 / (steps - k), config))
+            continue
+        velocity = prediction_to_velocity(prediction, state, time, config)
         rotation = _advance(state.rotation, velocity.rotation, 1 / steps, config)
         if config.rotation == "s3":
             # Rounding alone would drift off the sphere over many steps.
@@ -291,6 +296,18 @@ def _advance(rotation: Tensor, velocity: Tensor, step: Tensor | float, config: F
     if config.rotation == "s3":
         return sphere_exp(rotation, velocity * step)
     return rotation + velocity * step
+
+
+def _towards(state: Action, clean: Action, part: float, config: FlowConfig) -> Action:
+    """That part of the way from a state to a clean action: the Euler step with the velocity that follows from
+    it, without the quotients, in a fifth of the time."""
+    rotation = _meant(clean.rotation, config)
+    if config.rotation == "s3":
+        rotation = sphere_slerp(state.rotation, quat_canonical(rotation), part)
+    else:
+        rotation = torch.lerp(state.rotation, rotation, part)
+    translation = torch.lerp(state.translation, clean.translation, part)
+    return Action(translation, rotation, torch.lerp(state.gripper, clean.gripper, part))
 
 
 def _meant(clean: Tensor, config: FlowConfig) -> Tensor:

@@ -60,7 +60,8 @@ def quat_canonical(q: Tensor) -> Tensor:
     """The one of q and -q with w ≥ 0; where w = 0, the one whose first nonzero component is positive."""
     w, x, y, z = torch.sign(q.detach()).split(1, dim=-1)
     # Powers of two rank the components: the first nonzero one outweighs all later ones together.
-    return torch.where(8 * w + 4 * x + 2 * y + z < 0, -q, q)
+    rank = z.add(y, alpha=2).add(x, alpha=4).add(w, alpha=8)
+    return torch.where(rank < 0, -q, q)
 
 
 def unit_quat(q: Tensor, what: str) -> Tensor:
@@ -154,6 +155,18 @@ def sphere_log(q: Tensor, target: Tensor) -> Tensor:
     For an antipodal pair every direction leads there: we take q ⊗ i, so the result is determined and finite.
     """
     return quat_derivative(q, sphere_angle(q, target))
+
+
+def sphere_slerp(q: Tensor, target: Tensor, part: float) -> Tensor:
+    """The point at that part of the shorter great circle from q to `target`, [..., 4], which is at
+    `sphere_exp(q, part * sphere_log(q, target))`: cos(φ) q + sin(φ) u with u, of unit length, across q. For
+    an antipodal pair it is ±q. Of unit length also where the others are not quite."""
+    along = (q * target).sum(-1, keepdim=True)
+    across = target - along * q
+    length = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
+    angle = part * torch.atan2(length, along)
+    point = torch.cos(angle) * q + torch.sin(angle) / length.clamp_min(torch.finfo(q.dtype).tiny) * across
+    return nn.functional.normalize(point, dim=-1)
 
 
 def sphere_angle(q: Tensor, target: Tensor) -> Tensor:
