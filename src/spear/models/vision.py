@@ -70,7 +70,7 @@ class ConvStem(nn.Module):
         """Patch embeddings of normalised pixels."""
         x = self.convs[0](pixels.contiguous(memory_format=torch.channels_last))
         for conv in self.convs[1:]:
-            x = conv(nn.functional.relu(x))
+            x = conv(nn.functional.relu_(x))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
