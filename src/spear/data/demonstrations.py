@@ -1,6 +1,6 @@
 """The scripted expert's demonstrations → a store of episodes. Killed at any moment, the same call goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
@@ -8,6 +8,7 @@ from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
 from spear.util.ledger import alone
@@ -38,12 +39,29 @@ def demonstrate(
         raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families or FAMILIES]
     sources = [source_of(*task, policy is not None) for task in tasks]
+
+    def make(first: int) -> Iterator[Episode]:
+        return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
+
+    return collect(out, sources, make, sizes, quiet)
+
+
+def collect(
+    out: Path,
+    sources: Sequence[str],
+    make: Callable[[int], Iterator[Episode]],
+    sizes: Mapping[str, Size],
+    quiet: bool = False,
+) -> tuple[int, int]:
+    """Write the successful ones of these episodes; the rest is as in `demonstrate`.
+
+    sources  the episodes' names, in order; make(i) makes them from number i on.
+    """
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into"):
         kept, first = _look(out, sources, sizes) if any(out.glob(SHARD_GLOB)) else (0, 0)
         bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
-        made = record(tasks[first:], sizes["external"], sizes["wrist"], workers, policy)
-        good = (episode for episode in tracked(made, bar) if episode.success)
+        good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out), len(sources)
 
 

@@ -133,7 +133,7 @@ class Normalizer:
         try:
             return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
-            why = " ".join(said(error)) if isinstance(error, ValidationError) else error
+            why = " ".join(said(error)).strip() if isinstance(error, ValidationError) else error
             raise SpearError(
                 f"cannot read normalisation statistics: {path}: {why}; take the file beside the weights"
             ) from error
