@@ -7,7 +7,8 @@
 Runs the commands with fixed seeds on one thread: labels of 32 scenes, labels and questions through the whole
 pipeline, 8 demonstrations of each family, an RLDS dataset prepared in two ways, 20 steps of every recipe at
 nano size, 800 evaluation scenes of nano (--only leaves parts out). Kept is a SHA-256 of each file that they
-write, without times, logs and pages. Both runs must be on one machine: other processors round otherwise.
+write, without times, logs and pages; of recorded and prepared data one of each episode, as the version itself
+reads it. Both runs must be on one machine: other processors round otherwise.
 """
 
 from __future__ import annotations
@@ -57,6 +58,21 @@ TRAININGS = {
 }
 EVALUATION = {"evaluation": "evaluate --policy nano --scenes 200 --films 0"}
 
+READ_EPISODES = """
+import hashlib, json, sys
+from spear.data.store.episode_store import EpisodeStore
+found = {}
+for episode in EpisodeStore(sys.argv[1]):
+    numbers = episode.position, episode.rotation, episode.gripper, episode.action, episode.action_mask
+    digest = hashlib.sha256(repr([episode.instruction, episode.rate_hz, episode.success]).encode())
+    for array in numbers:
+        digest.update(array.tobytes())
+    for camera in sorted(episode.images):
+        digest.update(camera.encode() + b"".join(episode.images[camera]))
+    found[episode.source] = digest.hexdigest()
+print(json.dumps(found))
+"""
+
 
 def digests(folder: Path) -> dict[str, str]:
     """File -> SHA-256 of what it holds; of JSON by its values, without times."""
@@ -102,8 +118,13 @@ def run(args: argparse.Namespace) -> int:
             done = subprocess.run(
                 [*spear, *words, "--out", name], cwd=work, env=env, capture_output=True, text=True
             )
-            found[name] = digests(Path(work) / name)
-            print(f"{name}: {len(found[name])} files, {time.monotonic() - begun:.0f} s", flush=True)
+            if name.startswith(("episodes", "prepared")):
+                reader = [sys.executable, "-c", READ_EPISODES, name]
+                read = subprocess.run(reader, cwd=work, env=env, check=True, stdout=subprocess.PIPE)
+                found[name] = json.loads(read.stdout)
+            else:
+                found[name] = digests(Path(work) / name)
+            print(f"{name}: {len(found[name])} results, {time.monotonic() - begun:.0f} s", flush=True)
             if done.returncode:
                 failed = 1
                 print(done.stderr, file=sys.stderr)
@@ -119,7 +140,7 @@ def compare(args: argparse.Namespace) -> int:
         ours, theirs = first.get(name, {}), second.get(name, {})
         files = sorted(file for file in {*ours, *theirs} if ours.get(file) != theirs.get(file))
         different += len(files)
-        print(f"{name}: " + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} files"))
+        print(f"{name}: " + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} results"))
     return int(different > 0)
 
 

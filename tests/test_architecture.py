@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2069, "ablations": 657, "cli": 1529, "data": 4814, "embodiments": 738, "evaluate": 2877,
+    "(top)": 2069, "ablations": 657, "cli": 1529, "data": 4600, "embodiments": 738, "evaluate": 2877,
     "labels": 4698, "models": 4711, "report": 1196, "serve": 985, "sim": 1582, "train": 2456, "ui": 693,
     "util": 730,
 }  # fmt: skip

@@ -12,8 +12,7 @@ Everybody loads the same steps of the same made-up episodes: two cameras, 640 x 
     decode           the bare work: two processes decode the same prepared JPEGs, which are in memory.
     decode recorded  the same with the recorded JPEGs, which have to be made smaller: what preparing saves.
     video            the prepared dataset as LeRobot writes it, AV1 (`write_lerobot(images="video")`): each
-                     step
-                     seeks in an open file and decodes from the key frame before it.
+                     step seeks in an open file and decodes from the key frame before it.
     video recorded   the recorded dataset as LeRobot writes it, frames made smaller after decoding.
     tf               tf.data over TFRecords of whole episodes with the prepared JPEGs
                      (`benchmarks/data/loader_tf.py`).
@@ -40,9 +39,10 @@ import tyro
 from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
 from loader_turns import Command, Forked, Way, in_turn, table
 from spear.data.mixture import Mixture
+from spear.data.options import Conversion
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.prepare import Conversion, prepare
+from spear.data.store.prepare import prepare
 from spear.train import loop
 
 GOALS = {"decode": "0.8", "video recorded": "3", "tf recorded": "3"}
@@ -78,10 +78,9 @@ def make_data(root: Path, episodes: int, steps: int) -> None:
     parts = [EpisodeStore(root / f"part {number}") for number in range(CORES)]
     ordered = (parts[i % CORES][i // CORES] for i in range(episodes))
     write_episodes(ordered, root / "recorded", shard_size=8)
-    sizes = {camera: (width, height) for camera, (height, width) in VIEWS.items()}
+    sizes = tuple(f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items())
     begun = time.perf_counter()
-    how = Conversion(sizes=sizes)
-    prepare(root / "recorded", root / "prepared", how=how, workers=CORES)
+    prepare(root / "recorded", root / "prepared", how=Conversion(size=sizes), workers=CORES)
     took = time.perf_counter() - begun
     frames = int(EpisodeStore(root / "prepared").lengths.sum())
     size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())

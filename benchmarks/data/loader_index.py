@@ -2,31 +2,30 @@
 
     python benchmarks/data/loader_index.py
 
-Writes the indices of such prepared datasets, with made-up numbers: everything that `spear data prepare`
-writes but the images (their files are as long as they would be, and empty: sparse). Then a fresh process
-opens them as `spear train` does, takes the normalisation, and draws a batch's steps. About 5 GB of disk are
-needed for a while.
+Writes such prepared datasets with made-up numbers and images of zeros, which take no place on the disk (the
+files are sparse). Then a fresh process opens them as `spear train` does, takes the normalisation, and draws
+a batch's steps. About 5 GB of disk are needed for a while.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import tyro
 
 from spear.data.mixture import Mixture
 from spear.data.normalize import SKETCHES, Normalizer
-from spear.data.store import schema as lerobot
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.index import INDEX, PLACE_PREFIX, lists, number_columns, write_batches
+from spear.data.store.prepare import SHARD_MB
+from spear.data.store.shard import write_shard
 from spear.data.store.stats import QuantileSketch
 from spear.types import Episode
 
@@ -34,25 +33,21 @@ CAMERAS = ("external", "wrist")
 
 
 def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, step_bytes: int) -> None:
-    """The index of a prepared dataset, its statistics, and empty files of the length of its images."""
-    per_file = max(1, (lerobot.DATA_MB << 20) // (step_bytes * episode_steps))
+    """A prepared dataset and its statistics, its images zeros."""
+    per_shard = max(1, (SHARD_MB << 20) // (step_bytes * episode_steps))
     count = max(1, round(frames / episode_steps))
-    columns = _columns(number, min(per_file, count), episode_steps, step_bytes)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for file, first in enumerate(range(0, count, per_file)):
-            episodes = min(per_file, count - first)
-            size = episodes * episode_steps * step_bytes
-            path = folder / lerobot.place(lerobot.DATA_PATH, file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as data:
-                data.truncate(size)
-            place = {"data_file": file, "data_bytes": size}
-            numbers = {name: pa.array(np.full(episodes, value, np.int64)) for name, value in place.items()}
-            yield pa.RecordBatch.from_pydict({k: v[:episodes] for k, v in columns.items()} | numbers)
-
     folder.mkdir(parents=True)
-    write_batches(folder / INDEX, batches(), {})
+    written: dict[int, Path] = {}  # by how many episodes are in the shard
+    for shard, first in enumerate(range(0, count, per_shard)):
+        episodes, path = min(per_shard, count - first), folder / f"episodes-{shard:05d}.arrow"
+        if episodes in written:
+            shutil.copyfile(written[episodes], path)
+        else:
+            write_shard(path, _episodes(number, episodes, episode_steps, step_bytes), {})
+            written[episodes] = path
+        size = episodes * episode_steps * step_bytes
+        with open(path.with_suffix(".images"), "wb") as file:
+            file.truncate(size)
     sketch = QuantileSketch()
     sketch.add(np.random.default_rng(number).normal(size=100_000))
     arrays = sketch.to_arrays().items()
@@ -62,23 +57,18 @@ def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, st
     )
 
 
-def _columns(number: int, count: int, steps: int, step_bytes: int) -> dict[str, pa.Array]:
-    """What the index says of the episodes of a file."""
+def _episodes(number: int, count: int, steps: int, step_bytes: int) -> list[Episode]:
+    """The episodes of a shard."""
     zeros = np.zeros((steps, 3), np.float32)
     turn = np.tile(np.array([1, 0, 0, 0], np.float32), (steps, 1))
     acted = np.concatenate([zeros, turn, zeros[:, :1]], axis=1)
     known = np.arange(steps) < steps - 1
+    images = {camera: [bytes(step_bytes // len(CAMERAS))] * steps for camera in CAMERAS}
     episodes = []
     for e in range(count):
         words, name = f"put object {e} on the plate", f"dataset_{number}/train#{e}"
-        episodes.append(Episode({}, zeros, turn, zeros[:, 0], words, 5.0, name, acted, known))
-    columns = number_columns(episodes)
-    image_bytes = step_bytes // len(CAMERAS)
-    for c, camera in enumerate(CAMERAS):
-        begin = np.arange(count * steps) * step_bytes + c * image_bytes
-        places = np.stack([begin, np.full(count * steps, image_bytes)], axis=1)
-        columns[PLACE_PREFIX + camera] = lists(np.arange(count + 1) * steps, places)
-    return columns
+        episodes.append(Episode(images, zeros, turn, zeros[:, 0], words, 5.0, name, acted, known))
+    return episodes
 
 
 def start(root: Path) -> dict[str, float]:
@@ -130,8 +120,11 @@ def main(
             write_dataset(
                 Path(folder) / f"dataset_{number:02d}", number, frames // datasets, episode_steps, step_bytes
             )
-        size = sum(path.stat().st_size for path in Path(folder).glob(f"*/{INDEX}"))
-        print(f"index of {frames} frames in {datasets} datasets: {size / 1e9:.2f} GB", flush=True)
+        files = [path.stat() for path in Path(folder).glob("*/episodes-*")]
+        size, taken = sum(f.st_size for f in files) / 1e9, sum(512 * f.st_blocks for f in files) / 1e9
+        sizes = f"{size:.0f} GB, {taken:.2f} without the images"
+        print(f"{frames} frames in {datasets} datasets, {len(files)} files: {sizes}", flush=True)
+        os.sync()  # else the system writes while we open
         print(f"made in {time.perf_counter() - begun:.0f} s", flush=True)
         command = [sys.executable, __file__, "--root", folder]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -16,8 +16,6 @@ from PIL import Image
 from tyro.conf import Positional
 
 from spear.data.mixture import jitter
-from spear.data.store.stats import sample_images
-from spear.types import Episode
 from spear.util.images import decode_image, encode_jpeg, fit_image
 
 SIZES = {"external": (210, 280), "wrist": (112, 112)}
@@ -39,8 +37,7 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
     encoded = encode_jpeg(small)
     stacked = np.empty((1, height, width, 3), np.uint8)
     place = np.empty((height, width, 3), np.uint8)
-    one, draws = np.zeros((1, 3)), np.linspace(0, 1, 5)
-    episode = Episode({"camera": [encoded]}, one, np.eye(4)[:1], one[:, 0], "look", 5.0, "photo")
+    draws = np.linspace(0, 1, 5)
 
     def turned() -> object:
         stacked[0] = decode_image(encoded)
@@ -61,7 +58,6 @@ def parts_of(large: np.ndarray, height: int, width: int) -> dict[str, Callable[[
         "preparing: original decoded": lambda: decode_image(original),
         "preparing: scaled": lambda: fit_image(large, height, width),
         "preparing: encoded": lambda: encode_jpeg(small),
-        "preparing: statistics": lambda: sample_images(episode),
     }
 
 

@@ -63,7 +63,7 @@ def main(
     bare, whole, waited = [], [], []
     first = 0
     with tempfile.TemporaryDirectory() as folder:
-        source = loop.batches(task, 0, 10**9, workers=1)
+        source = loop.batches(task, 0, 10**5, workers=1)
         with Logger(Path(folder), first_step=0, total=(AHEAD + steps) * rounds, quiet=True) as logger:
             next(source)
             (loader,) = (process.pid for process in multiprocessing.active_children())

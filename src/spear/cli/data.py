@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,33 +71,31 @@ def describe(options: DescribeOptions) -> None:
 def prepare(options: PrepareOptions) -> None:
     """Make robot datasets ready for training: small images, 5 Hz, one meaning of actions.
 
-    The result is a LeRobot v3.0 dataset with an index beside it, which `spear train` reads as fast as its
-    images can be decoded. Bad episodes are skipped, with the reasons in skipped.json. If it is stopped, the
-    same command continues.
+    The result is a store of episodes, which `spear train` reads as fast as its images can be decoded. Bad
+    episodes are skipped, with the reasons in skipped.json. If it is stopped, the same command continues.
 
     Examples:
         spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
     """
     from spear.data.readers.formats import cameras, dataset_name
-    from spear.data.store.prepare import Conversion
     from spear.data.store.prepare import prepare as run
 
     if not options.paths:
         raise SpearError("nothing to prepare: give one folder of robot data, or several")
+    how = options.how
     for path in options.paths:
-        _check_layout(path, options.layout)
+        _check_layout(path, how.layout)
     names = [dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
-    sizes, seen = options.sizes(), [cameras(path, options.layout) for path in options.paths]
-    check_known("camera (in --size)", {*itertools.chain(*seen)}, *(name for name in sizes if name))
+    seen = [cameras(path, how.layout) for path in options.paths]
+    check_known("camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name))
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     for path, name, there in zip(options.paths, names, seen, strict=True):
         target = options.out if len(names) == 1 else options.out / name
-        own = {camera: size for camera, size in sizes.items() if camera in ("", *there)}
-        how = Conversion(options.layout, options.rate, own, options.quality)
-        written, reasons = run(path, target, options.split, how, workers)
+        own = tuple(size for size in how.size if size.rpartition("=")[0] in ("", *there))
+        written, reasons = run(path, target, options.split, replace(how, size=own), workers)
         _report(written, target, reasons)
 
 

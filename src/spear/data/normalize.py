@@ -5,8 +5,8 @@ The paper normalises translations by global quantiles over the whole mixture (no
 Works on torch tensors of any leading shape, on any device and in any floating type.
 """
 
+import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +23,7 @@ from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, check_known
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
-from spear.util.files import write_text
+from spear.util.files import write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
@@ -146,10 +146,9 @@ def save_sketches(folder: Path) -> None:
         for axis, sketch in enumerate(_sketch(EpisodeStore(folder)))
         for name, values in sketch.to_arrays().items()
     }
-    with open(folder / SKETCHES, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(folder / SKETCHES, buffer.getvalue())
 
 
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:

@@ -1,5 +1,6 @@
 """Options of the commands on robot data: plain values, so that asking for help loads nothing heavy."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,12 +30,9 @@ class DescribeOptions(Options):
     """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
 
 
-class PrepareOptions(Options):
-    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
-    """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
-    out: Path
-    """Folder to write to."""
-    split: Split = "train"
+class Conversion(Options):
+    """What preparing makes of episodes."""
+
     size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
     cameras, or CAMERA=WIDTHxHEIGHT where there is one. Bars are added rather than stretching. Without it they
@@ -42,11 +40,10 @@ class PrepareOptions(Options):
     rate: Annotated[float, Within(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95
-    """JPEG quality of images that are changed."""
-    workers: Annotated[Number, Within(0)] = None
-    """Processes that read and resize; one for each processor by default. The result is the same."""
+    """JPEG quality of images that are changed; colour is kept at full resolution (our choice)."""
     layout: Layout = None
 
+    @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Camera -> (width, height), "" for all others. Raises `SpearError` for a size in other words."""
         sizes = {}
@@ -57,6 +54,17 @@ class PrepareOptions(Options):
                 raise SpearError(f"--size {word}: write it as 280x210, or for one camera as wrist=112x112")
             sizes[camera] = (numbers[0], numbers[1])
         return sizes
+
+
+class PrepareOptions(Options):
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER...")]
+    """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
+    out: Path
+    """Folder to write to."""
+    split: Split = "train"
+    workers: Annotated[Number, Within(0)] = None
+    """Processes that read and resize; one for each processor by default. The result is the same."""
+    how: Conversion = Conversion()
 
 
 class ExportOptions(Options):

@@ -1,13 +1,11 @@
 """The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
 
-There are two kinds of folder, with one way to read them:
+A folder of shards (`spear.data.store.shard`), recorded (`write_episodes`, to which several processes may
+append) or prepared for training (`spear.data.store.prepare`). Episodes may differ in rate, cameras and image
+sizes.
 
-    recordings  `episodes-*.arrow`, Arrow IPC shards with the images in them, to which several processes
-                append (`write_episodes`); episodes may differ in rate, cameras and image sizes.
-    prepared    a LeRobot v3.0 dataset with an index beside it (`spear.data.store.prepare`), for training.
-
-Why Arrow IPC (uncompressed): training draws random single frames. Parquet has to decode a column chunk to
-reach one row; in an uncompressed Arrow file a frame is a slice of mapped memory. The images are compressed
+Why Arrow IPC (uncompressed) and plain files of images: training draws random single frames. Parquet has to
+decode a column chunk to reach one row; here a frame is a slice of mapped memory. The images are compressed
 already (JPEG or PNG).
 """
 
@@ -18,18 +16,17 @@ import hashlib
 import itertools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from spear.data.actions import check_episode, with_actions
-from spear.data.store.index import INDEX, Shard, image_columns, number_columns, open_shards, write_batches
+from spear.data.store.shard import Shard, open_shard, write_shard
 from spear.errors import SpearError
 from spear.types import Array, Episode
+from spear.util.files import writing
 
-FORMAT = "spear.episodes.1"
 SHARD_GLOB = "episodes-*.arrow"
 DIGESTED = 1000
 """Episodes whose numbers `EpisodeStore.digest` reads (our choice)."""
@@ -45,25 +42,31 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
     folder.mkdir(parents=True, exist_ok=True)
     checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
     while shard := list(itertools.islice(checked, shard_size)):
-        _write_shard(shard, folder)
+        add_shard(shard, folder, {})
         written += len(shard)
     return written
 
 
-def _write_shard(episodes: Sequence[Episode], folder: Path) -> None:
-    table = pa.RecordBatch.from_pydict(number_columns(episodes) | image_columns(episodes))
-    temporary = folder / f".episodes-{uuid.uuid4().hex}"
+def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]) -> None:
+    """`write_shard` under the next free number. Raises SpearError when it cannot be written."""
+    temporary = folder / f".episodes-{uuid.uuid4().hex}.arrow"
+    files = temporary.with_suffix(".images"), temporary  # in this order: the second makes it count
     try:
-        write_batches(temporary, [table], {"format": FORMAT})
-        for number in itertools.count(len(list(folder.glob(SHARD_GLOB)))):
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, folder / f"episodes-{number:05d}.arrow")
-                break
-    except OSError as error:
-        why = f"cannot write: {folder}: {error}; free some space, or take another folder"
-        raise SpearError(why) from error
+        with writing(folder):
+            write_shard(temporary, episodes, note)
+            for number in itertools.count(len(list(folder.glob(SHARD_GLOB)))):
+                with contextlib.suppress(FileExistsError):
+                    for file in files:
+                        os.link(file, folder / f"episodes-{number:05d}{file.suffix}")
+                    break
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, in order."""
+    return sorted(folder.glob(SHARD_GLOB))
 
 
 class EpisodeStore:
@@ -78,7 +81,9 @@ class EpisodeStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.whole = True
-        self._shards = _open(self.path)
+        self._shards = [open_shard(file)[0] for file in shard_files(self.path)]
+        if not self._shards:
+            raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
         self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
@@ -112,7 +117,7 @@ class EpisodeStore:
     @property
     def cameras(self) -> list[str]:
         """Names of all cameras that occur."""
-        return sorted({camera for shard in self._shards for camera in shard.images})
+        return sorted({camera for shard in self._shards for camera in shard.places})
 
     def image(self, index: int, step: int, camera: str) -> bytes | None:
         """The encoded image of one step, or None when this episode has no such camera."""
@@ -143,13 +148,4 @@ class EpisodeStore:
 
 def is_store(path: str | Path) -> bool:
     """Whether `path` is a folder that `EpisodeStore` opens."""
-    return (Path(path) / INDEX).is_file() or any(Path(path).glob(SHARD_GLOB))
-
-
-def _open(folder: Path) -> list[Shard]:
-    if (folder / INDEX).is_file():
-        return open_shards(folder / INDEX, folder)
-    shards = [s for file in sorted(folder.glob(SHARD_GLOB)) for s in open_shards(file, None, FORMAT)]
-    if not shards:
-        raise SpearError(f"no episodes: {folder}: no {SHARD_GLOB} in it; record or convert some")
-    return shards
+    return any(Path(path).glob(SHARD_GLOB))

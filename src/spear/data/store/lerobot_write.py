@@ -43,18 +43,14 @@ def write_lerobot(
     check_new(target)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    writer: LeRobotWriter | None = None
+    writer: _Writer | None = None
     try:
         for episode in episodes:
             episode = with_actions(check_episode(episode))
             samples = sample_images(episode)
             sizes = {camera: seen.size for camera, seen in samples.items()}
-            writer = writer or LeRobotWriter(part, sizes, episode.rate_hz, images)
-            writer.check(episode, samples)
-            writer.end_file(above=lerobot.DATA_MB << 20)
+            writer = writer or _Writer(part, sizes, episode.rate_hz, images)
             writer.add(episode, samples)
-            if len(writer.waiting) == EPISODES_PER_FILE:
-                writer.write_episodes()
         if writer is None:
             raise SpearError(f"no episodes: nothing to write to {target}")
         writer.finish()
@@ -70,16 +66,15 @@ def write_lerobot(
         shutil.rmtree(part, ignore_errors=True)
 
 
-class LeRobotWriter:
+class _Writer:
     """The files of a dataset being written, one episode after the other.
 
     sizes     camera -> (height, width) in pixels; these cameras and sizes have all episodes.
     rate_hz   of all episodes.
-    waiting   rows of `meta/episodes` that are in no file yet.
     """
 
     def __init__(
-        self, folder: Path, sizes: Mapping[str, tuple[int, int]], rate_hz: float, images: str = "image"
+        self, folder: Path, sizes: Mapping[str, tuple[int, int]], rate_hz: float, images: str
     ) -> None:
         self.folder, self.images, self.rate_hz = folder, images, rate_hz
         self.sizes = {camera: sizes[camera] for camera in sorted(sizes)}
@@ -95,8 +90,9 @@ class LeRobotWriter:
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, VideoWriter] = {}
 
-    def check(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
-        """Raises SpearError when an episode differs from the others in cameras, image sizes or rate."""
+    def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
+        """Write a checked episode; samples are those of its images (see `sample_images`). Raises SpearError
+        when it differs from the others in cameras, image sizes or rate."""
         name, cameras = episode.source, sorted(episode.images)
         if cameras != list(self.sizes):
             raise SpearError(f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}")
@@ -105,9 +101,8 @@ class LeRobotWriter:
         if episode.rate_hz != self.rate_hz:
             rates = f"{name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}"
             raise SpearError(f"rates differ: {rates}: resample (see `spear data prepare`)")
-
-    def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
-        """Write an episode that `check` lets pass; samples are those of its images (see `sample_images`)."""
+        if self._data is not None and os.path.getsize(self._data_path) > lerobot.DATA_MB << 20:
+            self._end_file()
         length, columns = len(episode), self._columns(episode)
         row: dict[str, Any] = {
             "episode_index": self.episodes,
@@ -117,7 +112,8 @@ class LeRobotWriter:
             "dataset_from_index": self.frames,
             "dataset_to_index": self.frames + length,
         }
-        stats = {name: RowStats().add(columns[name].reshape(length, -1)).total() for name in self.rows}
+        rows = {name: columns[name].reshape(length, -1) for name in self.rows}
+        stats = {name: RowStats().add(values).total() for name, values in rows.items()}
         for camera in self.sizes:
             if self.images == "video":
                 row |= self._write_video(camera, episode)
@@ -127,15 +123,12 @@ class LeRobotWriter:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
         self.waiting.append(row | lerobot.place_of("meta/episodes", self.meta_files))
-        self.recall(episode)
-
-    def recall(self, episode: Episode) -> None:
-        """Count an episode that is written (by an earlier process, perhaps); its images do not matter."""
-        columns = self._columns(episode)
-        for name, rows in self.rows.items():
-            rows.add(columns[name].reshape(len(episode), -1))
+        for name, values in rows.items():
+            self.rows[name].add(values)
         self.episodes += 1
-        self.frames += len(episode)
+        self.frames += length
+        if len(self.waiting) == EPISODES_PER_FILE:
+            self._write_episodes()
 
     def _columns(self, episode: Episode) -> dict[str, Any]:
         """Everything but images, as arrays [T] or [T, d]."""
@@ -209,14 +202,14 @@ class LeRobotWriter:
             f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
         }
 
-    def end_file(self, above: int = 0) -> None:
-        """Complete the file of rows, if it has more than `above` bytes; the next episode begins another."""
-        if self._data is not None and (not above or os.path.getsize(self._data_path) > above):
+    def _end_file(self) -> None:
+        """Complete the file of rows; the next episode begins another."""
+        if self._data is not None:
             data, self._data = self._data, None
             data.close()
             self.data_files += 1
 
-    def write_episodes(self) -> None:
+    def _write_episodes(self) -> None:
         """Write a file of `meta/episodes` from what is waiting for it."""
         path = self.folder / lerobot.place(lerobot.EPISODES_PATH, self.meta_files)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +218,7 @@ class LeRobotWriter:
 
     def close(self) -> None:
         """Close what is open."""
-        self.end_file()
+        self._end_file()
         for video in self._videos.values():
             video.close()
         self._videos = {}
@@ -234,7 +227,7 @@ class LeRobotWriter:
         """Complete all files, and write those that sum up the dataset."""
         self.close()
         if self.waiting:
-            self.write_episodes()
+            self._write_episodes()
         stats = {name: rows.total() for name, rows in self.rows.items()}
         stats |= {lerobot.feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
         lists = {n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats}
