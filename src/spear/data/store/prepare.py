@@ -6,7 +6,7 @@ the size that the model sees. Beside the shards lie `sketches.npz` (see `spear.d
 
 Blocks of episodes are made ready by any number of processes and written in order: the bytes do not depend on
 how many there are. Until all is done the folder is `.OUT.part/dataset`. The note of each shard says how far
-the work was, so a run that was killed continues behind the last one.
+the work was and what was left out since the one before, so a run that was killed continues behind the last.
 """
 
 import dataclasses
@@ -116,8 +116,11 @@ def _write_shards(
         if not file.with_suffix(".arrow").is_file() or file.name.startswith("."):
             file.unlink()  # of a shard that was not finished
     blocks, good, skipped, waiting = 0, 0, Skipped(MOST_BAD), list[Episode]()
-    for shard in shard_files(folder)[-1:]:
-        blocks, good, skipped.reasons = json.loads(open_shard(shard)[1]["done"])
+    for file in shard_files(folder):
+        shard, note = open_shard(file)
+        blocks, reasons = json.loads(note["done"])
+        good, skipped.reasons = good + len(shard), skipped.reasons + reasons
+    told = len(skipped.reasons)  # of them in the notes of shards
     left, before, total = todo[blocks:], sum(n for _, n in todo[:blocks]), sum(n for _, n in todo)
     bar = ProgressBar(f"preparing {path.name}", total, "episodes", before)
     advice = "use fewer --workers, and run the same command again: it continues"
@@ -132,9 +135,8 @@ def _write_shards(
             bar.update(bar.done + length, f"{len(skipped.reasons)} skipped")
             images = (image for e in waiting for images in e.images.values() for image in images)
             if waiting and (blocks == len(todo) or sum(map(len, images)) >= SHARD_MB * 2**20):
-                note = {"done": json.dumps([blocks, good, skipped.reasons])}
-                add_shard(waiting, folder, note)
-                waiting = []
+                add_shard(waiting, folder, {"done": json.dumps([blocks, skipped.reasons[told:]])})
+                waiting, told = [], len(skipped.reasons)
     return good, skipped
 
 
