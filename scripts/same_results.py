@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             done = subprocess.run(
                 [*spear, *words, "--out", name], cwd=work, env=env, capture_output=True, text=True
             )
-            if name.startswith(("episodes", "prepared")):
+            if name.startswith(("episodes", "prepared")) and not done.returncode:
                 reader = [sys.executable, "-c", READ_EPISODES, name]
                 read = subprocess.run(reader, cwd=work, env=env, check=True, stdout=subprocess.PIPE)
                 found[name] = json.loads(read.stdout)

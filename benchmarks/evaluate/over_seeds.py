@@ -10,23 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import tyro
 
+from spear.ablations.table import successes
+from spear.errors import SpearError
 from spear.evaluate.results import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
-from spear.types import Array
-
-
-def table(folders: tuple[Path, ...]) -> dict[str, Array]:
-    """Family -> success [seeds, scenes] on the scenes that all folders have, by seed."""
-    found = [load(folder) for folder in folders]
-    families = {}
-    for family in found[0].families:
-        rows = [{o.seed: o.success for o in results.outcomes if o.family == family} for results in found]
-        shared = sorted(set.intersection(*map(set, rows)))
-        families[family] = np.array([[row[seed] for seed in shared] for row in rows])
-    return families
 
 
 def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
@@ -35,16 +24,20 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     Args:
         first: folders of one training's seeds. second: those of another one, in the same order of seeds.
     """
-    tables = [table(folders) for folders in (first, second) if folders]
-    for folders, families in zip((first, second), tables, strict=False):
+    found = [[load(folder) for folder in folders] for folders in (first, second) if folders]
+    families = found[0][0].families
+    scenes = [{(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds]
+    if any(seen != scenes[0] for seen in scenes):
+        raise SpearError("the folders hold different scenes: evaluate all on the same")
+    tables = [successes(seeds, families) for seeds in found]
+    for folders, table in zip((first, second), tables, strict=False):
         print(", ".join(map(str, folders)))
-        for family, success in families.items():
+        for family, success in zip(families, table, strict=True):
             each = ", ".join(f"{100 * rate:.1f}" for rate in success.mean(axis=1))
             print(f"  {family:<46} {100 * success.mean():5.1f} %  ({each}; n = {success.shape[1]} each)")
-        print(f"  {'mean':<46} {mean_over_seeds(list(families.values())).say('.1f', 100, ' %')}")
+        print(f"  {'mean':<46} {mean_over_seeds(table).say('.1f', 100, ' %')}")
     if second:
-        pair = [list(families.values()) for families in tables]
-        print(f"difference: {difference_over_seeds(*pair).say('+.1f', 100, ' points')}")
+        print(f"difference: {difference_over_seeds(*tables).say('+.1f', 100, ' points')}")
 
 
 if __name__ == "__main__":

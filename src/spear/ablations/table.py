@@ -104,12 +104,13 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
     asks = any(t.recipe.name in ("nano-vlm-1", "nano-vlm-2") and t.steps for t in chain)
     against = None
     if row != first and shared:
-        against = difference_over_seeds(_success(plan, own, shared), _success(plan, other, shared))
+        pair = ([each[seed] for seed in shared] for each in (own, other))
+        against = difference_over_seeds(*(successes(seeds, plan.families) for seeds in pair))
     published, base = means.get(row.title), means.get(first.title)
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,
-        mean_over_seeds(_success(plan, own, sorted(own))) if own else None,
+        mean_over_seeds(successes([own[seed] for seed in sorted(own)], plan.families)) if own else None,
         [own[seed].mean().value for seed in sorted(own)],
         against,
         published,
@@ -120,10 +121,9 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
     )
 
 
-def _success(plan: Plan, results: dict[int, Results], seeds: Sequence[int]) -> list[Array]:
-    """Success [seeds, scenes] of each family, scenes in order."""
-    ordered = {seed: sorted(results[seed].outcomes, key=lambda o: o.seed) for seed in seeds}
+def successes(seeds: Sequence[Results], families: Sequence[str]) -> list[Array]:
+    """Success [seeds, scenes] of each family, on the same scenes, in order."""
+    rows = [sorted(results.outcomes, key=lambda o: o.seed) for results in seeds]
     return [
-        np.array([[o.success for o in ordered[seed] if o.family == family] for seed in seeds], bool)
-        for family in plan.families
+        np.array([[o.success for o in row if o.family == name] for row in rows], bool) for name in families
     ]

@@ -54,7 +54,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     try:
         with writing(folder):
             write_shard(temporary, episodes, note)
-            for number in itertools.count(len(list(folder.glob(SHARD_GLOB)))):
+            for number in itertools.count(len(shard_files(folder))):
                 with contextlib.suppress(FileExistsError):
                     for file in files:
                         os.link(file, folder / f"episodes-{number:05d}{file.suffix}")
@@ -62,6 +62,13 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     finally:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left of shards, from a folder to which nobody else is writing."""
+    images = (file for file in folder.glob("episodes-*.images") if not file.with_suffix(".arrow").is_file())
+    for file in (*folder.glob(".episodes-*"), *images):
+        file.unlink()
 
 
 def shard_files(folder: Path) -> list[Path]:

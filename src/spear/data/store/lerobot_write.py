@@ -48,8 +48,7 @@ def write_lerobot(
         for episode in episodes:
             episode = with_actions(check_episode(episode))
             samples = sample_images(episode)
-            sizes = {camera: seen.size for camera, seen in samples.items()}
-            writer = writer or _Writer(part, sizes, episode.rate_hz, images)
+            writer = writer or _Writer(part, samples, episode.rate_hz, images)
             writer.add(episode, samples)
         if writer is None:
             raise SpearError(f"no episodes: nothing to write to {target}")
@@ -69,15 +68,13 @@ def write_lerobot(
 class _Writer:
     """The files of a dataset being written, one episode after the other.
 
-    sizes     camera -> (height, width) in pixels; these cameras and sizes have all episodes.
+    samples   of the images of the first episode, whose cameras and sizes all have.
     rate_hz   of all episodes.
     """
 
-    def __init__(
-        self, folder: Path, sizes: Mapping[str, tuple[int, int]], rate_hz: float, images: str
-    ) -> None:
+    def __init__(self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str) -> None:
         self.folder, self.images, self.rate_hz = folder, images, rate_hz
-        self.sizes = {camera: sizes[camera] for camera in sorted(sizes)}
+        self.sizes = {camera: samples[camera].size for camera in sorted(samples)}
         self.features = lerobot.make_features(self.sizes, images, self.rate_hz)
         self.schema = lerobot.make_schema(self.features)
         self.tasks: dict[str, int] = {}

@@ -26,14 +26,14 @@ from spear.data.options import Conversion
 from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
-from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files
+from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
 from spear.util.images import decode_image, encode_jpeg, fit_image
-from spear.util.ledger import Skipped, add_files, alone, difference, plain, same_settings
+from spear.util.ledger import Skipped, add_files, alone, difference, same_settings
 from spear.util.progress import ProgressBar
 
 BLOCK = 16
@@ -79,7 +79,7 @@ def prepare(
         "data": _digest(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
-        "size": sorted(how.size),
+        "size": dict(sorted(how.sizes.items())),
         "rate": how.rate,
         "quality": how.quality,
         "shard_mb": SHARD_MB,
@@ -101,7 +101,7 @@ def prepare(
         _check_good(good, skipped, path, split)
         save_sketches(folder)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
-        write_text(folder / REQUEST, json.dumps(plain(request), indent=2) + "\n")
+        shutil.copyfile(work / REQUEST, folder / REQUEST)
         folder.replace(out)
         shutil.rmtree(work, ignore_errors=True)
     return good, skipped.reasons
@@ -112,9 +112,7 @@ def _write_shards(
 ) -> tuple[int, Skipped]:
     """Make the shards of all blocks (pieces of the split, each with its length) but for those that are there.
     Returns how many episodes are good, and why the others are not."""
-    for file in (*folder.glob(".episodes-*"), *folder.glob("episodes-*.images")):
-        if not file.with_suffix(".arrow").is_file() or file.name.startswith("."):
-            file.unlink()  # of a shard that was not finished
+    sweep(folder)
     blocks, good, skipped, waiting = 0, 0, Skipped(MOST_BAD), list[Episode]()
     for file in shard_files(folder):
         shard, note = open_shard(file)

@@ -22,9 +22,8 @@ PLACE_PREFIX = "place:"
 FORMAT = "spear.episodes.2"
 
 
-def number_columns(episodes: Sequence[Episode]) -> dict[str, pa.Array]:
-    """Everything but the images of checked episodes with actions (see `with_actions`), as columns."""
-    offsets = np.cumsum([0] + [len(e) for e in episodes])
+def _number_columns(episodes: Sequence[Episode], offsets: Array) -> dict[str, pa.Array]:
+    """All but the images of checked episodes with actions, as columns; offsets [E + 1] of their steps."""
     text = pa.large_string()
     words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
     columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
@@ -69,11 +68,8 @@ class Shard:
         self.action = flat_rows(columns["action"], ACTION_DIM, steps)
         self.action_mask = flat_rows(columns["action_mask"], 1, steps)[:, 0]
         self.images = images
-        self.places = {
-            name.removeprefix(PLACE_PREFIX): flat_rows(column, 2, steps)
-            for name, column in columns.items()
-            if name.startswith(PLACE_PREFIX)
-        }
+        places = (name for name in columns if name.startswith(PLACE_PREFIX))
+        self.places = {n.removeprefix(PLACE_PREFIX): flat_rows(columns[n], 2, steps) for n in places}
         self.known = np.add.reduceat(self.action_mask != 0, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -115,7 +111,8 @@ class Shard:
 
 def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]) -> None:
     """Write checked episodes with actions and, beside them, a note of names and texts, onto the disk."""
-    columns, offsets = number_columns(episodes), np.cumsum([0] + [len(e) for e in episodes])
+    offsets = np.cumsum([0] + [len(e) for e in episodes])
+    columns = _number_columns(episodes, offsets)
     with open(path.with_suffix(".images"), "wb") as file:
         for camera in sorted({camera for e in episodes for camera in e.images}):
             images = [image for e in episodes for image in e.images.get(camera, [b""] * len(e))]
