@@ -242,14 +242,9 @@ def _training(
     one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
-    if fields["committed"] is None:  # younger than the keys of trainings that are done
-        del fields["committed"]
-    fields["optimization"]["moments"] = "fp32"  # which the trainings that are done could still choose
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    if size["flow"]["prediction"] == "clean":  # the step has no meaning there: whatever its default is
-        size["flow"]["geodesic_step"] = 0.003
     learned_from = data.key if one.kind == "vla" else data.labels_key
     begins = [None if part is None else part.key for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
