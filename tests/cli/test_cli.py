@@ -82,6 +82,8 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("questions nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
         ("record --first-seed 5", "kept for testing"),
+        ("record simpler --first-seed 5", "kept for testing"),
+        ("record simpler --tasks PutCarrotOnPlate", "did you mean 'PutCarrotOnPlateInScene-v1'?"),
         ("ask sim:7 'how far?' --draw box.txt", "end it in .png or .jpg"),
         ("ask sim:7 ' '", "empty question"),
         ("ask sim:10000 'how far?'", "held-out seeds"),

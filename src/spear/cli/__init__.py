@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "questions": "label:ask_about",
     "ask": "basics:ask",
     "record": "basics:record",
+    "record simpler": "basics:record_simpler",
     "demo": "basics:demo",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -10,6 +10,9 @@ from spear.errors import notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
+
+if TYPE_CHECKING:
+    from spear.sim.record import Acts
 
 
 class AskOptions(Options):
@@ -95,16 +98,58 @@ def record(options: RecordOptions) -> None:
     from spear.data.demonstrations import demonstrate
     from spear.models.presets import preset as find_preset
 
-    o = options
-    sizes, policy = find_preset(o.preset).image_sizes, None
-    if o.policy is not None:
-        from spear.evaluate.agents import next_action
-        from spear.policy import locate
-
-        policy = partial(next_action, locate(o.policy))
+    o, sizes = options, find_preset(options.preset).image_sizes
     how = o.first_seed, sizes, o.workers
-    written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=policy)
+    written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=_turns(o.policy))
     print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
+
+
+class RecordSimplerOptions(Options):
+    out: Path = Path("runs/simpler-episodes")
+    """Folder to write to; each task has a folder of its own in it."""
+    episodes: Annotated[int, Within(1)] = 200
+    """How many demonstrations per task."""
+    tasks: tuple[str, ...] = ()
+    """ManiSkill's names; all four when none is given."""
+    first_seed: int = 10_000
+    """Starts first-seed, first-seed + 1, … Those below 10000 are kept for evaluate simpler --off-grid."""
+    preset: str = "nano"
+    """Model size to whose camera the pictures are scaled."""
+    workers: Annotated[int, Within(1)] = 2
+    """Processes."""
+    policy: Name = None
+    """A trained folder that takes turns with the script: what it does wrong is put right."""
+    assets: Folder = None
+    """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
+
+
+def record_simpler(options: RecordSimplerOptions) -> None:
+    """Record demonstrations of SIMPLER's four WidowX tasks (ManiSkill 3), to train a policy on.
+
+    As spear record, by a script that knows the true state (oracle), from starts off the official grid, on
+    which no policy is evaluated. Needs what spear evaluate simpler needs.
+
+    Example:
+        spear record simpler --episodes 80 --out runs/simpler-episodes
+    """
+    from spear.evaluate.simpler.record import demonstrate
+    from spear.models.presets import preset as find_preset
+
+    o, height = options, find_preset(options.preset).image_sizes["external"][1]
+    how = o.first_seed, height, o.workers, o.assets
+    done = demonstrate(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
+    for task, (written, tried) in done.items():
+        print(f"{written} of {tried} demonstrations succeeded and are in {o.out / task}")
+
+
+def _turns(policy: str | None) -> "Acts | None":
+    """What takes turns with the expert."""
+    if policy is None:
+        return None
+    from spear.evaluate.agents import next_action
+    from spear.policy import locate
+
+    return partial(next_action, locate(policy))
 
 
 class DemoOptions(Options):

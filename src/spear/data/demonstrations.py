@@ -35,8 +35,7 @@ def demonstrate(
     for a folder that holds other files, other demonstrations or images of another size.
     """
     check_known("task family", FAMILIES, *families)
-    if first_seed < TRAIN_SEED:
-        raise SpearError(f"--first-seed {first_seed}: below {TRAIN_SEED} are scenes kept for testing")
+    check_seed(first_seed)
     tasks = [(family, first_seed + i) for i in range(episodes) for family in families or FAMILIES]
     sources = [source_of(*task, policy is not None) for task in tasks]
 
@@ -44,6 +43,12 @@ def demonstrate(
         return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
 
     return collect(out, sources, make, sizes, quiet)
+
+
+def check_seed(first: int) -> None:
+    """Raises `SpearError` for scenes that are kept for testing."""
+    if first < TRAIN_SEED:
+        raise SpearError(f"--first-seed {first}: below {TRAIN_SEED} are scenes kept for testing")
 
 
 def collect(

@@ -9,7 +9,7 @@ are its own steps, so that recoveries begin where it goes wrong (as DAgger, arXi
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,31 +89,56 @@ def record_episode(
     env = TabletopEnv(family, image_size, wrist_size, renderer)
     observation, info = env.reset(seed=seed)
     push = Pushes(disturbance, np.random.default_rng([seed, 1]), policy)
-    images: dict[str, list[bytes]] = {"external": [], "wrist": []}
-    states, actions, mask = [], [], []
+    tape = Tape()
     limit = MAX_STEPS + (_EXTRA_STEPS if disturbance or policy else 0)
     while env.steps < limit and not info["success"]:
         action, pushed = push(expert.act(env.world), env.steps, observation, seed)
-        mask.append(not pushed)
-        images["external"].append(encode_jpeg(observation["observation/image"]))
-        images["wrist"].append(encode_jpeg(observation["observation/wrist_image"]))
-        states.append(observation["observation/state"])
-        actions.append(action)
+        seen = {"external": observation["observation/image"], "wrist": observation["observation/wrist_image"]}
+        tape.add(seen, observation["observation/state"], action, pushed)
         info = env.physics_step(action)
         observation = env.observe()
-    state = np.array(states)
-    return Episode(
-        images=images,
-        position=state[:, :3],
-        rotation=state[:, 3:7],
-        gripper=state[:, 7],
-        instruction=env.world.spec.instruction,
-        rate_hz=RATE_HZ,
-        source=source_of(family, seed, policy is not None),
-        action=np.array(actions, np.float32),
-        action_mask=np.array(mask),
-        success=bool(info["success"]),
-    )
+    source = source_of(family, seed, policy is not None)
+    return tape.episode(env.world.spec.instruction, RATE_HZ, source, bool(info["success"]))
+
+
+@dataclass
+class Tape:
+    """The steps of an episode as they come; pushed steps are masked."""
+
+    images: dict[str, list[bytes]] = field(default_factory=dict)
+    states: list[NDArray[np.float32]] = field(default_factory=list)
+    actions: list[NDArray[np.float32]] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+
+    def add(
+        self,
+        images: Mapping[str, NDArray[np.uint8]],
+        state: NDArray[np.float32],
+        action: NDArray[np.float32],
+        pushed: bool,
+    ) -> None:
+        """A step: what the cameras and the robot say [8], and what is done [8]."""
+        for camera, image in images.items():
+            self.images.setdefault(camera, []).append(encode_jpeg(image))
+        self.states.append(state)
+        self.actions.append(action)
+        self.mask.append(not pushed)
+
+    def episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
+        """All of them."""
+        state = np.array(self.states)
+        return Episode(
+            images=self.images,
+            position=state[:, :3],
+            rotation=state[:, 3:7],
+            gripper=state[:, 7],
+            instruction=instruction,
+            rate_hz=rate_hz,
+            source=source,
+            action=np.array(self.actions, np.float32),
+            action_mask=np.array(self.mask),
+            success=success,
+        )
 
 
 def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +11,19 @@ import pytest
 import torch
 
 from spear import embodiments
+from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
 from spear.evaluate.compare import beside
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.results import load
 from spear.evaluate.runner import run_evaluation
+from spear.evaluate.simpler.record import demonstrate, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, random_quat
+from spear.util.images import decode_image
 
-RECORDER = Path(__file__).parents[3] / "examples" / "record_simpler.py"
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
 
@@ -91,7 +92,6 @@ def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
 
 def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProcess) -> None:
     """Its actions lead along its poses, and lead there again from the same seed."""
-    record_episode = runpy.run_path(str(RECORDER))["record_episode"]
     first, again = (record_episode(process, TASK, 10_001, (171, 128)) for _ in range(2))
     assert first.success and first.action is not None and first.action_mask is not None
     assert 0 < (~first.action_mask).sum() < len(first) / 2
@@ -101,6 +101,15 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
     assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2
     assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3
+
+
+def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path, tmp_path: Path) -> None:
+    how = 10_000, 128, 1, shared / "assets" / "simpler"
+    assert demonstrate(tmp_path, [TASK], 1, *how, quiet=True) == {TASK: (1, 1)}
+    assert demonstrate(tmp_path, [TASK], 2, *how, quiet=True) == {TASK: (2, 2)}
+    store = EpisodeStore(tmp_path / TASK)
+    assert [store.source(i) for i in range(2)] == [f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)]
+    assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:

@@ -33,6 +33,8 @@ from spear.util.processes import follow_parent
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
 CAMERA = "3rd_view_camera"
+CAMERA_SIZE = 640, 480
+"""Width and height of its pictures."""
 CLOSED, OPEN = 0.015, 0.037
 """The fingers' joints, m."""
 NEAR, MOVED = 0.04, 0.03

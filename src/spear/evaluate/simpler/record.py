@@ -1,0 +1,120 @@
+"""Demonstrations of the tasks, as `Episode`s: the oracle at work from starts off the official grid, with
+disturbances that it recovers from, as `spear.sim.record` has them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from spear import embodiments
+from spear.data.demonstrations import check_seed, collect
+from spear.errors import check_known
+from spear.evaluate.simpler import oracle
+from spear.evaluate.simpler.run import ROBOT
+from spear.evaluate.simpler.tasks import RATE_HZ, TASKS
+from spear.evaluate.simpler.world import CAMERA_SIZE, SimplerProcess, check_assets, check_installed
+from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
+from spear.types import Episode
+from spear.util.images import fit_image
+from spear.util.processes import in_order
+
+AFTER = 5
+"""Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
+PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
+"""Smaller than in the embedded simulator: the arm reaches less far."""
+
+
+def demonstrate(
+    out: Path,
+    tasks: Sequence[str],
+    episodes: int,
+    first_seed: int,
+    height: int,
+    workers: int = 2,
+    assets: Path | None = None,
+    policy: Acts | None = None,
+    quiet: bool = False,
+) -> dict[str, tuple[int, int]]:
+    """Record `episodes` demonstrations of each task (none: all), each task in a folder of its name in `out`;
+    how many succeeded, and of how many.
+
+    height  of the pictures, pixels; the whole camera image is scaled to it.
+    policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
+
+    The same call, or one with more episodes, continues behind the last shard that was written. Raises
+    `SpearError` as `spear.data.demonstrations.demonstrate`, and where ManiSkill, its assets or a renderer are
+    missing.
+    """
+    check_known("task", TASKS, *tasks)
+    check_seed(first_seed)
+    check_installed()
+    check_assets(assets)
+    size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
+    seeds = range(first_seed, first_seed + episodes)
+    written = {}
+    for task in tasks or TASKS:
+
+        def make(first: int, task: str = task) -> Iterator[Episode]:
+            return record(task, seeds[first:], size, workers, assets, policy)
+
+        sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
+        written[task] = collect(out / task, sources, make, {"external": size}, quiet)
+    return written
+
+
+def record(
+    task: str,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    workers: int,
+    assets: Path | None = None,
+    policy: Acts | None = None,
+) -> Iterator[Episode]:
+    """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
+    (quality 95) of size (width, height)."""
+    processes = [SimplerProcess(task, assets) for _ in range(min(workers, len(seeds)))]
+    free: SimpleQueue[SimplerProcess] = SimpleQueue()
+    for process in processes:
+        free.put(process)
+
+    def one(seed: int) -> Episode:
+        process = free.get()
+        try:
+            return record_episode(process, task, seed, size, policy)
+        finally:
+            free.put(process)
+
+    try:
+        with ThreadPoolExecutor(max(1, len(processes))) as threads:
+            yield from in_order(threads, one, seeds, ahead=2 * workers)
+    finally:
+        for process in processes:
+            process.close()
+
+
+def record_episode(
+    process: SimplerProcess,
+    task: str,
+    seed: int,
+    size: tuple[int, int],
+    policy: Acts | None = None,
+) -> Episode:
+    """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
+    robot = embodiments.load(ROBOT)
+    convert = robot.control(None)[1].convert
+    push = Pushes(PUSHES, np.random.default_rng([seed, 1]), policy)
+    tape = Tape()
+    moment, fulfilled = process.reset(seed, True, other=True), 0
+    while moment.steps < TASKS[task].steps and fulfilled < AFTER:
+        seen = robot.read(moment.observation)
+        action, pushed = push(oracle.act(task, moment.truth), moment.steps, seen, seed)
+        picture = fit_image(seen["observation/image"], size[1], size[0])
+        tape.add({"external": picture}, seen["observation/state"], action, pushed)
+        moment = process.run(convert(action[None], seen["observation/state"], moment.observation), True)
+        fulfilled = fulfilled + 1 if moment.success else 0
+    source = source_of(task, seed, policy is not None, "simpler")
+    success = fulfilled >= AFTER or moment.success
+    return tape.episode(str(moment.observation["prompt"]), RATE_HZ, source, success)
