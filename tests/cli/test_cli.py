@@ -78,6 +78,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("label nowhere.jpg", "no such file"),
         ("label sim:1 --engine dask", "engine"),
         ("label sim:x", "write a scene as"),
+        ("label simpler:10000-10001 photos", "write a scene as simpler:7"),
         ("label show nowhere", "nowhere"),
         ("questions nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),

@@ -27,29 +27,38 @@ def label(options: LabelOptions) -> None:
     with the reason. Stopped at any moment, the same command finishes the rest.
 
     Without PHOTOS, scenes of the simulator are labelled from what it knows, in the layout that `spear train`
-    reads.
+    reads. So are those of SIMPLER's four tasks, as simpler:SEED-SEED (docs/simpler.md).
 
     Examples:
         spear label photos/ --plan
         spear label photos/ --out runs/my_labels --questions
         spear label film.mp4 --detector owlv2 --vocabulary "mug, spoon, bowl" --out runs/my_labels
         spear label --scenes 1000 --out runs/labels
+        spear label simpler:10000-10255 --out runs/simpler-labels
     """
     if options.plan:
         _plan(options)
         return
-    seeds = re.findall(r"sim:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
+    simpler = any(photo.startswith("simpler:") for photo in options.photos)
+    seeds = re.findall(r"sim(?:pler)?:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
     if any(int(seed) < SceneOptions().first_seed for seed in seeds):
         notice("scenes below 10000 are kept for testing: train on none of these labels")
-    if options.photos:
+    if options.photos and not simpler:
         _label_photos(options)
     else:
         from spear.labels.scenes import label_scenes
+        from spear.labels.sources import scene_numbers
         from spear.models.presets import preset
 
-        out, scene = options.out, options.scene
+        out, scene, workers = options.out, options.scene, options.work.workers
         sizes = preset(scene.preset).image_sizes
-        images = label_scenes(out, scene.scenes, sizes, scene.first_seed, options.work.workers)
+        if simpler:
+            from spear.evaluate.simpler.label import label_tasks
+
+            numbers = scene_numbers(" ".join(options.photos), "simpler")
+            images = label_tasks(out, numbers, sizes["external"], workers)
+        else:
+            images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
         print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))

@@ -4,9 +4,10 @@ Writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) a
 (images with metric depth, for pretraining the encoder).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from spear.util.ledger import alone, same_settings
 from spear.util.progress import ProgressBar
 
 Size = tuple[int, int]
+Job = tuple[str, range]
+"""Scenes of a kind, by their seeds."""
+Frames = Callable[[Job], Iterator[tuple[str, list[Frame]]]]
+"""A job → what each view sees of its scenes. A function of a module, for other processes."""
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → their labels, one for each, in order. A function of a module, for other
 processes."""
@@ -44,34 +49,56 @@ def label_scenes(
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view; returns the images.
 
-    A job of `SCENES_PER_JOB` scenes that is finished is kept, so an interrupted run continues where it was.
-
-    sizes: view ("external", "wrist") → (width, height). labelled: how frames are labelled; the depth images
-    are true whatever it is. Raises `SpearError`, before anything is written, for a folder that holds other
-    files, other scenes or sizes.
+    sizes: view ("external", "wrist") → (width, height). The rest is as in `label_jobs`.
     """
-    end = first_seed + scenes
-    starts = range(first_seed, end, SCENES_PER_JOB)
-    jobs = [(i, range(start, min(start + SCENES_PER_JOB, end))) for i, start in enumerate(starts)]
+    jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
+    settings = {"scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
+    return label_jobs(out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled)
+
+
+def jobs_of(kind: str, seeds: range, most: int) -> list[Job]:
+    """Scenes of a kind, in jobs of `most`."""
+    return [(kind, seeds[i : i + most]) for i in range(0, len(seeds), most)]
+
+
+def label_jobs(
+    out: Path,
+    jobs: Sequence[Job],
+    frames: Frames,
+    views: Sequence[str],
+    settings: Mapping[str, Any],
+    words: Callable[[], Sequence[str]],
+    workers: int = 2,
+    labelled: Labelled = label_frames,
+) -> int:
+    """Label simulated scenes; returns the images.
+
+    A job that is finished is kept, so an interrupted run continues where it was. settings: what the labels
+    depend on. words: instructions, for `WORDING`. labelled: how frames are labelled; the depth images are
+    true whatever it is. Raises `SpearError`, before anything is written, for a folder that holds other files
+    or labels of other settings.
+    """
+    numbered = list(enumerate(jobs))
+    scenes = sum(len(seeds) for _, seeds in jobs)
     check_own(out, WORDING, "label")
-    settings = {"spear": spear.__version__, "scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
     advice = "use fewer --workers, and run the same command again"
     with alone(out, "labelling into", WORDING, "run.json"):
         if not (out / WORDING).is_file():
-            write_text(out / WORDING, "".join(f"{line}\n" for line in wording()))
-        same_settings(out / "run.json", settings, begun=any(out.glob("*/labels-*.parquet")))
-        for view in sizes:
+            write_text(out / WORDING, "".join(f"{line}\n" for line in words()))
+        begun = any(out.glob("*/labels-*.parquet"))
+        same_settings(out / "run.json", {"spear": spear.__version__, **settings}, begun=begun)
+        for view in views:
             sweep(out / view)
             sweep(out / "depth" / view)
-        todo = [job for job in jobs if not all(_shard(out, view, job[0]).is_file() for view in sizes)]
-        before = scenes - sum(len(seeds) for _, seeds in todo)
+        todo = [job for job in numbered if not all(_shard(out, view, job[0]).is_file() for view in views)]
+        before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
         with (
             processes.pool(workers if workers > 1 else 0, __name__, advice) as pool,
             ProgressBar("labelling", scenes, "scenes", before) as bar,
         ):
-            for count in processes.in_order(pool, partial(_make, out, sizes, labelled), todo, workers):
+            for count in processes.in_order(pool, partial(_make, out, frames, labelled), todo, workers):
                 bar.update(bar.done + count)
-    return scenes * len(sizes)
+    return scenes * len(views)
 
 
 def wording(draws: int = 2000) -> list[str]:
@@ -86,21 +113,26 @@ def _shard(out: Path, view: str, index: int) -> Path:
     return out / view / f"labels-{index:05d}.parquet"
 
 
-def _make(out: Path, sizes: Mapping[str, Size], labelled: Labelled, job: tuple[int, range]) -> int:
-    """Label the scenes of a job (number, seeds): shard `number` of every view. It marks the view as finished,
+def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -> int:
+    """Label the scenes of a job (number, job): shard `number` of every view. It marks the view as finished,
     and comes last."""
+    index, (_, seeds) = job
+    for view, seen in frames(job[1]):
+        labels = list(labelled(iter(seen)))
+        depth = [(item.image, frame.depth) for item, frame in zip(labels, seen, strict=True)]
+        write_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
+        write_labels(labels, _shard(out, view, index))
+    return len(seeds)
+
+
+def _clutter(sizes: Mapping[str, Size], job: Job) -> Iterator[tuple[str, list[Frame]]]:
+    """The frames of clutter scenes of the embedded simulator."""
     from spear.sim.render import Renderer, frame_of
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
-    index, seeds = job
     renderer = Renderer()
-    worlds = [World(clutter_scene(seed)) for seed in seeds]
+    worlds = [World(clutter_scene(seed)) for seed in job[1]]
     for view, size in sizes.items():
-        frames = [frame_of(world, view, size, renderer) for world in worlds]
-        labels = list(labelled(iter(frames)))
-        depth = [(item.image, frame.depth) for item, frame in zip(labels, frames, strict=True)]
-        write_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
-        write_labels(labels, _shard(out, view, index))
+        yield view, [frame_of(world, view, size, renderer) for world in worlds]
     renderer.close()
-    return len(seeds)

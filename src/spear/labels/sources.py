@@ -52,13 +52,20 @@ def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
 
 
 def _find_scenes(argument: str) -> Iterator[Item]:
-    match = re.fullmatch(r"sim:(\d+)(?:-(\d+))?", argument)
+    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in scene_numbers(argument, "sim"))
+
+
+def scene_numbers(argument: str, simulator: str) -> range:
+    """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything else."""
+    match = re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)
     if match is None:
-        raise SpearError(f"{argument}: write a scene as sim:7, scenes as sim:10000-10499")
+        raise SpearError(
+            f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499, alone"
+        )
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise SpearError(f"{argument}: ends before it begins: write sim:{last}-{first}")
-    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in range(first, last + 1))
+        raise SpearError(f"{argument}: ends before it begins: write {simulator}:{last}-{first}")
+    return range(first, last + 1)
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:

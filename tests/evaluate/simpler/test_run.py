@@ -17,14 +17,38 @@ from spear.evaluate.compare import beside
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.results import load
 from spear.evaluate.runner import run_evaluation
+from spear.evaluate.simpler.frames import fitted
 from spear.evaluate.simpler.record import demonstrate, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, random_quat
+from spear.labels.fit.image import unproject
+from spear.labels.scenes import label_frames
+from spear.types import Frame
 from spear.util.images import decode_image
 
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
+
+
+def test_a_fitted_frame_shows_the_same_points() -> None:
+    rng = np.random.default_rng(0)
+    depth = np.broadcast_to(np.linspace(0.5, 1.5, 640, dtype=np.float32), (480, 640)).copy()
+    instances = np.zeros((480, 640), np.int32)
+    instances[200:300, 300:420], instances[:3, 60:63], instances[100:200, 590:] = 1, 2, 3
+    matrix = np.array([[620.0, 0, 319.5], [0, 620, 239.5], [0, 0, 1]])
+    image = rng.integers(0, 255, (480, 640, 3)).astype(np.uint8)
+    frame = Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, matrix)
+    small = fitted(frame, (192, 128), "here")
+    assert small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
+    assert small.depth is not None and small.instances is not None and small.intrinsics is not None
+    assert (small.depth[:, :10] == 0).all() and (small.depth[:, 10:181] > 0).all()
+    assert (np.any(small.image, axis=-1) == (small.depth > 0)).mean() > 0.99
+    centres = []
+    for one in (frame, small):
+        points = unproject(one.depth, one.intrinsics)[one.instances == 1]
+        centres.append([points.mean(axis=0), np.ptp(points, axis=0)])
+    np.testing.assert_allclose(centres[0], centres[1], atol=0.006)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +125,27 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
     assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2
     assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3
+
+
+def test_labels_of_the_scenes_are_true(simpler: Simpler, shared: Path, tmp_path: Path) -> None:
+    """Cubes of 3 cm are labelled as such, at their distance from each other; none is an official start; and
+    the scenes of evaluations are as before."""
+    process = simpler.open(TASK, 1)[0]
+    before = process.reset(3, True).observation["observation/image"]
+    frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
+    assert (process.reset(3, True).observation["observation/image"] == before).all()
+    seen = [("carrot" in frame.names.values(), len(frame.names)) for frame in frames]
+    assert len(set(seen)) > 1, "no clutter"
+    boxes = [(o, frame) for frame in frames for o in next(label_frames(iter([frame]))).objects]
+    cubes = [(o, frame) for o, frame in boxes if o.name.endswith("block") and o.box3d is not None]
+    assert len(cubes) >= 6
+    sides = np.array([np.sort(o.box3d.size) for o, _ in cubes])
+    np.testing.assert_allclose(np.median(sides, axis=0), 0.03, atol=0.004)
+    heights = []
+    for one, frame in cubes:
+        assert frame.extrinsics is not None
+        heights.append(frame.extrinsics[2, :3] @ one.box3d.center + frame.extrinsics[2, 3])
+    np.testing.assert_allclose(np.median(heights), 0.8695 + 0.015, atol=0.006)  # on the table
 
 
 def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from spear.data.demonstrations import check_seed, collect
 from spear.errors import check_known
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.run import ROBOT
-from spear.evaluate.simpler.tasks import RATE_HZ, TASKS
-from spear.evaluate.simpler.world import CAMERA_SIZE, SimplerProcess, check_assets, check_installed
+from spear.evaluate.simpler.tasks import CAMERA_SIZE, RATE_HZ, TASKS
+from spear.evaluate.simpler.world import SimplerProcess, check_assets, check_installed
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.types import Episode
 from spear.util.images import fit_image

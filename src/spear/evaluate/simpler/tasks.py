@@ -13,6 +13,11 @@ from spear.types import Array
 
 RATE_HZ = 5.0
 """Control steps per second."""
+CAMERA = "3rd_view_camera"
+CAMERA_SIZE = 640, 480
+"""Width and height of its pictures."""
+CLOSED, OPEN = 0.015, 0.037
+"""The fingers' joints, m."""
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,14 @@ import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
 from spear.errors import SpearError, first_line
-from spear.evaluate.simpler.tasks import TASKS, Moment, Truth, off_grid
+from spear.evaluate.simpler.frames import fitted, look
+from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
-from spear.types import Array
+from spear.types import Array, Frame
 from spear.util.processes import follow_parent
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
-CAMERA = "3rd_view_camera"
-CAMERA_SIZE = 640, 480
-"""Width and height of its pictures."""
-CLOSED, OPEN = 0.015, 0.037
-"""The fingers' joints, m."""
 NEAR, MOVED = 0.04, 0.03
 """m, see `Moment`."""
 STILL = 5e-4, 5e-3, 0.01
@@ -93,7 +89,7 @@ class SimplerWorld:
         os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
         self._env = _make(task)
         self._mode = self._env._obs_mode
-        self._task = TASKS[task]
+        self._name, self._task = task, TASKS[task]
         self._official = self._env.xyz_configs, self._env.quat_configs
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
@@ -101,8 +97,7 @@ class SimplerWorld:
         camera is looked through."""
         self._env.xyz_configs, self._env.quat_configs = self._official
         if other:
-            places, turns = (np.asarray(configs, np.float64) for configs in self._official)
-            begin = off_grid(self._task, start, places, turns)
+            begin = off_grid(self._task, start, *self._grid())
             self._env.xyz_configs = torch.from_numpy(begin.places)[None]
             self._env.quat_configs = torch.from_numpy(begin.turns)[None]
         # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
@@ -138,6 +133,15 @@ class SimplerWorld:
             if filming:
                 pictures.append(self.picture())
         return self._moment(image, pictures)
+
+    def look(self, seed: int, size: tuple[int, int]) -> Frame:
+        """A scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
+        source = f"simpler/{self._name}/{seed}"
+        return fitted(look(self._env, self._task, self._grid(), seed), size, source)
+
+    def _grid(self) -> tuple[Array, Array]:
+        places, turns = (np.asarray(configs, np.float64) for configs in self._official)
+        return places, turns
 
     def picture(self) -> Array:
         """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
@@ -261,15 +265,22 @@ class SimplerProcess:
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
-        return self._ask("reset", start, image, other)
+        moment: Moment = self._ask("reset", start, image, other)
+        return moment
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
-        return self._ask("run", rows, image, filming)
+        moment: Moment = self._ask("run", rows, image, filming)
+        return moment
+
+    def look(self, seed: int, size: tuple[int, int]) -> Frame:
+        """As `SimplerWorld.look`; raises as `reset`."""
+        frame: Frame = self._ask("look", seed, size)
+        return frame
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    def _ask(self, *call: Any) -> Moment:
+    def _ask(self, *call: Any) -> Any:
         try:
             return self._worker.submit(_answer, *self._of, *call).result()
         except BrokenProcessPool:
@@ -284,10 +295,9 @@ def _world(task: str, assets: Path | None) -> SimplerWorld:
     return SimplerWorld(task, assets)
 
 
-def _answer(task: str, assets: Path | None, call: str, *arguments: Any) -> Moment:
+def _answer(task: str, assets: Path | None, call: str, *arguments: Any) -> Any:
     try:
-        moment: Moment = getattr(_world(task, assets), call)(*arguments)
-        return moment
+        return getattr(_world(task, assets), call)(*arguments)
     except SpearError:
         raise
     except Exception as error:
