@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from spear.labels.scenes import label_frames
 from spear.types import Frame
 from spear.util.images import decode_image
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "simpler_task.py"
 TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
 
@@ -155,6 +159,20 @@ def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path
     store = EpisodeStore(tmp_path / TASK)
     assert [store.source(i) for i in range(2)] == [f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
+
+
+@pytest.mark.parametrize("what", [("record", "1"), ("evaluate", "1")])
+def test_a_task_of_ones_own_is_one_file(
+    simpler: Simpler, shared: Path, tmp_path: Path, what: tuple[str, str]
+) -> None:
+    """As a script, whose processes find its scene."""
+    where = tmp_path / "mine" if what[0] == "record" else "oracle"
+    environment = {**os.environ, "MS_ASSET_DIR": str(shared / "assets" / "simpler")}
+    ran = subprocess.run(
+        [sys.executable, EXAMPLE, *what, where], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("1 of 1 ")
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
