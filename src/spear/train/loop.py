@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import signal
 import threading
 import time
@@ -166,12 +167,17 @@ def run(
     }
     own = alone(out, "training into") if parallel.rank() == 0 else contextlib.nullcontext()
     with own, Checkpoints(out / "checkpoints", stepper) as checkpoints:
-        first, skipped, minutes, began = 0, 0, 0.0, time.monotonic()
+        first, skipped, minutes, began, earlier = 0, 0, 0.0, time.monotonic(), []
         found = state_to_continue(out, how.seed, settings["about"], opt.steps)
         if found is not None:
             latest, state = found
             checkpoints.load(latest, state["counts"])
             first, skipped, minutes = state["step"], state["skipped"], state.get("minutes", 0.0)
+            before, now = json.loads(
+                json.dumps([state["settings"]["optimization"], settings["optimization"]])
+            )
+            changed = {name: value for name, value in before.items() if now.get(name) != value}
+            earlier = [*state.get("earlier", []), *([{"until_step": first, **changed}] if changed else [])]
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
             logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
@@ -198,6 +204,7 @@ def run(
                     if late or stopped or (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
                         begun = time.monotonic()
                         state = {"minutes": minutes + (begun - began) / 60, "skipped": skipped}
+                        state["earlier"] = earlier
                         checkpoints.save(step + 1, {"settings": settings, **state})
                         saved = time.monotonic()
                         blocked = saved - begun

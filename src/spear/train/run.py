@@ -66,6 +66,7 @@ def train(
         save(part)
         written = {
             "recipe": dataclasses.asdict(stage),
+            "earlier": found[1].get("earlier", []) if found else [],  # what it said before it was changed
             "seed": how.seed,
             "init": earlier,
             "simulator_only": _simulator_only(inputs),

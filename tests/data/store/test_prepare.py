@@ -26,7 +26,7 @@ from spear.data.store import prepare as preparing
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store, prepare
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.util.images import decode_image, fit_image
 
 COUNT = 11
@@ -224,6 +224,9 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
         EpisodeStore(copy)
     os.truncate(copy / "episodes-00001.arrow", 1000)
     with pytest.raises(SpearError, match=r"truncated shard: .*episodes-00001\.arrow"):
+        EpisodeStore(copy)
+    (copy / "episodes-00001.arrow").unlink()
+    with pytest.warns(Notice, match="1 of its shards"):
         EpisodeStore(copy)
 
 

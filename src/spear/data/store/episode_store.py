@@ -23,7 +23,7 @@ import numpy as np
 
 from spear.data.actions import check_episode, with_actions
 from spear.data.store.shard import Shard, open_shard, write_shard
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.types import Array, Episode
 from spear.util.files import writing
 
@@ -88,9 +88,12 @@ class EpisodeStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.whole = True
-        self._shards = [open_shard(file)[0] for file in shard_files(self.path)]
-        if not self._shards:
+        files = shard_files(self.path)
+        if not files:
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
+        if missing := int(files[-1].stem.rpartition("-")[2]) + 1 - len(files):
+            notice(f"{path}: {missing} of its shards are missing (numbers are left out): copy it again")
+        self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
         self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
