@@ -32,7 +32,7 @@ def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[
     """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
     torch.set_num_threads(1)
     stage = recipe("nano-vla").changed(batch_size=batch_size)
-    _, task, _ = build(stage, Inputs(labels, [("sim", EpisodeStore(episodes), 1.0)]))
+    _, task, _ = build(stage, Inputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
     step = Stepper(task, stage.optimization, seed=0)
     batches = [task.batch(i) for i in range(3)]
     for _ in range(2):

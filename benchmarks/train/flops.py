@@ -31,7 +31,7 @@ WITHOUT = "nano-vla-no-3d"
 def operations(name: str, labels: Path, episodes: Path, batches: int) -> float:
     """Of one training step of a recipe."""
     stores = [("sim", EpisodeStore(episodes), 1.0)] if recipe(name).kind == "vla" else []
-    _, task, _ = build(recipe(name), Inputs(labels, stores))
+    _, task, _ = build(recipe(name), Inputs([labels], stores))
     step = Stepper(task, recipe(name).optimization, seed=0)
     total = 0
     for number in range(batches):

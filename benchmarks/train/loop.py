@@ -54,7 +54,7 @@ def main(
     torch.set_num_threads(threads)
     stage = recipe("nano-vla")
     changes = {"batch_size": batch_size} | ({} if labels else {"question_images": 0})
-    inputs = Inputs(labels, [("sim", EpisodeStore(episodes), 1.0)])
+    inputs = Inputs([labels] if labels else (), [("sim", EpisodeStore(episodes), 1.0)])
     _, task, _ = build(stage.changed(**changes), inputs)
     opt = stage.optimization
     step = Stepper(task, opt, seed=0)

@@ -52,7 +52,7 @@ def measure(root: Path, name: str, precision: str, steps: int) -> list[float]:
     episodes = [("made", EpisodeStore(root / "episodes"), 1.0)] if acts else []
     asks = not acts or stage.question_images
     init = locate("nano") if acts else None
-    _, task, _ = build(stage, Inputs(root / "labels" if asks else None, episodes, init))
+    _, task, _ = build(stage, Inputs([root / "labels"] if asks else (), episodes, init))
     step = Stepper(task, stage.optimization, seed=0)
     batches = [task.batch(i) for i in range(3)]
     times = []

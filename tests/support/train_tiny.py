@@ -45,7 +45,7 @@ def run_recipe(
 ) -> Path:
     """`train` with a recipe of this name, changed, in this process on the CPU; returns `out/final`."""
     stage = (recipe(name) if isinstance(name, str) else name).changed(**changes)
-    inputs = Inputs(labels, [("made", store, 1.0)] if store else [], init, moge)
+    inputs = Inputs([labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge)
     return train(stage, out, inputs, RunOptions(workers=0, log_every=1, quiet=True), "cpu")
 
 

@@ -29,7 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     bundle = load_vlm("nano")
     bundle.model.save_pretrained(root / "init")
     bundle.processor.save(root / "init")
-    return Inputs(labels=root / "labels", init=root / "init")
+    return Inputs(labels=[root / "labels"], init=root / "init")
 
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])

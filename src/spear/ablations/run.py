@@ -121,7 +121,7 @@ def _train(
     if job.before is not None:
         init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    inputs = Inputs(data.labels, robots, init, job.moge.folder if job.moge else None)
+    inputs = Inputs([data.labels], robots, init, job.moge.folder if job.moge else None)
     folder = out / "stages" / job.folder
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -175,7 +175,7 @@ def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":
     if file.is_file():
         tokens = CoordinateTokenizer.load(file)
     else:
-        tokens = fit_coordinates(load_labels(path, ["external"])["external"], bins, seed)
+        tokens = fit_coordinates(load_labels([path], ["external"])["external"], bins, seed)
     if tokens.bins != bins:
         raise SpearError(
             f"vocabulary mismatch: {path} has {tokens.bins} 3D tokens, the preset {bins}: fit them again"

@@ -144,7 +144,7 @@ def ablations(options: AblationOptions) -> None:
     say = functools.partial(print, file=sys.stderr, flush=True)
     for job in {repr(job.recipe): job for job in planned.trainings}.values():
         init, moge = (part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge))
-        check(job.recipe, Inputs(options.labels, (), init, moge))
+        check(job.recipe, Inputs([options.labels] if options.labels else (), (), init, moge))
     data = obtain(options, say)
     todo = make_plan(options, data, start)
     pages = lambda: write(todo, fill(todo, out, data), out)  # noqa: E731

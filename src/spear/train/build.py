@@ -13,7 +13,7 @@ from spear.errors import SpearError, check_known
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
-from spear.labels.store import read_depth, shards_in
+from spear.labels.store import DepthImages, read_depth, shards_in
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
@@ -84,9 +84,9 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)
     size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
-    if labels is not None and stage.kind != "depth":
-        for folder in view_folders(labels, list(size.image_sizes)).values():
-            shards_in(folder)
+    for folder in labels if stage.kind != "depth" else ():
+        for view in view_folders(folder, list(size.image_sizes)).values():
+            shards_in(view)
     horizon = size.horizon
     config: Any = vlm_config(size)
     config.moge_config = config.moge_config if stage.moge else None
@@ -132,17 +132,18 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
 
 def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(size).moge_config))
-    folder = _labels(inputs) / "depth"
-    views = {path.name: read_depth(path) for path in sorted(folder.glob("*/"))}
+    views: dict[str, DepthImages] = {}
+    for path in sorted(path for folder in inputs.labels for path in folder.glob("depth/*/")):
+        views[path.name] = [*views.get(path.name, []), *read_depth(path)]
     if not views:
-        raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+        where = ", ".join(str(folder / "depth") for folder in inputs.labels)
+        raise SpearError(f"no images with depth in {where}: make some with `spear label`")
     return model, DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
 
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
-    labels = _labels(inputs)
-    known = load_labels(labels, list(size.image_sizes), masks=True)
-    processor = _new_processor(stage, size, labels, known, seed)
+    known = load_labels(inputs.labels, list(size.image_sizes), masks=True)
+    processor = _new_processor(stage, size, inputs.labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in known["external"] for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
@@ -154,7 +155,7 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
 
 
 def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
-    labels = _labels(inputs)
+    labels = inputs.labels
     known = load_labels(labels, list(size.image_sizes))
     if inputs.init is None:
         processor = _new_processor(stage, size, labels, known, seed)
@@ -179,9 +180,9 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
 
 def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     labels, init, episodes = inputs.labels, inputs.init, inputs.episodes
-    known = {} if labels is None else load_labels(labels, list(size.image_sizes))
+    known = load_labels(labels, list(size.image_sizes))
     if init is None:
-        processor = _new_processor(stage, size, _labels(inputs), known, seed)
+        processor = _new_processor(stage, size, labels, known, seed)
         model = _acting(_new_vlm(stage, size, processor, seed), size)
     else:
         processor = Processor.load(init)
@@ -207,7 +208,7 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
-        questions = _questions(stage, _labels(inputs), known, processor, stage.question_images, seed)
+        questions = _questions(stage, labels, known, processor, stage.question_images, seed)
         _weigh_numbers(model.vlm.config, stage)
     task = VlaTask(model, processor, normalizer, samples, stage, questions)
     writers = model.save_pretrained, processor.save, lambda out: normalizer.save(out / "normalizer.json")
@@ -221,24 +222,27 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
     return model
 
 
-def _labels(inputs: Inputs) -> Path:
-    assert inputs.labels is not None  # as `check_inputs` has seen
-    return inputs.labels
-
-
 def _questions(
-    stage: Recipe, folder: Path, labels: Labels, processor: Processor, images: int, seed: int
+    stage: Recipe,
+    folders: Sequence[Path],
+    labels: Labels,
+    processor: Processor,
+    images: int,
+    seed: int,
 ) -> QuestionSamples:
     mix = stage.questions
-    depth = load_depth(folder, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
+    depth = load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
     return QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
-def _new_processor(stage: Recipe, size: Preset, folder: Path, labels: Labels, seed: int) -> Processor:
-    """A tokenizer for our questions' wording and the texts in `folder/wording.txt`, and fitted 3D tokens."""
+def _new_processor(
+    stage: Recipe, size: Preset, folders: Sequence[Path], labels: Labels, seed: int
+) -> Processor:
+    """A tokenizer for our questions' wording and the texts in each `wording.txt`, and fitted 3D tokens."""
     names = sorted({o.name for label in next(iter(labels.values())) for o in label.objects})
-    wording = folder / "wording.txt"
-    texts = [*all_texts(names), *(wording.read_text().splitlines() if wording.is_file() else [])]
+    texts = list(all_texts(names))
+    for wording in (folder / "wording.txt" for folder in folders):
+        texts += wording.read_text().splitlines() if wording.is_file() else []
     return Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
 
 

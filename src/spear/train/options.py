@@ -188,13 +188,13 @@ def _check(part: type, key: str, value: Any) -> None:
 class Inputs:
     """What a stage learns from and starts from.
 
-    labels    folder of labelled images ("depth", "naming" and "vlm" recipes; "vla": for questions beside).
+    labels    folders of labelled images ("depth", "naming" and "vlm" recipes; "vla": for questions beside).
     episodes  (name, store, share of the batches) of robot demonstrations ("vla").
     init      the `final` folder of an earlier stage; None starts from random weights.
     moge      the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
     """
 
-    labels: Path | None = None
+    labels: Sequence[Path] = ()
     episodes: "Sequence[tuple[str, EpisodeStore, float]]" = ()
     init: Path | None = None
     moge: Path | None = None
@@ -210,7 +210,7 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
         raise SpearError(f"recipe {name} learns from demonstrations: give --episodes FOLDER")
     if given.episodes and not acts:
         raise SpearError(f"recipe {name} learns from labelled images: leave --episodes out")
-    if given.labels is None and (not acts or not given.init or stage.question_images):
+    if not given.labels and (not acts or not given.init or stage.question_images):
         raise SpearError(f"recipe {name} needs --labels FOLDER (see `spear label --help`)")
     if given.init and stage.kind in ("depth", "naming"):
         raise SpearError(f"recipe {name} begins with random weights: leave --init out")
@@ -226,8 +226,8 @@ class TrainOptions(Options):
     """Name of the recipe, or list."""
     out: Folder = None
     """Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE."""
-    labels: Folder = None
-    """Folder of labelled images, from spear label."""
+    labels: tuple[Path, ...] = ()
+    """Folders of labelled images, from spear label; every image counts the same."""
     episodes: tuple[Path, ...] = ()
     """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
     split: Split = "train"

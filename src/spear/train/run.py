@@ -111,20 +111,21 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
     stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
-    given = {"--labels": inputs.labels, "--init": inputs.init, "--moge": inputs.moge}
-    marks: dict[str, str | None] = dict.fromkeys(given)
-    for name, folder in given.items():
-        if folder is not None:
-            digest = hashlib.sha256()
+    one = {"--init": inputs.init, "--moge": inputs.moge}
+    given = {"--labels": inputs.labels, **{name: [folder] for name, folder in one.items() if folder}}
+    marks: dict[str, str | None] = dict.fromkeys(("--labels", *one))
+    for name, folders in given.items():
+        digest = hashlib.sha256()
+        for folder in folders:
             add_files(digest, folder, ("*.parquet", "*.safetensors"))
-            marks[name] = digest.hexdigest()[:12]
+        marks[name] = digest.hexdigest()[:12] if folders else None
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
 
 
 def _simulator_only(inputs: Inputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
-    shards = [] if inputs.labels is None else inputs.labels.rglob("labels-*.parquet")
+    shards = [path for folder in inputs.labels for path in folder.rglob("labels-*.parquet")]
     sources = [s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]]
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
     before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)

@@ -146,27 +146,38 @@ def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
     return {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
 
 
-def load_labels(folder: Path, views: Sequence[str], masks: bool = False) -> dict[str, list[LabeledImage]]:
-    """All labels of a folder, by view; without their masks unless asked for (questions do not need them).
+def load_labels(
+    folders: Sequence[Path], views: Sequence[str], masks: bool = False
+) -> dict[str, list[LabeledImage]]:
+    """All labels of some folders, by view; without their masks unless asked for (questions do not need them).
 
-    The folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
+    A folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
     """
 
     def compact(label: LabeledImage) -> LabeledImage:
         kept = (dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in label.objects)
         return dataclasses.replace(label, objects=tuple(kept))
 
-    return {view: [compact(one) for one in read(path)] for view, path in view_folders(folder, views).items()}
+    found: dict[str, list[LabeledImage]] = {}
+    for folder in folders:
+        for view, path in view_folders(folder, views).items():
+            found.setdefault(view, []).extend(compact(one) for one in read(path))
+    return {view: found[view] for view in views if view in found}
 
 
-def load_depth(folder: Path, labels: Mapping[str, Sequence[LabeledImage]]) -> dict[str, DepthImages]:
+def load_depth(
+    folders: Sequence[Path], labels: Mapping[str, Sequence[LabeledImage]]
+) -> dict[str, DepthImages]:
     """The depth of the images that `load_labels` gave, by view: row i belongs to label i. Raises `SpearError`
     for a folder without depth, or with that of other images."""
-    found = {view: read_depth(Path(folder) / "depth" / view) for view in labels}
-    for view, images in found.items():
-        if len(images) != len(labels[view]) or images[0][0] != labels[view][0].image:
+    found: dict[str, DepthImages] = {}
+    for view, known in labels.items():
+        having = [folder for folder in folders if view in view_folders(folder, list(labels))]
+        found[view] = [image for folder in having for image in read_depth(folder / "depth" / view)]
+        if [image for image, _ in found[view]] != [label.image for label in known]:
             raise SpearError(
-                f"{folder}: depth/{view} is of other images than the labels: run `spear label --scenes` again"
+                f"{', '.join(map(str, having))}: depth/{view} is of other images than the labels: "
+                "run `spear label --scenes` again"
             )
     return found
 

@@ -13,8 +13,8 @@ from spear.errors import SpearError
 from spear.labels.fit.image import unproject
 from spear.labels.questions.generate import all_texts, askable, generate
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.labels.store import read_depth, write_depth
-from spear.train.tasks import load_depth
+from spear.labels.store import read_depth, write_depth, write_labels
+from spear.train.tasks import load_depth, load_labels
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 from spear.util.images import encode_jpeg
 
@@ -134,7 +134,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path) -> None:
     image = encode_jpeg(frame.image)
     label = LabeledImage(image, width, height, frame.intrinsics, [], "metre", "made")
     write_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
-    depth = load_depth(tmp_path, {"external": [label]})["external"][0][1]
+    depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
     truth = unproject(frame.depth, frame.intrinsics)
     asked = [q for _ in range(50) for q in generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)]
     assert len(asked) == 200
@@ -146,10 +146,36 @@ def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path) -> None:
     assert generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=np.zeros_like(depth)) == []
 
 
+def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:
+    """By view, each image with its own depth; a folder need not have every view."""
+    frames = {}
+    for number, views in enumerate((("external", "wrist"), ("external",))):
+        for view in views:
+            frame = random_frame(np.random.default_rng(len(frames)))
+            assert frame.depth is not None
+            folder, image = tmp_path / f"{number}", encode_jpeg(frame.image)
+            label = LabeledImage(image, *frame.image.shape[1::-1], frame.intrinsics, [], "metre", view)
+            frames[view, number] = image
+            write_labels([label], folder / view / "labels-00000.parquet")
+            write_depth([(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    known = load_labels(folders, ["external", "wrist"])
+    assert {view: [one.image for one in some] for view, some in known.items()} == {
+        "external": [frames["external", 0], frames["external", 1]],
+        "wrist": [frames["wrist", 0]],
+    }
+    for view, some in load_depth(folders, known).items():
+        for number, (_, depth) in enumerate(some):
+            ((_, alone),) = read_depth(folders[number] / "depth" / view)
+            np.testing.assert_array_equal(depth, alone)
+    with pytest.raises(SpearError, match="of other images than the labels"):
+        load_depth(folders[::-1], known)
+
+
 def test_depth_of_other_images_is_refused(tmp_path: Path) -> None:
     image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
     label = LabeledImage(b"another", 8, 8, np.eye(3), [], "metre", "made")
     write_depth([(image, np.ones((8, 8), np.float32))], tmp_path / "depth/external/depth-00000.parquet")
     with pytest.raises(SpearError, match="of other images than the labels"):
-        load_depth(tmp_path, {"external": [label]})
+        load_depth([tmp_path], {"external": [label]})
     assert len(read_depth(tmp_path / "depth/external")) == 1
