@@ -83,7 +83,7 @@ def prepare(options: PrepareOptions) -> None:
 
     if not options.paths:
         raise SpearError("nothing to prepare: give one folder of robot data, or several")
-    how = options.how
+    how = options.conversion
     for path in options.paths:
         _check_layout(path, how.layout)
     names = [dataset_name(path) for path in options.paths]

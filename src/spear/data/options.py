@@ -64,7 +64,7 @@ class PrepareOptions(Options):
     split: Split = "train"
     workers: Annotated[Number, Within(0)] = None
     """Processes that read and resize; one for each processor by default. The result is the same."""
-    how: Conversion = Conversion()
+    conversion: Conversion = Conversion()
 
 
 class ExportOptions(Options):
