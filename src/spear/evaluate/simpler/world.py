@@ -246,7 +246,7 @@ def _make(task: str) -> Any:
     import mani_skill.envs  # noqa: F401
 
     warnings.filterwarnings("ignore")  # that its files and ours are as they are
-    logging.getLogger("mani_skill").setLevel(logging.ERROR)
+    logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # with a space, as ManiSkill calls it
     try:
         options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
         env = gymnasium.make(task, num_envs=1, **options)
