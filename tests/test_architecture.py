@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 CEILINGS = {
     "(top)": 2069, "ablations": 657, "cli": 1583, "data": 4600, "embodiments": 738, "evaluate": 3179,
     "labels": 4737, "models": 4711, "report": 1196, "serve": 985, "sim": 1607, "train": 2500, "ui": 693,
-    "util": 730,
+    "util": 736,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from spear.ablations.table import successes
 from spear.evaluate.results import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
 from spear.types import Array
@@ -25,13 +25,8 @@ TABLES = [
 
 def strata(line: str) -> list[Array]:
     """Success [seeds, scenes] of each task family behind a line of a table."""
-    seeds = [load(DOCS / "ablations" / "scores" / key).outcomes for key in re.findall(KEY, line)]
-    return [
-        np.array(
-            [[o.success for o in sorted(one, key=lambda o: o.seed) if o.family == family] for one in seeds]
-        )
-        for family in sorted({o.family for one in seeds for o in one})
-    ]
+    seeds = [load(DOCS / "ablations" / "scores" / key) for key in re.findall(KEY, line)]
+    return successes(seeds, seeds[0].families)
 
 
 @pytest.mark.parametrize(

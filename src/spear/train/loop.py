@@ -173,9 +173,8 @@ def run(
             latest, state = found
             checkpoints.load(latest, state["counts"])
             first, skipped, minutes = state["step"], state["skipped"], state.get("minutes", 0.0)
-            before, now = json.loads(
-                json.dumps([state["settings"]["optimization"], settings["optimization"]])
-            )
+            now = json.loads(json.dumps(settings["optimization"]))
+            before = state["settings"]["optimization"]
             changed = {name: value for name, value in before.items() if now.get(name) != value}
             earlier = [*state.get("earlier", []), *([{"until_step": first, **changed}] if changed else [])]
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
@@ -203,9 +202,9 @@ def run(
                     late, stopped = parallel.most(passed, *signals[:1] or [0])
                     if late or stopped or (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
                         begun = time.monotonic()
-                        state = {"minutes": minutes + (begun - began) / 60, "skipped": skipped}
-                        state["earlier"] = earlier
-                        checkpoints.save(step + 1, {"settings": settings, **state})
+                        state = {"settings": settings, "skipped": skipped, "earlier": earlier}
+                        state["minutes"] = minutes + (begun - began) / 60
+                        checkpoints.save(step + 1, state)
                         saved = time.monotonic()
                         blocked = saved - begun
                     if stopped:

@@ -44,7 +44,7 @@ def train(
     how = how or RunOptions()
     asked = stage.optimization.precision
     stage, place = check(stage, out, inputs, how, device)
-    earlier = None if inputs.init is None else _made_by(inputs.init)
+    begun_with = None if inputs.init is None else _made_by(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
@@ -68,7 +68,7 @@ def train(
             "recipe": dataclasses.asdict(stage),
             "earlier": found[1].get("earlier", []) if found else [],  # what it said before it was changed
             "seed": how.seed,
-            "init": earlier,
+            "init": begun_with,
             "simulator_only": _simulator_only(inputs),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
@@ -111,14 +111,13 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
     stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
-    one = {"--init": inputs.init, "--moge": inputs.moge}
-    given = {"--labels": inputs.labels, **{name: [folder] for name, folder in one.items() if folder}}
-    marks: dict[str, str | None] = dict.fromkeys(("--labels", *one))
+    given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
+    marks: dict[str, str | None] = dict.fromkeys(given)
     for name, folders in given.items():
         digest = hashlib.sha256()
-        for folder in folders:
+        for folder in filter(None, folders):
             add_files(digest, folder, ("*.parquet", "*.safetensors"))
-        marks[name] = digest.hexdigest()[:12] if folders else None
+            marks[name] = digest.hexdigest()[:12]
     about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
     return about
 

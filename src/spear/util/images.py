@@ -37,6 +37,14 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
         raise SpearError(f"broken image: {where}: {why}; leave it out") from error
 
 
+def placed(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, int, int, int, int]:
+    """Where `fit_image` puts an image: its scale, and left, top, width and height in pixels of the target.
+    Sizes are (width, height)."""
+    scale = min(target[0] / source[0], target[1] / source[1])
+    width, height = (max(1, round(side * scale)) for side in source)
+    return scale, (target[0] - width) // 2, (target[1] - height) // 2, width, height
+
+
 def fit_image(image: Array, height: int, width: int) -> Array:
     """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
 
@@ -52,12 +60,10 @@ def fit_image(image: Array, height: int, width: int) -> Array:
         return image
     import torch  # here: lists and help are shown without it
 
-    scale = min(width / w, height / h)
-    inner = (max(1, round(w * scale)), max(1, round(h * scale)))
+    _, left, top, across, down = placed((w, h), (width, height))
     planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    scaled = torch.nn.functional.interpolate(planes, inner[::-1], mode="bilinear", antialias=True)
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    around = (left, width - inner[0] - left, top, height - inner[1] - top)
+    scaled = torch.nn.functional.interpolate(planes, (down, across), mode="bilinear", antialias=True)
+    around = (left, width - across - left, top, height - down - top)
     return torch.nn.functional.pad(scaled[0], around).permute(1, 2, 0).numpy()
 
 

@@ -12,7 +12,7 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.sim.render import MIN_PIXELS
 from spear.sim.world import GRIPPER
 from spear.types import Array, Frame
-from spear.util.images import fit_image
+from spear.util.images import fit_image, placed
 
 NAMES = {
     "bridge_carrot_generated_modified": "carrot",
@@ -39,7 +39,7 @@ SHIFT, TURN = 0.04, math.radians(4)
 def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Frame:
     """What the task's camera sees of a start off the grid: image and depth [480, 640], and the truth.
 
-    env       ManiSkill's, of this task; it keeps the scene, and must be reset for any other use.
+    env       ManiSkill's, of this task; it keeps the scene until the next `rebuild`.
     official  places and turns of the official starts, as `off_grid` takes them.
     """
     rng, begin = np.random.default_rng([seed, 3]), off_grid(task, seed, *official)
@@ -47,14 +47,10 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     others = [name for name in NAMES if name not in own]
     places, more = clutter(begin.places, others, rng)
     turns = [[math.cos(angle), 0, 0, math.sin(angle)] for angle in rng.uniform(0, math.pi, len(more))]
-    env.xyz_configs = torch.from_numpy(places)[None]
-    env.quat_configs = torch.from_numpy(np.vstack([begin.turns, *turns]))[None]
     env.obj_names, env.objects_excluded_from_greenscreening = [*own, *more], [*behind, *more]
     env.model_db = {**{name: {} for name in more}, **env.model_db}  # without a density: that of water
-    env.objs.clear()
-    env._obs_mode = "none"
     try:
-        env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([0])})
+        rebuild(env, torch.from_numpy(places)[None], torch.from_numpy(np.vstack([begin.turns, *turns]))[None])
     finally:
         env.obj_names, env.objects_excluded_from_greenscreening = own, behind
     env.scene.set_ambient_light(list(0.3 * rng.uniform(0.3, 2.0) + rng.uniform(-0.05, 0.05, 3)))
@@ -94,6 +90,20 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     )
 
 
+def rebuild(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
+    """Builds the scene of that number among all pairs of places [n, objects, 3] and turns [m, objects, 4]; of
+    the one before nothing stays.
+
+    Otherwise objects would settle while the arm still stands where the last episode left it, and contacts
+    that the solver remembers change how they roll. Pictures are only drawn where they are looked at: drawing
+    takes longer than the physics.
+    """
+    env.xyz_configs, env.quat_configs = places, turns
+    env.objs.clear()
+    env._obs_mode = "none"
+    env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([number])})
+
+
 def clutter(places: Array, others: list[str], rng: np.random.Generator) -> tuple[Array, list[str]]:
     """Places [n, 3] of a task's objects and of some others; their names. None where there is no room."""
     more: list[str] = []
@@ -109,14 +119,12 @@ def fitted(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     depth is known. Instances of fewer than `MIN_PIXELS` are left out, and those that the black cuts."""
     assert frame.depth is not None and frame.instances is not None and frame.intrinsics is not None
     (width, height), (h, w) = size, frame.image.shape[:2]
-    scale = min(width / w, height / h)
-    inner = round(w * scale), round(h * scale)
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    rows, columns = (((np.arange(n) + 0.5) / scale).astype(int) for n in inner[::-1])
-    around = ((top, height - inner[1] - top), (left, width - inner[0] - left))
+    scale, left, top, across, down = placed((w, h), size)
+    rows, columns = (((np.arange(n) + 0.5) / scale).astype(int) for n in (down, across))
+    around = ((top, height - down - top), (left, width - across - left))
     depth, instances = (np.pad(x[np.ix_(rows, columns)], around) for x in (frame.depth, frame.instances))
     found, counts = np.unique(instances, return_counts=True)
-    sides, ends = instances[:, [left, left + inner[0] - 1]], instances[[top, top + inner[1] - 1]]
+    sides, ends = instances[:, [left, left + across - 1]], instances[[top, top + down - 1]]
     counts[np.isin(found, sides if left else ends if top else 0)] = 0
     seen = [int(i) for i, n in zip(found, counts, strict=True) if i > 0 and n >= MIN_PIXELS]
     return Frame(

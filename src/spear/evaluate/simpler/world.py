@@ -25,7 +25,7 @@ import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
 from spear.errors import SpearError, first_line
-from spear.evaluate.simpler.frames import fitted, look
+from spear.evaluate.simpler.frames import fitted, look, rebuild
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
@@ -95,19 +95,11 @@ class SimplerWorld:
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
         camera is looked through."""
-        self._env.xyz_configs, self._env.quat_configs = self._official
-        if other:
+        if not other:
+            rebuild(self._env, *self._official, start)
+        else:
             begin = off_grid(self._task, start, *self._grid())
-            self._env.xyz_configs = torch.from_numpy(begin.places)[None]
-            self._env.quat_configs = torch.from_numpy(begin.turns)[None]
-        # Pictures are only drawn where they are looked at: drawing takes longer than the physics.
-        self._env._obs_mode = "none"
-        # The physics is built anew for each scene: otherwise objects settle while the arm still stands where
-        # the last episode left it, and contacts that the solver remembers change how they roll.
-        self._env.reset(
-            seed=0, options={"reconfigure": True, "episode_id": torch.tensor([0 if other else start])}
-        )
-        if other:
+            rebuild(self._env, torch.from_numpy(begin.places)[None], torch.from_numpy(begin.turns)[None])
             joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
             joints[:6] += begin.joints
             self._env.agent.reset(init_qpos=joints)
