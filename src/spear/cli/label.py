@@ -36,10 +36,12 @@ def label(options: LabelOptions) -> None:
         spear label --scenes 1000 --out runs/labels
         spear label simpler:10000-10255 --out runs/simpler-labels
     """
+    simpler = any(photo.startswith("simpler:") for photo in options.photos)
+    if simpler and (len(options.photos) > 1 or options.plan):
+        raise SpearError("simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes")
     if options.plan:
         _plan(options)
         return
-    simpler = any(photo.startswith("simpler:") for photo in options.photos)
     seeds = re.findall(r"sim(?:pler)?:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
     if any(int(seed) < SceneOptions().first_seed for seed in seeds):
         notice("scenes below 10000 are kept for testing: train on none of these labels")
@@ -55,7 +57,7 @@ def label(options: LabelOptions) -> None:
         if simpler:
             from spear.evaluate.simpler.label import label_tasks
 
-            numbers = scene_numbers(" ".join(options.photos), "simpler")
+            numbers = scene_numbers(options.photos[0], "simpler")
             images = label_tasks(out, numbers, sizes["external"], workers)
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)

@@ -57,17 +57,19 @@ def collect(
     make: Callable[[int], Iterator[Episode]],
     sizes: Mapping[str, Size],
     quiet: bool = False,
+    shard_size: int = 256,
 ) -> tuple[int, int]:
     """Write the successful ones of these episodes; the rest is as in `demonstrate`.
 
-    sources  the episodes' names, in order; make(i) makes them from number i on.
+    sources     the episodes' names, in order; make(i) makes them from number i on.
+    shard_size  how many are written at once: fewer are lost when it is killed.
     """
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into"):
         kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
         bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
-        return kept + write_episodes(good, out), len(sources)
+        return kept + write_episodes(good, out, shard_size), len(sources)
 
 
 def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:

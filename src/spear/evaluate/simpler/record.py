@@ -21,6 +21,8 @@ from spear.types import Episode
 from spear.util.images import fit_image
 from spear.util.processes import in_order
 
+SHARD_SIZE = 16
+"""Demonstrations that are written at once: a minute or two of recording."""
 AFTER = 5
 """Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
 PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
@@ -61,7 +63,7 @@ def demonstrate(
             return record(task, seeds[first:], size, workers, assets, policy)
 
         sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
-        written[task] = collect(out / task, sources, make, {"external": size}, quiet)
+        written[task] = collect(out / task, sources, make, {"external": size}, quiet, SHARD_SIZE)
     return written
 
 
