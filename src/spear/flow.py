@@ -16,7 +16,7 @@ With `rotation="linear"`, the ablation, quaternions flow in straight lines of Râ
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,12 @@ class FlowConfig:
         check_known("flow rotation", ("s3", "linear"), self.rotation)
         check_known("flow rotation_loss", ("cosine", "mse"), self.rotation_loss)
         check_known("flow prediction", ("velocity", "clean"), self.prediction)
+        for name in (field.name for field in fields(self) if field.type in (float, float | None)):
+            value, least = getattr(self, name), 0.0 if name.endswith("weight") else 1e-6
+            most = 1.0 if name == "time_scale" else 1e6
+            number = isinstance(value, int | float) and least <= value <= most
+            if not number and (value is not None or name != "geodesic_step"):
+                raise SpearError(f"flow {name} is {value!r}: give a number from {least:g} to {most:g}")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("train nano-vla --set 'families=[\"keypont\"]'", "'keypoint'"),
         ("train nano-vla --set lr", "KEY=VALUE"),
         ("train nano-vla --weights 1", "--weights"),
+        ("train nano-vla --set lr=1 --set ema=0", "--set: given twice"),
         ("plan --gpu big", "'big'"),
         ("plan --recipe finetune-lorra", "'finetune-lora'"),
         ("train nano-vla --stesp 3", "did you mean '--steps'?"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.models.presets import preset
 from spear.models.processing import Processor, fitting, window
 from spear.models.vlm import IGNORE
@@ -122,6 +122,10 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
         processor.prompts(["put it there", " \n"])
     with pytest.raises(SpearError, match="prompt too long: 'xyzw"):
         processor.prompts(["xyzw" * 100])
+    with pytest.warns(Notice, match="xyzw"):  # in training, by contrast
+        whole = processor.prompts(["go", "xyzw" * 100], cut=True)["input_ids"]
+    assert whole.shape == (2, processor.prompt_tokens)
+    assert whole[1, -1] == processor.prompts(["go"])["input_ids"][0, -1]
 
 
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:

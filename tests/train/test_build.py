@@ -71,6 +71,8 @@ def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     for stage, given, named in (
         (post, Inputs(episodes=front_only, init=nano), "front"),
         (post.changed(flow={"rotation": "linear"}), Inputs(episodes=mine, init=nano), "flow"),
+        (post.changed(flow={"time_alpha": -1.0}), Inputs(episodes=mine, init=nano), "time_alpha"),
+        (recipe("nano-vla-no-3d"), Inputs(episodes=mine, init=nano), "MoGe"),
         (post.changed(committed=5), Inputs(episodes=mine, init=nano), "committed"),
         (post.changed(bins=9), Inputs(episodes=mine, init=nano), "bins"),
         (recipe("nano-vlm-2"), dataclasses.replace(inputs, moge=locate("nano-depth")), "--moge"),

@@ -107,6 +107,7 @@ def test_ablations_ask_before_they_make_data(
         ("nano-depth", "labels init", "--init"),
         ("nano-siglip", "labels init", "--init"),
         ("nano-post", "episodes init moge", "--moge"),
+        ("nano-post", "episodes init labels", "--labels"),
         ("nano-vlm-1", "labels moge", "--moge"),
     ],
 )

@@ -121,7 +121,8 @@ def _train(
     if job.before is not None:
         init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
-    inputs = Inputs([data.labels], robots, init, job.moge.folder if job.moge else None)
+    asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
+    inputs = Inputs([data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None)
     folder = out / "stages" / job.folder
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

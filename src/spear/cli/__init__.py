@@ -156,9 +156,12 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
 
     options = options_of(function)
     known = ["--help", *(option_names(options) if options else ())]
-    for word in args:
-        if word.startswith("--") and (given := word.partition("=")[0].replace("_", "-")) not in known:
-            raise unknown_name("option", given, known)
+    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    for place, option in enumerate(given):
+        if option not in known:
+            raise unknown_name("option", option, known)
+        if option in given[:place]:
+            raise SpearError(f"{option}: given twice: write all of its values after the first one")
     target: Any = options or (lambda: None)
     described: dict[str, Any] = {"prog": f"spear {name}", "description": _description(name)}
     complaint = io.StringIO()

@@ -194,7 +194,11 @@ def check_episodes(path: Path, split: str) -> None:
 
     split_ranges(episode_counts(path), split, path)
     if isinstance(folder := open_dataset(path), Dataset):
-        folder.spec()
+        cameras = folder.spec().images
+        if not {"external", "wrist"} & set(cameras):
+            raise SpearError(
+                f"{path}: no camera external or wrist: it has {', '.join(cameras)}: name them so"
+            )
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":

@@ -89,7 +89,8 @@ def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tu
 
 
 def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
-    """The episode at another rate: positions and openings linearly, rotations by slerp, images the nearest.
+    """The episode at another rate: positions and openings linearly, rotations by slerp, images the last that
+    there was: a later one shows the action.
 
     Motions are derived from the resampled states, gripper commands are those in force at the end of each new
     step; a new step is masked when any step it covers is. An episode at this rate is returned as it is.
@@ -115,10 +116,10 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
         action = derive_actions(position, quaternion, episode.action[covered_to, 7])
         mask = np.ones(count, bool) if mask is None else mask
         mask[-1] = False
-    nearest = np.rint(when[:-1]).astype(int)
+    seen = np.floor(when[:-1] + 1e-6).astype(int)
     return dataclasses.replace(
         episode,
-        images={camera: [images[i] for i in nearest] for camera, images in episode.images.items()},
+        images={camera: [images[i] for i in seen] for camera, images in episode.images.items()},
         position=position.astype(np.float32),
         rotation=quaternion.astype(np.float32),
         gripper=np.interp(when[:-1], np.arange(steps), episode.gripper).astype(np.float32),

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
 from spear.data.hypotheses import Recording
 from spear.types import Array
 from spear.util.images import decode_image
@@ -58,16 +59,27 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     verdict, words = sense([np.asarray(r.opening) for r in moving])
     commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
     if not commanded:
-        return [Check("gripper", verdict, words)]
+        return [_span(moving) or Check("gripper", verdict, words)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
     said = f"the correlation of command and opening, {late} steps later, is {strength:.2f}"
     if strength >= FOLLOWS:
-        return [Check("gripper", verdict, words), Check("gripper command", "agrees", said)]
+        return [Check("gripper", verdict, words), _span(moving) or Check("gripper command", "agrees", said)]
     if strength <= -FOLLOWS:
         keys = {"wrong": "gripper_range", "agrees": "command_range"}
         key = keys.get(verdict, "command_range, or in gripper_range")
         return [Check("gripper command", "wrong", f"{said}: exchange the two readings in {key}")]
     return [Check("gripper command", "wrong", f"{said} at best: command names another column")]
+
+
+def _span(moving: Sequence[Recording]) -> Check | None:
+    """What is wrong where a gripper that moves is always open, or always closed, in our binary commands."""
+    commands = [r.command for r in moving if r.command is not None]
+    told = np.concatenate(commands or [np.asarray(r.opening) for r in moving])
+    if np.ptp(told) == 0 or (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
+        return None
+    name, key = ("gripper command", "command_range") if commands else ("gripper", "gripper_range")
+    words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
+    return Check(name, "wrong", words)
 
 
 def follows(episodes: Sequence[tuple[Array, Array, float]]) -> list[tuple[int, float]]:

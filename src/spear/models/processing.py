@@ -111,23 +111,24 @@ class Processor:
                 self._told.add((view, size))
         return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
-    def prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.
 
-        As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text.
+        As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text, unless
+        that is to be cut, with a notice: one among a million instructions ends no training.
         """
-        return self._pad([self._prompt(text) for text in texts])
+        return self._pad([self._prompt(text, cut) for text in texts])
 
     def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Prompts with their answers: also token_type_ids (1 on the answer) and labels. Raises `SpearError`
-        for numbers in another unit than the 3D tokens'."""
+        """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and
+        labels. Raises `SpearError` for numbers in another unit than the 3D tokens'."""
         for question in questions:
             if question.unit != self.coordinates.unit and question.values:
                 raise SpearError(
                     f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the 3D tokens "
                     f"in {self.coordinates.unit!r}: use tokens fitted on labels of the same unit"
                 )
-        prompts = [self._prompt(question.prompt) for question in questions]
+        prompts = [self._prompt(question.prompt, cut=True) for question in questions]
         answers = [[*self.answer_ids(q.segments), self.tokenizer.eos_token_id] for q in questions]
         batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
         place = torch.arange(batch["input_ids"].shape[1])
@@ -242,15 +243,18 @@ class Processor:
                     f"views do not match: {folder}: its processor has {view!r}, its model {known}: {both}"
                 )
 
-    def _prompt(self, text: str) -> list[int]:
+    def _prompt(self, text: str, cut: bool) -> list[int]:
         words = " ".join(text.split())
         if not words:
             raise SpearError("empty instruction: say what to do or ask, in words")
-        ids = [self.tokenizer.bos_token_id, *self._text(words), *self._text("\n")]
-        if len(ids) > self.prompt_tokens:
-            too_long = f"{len(ids)} tokens, at most {self.prompt_tokens}"
-            raise SpearError(f"prompt too long: {words[:40]!r}…: {too_long}: say it shorter")
-        return ids
+        ids, end = [self.tokenizer.bos_token_id, *self._text(words)], self._text("\n")
+        room = self.prompt_tokens - len(end)
+        if len(ids) > room:
+            too_long = f"{words[:40]!r}…: {len(ids) + len(end)} tokens, at most {self.prompt_tokens}"
+            if not cut:
+                raise SpearError(f"prompt too long: {too_long}: say it shorter")
+            notice(f"instruction cut off: {too_long}")
+        return [*ids[:room], *end]
 
     def _text(self, text: str) -> list[int]:
         if text not in self._cache:

@@ -78,12 +78,12 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     Returns the recipe for one piece of each batch, and its size with its flow.
     """
     init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
-    known = {field.name for field in dataclasses.fields(FlowConfig)}
-    check_known("flow setting", known, *stage.flow)
     pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
     shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)
     size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
+    check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
+    FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
         for view in view_folders(folder, list(size.image_sizes)).values():
             shards_in(view)
@@ -106,6 +106,10 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             )
         if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
             raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
+        if acts and not stage.moge and inner.moge_config is not None:
+            raise SpearError(
+                f"recipe {stage.name} has no MoGe, --init {init} has: begin with a VLM without it"
+            )
         if inputs.moge and inner.moge_config is not None:
             raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
         if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:

@@ -106,7 +106,8 @@ class Checkpoints:
         part = self.folder / f".part-{final.name}"
         main = parallel.rank() == 0
         if main:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in self.folder.glob(".part-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             part.mkdir(parents=True)
         if self._group is not None:
             dist.barrier(self._group)

@@ -75,6 +75,7 @@ def batches(
         collate_fn=functools.partial(_batch, task),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # which copies no labels, whatever is usual
         worker_init_fn=_serve if workers else None,
         pin_memory=device.type == "cuda",
     )

@@ -212,6 +212,8 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
         raise SpearError(f"recipe {name} learns from labelled images: leave --episodes out")
     if not given.labels and (not acts or not given.init or stage.question_images):
         raise SpearError(f"recipe {name} needs --labels FOLDER (see `spear label --help`)")
+    if acts and given.labels and given.init and not stage.question_images:
+        raise SpearError(f"recipe {name} asks no questions: leave --labels out, or --set question_images=2")
     if given.init and stage.kind in ("depth", "naming"):
         raise SpearError(f"recipe {name} begins with random weights: leave --init out")
     if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
@@ -248,6 +250,8 @@ class TrainOptions(Options):
     device: Device = "auto"
     save_every: Annotated[int, Within(1)] = 500
     """Steps between checkpoints. They are also written every three minutes, on SIGTERM and on Ctrl-C."""
+    workers: Annotated[int, Within(1)] = 1
+    """Processes that make batches, for each that trains; more help where it waits for data."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What each of several processes (torchrun) holds: ddp, the whole model; fsdp, its share of it."""
     set: Changes = ()

@@ -129,6 +129,8 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
     )
 
 
+TRIES = 1000
+"""Images looked at for each that can be asked about, at the most."""
 LENGTH_GROUPS, GROUP_ROWS = 4, 32
 """Answers differ in length (a point 3 tokens, a box 24): running texts of like length together, in at most so
 many groups, saves up to a quarter of the work, if there are so many texts in each."""
@@ -212,7 +214,13 @@ class QuestionSamples:
         pixels: list[torch.Tensor] = []
         questions: list[Question] = []
         owners: list[int] = []
+        tries = 0
         while len(pixels) < self.images:
+            if (tries := tries + 1) > TRIES * (self.images + len(owners)):
+                kinds = ", ".join(dict.fromkeys(self.mix.families))
+                raise SpearError(
+                    f"hardly any of these labelled images can be asked about {kinds}: add families"
+                )
             row = int(rng.integers(len(labels)))
             label = labels[row]
             depth = None if self.depth is None else self.depth[view][row][1]
@@ -318,5 +326,5 @@ def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str,
         "state": state,
         "actions": action,
         "action_mask": torch.from_numpy(raw["action_mask"]),
-        **processor.prompts(raw["instruction"]),
+        **processor.prompts(raw["instruction"], cut=True),
     }

@@ -35,7 +35,7 @@ def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     theirs = shared / "data" / "lerobot"
     layout = tmp_path_factory.mktemp("layout") / "bridge.json"
     camera = {"external": "observation/images/image_0"}
-    layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera, "image_aspect": {}}))
+    layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera}))
     out = tmp_path_factory.mktemp("ours")
     for kind in ("image", "video"):
         episodes = read_episodes(theirs / "v3.0_image", dataset=layout)

@@ -247,6 +247,15 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert not (tmp_path / "no").exists()
 
 
+def test_a_gripper_that_moves_and_is_never_commanded_to_is_noticed(tmp_path: Path) -> None:
+    """Finger positions that were taken for widths: a policy that learns from them never opens."""
+    whole = make(0)
+    half = dataclasses.replace(whole, gripper=whole.gripper / 2.5, action=None, action_mask=None)
+    write_episodes([half], tmp_path / "arm")
+    with pytest.warns(Notice, match="gripper_range"):
+        prepare(tmp_path / "arm", tmp_path / "out")
+
+
 def write_set(folder: Path) -> Path:
     """A LeRobot dataset."""
     write_lerobot([make(0)], folder / "set")

@@ -14,7 +14,10 @@ from spear.labels.fit.image import unproject
 from spear.labels.questions.generate import all_texts, askable, generate
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.labels.store import read_depth, write_depth, write_labels
-from spear.train.tasks import load_depth, load_labels
+from spear.models.processing import Processor
+from spear.policy import locate
+from spear.train.options import QuestionMix
+from spear.train.tasks import QuestionSamples, load_depth, load_labels
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 from spear.util.images import encode_jpeg
 
@@ -179,3 +182,12 @@ def test_depth_of_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpearError, match="of other images than the labels"):
         load_depth([tmp_path], {"external": [label]})
     assert len(read_depth(tmp_path / "depth/external")) == 1
+
+
+def test_labels_that_cannot_be_asked_about_end_the_training() -> None:
+    """Instead of looking for another image for ever."""
+    image = LabeledImage(encode_jpeg(np.zeros((8, 8, 3), np.uint8)), 8, 8, np.eye(3), [], "metre", "made")
+    folder = locate("nano")
+    samples = QuestionSamples({"external": [image]}, Processor.load(folder), QuestionMix(("offset",)), 2, 0)
+    with pytest.raises(SpearError, match="offset"):
+        samples.batch(0)

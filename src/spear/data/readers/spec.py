@@ -138,6 +138,7 @@ class DatasetSpec:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
+OF_ITS_COLUMNS = {"images": ("image_aspect",), "gripper": ("command", "command_range")}
 _NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 
 
@@ -177,7 +178,10 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     check_known(f"key (in {path})", [*(f.name for f in dataclasses.fields(DatasetSpec)), "like"], *fields)
     if like is not None:
         check_known(f"dataset (like, in {path})", REGISTRY, str(like))
-    base = vars(REGISTRY[like]) if like is not None else {}
+    base = dict(vars(REGISTRY[like])) if like is not None else {}
+    for own, bound in OF_ITS_COLUMNS.items():  # which says nothing of other columns
+        for key in bound if own in fields else ():
+            base.pop(key, None)
     return _spec({**base, **(defaults or {}), "name": name, **fields}, path)
 
 

@@ -26,9 +26,10 @@ from spear.data.options import Conversion
 from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
+from spear.data.senses import MOVES
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
@@ -99,6 +100,7 @@ def prepare(
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         _check_good(good, skipped, path, split)
+        _notice_gripper(EpisodeStore(folder), path)
         save_sketches(folder)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
         shutil.copyfile(work / REQUEST, folder / REQUEST)
@@ -136,6 +138,15 @@ def _write_shards(
                 add_shard(waiting, folder, {"done": json.dumps([blocks, skipped.reasons[told:]])})
                 waiting, told = [], len(skipped.reasons)
     return good, skipped
+
+
+def _notice_gripper(store: EpisodeStore, path: Path) -> None:
+    """Says so where the first episodes' gripper moves, and is commanded one thing only."""
+    first = [store.without_images(index) for index in range(min(len(store), 100))]
+    told = {command for e in first if e.action is not None for command in e.action[:, 7].tolist()}
+    if len(told) == 1 and any(np.ptp(e.gripper) > MOVES for e in first):
+        word = "open" if max(told) else "closed"
+        notice(f"{path}: the gripper moves, but all commands are {word}: check gripper_range, command_range")
 
 
 def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:
