@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2076, "ablations": 657, "cli": 1594, "data": 4618, "embodiments": 738, "evaluate": 3182,
-    "labels": 4737, "models": 4716, "report": 1196, "serve": 985, "sim": 1607, "train": 2518, "ui": 693,
+    "labels": 4737, "models": 4716, "report": 1196, "serve": 985, "sim": 1607, "train": 2521, "ui": 693,
     "util": 736,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -141,9 +141,10 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
         with pytest.raises(SpearError, match=words):
             run_recipe("nano-post", out, **{"store": store, "init": nano, **few, **given})
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    changed = run_recipe("nano-post", out, store=store, init=nano, **{**few, "steps": 2, "lr": 1e-5})
+    other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
+    changed = run_recipe("nano-post", out, store=store, init=nano, **other)
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
-    assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4}]
+    assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:

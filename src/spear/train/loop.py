@@ -145,13 +145,15 @@ def run(
     out: Path,
     how: RunOptions | None = None,
     about: Mapping[str, Any] | None = None,
+    changing: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
     On SIGTERM and SIGINT all processes finish the step and save; then this raises `SystemExit` (143) or
     `KeyboardInterrupt`.
 
-    about: what the run is of, by name; a run continues only where all of it is the same.
+    about: what the run is of, by name; a run continues only where all of it is the same. changing: what may
+    change meanwhile, as `opt` may; the checkpoints say what it was.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
     Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
     after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone, or
@@ -163,7 +165,7 @@ def run(
     settings: dict[str, Any] = {
         "seed": how.seed,
         "pieces": parallel.world() * opt.accumulate,
-        "optimization": dataclasses.asdict(opt),
+        "optimization": {**dataclasses.asdict(opt), **(changing or {})},
         "about": dict(about or {}),
     }
     own = alone(out, "training into") if parallel.rank() == 0 else contextlib.nullcontext()

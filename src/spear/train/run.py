@@ -51,7 +51,8 @@ def train(
     if stage.optimization.precision != asked and not how.quiet and parallel.rank() == 0:
         print("note: training in float32, as it began, or since this CPU is faster in it", file=sys.stderr)
     model, task, save = build.build(stage, inputs, how.seed)
-    averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs))
+    changing = {"batch_size": stage.batch_size}
+    averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs), changing)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
