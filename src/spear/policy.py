@@ -15,7 +15,7 @@ from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
 from spear.models.devices import bfloat16_is_fast, choose_device, keep_freed_memory
-from spear.models.processing import Processor
+from spear.models.processing import Processor, moved
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -84,7 +84,9 @@ class VlmBundle:
         """
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         device, tokens = self.model.device, self.processor.coordinate_ids
-        text = self.processor.prompts(prompts)
+        sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
+        framed = [self.processor.framed(*both, view) for both in zip(prompts, sizes, strict=True)]
+        text = self.processor.prompts(framed)
         watched = Watched((tokens.start, tokens.stop)) if distributions else None
         ids = greedy(
             self.model,
@@ -96,7 +98,11 @@ class VlmBundle:
             watched=watched,
         )
         unit = self.processor.coordinates.unit
-        answers = [Answer(self.processor.read_answer(row), unit) for row in ids.tolist()]
+        answers = []
+        for row, size in zip(ids.tolist(), sizes, strict=True):
+            said = self.processor.read_answer(row)
+            places = [moved(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said]
+            answers.append(Answer(places, unit))
         if watched is None or not watched.logits:
             return answers
         probabilities = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()

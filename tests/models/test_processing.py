@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spear.errors import Notice, SpearError
 from spear.models.presets import preset
-from spear.models.processing import Processor, fitting, window
+from spear.models.processing import Processor, fitting, moved, window
 from spear.models.vlm import IGNORE
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
@@ -148,3 +148,28 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     (tmp_path / "processor.json").write_text("{")
     with pytest.raises(SpearError, match="broken processor"):
         Processor.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (60, 120), (160, 90), (192, 128), (384, 256)])
+def test_places_are_where_the_padded_image_shows_them(processor: Processor, size: tuple[int, int]) -> None:
+    w, h = size
+    image = np.zeros((h, w, 3), np.uint8)
+    image[h // 8 * 2 : h // 8 * 2 + 8, w // 8 * 5 : w // 8 * 5 + 8] = 255
+    place = Pixel((w // 8 * 5 + 4) / w, (h // 8 * 2 + 4) / h)
+    shown = processor.image(image, "external")[0].double()
+    height, width = shown.shape
+    middle = [
+        (torch.arange(n) + 0.5).double() @ shown.sum(axis) / shown.sum()
+        for axis, n in ((1, height), (0, width))
+    ]
+    y, x = (float(value) for value in middle)
+    found = moved(place, size, (width, height))
+    np.testing.assert_allclose((found.x * width, found.y * height), (x, y), atol=0.2)
+    again = moved(found, size, (width, height), back=True)
+    np.testing.assert_allclose((again.x, again.y), (place.x, place.y), atol=1e-9)
+    asked = Question("what_at", f"what is at {place}?", ["it at ", place], ["it"])
+    framed = processor.framed_question(asked, size, "external")
+    assert (framed == asked) is (w / h == width / height)
+    if framed != asked:
+        assert framed.prompt == f"what is at {moved(place, size, (width, height))}?"
+        assert framed.segments == ["it at ", found]

@@ -1,8 +1,9 @@
 """Between people and tensors: images to pixels, words to tokens, answers back to words and numbers."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from spear.util.images import fit_image
 LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
 """PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
+_PLACE = re.compile(r"<loc(\d{4})><loc(\d{4})>")
 Segments = Sequence[str | float | Pixel]
+Size = tuple[int, int]
 SIZES_TOLD = 32
 """Image sizes that a processor warns about at most, so that ever new ones take no memory."""
 
 
-def window(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
+def window(source: Size, target: Size) -> tuple[float, float, float, float]:
     """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included.
 
     Centred, with the target's aspect, around the whole image. Sizes are (width, height).
@@ -38,7 +41,19 @@ def window(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, flo
     return (w - width) / 2, (h - height) / 2, width, height
 
 
-def fitting(source: tuple[int, int], target: tuple[int, int]) -> str | None:
+def moved(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel:
+    """A place in an image as one in its fitted version, or, back, the reverse, where padding has none."""
+    left, top, width, height = window(source, target)
+    if max(abs(left), abs(top)) < 1e-6:
+        return place
+    (w, h), most = source, 1 - 1e-6
+    x, y = (place.x * width + left) / w, (place.y * height + top) / h
+    if not back:
+        x, y = (place.x * w - left) / width, (place.y * h - top) / height
+    return Pixel(min(max(x, 0.0), most), min(max(y, 0.0), most))
+
+
+def fitting(source: Size, target: Size) -> str | None:
     """What padding does to an image of another aspect than the target's, in words; None where they differ by
     less than a hundredth (our choice). Sizes are (width, height)."""
     (w, h), (tw, th) = source, target
@@ -110,6 +125,21 @@ class Processor:
             if bars is None or notice(f"images of view {view!r}: {bars}: {advice}"):
                 self._told.add((view, size))
         return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+    def framed(self, text: str, size: Size, view: str) -> str:
+        """A text about an image of this (width, height), its location tokens as in what the model sees."""
+
+        def there(found: re.Match[str]) -> str:
+            y, x = ((int(step) + 0.5) / LOCATIONS for step in found.groups())
+            return str(moved(Pixel(x, y), size, self.image_sizes[view]))
+
+        return _PLACE.sub(there, text)
+
+    def framed_question(self, question: Question, size: Size, view: str) -> Question:
+        """A question with its answer, likewise."""
+        target = self.image_sizes[view]
+        answer = [moved(s, size, target) if isinstance(s, Pixel) else s for s in question.segments]
+        return replace(question, prompt=self.framed(question.prompt, size, view), segments=answer)
 
     def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.

@@ -232,7 +232,8 @@ class QuestionSamples:
                 image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
             owners += [len(pixels)] * len(asked)
             pixels.append(self.processor.image(image, view))
-            questions += asked
+            size = (image.shape[1], image.shape[0])
+            questions += [self.processor.framed_question(one, size, view) for one in asked]
         return {
             "pixel_values": {view: torch.stack(pixels)},
             "image_index": torch.tensor(owners),
