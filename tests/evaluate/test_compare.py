@@ -61,6 +61,9 @@ def test_other_settings_are_named_and_other_scenes_refused() -> None:
     first, second = results("x", {"a": "x."}), results("y", {"a": "xx"})
     settings = {"replan": 2, "scenes": 9, "new": 1}
     assert compare(first, replace(second, settings=settings)).settings == ["replan: 5 and 2"]
+    for pair in ((first, second), (second, first)):
+        with pytest.raises(SpearError, match="starts"):
+            compare(pair[0], replace(pair[1], settings={"starts": "off the grid"}))
     with pytest.raises(SpearError, match="x and z"):
         compare(first, results("z", {"a": "x"}, first_seed=7))
     changed = [replace(o, instruction="something else") for o in second.outcomes]

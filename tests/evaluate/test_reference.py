@@ -34,6 +34,7 @@ def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
     assert beside(results(("spoon_on_towel", "stack_cube"))) == []  # our simulator's tasks are not SIMPLER's
     one = results(SIMPLER.families[:1])
     assert beside(one) == [SIMPLER]
+    assert beside(replace(one, settings={"starts": "off the grid"})) == []
     *theirs, ours = SIMPLER.cells([("mine", one)])
     assert theirs == SIMPLER.cells()
     assert all("(published)" in line[0] for line in theirs)

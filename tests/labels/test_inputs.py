@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tiny import png
-from spear.errors import RetryableError, SpearError
+from spear.errors import Notice, RetryableError, SpearError
 from spear.labels.inputs import Item, find, read
 
 
@@ -55,6 +55,11 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     matching = [Path(i.key).name for i in find(f"{tmp_path}/**/*.png")]
     assert matching == ["a.png", "2.png", "c.png"]
     assert [i.key for i in find(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
+    assert list(find(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
+    (tmp_path / "b" / "back").symlink_to(tmp_path)
+    (tmp_path / "b" / "IMG_1.HEIC").touch()
+    with pytest.warns(Notice, match=r"1 \.heic"):
+        assert list(find(str(tmp_path))) == items
 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     from spear.report.vqa import vqa_page
 
     o, asked = options, options.asked
+    if o.calibrate and asked.families:
+        raise SpearError("--calibrate: without --families, of which it would keep no other: leave them out")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     scores = run(bundle, labels, asked)

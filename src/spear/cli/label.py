@@ -39,6 +39,13 @@ def label(options: LabelOptions) -> None:
     simpler = any(photo.startswith("simpler:") for photo in options.photos)
     if simpler and (len(options.photos) > 1 or options.plan):
         raise SpearError("simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes")
+    usual, photos = LabelOptions(), bool(options.photos)
+    of_photos = ("detector", "segmenter", "pointmap", "vocabulary", "size", "rate", "per_episode")
+    of_scenes = ("scenes", "first_seed") if simpler else ("scenes", "first_seed", "preset")
+    part, other, names = (options.scene, usual.scene, of_scenes) if photos else (options, usual, of_photos)
+    if given := [name.replace("_", "-") for name in names if getattr(part, name) != getattr(other, name)]:
+        where = "beside PHOTOS" if photos else "without PHOTOS to label"
+        raise SpearError(f"--{given[0]} says nothing {where}: leave it out, or name others")
     if options.plan:
         _plan(options)
         return

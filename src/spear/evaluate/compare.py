@@ -82,6 +82,8 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
                 f"results: {one.family} scene {one.seed} is {one.instruction!r} for {a} and "
                 f"{two.instruction!r} for {b}: the simulator changed: evaluate the older one again"
             )
+    if (starts := [r.settings.get("starts", "the official ones") for r in (first, second)])[0] != starts[1]:
+        raise SpearError(f"results: starts of {a}: {starts[0]}, of {b}: {starts[1]}: these are other scenes")
     families: dict[str, list[Pair]] = {}
     for pair in pairs:
         families.setdefault(pair[0].family, []).append(pair)
@@ -175,5 +177,7 @@ def references() -> dict[str, Reference]:
 
 
 def beside(results: Results) -> list[Reference]:
-    """The published tables that hold a task of these results."""
+    """The published tables that hold a task of these results, and these starts."""
+    if "starts" in results.settings:
+        return []
     return [r for r in references().values() if set(r.families) & set(results.families)]

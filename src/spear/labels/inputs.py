@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, count, groupby, pairwise
@@ -21,14 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import RetryableError, SpearError, first_line, need
+from spear.errors import RetryableError, SpearError, first_line, need, notice
 from spear.labels.pipeline import Work, admit
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_image
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
+UNREAD = (".heic", ".heif", ".avif", ".gif", ".raw", ".dng", ".gz", ".tgz", ".zip")
+"""Endings of files that may hold pictures, which nobody here reads."""
 TAKE = "frame_aligned_videos"
 """The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""
 _NOT_COLOUR = re.compile(r"_(1201-[12]|211-1)\.mp4$")
@@ -55,7 +58,7 @@ class Item(NamedTuple):
     place: Any = None
 
 
-def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
+def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
     argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
@@ -71,11 +74,15 @@ def find(argument: str, rate: float = 1.0) -> Iterator[Item]:
         raise SpearError(f"{argument}: no such file or folder")
     elif not (names := sorted(glob.glob(argument, recursive=True))):
         raise SpearError(f"{argument}: nothing matches this pattern")
-    items = chain.from_iterable(_listing(name, rate) for name in names)
+    entered, unread = {os.path.realpath(besides)} if besides else set(), Counter[str]()
+    items = chain.from_iterable(_listing(name, rate, entered, unread) for name in names)
     if (first := next(items, None)) is None:
         raise SpearError(f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there")
     yield first
     yield from items
+    if unread:
+        kinds = ", ".join(f"{number} {ending}" for ending, number in sorted(unread.items()))
+        notice(f"{argument}: files that are not read: {kinds}: convert or unpack them")
 
 
 def _take_videos(folder: str) -> list[str]:
@@ -87,16 +94,22 @@ def _take_videos(folder: str) -> list[str]:
     return []
 
 
-def _listing(path: str, rate: float) -> Iterator[Item]:
-    """The items of a folder, or of a file by its ending; none for an ending that is none of ours."""
+def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) -> Iterator[Item]:
+    """The items of a folder, or of a file by its ending; none for an ending that is none of ours, and of a
+    folder that was entered before (a link may lead back)."""
     ending = os.path.splitext(path)[1].lower()
+    unread.update([ending] if ending in UNREAD else [])
+    if os.path.isdir(path):
+        if (real := os.path.realpath(path)) in entered:
+            return
+        entered.add(real)
     if os.path.isdir(os.path.join(path, TAKE)):
         for video in _take_videos(os.path.join(path, TAKE)):
             yield from find_video(video, rate)
     elif os.path.isdir(path):
         for name in sorted(os.listdir(path)):
             if not name.startswith("."):
-                yield from _listing(os.path.join(path, name), rate)
+                yield from _listing(os.path.join(path, name), rate, entered, unread)
     elif ending in IMAGES:
         yield Item(path, read_file, path)
     elif ending == ".tar":

@@ -70,6 +70,9 @@ class Scene:
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:
+            if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
+                what = f"{columns}×{rows} depth, {width}×{height} color"
+                raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         path = self.folder / "instance-filt" / f"{color.stem}.png"
         known = self.names is not None and path.is_file()

@@ -109,7 +109,7 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
         "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,
         "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
     }  # fmt: skip
-    return chosen, partial(find_items, inputs, options.rate, options.per_episode), settings
+    return chosen, partial(find_items, inputs, options.rate, options.per_episode, options.out), settings
 
 
 def label_folder(

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from spear.errors import SpearError
 from spear.labels.inputs import Content, Item, find
@@ -23,16 +24,19 @@ SIM_SIZE = (840, 630)
 """Width and height of the simulator's images, in pixels: what the paper labelled at."""
 
 
-def items(arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4) -> Iterator[Item]:
+def items(
+    arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4, besides: Path | None = None
+) -> Iterator[Item]:
     """The images behind all arguments, one after the other; one that is met again is passed over.
 
+    besides      a folder that is not entered: that of the labels may lie among the photos.
     rate         frames per second of video.
     per_episode  frames of each robot episode, spread evenly from its first to its last.
     Raises `SpearError`: an argument with nothing to label in it.
     """
     seen: set[str] = set()
     for argument in arguments:
-        for item in _items(os.path.normpath(argument), rate, per_episode):
+        for item in _items(os.path.normpath(argument), rate, per_episode, besides):
             if len(arguments) > 1:
                 if item.key in seen:
                     continue
@@ -40,7 +44,7 @@ def items(arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4) -> 
             yield item
 
 
-def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
+def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -> Iterator[Item]:
     from spear.data.readers.formats import find_format
 
     if argument.startswith("sim:"):
@@ -48,7 +52,8 @@ def _items(argument: str, rate: float, per_episode: int) -> Iterator[Item]:
     if argument.startswith("rgbd:"):
         folder = argument.removeprefix("rgbd:")
         return (Item(source, read_rgbd, folder, i) for i, source in enumerate(_scene(folder).sources))
-    return find(argument, rate) if find_format(argument) is None else _find_episodes(argument, per_episode)
+    photos = find_format(argument) is None
+    return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
 
 def _find_scenes(argument: str) -> Iterator[Item]:

@@ -163,7 +163,7 @@ def content(**changes: Any) -> dict[str, Any]:
     first = {"id": 7, "file_name": "kitchen/1.jpg", "height": 12, "width": 20}
     ring = {"size": [12, 20]}
     return {
-        "images": [first, first | {"id": 8, "file_name": "hall/1.jpg"}, {"id": 9, "file_name": "2.png"}],
+        "images": [first, *(first | {"id": i, "file_name": f} for i, f in ((8, "hall/1.jpg"), (9, "2.png")))],
         "categories": [{"id": 1, "name": "ring"}, {"id": 4, "name": "tile"}],
         "annotations": [
             {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": ring | {"counts": PLAIN}},
@@ -197,8 +197,10 @@ def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
 def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     coco = written(tmp_path, content())
     assert len(coco.find("/data/kitchen/1.jpg") or ()) == 2
-    assert len(coco.find(r"C:\data\kitchen\1.jpg") or ()) == 2
-    assert coco.find("2.png") == coco.find("./any/where/2.png") == []
+    assert len(written(tmp_path, content()).find(r"C:\data\kitchen\1.jpg") or ()) == 2
+    assert coco.find("2.png") == coco.find("2.png") == []
+    with pytest.raises(SpearError, match=r"2\.png and \./any/where/2\.png"):
+        coco.find("./any/where/2.png")
     assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
     with pytest.raises(SpearError, match=r"1\.jpg: .*annotations\.json"):
         coco.find("1.jpg")
@@ -210,6 +212,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
         ("{", "JSON"),
         ("[]", "list"),
         ({"images": []}, "'categories'"),
+        (content(images=[{"id": 7, "file_name": "1.jpg"}]), "'height'"),  # of a photo that may be shrunk
         (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),

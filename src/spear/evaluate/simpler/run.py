@@ -27,6 +27,7 @@ from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets, check_installed
+from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
 ROBOT = "simpler_widowx"
@@ -44,6 +45,8 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     """
     tasks = options.tasks or tuple(TASKS)
     check_known("task", TASKS, *tasks)
+    if options.off_grid:
+        held_out_seeds(options.first_seed, options.scenes)
     check_installed()
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",

@@ -29,7 +29,7 @@ def evaluate(
 ) -> Scores:
     """Ask questions of each family about each image, all in the model's unit, and score the answers. Raises
     SpearError for an unknown family, and where no image allows a question."""
-    families = options.families or FAMILIES
+    families = tuple(dict.fromkeys(options.families)) or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):

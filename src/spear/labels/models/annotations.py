@@ -200,13 +200,13 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
     known: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
     objects: dict[Any, list[Annotation]] = {}
     categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-    sizes = {}
+    sizes: dict[Any, tuple[int, int]] = {}
+    answered: dict[Any, str] = {}
     for image in content["images"]:
         parts = _parts(image["file_name"])
         known[parts[-1]].append((parts, image["id"]))
         objects[image["id"]] = []
-        if "height" in image and "width" in image:
-            sizes[image["id"]] = (int(image["height"]), int(image["width"]))
+        sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
     for a in content["annotations"]:
         if not a.get("iscrowd"):
             size, name = sizes.get(a["image_id"]), categories[a["category_id"]]
@@ -222,6 +222,9 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         best = [image for image, length in common.items() if length == max(common.values())]
         if len(best) > 1:
             raise SpearError(f"{source}: fits {len(best)} images of coco {file}: name its folder too")
+        if best and answered.setdefault(best[0], source) != source:
+            other = f"{answered[best[0]]} and {source}"
+            raise SpearError(f"{other}: one image of coco {file} fits both: name its folder too")
         return objects[best[0]] if best else None
 
     return find
