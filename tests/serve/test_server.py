@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from serve_here import Homing, get, homing, process, serving
 from spear.embodiments import load
@@ -155,6 +155,20 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         answers = clients[0].infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
         found = [a["actions"][0, 0] for a in answers]
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with serving() as server:
+        policy = RemotePolicy(url(server))
+        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)]):
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(ClientConnection, "recv", interrupted)
+                policy.infer_batch(batch)
+            np.testing.assert_allclose(policy.infer(seen(0.3))["actions"][0, 0], -0.03, rtol=1e-5)
+            policy.infer_batch([seen(), seen()])
 
 
 def test_a_full_queue_says_busy_at_once() -> None:

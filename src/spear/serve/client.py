@@ -59,8 +59,10 @@ class RemotePolicy:
                     time.sleep(PAUSE)
                     connection.send(message)
                     replies[index] = connection.recv()
-        except ConnectionClosed as error:
+        except BaseException as error:  # Ctrl-C too: an unread answer would be taken for the next call's
             self.close()
+            if not isinstance(error, ConnectionClosed):
+                raise
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
         refused = [reply for reply in replies if isinstance(reply, str)]
         if refused:
@@ -69,8 +71,9 @@ class RemotePolicy:
 
     def close(self) -> None:
         """Hang up; the next call connects again."""
-        while self._connections:
-            self._connections.pop().close()
+        left, self._connections = self._connections, []
+        for connection in left:
+            connection.close()
 
     def _open(self, count: int) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
