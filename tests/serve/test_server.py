@@ -13,6 +13,7 @@ from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import ClientConnection, connect
 
 from serve_here import Homing, get, homing, process, serving
+from spear.chunks import Pilot
 from spear.embodiments import load
 from spear.errors import SpearError
 from spear.serve import wire
@@ -155,6 +156,19 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         answers = clients[0].infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
         found = [a["actions"][0, 0] for a in answers]
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
+
+
+def test_threads_may_share_a_client() -> None:
+    with serving(Homing(seconds=0.02)) as server:
+        policy = RemotePolicy(url(server))
+        places = [0.1 + 0.05 * i for i in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda x: policy.infer(seen(x))["actions"][0, 0], places))
+        np.testing.assert_allclose(found, -0.1 * np.array(places), rtol=1e-5)
+        for x in places:  # as an episode ends while its last chunk is computed, and the next one begins
+            pilot = Pilot(policy, "async", replan=3)
+            np.testing.assert_allclose([pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5)
+            pilot.close()
 
 
 def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ This is for programs that have this package. A robot's own computer needs only o
 numpy < 2 and so lives in an environment of its own.
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,13 +23,15 @@ class RemotePolicy:
     """A policy at "ws://host:port".
 
     The observations of a batch are sent on as many connections at once, so that the server can answer them
-    together. `token` is the server's --token. Raises `SpearError` with the server's words for a bad
-    observation, when the server stays busy, and when it cannot be reached.
+    together; calls from several threads wait for each other. `token` is the server's --token. Raises
+    `SpearError` with the server's words for a bad observation, when the server stays busy, and when it cannot
+    be reached.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url, self._token = url, token
         self._connections: list[ClientConnection] = []
+        self._one_call = threading.Lock()
         self.metadata: dict[str, Any] = {}
         self._open(1)
 
@@ -44,6 +47,10 @@ class RemotePolicy:
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Several observations, one result each, in order."""
         messages = [wire.encode(o) for o in observations]
+        with self._one_call:
+            return self._exchange(messages)
+
+    def _exchange(self, messages: Sequence[bytes]) -> list[dict[str, Any]]:
         self._open(len(messages))
         sent = list(zip(self._connections, messages, strict=False))
         deadline = time.monotonic() + PATIENCE
