@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from spear import embodiments
 from spear.embodiments import droid
-from spear.errors import SpearError
+from spear.errors import SpearError, suppress_notices
 from spear.geometry import random_quat
+from spear.policy import Spear1Policy
 from spear.types import Array
+from spear.util.images import fit_image
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_robot.py"
 ROBOTS = [name for name in embodiments.names() if name != "sim"]
@@ -158,6 +161,28 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
         hand = flange * hand_in_flange
         np.testing.assert_allclose(row[:3] + flange.apply([0, 0, 0.1034]), position, atol=1e-5)
         assert (hand.inv() * facing).magnitude() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (376, 672), (480, 640), (1280, 720)])
+def test_what_openpis_client_pads_is_seen_as_the_camera_saw_it(size: tuple[int, int]) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
+    camera = np.asarray(Image.fromarray(colours).resize(size[::-1], Image.Resampling.BICUBIC))
+    policy, robot = Spear1Policy.load("nano"), embodiments.load("droid")
+
+    def given(image: Array) -> torch.Tensor:
+        seen = {**robot.example(), droid.IMAGE: image, droid.WRIST: image}
+        with suppress_notices():
+            pixels = policy.inputs([robot.read(seen)])["pixel_values"]
+        return torch.cat([pixels[view].flatten().float() for view in ("external", "wrist")])
+
+    padded = fit_image(camera, 224, 224)
+    assert (given(padded) - given(camera)).abs().mean() < 1.5
+    barely = padded.copy()
+    barely[5, 5] = barely[-6, -6] = 1  # not what padding makes
+    assert droid.unpadded(barely) is barely
+    moved = np.roll(padded, 2, (0, 1))
+    for other in (np.zeros_like(padded), padded[:200], fit_image(camera, 256, 256), moved):
+        assert droid.unpadded(other) is other
 
 
 def test_a_robot_is_one_file() -> None:

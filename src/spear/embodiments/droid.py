@@ -2,7 +2,9 @@
 
 Facts (droid-dataset/droid, robot_ik_solver.py and franka/robot.py): 15 Hz; a joint velocity of 1 asks for 0.2
 rad in one step, and a vector with a larger entry is shortened as a whole; gripper positions are 1 closed, 0
-open; cartesian positions are those of the flange, with roll, pitch, yaw (R = Rz Ry Rx).
+open; cartesian positions are those of the flange, with roll, pitch, yaw (R = Rz Ry Rx). openpi's client sends
+images scaled into a square of 224 pixels, black around them: those bands are cut off again, since the scene
+would be smaller than in training if the model's own were added to them.
 
 Ours: the end-effector is the point between the fingers of the Franka hand, 0.1034 m from the flange; a
 chunk's five actions at 5 Hz become fifteen rows at 15 Hz on straight lines (joints) or geodesics (poses);
@@ -31,6 +33,9 @@ ROWS = 3
 """Rows of 15 Hz in an action of 5 Hz."""
 JOINT_STEP = 0.2
 """What a joint velocity of 1 means, rad per row."""
+SQUARE, KEPT = 224, (125, 126, 168)
+"""Side of the square that openpi's client sends, and pixels that it leaves of its other side: of the ZED
+camera's 16:9 (125: at 672 x 376) and of 4:3."""
 
 
 def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
@@ -41,11 +46,24 @@ def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
     closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
     position, rotation = _kinematics().pose(joints)
     return {
-        "observation/image": read.image(observation, camera),
-        "observation/wrist_image": read.image(observation, WRIST),
+        "observation/image": unpadded(read.image(observation, camera)),
+        "observation/wrist_image": unpadded(read.image(observation, WRIST)),
         "observation/state": read.state(position, rotation, 1 - closed),
         "prompt": read.prompt(observation),
     }
+
+
+def unpadded(image: Array) -> Array:
+    """An image as it was before openpi's client padded it. Only bands that are black (0) throughout, and as
+    high or wide as padding makes them, are cut off."""
+    if image.shape[:2] == (SQUARE, SQUARE) and not image[0, 0].any():
+        for axis, kept in itertools.product((0, 1), KEPT):
+            first = (SQUARE - kept) // 2
+            before, inside, after = np.split(image, (first, first + kept), axis)
+            edges = [inside.take(end, axis).max() for end in (0, -1)]
+            if all(edges) and before.max() == after.max() == 0:
+                return inside
+    return image
 
 
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
