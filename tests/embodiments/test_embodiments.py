@@ -154,6 +154,10 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
     fast = robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)
     assert np.abs(fast[:, :7]).max() <= 1
+    hurried = robot.controls["joint_position"].convert(chunk(size=0.3), state, seen)[:, :7]
+    speed = np.abs(np.diff(hurried, axis=0, prepend=seen[droid.JOINTS][None])) * 15 / control.SPEED_LIMIT
+    assert speed.max() == pytest.approx(1, abs=1e-4)
+    assert (hurried > control.JOINT_LOWER).all() and (hurried < control.JOINT_UPPER).all()
     rows = robot.controls["cartesian_position"].convert(chunk(), state, seen)
     hand_in_flange = Rotation.from_euler("ZX", [-45, 180], degrees=True)
     for row, position, facing in zip(rows[2::3], positions, turns, strict=True):

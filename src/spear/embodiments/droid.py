@@ -67,10 +67,16 @@ def unpadded(image: Array) -> Array:
 
 
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
-    """[3 H, 8] float32: joint angles (rad) and gripper."""
-    part = np.arange(1, ROWS + 1)[:, None]
-    pairs = itertools.pairwise(_path(actions, state, observation))
-    return _with_gripper(np.concatenate([a + (b - a) * part / ROWS for a, b in pairs]), actions)
+    """[3 H, 8] float32: joint angles (rad) and gripper. A step too fast for a joint is shortened as a whole;
+    the next one goes on from there."""
+    fastest = _kinematics().SPEED_LIMIT * ROWS / RATE_HZ
+    at, *path = _path(actions, state, observation)
+    part, rows = np.arange(1, ROWS + 1)[:, None] / ROWS, []
+    for to in path:
+        step = (to - at) / max(1.0, (np.abs(to - at) / fastest).max())
+        rows.append(at + step * part)
+        at = at + step
+    return _with_gripper(np.concatenate(rows), actions)
 
 
 def joint_velocities(actions: Array, state: Array, observation: Observation) -> Array:
@@ -129,7 +135,9 @@ EMBODIMENT = Embodiment(
         "joint_velocity": Control(
             "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)", RATE_HZ, joint_velocities
         ),
-        "joint_position": Control("7 joint angles (rad), gripper (1 closed)", RATE_HZ, joint_positions),
+        "joint_position": Control(
+            "7 joint angles (rad, within the arm's speed), gripper (1 closed)", RATE_HZ, joint_positions
+        ),
         "cartesian_position": Control(
             "the flange's x y z (m, base frame), roll pitch yaw (rad), gripper (1 closed)",
             RATE_HZ,
