@@ -102,7 +102,7 @@ def test_committed_actions_come_back_and_the_others_are_those_of_the_plain_netwo
     assert distance(found[1, 1:], free[1, 1:]) > 1e-3
 
 
-@pytest.mark.parametrize("broken", ["raises", "differs"])
+@pytest.mark.parametrize("broken", ["raises", "differs", "no number"])
 def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, noise = spear1(), actions(3, H)
     given = observation(3, ("external", "wrist"), True)
@@ -111,10 +111,11 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
     def wrong(*args: Any) -> torch.Tensor:
         if broken == "raises":
             raise RuntimeError("no kernel")
-        return true + 0.01
+        return true + (0.01 if broken == "differs" else torch.nan)
 
     monkeypatch.setattr(sampling, "_sample", wrong)
-    with pytest.warns(Notice, match="no kernel" if broken == "raises" else "0.0"):
+    said = {"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]
+    with pytest.warns(Notice, match=said):
         first = model.sample_actions(**given, steps=4, noise=noise).to_vector()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once

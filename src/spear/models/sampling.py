@@ -153,7 +153,7 @@ def _first(
     try:
         found = fast(model, sampler, inputs, steps, graphs)
         apart = difference(found, slow)
-        far = apart > AGREES.get(sampler.dtype, AGREES[torch.bfloat16])
+        far = not apart <= AGREES.get(sampler.dtype, AGREES[torch.bfloat16])  # what is no number is far
         reason = f"{apart:.2g} from the plain network" if far else ""
     except RuntimeError as error:
         reason = first_line(error)
