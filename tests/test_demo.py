@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tiny import make
-from spear import demo
+from spear import cli, demo
 from spear.cli import main
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
@@ -51,6 +52,18 @@ def test_ask_answers_in_metres_and_draws(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*ask, str(photo), *question, "--draw", str(below)]) == 2
     *notes, said = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {below}: ") and all(line.startswith("note: ") for line in notes)
+
+
+def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"spear (ask sim:.*)", cli.load("ask").__doc__ or "")
+    *words, drawing = shlex.split(example)
+    assert main([*words, drawing]) == 0 and Image.open(drawing).size == (576, 384)
+    assert "note:" not in capsys.readouterr().err
+    assert main(["ask", "sim:7", "How far away is the zebra?", "--draw", "none.png"]) == 0
+    assert "note: none.png" in capsys.readouterr().err and not Path("none.png").exists()
 
 
 def test_the_page_without_real_data_says_how_to_get_some(

@@ -40,7 +40,7 @@ def ask(options: AskOptions) -> None:
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
-        spear ask sim:7 "Provide the 3D bounding box coordinates of the carrot" --draw box.png
+        spear ask sim:7 "Provide the 3D bounding box coordinates of the cucumber" --draw box.png
     """
     from spear.evaluate.vqa import ask as asking
     from spear.evaluate.vqa.calibration import Trust
@@ -60,7 +60,9 @@ def ask(options: AskOptions) -> None:
         notice(f"not measured how sure this is: `spear evaluate vqa {options.model} sim --calibrate` does it")
     if not options.image.startswith("sim:") and simulator_only(folder):
         notice(f"{options.model} has seen nothing but the built-in simulator: it knows little of photos")
-    if options.draw and answer is not None:
+    if options.draw and answer is None:
+        notice(f"{options.draw} is not written: there is no answer to draw")
+    elif options.draw and answer is not None:
         from spear.report.draw import draw_answer
 
         drawn = draw_answer(answer.segments, picture.image, picture.intrinsics)
