@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2081, "ablations": 657, "cli": 1604, "data": 4618, "embodiments": 764, "evaluate": 3188,
+    "(top)": 2081, "ablations": 657, "cli": 1604, "data": 4618, "embodiments": 775, "evaluate": 3188,
     "labels": 4760, "models": 4745, "report": 1196, "serve": 995, "sim": 1607, "train": 2521, "ui": 693,
     "util": 736,
 }  # fmt: skip

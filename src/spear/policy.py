@@ -10,7 +10,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
-from spear.embodiments.tools import Checked, check
+from spear.embodiments.tools import Checked, check, is_camera
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
@@ -227,7 +227,7 @@ class Spear1Policy:
         sizes = self.processor.image_sizes
         keys = {"observation/image" if v == "external" else f"observation/{v}_image": v for v in sizes}
         for key in (key for observation in observations for key in observation):
-            if key.startswith("observation/") and key.endswith("image") and key not in keys:
+            if is_camera(key) and key not in keys:
                 raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")
         pixels: dict[str, torch.Tensor] = {}
         present: dict[str, torch.Tensor] = {}

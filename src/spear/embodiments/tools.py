@@ -5,6 +5,7 @@ This is the one place where observations are checked. A robot reads its own keys
 not looked at again on its way to the network.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ REQUIRED = {
     PROMPT: "the instruction in words",
 }
 """What every observation of `spear.types.Policy` has."""
+KNOWN = (*REQUIRED, "observation/wrist_image", SEED, COMMITTED)
 ANY_SEED = "a whole number that fixes what is random in the answer"
 
 SHORTEST_SIDE = 16
@@ -101,19 +103,28 @@ class Embodiment:
 
 
 def check(observation: Observation) -> Checked:
-    """Check an observation of `spear.types.Policy`. Raises `SpearError` naming the key.
+    """Check an observation of `spear.types.Policy`. Raises `SpearError` naming the key, also for one unknown.
 
-    Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Other keys stay as they are.
+    Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Which cameras there are, the
+    model knows.
     """
+    for key in observation:
+        if key not in KNOWN and not is_camera(key):
+            raise unknown_name("observation key", str(key)[:80], KNOWN)
     for key, about in REQUIRED.items():
         if key not in observation:
             raise SpearError(f"observation without {key!r}: send {about}")
     values = numbers(observation, STATE, STATE_DIM)
     for key in observation:
-        if key.startswith("observation/") and key.endswith("image"):
+        if is_camera(key):
             image(observation, key)
     own = arm(observation, STATE, values, values[3:7])
     return Checked({**observation, **own, **seed(observation), **committed(observation)})
+
+
+def is_camera(key: Any) -> bool:
+    """Whether a key of `spear.types.Policy` is a camera's: "observation/image", "observation/…_image"."""
+    return isinstance(key, str) and re.fullmatch(r"observation/(.+_)?image", key) is not None
 
 
 def image(observation: Observation, key: str) -> Array:
