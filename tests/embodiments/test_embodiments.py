@@ -3,6 +3,7 @@ file."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,25 @@ def test_a_robot_is_one_file() -> None:
     np.testing.assert_allclose(rows[:, :3], 1000 * positions, atol=1e-2)
     for row, facing in zip(rows, turns, strict=True):
         assert (Rotation.from_rotvec(row[3:6]).inv() * facing).magnitude() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("observation/state", np.array([0.45, 0, 0.2, 0, 0, 0, 3, 1])),
+        ("observation/state", np.array([450, 0, 200, 1, 0, 0, 0, 1.0])),
+        ("observation/state", np.array([0.45, 0, 0.2, 1, 0, 0, 0, 100])),
+        ("observation/image", np.zeros((210, 280, 3))),
+        ("observation/wrist", np.zeros((112, 112, 3), np.uint8)),
+        ("prompt", " "),
+        ("seed", 0.5),
+    ],
+)
+def test_what_a_robots_file_returns_is_checked(key: str, value: Any) -> None:
+    robot = embodiments.load("generic")
+    wrong = dataclasses.replace(robot, observe=lambda seen: {**seen, key: value})
+    with pytest.raises(SpearError, match=key):
+        wrong.read(robot.example())
 
 
 def test_an_unknown_robot_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ EMBODIMENT = Embodiment(
         WRIST: "the wrist camera's image, uint8 [height, width, 3]",
         read.COMMITTED: "actions [d, 8] that are executed before the answer is there; it begins with them",
     },
-    observe=read.check,
+    observe=dict,
     controls={
         "delta_pose": Control(
             "translation 3 (m, base frame), rotation quaternion 4 (w x y z, end-effector frame), gripper "

@@ -93,7 +93,7 @@ class Embodiment:
         for key, about in self.required.items():
             if key not in observation:
                 raise SpearError(f"observation without {key!r}: send {about}")
-        return Checked({**self.observe(observation), **seed(observation)})
+        return check({**self.observe(observation), **seed(observation)})
 
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""
