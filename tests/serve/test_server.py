@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ from websockets.sync.client import ClientConnection, connect
 
 from serve_here import Homing, get, homing, process, serving
 from spear.chunks import Pilot
-from spear.embodiments import load
+from spear.embodiments import Control, load
 from spear.errors import SpearError
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer
+from spear.serve.service import Service
 
 GENERIC = load("generic")
 
@@ -82,6 +84,27 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
                 assert isinstance(reply, str) and said in reply and "\n" not in reply
         raw.send(good)
         np.testing.assert_array_equal(wire.decode(raw.recv())["actions"], homing(seen()["observation/state"]))
+
+
+@pytest.mark.parametrize("where", ["observe", "convert"])
+def test_a_mistake_in_a_robots_file_fails_the_observation_that_shows_it(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mistaken(*given: Any) -> Any:
+        if given[-1]["prompt"] == "odd":
+            raise ZeroDivisionError
+        return given[0]
+
+    control = Control("", 5.0, mistaken) if where == "convert" else Control("", 5.0)
+    observe = mistaken if where == "observe" else GENERIC.observe
+    robot = dataclasses.replace(GENERIC, observe=observe, controls={"pose": control})
+    answers = Service(Homing(), robot).answer([seen(0.1), seen(prompt="odd"), seen(0.3)])
+    assert isinstance(answers[1], SpearError) and "ZeroDivisionError" in str(answers[1])
+    for answer, x in zip(answers[::2], (0.1, 0.3), strict=True):
+        assert isinstance(answer, dict)
+        np.testing.assert_allclose(answer["actions"][0, 0], -0.1 * x, rtol=1e-5)
+    (record,) = caplog.records
+    assert record.exc_info
 
 
 def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:

@@ -22,6 +22,7 @@ from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
 from spear.util.processes import release_workers
 
+LOG = logging.getLogger(__name__)
 RECENT = 1.0
 """A client that asked within so many seconds is expected to ask again (our choice)."""
 Result = dict[str, Any] | SpearError
@@ -105,11 +106,14 @@ class Service:
 
 
 def _attempt(call: Callable[..., dict[str, Any]], *args: Any) -> Result:
-    """What a call returns, or the `SpearError` that it raises."""
+    """What a call returns, or the `SpearError` that it raises; a mistake in a robot's file becomes one."""
     try:
         return call(*args)
     except SpearError as error:
         return error
+    except Exception as error:
+        LOG.exception("the robot's file failed")
+        return SpearError(f"the robot's file failed: {type(error).__name__}: see the server's log")
 
 
 class Busy(SpearError):
@@ -186,7 +190,7 @@ class Batcher:
                     requests = [waiting.request for waiting in batch]
                     results = await loop.run_in_executor(self._thread, self._answer, requests)
                 except Exception as error:
-                    logging.getLogger(__name__).exception("inference failed")
+                    LOG.exception("inference failed")
                     results = [error] * len(batch)
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
