@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from serve_here import Homing, serving
 from spear.errors import SpearError
-from spear.evaluate.agents import PolicyAgent, load_agent
+from spear.evaluate.agents import IMAGE_SIZES, PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
 from spear.policy import Spear1Policy
@@ -32,6 +33,16 @@ def test_what_is_cheap_is_checked_before_the_model_is_loaded(
 def test_a_server_for_another_robot_is_refused() -> None:
     with serving(robot="droid") as server, pytest.raises(SpearError, match="--embodiment generic"):
         load_agent(f"ws://127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])
+def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
+    policy = Homing()
+    if sizes:
+        policy.processor = SimpleNamespace(image_sizes=sizes)
+    with serving(policy) as server:
+        agent = load_agent(f"ws://127.0.0.1:{server.port}")
+        assert agent.image_sizes == (sizes or IMAGE_SIZES)
 
 
 def test_a_served_policy_does_as_it_does_here() -> None:

@@ -116,7 +116,8 @@ def load_agent(
         if robot not in ("generic", "sim"):
             policy.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
-        return PolicyAgent(policy, name)
+        sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
+        return PolicyAgent(policy, name, image_sizes={**IMAGE_SIZES, **sizes})
     local = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
     which = identity(locate(name), local.model.dtype, dataset)
     return PolicyAgent(local, name, which, local.processor.image_sizes)

@@ -45,6 +45,7 @@ class Service:
     ) -> None:
         self.policy, self.embodiment = policy, embodiment
         control, self.control = embodiment.control(control)
+        sizes = getattr(getattr(policy, "processor", None), "image_sizes", {})
         self.metadata: dict[str, Any] = {
             "policy": name,
             "embodiment": robot,
@@ -53,6 +54,7 @@ class Service:
             "rate_hz": self.control.rate_hz,
             "observation": dict(embodiment.required),
             "optional": dict(embodiment.optional),
+            "image_sizes": {view: list(size) for view, size in sizes.items()},  # width, height
             "committed": getattr(policy, "committed", 0) if COMMITTED in embodiment.optional else 0,
             "server": f"spear {spear.__version__}",
         }
