@@ -5,8 +5,8 @@
 
 At a state between noise and a demonstrated chunk, the network says a velocity or a clean action; either names
 the end of the way. The table has how far that end is from the demonstrated action: translation, mm, and
-rotation, mrad, in the mean of actions (those with turns above 50 mrad apart), and how often the gripper's side
-is wrong, %. The last line is where ten Euler steps from pure noise end. The same steps and noise for all
+rotation, mrad, in the mean of actions (those with turns above 50 mrad apart), and how often the gripper is on
+the wrong side, %. The last line is where ten Euler steps from pure noise end. The same steps and noise for all
 policies.
 """
 
@@ -90,7 +90,8 @@ def main(policies: tyro.conf.Positional[tuple[Path, ...]], episodes: Path, steps
     """
     store = EpisodeStore(episodes)
     for folder in policies:
-        print(f"\n{folder}: {steps} steps\n\n| τ | translation, mm | rotation, mrad | of turns | gripper, % |")
+        print(f"\n{folder}: {steps} steps\n")
+        print("| τ | translation, mm | rotation, mrad | of turns | gripper, % |")
         print("|---" * 5 + "|")
         for tau, values in measure(Spear1Policy.load(folder), store, steps).items():
             mm, mrad, angle, wrong = values.numpy().T
