@@ -6,7 +6,7 @@
 At a state between noise and a demonstrated chunk, the network says a velocity or a clean action; either names
 the end of the way. The table has how far that end is from the demonstrated action: translation, mm, and
 rotation, mrad, in the mean of actions (those with turns above 50 mrad apart), and how often the gripper is on
-the wrong side, %. The last line is where ten Euler steps from pure noise end. The same steps and noise for all
+the wrong side, %. The last line: where ten Euler steps from pure noise end. The same steps and noise for all
 policies.
 """
 
