@@ -30,7 +30,7 @@ from spear.util.processes import release_workers
 Mode = Literal["sync", "async", "ensemble", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
-say; the nano policy succeeds more often than with 2 or more (docs/nano.md)."""
+say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
 REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
 

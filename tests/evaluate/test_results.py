@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from spear.errors import SpearError
 from spear.evaluate.agents import fingerprint
-from spear.evaluate.results import Journal, Outcome, Results, load, merge
+from spear.evaluate.results import Journal, Outcome, Results, load, merge, terminal_table
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
@@ -103,3 +104,14 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(weights)
         found.append(fingerprint(tmp_path))
     assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("name", ["put_on", "StackGreenCubeOnYellowCubeBakedTexInScene-v1"])
+def test_a_narrow_terminal_folds_long_names_and_leaves_no_number_out(name: str) -> None:
+    row = [name, "24", "91.7%", "54.2%", "+37.5 [+10.9, +58.3]", "< 0.0001", "10 : 1"]
+    headers = ["family", "n", "runs/another", "runs/mine", "difference [95 %]", "p", "won : lost"]
+    console = Console(width=80, record=True)
+    console.print(terminal_table("two", headers, [row]))
+    cells = [line.split("\u2502")[1:-1] for line in console.export_text().splitlines() if "\u2502" in line]
+    columns = ["".join(column).replace(" ", "") for column in zip(*cells, strict=True)]
+    assert columns == [cell.replace(" ", "") for cell in row]
