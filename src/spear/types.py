@@ -216,9 +216,7 @@ class Policy(Protocol):
         "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper
                                    opening
         "prompt"                   str
-        "seed"                     int, optional: fixes what is random in the answer to this observation. Give
-                                   each look another: under the same noise again and again a policy that
-                                   hesitates does so for good
+        "seed"                     int, optional: fixes what is random in this answer; give each look another
         "committed"                [d, 8] float32, optional: actions that are executed before the answer is
                                    there, which begins with them
     Result keys

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
@@ -142,14 +142,10 @@ def terminal_table(
     caption: str = "",
     mean_last: bool = False,
 ) -> Table:
-    """A table for a terminal, names on the left, numbers on the right. mean_last: the last row is set off.
-
-    Where the terminal is narrow, words are folded, long names first: nothing is left out.
-    """
-    table, short = Table(title=escape(title), caption=escape(caption)), all(len(row[0]) <= 16 for row in rows)
+    """A table for a terminal, numbers right; a narrow one folds words. mean_last: the last row is set off."""
+    table = Table(title=escape(title), caption=escape(caption))
     for index, header in enumerate(headers):
-        justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(escape(header), justify=justify, no_wrap=short and not index, overflow="fold")
+        table.add_column(escape(header), justify="right" if index else "left", overflow="fold")
     for row in rows:
         if mean_last and row is rows[-1]:
             table.add_section()
