@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2081, "ablations": 657, "cli": 1604, "data": 4618, "embodiments": 775, "evaluate": 3189,
-    "labels": 4760, "models": 4745, "report": 1196, "serve": 1001, "sim": 1607, "train": 2521, "ui": 693,
+    "labels": 4760, "models": 4750, "report": 1196, "serve": 1001, "sim": 1607, "train": 2521, "ui": 693,
     "util": 736,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -101,6 +101,11 @@ def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch
         policy.infer(observation(committed=two[:3]))
 
 
+def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:
+    typed = policy.infer(observation(prompt="Put the carrot on the plate."))
+    np.testing.assert_array_equal(typed["actions"], policy.infer(observation())["actions"])
+
+
 def test_the_wrist_camera_may_be_missing_which_matters_to_nobody_else(policy: Spear1Policy) -> None:
     both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
     alone = [policy.infer(one)["actions"] for one in both]

@@ -243,7 +243,7 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        text = self.processor.prompts([o["prompt"] for o in observations])
+        text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
             "pixel_values": pixels,

@@ -94,7 +94,7 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
 
     class Words:
-        def prompts(self, texts: list[str], cut: bool) -> dict[str, torch.Tensor]:
+        def instructions(self, texts: list[str], cut: bool) -> dict[str, torch.Tensor]:
             return {"input_ids": torch.zeros(len(texts), 1)}
 
     raw = {

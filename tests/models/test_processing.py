@@ -128,6 +128,13 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
     assert whole[1, -1] == processor.prompts(["go"])["input_ids"][0, -1]
 
 
+def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
+    typed = processor.instructions(["put it there", "Put it there.", " PUT  it there !\n"])
+    assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 3)["input_ids"])
+    with pytest.raises(SpearError, match="empty instruction"):
+        processor.instructions(["..."])
+
+
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
         ids = processor.tokenizer.encode(text, add_special_tokens=False)

@@ -142,12 +142,17 @@ class Processor:
         return replace(question, prompt=self.framed(question.prompt, size, view), segments=answer)
 
     def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask [N, L] of prompts or instructions, padded on the right.
+        """input_ids and attention_mask [N, L] of texts, padded on the right.
 
         As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text, unless
         that is to be cut, with a notice: one among a million instructions ends no training.
         """
         return self._pad([self._prompt(text, cut) for text in texts])
+
+    def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
+        """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
+        acting: how somebody types shall not change what the robot does (our choice)."""
+        return self.prompts([text.lower().rstrip(" \n.!") for text in texts], cut)
 
     def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and

@@ -327,5 +327,5 @@ def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str,
         "state": state,
         "actions": action,
         "action_mask": torch.from_numpy(raw["action_mask"]),
-        **processor.prompts(raw["instruction"], cut=True),
+        **processor.instructions(raw["instruction"], cut=True),
     }
