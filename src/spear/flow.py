@@ -58,6 +58,8 @@ class FlowConfig:
                       it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
                       benchmarks/train/flow_losses.py, see docs/train.md).
     *_weight          of the parts in the total (1 is our choice).
+    steps             Euler steps from noise to an action, when acting (10: π0's; the paper does not say). How
+                      many are best depends on the model (docs/nano.md).
     time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper
                       says "as π0").
     """
@@ -73,15 +75,17 @@ class FlowConfig:
     time_alpha: float = 1.5
     time_beta: float = 1.0
     time_scale: float = 0.999
+    steps: int = 10
 
     def __post_init__(self) -> None:
         check_known("flow rotation", ("s3", "linear"), self.rotation)
         check_known("flow rotation_loss", ("cosine", "mse"), self.rotation_loss)
         check_known("flow prediction", ("velocity", "clean"), self.prediction)
-        for name in (field.name for field in fields(self) if field.type in (float, float | None)):
-            value, least = getattr(self, name), 0.0 if name.endswith("weight") else 1e-6
+        for name in (field.name for field in fields(self) if field.type in (int, float, float | None)):
+            whole = name == "steps"
+            value, least = getattr(self, name), 1 if whole else 0.0 if name.endswith("weight") else 1e-6
             most = 1.0 if name == "time_scale" else 1e6
-            number = isinstance(value, int | float) and least <= value <= most
+            number = isinstance(value, int if whole else int | float) and least <= value <= most
             if not number and (value is not None or name != "geodesic_step"):
                 raise SpearError(f"flow {name} is {value!r}: give a number from {least:g} to {most:g}")
 

@@ -154,7 +154,7 @@ def _place(model: torch.nn.Module, device: torch.device) -> None:
 class Spear1Policy:
     """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
 
-    steps  Euler steps of the flow (10: our choice, π0's; the paper does not say).
+    steps  Euler steps of the flow; `load` takes the model's own unless some are given.
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
            many observations came before it; never on what else is in the batch.
     folder where it was loaded from.
@@ -172,7 +172,7 @@ class Spear1Policy:
     def load(
         name: str | Path = "nano",
         device: str | torch.device = "cpu",
-        steps: int = 10,
+        steps: int | None = None,
         seed: int = 0,
         dataset: str | None = None,
         dtype: str | torch.dtype = "float32",
@@ -191,7 +191,7 @@ class Spear1Policy:
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         processor = Processor.load(folder, model.config.vlm_config)
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder)
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps or model.flow.steps, seed, folder)
 
     @property
     def committed(self) -> int:

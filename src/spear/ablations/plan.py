@@ -245,6 +245,7 @@ def _training(
     size = dataclasses.asdict(preset(one.preset))
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
+    del size["flow"]["steps"]  # of acting
     learned_from = data.key if one.kind == "vla" else data.labels_key
     begins = [None if part is None else part.key for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)

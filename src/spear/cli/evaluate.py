@@ -38,7 +38,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from spear.evaluate.closed_loop import evaluate as run
 
     who = options.agent
-    run(load_agent(who.policy, who.device, who.dtype, who.dataset), options.loop)
+    run(load_agent(who.policy, who.device, who.dtype, who.dataset, who.flow_steps), options.loop)
     _report(who.policy, options.loop.out)
 
 
@@ -65,8 +65,9 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     who = options.agent
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    oracle = who.policy == "oracle" and who.dataset is None
-    run(OracleAgent() if oracle else load_agent(who.policy, who.device, who.dtype, who.dataset), options.loop)
+    given = who.device, who.dtype, who.dataset, who.flow_steps
+    oracle = who.policy == "oracle" and given[2:] == (None, None)
+    run(OracleAgent() if oracle else load_agent(who.policy, *given), options.loop)
     _report(who.policy, options.loop.out)
 
 

@@ -99,7 +99,7 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     folder, device = locate(options.policy), choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     o = options
-    policy = Spear1Policy.load(folder, device, o.steps, dataset=o.dataset, dtype=o.dtype)
+    policy = Spear1Policy.load(folder, device, o.flow_steps, dataset=o.dataset, dtype=o.dtype)
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
     rows = service.warm_up()
     if isinstance(options, VlaEvalOptions) and options.replan is not None:

@@ -97,15 +97,16 @@ def load_agent(
     device: str = "cpu",
     dtype: str = "float32",
     dataset: str | None = None,
+    steps: int | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset: of a policy that is loaded here (`Spear1Policy.load`); SpearError for a dataset of others.
-    """
+    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last two of no other."""
     from spear.policy import Spear1Policy, locate
 
     remote = name.startswith(("ws://", "wss://"))
-    if dataset is not None and (remote or name in ("expert", "oracle", "nothing")):
-        raise SpearError(f"--dataset {dataset}: is for a policy that is loaded here: leave it out for {name}")
+    for option, value in (("--dataset", dataset), ("--flow-steps", steps)):
+        if value is not None and (remote or name in ("expert", "oracle", "nothing")):
+            raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
         return ExpertAgent() if name == "expert" else IdleAgent()
     if remote:
@@ -118,8 +119,8 @@ def load_agent(
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
         return PolicyAgent(policy, name, image_sizes={**IMAGE_SIZES, **sizes})
-    local = Spear1Policy.load(name, device, dataset=dataset, dtype=dtype)
-    which = identity(locate(name), local.model.dtype, dataset)
+    local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
+    which = identity(locate(name), local.model.dtype, dataset) + (f" steps {steps}" if steps else "")
     return PolicyAgent(local, name, which, local.processor.image_sizes)
 
 

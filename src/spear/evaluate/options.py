@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from spear.util.options import Dataset, Device, Dtype, Folder, Options, Seed, Within
+from spear.util.options import Dataset, Device, Dtype, Folder, Number, Options, Seed, Within
 
 Films = int | Literal["failures", "all"]
 """Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
@@ -27,6 +27,8 @@ class AgentOptions(Options):
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: Dataset = None
+    flow_steps: Annotated[Number, Within(1)] = None
+    """Euler steps from noise to actions. Default: the model's own number."""
 
 
 class EpisodeOptions(Options):

@@ -86,7 +86,9 @@ _ALL = (
         coordinate_smoothing=2.0,
         # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
         # expert learned never to turn, which is right for most steps.
-        flow={"prediction": "clean", "rotation_loss": "mse", "geodesic_weight": 0.0, "rotation_weight": 50.0},
+        flow=dict(
+            prediction="clean", rotation_loss="mse", geodesic_weight=0.0, rotation_weight=50.0, steps=5
+        ),
     ),
     Preset(
         # Our choice of sizes: a third of a billion parameters, for one consumer GPU.

@@ -230,16 +230,17 @@ class Spear1ForActionPrediction(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         state: torch.Tensor,
-        steps: int = 10,
+        steps: int | None = None,
         noise: Action | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         graphs: bool = True,
         committed: flow.Committed | None = None,
     ) -> Action:
-        """Actions [B, H, ·] by `steps` Euler steps from noise: normalised units, unit canonical rotations.
+        """Actions [B, H, ·] by `steps` Euler steps from noise (None: the flow's own): normalised units,
+        unit canonical rotations.
 
-        10 steps are our choice (π0's). Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
+        Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
         attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
         committed: actions that come back as they are, and that the others go on from.
         """
@@ -257,7 +258,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs["attention_mask"] = attention_mask
         if committed is not None:
             inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
-        return Action.from_vector(sample(self, inputs, steps, graphs))
+        return Action.from_vector(sample(self, inputs, steps or self.flow.steps, graphs))
 
 
 def load_inner_vlm(folder: Path, dtype: torch.dtype | None = None) -> SpearVLMForConditionalGeneration:

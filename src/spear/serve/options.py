@@ -25,8 +25,8 @@ class ServiceOptions(Options):
     cartesian_position). Default: the robot's usual one."""
     device: Device = "auto"
     dtype: Dtype = "float32"
-    steps: Annotated[int, Within(1)] = 10
-    """Euler steps of the flow: fewer are faster and coarser."""
+    flow_steps: Annotated[Number, Within(1)] = None
+    """Euler steps from noise to actions. Default: the model's own number."""
     dataset: Dataset = None
     max_batch: Annotated[int, Within(1)] = 16
     """At most so many observations are answered together."""

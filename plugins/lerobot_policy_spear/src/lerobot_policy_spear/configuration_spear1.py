@@ -30,7 +30,7 @@ class Spear1Config(PreTrainedConfig):
     replan      of the 5 predicted actions, so many are executed before the next look.
     cameras     the dataset's name of a camera → "external" or "wrist"; empty: by the names themselves.
     urdf, tip   for joint angles: the arm's URDF and the link that is its end-effector.
-    steps, seed of the flow that actions come from.
+    steps, seed of the flow that actions come from; None: the model's steps.
     state_names, action_feature_names  what the numbers are: LeRobot fills them in from the dataset.
     """
 
@@ -42,7 +42,7 @@ class Spear1Config(PreTrainedConfig):
     cameras: dict[str, str] = field(default_factory=dict)
     urdf: str = ""
     tip: str = "gripper_frame_link"
-    steps: int = 10
+    steps: int | None = None
     seed: int = 0
     state_names: list[str] = field(default_factory=list)
     action_feature_names: list[str] = field(default_factory=list)
