@@ -457,5 +457,8 @@ def test_bad_configuration_is_one_line_with_a_suggestion() -> None:
         with pytest.raises(SpearError, match=f"{field} 'wrong'"):
             FlowConfig(**{field: "wrong"})  # type: ignore[arg-type]
     noise = flow.sample_noise((1, 1), S3)
+    for steps in (0, 2.5):
+        with pytest.raises(SpearError, match="flow steps"):
+            FlowConfig(steps=steps)  # type: ignore[arg-type]
     with pytest.raises(SpearError, match="at least 1"):
         flow.integrate(lambda state, _: state, noise, 0, S3)

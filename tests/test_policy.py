@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, SpearError, suppress_notices
@@ -99,6 +100,18 @@ def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch
     assert np.abs(one[1:] - two[1:]).max() > 1e-4 < np.abs(one[1:] - free[1:]).max()
     with pytest.raises(SpearError, match="committed"):
         policy.infer(observation(committed=two[:3]))
+
+
+def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spear1Policy) -> None:
+    assert policy.steps == policy.model.flow.steps == 5
+    inputs = policy.inputs([observation()])
+    own, two = policy.model.sample_actions(**inputs), policy.model.sample_actions(**inputs, steps=2)
+    assert torch.equal(own.to_vector(), policy.predict(inputs).to_vector())
+    again = Spear1Policy.load("nano", steps=2)
+    assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
+    assert load_agent("nano", steps=2).weights != load_agent("nano").weights  # results never mix
+    with pytest.raises(SpearError, match="--flow-steps"):
+        load_agent("expert", steps=2)
 
 
 def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:
