@@ -6,8 +6,8 @@
 At a state between noise and a demonstrated chunk, the network says a velocity or a clean action; either names
 the end of the way. The table has how far that end is from the demonstrated action: translation, mm, and
 rotation, mrad, in the mean of actions (those with turns above 50 mrad apart), and how often the gripper is on
-the wrong side, %. The last line: where ten Euler steps from pure noise end. The same steps and noise for all
-policies.
+the wrong side, %. The last lines: where so many Euler steps from pure noise end, and how far one noise's end
+is from another's ("spread", mm). The same steps and noise for all policies.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from spear.types import Action
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 TURN = 0.05
 """Least angle of a turn, rad."""
+EULER = (1, 3, 5, 10, 20)
 BATCH = 64
 
 
@@ -56,13 +57,13 @@ def errors(policy: Spear1Policy, found: Action, data: Action, mask: Tensor) -> T
 
 
 @torch.no_grad()
-def measure(policy: Spear1Policy, store: EpisodeStore, steps: int) -> dict[str, Tensor]:
-    """`errors` by time, and of the whole flow ("flow"), over so many steps of the episodes."""
+def measure(policy: Spear1Policy, store: EpisodeStore, count: int) -> dict[str, Tensor]:
+    """`errors` by time, and of the whole flow, over so many steps of the episodes."""
     model, sizes = policy.model, policy.processor.image_sizes
     views = {view: (height, width) for view, (width, height) in sizes.items()}
     samples = TrainingSamples(Mixture([("unseen", store, 1.0)]), views, model.config.horizon)
     found: dict[str, list[Tensor]] = {}
-    for batch in range(-(-steps // BATCH)):
+    for batch in range(-(-count // BATCH)):
         inputs = robot_inputs(policy.processor, policy.normalizer, samples.batch(batch, BATCH))
         data, mask = Action.from_vector(inputs.pop("actions")), inputs.pop("action_mask")
         state = inputs.pop("state")
@@ -75,8 +76,11 @@ def measure(policy: Spear1Policy, store: EpisodeStore, steps: int) -> dict[str, 
             at, _ = flow.interpolate(noise, data, time, model.flow)
             end = end_of(predict(at, time), at, time, model.flow)
             found.setdefault(f"{tau:g}", []).append(errors(policy, end, data, mask))
-        whole = flow.integrate(predict, noise, policy.steps, model.flow)
-        found.setdefault("flow", []).append(errors(policy, whole, data, mask))
+        other = flow.sample_noise(mask.shape, model.flow, generator)
+        for steps in EULER:
+            one, two = (flow.integrate(predict, start, steps, model.flow) for start in (noise, other))
+            found.setdefault(f"{steps} steps", []).append(errors(policy, one, data, mask))
+            found.setdefault(f"{steps} steps, spread", []).append(errors(policy, one, two, mask))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
