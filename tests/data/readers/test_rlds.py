@@ -250,6 +250,16 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     np.testing.assert_allclose(moved, whole.position[-1] - whole.position[0], atol=1e-6)
 
 
+def test_an_arm_that_stands_still_is_idle_whatever_its_orientation(copy: Path) -> None:
+    """In float32 the scalar product of a quaternion with itself may lie below 1."""
+    ((source, raw),) = open_rlds(copy).steps("train[5:6]")
+    steps, spec = deepcopy(raw), dataclasses.replace(REGISTRY["bridge_dataset"], drop_idle=True, rate_hz=15)
+    for roll in np.linspace(-1, 1, 20):
+        steps["observation"]["state"][:] = [0.3, 0, 0.2, roll, 0.4, -0.7, 1]
+        steps["action"][:, 6] = 1
+        assert len(episode_from(steps, spec, source)) == 1
+
+
 def test_versions_that_are_broken_are_refused(copy: Path) -> None:
     edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
     with pytest.raises(SpearError, match=r"1\.0\.0: .* 0\.1\.0"):

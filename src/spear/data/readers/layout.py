@@ -175,8 +175,7 @@ def _without_idle(episode: Episode, command: Array | None) -> tuple[Episode, Arr
     if command is not None:
         moved |= np.diff(command, prepend=command[:1])[:-1] != 0
     keep = np.flatnonzero(np.append(moved, True))
-    names = ("position", "rotation", "gripper")
-    parts: dict[str, Any] = {name: getattr(episode, name)[keep] for name in names}
+    parts: dict[str, Any] = {n: getattr(episode, n)[keep] for n in ("position", "rotation", "gripper")}
     images = {camera: [images[i] for i in keep.tolist()] for camera, images in episode.images.items()}
     return dataclasses.replace(episode, images=images, **parts), None if command is None else command[keep]
 
@@ -236,8 +235,9 @@ def _check_jumps(episode: Episode) -> None:
 
 
 def _turned(rotation: Array) -> Array:
-    """[T - 1] angles between quaternions [T, 4] that follow each other, rad."""
-    return 2 * np.arccos(np.abs((rotation[1:] * rotation[:-1]).sum(1)).clip(max=1))
+    """[T - 1] angles between quaternions [T, 4] that follow each other, rad; exactly 0 where they are one."""
+    apart = (np.linalg.norm(rotation[1:] - sign * rotation[:-1], axis=1) for sign in (1, -1))
+    return 4 * np.arcsin(np.minimum(*apart) / 2)
 
 
 FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
