@@ -260,6 +260,16 @@ def test_an_arm_that_stands_still_is_idle_whatever_its_orientation(copy: Path) -
         assert len(episode_from(steps, spec, source)) == 1
 
 
+def test_another_layout_in_the_folder_of_the_version_is_other_data(copy: Path, tmp_path: Path) -> None:
+    above = tmp_path / "above"
+    above.mkdir()
+    copy.rename(above / "1.0.0")
+    prepare(above, tmp_path / "out", "train[:2]")
+    (above / "1.0.0/spear.json").write_text('{"like": "bridge_dataset", "command_range": [1.0, 0.0]}')
+    with pytest.raises(SpearError, match=r"in another way \(layout is"):
+        prepare(above, tmp_path / "out", "train[:2]")
+
+
 def test_versions_that_are_broken_are_refused(copy: Path) -> None:
     edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
     with pytest.raises(SpearError, match=r"1\.0\.0: .* 0\.1\.0"):

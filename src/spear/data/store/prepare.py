@@ -74,7 +74,7 @@ def prepare(
     source = open_dataset(path)
     if isinstance(source, Dataset):
         source.spec(how.layout)  # says what is wrong with it before anything is written
-    file = how.layout or path / SPEC_FILE
+    file = how.layout or source.path / SPEC_FILE
     request = {
         "path": str(path.resolve()),
         "data": _digest(source),
