@@ -114,6 +114,18 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     assert written == 1 and not aside
 
 
+def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:
+    folder = copied(lerobot / "v2.1_video", tmp_path / "set")
+    prepare(folder, tmp_path / "out", "train[:2]")
+    for file, old, new in (("tasks.jsonl", "cup", "mug"), ("info.json", '"fps": 5', '"fps": 10')):
+        text = (folder / "meta" / file).read_text()
+        (folder / "meta" / file).write_text(text.replace(old, new))
+        with pytest.raises(SpearError, match=r"in another way \(data is"):
+            prepare(folder, tmp_path / "out", "train[:2]")
+        (folder / "meta" / file).write_text(text)
+    assert prepare(folder, tmp_path / "out", "train[:2]")[0] == 2
+
+
 def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v3.0_image", tmp_path / "set")
     info = json.loads((folder / "meta/info.json").read_text())

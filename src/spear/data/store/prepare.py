@@ -209,7 +209,7 @@ def _digest(source: Dataset | EpisodeStore) -> str:
     if isinstance(source, EpisodeStore):
         return source.digest()
     digest = hashlib.sha256()
-    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4"))
+    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "meta/info.json", "meta/*.jsonl"))
     return digest.hexdigest()
 
 
