@@ -112,6 +112,7 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     store = EpisodeStore(whole)
     everything = store.subset(range(len(store)))
     assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(everything, 1.0)])
+    assert open_store(whole, tmp_path)[0].whole and not open_store(whole, tmp_path, "train[1:]")[0].whole
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     (copy / SKETCHES).write_bytes(b"no statistics")
     with pytest.raises(SpearError, match=SKETCHES):

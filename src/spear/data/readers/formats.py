@@ -75,7 +75,7 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     chosen = [i for _, first, end in ranges for i in range(first, end)]
     if not chosen:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
-    return store.subset(chosen)
+    return store if chosen == list(range(len(store))) else store.subset(chosen)
 
 
 def episode_counts(path: str | Path) -> Mapping[str, int]:
