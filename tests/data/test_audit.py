@@ -283,6 +283,15 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
         bridge(shared, tmp_path, gripper_range=[0, 0.08])
 
 
+@pytest.mark.parametrize(
+    ("key", "columns"),
+    [("position", BRIDGE), ("logged_translation", "action"), ("logged_rotation", "action[3:5]")],
+)
+def test_columns_of_another_width_are_named(shared: Path, tmp_path: Path, key: str, columns: str) -> None:
+    with pytest.raises(SpearError, match=rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"):
+        bridge(shared, tmp_path, **{key: columns})
+
+
 def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_path: Path) -> None:
     """Not as a frame of the actions, which would be the next contradiction."""
     report = bridge(shared, tmp_path, rotation_format="euler_zyx", logged_rotation="action[3:6]")

@@ -226,7 +226,7 @@ def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
 
 
 def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
-    """One episode's states and logged actions. Raises SpearError where lengths differ, or one is NaN."""
+    """One episode's states and logged actions. Raises SpearError where shapes do not fit, or one is NaN."""
     assert spec.rate_hz is not None
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
@@ -238,10 +238,10 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = np.asarray(column(steps, spec.action_mask, source), bool).reshape(-1)
-    names_of = ("position", "rotation", "logged translation", "logged turn")
-    for what, values in zip(names_of, (position, rotation, *logged), strict=True):
-        if values is not None and len(values) != len(valid):
-            raise SpearError(f"lengths differ: {source}: {what} has {len(values)} rows, not {len(valid)}")
+    said_of, wide = ("position", "rotation", "logged translation", "logged rotation"), ("3", "3 or 4 or 16")
+    for what, values, widths in zip(said_of, (position, rotation, *logged), wide * 2, strict=True):
+        if values is not None and values.shape not in [(len(valid), int(n)) for n in widths.split(" or ")]:
+            raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {len(valid)} x {widths}")
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     quaternions = to_quaternion(rotation, form, source)
