@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -160,6 +161,14 @@ def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat
     steps = {"at": degrees if layout == "franka_joints" else 1000 * where, "turn": degrees}
     for one, same in zip(first[:2], recorded_pose(steps, other, "mine")[:2], strict=True):
         np.testing.assert_allclose(same, one, atol=1e-12)
+
+
+def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.json"
+    for key, value in (("weight", 9.0), ("image_aspect", {"externl": 1.5})):
+        layout.write_text(json.dumps({"like": "bridge_dataset", key: value}))
+        with pytest.raises(SpearError, match=rf"{key}.*external|{key}'.*images"):
+            find_spec("mine", tmp_path, layout)
 
 
 def test_names_with_slashes_in_them_are_found() -> None:

@@ -164,6 +164,7 @@ def find_spec(
     else:
         hint = f"`spear data describe {folder}` proposes a {SPEC_FILE}"
         raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
+    check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
         raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")
@@ -171,13 +172,12 @@ def find_spec(
 
 
 def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) -> DatasetSpec:
-    """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, for a bad
-    one."""
+    """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, if bad."""
     fields = read_json(path, "give a file like spear.json")
     like = fields.pop("like", None)
-    check_known(f"key (in {path})", [*(f.name for f in dataclasses.fields(DatasetSpec)), "like"], *fields)
-    if like is not None:
-        check_known(f"dataset (like, in {path})", REGISTRY, str(like))
+    known = {*(f.name for f in dataclasses.fields(DatasetSpec)), "like"} - {"weight"}  # see --shares
+    check_known(f"key (in {path})", known, *fields)
+    check_known(f"dataset (like, in {path})", REGISTRY, *([] if like is None else [str(like)]))
     base = dict(vars(REGISTRY[like])) if like is not None else {}
     for own, bound in OF_ITS_COLUMNS.items():  # which says nothing of other columns
         for key in bound if own in fields else ():
