@@ -71,6 +71,15 @@ def test_learning_rates_per_module() -> None:
     assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (1e-3, False): 1}
 
 
+def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
+    task, name = Regression(), "0.weight"
+    vars(task)["learning_rows"] = {name: (2, 5)}
+    before = task.model.get_parameter(name).detach().clone()
+    after = go(task, replace(SMALL, weight_decay=0.5), tmp_path)[name]
+    same = (before == after).all(dim=1)
+    assert not same[2:5].any() and same[:2].all() and same[5:].all()
+
+
 class Broken(Regression):
     """The loss, or the gradient alone, of the steps in `bad` is not finite."""
 

@@ -108,14 +108,15 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
             parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
 
 
-def make_optimizer(model: torch.nn.Module, opt: Optimization) -> torch.optim.AdamW:
-    """AdamW over what learns, in a group per learning-rate factor; no weight decay on vectors."""
+def make_optimizer(model: torch.nn.Module, opt: Optimization, part: Any = ()) -> torch.optim.AdamW:
+    """AdamW over what learns, in a group per learning-rate factor; no weight decay on vectors, and on what is
+    named in `part`: of these only some rows learn."""
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefixes = [p for p in opt.lr_scale if _matches(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
-            groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((scale, parameter.ndim >= 2 and name not in part), []).append(parameter)
     settings = []
     for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0]):
         rate = {"lr": opt.lr * scale, "peak": opt.lr * scale}
@@ -155,12 +156,11 @@ class Stepper:
             parallel.shard(self.model, self.device, opt.precision == "bf16")
         elif device is not None:
             torch.nn.Module.to(self.model, device)
-        self.optimizer = make_optimizer(self.model, opt)
+        rows: Mapping[str, tuple[int, int]] = getattr(task, "learning_rows", {})
+        self.optimizer = make_optimizer(self.model, opt, rows)
         self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
-        # Of parameters of which some rows learn: 1 for these rows, 0 for the others, [rows, 1].
-        self.masks: dict[str, torch.Tensor] = {}
-        rows: Mapping[str, tuple[int, int]] = getattr(task, "learning_rows", {})
+        self.masks: dict[str, torch.Tensor] = {}  # [rows, 1]: 1 for the rows that learn, 0 for others
         for name, (first, last) in rows.items():
             if name in self.learning:
                 mask = torch.zeros(len(self.learning[name]), 1)
