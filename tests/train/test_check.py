@@ -55,6 +55,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--labels {}/empty --set question_images=4", "empty"),
         ("--set accumulate=3", "batch_size 32"),
         ('--set frozen=["vlm.moeg"]', "'vlm.moeg'"),
+        ('--set frozen=["vlm"] trained=["vlm"]', "nothing learns"),
         ('--set flow={"rotatoin":1}', "'rotation'"),
         ("--set precision=fp32 frozen_precision=bf16", "frozen_precision"),
         ("--split trian", "trian"),

@@ -20,8 +20,7 @@ Batch = dict[str, Any]
 Loss = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 """The total loss and its named parts, all 0-d."""
 TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-"""The modules that get one: every linear layer of the language model, none of the encoders' or the
-expert's."""
+"""The modules that get one: every linear layer of the language model, none of the encoders and the expert."""
 
 
 class Task(Protocol):
@@ -58,7 +57,7 @@ def _matches(name: str, prefix: str) -> bool:
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     """Set `requires_grad` from the freeze schedule; LoRA matrices learn wherever they are.
 
-    Raises `SpearError` for a prefix that matches nothing.
+    Raises `SpearError` for a prefix that matches nothing, and where nothing is left to learn.
     """
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
@@ -71,6 +70,8 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
         learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
         learns = learns and not any(_matches(name, p) for p in opt.frozen)
         parameter.requires_grad_(learns or ".lora_" in name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SpearError("nothing learns: every module is frozen: change the recipe's frozen or trained")
 
 
 def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
@@ -97,8 +98,7 @@ def save_adapters(adapters: Any, folder: Path) -> None:
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     """Convert the weights, in place: float32, but for frozen matrices as `opt.frozen_precision` says.
 
-    Only linear layers and token embeddings are kept in bfloat16: norms, biases and position embeddings are
-    small.
+    Only linear layers and token embeddings are kept in bfloat16: all other weights are small.
     """
     lower = opt.frozen_precision == "bf16"
     for module in model.modules():
