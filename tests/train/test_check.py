@@ -121,6 +121,19 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(("nano-depth", key) for key in ("lora_rank=4", "bins=9", "augment=1")),
+        *(("nano-vlm-2", key) for key in ("normalization=minmax", "committed=2")),
+        *(("nano-post", key) for key in ("coordinate_rows_only=true", "wrist=0.5", "question_weight=2")),
+    ],
+)
+def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refused: Refused) -> None:
+    given = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
+    assert f"--set {key}: recipe {name}" in refused("train", name, *given.split(), "--set", key)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         *(("lr", bad) for bad in (math.nan, math.inf, -1e-4, True, "fast")),

@@ -227,12 +227,7 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
 
 
 def _questions(
-    stage: Recipe,
-    folders: Sequence[Path],
-    labels: Labels,
-    processor: Processor,
-    images: int,
-    seed: int,
+    stage: Recipe, folders: Sequence[Path], labels: Labels, processor: Processor, images: int, seed: int
 ) -> QuestionSamples:
     mix = stage.questions
     depth = load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None

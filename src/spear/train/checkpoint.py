@@ -48,8 +48,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 class Checkpoints:
-    """The checkpoints of a stepper's state in a folder, of which the newest two stay. All processes save and
-    load together."""
+    """The newest two checkpoints of a stepper's state in a folder. All processes save and load together."""
 
     def __init__(self, folder: Path, stepper: Stepper) -> None:
         self.folder, self.stepper = folder, stepper
@@ -160,8 +159,7 @@ class Checkpoints:
         return out
 
     def _make_moments(self, counts: dict[str, float]) -> None:
-        """Give the parameters that have taken steps moments to read into, as their optimiser would make
-        them."""
+        """Give the parameters that have taken steps moments to read into, as their optimiser would."""
         state = self.stepper.optimizer.state
         for parameter in self.stepper.learning.values():
             state.pop(parameter, None)

@@ -149,8 +149,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
 
-    On SIGTERM and SIGINT all processes finish the step and save; then this raises `SystemExit` (143) or
-    `KeyboardInterrupt`.
+    On SIGTERM and SIGINT all processes finish the step and save: `SystemExit` (143) or `KeyboardInterrupt`.
 
     about: what the run is of, by name; a run continues only where all of it is the same. changing: what may
     change meanwhile, as `opt` may; the checkpoints say what it was.

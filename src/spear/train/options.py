@@ -81,8 +81,7 @@ class QuestionMix:
     pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
     wrist                fraction of batches drawn from wrist-camera images (our choice).
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
-    coordinate_smoothing standard deviation, in bins, of the Gaussian target of a 3D token; 0 is the paper's
-                         one-hot target.
+    coordinate_smoothing standard deviation, in bins, of a 3D token's Gaussian target; 0 is one-hot (paper).
     most_images          ask only about the first so many labelled images of each view (0: about all).
     """
 
@@ -184,6 +183,14 @@ def _check(part: type, key: str, value: Any) -> None:
         check_known(f"family of questions (recipe key {key})", known, *(value or [""]))
 
 
+_ACTS = "flow_samples question_images question_weight normalization normalize_each flow committed"
+_ASKS = "families pairs wrist most_images question_weight"
+UNUSED = {"vla": "coordinate_rows_only smooth_tokens", "vlm": _ACTS}
+UNUSED["naming"] = f"{_ACTS} {_ASKS} {UNUSED['vla']} augment lora_rank lora_alpha"
+UNUSED["depth"] = f"{UNUSED['naming']} moge bins spacing coordinate_weight coordinate_smoothing"
+"""Kind -> the keys of a recipe that change nothing in it; `_ASKS` nothing where no questions are asked."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a stage learns from and starts from.
@@ -219,6 +226,9 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
         where = "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
         raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
+    unused = f"{UNUSED[stage.kind]} {_ASKS if acts and not stage.question_images else ''}".split()
+    if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
+        raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
 
 
 class TrainOptions(Options):
@@ -240,8 +250,7 @@ class TrainOptions(Options):
     """Where to start from: a trained folder, or the name of weights that come with this package (nano, the
     policy; nano-vlm-0, before it learns 3D). Without it, training starts from random weights."""
     moge: Name = None
-    """Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with, or nano-depth, which comes with
-    this package."""
+    """Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with, or nano-depth (built in)."""
     preset: Name = None
     """Model size, when it shall not be the recipe's: nano, small or spear1."""
     steps: Number = None

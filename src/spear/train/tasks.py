@@ -137,8 +137,7 @@ many groups, saves up to a quarter of the work, if there are so many texts in ea
 
 
 def length_groups(model: torch.nn.Module, batch: Batch) -> int:
-    """How many groups the texts of a batch run in; 1 for a sharded model, whose processes must run every
-    layer equally often."""
+    """How many groups the texts of a batch run in; 1 if sharded: all processes run as many layers."""
     rows = len(batch["input_ids"])
     return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
 
