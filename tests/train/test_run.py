@@ -25,7 +25,10 @@ from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, load_vlm, locate
-from spear.train.run import mixture
+from spear.train.loop import RunOptions
+from spear.train.options import Inputs
+from spear.train.recipes import recipe
+from spear.train.run import mixture, train
 from train_tiny import rows, run_recipe
 
 pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
@@ -145,6 +148,18 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     changed = run_recipe("nano-post", out, store=store, init=nano, **other)
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
+
+
+def test_what_a_run_asks_for_and_cannot_have_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_episodes([make(0)], tmp_path / "store")
+    inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], locate("nano"))
+    stage = recipe("nano-post").changed(steps=1, batch_size=1)
+    final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
+    said = capsys.readouterr().err
+    assert "note: lr is not reached: warmup takes 50" in said and "note: --parallel fsdp" in said
+    assert not json.loads((final / "recipe.json").read_text())["sharded"]
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """The one training loop. It knows steps, checkpoints and logs; it knows nothing about images or robots.
 
 A run is a pure function of (task, settings, seed): the batch of step k depends on (seed, k) alone, and so
-does every random draw inside the model, so that a killed run continues to the same losses, bit for bit on
-CPU.
+does every random draw inside the model: a killed run continues to the same losses, on a CPU bit for bit.
 """
 
 import contextlib
@@ -155,8 +154,7 @@ def run(
     change meanwhile, as `opt` may; the checkpoints say what it was.
     Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
     Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
-    after more than `opt.max_skipped` steps that were not finite; when another process of the run is gone, or
-    another run trains into `out`.
+    after more than `opt.max_skipped` steps that were not finite; when a process is gone, or `out` is in use.
     """
     how = how or RunOptions()
     opt = settled(opt, out, how.device or parallel.CPU)

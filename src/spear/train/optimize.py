@@ -26,8 +26,7 @@ TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(ga
 class Task(Protocol):
     """What the loop trains: a model, its batches and its loss.
 
-    It may also have `learning_rows`, parameter name -> (first, last): of these, only rows first … last − 1
-    learn.
+    It may also have `learning_rows`, parameter -> (first, last): of it, only rows first … last − 1 learn.
     """
 
     @property
@@ -171,8 +170,7 @@ class Stepper:
         """Forward, backward, clip, update, average. Returns the mean loss and parts, and the gradient's norm.
 
         batches  one, or several whose gradients, losses and parts are averaged (`accumulate`).
-        Raises `NotFinite`, on all processes, when a loss or the gradient is not finite; the weights are then
-        as before.
+        Raises `NotFinite`, on all processes, when a loss or the gradient is not; the weights are as before.
         """
         opt = self.opt
         for group in self.optimizer.param_groups:

@@ -117,8 +117,7 @@ def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
 
     lower: layers compute in bfloat16 and, on GPUs, are gathered in it; masters and gradients stay float32. A
     step gathers each layer once and keeps it for the backward pass: the language model's keys and values
-    leave their layer through a cache, past FSDP's hooks. Raises `SpearError` for a model with parameters that
-    have no dimension.
+    leave their layer through a cache, past FSDP's hooks. Raises `SpearError` for single numbers.
     """
     single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if single:

@@ -42,14 +42,20 @@ def train(
     is missing, or as `build` and `loop.run` do.
     """
     how = how or RunOptions()
-    asked = stage.optimization.precision
+    asked = stage.optimization
     stage, place = check(stage, out, inputs, how, device)
     begun_with = None if inputs.init is None else _made_by(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    if stage.optimization.precision != asked and not how.quiet and parallel.rank() == 0:
-        print("note: training in float32, as it began, or since this CPU is faster in it", file=sys.stderr)
+    kept, alone, steps = stage.optimization.precision == asked.precision, parallel.world() == 1, asked.steps
+    notes = {
+        "training in float32, as it began, or since this CPU is faster in it": not kept,
+        f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
+        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
+    }
+    for words in (w for w, so in notes.items() if so and not how.quiet and parallel.rank() == 0):
+        print(f"note: {words}", file=sys.stderr)
     model, task, save = build.build(stage, inputs, how.seed)
     changing = {"batch_size": stage.batch_size}
     averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs), changing)
@@ -73,7 +79,7 @@ def train(
             "simulator_only": _simulator_only(inputs),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
-            "sharded": how.sharded,
+            "sharded": how.sharded and not alone,
             "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
@@ -91,8 +97,7 @@ def check(
     stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
 ) -> tuple[Recipe, torch.device]:
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
-    recipe as it is `settled`, and its device. Commands ask before they make data: inputs may lack the
-    demonstrations."""
+    recipe as it is `settled`, and its device. Asked before data are made: inputs may lack demonstrations."""
     place = choose_device(device)
     parallel.start(place)
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
