@@ -139,6 +139,7 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
         ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
         ({"init": final}, "another --init"),
+        ({"frozen": ["vlm"], "steps": 2}, "another frozen"),
         ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),
     ):
         with pytest.raises(SpearError, match=words):

@@ -124,8 +124,8 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
         for folder in filter(None, folders):
             add_files(digest, folder, ("*.parquet", "*.safetensors"))
             marks[name] = digest.hexdigest()[:12]
-    about: dict[str, Any] = json.loads(json.dumps({**recipe, "--episodes": stores, **marks}))
-    return about
+    opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
+    return dict(json.loads(json.dumps({**recipe, **opt, "--episodes": stores, **marks})))
 
 
 def _simulator_only(inputs: Inputs) -> bool:
