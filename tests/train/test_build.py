@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from spear.policy import load_vlm, locate
 from spear.train.build import build
 from spear.train.options import Inputs
 from spear.train.recipes import recipe
+from spear.train.tasks import DepthTask
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,15 @@ def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     ):
         with pytest.raises(SpearError, match=named):
             build(stage, given)
+
+
+def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
+    write_labels((labelled(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
+    _, naming, _ = build(recipe("nano-siglip").changed(batch_size=1), Inputs([tmp_path]))
+    model: Any = torch.nn.Identity()
+    depth = DepthTask(model, {"wrist": [(labelled(0).image, np.ones((4, 4)))]}, 1, 0)
+    for step in range(8):
+        assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
 
 
 def test_how_late_a_policy_may_be_is_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:

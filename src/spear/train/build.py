@@ -149,7 +149,7 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     known = load_labels(inputs.labels, list(size.image_sizes), masks=True)
     processor = _new_processor(stage, size, inputs.labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
-    names = sorted({o.name for label in known["external"] for o in label.objects})
+    names = sorted({o.name for label in next(iter(known.values())) for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
     patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes

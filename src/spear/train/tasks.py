@@ -51,7 +51,7 @@ class DepthTask:
     def batch(self, step: int) -> Batch:
         """uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
         rng = np.random.default_rng((self.seed, step))
-        images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"]
+        images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else min(self.views)]
         rows = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
         depth = torch.from_numpy(np.stack([depth for _, depth in rows])).float()
@@ -76,7 +76,7 @@ class PatchTask:
     def batch(self, step: int) -> Batch:
         """Arguments of `PatchClassification.forward`."""
         rng = np.random.default_rng((self.seed, 2, step))
-        view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else "external"
+        view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else min(self.views)
         rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
         images, *targets = zip(*rows, strict=True)
         jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
