@@ -143,9 +143,10 @@ def terminal_table(
     mean_last: bool = False,
 ) -> Table:
     """A table for a terminal, numbers right; a narrow one folds words. mean_last: the last row is set off."""
-    table = Table(title=escape(title), caption=escape(caption))
+    table, short = Table(title=escape(title), caption=escape(caption)), all(len(row[0]) <= 16 for row in rows)
     for index, header in enumerate(headers):
-        table.add_column(escape(header), justify="right" if index else "left", overflow="fold")
+        kept = short and not index
+        table.add_column(escape(header), justify="right" if index else "left", no_wrap=kept, overflow="fold")
     for row in rows:
         if mean_last and row is rows[-1]:
             table.add_section()
