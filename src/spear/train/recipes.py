@@ -184,7 +184,7 @@ RECIPES: dict[str, Recipe] = {
             flow_samples=4,
             augment=0.5,
             normalization="meanstd",
-            flow={"rotation_loss": "cosine", "rotation_weight": 200.0},
+            flow={"rotation_loss": "cosine", "rotation_weight": 200.0, "steps": 10},
         ),
         Recipe(
             name="vlm-stage1",
