@@ -146,7 +146,7 @@ def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
 
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
-    known = load_labels(inputs.labels, list(size.image_sizes), masks=True)
+    known = load_labels(inputs.labels, list(size.image_sizes))
     processor = _new_processor(stage, size, inputs.labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in next(iter(known.values())) for o in label.objects})

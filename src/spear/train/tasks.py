@@ -147,16 +147,14 @@ def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
     return {view: folder / view for view in views if (folder / view).is_dir()} or {views[0]: folder}
 
 
-def load_labels(
-    folders: Sequence[Path], views: Sequence[str], masks: bool = False
-) -> dict[str, list[LabeledImage]]:
-    """All labels of some folders, by view; without their masks unless asked for (questions do not need them).
+def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list[LabeledImage]]:
+    """All labels of some folders, by view.
 
     A folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
     """
 
     def compact(label: LabeledImage) -> LabeledImage:
-        kept = (dataclasses.replace(o, mask=array("i", o.mask) if masks else ()) for o in label.objects)
+        kept = (dataclasses.replace(o, mask=array("i", o.mask)) for o in label.objects)  # a tenth of a list
         return dataclasses.replace(label, objects=tuple(kept))
 
     found: dict[str, list[LabeledImage]] = {}

@@ -11,6 +11,7 @@ import pytest
 from labels_scenes import random_frame
 from spear.errors import SpearError
 from spear.labels.fit.image import unproject
+from spear.labels.fit.masks import encode_mask
 from spear.labels.questions.generate import all_texts, askable, generate
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.labels.store import read_depth, write_depth, write_labels
@@ -44,8 +45,6 @@ def derived(image: LabeledImage, q: Question) -> list:
     names = [o.name for o in image.objects]
     match q.family:
         case "what_at":
-            # the only object, asked about, whose 2D box has the point in its middle (another may overlap
-            # there)
             y, x = (int(n) / 1024 for n in re.findall(r"<loc(\d{4})>", q.prompt))
             (o,) = (o for o in image.objects if o.name == q.objects[0])
             x0, y0, x1, y1 = o.box2d / [image.width, image.height, image.width, image.height]
@@ -127,6 +126,20 @@ def test_tokenizer_text_covers_every_word_used(questions: list[tuple[LabeledImag
     texts = [q.prompt for _, q in questions] + answers
     used = {w for text in texts for w in re.findall(r"\w+", text)}
     assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY)
+
+
+def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImage]) -> None:
+    image = next(x for x in labels if any(o.scores["visible"] == 1 for o in x.objects))
+    o = next(o for o in image.objects if o.scores["visible"] == 1)
+    mask = np.zeros((image.height, image.width), bool)
+    mask[:, : image.width // 2] = True  # the right half shows something else
+    box = np.array([0, 0, image.width, image.height], np.float32)
+    halved = replace(image, objects=[replace(o, box2d=box, mask=encode_mask(mask))])
+    asked = [generate(halved, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
+    places = [int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for some in asked for q in some]
+    assert len(places) > 40 and max(places) <= 512 and np.ptp(places) > 100
+    unseen = replace(halved, objects=[replace(halved.objects[0], mask=())])
+    assert not generate(unseen, np.random.default_rng(0), families=["what_at"])
 
 
 def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path) -> None:
