@@ -143,6 +143,8 @@ def test_the_command(
     for wrong, named in (
         *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
         (("--gpu", "-3GB"), "-3GB"),
+        (("--set", "batch_size=3"), "batch_size 3"),
+        (("--batch-size", "64", "--set", "batch_size=8"), "batch_size=8"),
     ):
         assert main(["plan", "--preset", "lean", *wrong]) == 2
         error = capsys.readouterr().err

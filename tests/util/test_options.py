@@ -30,5 +30,9 @@ def test_names_are_those_of_the_command_line() -> None:
 
 def test_key_values_are_json_where_they_are_some() -> None:
     assert key_values(["a=1", "b=[1]", "c=x=y"], "--set") == {"a": 1, "b": [1], "c": "x=y"}
+    assert key_values(["a=1"], "--set", b=None, c=2) == {"a": 1, "c": 2}
     with pytest.raises(SpearError, match="--set a"):
         key_values(["a"], "--set")
+    for twice in ({"items": ["a=1", "a=1"]}, {"items": ["a=1"], "a": 2}):
+        with pytest.raises(SpearError, match="--set a"):
+            key_values(option="--set", **twice)

@@ -30,9 +30,8 @@ def train(options: TrainOptions) -> None:
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    named = {"preset": options.preset, "steps": options.steps}
-    named = {name: value for name, value in named.items() if value is not None}
-    stage = recipe(options.recipe).changed(**key_values(options.set, "--set") | named)
+    changes = key_values(options.set, "--set", preset=options.preset, steps=options.steps)
+    stage = recipe(options.recipe).changed(**changes)
     preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
@@ -73,7 +72,7 @@ def plan(options: PlanOptions) -> None:
     from spear.train.recipes import recipe
 
     capacity = memory.usable(options.gpu)
-    changes = key_values(options.set, "--set") | {"preset": options.preset, "batch_size": options.batch_size}
+    changes = key_values(options.set, "--set", preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
         if options.set:
             raise SpearError("--set changes recipes, and inference is none: leave it out")

@@ -143,7 +143,7 @@ class Recipe:
     lora_alpha: Positive = 16.0
 
     def changed(self, **changes: Any) -> "Recipe":
-        """With fields of its own, its optimisation or its question mix replaced (None: kept).
+        """With fields of its own, its optimisation or its question mix replaced.
 
         Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
         """
@@ -153,9 +153,8 @@ class Recipe:
         for key, value in changes.items():
             if key not in known or key in parts:
                 raise unknown_name("recipe key", key, known.keys() - parts.keys())
-            if value is not None:
-                _check(type(parts[known[key]]), key, value)
-                new[known[key]][key] = value
+            _check(type(parts[known[key]]), key, value)
+            new[known[key]][key] = value
         own = new.pop("")
         inner = {part: dataclasses.replace(parts[part], **values) for part, values in new.items()}
         return dataclasses.replace(self, **own, **inner)

@@ -109,16 +109,19 @@ Changes = Annotated[
 ]
 
 
-def key_values(items: Sequence[str], option: str) -> dict[str, Any]:
+def key_values(items: Sequence[str], option: str, **named: Any) -> dict[str, Any]:
     """KEY=VALUE words; a value is read as JSON (numbers, true, lists …) where it is some, else as a string.
 
-    Raises `SpearError`, naming the option, for a word without =.
+    named: keys that have options of their own, with what those say (None: nothing). Raises `SpearError` for a
+    word without =, and for a key that is given twice.
     """
-    found = {}
+    found = {key: value for key, value in named.items() if value is not None}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals:
             raise SpearError(f"{option} {item}: write it as KEY=VALUE")
+        if key in found:
+            raise SpearError(f"{option} {item}: {key} is also given as {found[key]}: give it once")
         try:
             found[key] = json.loads(text)
         except ValueError:

@@ -21,6 +21,7 @@ from spear.data.readers.spec import (
     RotationFormat,
     find_spec,
     missing,
+    read_spec,
 )
 from spear.errors import SpearError
 from spear.util.images import encode_jpeg
@@ -169,6 +170,9 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
         layout.write_text(json.dumps({"like": "bridge_dataset", key: value}))
         with pytest.raises(SpearError, match=rf"{key}.*external|{key}'.*images"):
             find_spec("mine", tmp_path, layout)
+    layout.write_text(json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]}))
+    with pytest.raises(SpearError, match="command_range"):
+        read_spec(layout, "mine")
 
 
 def test_names_with_slashes_in_them_are_found() -> None:

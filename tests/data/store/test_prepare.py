@@ -245,6 +245,8 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
         prepare(tmp_path / "arm", tmp_path / "no" / "data", how=how)
     with pytest.raises(SpearError, match="val"):
         open_store(write_set(tmp_path), tmp_path / "no" / "data", "val")
+    with pytest.raises(SpearError, match="--size wrist=8x8"):
+        print(Conversion(size=("wrist=9x9", "wrist=8x8")).sizes)
     assert not (tmp_path / "no").exists()
 
 

@@ -182,7 +182,10 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     for own, bound in OF_ITS_COLUMNS.items():  # which says nothing of other columns
         for key in bound if own in fields else ():
             base.pop(key, None)
-    return _spec({**base, **(defaults or {}), "name": name, **fields}, path)
+    spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
+    if "command_range" in fields and spec.command is None:
+        raise SpearError(f"command_range (in {path}): of no column: say which as command, or leave it out")
+    return spec
 
 
 def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
