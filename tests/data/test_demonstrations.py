@@ -31,7 +31,8 @@ def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_pa
     out = tmp_path / "stopped"
     write_episodes([EpisodeStore(whole)[i] for i in range(3)], out)
     before = {path: path.stat().st_mtime_ns for path in out.glob(SHARD_GLOB)}
-    assert record(out) == (4, 4)
+    (out / "episodes-00001.images").touch()  # stopped between the two files of a shard
+    assert record(out) == (4, 4) and (out / "episodes-00001.arrow").is_file()
     for one, other in zip(EpisodeStore(out), EpisodeStore(whole), strict=True):
         assert_same(one, other)
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store, write_episodes
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store, sweep, write_episodes
 from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
@@ -66,6 +66,7 @@ def collect(
     """
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into"):
+        sweep(out)
         kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
         bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
