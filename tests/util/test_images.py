@@ -81,7 +81,8 @@ def test_grey_images_get_three_equal_channels() -> None:
     grey = PICTURE[..., 1]
     wide = grey.astype(np.uint16) * 257
     for pixels, kind in ((grey, "PNG"), (wide, "PNG"), (wide, "TIFF"), (wide.astype(np.int32), "TIFF")):
-        assert (load_image(encoded(Image.fromarray(pixels), kind)) == grey[..., None]).all()
+        for read in (load_image, decode_image):  # a photo, and a step of a dataset
+            assert (read(encoded(Image.fromarray(pixels), kind)) == grey[..., None]).all()
     bits = load_image(encoded(Image.fromarray(grey).convert("1")))
     assert set(np.unique(bits)) <= {0, 255}
 

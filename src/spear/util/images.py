@@ -19,7 +19,7 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
 
     out: an array that is filled and returned, if it has the image's size; else a new one is.
     JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
-    is not plain (CMYK, of no sane size, broken) goes to Pillow, which reads it or says why not.
+    is not plain (CMYK, of no sane size, broken) `load_image` reads, or says why not.
     """
     if encoded.startswith(IMAGE_BEGINS[0]):
         try:
@@ -30,11 +30,7 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
                 return out if out is not None and fits else np.asarray(found)
         except ValueError:
             pass
-    try:
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = first_line(error).partition(" <_io.")[0]  # without an address in memory
-        raise SpearError(f"broken image: {where}: {why}; leave it out") from error
+    return load_image(encoded, where)
 
 
 def placed(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, int, int, int, int]:

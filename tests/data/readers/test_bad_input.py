@@ -69,7 +69,7 @@ def lengthen(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_image, "broken image: set/train#1 step 2 camera 'external'"),
+        (break_image, "set/train#1 step 2 camera 'external'"),
         (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
         (
             lambda f: set_cells(f, IMAGES, {4: {"bytes": b"", "path": None}}),
