@@ -123,6 +123,21 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     torch.testing.assert_close(loss, flow.loss(*alone, times, model.flow).total)
 
 
+def test_what_was_done_before_the_first_target_is_given() -> None:
+    model = spear1()
+    model.config.committed = 2
+    targets = torch.arange(H) >= torch.tensor([[2], [0], [1]])
+
+    def loss(noise: Action) -> torch.Tensor:
+        same = torch.Generator().manual_seed(0)
+        given = (*inputs(), actions(B, H), targets)
+        return model(*given, flow_samples=8, noise=noise, generator=same).loss
+
+    one, other = (flow.sample_noise((B, 8, H), model.flow) for _ in range(2))
+    mixed = Action.from_vector(torch.where(targets[:, None, :, None], one.to_vector(), other.to_vector()))
+    assert torch.equal(loss(mixed), loss(one)) and not torch.equal(loss(other), loss(one))
+
+
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
     model = spear1().train()
     images, ids, mask, state = inputs()
