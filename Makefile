@@ -21,7 +21,7 @@ docs: $(VENV)/.ready-docs
 setup: $(VENV)/.ready-dev
 
 # .ready-NAME: the extra NAME of pyproject.toml is installed.
-$(VENV)/.ready-%: pyproject.toml scripts/setup.sh
+$(VENV)/.ready-%: pyproject.toml scripts/setup.sh scripts/constraints.txt
 	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh $*
 	touch $@
 

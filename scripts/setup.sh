@@ -16,7 +16,11 @@ EXTRA=${1:-dev}
 }
 # PyTorch first and pinned: later resolution then keeps the build that is there (a CPU build where one is configured).
 "$VENV/bin/python" -c 'import torch' 2>/dev/null || "$VENV/bin/pip" install --quiet torch==2.13.0
-"$VENV/bin/pip" install --quiet --editable ".[$EXTRA]"
+# Then what the tests have passed with, where that can be had: a new release of another project breaks nothing here.
+"$VENV/bin/pip" install --quiet --editable ".[$EXTRA]" --constraint scripts/constraints.txt || {
+    echo "setup: not all versions of scripts/constraints.txt can be had for this Python: taking the newest" >&2
+    "$VENV/bin/pip" install --quiet --editable ".[$EXTRA]"
+}
 
 # Rendering without a screen needs EGL from the system. The documentation renders nothing.
 [ "$EXTRA" = docs ] && exit 0

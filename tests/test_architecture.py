@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2085, "ablations": 657, "cli": 1605, "data": 4618, "embodiments": 775, "evaluate": 3193,
-    "labels": 4760, "models": 4753, "report": 1196, "serve": 1001, "sim": 1607, "train": 2521, "ui": 693,
+    "(top)": 2085, "ablations": 657, "cli": 1605, "data": 4632, "embodiments": 775, "evaluate": 3193,
+    "labels": 4764, "models": 4759, "report": 1196, "serve": 1001, "sim": 1607, "train": 2521, "ui": 693,
     "util": 736,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

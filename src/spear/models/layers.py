@@ -5,6 +5,7 @@ All masks are boolean, True where attention is allowed, shaped [B, 1, queries, k
 is never read), so that no row is empty as long as a sequence has one valid token.
 """
 
+import inspect
 import math
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 IMPLEMENTATION = "spear"
 """The name under which Transformers knows `grouped_attention`; our configs ask for it by default."""
+CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
+"""What Gemma and its layers call their cache: "past_key_values" in Transformers before 5.24."""
 
 
 class PortableConfig(PreTrainedConfig):
@@ -148,7 +151,7 @@ class KVCache:
         self.frozen = False
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the new tokens of `layer` attend to: the keys and values held, followed by their own."""
         if layer < len(self.keys):
@@ -174,22 +177,21 @@ def recompute_layers(model: nn.Module, on: bool = True) -> None:
                 layer.forward = partial(_run_checkpointed, layer.forward)
 
 
-def _run_checkpointed(forward: Any, *args: Any, past_key_values: KVCache | None = None, **kwargs: Any) -> Any:
+def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """One layer. Its keys and values go into the cache here, once, and not when the layer runs again."""
-    if past_key_values is not None:
-        kwargs["past_key_values"] = past_key_values
+    cache: KVCache | None = kwargs.get(CACHE)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if past_key_values is None or past_key_values.frozen:
+    if cache is None or cache.frozen:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     def whole(*args: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
         own = KVCache()
-        result = forward(*args, **{**kwargs, "past_key_values": own})
+        result = forward(*args, **{**kwargs, CACHE: own})
         return result, own.keys[0], own.values[0]
 
     result, keys, values = checkpoint(whole, *args, use_reentrant=False)
-    past_key_values.update(keys, values, len(past_key_values.keys))
+    cache.update(keys, values, len(cache.keys))
     return result
 
 

@@ -18,6 +18,7 @@ from spear import flow
 from spear.errors import SpearError
 from spear.models.fast.linear import use_fast_linear
 from spear.models.layers import (
+    CACHE,
     PortableConfig,
     choose_attention,
     language_model,
@@ -160,7 +161,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs_embeds=embeds.to(dtype),  # autocast or not, the residual stream is in full precision
             attention_mask=suffix_mask(prefix.valid, horizon, samples),
             position_ids=torch.cat([first, first + steps], dim=1),
-            past_key_values=prefix.cache,
+            **{CACHE: prefix.cache},
             use_cache=False,
         )
         prediction = self.action_out_proj(output.last_hidden_state[:, 1:])

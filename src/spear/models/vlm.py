@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from spear.errors import SpearError, unknown_name
 from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.layers import (
+    CACHE,
     KVCache,
     PortableConfig,
     choose_attention,
@@ -195,8 +196,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
             attention_mask=prefix_lm_mask(valid, causal),
             position_ids=positions(valid),
-            past_key_values=cache if keep_cache else None,
             use_cache=False,
+            **{CACHE: cache if keep_cache else None},
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
