@@ -139,8 +139,7 @@ def _one_line(error: Exception) -> str | None:
 def load(name: str) -> Callable[..., None]:
     """The function of a command."""
     module, _, function = COMMANDS[name].partition(":")
-    found: Callable[..., None] = getattr(importlib.import_module(f"spear.cli.{module}"), function)
-    return found
+    return getattr(importlib.import_module(f"spear.cli.{module}"), function)
 
 
 def options_of(function: Callable[..., None]) -> type | None:

@@ -100,8 +100,7 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
         number = np.floor(along).astype(np.intp)
         chosen.append(np.where((number >= 0) & (number < most), number, -1))
     padded = np.pad(depth, ((0, 1), (0, 1)))  # number -1: outside
-    aligned: Array = padded[np.ix_(*chosen)]
-    return aligned
+    return padded[np.ix_(*chosen)]
 
 
 def read_depth(path: Path) -> Array:

@@ -72,8 +72,7 @@ def alone(folder: Path, doing: str, *marks: str, name: str = ".lock") -> Iterato
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: tuples become lists."""
-    found: dict[str, Any] = json.loads(json.dumps(settings))
-    return found
+    return json.loads(json.dumps(settings))
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -257,17 +257,14 @@ class SimplerProcess:
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
-        moment: Moment = self._ask("reset", start, image, other)
-        return moment
+        return self._ask("reset", start, image, other)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
-        moment: Moment = self._ask("run", rows, image, filming)
-        return moment
+        return self._ask("run", rows, image, filming)
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
         """As `SimplerWorld.look`; raises as `reset`."""
-        frame: Frame = self._ask("look", seed, size)
-        return frame
+        return self._ask("look", seed, size)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)

@@ -304,8 +304,7 @@ def _footprints(flat: Array, angles: Array) -> Array:
     cos, sin = np.cos(angles), np.sin(angles)
     turns = np.concatenate([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)])
     sides = np.ptp(turns @ flat, axis=-1)  # [..., 2a]
-    area: Array = sides[..., : len(angles)] * sides[..., len(angles) :]
-    return area
+    return sides[..., : len(angles)] * sides[..., len(angles) :]
 
 
 def _smallest_volume(points: Array) -> Array:

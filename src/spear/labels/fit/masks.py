@@ -34,8 +34,7 @@ def encode_mask(mask: Array) -> list[int]:
     column, zeros first (0 when the first pixel is set); they sum to h·w."""
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
-    runs: list[int] = np.diff(changes, prepend=0, append=flat.size).tolist()
-    return runs
+    return np.diff(changes, prepend=0, append=flat.size).tolist()
 
 
 def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
@@ -190,8 +189,7 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise:
     expected[~own] = _continued(inverse, inner, pixels[~own], 1.5 * erosion, noise)
     with np.errstate(invalid="ignore"):
         values = np.where(np.abs(values - expected) > FLYING * expected, expected, values)
-    lifted: Array = found / (found[:, 2] * values)[:, None]
-    return lifted
+    return found / (found[:, 2] * values)[:, None]
 
 
 def _inverse(points: Array, where: Array) -> Array:

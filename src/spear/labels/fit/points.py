@@ -46,8 +46,7 @@ def inliers(points: Array) -> Array:
         return np.ones(len(points), bool)
     distances, _ = cKDTree(points, balanced_tree=False).query(points, k=9)
     spread = distances[:, 1:].mean(axis=1)
-    keep: Array = spread <= spread.mean() + 3.0 * spread.std()
-    return keep
+    return spread <= spread.mean() + 3.0 * spread.std()
 
 
 def noise_level(points: Array, known: Array) -> float:

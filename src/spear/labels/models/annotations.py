@@ -56,8 +56,7 @@ class Annotation:
         mask = self.outline(rows, columns)
         row = ((np.arange(height) + 0.5) * rows / height).astype(np.intp)
         column = ((np.arange(width) + 0.5) * columns / width).astype(np.intp)
-        nearest: Array = mask[np.ix_(row, column)]
-        return nearest
+        return mask[np.ix_(row, column)]
 
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size or (height, width)
