@@ -1,7 +1,5 @@
 """The demo's page is whole, and so are the answers and films that it is made of."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

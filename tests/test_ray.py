@@ -1,8 +1,6 @@
 """Ray, begun once: its labelling engine makes what the local one makes, and Ray Train trains with two
 workers."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

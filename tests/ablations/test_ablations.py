@@ -1,7 +1,5 @@
 """The ablations: rows that can be trained, plans that share, runs that go on, tables that say what is so."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The published table of the ablations says what the episodes say that are kept beside it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

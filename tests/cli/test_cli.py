@@ -1,7 +1,5 @@
 """The commands: help at once, and one clear line with exit code 2 for bad input."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The commands on robot data, end to end."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`spear label` of photos, scenes and RGB-D folders, from the command line."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

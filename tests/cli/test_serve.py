@@ -1,7 +1,5 @@
 """A served policy does as it does here."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace

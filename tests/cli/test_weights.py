@@ -1,7 +1,5 @@
 """`spear convert …`: dry runs, whole ways there and back, and one clear line for bad input."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Canonical actions: they lead from state to state, and what is not known is masked."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The audit finds each planted mistake by name, finds right data right, and says when it cannot tell."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

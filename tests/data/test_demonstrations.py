@@ -1,7 +1,5 @@
 """Recording goes on where it was stopped, and mixes nothing up."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A proposed spear.json: what the columns say, and what they leave open."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The episode store: what goes in comes out, and what is broken is refused by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

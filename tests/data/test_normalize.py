@@ -1,7 +1,5 @@
 """Normalised units: invertible, global, and kind to axes that do not move."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The closed loop: fair references, outcomes that do not depend on batching, films of both outcomes."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Comparing two results: paired on shared scenes, honest about chance, films side by side on one page."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

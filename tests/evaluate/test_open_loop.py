@@ -1,7 +1,5 @@
 """Open-loop errors: none for the demonstrator, known for a known mistake, the mean action as reference."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Published numbers: consistent in themselves, beside ours where the tasks are the same, never mixed in."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Results: summaries, a faithful file, journals that go on after any cut, parts that come together."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

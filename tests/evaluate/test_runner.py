@@ -1,7 +1,5 @@
 """The runner that all simulators share: films as episodes end, or of episodes run again."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections.abc import Iterator, Sequence

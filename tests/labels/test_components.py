@@ -1,7 +1,5 @@
 """Components by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

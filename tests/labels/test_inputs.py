@@ -1,7 +1,5 @@
 """Every kind of input is listed without reading it, under keys that stay the same, and read item by item."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import tarfile

@@ -1,7 +1,5 @@
 """A real photograph through every component with a network in it: random weights, real code, real files."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

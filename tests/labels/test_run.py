@@ -1,7 +1,5 @@
 """Labelling into a folder: whole, resumable after any death, the same whatever made it."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Robot episodes as items beside photos; scenes of the simulator as a folder of labels."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Questions beside labels, the page, the Rerun file, and the commands that make them."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Pages: self-contained and escaped; plots to scale."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

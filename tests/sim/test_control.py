@@ -1,7 +1,5 @@
 """The arm: published kinematics, actions that do what they say, limits, and no way to make it unstable."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

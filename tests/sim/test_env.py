@@ -1,7 +1,5 @@
 """The environment: Gymnasium's contract, determinism, and tasks that only work gets done."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Demonstrations: whole, masked where disturbed, and the same however many processes make them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from typing import Any

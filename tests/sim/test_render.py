@@ -1,7 +1,5 @@
 """Pictures: depth, masks, boxes and cameras tell one story; rendering contexts leave each other alone."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Scenes: the same seed gives the same scene, and a scene is one that can be played."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -4,8 +4,6 @@ It shares no code with `spear.labels`: boxes are rebuilt from centre, size and a
 and what is asked is read off the prompt as a person would.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

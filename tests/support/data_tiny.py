@@ -1,7 +1,5 @@
 """Small robot episodes for tests."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

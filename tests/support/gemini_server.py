@@ -1,7 +1,5 @@
 """A local HTTP server that speaks Gemini's API, for the real client to talk to."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

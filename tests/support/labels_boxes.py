@@ -1,7 +1,5 @@
 """Labelled images of three cubes in a row before a grey wall, for tests that need labels and no simulator."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from spear.labels.fit.box3d import make_box

@@ -1,8 +1,6 @@
 """Synthetic scenes of boxes on a table, seen by a camera that looks down: depth and masks by exact ray
 casting."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from spear.labels.fit.box3d import SIGNS

@@ -1,7 +1,5 @@
 """Components of fixed behaviour for tests of the engines: quick, and a function of the pixels alone."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -1,8 +1,6 @@
 """Networks of a few thousand random parameters with their processors, saved as a user would have them in a
 folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

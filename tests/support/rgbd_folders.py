@@ -1,7 +1,5 @@
 """Frames written as RGB-D folders: plain ones and ScanNet's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files appear whole or not at all, and a folder holds one thing."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

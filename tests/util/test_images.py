@@ -1,7 +1,5 @@
 """Images: every format is read exactly, broken ones are named, pictures are written as their names say."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """Locks, settings and shares of bad items."""
 
-from __future__ import annotations
-
 import multiprocessing
 from pathlib import Path
 

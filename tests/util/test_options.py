@@ -1,7 +1,5 @@
 """Options: ranges are checked when they are made, and the command line knows their names."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated
 

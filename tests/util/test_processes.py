@@ -1,7 +1,5 @@
 """Who computes keeps worker threads, who has done so gives them back."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What long work says while it runs: lines in a log, a bar in a terminal, nothing when quiet."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

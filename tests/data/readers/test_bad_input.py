@@ -1,8 +1,6 @@
 """One bad episode is skipped by name, whatever is wrong with it, and the run goes on; a full disk leaves
 nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """LeRobot: datasets that its own library wrote, read exactly; broken ones named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """RLDS: the same as tensorflow_datasets reads; BridgeData's conventions, checked against its own states."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

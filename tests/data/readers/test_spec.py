@@ -1,7 +1,5 @@
 """The registry of datasets: complete where it says so, marked where it is not, and refused in words."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

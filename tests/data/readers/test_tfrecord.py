@@ -1,7 +1,5 @@
 """TFRecord: every kind of feature is read, what is broken is named by file and record."""
 
-from __future__ import annotations
-
 import os
 import struct
 from pathlib import Path

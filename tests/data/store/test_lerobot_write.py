@@ -1,7 +1,5 @@
 """Our LeRobot v3.0 datasets: the files, schemas and metadata of the library's own, and read back the same."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

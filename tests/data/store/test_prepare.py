@@ -1,7 +1,5 @@
 """Preparing: a store of episodes, the same bytes however it is made, complete or not at all."""
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import json

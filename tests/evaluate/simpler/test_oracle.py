@@ -1,8 +1,6 @@
 """SIMPLER without ManiSkill: frames in closed form, and the oracle through the adapter and the controller's
 law."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano policy."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

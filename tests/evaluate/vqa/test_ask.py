@@ -1,7 +1,5 @@
 """One question about one image: what is understood, how sure the answer is, what is not in the picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

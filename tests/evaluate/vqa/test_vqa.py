@@ -1,7 +1,5 @@
 """3D question scores: measures by hand, baselines, calibration, and a model that knows the truth."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Estimated masks and depth: pixels near an outline find their side, flying ones come home."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

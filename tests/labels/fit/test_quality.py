@@ -1,7 +1,5 @@
 """Scores of labelled objects mean what they say, and one rule says who is asked about."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """MoGe as the labeller's point map."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """Every 3D answer follows from its label: checked by `answer_checker`, which shares no code with the
 generator."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Statistics of labels: counted again by hand on a few scenes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 
