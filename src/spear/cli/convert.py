@@ -95,11 +95,16 @@ def convert_vlm(options: PolicyOptions) -> None:
         spear convert vlm runs/vlm-stage2/final --out runs/spear1
         spear convert vlm runs/vlm-stage2/final --expert lerobot/pi0_base --dry-run
     """
+    from spear.models.processing import Processor
     from spear.models.weights.action_expert import plan_policy
+    from spear.models.weights.load import find
+    from spear.policy import locate
 
-    folder = _folder(options.vlm, "SPEAR-VLM")
+    on_hub = is_hub_name(options.vlm) and not Path(options.vlm).exists()
+    folder = find(options.vlm, "SPEAR-VLM") if on_hub else locate(options.vlm)
     plan = plan_policy(folder, options.expert, options.preset)
-    _finish(plan, _processor(folder, plan.config.vlm_config), options)
+    has_one = (folder / "processor.json").is_file()
+    _finish(plan, Processor.load(folder, plan.config.vlm_config) if has_one else None, options)
 
 
 class ExpectedOptions(Options):
@@ -149,21 +154,6 @@ def _finish(plan: "Conversion[Any]", processor: "Processor | None", options: Con
     print(f"written: {options.out} ({size})")
     if processor is None:
         print("without a processor: training needs one, see --coordinates of `spear convert backbones`")
-
-
-def _folder(name: str, what: str) -> Path:
-    """A checkpoint's folder: local, a run's, one that comes with the package, or from the Hub."""
-    from spear.models.weights.load import find
-    from spear.policy import locate
-
-    return find(name, what) if is_hub_name(name) and not Path(name).exists() else locate(name)
-
-
-def _processor(folder: Path, config: Any) -> "Processor | None":
-    """The processor beside a model, None where there is none. Raises `SpearError` when it is another's."""
-    from spear.models.processing import Processor
-
-    return Processor.load(folder, config) if (folder / "processor.json").is_file() else None
 
 
 def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":

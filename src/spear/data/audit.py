@@ -311,10 +311,7 @@ def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Par
     def same(fit: Fit, question: str) -> bool:
         return _answer(fit, question) in (said[question], "-")
 
-    def likeness(fit: Fit) -> int:
-        return sum(same(fit, q) for q in said)
-
-    order = sorted(fits, key=lambda f: (round(f.relative, 4), -likeness(f)))
+    order = sorted(fits, key=lambda f: (round(f.relative, 4), -sum(same(f, q) for q in said)))
     best = order[0]
     units = len(best.error)  # of resampling; counts [RESAMPLES, units] is the same in every run
     counts = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)

@@ -92,10 +92,8 @@ class Normalizer:
         share = np.array(weights) / sum(weights)
         axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
         offset, scale = zip(*axes, strict=True)
-        translation = _triple(offset[:3]), _triple(scale[:3])
-        position = _triple(offset[3:]), _triple(scale[3:])
         samples = sum(columns[0].count for columns, _ in seen)
-        return Normalizer(mode, *translation, *position, samples)
+        return Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], samples)
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
@@ -188,11 +186,6 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
         low, high = (weighted_quantile(values, np.concatenate(weights), q) for q in (0.01, 0.99))
     scale = (high - low) / 2
     return (high + low) / 2, 1.0 if scale < SMALLEST_SCALE else scale
-
-
-def _triple(values: Iterable[float]) -> Triple:
-    x, y, z = map(float, values)
-    return x, y, z
 
 
 def _normalize(metres: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:

@@ -48,16 +48,12 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     from spear.data.readers.formats import find_format
 
     if argument.startswith("sim:"):
-        return _find_scenes(argument)
+        return (Item(f"sim:{n}", read_scenes, "", n) for n in scene_numbers(argument, "sim"))
     if argument.startswith("rgbd:"):
         folder = argument.removeprefix("rgbd:")
         return (Item(source, read_rgbd, folder, i) for i, source in enumerate(_scene(folder).sources))
     photos = find_format(argument) is None
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
-
-
-def _find_scenes(argument: str) -> Iterator[Item]:
-    yield from (Item(f"sim:{n}", read_scenes, "", n) for n in scene_numbers(argument, "sim"))
 
 
 def scene_numbers(argument: str, simulator: str) -> range:

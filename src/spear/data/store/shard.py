@@ -22,17 +22,6 @@ PLACE_PREFIX = "place:"
 FORMAT = "spear.episodes.2"
 
 
-def _number_columns(episodes: Sequence[Episode], offsets: Array) -> dict[str, pa.Array]:
-    """All but the images of checked episodes with actions, as columns; offsets [E + 1] of their steps."""
-    text = pa.large_string()
-    words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
-    columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
-    for name in ("position", "rotation", "gripper", "action", "action_mask"):
-        kind = np.uint8 if name == "action_mask" else np.float32
-        columns[name] = lists(offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes]))
-    return columns
-
-
 def lists(offsets: Array, rows: Array) -> pa.Array:
     """[N] or [N, d] rows as one list per episode of N_e · d numbers."""
     values = pa.array(np.ascontiguousarray(rows).reshape(-1))
@@ -112,7 +101,12 @@ class Shard:
 def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]) -> None:
     """Write checked episodes with actions and, beside them, a note of names and texts, onto the disk."""
     offsets = np.cumsum([0] + [len(e) for e in episodes])
-    columns = _number_columns(episodes, offsets)
+    text = pa.large_string()
+    words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
+    columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
+    for name in ("position", "rotation", "gripper", "action", "action_mask"):
+        kind = np.uint8 if name == "action_mask" else np.float32
+        columns[name] = lists(offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes]))
     with open(path.with_suffix(".images"), "wb") as file:
         for camera in sorted({camera for e in episodes for camera in e.images}):
             images = [image for e in episodes for image in e.images.get(camera, [b""] * len(e))]

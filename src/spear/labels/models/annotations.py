@@ -28,13 +28,13 @@ class Annotation:
     """One annotated object.
 
     box2d    [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the mask.
-    size     (height, width) of the image as annotated; None for that of the image at hand.
+    size     (height, width) of the image as annotated.
     outline  (height, width) -> mask [height, width] bool; None when only the box is annotated.
     """
 
     name: str
     box2d: Array | None
-    size: tuple[int, int] | None
+    size: tuple[int, int]
     outline: Callable[[int, int], Array] | None
     score: float = 1.0
 
@@ -59,7 +59,7 @@ class Annotation:
         return mask[np.ix_(row, column)]
 
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
-        rows, columns = self.size or (height, width)
+        rows, columns = self.size
         if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
             raise SpearError(
                 f"annotation of {self.name!r} is for an image of {columns}×{rows}, this one is "
@@ -208,7 +208,7 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
     for a in content["annotations"]:
         if not a.get("iscrowd"):
-            size, name = sizes.get(a["image_id"]), categories[a["category_id"]]
+            size, name = sizes[a["image_id"]], categories[a["category_id"]]
             objects[a["image_id"]].append(_coco_annotation(a, name, size))
 
     def find(source: str) -> list[Annotation] | None:
@@ -229,7 +229,7 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
     return find
 
 
-def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int] | None) -> Annotation:
+def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int]) -> Annotation:
     outline = _outline(a["segmentation"]) if a.get("segmentation") else None
     box = None
     if "bbox" in a:
