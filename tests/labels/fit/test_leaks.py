@@ -1,6 +1,6 @@
 """Masks that leak over edges, things that lean, points that are noisy: the box is where the thing is."""
 
-from __future__ import annotations  # hypothesis draws by them: a box seen edge-on (seed 498087804) is misfitted
+from __future__ import annotations  # hypothesis draws by them: others find a misfit (seed 498087804)
 
 from collections.abc import Sequence
 from dataclasses import replace
