@@ -167,7 +167,5 @@ def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":
     else:
         tokens = fit_coordinates(load_labels([path], ["external"])["external"], bins, seed)
     if tokens.bins != bins:
-        raise SpearError(
-            f"vocabulary mismatch: {path} has {tokens.bins} 3D tokens, the preset {bins}: fit them again"
-        )
+        raise SpearError(f"{path}: has {tokens.bins} 3D tokens, the preset {bins}: fit them again")
     return tokens

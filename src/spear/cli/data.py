@@ -196,9 +196,7 @@ def check_episodes(path: Path, split: str) -> None:
     if isinstance(folder := open_dataset(path), Dataset):
         cameras = folder.spec().images
         if not {"external", "wrist"} & set(cameras):
-            raise SpearError(
-                f"{path}: no camera external or wrist: it has {', '.join(cameras)}: name them so"
-            )
+            raise SpearError(f"{path}: no camera external or wrist, but {', '.join(cameras)}: name them so")
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":

@@ -197,10 +197,8 @@ def check_norm(quaternion: Array, name: str, what: str) -> Array:
     bad = np.abs(norm - 1) > UNIT_TOLERANCE
     if bad.any():
         step = int(bad.argmax())
-        raise SpearError(
-            f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1; "
-            "check the layout (w x y z) or leave the episode out"
-        )
+        wrong = f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1"
+        raise SpearError(f"{wrong}; check the layout (w x y z) or leave the episode out")
     return norm
 
 

@@ -132,9 +132,8 @@ class Normalizer:
             return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
             why = " ".join(said(error)).strip() if isinstance(error, ValidationError) else error
-            raise SpearError(
-                f"cannot read normalisation statistics: {path}: {why}; take the file beside the weights"
-            ) from error
+            what = "cannot read normalisation statistics"
+            raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
 
 
 def save_sketches(folder: Path) -> None:

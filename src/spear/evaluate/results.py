@@ -164,10 +164,8 @@ def merge(parts: Sequence[Results]) -> Results:
             raise SpearError(f"results of {part.policy}: {other}: only parts of one evaluation merge")
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
-                raise SpearError(
-                    f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts: "
-                    "the policy or the simulator changed: evaluate again into a new folder"
-                )
+                which = f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts"
+                raise SpearError(f"{which}: policy or simulator changed: evaluate again into a new folder")
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
     return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts))

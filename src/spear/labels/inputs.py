@@ -140,9 +140,7 @@ def find_tar(path: str) -> Iterator[Item]:
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("it ends within a file")
     except (tarfile.TarError, OSError) as error:
-        raise SpearError(
-            f"{path}: not a whole, uncompressed tar file ({error}): copy or unpack it"
-        ) from error
+        raise SpearError(f"{path}: not a whole, plain tar file ({error}): copy or unpack it") from error
 
 
 def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:

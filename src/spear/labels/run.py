@@ -100,10 +100,9 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
     for part in ("detector", "segmenter", "pointmap"):
         for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
             if not given.startswith(("rgbd:", "sim:")):
-                raise SpearError(
-                    f"--{part} {GROUND_TRUTH}: {given} comes without it: give rgbd:FOLDER with measured "
-                    f"depth, or sim:SEED, or leave --{part} out"
-                )
+                why = f"--{part} {GROUND_TRUTH}: {given} comes without it"
+                ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{part} out"
+                raise SpearError(f"{why}: {ways}")
     settings = {
         "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
         "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,

@@ -46,10 +46,8 @@ def label_page(
     """
     found = statistics(read(folder, pixels=False))
     if tokenizer is not None and tokenizer.unit != found.unit:
-        raise SpearError(
-            f"{folder}: labels in unit {found.unit!r}, 3D tokens in {tokenizer.unit!r}: "
-            "give another model, or none"
-        )
+        units = f"labels in unit {found.unit!r}, 3D tokens in {tokenizer.unit!r}"
+        raise SpearError(f"{folder}: {units}: give another model, or none")
     questions = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
     skipped = skip_reasons(folder)

@@ -100,9 +100,8 @@ def held_out_seeds(first: int, count: int) -> range:
     """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
     if count < 1 or first < 0 or first + count > TRAIN_SEED:
         which = f"scenes {first} … {first + count - 1}" if count > 0 else f"{count} scenes"
-        raise SpearError(
-            f"{which}: held-out seeds are 0 … {TRAIN_SEED - 1}: choose --scenes and --first-seed within them"
-        )
+        known = f"held-out seeds are 0 … {TRAIN_SEED - 1}"
+        raise SpearError(f"{which}: {known}: choose --scenes and --first-seed within them")
     return range(first, first + count)
 
 

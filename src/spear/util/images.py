@@ -116,9 +116,8 @@ def load_image(source: str | Path | bytes, name: str = "", longest: int | None =
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds
         reason = first_line(error).partition(" <_io.")[0]
-        raise SpearError(
-            f"{name}: not a readable image ({reason}): replace it, or convert it to JPEG or PNG"
-        ) from error
+        wrong = f"{name}: not a readable image ({reason})"
+        raise SpearError(f"{wrong}: replace it, or convert it to JPEG or PNG") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -94,9 +94,8 @@ def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
         write_text(path, json.dumps(plain(settings), indent=2) + "\n")
         return
     if words := difference(read_json(path, "choose another folder"), settings):
-        raise SpearError(
-            f"{path.parent}: was begun with other settings: {words}: use the same ones, or another folder"
-        )
+        begun_with = f"{path.parent}: was begun with other settings: {words}"
+        raise SpearError(f"{begun_with}: use the same ones, or another folder")
 
 
 @dataclass

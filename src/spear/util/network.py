@@ -59,7 +59,5 @@ def need_on_hub(model: str, instead: str) -> None:
         return
     cached = Path(constants.HF_HUB_CACHE, f"models--{model.partition('@')[0].replace('/', '--')}").is_dir()
     if not cached and (why := hub_unreachable()):
-        raise SpearError(
-            f"cannot get {model} from the Hugging Face Hub ({why}), and it is not in the cache: check the "
-            f"network, or give {instead}"
-        )
+        lacks = f"cannot get {model} from the Hugging Face Hub ({why}), and it is not in the cache"
+        raise SpearError(f"{lacks}: check the network, or give {instead}")

@@ -73,7 +73,7 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
         for mask, place in zip(masks, ((20, 20, 8), (44, 22, 5)), strict=True):
             assert (mask != disc(height, width, *place)).mean() < (0.02 if width != 60 else 1e-9)
         assert none.shape == (0, height, width)
-    with pytest.raises(SpearError, match=r"'cup' .*60×40.* 60×60"):
+    with pytest.raises(SpearError, match=r"'cup'.*60×40.* 60×60"):
         FileDetector(known).detect([frame("a", 60, 60)])
     with pytest.raises(SpearError, match="60×40"):
         FileSegmenter(known).segment([frame("a", 40, 40)], [[Detection("cup", np.array([12, 12, 28, 28]))]])

@@ -228,10 +228,8 @@ def _check_jumps(episode: Episode) -> None:
     ):
         if change.max(initial=0) * episode.rate_hz > fastest:
             step = int(change.argmax())
-            raise SpearError(
-                f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])} "
-                f"in one step; leave the episode out, or check the column and {check}"
-            )
+            jump = f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])}"
+            raise SpearError(f"{jump} in one step; leave the episode out, or check the column and {check}")
 
 
 def _turned(rotation: Array) -> Array:
@@ -279,10 +277,8 @@ def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
     row = (pose[:, 3] - last).abs().amax(1)
     bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
     if bad.any():
-        raise SpearError(
-            f"not a rotation: {source} step {int(bad.int().argmax())}: the 16 numbers are no pose written as "
-            f"{layout}; leave it out, or check the layout"
-        )
+        where = f"not a rotation: {source} step {int(bad.int().argmax())}"
+        raise SpearError(f"{where}: the 16 numbers are no pose written as {layout}; check the layout")
 
 
 _DH = (

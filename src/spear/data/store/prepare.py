@@ -87,10 +87,8 @@ def prepare(
     }
     if (out / REQUEST).is_file():
         if other := difference(read_json(out / REQUEST, "remove that folder"), request):
-            raise SpearError(
-                f"{out} was prepared from other episodes, or in another way ({other}): remove that folder, "
-                "or choose another --out"
-            )
+            why = f"{out} was prepared from other episodes, or in another way ({other})"
+            raise SpearError(f"{why}: remove that folder, or choose another --out")
         return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
     check_new(out)
     work = out.with_name(f".{out.name}.part")

@@ -106,10 +106,8 @@ def check_size(size: tuple[int, ...], first: tuple[int, int], where: str) -> Non
     """Raises SpearError for an image whose (height, width) is not that of the first one."""
     if size != first:
         (h, w), (h0, w0) = size, first
-        raise SpearError(
-            f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}: leave the episode out, "
-            "or bring all to one size (see `spear data prepare --size`)"
-        )
+        apart = f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}"
+        raise SpearError(f"{apart}: leave the episode out, or bring all to one size (prepare --size)")
 
 
 CAPACITY = 16384

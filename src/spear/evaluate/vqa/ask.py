@@ -141,10 +141,8 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     unit = processor.coordinates.unit
     other = next((label for label in labels if label.unit != unit), None)
     if other is not None:
-        raise SpearError(
-            f"{where}: {other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}: "
-            "label the images with a point map of that unit, or ask another model"
-        )
+        units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"
+        raise SpearError(f"{where}: {units}: label with a point map of that unit, or ask another model")
     return labels
 
 

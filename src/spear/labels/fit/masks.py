@@ -41,9 +41,7 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     """The mask [height, width] bool of run lengths; `SpearError` when they do not add up to its size."""
     counts = np.asarray(runs, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
-        raise SpearError(
-            f"mask run lengths: they cover {counts.sum()} pixels, not {height}×{width}: label the image again"
-        )
+        raise SpearError(f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return flat.reshape((height, width), order="F")
 
@@ -70,9 +68,7 @@ def run_lengths(text: str) -> list[int]:
     """
     rest = re.sub(r"^([P-o]*[0-O])*", "", text)
     if rest:
-        raise SpearError(
-            f"compressed mask: {rest[:20]!r} is not part of one, or cut off: give the whole string"
-        )
+        raise SpearError(f"compressed mask: {rest[:20]!r} is none, or cut off: give the whole string")
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):
         value = sum((ord(letter) - 48 & 31) << 5 * place for place, letter in enumerate(number))

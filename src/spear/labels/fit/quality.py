@@ -81,9 +81,7 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
     missed = 0
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
-            raise SpearError(
-                f"{frame.source or 'frame'}: no instances or boxes: compare with frames that have both"
-            )
+            raise SpearError(f"{frame.source or 'frame'}: no instances or boxes: give frames that have both")
         found: dict[int, tuple[float, tuple[float, ...]]] = {}
         for o in label.objects:
             instance = instance_of(o, label, frame)

@@ -61,10 +61,8 @@ class Annotation:
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
         if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
-            raise SpearError(
-                f"annotation of {self.name!r} is for an image of {columns}×{rows}, this one is "
-                f"{width}×{height}: give the image that was annotated, at most resized"
-            )
+            sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
+            raise SpearError(f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized")
         return rows, columns
 
 
@@ -96,10 +94,8 @@ class FileDetector:
         found = [self.annotations.find(frame.source) for frame in frames]
         unknown = [frame for frame, annotated in zip(frames, found, strict=True) if annotated is None]
         if unknown and self.otherwise is None:
-            raise SpearError(
-                f"{unknown[0].source}: not in {self.annotations.name}: name images as that file does, or "
-                "add a detector for the others"
-            )
+            lacks = f"{unknown[0].source}: not in {self.annotations.name}"
+            raise SpearError(f"{lacks}: name images as that file does, or add a detector for the others")
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
         results = []
         for frame, annotated in zip(frames, found, strict=True):
@@ -133,10 +129,8 @@ class FileSegmenter:
         rest = [(f, d, *r) for f, d, r in zip(frames, detections, results, strict=True) if r[1]]
         if rest and self.otherwise is None:
             frame, found, _, missing = rest[0]
-            raise SpearError(
-                f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}: add a "
-                "segmenter for objects without one"
-            )
+            lacks = f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}"
+            raise SpearError(f"{lacks}: add a segmenter for objects without one")
         if rest and self.otherwise:
             wanted = [[found[i] for i in missing] for _, found, _, missing in rest]
             made = self.otherwise.segment([frame for frame, *_ in rest], wanted)
@@ -178,10 +172,9 @@ def open_annotations(path: str | Path) -> Annotations:
             return Annotations(f"coco {file}", _coco(content, file))
         return Annotations(f"ego-exo4d relations {file}", _relations(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise SpearError(
-            f"{path}: neither COCO's JSON of instances nor Ego-Exo4D's relations ({type(error).__name__}: "
-            f"{error}): give one of the two"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        kinds = "COCO's JSON of instances nor Ego-Exo4D's relations"
+        raise SpearError(f"{path}: neither {kinds} ({why}): give one of the two") from error
 
 
 def _parts(path: str) -> list[str]:

@@ -186,7 +186,7 @@ class GeminiDetector:
                 break
             time.sleep(wait)
         raise RetryableError(
-            f"{where}: Gemini gave no answer after {attempt + 1} attempts ({reason}): label it again"
+            f"{where}: no answer by Gemini in {attempt + 1} attempts ({reason}): label it again"
         )
 
     def _wait_for_turn(self) -> None:
@@ -213,9 +213,7 @@ class GeminiDetector:
             hint = "choose another model" if error.code == 404 else f"check the key in {' or '.join(KEYS)}"
             raise self._stop(f"{reason}: {hint}")
         if error.code not in _AGAIN:
-            raise SpearError(
-                f"{where}: Gemini refused the request ({reason}): change the settings, or leave it out"
-            )
+            raise SpearError(f"{where}: Gemini refused ({reason}): change the settings, or leave it out")
         # google.rpc.RetryInfo, as in "38s", and the header; a date there is not read
         asked = re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)
         asked += re.findall(r"^\d+\.?\d*$", getattr(error.response, "headers", {}).get("retry-after", ""))

@@ -15,9 +15,7 @@ GROUND_TRUTH = "ground-truth"
 
 
 def _missing(frame: Frame, what: str) -> SpearError:
-    return SpearError(
-        f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model instead"
-    )
+    return SpearError(f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model")
 
 
 def instance_boxes(frame: Frame) -> dict[int, Array]:

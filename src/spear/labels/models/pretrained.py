@@ -34,9 +34,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     )
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
-        raise SpearError(
-            f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give the whole model"
-        )
+        raise SpearError(f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give it whole")
     return network.to(where).eval()
 
 
@@ -60,7 +58,5 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     try:
         return cls.from_pretrained(name, revision=revision or "main", **options)
     except Exception as error:  # names that do not exist and broken files raise errors of many kinds
-        raise SpearError(
-            f"{model}: cannot load this {kind} model ({first_line(error)}): check its name and the network, "
-            f"or give a folder that holds it, as in {kind}=FOLDER"
-        ) from error
+        why = f"cannot load this {kind} model ({first_line(error)})"
+        raise SpearError(f"{model}: {why}: check name and network, or give {kind}=FOLDER") from error

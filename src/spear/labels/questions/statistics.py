@@ -74,10 +74,8 @@ def statistics(labels: Iterable[LabeledImage]) -> Statistics:
     for label in labels:
         found.unit = found.unit or label.unit
         if label.unit != found.unit:
-            raise SpearError(
-                f"{label.source or 'label'}: in unit {label.unit!r}, not {found.unit!r} as the others: give "
-                "labels of one unit"
-            )
+            which = f"{label.source or 'label'}: in unit {label.unit!r}, not {found.unit!r} as the others"
+            raise SpearError(f"{which}: give labels of one unit")
         found.images += 1
         found.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
         for o, why in zip(label.objects, why_not_asked(label), strict=True):
