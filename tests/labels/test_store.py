@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,7 @@ def labels() -> list[LabeledImage]:
 
 
 def assert_same(a: LabeledImage, b: LabeledImage) -> None:
-    for name in ("image", "width", "height", "unit", "source", "provenance"):
-        assert getattr(a, name) == getattr(b, name)
-    np.testing.assert_array_equal(a.intrinsics, b.intrinsics)
-    assert len(a.objects) == len(b.objects)
-    for p, q in zip(a.objects, b.objects, strict=True):
-        assert (p.name, p.scores, list(p.mask)) == (q.name, q.scores, list(q.mask))
-        np.testing.assert_array_equal(p.box2d, q.box2d)
-        assert (p.box3d is None) == (q.box3d is None)
-        if p.box3d is not None and q.box3d is not None:
-            for field in ("vertices", "center", "size", "rotation"):
-                np.testing.assert_array_equal(getattr(p.box3d, field), getattr(q.box3d, field))
-        assert set(p.keypoints) == set(q.keypoints)
-        for key in p.keypoints:
-            np.testing.assert_array_equal(p.keypoints[key], q.keypoints[key])
+    np.testing.assert_equal(asdict(a), asdict(b))
 
 
 def write(labels: Sequence[LabeledImage], folder: Path, size: int = 18) -> list[Path]:

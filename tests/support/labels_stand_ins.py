@@ -1,7 +1,7 @@
 """Components of fixed behaviour for tests of the engines: quick, and a function of the pixels alone."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from PIL import Image
 from spear.errors import RetryableError, SpearError
 from spear.labels.engine import Graph, run_local
 from spear.labels.fit.image import unproject
-from spear.labels.inputs import Item, find
+from spear.labels.inputs import find
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
@@ -113,8 +113,4 @@ def photos(folder: Path, count: int, bad: bool = True) -> Path:
 
 def listing(folder: Path) -> Any:
     """What `label_folder` takes as items."""
-    return partial(_items, str(folder))
-
-
-def _items(folder: str) -> Iterator[Item]:
-    return find(folder)
+    return partial(find, str(folder))
