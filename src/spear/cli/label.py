@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, notice
 from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions
-from spear.util.options import File, Name, Options, Within
+from spear.util.options import File, Options, Within
 
 if TYPE_CHECKING:
     from spear.labels.models.protocols import PointMapResult
@@ -161,8 +161,6 @@ class ShowOptions(Options):
     """HTML file; default: LABELS/show.html."""
     images: Annotated[int, Within(1)] = 24
     """How many images to show."""
-    model: Name = None
-    """Count the use of this model's 3D tokens (nano, or a trained folder) instead of tokens fitted here."""
     rerun: File = None
     """Also write the images, boxes and point clouds to this file, for the Rerun viewer."""
 
@@ -179,14 +177,8 @@ def show(options: ShowOptions) -> None:
 
     folder = _shards(options.labels)
     shown = choose(folder, options.images)
-    tokenizer = None
-    if options.model is not None:
-        from spear.policy import locate
-        from spear.tokens import CoordinateTokenizer
-
-        tokenizer = CoordinateTokenizer.load(locate(options.model) / "coordinates.json")
     target = options.out or options.labels / "show.html"
-    label_page(folder, shown, target, tokenizer)
+    label_page(folder, shown, target)
     print(f"open {target.resolve()}")
     if options.rerun is not None:
         from spear.report.labels import write_rerun

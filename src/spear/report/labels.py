@@ -32,22 +32,15 @@ MOST_POINTS = 60_000
 """Points of a cloud that the Rerun file keeps."""
 
 
-def label_page(
-    folder: Path, shown: Sequence[LabeledImage], out: Path, tokenizer: CoordinateTokenizer | None = None
-) -> None:
+def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     """Write one self-contained page about a folder of labels to the file `out`, whole or not at all.
 
-    folder     shards, and questions beside them if they were written; else those of seed 0 are made up.
-    shown      the labels on the contact sheet.
-    tokenizer  3D tokens whose use is counted; None fits them to the answers about every other image and
-               counts in those about the rest.
+    folder  shards, and questions beside them if they were written; else those of seed 0 are made up.
+    shown   the labels on the contact sheet.
 
-    Raises SpearError for no labels, labels of several units, or 3D tokens of another unit.
+    Raises SpearError for no labels, or labels of several units.
     """
     found = statistics(read(folder, pixels=False))
-    if tokenizer is not None and tokenizer.unit != found.unit:
-        units = f"labels in unit {found.unit!r}, 3D tokens in {tokenizer.unit!r}"
-        raise SpearError(f"{folder}: {units}: give another model, or none")
     questions = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
     skipped = skip_reasons(folder)
@@ -69,7 +62,7 @@ def label_page(
         families=[(spaced(name), count) for name, count in _rows(families)],
         most=names[:1],
         least=names[-1:],
-        tokens=_tokens(questions, tokenizer),
+        tokens=_tokens(questions),
         skipped=_rows(skipped),
     )
     write_text(out, html)
@@ -119,21 +112,18 @@ def _rows(counts: Counter[str]) -> list[tuple[str, str]]:
     return [(name, f"{n:,}") for name, n in counts.most_common()]
 
 
-def _tokens(
-    questions: Mapping[str, Sequence[Question]], tokenizer: CoordinateTokenizer | None
-) -> dict[str, Any] | None:
-    """How often each 3D token occurs in the answers; None where these hold too few numbers to fit any."""
+def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | None:
+    """How often each 3D token, fitted to the answers about every other image, occurs in those about the rest;
+    None where these hold too few numbers to fit any."""
     numbers = [[v for q in asked for v in q.values] for asked in questions.values()]
-    given, every = tokenizer is not None, 1 if tokenizer else 2
-    if tokenizer is None:
-        fitted = [v for image in numbers[::2] for v in image]
-        if len(set(fitted)) < 2:
-            return None
-        tokenizer = CoordinateTokenizer.fit(fitted)
-    use = token_use([v for image in numbers[every - 1 :: every] for v in image], tokenizer)
+    fitted = [v for image in numbers[::2] for v in image]
+    if len(set(fitted)) < 2:
+        return None
+    tokenizer = CoordinateTokenizer.fit(fitted)
+    use = token_use([v for image in numbers[1::2] for v in image], tokenizer)
     grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
     chart = histogram(grouped, "lowest", "highest")
-    return {"bins": tokenizer.bins, "use": use, "given": given, "chart": chart, "numbers": sum(use.counts)}
+    return {"bins": tokenizer.bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
 
 
 def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path) -> None:
