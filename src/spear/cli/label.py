@@ -62,7 +62,7 @@ def label(options: LabelOptions) -> None:
         out, scene, workers = options.out, options.scene, options.work.workers
         sizes = preset(scene.preset).image_sizes
         if simpler:
-            from spear.evaluate.simpler.label import label_tasks
+            from spear.evaluate.simpler.record import label_tasks
 
             numbers = scene_numbers(options.photos[0], "simpler")
             images = label_tasks(out, numbers, sizes["external"], workers)

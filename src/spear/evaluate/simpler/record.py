@@ -1,9 +1,11 @@
-"""Demonstrations of the tasks, as `Episode`s: the oracle at work from starts off the official grid, with
-disturbances that it recovers from, as `spear.sim.record` has them."""
+"""What is learned from the tasks: demonstrations as `Episode`s (the oracle at work from starts off the
+official grid, with disturbances that it recovers from, as `spear.sim.record` has them), and labelled
+images."""
 
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -13,11 +15,13 @@ from spear import embodiments
 from spear.data.demonstrations import check_seed, collect
 from spear.errors import check_known
 from spear.evaluate.simpler import oracle
+from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, RATE_HZ, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, check_assets, check_installed
+from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets, check_installed
+from spear.labels.scenes import Job, jobs_of, label_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
-from spear.types import Episode
+from spear.types import Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import in_order
 
@@ -27,6 +31,8 @@ AFTER = 5
 """Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
 PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
 """Smaller than in the embedded simulator: the arm reaches less far."""
+SCENES_PER_JOB = 64
+VIEW = "external"
 
 
 def demonstrate(
@@ -98,11 +104,7 @@ def record(
 
 
 def record_episode(
-    process: SimplerProcess,
-    task: str,
-    seed: int,
-    size: tuple[int, int],
-    policy: Acts | None = None,
+    process: SimplerProcess, task: str, seed: int, size: tuple[int, int], policy: Acts | None = None
 ) -> Episode:
     """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
     robot = embodiments.load(ROBOT)
@@ -120,3 +122,24 @@ def record_episode(
     source = source_of(task, seed, policy is not None, "simpler")
     success = fulfilled >= AFTER or moment.success
     return tape.episode(str(moment.observation["prompt"]), RATE_HZ, source, success)
+
+
+def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
+    """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
+    returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
+    ManiSkill, its assets or a renderer are missing."""
+    check_installed()
+    assets = check_assets(None)
+    jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
+    settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "assets": assets_hash(assets)}
+    words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
+    return label_jobs(out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers)
+
+
+def _frames(size: tuple[int, int], assets: Path, job: Job) -> Iterator[tuple[str, list[Frame]]]:
+    task, seeds = job
+    process = SimplerProcess(task, assets)
+    try:
+        yield VIEW, [process.look(seed, size) for seed in seeds]
+    finally:
+        process.close()
