@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import groupby, islice, tee
@@ -59,11 +59,8 @@ class Progress:
     retryable: int = 0
 
 
-class _Shard(NamedTuple):
-    """A shard that is to be made: its number, and the keys of its items."""
-
-    number: int
-    keys: tuple[str, ...]
+_Shard = tuple[int, int, str]
+"""A shard that is to be made: its number, how many items it has, and the hash of their keys."""
 
 
 class _Finished(NamedTuple):
@@ -172,14 +169,14 @@ def label_folder(
         with closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
-            for shard, group in groupby(results, key=lambda result: result[0][0]):
-                path = out / f"labels-{shard.number:05d}.parquet"
+            for (number, size, keys), group in groupby(results, key=lambda result: result[0][0]):
+                path = out / f"labels-{number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
                     refused: list[SkippedImage] = []
                     for done in counted(group):
                         writer.write(done.labels)
                         refused += done.skipped
-                    about = _Finished(len(shard.keys), _hash(shard.keys), refused)
+                    about = _Finished(size, keys, refused)
                     writer.commit({FOOTER: json.dumps(about._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
@@ -196,12 +193,13 @@ def _todo(
 ) -> Iterator[tuple[_Shard, list[Item]]]:
     """The batches of shards that are unfinished or to be made again, in order, each with its shard."""
     for number, members in enumerate(_chunks(items, work.shard_size)):
-        known, keys = finished.get(number), tuple(item.key for item in members)
-        if known is not None and known.keys != _hash(keys):
+        known = finished.get(number)
+        keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
+        if known is not None and known.keys != keys:
             raise _changed(out, number, known)
         if known is None or number in again:
             for batch in _chunks(members, work.batch_size):
-                yield _Shard(number, keys), batch
+                yield (number, len(members), keys), batch
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -221,10 +219,6 @@ def _finished(out: Path) -> dict[int, _Finished]:
         number = int(path.stem.removeprefix("labels-"))
         found[number] = _Finished(known["items"], known["keys"], skipped)
     return found
-
-
-def _hash(keys: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(keys).encode()).hexdigest()
 
 
 def _changed(out: Path, number: int, known: _Finished) -> SpearError:
