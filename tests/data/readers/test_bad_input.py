@@ -35,13 +35,10 @@ def set_cells(folder: Path, column: str, values: dict[int, Any], kind: pa.DataTy
     pq.write_table(table.set_column(at, column, pa.array(cells, kind or table.schema.field(at).type)), file)
 
 
-def image(folder: Path, step: int) -> bytes:
-    (file,) = (folder / "data").rglob("*.parquet")
-    return bytes(pq.read_table(file)[IMAGES].to_pylist()[6 + step]["bytes"])
-
-
 def break_image(folder: Path) -> None:
-    set_cells(folder, IMAGES, {2: {"bytes": image(folder, 2)[:-200], "path": None}})
+    (file,) = (folder / "data").rglob("*.parquet")
+    whole = pq.read_table(file)[IMAGES].to_pylist()[6 + 2]["bytes"]
+    set_cells(folder, IMAGES, {2: {"bytes": whole[:-200], "path": None}})
 
 
 def no_steps(folder: Path) -> None:
