@@ -69,21 +69,26 @@ def ask(options: AskOptions) -> None:
         write_bytes(options.draw, encode_picture(drawn, str(options.draw)))
 
 
-class RecordOptions(Options):
+class DemonstrationOptions(Options):
+    """What is recorded: the same in every simulator."""
+
     out: Path = Path("runs/episodes")
     """Folder to write to."""
     episodes: Annotated[int, Within(1)] = 200
-    """How many demonstrations per task family."""
-    families: tuple[str, ...] = ()
-    """Task families; all of them when none is given."""
+    """How many demonstrations per task."""
     first_seed: int = 10_000
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
-    """Model size whose cameras are used."""
+    """Model size to whose cameras the pictures are scaled."""
     workers: Annotated[int, Within(1)] = 2
     """Processes."""
     policy: Name = None
     """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""
+
+
+class RecordOptions(DemonstrationOptions):
+    families: tuple[str, ...] = ()
+    """Task families; all of them when none is given."""
 
 
 def record(options: RecordOptions) -> None:
@@ -106,21 +111,11 @@ def record(options: RecordOptions) -> None:
     print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
 
 
-class RecordSimplerOptions(Options):
+class RecordSimplerOptions(DemonstrationOptions):
     out: Path = Path("runs/simpler-episodes")
     """Folder to write to; each task has a folder of its own in it."""
-    episodes: Annotated[int, Within(1)] = 200
-    """How many demonstrations per task."""
     tasks: tuple[str, ...] = ()
     """ManiSkill's names; all four when none is given."""
-    first_seed: int = 10_000
-    """Starts first-seed, first-seed + 1, … Those below 10000 are kept for evaluate simpler --off-grid."""
-    preset: str = "nano"
-    """Model size to whose camera the pictures are scaled."""
-    workers: Annotated[int, Within(1)] = 2
-    """Processes."""
-    policy: Name = None
-    """A trained folder that takes turns with the script: what it does wrong is put right."""
     assets: Folder = None
     """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
@@ -128,8 +123,8 @@ class RecordSimplerOptions(Options):
 def record_simpler(options: RecordSimplerOptions) -> None:
     """Record demonstrations of SIMPLER's four WidowX tasks (ManiSkill 3), to train a policy on.
 
-    As spear record, by a script that knows the true state (oracle), from starts off the official grid, on
-    which no policy is evaluated. Needs what spear evaluate simpler needs.
+    As spear record, by a script that knows the true state (oracle), from starts off the official grid. Those
+    of seeds below 10000 are kept for evaluate simpler --off-grid. Needs what spear evaluate simpler needs.
 
     Example:
         spear record simpler --episodes 80 --out runs/simpler-episodes
