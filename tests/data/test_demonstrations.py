@@ -15,7 +15,7 @@ FAMILIES = "put_on", "spoon_on_towel"
 
 
 def record(out: Path, episodes: int = 2, first_seed: int = 10_000, **changed: object) -> tuple[int, int]:
-    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, quiet=True)  # type: ignore[arg-type]
+    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ def demonstrate(
     first_seed: int,
     sizes: Mapping[str, Size],
     workers: int = 2,
-    quiet: bool = False,
     policy: Acts | None = None,
 ) -> tuple[int, int]:
     """Record `episodes` demonstrations of each task family (none: all); how many succeeded, and of how many.
@@ -42,7 +41,7 @@ def demonstrate(
     def make(first: int) -> Iterator[Episode]:
         return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
 
-    return collect(out, sources, make, sizes, quiet)
+    return collect(out, sources, make, sizes)
 
 
 def check_seed(first: int) -> None:
@@ -56,7 +55,6 @@ def collect(
     sources: Sequence[str],
     make: Callable[[int], Iterator[Episode]],
     sizes: Mapping[str, Size],
-    quiet: bool = False,
     shard_size: int = 256,
 ) -> tuple[int, int]:
     """Write the successful ones of these episodes; the rest is as in `demonstrate`.
@@ -68,7 +66,7 @@ def collect(
     with alone(out, "recording into"):
         sweep(out)
         kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
-        bar = ProgressBar("recording", len(sources), "demonstrations", first, quiet)
+        bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)
 

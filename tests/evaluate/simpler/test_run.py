@@ -154,8 +154,8 @@ def test_labels_of_the_scenes_are_true(simpler: Simpler, shared: Path, tmp_path:
 
 def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path, tmp_path: Path) -> None:
     how = 10_000, 128, 1, shared / "assets" / "simpler"
-    assert demonstrate(tmp_path, [TASK], 1, *how, quiet=True) == {TASK: (1, 1)}
-    assert demonstrate(tmp_path, [TASK], 2, *how, quiet=True) == {TASK: (2, 2)}
+    assert demonstrate(tmp_path, [TASK], 1, *how) == {TASK: (1, 1)}
+    assert demonstrate(tmp_path, [TASK], 2, *how) == {TASK: (2, 2)}
     store = EpisodeStore(tmp_path / TASK)
     assert [store.source(i) for i in range(2)] == [f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)

@@ -52,7 +52,7 @@ def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
     assert trust is not None and trust.tells_absent
     families = ("distance", "keypoint", "box_vertices")
     labels = find_images("sim:300", 24, "external", nano.processor)
-    asked = evaluate(nano, labels, QuestionOptions(per_image=1, families=families), quiet=True).asked
+    asked = evaluate(nano, labels, QuestionOptions(per_image=1, families=families)).asked
     for family in families:
         sure = [a.certainty for a in asked if a.question.family == family and a.certainty is not None]
         inside = [(c.off <= trust.factors[family] * c.spread).mean() for c in sure]

@@ -44,7 +44,6 @@ def demonstrate(
     workers: int = 2,
     assets: Path | None = None,
     policy: Acts | None = None,
-    quiet: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """Record `episodes` demonstrations of each task (none: all), each task in a folder of its name in `out`;
     how many succeeded, and of how many.
@@ -69,7 +68,7 @@ def demonstrate(
             return record(task, seeds[first:], size, workers, assets, policy)
 
         sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
-        written[task] = collect(out / task, sources, make, {"external": size}, quiet, SHARD_SIZE)
+        written[task] = collect(out / task, sources, make, {"external": size}, SHARD_SIZE)
     return written
 
 

@@ -34,7 +34,7 @@ ROBOT = "simpler_widowx"
 UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
 
 
-def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
+def evaluate(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]]:
     """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
 
     A task has few starts: further seeds show them again, with other noise for the policy. References, which
@@ -60,7 +60,7 @@ def evaluate(agent: Agent, options: SimplerOptions, quiet: bool = False) -> tupl
     counts = {t: options.scenes if repeats else min(options.scenes, TASKS[t].starts) for t in tasks}
     scenes = {t: range(first, first + count) for t, count in counts.items()}
     with contextlib.closing(Simpler(options)) as simulator:
-        return run_evaluation(simulator, agent, scenes, settings, options, quiet)
+        return run_evaluation(simulator, agent, scenes, settings, options)
 
 
 @dataclass

@@ -24,9 +24,7 @@ from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, tracked
 
 
-def evaluate(
-    model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, quiet: bool = False
-) -> Scores:
+def evaluate(model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions) -> Scores:
     """Ask questions of each family about each image, all in the model's unit, and score the answers. Raises
     SpearError for an unknown family, and where no image allows a question."""
     families = tuple(dict.fromkeys(options.families)) or FAMILIES
@@ -38,7 +36,7 @@ def evaluate(
 
     asked: list[Asked] = []
     free: dict[str, list[bool]] = {}
-    with ProgressBar("asking", sum(map(len, questions.values())), "questions", quiet=quiet) as bar:
+    with ProgressBar("asking", sum(map(len, questions.values())), "questions") as bar:
         for family, some in questions.items():
             for start in range(0, len(some), options.batch):
                 part = some[start : start + options.batch]
