@@ -25,6 +25,10 @@ from spear.errors import SpearError
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
+TURN = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
+WHERE = np.array([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
+JOINTS = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
+"""Four poses (m, base frame), and others as the joint angles of a Franka (rad)."""
 
 WRITTEN = {
     "euler_xyz": lambda r: r.as_euler("xyz"),
@@ -73,13 +77,11 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     spec = REGISTRY[name]
     position, rotation, layout, gripper = spec.position, spec.rotation, spec.rotation_format, spec.gripper
     closed, opened = spec.gripper_range
-    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
-    where = np.stack([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
-    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
-    if layout == "franka_joints":
-        where, quaternions = franka_pose(joints)
+    joints = layout == "franka_joints"
+    where, turn = WHERE, TURN
+    if joints:
+        where, quaternions = franka_pose(JOINTS)
         turn = Rotation.from_quat(quaternions, scalar_first=True)
-    written = joints if layout == "franka_joints" else WRITTEN[layout](turn)
     steps: dict[str, object] = {}
 
     def put(path: str, values: np.ndarray) -> None:
@@ -92,8 +94,8 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
         if not span:
             steps[name_of] = values
 
-    put(rotation, written)
-    put(position, joints if layout == "franka_joints" else where)
+    put(rotation, JOINTS if joints else WRITTEN[layout](turn))
+    put(position, JOINTS if joints else where)
     put(gripper, np.full((4, 1), closed + 0.75 * (opened - closed)))
     if spec.command is not None and spec.command != gripper:
         put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
@@ -147,17 +149,13 @@ def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat)
 @pytest.mark.parametrize("layout", [*WRITTEN, "franka_joints"])
 def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat) -> None:
     """The same poses in other units, where a format has any; joint angles have no length."""
-    turn = Rotation.from_euler("xyz", [[0.1 * k, 0.2, -0.1 * k] for k in range(4)])
-    joints = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
-    where = np.array([[0.3 + 0.001 * k, 0.1, 0.2] for k in range(4)])
-    numbers = joints if layout == "franka_joints" else WRITTEN[layout](turn)
+    joints = layout == "franka_joints"
+    numbers = JOINTS if joints else WRITTEN[layout](TURN)
     spec = DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
-    first = recorded_pose(
-        {"at": joints if layout == "franka_joints" else where, "turn": numbers}, spec, "mine"
-    )
+    first = recorded_pose({"at": JOINTS if joints else WHERE, "turn": numbers}, spec, "mine")
     other = dataclasses.replace(spec, length_unit="mm", angle_unit="deg")
     degrees = np.degrees(numbers) if layout in ANGLES else numbers
-    steps = {"at": degrees if layout == "franka_joints" else 1000 * where, "turn": degrees}
+    steps = {"at": degrees if joints else 1000 * WHERE, "turn": degrees}
     for one, same in zip(first[:2], recorded_pose(steps, other, "mine")[:2], strict=True):
         np.testing.assert_allclose(same, one, atol=1e-12)
 
