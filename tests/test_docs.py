@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -68,6 +69,14 @@ def test_commands_in_blocks_are_understood(page: Path) -> None:
 
 def test_commands_are_found() -> None:
     assert sum(len(COMMAND.findall(joined(page))) for page in PAGES) > 100
+
+
+def test_docstrings_have_nothing_that_markdown_takes_for_a_link() -> None:
+    """`make docs` makes the reference of them, and fails at a link that leads nowhere."""
+    for file in sorted((ROOT / "src" / "spear").rglob("*.py")):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)]
+        assert not [n for n in nodes if re.search(r"\][\[(]", ast.get_docstring(n) or "")], file
 
 
 def anchors(page: Path) -> set[str]:

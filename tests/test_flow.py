@@ -16,7 +16,7 @@ from torch import Tensor
 from spear import flow
 from spear.errors import SpearError
 from spear.flow import FlowConfig
-from spear.geometry import quat_canonical, quat_distance, quat_exp, quat_multiply
+from spear.geometry import apply_step, quat_canonical, quat_distance, quat_exp, quat_multiply
 from spear.models.presets import preset
 from spear.types import Action
 
@@ -403,6 +403,29 @@ def test_what_is_held_is_a_beginning_of_any_length_as_often() -> None:
     share = torch.bincount(lengths.flatten(), minlength=5) / lengths.numel()
     torch.testing.assert_close(share, torch.tensor([0.25, 0.25, 0.25, 0.25, 0]), atol=0.01, rtol=0)
     assert not flow.sample_held((4, 5), 0, generator()).any()
+
+
+def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
+    """Arms that execute both: apart by the mistakes while actions are given, together from the next on."""
+    shape, count = (4000, 5), 4000
+    data, held = robot_data(shape), flow.sample_held(shape, 3, generator(5))
+    wrong = flow.with_mistakes(data, held, generator(6))
+    assert torch.equal(wrong.gripper, data.gripper)
+    poses = [(torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())) for _ in range(2)]
+    for i in range(shape[1]):
+        poses = [
+            apply_step(*pose, chunk.translation[:, i], chunk.rotation[:, i])
+            for pose, chunk in zip(poses, (data, wrong), strict=True)
+        ]
+        (x, q), (other_x, other_q) = poses
+        assert torch.equal((x - other_x).norm(dim=-1) > 1e-6, held[:, i])
+        torch.testing.assert_close(x[~held[:, i]], other_x[~held[:, i]], rtol=0, atol=1e-9)
+        torch.testing.assert_close(q[~held[:, i]], other_q[~held[:, i]], rtol=0, atol=1e-9)
+    first, (spread, turn) = held[:, 0], flow.MISTAKE
+    moved = (wrong.translation - data.translation)[first, 0]
+    turned = quat_distance(wrong.rotation, data.rotation)[first, 0]
+    assert math.isclose(float(moved.std()), spread, rel_tol=0.05)
+    assert math.isclose(float(turned.square().mean().sqrt()), turn * 3**0.5, rel_tol=0.05)
 
 
 @pytest.mark.parametrize("config", [c for c in ALL if c.prediction == "clean"], ids=name)

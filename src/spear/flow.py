@@ -42,6 +42,10 @@ from spear.types import Action
 _MIN_REMAINING = 1e-4
 """Least 1 - τ that a velocity is derived from; sampled times stay ten times further from 1."""
 
+MISTAKE = 0.3, 0.03
+"""Standard deviation of what is wrong in given actions (`with_mistakes`): of each normalised translation, and
+of each component of a turn in rad. Our choice: about as far as nano's actions lie from its demonstrations."""
+
 _MIN_SPEED = 1e-2
 """Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
 
@@ -156,6 +160,30 @@ def sample_held(
     on 0 … longest per chunk (training-time action conditioning, arXiv 2512.05964)."""
     count = torch.randint(longest + 1, (*shape[:-1], 1), generator=generator, device=device)
     return torch.arange(shape[-1], device=device) < count
+
+
+def with_mistakes(data: Action, held: Tensor, generator: torch.Generator | None = None) -> Action:
+    """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_held`) are a little wrong, and
+    whose first other action makes up for it: the poses after it are those demonstrated (our choice).
+
+    Demonstrations alone never show what to do about a mistake that is about to be made. Translations are
+    deltas in the base frame, so their mistakes add up; a rotation is in the frame that the one before it
+    leads to.
+    """
+    draw = torch.randn(*held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device)
+    draw = draw * held[..., None]
+    next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[..., None]
+    wrong = MISTAKE[0] * draw[..., :3]
+    translation = data.translation + wrong - next_one * wrong.sum(-2, keepdim=True)
+    turned, rotations = quat_exp(MISTAKE[1] * draw[..., 3:]), []
+    missed = torch.zeros_like(data.rotation[..., 0, :])  # from where the arm should be to where it is
+    missed[..., 0] = 1
+    for i, rotation in enumerate(data.rotation.unbind(-2)):
+        rotations.append(quat_multiply(rotation, turned[..., i, :]))
+        mended = quat_multiply(quat_conjugate(missed), rotation)
+        rotations[i] = torch.where(next_one[..., i, :], mended, rotations[i])
+        missed = quat_multiply(quat_multiply(quat_conjugate(rotation), missed), rotations[i])
+    return Action(translation, quat_canonical(torch.stack(rotations, -2)), data.gripper)
 
 
 def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> tuple[Action, Action]:

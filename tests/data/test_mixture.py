@@ -81,20 +81,6 @@ def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     assert chisquare([*counts.values()]).pvalue > 0.001
 
 
-def test_a_chunk_begins_with_what_is_no_target_where_that_can_be_given(mixture: Mixture) -> None:
-    """Step 2 of every episode is masked: chunks from it have its action, and the targets after it."""
-    drawn = [s for step in range(40) for s in mixture.draw(step, 100, committed=2)]
-    early = [s for s in drawn if s.step == 2]
-    assert 1.5 < len(early) / sum(s.step == 3 for s in drawn) < 2.7  # two of three times
-    for sample in early:
-        episode = mixture.episode(sample)
-        assert episode.action is not None
-        _, acted, mask = mixture.arrays(sample, 5)
-        rest = min(4, len(episode) - 3)
-        assert mask.tolist() == [False, *[True] * rest, *[False] * (4 - rest)]
-        np.testing.assert_array_equal(acted[: 1 + rest], episode.action[2 : 3 + rest])
-
-
 def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
     store = mixture.stores[0]
     with pytest.raises(SpearError, match="empty mixture"):

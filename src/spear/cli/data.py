@@ -65,7 +65,8 @@ def describe(options: DescribeOptions) -> None:
     else:
         write_text(out, text + "\n")
     file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
-    print(f"read it, correct it, save it as {file}; then: spear data audit {path}", file=sys.stderr)
+    advice = "is there already: take from this what it lacks" if file.exists() else "is to be this, corrected"
+    print(f"{file} {advice}; then: spear data audit {path}", file=sys.stderr)
 
 
 def prepare(options: PrepareOptions) -> None:

@@ -62,7 +62,7 @@ def plan(options: PlanOptions) -> None:
 
     Examples:
         spear plan --recipe finetune-lora --gpu 16GB
-        spear plan --recipe post-train-bridge --gpu 48GB --set ema=0
+        spear plan --recipe post-train-bridge --gpu 80GB --set ema=0
         spear plan --recipe inference --gpu 8GB
     """
     import torch

@@ -68,36 +68,27 @@ class Mixture:
         """Number of distinct samples."""
         return sum(int(begin[-1]) for begin in self._begin)
 
-    def draw(self, step: int, batch_size: int, committed: int = 0) -> list[Sample]:
-        """The samples of training step `step`.
-
-        committed: they begin up to so many steps earlier, drawn at random, where what was done there is no
-        target (a push, a mistake): a policy that is told of its first actions learns to put them right.
-        """
+    def draw(self, step: int, batch_size: int) -> list[Sample]:
+        """The samples of training step `step`."""
         # Philox is counter based: the step is the counter, so no step depends on another.
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
         draws = random.random((batch_size, 2 + JITTER_DRAWS))
         sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")
-        earlier = random.integers(committed + 1, size=batch_size)
         samples = []
-        for source, row, most in zip(sources.tolist(), draws, earlier.tolist(), strict=True):
+        for source, row in zip(sources.tolist(), draws, strict=True):
             begin = self._begin[source]
             index = int(row[1] * begin[-1])  # among the dataset's valid steps
             episode = int(np.searchsorted(begin, index, side="right")) - 1
             known = np.asarray(self._episode(source, episode).action_mask)
             step = int(np.flatnonzero(known)[index - int(begin[episode])])
-            step -= next((i for i in range(most) if step == i or known[step - i - 1]), most)
             samples.append(Sample(source, episode, step, row[2:]))
         return samples
 
     def arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
-        """State [8], action chunk [H, 8] and which of it are targets [H], of a sample."""
+        """State [8], action chunk [H, 8] and its mask [H] of a sample."""
         episode, t = self.episode(sample), sample.step
         assert episode.action is not None and episode.action_mask is not None  # a store has them
-        lead = int(episode.action_mask[t:].argmax())  # see `draw`
-        acted, mask = chunk(episode.action, episode.action_mask, t + lead, horizon - lead)
-        acted = np.concatenate([episode.action[t : t + lead], acted])
-        mask = np.concatenate([np.zeros(lead, bool), mask])
+        acted, mask = chunk(episode.action, episode.action_mask, t, horizon)
         state = np.concatenate([episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]])
         return state, acted, mask
 
@@ -112,7 +103,6 @@ class TrainingSamples:
 
     views    camera name -> (height, width) in pixels; images are brought to it, aspect kept.
     augment  strength of photometric jitter, 0 for none (never geometric: depth depends on it).
-    committed  see `Mixture.draw`.
 
     A batch of B samples
         images       camera -> [B, h, w, 3] uint8; zeros where an episode lacks it
@@ -127,11 +117,10 @@ class TrainingSamples:
     views: Mapping[str, tuple[int, int]]
     horizon: int = HORIZON
     augment: float = 0.0
-    committed: int = 0
 
     def batch(self, step: int, batch_size: int) -> dict[str, Any]:
         """The batch of training step `step`. Raises SpearError, naming it, for a broken image."""
-        samples = self.mixture.draw(step, batch_size, self.committed)
+        samples = self.mixture.draw(step, batch_size)
         arrays = [self.mixture.arrays(sample, self.horizon) for sample in samples]
         states, actions, masks = (np.stack(column) for column in zip(*arrays, strict=True))
         images, present = {}, {}

@@ -196,26 +196,26 @@ class Spear1ForActionPrediction(PreTrainedModel):
         input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
         state           [B, 10], see `STATE_FEATURES`.
         actions         [B, H, ·] in the model's normalised units.
-        action_mask     [B, H] bool, the steps that count; of those before them at most `config.committed`.
+        action_mask     [B, H] bool, the steps that count.
         flow_samples    K draws of noise and time per observation, which share its prefix (our choice). noise
                         [B, K, H, ·] and time [B, K] or [B, K, H] override the drawing.
 
-        With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss.
+        With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss;
+        they are a little wrong, and the next one makes up for it (`flow.with_mistakes`).
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
         if noise is None:
             noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
+        data = Action.from_vector(
+            actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
+        )
         if time is None:
             time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
                 held = flow.sample_held((*time.shape, horizon), self.config.committed, generator, device)
-                if action_mask is not None:  # what comes before the first target was done, not to be learned
-                    held = held | (action_mask.cumsum(-1) == 0)[:, None]
                 time = torch.where(held, 1.0, time[..., None])
-        data = Action.from_vector(
-            actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
-        )
+                data = flow.with_mistakes(data, held, generator)
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
         prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
         prediction = self.predict(prefix, state, noisy, time)

@@ -209,8 +209,7 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
                 f"dataset {name!r}: no camera {' or '.join(views)}: it has {', '.join(store.cameras)}: "
                 "name them so in its spear.json"
             )
-    mixture, config = Mixture(episodes, seed), model.config
-    samples = TrainingSamples(mixture, views, config.horizon, stage.augment, config.committed)
+    samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
         questions = _questions(stage, labels, known, processor, stage.question_images, seed)

@@ -97,7 +97,7 @@ RECIPES: dict[str, Recipe] = {
             kind="vlm",
             preset="nano",
             description="Stage 0, VLM: 2D questions, standing in for PaliGemma's pretraining (no MoGe yet).",
-            # It finds what it is asked about from some 1,500 steps on (docs/ablations.md).
+            # It finds what it is asked about from some 2,000 steps on (docs/nano.md).
             optimization=Optimization(
                 steps=6000,
                 lr=4e-4,

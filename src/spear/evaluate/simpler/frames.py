@@ -1,5 +1,5 @@
 """Pictures of the tasks' scenes with their truth, to label: the same objects in other places, with others
-among them, in other light, under another posture of the arm, and in every other scene from another place."""
+among them, in other light, under another posture of the arm, and half of them from another place."""
 
 import math
 from typing import Any

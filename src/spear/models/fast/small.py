@@ -29,7 +29,7 @@ class PairedKVCache(StaticKVCache):
     """A `StaticKVCache` in which the numbers that are turned together lie side by side."""
 
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
-        """As of its base, with places as complex numbers, [2][B, tokens, kv heads, head_dim / 2]."""
+        """As of its base, whose two places are complex numbers, each [B, tokens, kv heads, head_dim / 2]."""
         window = super().window(start, blocks)
         pairs = (place.unflatten(-1, (-1, 2)) for place in window.places)
         return replace(window, places=[torch.view_as_complex(pair).transpose(2, 3) for pair in pairs])
