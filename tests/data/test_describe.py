@@ -33,6 +33,6 @@ def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for _ in range(2):
         code = main(["data", "describe", str(folder), "--out", str(out)])
     assert code == 2 and json.loads(out.read_text())["facts"]
-    assert f"save it as {folder / 'spear.json'}" in capsys.readouterr().err
+    assert f"{folder / 'spear.json'} is to be this" in capsys.readouterr().err
     assert main(["data", "describe", str(shared / "data" / "bridge_v2_sample")]) == 0
     assert "1.0.0/spear.json" in capsys.readouterr().err  # where it is found
