@@ -110,6 +110,9 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spea
     again = Spear1Policy.load("nano", steps=2)
     assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
     assert load_agent("nano", steps=2).weights != load_agent("nano").weights  # results never mix
+    assert load_agent("nano", steps=5).weights == load_agent("nano").weights
+    with pytest.raises(SpearError, match="steps: 0"):
+        Spear1Policy.load("nano", steps=0).infer(observation())
     with pytest.raises(SpearError, match="--flow-steps"):
         load_agent("expert", steps=2)
 

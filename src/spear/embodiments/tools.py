@@ -97,7 +97,7 @@ class Embodiment:
 
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""
-        name = name or next(iter(self.controls))
+        name = next(iter(self.controls)) if name is None else name
         check_known("control", self.controls, name)
         return name, self.controls[name]
 

@@ -101,7 +101,7 @@ def load_agent(
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
     dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last two of no other."""
-    from spear.policy import Spear1Policy, locate
+    from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
     for option, value in (("--dataset", dataset), ("--flow-steps", steps)):
@@ -120,14 +120,16 @@ def load_agent(
         sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
         return PolicyAgent(policy, name, image_sizes={**IMAGE_SIZES, **sizes})
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
-    which = identity(locate(name), local.model.dtype, dataset) + (f" steps {steps}" if steps else "")
-    return PolicyAgent(local, name, which, local.processor.image_sizes)
+    return PolicyAgent(local, name, identity(local, dataset), local.processor.image_sizes)
 
 
-def identity(folder: Path, dtype: torch.dtype, dataset: str | None) -> str:
-    """Which weights act: outcomes in another precision or in other units are those of another policy."""
-    which = fingerprint(folder) + ("" if dtype == torch.float32 else f" {dtype}")
-    return which + ("" if dataset is None else f" {dataset}")
+def identity(policy: Any, dataset: str | None) -> str:
+    """Which weights of a loaded `Spear1Policy` act, and how: outcomes in another precision, in other units or
+    by another number of flow steps than the model's own are those of another policy."""
+    dtype, steps = policy.model.dtype, policy.steps
+    which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}")
+    which += "" if dataset is None else f" {dataset}"
+    return which if steps == policy.model.flow.steps else f"{which} steps {steps}"
 
 
 def fingerprint(folder: Path) -> str:
