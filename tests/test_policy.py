@@ -59,6 +59,8 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"committed": np.zeros((1, 7))}, "committed"),
         ({"committed": np.full((1, 8), np.nan)}, "committed"),
         ({"committed": np.ones((1, 8))}, "committed"),
+        ({"committed": np.eye(8)[3:4] + 20 * np.eye(8)[:1]}, r"committed\[0:3\]"),  # millimetres
+        ({"committed": np.eye(8)[3:4] + 50 * np.eye(8)[7:]}, r"committed\[7\]"),  # per cent
         ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )

@@ -143,9 +143,9 @@ class Pilot:
     the policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
     """
 
-    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN, decay: float = 0.5) -> None:
+    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
         self._policy = policy
-        self._executor = ChunkExecutor(mode, replan, decay, most=getattr(policy, "committed", 0))
+        self._executor = ChunkExecutor(mode, replan, most=getattr(policy, "committed", 0))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         release_workers()
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None

@@ -33,7 +33,7 @@ from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
-from spear.serve.server import PolicyServer
+from spear.serve.server import MOST_SMALL, PolicyServer
 from spear.util.images import decode_image
 
 pytest.importorskip("mujoco")
@@ -216,6 +216,8 @@ def test_recorded_episodes_are_replayed(
     assert "recording" in (tab.ask("step") or "") and "episode 3" in (tab.ask("open", episode=3) or "")
     with film(tab) as opened:
         assert opened.streams.video[0].frames == 5 + 5
+    for step in range(3 * MOST_SMALL):  # as when it is dragged
+        assert tab.ask("look", step=step % 5) is None
     (tmp_path / "empty").mkdir()
     assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
     assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))

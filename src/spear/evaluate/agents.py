@@ -124,11 +124,9 @@ def load_agent(
 
 
 def identity(policy: Any, dataset: str | None) -> str:
-    """Which weights of a loaded `Spear1Policy` act, and how: outcomes in another precision, in other units or
-    by another number of flow steps than the model's own are those of another policy."""
-    dtype, steps = policy.model.dtype, policy.steps
-    which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}")
-    which += "" if dataset is None else f" {dataset}"
+    """Which weights of a loaded `Spear1Policy` act, in which precision, units and number of flow steps."""
+    dtype, steps, units = policy.model.dtype, policy.steps, "" if dataset is None else f" {dataset}"
+    which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}") + units
     return which if steps == policy.model.flow.steps else f"{which} steps {steps}"
 
 

@@ -236,5 +236,4 @@ def _recorded(store: EpisodeStore, index: int) -> Recording:
         return None if data is None else decode_image(data, f"{e.source} step {step}")
 
     states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
-    about = f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success
-    return Recording("recording", *about)
+    return Recording("recording", f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success)
