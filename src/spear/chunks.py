@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -228,7 +229,5 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Displacement [n, 3] and turn [n, 4] after each of n actions, from where they start."""
-    turns = [torch.from_numpy(actions[0, 3:7])]
-    for row in torch.from_numpy(actions[1:, 3:7]):
-        turns.append(quat_multiply(turns[-1], row))
+    turns = list(accumulate(torch.from_numpy(actions[:, 3:7]), quat_multiply))
     return torch.from_numpy(np.cumsum(actions[:, :3], axis=0)), quat_normalize(torch.stack(turns))

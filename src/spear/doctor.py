@@ -6,6 +6,7 @@ graph, bfloat16. Each is compared with the plain network, and timed beside what 
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ STEPS = 10
 """Flow steps."""
 TEXT = 12
 """Tokens of the instruction."""
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,8 @@ class Way:
         if self.milliseconds != self.milliseconds:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
         memory = "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
-        times = f"{self.milliseconds / self.least:.1f} ×"
-        numbers = [f"{self.milliseconds:.1f}", times, f"{self.apart:.1g}", memory]
-        return [self.name, self.dtype, *numbers, self.problem or "agrees"]
+        times = f"{self.milliseconds:.1f}", f"{self.milliseconds / self.least:.1f} ×"
+        return [self.name, self.dtype, *times, f"{self.apart:.1g}", memory, self.problem or "agrees"]
 
 
 COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
@@ -140,15 +141,15 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     Of the nano preset the weights that come with this package, of others random ones. Raises `SpearError`
     where not even bfloat16 fits.
     """
-    on_cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    said = re.search(r"MemAvailable: *(\d+)", MEMORY.read_text("utf-8") if MEMORY.is_file() else "")
+    on_cpu = 1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
         needed = planned[torch.bfloat16] / GIB
-        raise SpearError(
-            f"preset {size.name} needs {needed:.1f} GiB, {device} has {free / GIB:.1f}: give another"
-        )
+        has = f"{device} has {free / GIB:.1f}"
+        raise SpearError(f"preset {size.name} needs {needed:.1f} GiB, {has}: give another")
     inputs = _observation(size, device)
     truth: torch.Tensor | None = None
     for dtype in fits:
