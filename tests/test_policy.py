@@ -115,8 +115,9 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spea
     assert load_agent("nano", steps=5).weights == load_agent("nano").weights
     with pytest.raises(SpearError, match="steps: 0"):
         Spear1Policy.load("nano", steps=0).infer(observation())
-    with pytest.raises(SpearError, match="--flow-steps"):
-        load_agent("expert", steps=2)
+    for option, given in (("--flow-steps", {"steps": 2}), ("--dtype", {"dtype": "bfloat16"})):
+        with pytest.raises(SpearError, match=option):
+            load_agent("expert", **given)  # type: ignore[arg-type]
 
 
 def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:

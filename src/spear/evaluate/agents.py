@@ -54,8 +54,7 @@ class PolicyAgent(Agent):
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        pairs = zip(envs, observations, strict=True)
-        seeded = [{**o, "seed": 1000 * env.seed + env.steps} for env, o in pairs]
+        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
 
@@ -100,11 +99,12 @@ def load_agent(
     steps: int | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last two of no other."""
+    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last 3 of no other."""
     from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
-    for option, value in (("--dataset", dataset), ("--flow-steps", steps)):
+    told = {"--dataset": dataset, "--flow-steps": steps, "--dtype": None if dtype == "float32" else dtype}
+    for option, value in told.items():
         if value is not None and (remote or name in ("expert", "oracle", "nothing")):
             raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
