@@ -202,3 +202,24 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     think.set()
     assert pilot._asked[1].result(60) and asked == [0, 3, 7]
     pilot.close()
+
+
+def test_the_pilot_asks_about_what_was_seen_then() -> None:
+    camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
+
+    class Late:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            assert not seen or ready.wait(60)
+            seen.append(float(observation["image"][0]))
+            return {"actions": chunk(0)}
+
+        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [self.infer(o) for o in observations]
+
+    pilot = Pilot(Late(), "async")
+    for tick in range(3):  # a camera that writes each picture over the last
+        camera[0] = tick
+        pilot.step({"image": camera})
+    ready.set()
+    assert pilot._asked is not None and pilot._asked[1].result(60) and seen == [0, 1]
+    pilot.close()

@@ -16,6 +16,7 @@ ensemble  look at every k-th tick, and execute the weighted mean of what all chu
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, get_args
@@ -156,7 +157,7 @@ class Pilot:
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
-            seen = {**observation, **executor.told()}
+            seen = deepcopy(dict(observation)) | executor.told()  # the next picture may take this one's place
             self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen))
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
         return executor.next()
@@ -167,8 +168,7 @@ class Pilot:
 
     def _take(self, wait: bool) -> None:
         if self._asked is not None and (wait or self._asked[1].done()):
-            tick, future = self._asked
-            self._asked = None
+            (tick, future), self._asked = self._asked, None
             self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
 
 
