@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2085, "ablations": 657, "cli": 1605, "data": 4632, "embodiments": 775, "evaluate": 3193,
+    "(top)": 2113, "ablations": 657, "cli": 1605, "data": 4632, "embodiments": 775, "evaluate": 3193,
     "labels": 4764, "models": 4759, "report": 1196, "serve": 1001, "sim": 1607, "train": 2521, "ui": 693,
     "util": 736,
 }  # fmt: skip
