@@ -13,7 +13,7 @@ POSE = "tcp"
 def observe(observation):
     """The robot's observation as SPEAR-1's (`spear.types.Policy`): metres, quaternions, base frame."""
     tcp = read.numbers(observation, POSE, 6)
-    rotation = quat_exp(torch.from_numpy(tcp[3:])).numpy()
+    rotation = quat_exp(torch.from_numpy(read.radians(tcp[3:], POSE))).numpy()
     gripper = read.numbers(observation, "gripper", 1)[0]
     return {
         "observation/image": read.image(observation, "camera"),

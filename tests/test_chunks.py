@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spear.chunks import ChunkExecutor, Pilot, mean_action
+from spear.chunks import REPLAN, ChunkExecutor, Pilot, mean_action
 from spear.errors import SpearError
 from spear.types import Array
 
@@ -141,6 +141,13 @@ def test_ensemble_averages_what_is_said_about_now() -> None:
     assert millimetres(got)[2] == pytest.approx((2 / 4 + 31 / 2 + 90) / (1 / 4 + 1 / 2 + 1), abs=1e-3)
     looked, actions = drive(ChunkExecutor("ensemble"), 9, delay=2)
     assert looked == list(range(9))
+    looked, three = drive(ChunkExecutor("ensemble", replan=3, decay=np.log(2)), 5)
+    assert looked == [0, 3] and millimetres(three)[:3] == [0, 1, 2]
+    executor = ChunkExecutor("ensemble", replan=4, decay=np.log(2))
+    for one in (chunk(0), chunk(90)):
+        executor.give(one)
+        got = [executor.next() for _ in range(4)]
+    assert millimetres(got) == [pytest.approx((4 / 16 + 90) / (1 / 16 + 1), abs=1e-3), 91, 92, 93]
     assert millimetres(actions)[:2] == [0, 0] and not any(m == 0 for m in millimetres(actions)[3:])
 
 
@@ -160,10 +167,9 @@ def test_bad_settings_are_refused() -> None:
         ChunkExecutor("asynch")  # type: ignore[arg-type]
     with pytest.raises(SpearError, match="replan 0"):
         ChunkExecutor(replan=0)
-    for mode in ("sync", "async"):
+    for mode in ("sync", "async", "ensemble"):
         with pytest.raises(SpearError, match=r"replan 9.* 5 "):
             ChunkExecutor(mode, replan=9).give(chunk(0))  # type: ignore[arg-type]
-    ChunkExecutor("ensemble", replan=9).give(chunk(0))
     with pytest.raises(SpearError, match="--execution rtc"):
         ChunkExecutor("rtc")
 
@@ -182,6 +188,7 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
         def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return [self.infer(o) for o in observations]
 
+    assert Pilot(Thinker())._executor.replan == REPLAN
     pilot = Pilot(Thinker(), "async", replan=3)
     actions = [pilot.step({"t": t}) for t in range(7)]
     assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
@@ -194,4 +201,25 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     assert millimetres([pilot.step({"t": 7})]) == [5]
     think.set()
     assert pilot._asked[1].result(60) and asked == [0, 3, 7]
+    pilot.close()
+
+
+def test_the_pilot_asks_about_what_was_seen_then() -> None:
+    camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
+
+    class Late:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            assert not seen or ready.wait(60)
+            seen.append(float(observation["image"][0]))
+            return {"actions": chunk(0)}
+
+        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [self.infer(o) for o in observations]
+
+    pilot = Pilot(Late(), "async")
+    for tick in range(3):  # a camera that writes each picture over the last
+        camera[0] = tick
+        pilot.step({"image": camera})
+    ready.set()
+    assert pilot._asked is not None and pilot._asked[1].result(60) and seen == [0, 1]
     pilot.close()

@@ -40,7 +40,15 @@ def test_a_way_that_differs_or_raises_is_named(
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
 
 
-def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "sysconf", lambda name: 1000)
+def test_what_does_not_fit_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examined(available: int) -> str:
+        (tmp_path / "meminfo").write_text(f"MemFree: 9 kB\nMemAvailable: {available} kB\n")
+        return next(doctor.examine(preset("nano"), torch.device("cpu"), repeats=1)).dtype
+
+    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))
+    assert examined(2**30) == "float32"  # memory that holds copies of files is there to be had
     with pytest.raises(doctor.SpearError, match="nano"):
-        next(doctor.examine(preset("nano"), torch.device("cpu")))
+        examined(9)

@@ -59,6 +59,8 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"committed": np.zeros((1, 7))}, "committed"),
         ({"committed": np.full((1, 8), np.nan)}, "committed"),
         ({"committed": np.ones((1, 8))}, "committed"),
+        ({"committed": np.eye(8)[3:4] + 20 * np.eye(8)[:1]}, r"committed\[0:3\]"),  # millimetres
+        ({"committed": np.eye(8)[3:4] + 50 * np.eye(8)[7:]}, r"committed\[7\]"),  # per cent
         ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )
@@ -110,8 +112,12 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spea
     again = Spear1Policy.load("nano", steps=2)
     assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
     assert load_agent("nano", steps=2).weights != load_agent("nano").weights  # results never mix
-    with pytest.raises(SpearError, match="--flow-steps"):
-        load_agent("expert", steps=2)
+    assert load_agent("nano", steps=5).weights == load_agent("nano").weights
+    with pytest.raises(SpearError, match="steps: 0"):
+        Spear1Policy.load("nano", steps=0).infer(observation())
+    for option, given in (("--flow-steps", {"steps": 2}), ("--dtype", {"dtype": "bfloat16"})):
+        with pytest.raises(SpearError, match=option):
+            load_agent("expert", **given)  # type: ignore[arg-type]
 
 
 def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:

@@ -9,14 +9,16 @@ async     look while actions are left, go on with them, and switch when the next
           there is no jump at the seam and the arm ends where the new chunk wants it (our choice).
 rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
-ensemble  look at every tick, and execute the weighted mean of what all chunks at hand say about now: temporal
-          ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
+ensemble  look at every k-th tick, and execute the weighted mean of what all chunks at hand say about now:
+          temporal ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
 """
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -52,7 +54,7 @@ class ChunkExecutor:
                 executor.give(policy.infer(observe() | executor.told())["actions"])
             execute(executor.next())
 
-    replan   k, the actions of a chunk that are executed before the next look (ensemble: always 1).
+    replan   k, the actions of a chunk that are executed before the next look.
     decay    ensemble: a chunk that is one tick older weighs exp(-decay) of the newer one (our choice).
     most     rtc: the most actions that the policy may be told of (its `committed`).
     """
@@ -65,7 +67,7 @@ class ChunkExecutor:
         self._gripper = 1.0
         self._waiting: list[_Chunk] = []  # ensemble: until it is used up, else until it arrives
         self._left: list[Array] = []  # other modes: actions still to execute
-        self._looked = -1
+        self._looked = -replan
         self._delay = 0
         self._horizon = 0
         self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
@@ -73,7 +75,7 @@ class ChunkExecutor:
     def wants(self) -> bool:
         """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
         if self.mode == "ensemble" or self._looked == self.tick:
-            return self._looked < self.tick
+            return self.tick - self._looked >= self.replan
         self._take_up()
         # async looks while it still has the actions after the k-th, and enough to last through inference
         spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
@@ -91,8 +93,7 @@ class ChunkExecutor:
         Both are the present tick by default. Raises `SpearError` for a chunk of fewer actions than are to be
         executed of it.
         """
-        if self.mode != "ensemble":
-            check_replan(self.replan, len(actions))
+        check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
         self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
@@ -144,9 +145,9 @@ class Pilot:
     the policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
     """
 
-    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = 3, decay: float = 0.5) -> None:
+    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
         self._policy = policy
-        self._executor = ChunkExecutor(mode, replan, decay, most=getattr(policy, "committed", 0))
+        self._executor = ChunkExecutor(mode, replan, most=getattr(policy, "committed", 0))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         release_workers()
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
@@ -156,7 +157,7 @@ class Pilot:
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
-            seen = {**observation, **executor.told()}
+            seen = deepcopy(dict(observation)) | executor.told()  # the next picture may take this one's place
             self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen))
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
         return executor.next()
@@ -167,8 +168,7 @@ class Pilot:
 
     def _take(self, wait: bool) -> None:
         if self._asked is not None and (wait or self._asked[1].done()):
-            tick, future = self._asked
-            self._asked = None
+            (tick, future), self._asked = self._asked, None
             self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
 
 
@@ -229,7 +229,5 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Displacement [n, 3] and turn [n, 4] after each of n actions, from where they start."""
-    turns = [torch.from_numpy(actions[0, 3:7])]
-    for row in torch.from_numpy(actions[1:, 3:7]):
-        turns.append(quat_multiply(turns[-1], row))
+    turns = list(accumulate(torch.from_numpy(actions[:, 3:7]), quat_multiply))
     return torch.from_numpy(np.cumsum(actions[:, :3], axis=0)), quat_normalize(torch.stack(turns))

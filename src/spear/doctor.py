@@ -6,6 +6,7 @@ graph, bfloat16. Each is compared with the plain network, and timed beside what 
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,10 +33,9 @@ from spear.models.weights.load import load
 from spear.policy import SHIPPED
 from spear.train.memory import GIB, inference
 
-STEPS = 10
-"""Flow steps."""
 TEXT = 12
 """Tokens of the instruction."""
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class Way:
         if self.milliseconds != self.milliseconds:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
         memory = "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
-        times = f"{self.milliseconds / self.least:.1f} ×"
-        numbers = [f"{self.milliseconds:.1f}", times, f"{self.apart:.1g}", memory]
-        return [self.name, self.dtype, *numbers, self.problem or "agrees"]
+        times = f"{self.milliseconds:.1f}", f"{self.milliseconds / self.least:.1f} ×"
+        return [self.name, self.dtype, *times, f"{self.apart:.1g}", memory, self.problem or "agrees"]
 
 
 COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
@@ -131,7 +130,8 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     quick = "faster matrix products than in" if bfloat16_is_fast(device) else "only saves memory beside"
     found.append(("bfloat16", f"{quick} float32 on {device.type}"))
     weights = "the weights of this package" if size.name == "nano" else "random weights"
-    return [*found, ("model", f"{size.name}, {weights}, {STEPS} flow steps, one observation of all views")]
+    steps = FlowConfig(**size.flow).steps
+    return [*found, ("model", f"{size.name}, {weights}, {steps} flow steps, one observation of all views")]
 
 
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
@@ -140,27 +140,28 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     Of the nano preset the weights that come with this package, of others random ones. Raises `SpearError`
     where not even bfloat16 fits.
     """
-    on_cpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    said = re.search(r"MemAvailable: *(\d+)", MEMORY.read_text("utf-8") if MEMORY.is_file() else "")
+    on_cpu = 1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
         needed = planned[torch.bfloat16] / GIB
-        raise SpearError(
-            f"preset {size.name} needs {needed:.1f} GiB, {device} has {free / GIB:.1f}: give another"
-        )
+        has = f"{device} has {free / GIB:.1f}"
+        raise SpearError(f"preset {size.name} needs {needed:.1f} GiB, {has}: give another")
     inputs = _observation(size, device)
     truth: torch.Tensor | None = None
     for dtype in fits:
         model = _model(size, dtype, device)
+        steps = model.flow.steps
         least = 1000 * machine(device.type, dtype).least(*_phases(model, inputs))
         sampler = SAMPLER(model, True)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "plain network": partial(plain, model, inputs, STEPS),
-            "fast": partial(fast, model, sampler, inputs, STEPS, False),
+            "plain network": partial(plain, model, inputs, steps),
+            "fast": partial(fast, model, sampler, inputs, steps, False),
         }
         if device.type == "cuda":
-            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, STEPS, True)
+            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, steps, True)
         for name, run in ways.items():
             word = str(dtype).removeprefix("torch.")
             try:
@@ -203,12 +204,12 @@ def _phases(model: Any, inputs: Inputs) -> list[tuple[float, float]]:
     expert = sum(p.numel() for p in model.expert.parameters())
     whole = sum(p.numel() for n, p in model.vlm.named_parameters() if "embed_tokens" not in n)
     flops = []
-    for steps in (1, 2):
+    for count in (1, 2):
         with FlopCounterMode(display=False) as counter:
-            plain(model, inputs, steps)
+            plain(model, inputs, count)
         flops.append(counter.get_total_flops())
     step = flops[1] - flops[0]
-    return [(flops[0] - step, whole * wide), *[(step, expert * wide)] * STEPS]
+    return [(flops[0] - step, whole * wide), *[(step, expert * wide)] * model.flow.steps]
 
 
 def _held(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, int | None]:

@@ -191,7 +191,8 @@ class Spear1Policy:
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         processor = Processor.load(folder, model.config.vlm_config)
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps or model.flow.steps, seed, folder)
+        steps = model.flow.steps if steps is None else steps
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder)
 
     @property
     def committed(self) -> int:

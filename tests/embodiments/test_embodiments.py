@@ -77,6 +77,8 @@ def test_what_is_wrong_is_named(name: str) -> None:
             wrong[key] = [value[:-1], value * np.nan, value.astype(str), None, [[1], [2, 3]], value + 1e9]
             if key in ("observation/state", "maniskill3/eef_pos", "states"):  # millimetres
                 wrong[key].append(value * np.where(np.arange(len(value)) < 3, 1000, 1))
+            if key == droid.JOINTS or (name, key) == ("widowx", "observation/state"):
+                wrong[key].append(value * np.where(np.isin(np.arange(len(value)), (3, 4, 5)), 57.3, 1))
     for key, values in wrong.items():
         for value in values:
             with pytest.raises(SpearError, match=re.escape(key)) as caught:
@@ -192,6 +194,8 @@ def test_what_openpis_client_pads_is_seen_as_the_camera_saw_it(size: tuple[int, 
 
 def test_a_robot_is_one_file() -> None:
     robot = embodiments.load(str(EXAMPLE))
+    with pytest.raises(SpearError, match="tcp"):
+        robot.read({**robot.example(), "tcp": np.array([450, 0, 200, 0, 180, 0.0])})
     state = robot.read(robot.example())["observation/state"]
     rows = robot.control(None)[1].convert(chunk(), state, robot.example())
     positions, turns = walked(state, chunk())

@@ -82,6 +82,9 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
     found, known = robot.chunk(actions[0], actions, np.arange(6) == 5)
     np.testing.assert_array_equal(robot.rows(found, actions[0]), actions[:5])
     assert known.tolist() == [True] * 4 + [False]
+    mask = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1], bool)  # a push is no demonstration
+    counted = robots.demonstrated(mask, np.array([0, 3, 4, 8]))
+    np.testing.assert_array_equal(counted, np.arange(5) < np.array([3, 0, 5, 5])[:, None])
     two, one = ["left_gripper.pos", "right_gripper.pos"], ["shoulder.pos", "gripper.pos"]
     for names, said in ((one, "urdf"), (two, "action"), ([], "action"), (["x", "y"], "action")):
         with pytest.raises(SpearError, match=said):

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from models_tiny import START, TINY, spear1
 from spear.flow import FlowConfig, sample_noise
 from spear.models import decode, sampling
+from spear.models.fast import stack
 from spear.models.presets import PRESETS, Preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 
@@ -163,3 +164,30 @@ def test_acting_does_the_same_whatever_it_is_given(way: str, changes: dict[str, 
     # On a CPU the fast way looks once whether there is padding at all (`prefill`); attention could drop out.
     looks = [name for name in first.wrong if "attention" not in name]
     assert looks == ["aten._local_scalar_dense.default"] * (way == "fast")
+
+
+def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's current GPU may be another one: each thread begins with the first."""
+    made: list[Any] = []
+
+    class Stream:
+        def __init__(self, device: Any = "the current one") -> None:
+            self.device = device
+            made.append(device)
+
+        def wait_stream(self, other: Any) -> None:
+            assert other.device == self.device
+
+    @contextlib.contextmanager
+    def graph(_: Any, stream: Any, **how: Any) -> Any:
+        assert stream.device == x.device and how["capture_error_mode"] == "thread_local"
+        assert stack._RECORDING.locked()
+        yield
+
+    x = torch.ones(2)
+    for name, fake in (("Stream", Stream), ("current_stream", Stream), ("graph", graph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext(made.append(s.device)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: contextlib.nullcontext())
+    _, places, result = stack._record(lambda given: given["x"] + 1, {"x": x})
+    assert set(made) == {x.device} and torch.equal(result, places["x"] + 1)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spear.errors import Notice, SpearError
+from spear.models import processing
 from spear.models.presets import preset
 from spear.models.processing import Processor, fitting, moved, window
 from spear.models.vlm import IGNORE
@@ -143,6 +144,15 @@ def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     first = processor.coordinate_start
     assert processor.tokenizer.convert_tokens_to_ids(["<3d0000>", "<3d1023>"]) == [first, first + 1023]
     assert processor.vocabulary == first + 1024
+
+
+def test_ever_new_texts_take_no_memory(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processing, "TEXTS_KEPT", 8)
+    for k in range(20):
+        processor.prompts([f"put {k}"])
+        with pytest.raises(SpearError, match="too long"):
+            processor.prompts([f"{k} " * 100])
+    assert len(processor._cache) <= 8 and all(len(text) < 20 for text in processor._cache)
 
 
 def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 import tracemalloc
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.serve.structures import Maker, check_message, check_observation
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serve_here import get, process, serving
+from serve_here import Homing, get, process, serving
 from spear.embodiments import load, tools
 from spear.errors import SpearError
 from spear.serve import server, wire
@@ -100,6 +101,22 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
                 other.sendall(500 * (PING if "MOST_SMALL" in limits else b"\0"))
         assert np.isfinite(honest.infer(GENERIC.example())["actions"]).all()
         honest.close()
+
+
+def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
+    class Loud(Homing):
+        def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
+            return [{"actions": np.zeros((2**21, 8), np.float32)} for _ in observations]
+
+    with serving(Loud(), bounds={"SEND_S": 0.1}) as running:
+        slow, message, left = deaf(running.port), wire.encode(GENERIC.example()), 2**26
+        slow.sendall(b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message)
+        while left > 0:
+            read = len(slow.recv(2**20))
+            assert read, f"cut off, {left} bytes before the end"
+            left -= read
+            time.sleep(0.01)
+        slow.close()
 
 
 def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,13 @@ def test_a_mistake_in_a_robots_file_fails_the_observation_that_shows_it(
     assert record.exc_info
 
 
+@pytest.mark.parametrize("rows", [np.full((5, 7), np.nan), np.full((5, 7), "fast"), np.ones(7), None])
+def test_commands_that_are_no_rows_of_numbers_reach_no_robot(rows: Any) -> None:
+    robot = dataclasses.replace(GENERIC, controls={"pose": Control("", 5.0, lambda *_: rows)})
+    (answer,) = Service(Homing(), robot).answer([seen()])
+    assert isinstance(answer, SpearError) and "robot's file" in str(answer)
+
+
 def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
     class Learned(Homing):
         committed = 2

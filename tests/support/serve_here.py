@@ -94,7 +94,7 @@ def serving(
     policy: Any = None,
     robot: str = "generic",
     page: Any = None,
-    bounds: Mapping[str, int] | None = None,
+    bounds: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Iterator[PolicyServer]:
     """A server on a free port of this machine, stopped at the end. bounds: other constants of its module."""

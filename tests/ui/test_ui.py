@@ -17,7 +17,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -34,7 +33,7 @@ from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
-from spear.serve.server import PolicyServer
+from spear.serve.server import MOST_SMALL, PolicyServer
 from spear.util.images import decode_image
 
 pytest.importorskip("mujoco")
@@ -217,6 +216,8 @@ def test_recorded_episodes_are_replayed(
     assert "recording" in (tab.ask("step") or "") and "episode 3" in (tab.ask("open", episode=3) or "")
     with film(tab) as opened:
         assert opened.streams.video[0].frames == 5 + 5
+    for step in range(3 * MOST_SMALL):  # as when it is dragged
+        assert tab.ask("look", step=step % 5) is None
     (tmp_path / "empty").mkdir()
     assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
     assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
@@ -225,11 +226,9 @@ def test_recorded_episodes_are_replayed(
 def test_an_evaluations_failure_is_run_again(
     tab: Tab, policy: Spear1Policy, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert policy.folder is not None
     for module in (closed_loop, scenes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
-    weights = identity(policy.folder, torch.float32, None)
-    agent = PolicyAgent(policy, "nano", weights, policy.processor.image_sizes)
+    agent = PolicyAgent(policy, "nano", identity(policy, None), policy.processor.image_sizes)
     evaluated = {}
 
     def act(envs: Any, observations: Any) -> Any:
@@ -241,8 +240,10 @@ def test_an_evaluations_failure_is_run_again(
     options = TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, replan=2)
     closed_loop.evaluate(agent, replace(options, execution="async", latency_ms=200.0), quiet=True)
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
-    assert "stack_cube-failure-0" in (tab.ask("open", episode=0) or "")  # --steps is another here
-    monkeypatch.setattr(Spear1Policy, "steps", policy.steps)
+    with monkeypatch.context() as patched:
+        patched.setattr(policy, "steps", 3)
+        assert "stack_cube-failure-0" in (tab.ask("open", episode=0) or "")
+    monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     assert tab.ask("open", episode=0) is None
     parts: list[Any] = []
     tab.until(lambda part: parts.append(part) or part.get("running") is False)

@@ -102,7 +102,7 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     policy = Spear1Policy.load(folder, device, o.flow_steps, dataset=o.dataset, dtype=o.dtype)
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
     rows = service.warm_up()
-    if isinstance(options, VlaEvalOptions) and options.replan is not None:
+    if isinstance(options, VlaEvalOptions):
         check_replan(options.replan, rows)
     policy.reset()
     return policy, service

@@ -20,7 +20,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
-from spear.errors import SpearError, need
+from spear.errors import need
 from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
 from spear.types import Array
 
@@ -40,9 +40,7 @@ camera's 16:9 (125: at 672 x 376) and of 4:3."""
 
 def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
     """Joint angles as an end-effector pose, by forward kinematics; `camera`: the exterior one's key."""
-    joints = read.numbers(observation, JOINTS, 7)
-    if np.abs(joints).max() > 2 * np.pi:
-        raise SpearError(f"{JOINTS}: {np.abs(joints).max():.1f} is no joint angle: send radians")
+    joints = read.radians(read.numbers(observation, JOINTS, 7), JOINTS)
     closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
     position, rotation = _kinematics().pose(joints)
     return {
@@ -139,9 +137,7 @@ EMBODIMENT = Embodiment(
             "7 joint angles (rad, within the arm's speed), gripper (1 closed)", RATE_HZ, joint_positions
         ),
         "cartesian_position": Control(
-            "the flange's x y z (m, base frame), roll pitch yaw (rad), gripper (1 closed)",
-            RATE_HZ,
-            cartesian_positions,
+            "flange's x y z (m, base), roll pitch yaw (rad), gripper (1 closed)", RATE_HZ, cartesian_positions
         ),
     },
     example=lambda: {

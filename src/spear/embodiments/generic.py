@@ -5,13 +5,10 @@ import numpy as np
 from spear.embodiments import Control, Embodiment
 from spear.embodiments import tools as read
 
-WRIST = "observation/wrist_image"
-
-
 EMBODIMENT = Embodiment(
     required=read.REQUIRED,
     optional={
-        WRIST: "the wrist camera's image, uint8 [height, width, 3]",
+        read.WRIST: "the wrist camera's image, uint8 [height, width, 3]",
         read.COMMITTED: "actions [d, 8] that are executed before the answer is there; it begins with them",
     },
     observe=dict,
@@ -24,7 +21,7 @@ EMBODIMENT = Embodiment(
     },
     example=lambda: {
         read.IMAGE: read.example_image(280, 210),
-        WRIST: read.example_image(112, 112),
+        read.WRIST: read.example_image(112, 112),
         read.STATE: np.array([0.45, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32),
         read.PROMPT: "put the carrot on the plate",
     },

@@ -29,8 +29,6 @@ POSE = "maniskill3/eef_pos"
 LINK_POSE = "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
 LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
 """Orientation of the link where our end-effector frame is parallel to the base frame."""
-TURNED = torch.tensor([0.99, 0.0, 0.0, 0.1410674], dtype=torch.float64)
-"""How the gripper is turned in the example, where it points down."""
 
 
 def orientation(link: Array) -> Array:
@@ -73,7 +71,7 @@ EMBODIMENT = Embodiment(
     },
     example=lambda: {
         "observation/image": read.example_image(640, 480),
-        POSE: np.array([0.3, 0.0, 0.15, *quat_multiply(TURNED, LINK).numpy(), 1.0], np.float32),
+        POSE: np.array([0.3, 0.0, 0.15, 0.7, -0.1, 0.7, 0.1, 1.0], np.float32),  # points down, turned
         "prompt": "put carrot on plate",
     },
 )

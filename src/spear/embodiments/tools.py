@@ -6,7 +6,7 @@ not looked at again on its way to the network.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,14 @@ from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array
 
 Observation = Mapping[str, Any]
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
-COMMITTED = "committed"
+WRIST, COMMITTED = "observation/wrist_image", "committed"
 REQUIRED = {
     IMAGE: "the external camera's image, uint8 [height, width, 3]",
     STATE: "end-effector position (m, base frame), quaternion (w x y z), gripper opening 0 … 1: 8 numbers",
     PROMPT: "the instruction in words",
 }
 """What every observation of `spear.types.Policy` has."""
-KNOWN = (*REQUIRED, "observation/wrist_image", SEED, COMMITTED)
-ANY_SEED = "a whole number that fixes what is random in the answer"
+KNOWN = (*REQUIRED, WRIST, SEED, COMMITTED)
 
 SHORTEST_SIDE = 16
 LONGEST_SIDE = 4096
@@ -80,24 +79,19 @@ class Embodiment:
     direct_reply: Callable[[Observation], str | None] = lambda request: None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "optional", {**self.optional, SEED: ANY_SEED})
+        about = "a whole number that fixes what is random in the answer"
+        object.__setattr__(self, "optional", {**self.optional, SEED: about})
 
     def read(self, observation: Any) -> Checked:
         """The robot's observation as SPEAR-1 wants it. Raises `SpearError` naming the key that is wrong."""
         if not isinstance(observation, Mapping):
             raise SpearError(f"observation: a {type(observation).__name__}: send a map of keys to values")
-        known = [*self.required, *self.optional]
-        for key in observation:
-            if key not in known:
-                raise unknown_name("observation key", str(key)[:80], known)
-        for key, about in self.required.items():
-            if key not in observation:
-                raise SpearError(f"observation without {key!r}: send {about}")
+        _check_keys(observation, self.required, self.optional)
         return check({**self.observe(observation), **seed(observation)})
 
     def control(self, name: str | None) -> tuple[str, Control]:
         """A control by name, the default for None. Raises `SpearError` for an unknown one."""
-        name = name or next(iter(self.controls))
+        name = next(iter(self.controls)) if name is None else name
         check_known("control", self.controls, name)
         return name, self.controls[name]
 
@@ -108,18 +102,23 @@ def check(observation: Observation) -> Checked:
     Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Which cameras there are, the
     model knows.
     """
-    for key in observation:
-        if key not in KNOWN and not is_camera(key):
-            raise unknown_name("observation key", str(key)[:80], KNOWN)
-    for key, about in REQUIRED.items():
-        if key not in observation:
-            raise SpearError(f"observation without {key!r}: send {about}")
+    _check_keys(observation, REQUIRED, [*KNOWN, *filter(is_camera, observation)])
     values = numbers(observation, STATE, STATE_DIM)
     for key in observation:
         if is_camera(key):
             image(observation, key)
     own = arm(observation, STATE, values, values[3:7])
     return Checked({**observation, **own, **seed(observation), **committed(observation)})
+
+
+def _check_keys(observation: Observation, required: Mapping[str, str], optional: Collection[str]) -> None:
+    known = {*required, *optional}
+    for key in observation:
+        if key not in known:
+            raise unknown_name("observation key", str(key)[:80], known)
+    for key, about in required.items():
+        if key not in observation:
+            raise SpearError(f"observation without {key!r}: send {about}")
 
 
 def is_camera(key: Any) -> bool:
@@ -155,9 +154,16 @@ def numbers(observation: Observation, key: str, count: int) -> Array:
 
 
 def position(values: Array, what: str) -> Array:
-    """[3] metres of a point within `REACH` of the base. Raises `SpearError` naming `what`."""
-    if np.abs(values).max() > REACH:
+    """[..., 3] metres of a point within `REACH` of the base. Raises `SpearError` naming `what`."""
+    if np.abs(values).max(initial=0) > REACH:
         raise SpearError(f"{what}: {values.tolist()} is beyond any arm's reach: send metres")
+    return values
+
+
+def radians(values: Array, what: str) -> Array:
+    """Angles, or a rotation vector, within a whole turn. Raises `SpearError` naming `what`."""
+    if np.abs(values).max() > 2 * np.pi:
+        raise SpearError(f"{what}: {values.tolist()}: more than a turn: send radians")
     return values
 
 
@@ -200,7 +206,9 @@ def committed(observation: Observation) -> dict[str, Array]:
             f"{COMMITTED}: {_what(rows)}: send actions as they were predicted, [d, {ACTION_DIM}]"
         )
     array = numbers({COMMITTED: rows.ravel()}, COMMITTED, rows.size).reshape(rows.shape).astype(np.float32)
+    position(array[:, :3], f"{COMMITTED}[0:3]")
     array[:, 3:7] = unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()
+    array[:, 7] = [opening(observation, f"{COMMITTED}[7]", value) for value in array[:, 7]]
     return {COMMITTED: array}
 
 

@@ -23,7 +23,8 @@ STATE = "observation/state"
 def observe(observation: Observation) -> dict[str, Any]:
     """Roll, pitch and yaw as a quaternion; the rest is the same."""
     values = read.numbers(observation, STATE, 7)
-    rotation = euler_to_quat(torch.from_numpy(values[3:6]), "xyz").numpy()
+    angles = read.radians(values[3:6], f"{STATE}[3:6]")
+    rotation = euler_to_quat(torch.from_numpy(angles), "xyz").numpy()
     return read.arm(observation, STATE, values, rotation)
 
 

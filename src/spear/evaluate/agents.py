@@ -54,8 +54,7 @@ class PolicyAgent(Agent):
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        pairs = zip(envs, observations, strict=True)
-        seeded = [{**o, "seed": 1000 * env.seed + env.steps} for env, o in pairs]
+        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
 
@@ -100,11 +99,12 @@ def load_agent(
     steps: int | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last two of no other."""
-    from spear.policy import Spear1Policy, locate
+    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last 3 of no other."""
+    from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
-    for option, value in (("--dataset", dataset), ("--flow-steps", steps)):
+    told = {"--dataset": dataset, "--flow-steps": steps, "--dtype": None if dtype == "float32" else dtype}
+    for option, value in told.items():
         if value is not None and (remote or name in ("expert", "oracle", "nothing")):
             raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
@@ -120,14 +120,14 @@ def load_agent(
         sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
         return PolicyAgent(policy, name, image_sizes={**IMAGE_SIZES, **sizes})
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
-    which = identity(locate(name), local.model.dtype, dataset) + (f" steps {steps}" if steps else "")
-    return PolicyAgent(local, name, which, local.processor.image_sizes)
+    return PolicyAgent(local, name, identity(local, dataset), local.processor.image_sizes)
 
 
-def identity(folder: Path, dtype: torch.dtype, dataset: str | None) -> str:
-    """Which weights act: outcomes in another precision or in other units are those of another policy."""
-    which = fingerprint(folder) + ("" if dtype == torch.float32 else f" {dtype}")
-    return which + ("" if dataset is None else f" {dataset}")
+def identity(policy: Any, dataset: str | None) -> str:
+    """Which weights of a loaded `Spear1Policy` act, in which precision, units and number of flow steps."""
+    dtype, steps, units = policy.model.dtype, policy.steps, "" if dataset is None else f" {dataset}"
+    which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}") + units
+    return which if steps == policy.model.flow.steps else f"{which} steps {steps}"
 
 
 def fingerprint(folder: Path) -> str:

@@ -26,8 +26,8 @@ LOCATION_FORMAT = "<loc{:04d}>"
 _PLACE = re.compile(r"<loc(\d{4})><loc(\d{4})>")
 Segments = Sequence[str | float | Pixel]
 Size = tuple[int, int]
-SIZES_TOLD = 32
-"""Image sizes that a processor warns about at most, so that ever new ones take no memory."""
+SIZES_TOLD, TEXTS_KEPT = 32, 2**14
+"""Image sizes that a processor warns about, texts whose tokens it keeps: ever new ones take no memory."""
 
 
 def window(source: Size, target: Size) -> tuple[float, float, float, float]:
@@ -292,11 +292,13 @@ class Processor:
         return [*ids[:room], *end]
 
     def _text(self, text: str) -> list[int]:
-        if text not in self._cache:
-            if len(self._cache) > 100_000:
+        if (ids := self._cache.get(text)) is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(self._cache) >= TEXTS_KEPT:
                 self._cache.clear()
-            self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._cache[text]
+            if len(ids) < self.prompt_tokens:  # clients of a server choose them
+                self._cache[text] = ids
+        return ids
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         length = max(len(row) for row in rows)

@@ -261,7 +261,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs["attention_mask"] = attention_mask
         if committed is not None:
             inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
-        return Action.from_vector(sample(self, inputs, steps or self.flow.steps, graphs))
+        return Action.from_vector(sample(self, inputs, self.flow.steps if steps is None else steps, graphs))
 
 
 def load_inner_vlm(folder: Path, dtype: torch.dtype | None = None) -> SpearVLMForConditionalGeneration:

@@ -71,16 +71,14 @@ class RemotePolicy:
             if not isinstance(error, ConnectionClosed):
                 raise
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
-        refused = [reply for reply in replies if isinstance(reply, str)]
-        if refused:
+        if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
         return [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
 
     def close(self) -> None:
         """Hang up; the next call connects again."""
-        left, self._connections = self._connections, []
-        for connection in left:
-            connection.close()
+        while self._connections:
+            self._connections.pop().close()
 
     def _open(self, count: int) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
@@ -88,7 +86,7 @@ class RemotePolicy:
             try:
                 connection = connect(
                     self.url, compression=None, max_size=None, additional_headers=headers, proxy=None
-                )
+                ).__enter__()  # websockets 17 asks for that
                 greeting = connection.recv(timeout=10)
             except InvalidStatus as error:
                 said = (error.response.body or b"").decode(errors="replace").strip()

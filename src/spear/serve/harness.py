@@ -11,7 +11,7 @@ from typing import Any
 from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
-from spear.chunks import REPLAN, check_replan
+from spear.chunks import check_replan
 from spear.serve.options import VlaEvalOptions
 from spear.serve.service import Batcher, Service
 from spear.types import Array
@@ -25,7 +25,6 @@ class HarnessServer(ModelServer):
 
     def __init__(self, service: Service, options: VlaEvalOptions) -> None:
         self._service, self._options = service, options
-        self._replan = REPLAN if options.replan is None else options.replan
         self._episodes: dict[str, tuple[int, deque[Array]]] = {}  # seed, actions that are left
 
     async def on_serve_start(self, tg: TaskGroup) -> None:
@@ -46,8 +45,8 @@ class HarnessServer(ModelServer):
         if not rows:
             obs = {**obs, "seed": seed + ctx.step}
             result = await self._batcher.submit(ctx.session_id, obs)
-            check_replan(self._replan, len(result["actions"]))
-            rows.extend(result["actions"][: self._replan])
+            check_replan(self._options.replan, len(result["actions"]))
+            rows.extend(result["actions"][: self._options.replan])
         await ctx.send_action({"actions": rows.popleft()})
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:

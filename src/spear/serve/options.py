@@ -72,5 +72,5 @@ class VlaEvalOptions(ServiceOptions):
     embodiment: str = "maniskill2_widowx"
     """The benchmark's robot: maniskill2_widowx, or a Python file that describes another one (see
     docs/robots.md; its observations are those of the benchmark)."""
-    replan: Annotated[Number, Within(1)] = None
-    """Of each predicted chunk, so many actions are executed before the next look; default: 1."""
+    replan: Annotated[int, Within(1)] = 1
+    """Of each predicted chunk, so many actions are executed before the next look."""

@@ -102,8 +102,8 @@ class Guarded(ServerConnection):
         self._second, self._small = 0.0, 0
 
     async def send(self, message: Any, *, text: bool | None = None) -> None:
-        """Send it, within `SEND_S`."""
-        await self._within(SEND_S, super().send(message, text=text))
+        """Send it, within `SEND_S` and as much for each MiB."""
+        await self._within(SEND_S * (1 + len(message) / 2**20), super().send(message, text=text))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye, within `CLOSE_S`."""

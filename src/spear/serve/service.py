@@ -95,7 +95,10 @@ class Service:
         actions = np.asarray(result["actions"])
         if not np.isfinite(actions).all():
             raise SpearError("the policy's actions are not finite: do not move; check its weights")
-        return {"actions": self.control.convert(actions, ours["observation/state"], observation)}
+        rows = np.asarray(self.control.convert(actions, ours["observation/state"], observation))
+        if rows.ndim != 2 or not np.isfinite(rows).all():
+            raise SpearError("the robot's file makes no rows of finite numbers: do not move; repair it")
+        return {"actions": rows}
 
     def _infer(self, observations: Sequence[Mapping[str, Any]]) -> Sequence[Result]:
         """Together; when that fails for a reason in an observation, one by one, to find which."""

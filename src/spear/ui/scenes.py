@@ -199,14 +199,13 @@ class Shelf:
         number, held = whole("episode", index, len(self._titles) - 1), self._held
         if isinstance(held, EpisodeStore):
             return _recorded(held, number)
-        outcome, dtype = held[number], next(policy.model.parameters()).dtype
+        outcome = held[number]
         if policy.folder and not self._weights:
-            self._weights = identity(policy.folder, dtype, self._dataset)
-        same = self._settings.get("weights") == self._weights and policy.steps == Spear1Policy.steps
-        if not same or "execution" not in self._settings:
+            self._weights = identity(policy, self._dataset)
+        if self._settings.get("weights") != self._weights or "execution" not in self._settings:
             raise SpearError(
                 f"{outcome.film_name}: only with the policy that made it can it be run again: serve "
-                f"{self._policy}, with its --dtype and --dataset and without --steps (SIMPLER: see its films)"
+                f"{self._policy}, with its --dtype, --dataset and --flow-steps (SIMPLER: see its films)"
             )
         return Scene(outcome.family, outcome.seed, policy, renderer, (self._settings, outcome))
 
@@ -237,5 +236,4 @@ def _recorded(store: EpisodeStore, index: int) -> Recording:
         return None if data is None else decode_image(data, f"{e.source} step {step}")
 
     states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
-    about = f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success
-    return Recording("recording", *about)
+    return Recording("recording", f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success)

@@ -28,9 +28,10 @@ from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
-from .robots import Robot
+from .robots import Exported, Robot, demonstrated
 
-FOLDER = "spear"
+FOLDER, MASK = "spear", "action_mask"
+"""Beside LeRobot's own file; what `spear data export` calls whether a step is a demonstration."""
 
 
 class Spear1Policy(PreTrainedPolicy):
@@ -56,9 +57,11 @@ class Spear1Policy(PreTrainedPolicy):
         self.spear = spear.Spear1Policy.load(
             folder or config.checkpoint, steps=config.steps, seed=config.seed
         )
-        self.model = self.spear.model
+        self.model, self.mask = self.spear.model, np.ones(1, bool)
+        if dataset_meta is not None and isinstance(self.robot, Exported) and MASK in dataset_meta.features:
+            self.mask = _column(Path(dataset_meta.root), MASK)
         if dataset_meta is not None and folder is None:
-            self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config)
+            self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config, self.mask)
         apply_freeze(self.model, config.optimization)
         self.reset()
 
@@ -105,6 +108,8 @@ class Spear1Policy(PreTrainedPolicy):
         beyond = _numpy(batch[f"{ACTION}_is_pad"])
         pairs = [self.robot.chunk(*row) for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)]
         actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
+        if len(self.mask) > 1:
+            known &= demonstrated(self.mask, _numpy(batch["index"]).reshape(-1))
         images = {view: _numpy(batch[key]).transpose(0, 2, 3, 1) for key, view in self.views.items()}
         raw = {
             "position": np.float32(states[:, :3]),
@@ -150,20 +155,27 @@ class Spear1Policy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
 
-def fit(root: Path, robot: Robot, config: Spear1Config) -> Normalizer:
-    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes."""
-    table = pyarrow.dataset.dataset(root / "data", format="parquet")
-    columns = table.to_table([OBS_STATE, ACTION, "episode_index"]).to_pydict()
-    state, action, episode = (np.array(columns[key]) for key in (OBS_STATE, ACTION, "episode_index"))
+def _column(root: Path, key: str) -> Array:
+    """A column of a dataset, by the frames' "index"."""
+    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table([key, "index"])
+    return np.array(table.sort_by("index")[key].to_pylist())
+
+
+def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normalizer:
+    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes. mask: its
+    `MASK` by frame, or [1]."""
+    state, action, episode = (_column(root, key) for key in (OBS_STATE, ACTION, "episode_index"))
+    counts = np.broadcast_to(mask, episode.shape)
     ahead = np.array(config.action_delta_indices)
     moves, places = [], []
     for number in np.unique(episode):
         states, commands = (x[episode == number].astype(np.float32) for x in (state, action))
+        count = counts[episode == number]
         for at in range(0, len(states), config.stride):
             here, when = robot.state(states[at]), at + ahead
             rows = commands[np.minimum(when, len(states) - 1)]
             actions, known = robot.chunk(here, rows, when >= len(states))
-            if known[0]:
+            if known[0] and count[at]:
                 moves.append(actions[0, :3])
                 places.append(here[:3])
     units: list[tuple[float, float, float]] = []

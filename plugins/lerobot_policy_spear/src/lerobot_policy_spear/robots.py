@@ -121,6 +121,13 @@ class Joints(Poses):
         return np.array(made, np.float32)
 
 
+def demonstrated(mask: Array, index: Array) -> Array:
+    """Which actions of the chunks that begin at the frames `index` [B] are demonstrations [B, 5]: none from
+    the first on that the `action_mask` of an exported dataset [frames] leaves out."""
+    frames = np.minimum(index[:, None] + np.arange(HORIZON), len(mask) - 1)
+    return np.logical_and.accumulate(mask[frames], axis=1)
+
+
 def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, tip: str) -> Robot:
     """By the names of the numbers. Raises `SpearError` for others than those known."""
     state, action = list(state), list(action)

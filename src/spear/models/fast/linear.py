@@ -22,8 +22,6 @@ slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 CACHED = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""
-
-
 _INFO = Path("/proc/cpuinfo")
 _INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
 # PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.

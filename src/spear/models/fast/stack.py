@@ -21,7 +21,7 @@ from spear.models.layers import positions
 Inputs = Mapping[str, torch.Tensor]
 MOST = 8
 """Graphs kept (our choice): each holds the memory of its results. The least recently used one goes."""
-_WARM_UPS = 3
+_WARM_UPS, _RECORDING = 3, threading.Lock()
 
 
 class StaticKVCache:
@@ -115,14 +115,16 @@ def _record(
     function: Callable[[Inputs], torch.Tensor], inputs: Inputs
 ) -> tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]:
     places = {name: tensor.clone() for name, tensor in inputs.items()}
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+    device = next(iter(places.values())).device  # of a thread's current GPU the graph would be empty
+    aside, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    aside.wait_stream(here)
     with torch.cuda.stream(aside):  # compilers, autotuners and lazy initialisations do their work here
         for _ in range(_WARM_UPS):
             function(places)
-    torch.cuda.current_stream().wait_stream(aside)
+    here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A process records one graph at a time, while its other threads may use the GPU.
+    with _RECORDING, torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
         result = function(places)
     return graph, places, result
 
