@@ -95,8 +95,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
-        widths = inner.text_config.hidden_size, inner.vision_config.hidden_size
-        if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
+        if inner.vision_config.hidden_size != size.vision["hidden_size"]:  # the text's: PaliGemma 1's or 2's
             raise SpearError(
                 f"--init {init} is not of preset {size.name}: give the --preset it was made with"
             )
