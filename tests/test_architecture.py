@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2085, "ablations": 657, "cli": 1605, "data": 4632, "embodiments": 775, "evaluate": 3193,
-    "labels": 4764, "models": 4752, "report": 1196, "serve": 1001, "sim": 1607, "train": 2518, "ui": 693,
+    "labels": 4764, "models": 4752, "report": 1196, "serve": 1001, "sim": 1607, "train": 2524, "ui": 693,
     "util": 736,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

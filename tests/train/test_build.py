@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 from data_tiny import make
 from labels_boxes import labelled
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.labels.store import write_labels
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -63,6 +64,18 @@ def test_a_stage_starts_with_new_tokens(
     (answer,) = after.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
     assert len(answer.values) == 24 and answer.distribution is not None
     assert answer.distribution.probabilities.shape == (24, bins)
+
+
+def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path) -> None:
+    """As when a VLM of a tabletop goes on with images of rooms: its answers would end at the last token."""
+    write_labels((labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet")
+    rooms = dataclasses.replace(inputs, labels=[tmp_path / "rooms"])
+    with pytest.warns(Notice, match="outside of the 3D tokens.*bins=1024$"):
+        build(recipe("nano-vlm-2").changed(batch_size=2), rooms)
+    for changes, given in (({"bins": 1024}, rooms), ({"families": ["what_at"]}, rooms), ({}, inputs)):
+        with warnings.catch_warnings(record=True) as said:
+            build(recipe("nano-vlm-2").changed(batch_size=2, **changes), given)
+        assert not [one for one in said if "3D tokens" in str(one.message)]
 
 
 def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:
