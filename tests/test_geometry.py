@@ -17,7 +17,8 @@ from spear.errors import SpearError
 
 
 def quats(n: int = 500, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return geo.random_quat((n,), torch.Generator().manual_seed(seed), dtype)
+    drawn = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return geo.quat_normalize(drawn)
 
 
 def scipy_of(q: Tensor) -> Rotation:

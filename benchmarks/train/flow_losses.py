@@ -139,12 +139,12 @@ class Networks(torch.nn.Module):
 
 def total(name: str, said: Action, noise: Action, data: Action, time: Tensor, config: FlowConfig) -> Tensor:
     """The loss of `spear.flow`; the paper's cosine as it is written is put in from the same velocities."""
-    found = flow.loss(said, noise, data, time, config)
+    found, parts = flow.loss(said, noise, data, time, config)
     if not name.startswith("as-written"):
-        return found.total
+        return found
     state, truth = flow.interpolate(noise, data, time, config)
     velocity = flow.prediction_to_velocity(said, state, time, config).rotation
-    return found.total - found.parts["rotation"] + 1 - (velocity * truth.rotation).sum(-1).mean()
+    return found - parts["rotation"] + 1 - (velocity * truth.rotation).sum(-1).mean()
 
 
 def train(name: str, seeds: int, steps: int, batch: int = 128) -> dict[str, dict[str, list[float]]]:

@@ -31,7 +31,6 @@ from spear.geometry import (
     quat_log,
     quat_multiply,
     quat_normalize,
-    random_quat,
     sphere_angle,
     sphere_exp,
     sphere_log,
@@ -95,14 +94,6 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
-class FlowLoss:
-    """The loss and its unweighted parts "translation", "rotation", "geodesic", "gripper"; 0-d tensors."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Committed:
     """Actions of a chunk that are decided already, since they will be executed before the rest is known.
 
@@ -120,37 +111,28 @@ class Committed:
 
 
 def sample_noise(
-    shape: Sequence[int],
-    config: FlowConfig,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    shape: Sequence[int], config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
 ) -> Action:
     """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on the half of S³ with
     w ≥ 0 (ours; the paper: all of S³)."""
-    translation = torch.randn(*shape, 3, generator=generator, dtype=dtype, device=device)
+    translation, rotation, gripper = (
+        torch.randn(*shape, size, generator=generator, device=device) for size in (3, 4, 1)
+    )
     if config.rotation == "s3":
-        rotation = quat_canonical(random_quat(shape, generator, dtype, device))
-    else:
-        rotation = torch.randn(*shape, 4, generator=generator, dtype=dtype, device=device)
-    gripper = torch.randn(*shape, 1, generator=generator, dtype=dtype, device=device)
+        rotation = quat_canonical(quat_normalize(rotation))
     return Action(translation, rotation, gripper)
 
 
 def sample_time(
-    batch: int,
-    config: FlowConfig,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    batch: int, config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
 ) -> Tensor:
     """τ [B] in [0, time_scale], with the density Beta((scale - τ) / scale; alpha, beta)."""
     # A Beta variable is a ratio of Gamma ones. `torch.distributions` takes no generator; what it calls does.
     # No tensor of constants: copying one to a GPU would mean waiting.
-    concentration = torch.full((batch, 2), config.time_alpha, dtype=dtype, device=device)
+    concentration = torch.full((batch, 2), config.time_alpha, device=device)
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
-    return config.time_scale * (gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(dtype).tiny))
+    return config.time_scale * (gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny))
 
 
 def sample_held(
@@ -241,8 +223,9 @@ def loss(
     time: Tensor,
     config: FlowConfig,
     mask: Tensor | None = None,
-) -> FlowLoss:
-    """How far the network's prediction at `interpolate(noise, data, time)` is from the truth.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far the network's prediction at `interpolate(noise, data, time)` is from the truth: the total, and
+    its unweighted parts "translation", "rotation", "geodesic", "gripper"; 0-d tensors.
 
     Translation and gripper: mean squared error. Rotation plus `geodesic_weight` · geodesic, for velocities:
 
@@ -286,7 +269,7 @@ def loss(
         + config.rotation_weight * (parts["rotation"] + config.geodesic_weight * parts["geodesic"])
         + config.gripper_weight * parts["gripper"]
     )
-    return FlowLoss(total, parts)
+    return total, parts
 
 
 def integrate(

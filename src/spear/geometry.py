@@ -11,7 +11,6 @@ it is expressed in.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -117,16 +116,6 @@ def quat_rotate(q: Tensor, v: Tensor) -> Tensor:
     u, v = torch.broadcast_tensors(u, v)
     twice = 2 * torch.linalg.cross(u, v)
     return v + w * twice + torch.linalg.cross(u, twice)
-
-
-def random_quat(
-    shape: Sequence[int],
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Unit quaternions [*shape, 4], uniform on S³ (so uniform rotations; w of either sign)."""
-    return quat_normalize(torch.randn(*shape, 4, generator=generator, dtype=dtype, device=device))
 
 
 # The sphere S³: here q and -q are different points.

@@ -17,7 +17,6 @@ from scipy.spatial.transform import Rotation
 from spear import embodiments
 from spear.embodiments import droid
 from spear.errors import SpearError, suppress_notices
-from spear.geometry import random_quat
 from spear.policy import Spear1Policy
 from spear.types import Array
 from spear.util.images import fit_image
@@ -34,7 +33,7 @@ def turn(quat: Array) -> Rotation:
 def chunk(size: float = 0.02, angle: float = 0.1) -> Array:
     """Five actions that move and turn in every direction; closes at the third."""
     generator = torch.Generator().manual_seed(3)
-    axis = random_quat((5,), generator).numpy()[:, 1:]
+    axis = torch.nn.functional.normalize(torch.randn(5, 4, generator=generator), dim=-1).numpy()[:, 1:]
     rotation = Rotation.from_rotvec(angle * axis).as_quat(scalar_first=True)
     return np.concatenate([size * axis[::-1], rotation, [[1], [1], [0], [0], [0]]], 1).astype(np.float32)
 

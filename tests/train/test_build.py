@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from data_tiny import make
 from labels_boxes import labelled
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.labels.store import write_labels
+from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm, locate
 from spear.train.build import build
@@ -61,6 +64,38 @@ def test_a_stage_starts_with_new_tokens(
     (answer,) = after.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
     assert len(answer.values) == 24 and answer.distribution is not None
     assert answer.distribution.probabilities.shape == (24, bins)
+
+
+def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path) -> None:
+    """As when a VLM of a tabletop goes on with images of rooms: its answers would end at the last token."""
+    write_labels((labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet")
+    rooms = dataclasses.replace(inputs, labels=[tmp_path / "rooms"])
+    with pytest.warns(Notice, match="outside of the 3D tokens.*bins=1024$"):
+        build(recipe("nano-vlm-2").changed(batch_size=2), rooms)
+    for changes, given in (({"bins": 1024}, rooms), ({"families": ["what_at"]}, rooms), ({}, inputs)):
+        with warnings.catch_warnings(record=True) as said:
+            build(recipe("nano-vlm-2").changed(batch_size=2, **changes), given)
+        assert not [one for one in said if "3D tokens" in str(one.message)]
+
+
+def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:
+    """A VLM of a preset's encoders may have another language model: PaliGemma 2's."""
+    assert inputs.init is not None
+    processor, size = load_vlm("nano").processor, preset("nano")
+    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
+    fields = {**config.text_config.to_dict(), **sizes, "num_key_value_heads": 3, "head_dim": 32}
+    config.text_config = AutoConfig.for_model("gemma2", **{k: fields[k] for k in fields if k != "model_type"})
+    SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
+    processor.save(tmp_path / "vlm")
+    write_episodes([make(0)], tmp_path / "mine")
+    mine = [("it", EpisodeStore(tmp_path / "mine"), 1.0)]
+    model, task, _ = build(recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm"))
+    made = model.get_submodule("expert").config
+    assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
+    assert made.hidden_size == size.expert["hidden_size"]
+    loss, _ = task.loss(task.batch(0), torch.Generator())
+    assert torch.isfinite(loss)
 
 
 def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
         *(("nano-depth", key) for key in ("lora_rank=4", "bins=9", "augment=1")),
         *(("nano-vlm-2", key) for key in ("normalization=minmax", "committed=2")),
         *(("nano-post", key) for key in ("coordinate_rows_only=true", "wrist=0.5", "question_weight=2")),
+        *(("nano-post", key) for key in ("coordinate_weight=4", "lora_alpha=32")),
     ],
 )
 def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refused: Refused) -> None:

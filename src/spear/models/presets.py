@@ -149,13 +149,18 @@ def vlm_config(
     )
 
 
-def spear1_config(size: Preset, vlm: "SpearVLMConfig | None" = None) -> "Spear1Config":
-    """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default)."""
-    from spear.models.spear1 import Spear1Config
+def spear1_config(
+    size: Preset, vlm: "SpearVLMConfig | None" = None, expert: Mapping[str, Any] | None = None
+) -> "Spear1Config":
+    """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default). expert: the fields
+    of one that exists; a new one is as wide as the preset's and as deep as the VLM that it is around."""
+    from spear.models.spear1 import SHARED, Spear1Config
 
+    if expert is None:
+        expert = {**size.expert, **({name: getattr(vlm.text_config, name) for name in SHARED} if vlm else {})}
     return Spear1Config(
         vlm_config=vlm or vlm_config(size),
-        expert_config={**size.expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
+        expert_config={**expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
         horizon=size.horizon,
         flow=dict(size.flow),
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import ModelOutput
 
 from spear import flow
 from spear.errors import SpearError
@@ -27,21 +25,22 @@ from spear.models.layers import (
     suffix_mask,
 )
 from spear.models.sampling import sample
-from spear.models.vlm import Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
+from spear.models.vlm import LossOutput, Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action
 
 STATE_FEATURES = 10
 """Proprioception: position 3 (normalised) + rotation 6D + gripper 1. Six numbers for the rotation because the
 quaternion of a gripper that points down sits where its sign flips (our choice)."""
+SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+"""What of the action expert is as in the VLM, whose keys and values it reads."""
 
 
 class Spear1Config(PortableConfig):
     """SPEAR-1's parts.
 
     vlm_config      SPEAR-VLM's.
-    expert_config   the action expert's Gemma, with as many layers, key-value heads and head dimensions as the
-                    VLM's.
+    expert_config   the action expert's Gemma, which fits the VLM's (`SHARED`).
     horizon         actions per chunk (the paper: 5, at 5 Hz).
     flow            fields of `spear.flow.FlowConfig`.
     committed       the most actions at a chunk's beginning that may be decided already, as it was trained
@@ -68,20 +67,12 @@ class Spear1Config(PortableConfig):
         super().__post_init__(**kwargs)
         self.flow = dataclasses.asdict(flow.FlowConfig(**(self.flow or {})))
         text, expert = self.vlm_config.text_config, self.expert_config
-        for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+        for name in SHARED:
             if getattr(text, name) != getattr(expert, name):
                 raise SpearError(
                     f"action expert does not fit the VLM: {name} is {getattr(expert, name)}, "
                     f"the VLM's is {getattr(text, name)}: they must be equal"
                 )
-
-
-@dataclass
-class Spear1Output(ModelOutput):
-    """The flow loss and its parts, as `spear.flow.loss` gives them."""
-
-    loss: torch.Tensor | None = None
-    parts: dict[str, torch.Tensor] | None = None
 
 
 class Spear1ForActionPrediction(PreTrainedModel):
@@ -189,8 +180,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         time: torch.Tensor | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
-    ) -> Spear1Output:
-        """The flow loss of a batch of demonstrations.
+    ) -> LossOutput:
+        """The flow loss of a batch of demonstrations and its parts, as `spear.flow.loss` gives them.
 
         pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
         input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
@@ -223,8 +214,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
             action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
         if time.dim() == 3:
             action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
-        result = flow.loss(prediction, noise, data, time, self.flow, action_mask)
-        return Spear1Output(loss=result.total, parts={k: v.detach() for k, v in result.parts.items()})
+        loss, parts = flow.loss(prediction, noise, data, time, self.flow, action_mask)
+        return LossOutput(loss=loss, parts={k: v.detach() for k, v in parts.items()})
 
     @torch.no_grad()
     def sample_actions(

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from spear.models.layers import PortableConfig, choose_attention
 from spear.models.vision import LAST_LAYERS, MogeEncoder, check_pixels
-from spear.models.vlm import SpearVLMForConditionalGeneration, SpearVLMOutput
+from spear.models.vlm import LossOutput, SpearVLMForConditionalGeneration
 
 CELLS = 4
 """A patch is cut into so many cells a side."""
@@ -118,7 +118,7 @@ class PatchClassification(nn.Module):
         cells: torch.Tensor,
         centre: torch.Tensor,
         largest: torch.Tensor,
-    ) -> SpearVLMOutput:
+    ) -> LossOutput:
         """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
 
         pixels   [B, 3, h, w] uint8.
@@ -136,7 +136,7 @@ class PatchClassification(nn.Module):
         filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
-        return SpearVLMOutput(
+        return LossOutput(
             loss=naming + placing + filling,
             parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
         )

@@ -87,8 +87,9 @@ class SpearVLMConfig(PortableConfig):
 
 
 @dataclass
-class SpearVLMOutput(ModelOutput):
-    """loss and its parts ("text", "coordinates": mean cross-entropy in nats), logits [N, L, vocabulary]."""
+class LossOutput(ModelOutput):
+    """loss and its parts, of answers "text" and "coordinates" (mean cross-entropy in nats); or the logits
+    [N, L, vocabulary] of a SPEAR-VLM."""
 
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None
@@ -229,7 +230,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         labels: torch.Tensor | None = None,
         view_mask: Mapping[str, torch.Tensor] | None = None,
         length_groups: int = 1,
-    ) -> SpearVLMOutput:
+    ) -> LossOutput:
         """The loss where `labels` are given, else the logits.
 
         pixel_values    view -> [B, 3, h, w] uint8.
@@ -246,7 +247,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         if labels is None:
             own = features[image_index], image_valid[image_index]
             state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
-            return SpearVLMOutput(logits=self.head(state.hidden))
+            return LossOutput(logits=self.head(state.hidden))
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
@@ -267,7 +268,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             hidden.append(state.hidden[:, :-1][wanted])
             targets.append(target[wanted])
         loss, parts = self.token_loss(torch.cat(hidden), torch.cat(targets))
-        return SpearVLMOutput(loss=loss, parts=parts)
+        return LossOutput(loss=loss, parts=parts)
 
 
 def token_loss(

@@ -75,13 +75,13 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     """Raises `SpearError` for what is wrong with a recipe, its labels, `init` and `moge`, as far as a
     moment's look can tell: no weights and no demonstrations are read.
 
-    Returns the recipe for one piece of each batch, and its size with its flow.
+    Returns the recipe for one piece of each batch, and its size with its flow, and without MoGe as it may be.
     """
     init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
     pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
     shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)
-    size = dataclasses.replace(size, flow={**size.flow, **stage.flow})
+    size = dataclasses.replace(size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None)
     check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
     FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
@@ -89,14 +89,12 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             shards_in(view)
     horizon = size.horizon
     config: Any = vlm_config(size)
-    config.moge_config = config.moge_config if stage.moge else None
     if init is not None:
         policy = weights.architecture(init) == Spear1Config.model_type
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
-        widths = inner.text_config.hidden_size, inner.vision_config.hidden_size
-        if widths != (size.text["hidden_size"], size.vision["hidden_size"]):
+        if inner.vision_config.hidden_size != size.vision["hidden_size"]:  # the text's: PaliGemma 1's or 2's
             raise SpearError(
                 f"--init {init} is not of preset {size.name}: give the --preset it was made with"
             )
@@ -175,7 +173,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         if refit or joins or (stage.coordinate_rows_only and not stage.moge):
             _renew_coordinates(model, processor, stage, seed)
         if joins:
-            model = _with_moge(model, stage, size, processor, inputs.moge)
+            model = _with_moge(model, size, inputs.moge)
         _weigh_numbers(model.config, stage)
     samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
     task = VlmTask(model, samples, stage.coordinate_rows_only)
@@ -271,7 +269,10 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
 
 def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> SpearVLM:
     """A VLM with random weights; location and 3D tokens are alike where their places are alike."""
-    vlm = SpearVLM(_vlm_config(stage, size, processor))
+    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    config.coordinate_bins = processor.coordinates.bins
+    _weigh_numbers(config, stage)
+    vlm = SpearVLM(config)
     embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
     generator = torch.Generator().manual_seed(seed)
     words = embeddings[: processor.location_start]
@@ -282,30 +283,17 @@ def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> Sp
     return vlm
 
 
-def _vlm_config(stage: Recipe, size: Preset, processor: Processor) -> SpearVLMConfig:
-    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
-    config.coordinate_bins = processor.coordinates.bins
-    if not stage.moge:
-        config.moge_config = None
-    _weigh_numbers(config, stage)
-    return config
-
-
 def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:
     """Copy the weight and smoothing of the 3D tokens' loss from the recipe into the model's config."""
     config.coordinate_loss_weight = stage.questions.coordinate_weight
     config.coordinate_smoothing = stage.questions.coordinate_smoothing
 
 
-def _with_moge(
-    vlm: SpearVLM, stage: Recipe, size: Preset, processor: Processor, moge: Path | None
-) -> SpearVLM:
+def _with_moge(vlm: SpearVLM, size: Preset, moge: Path | None) -> SpearVLM:
     """The VLM with MoGe's encoder and a projection for it, by which no visual token changes yet."""
-    model = SpearVLM(_vlm_config(stage, size, processor))
-    missing, unexpected = model.load_state_dict(vlm.state_dict(), strict=False)
-    wrong = [k for k in missing if not k.startswith(("moge.", "moge_projector."))] + list(unexpected)
-    if wrong:
-        raise SpearError(f"--init does not fit recipe {stage.name}: {', '.join(wrong[:3])}")
+    parts = {**vlm.config.to_dict(), "moge_config": vlm_config(size).moge_config.to_dict()}
+    model = SpearVLM(SpearVLMConfig.from_dict(parts))
+    model.load_state_dict(vlm.state_dict(), strict=False)
     assert moge is not None and model.moge is not None and model.moge_projector is not None
     model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
     with torch.no_grad():

@@ -148,7 +148,7 @@ def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
     actions = Action.from_vector(torch.zeros(pieces, size.horizon, ACTION_DIM))
     total = model(**_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples).loss
     if stage.question_images:
-        images = max(1, stage.question_images // stage.optimization.accumulate)
+        images = parallel.share(stage.question_images, "question_images", stage.optimization.accumulate)
         total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)
     return total
 
@@ -188,10 +188,11 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
     opt, batch = stage.optimization, stage.batch_size
     found: dict[str, Any] = {}
     yield {}, training(stage)
+    whole = lambda pieces: batch % pieces == stage.question_images % pieces == 0  # noqa: E731
     savers: list[tuple[bool, str, Any]] = [
         (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
         (not opt.gradient_checkpointing, "gradient_checkpointing", True),
-        *((batch // opt.accumulate > n and batch % n == 0, "accumulate", batch // n) for n in (8, 1)),
+        *((n < batch // opt.accumulate, "accumulate", batch // n) for n in (8, 1) if whole(batch // n)),
         (opt.ema > 0, "ema", 0),
     ]
     for useful, name, value in savers:

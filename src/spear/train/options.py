@@ -183,10 +183,10 @@ def _check(part: type, key: str, value: Any) -> None:
 
 
 _ACTS = "flow_samples question_images question_weight normalization normalize_each flow committed"
-_ASKS = "families pairs wrist most_images question_weight"
+_ASKS = "families pairs wrist most_images question_weight coordinate_weight coordinate_smoothing"
 UNUSED = {"vla": "coordinate_rows_only smooth_tokens", "vlm": _ACTS}
 UNUSED["naming"] = f"{_ACTS} {_ASKS} {UNUSED['vla']} augment lora_rank lora_alpha"
-UNUSED["depth"] = f"{UNUSED['naming']} moge bins spacing coordinate_weight coordinate_smoothing"
+UNUSED["depth"] = f"{UNUSED['naming']} moge bins spacing"
 """Kind -> the keys of a recipe that change nothing in it; `_ASKS` nothing where no questions are asked."""
 
 
@@ -225,7 +225,8 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
         where = "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
         raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
-    unused = f"{UNUSED[stage.kind]} {_ASKS if acts and not stage.question_images else ''}".split()
+    silent = _ASKS if acts and not stage.question_images else ""
+    unused = f"{UNUSED[stage.kind]} {silent} {'' if stage.lora_rank else 'lora_alpha'}".split()
     if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
         raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
 

@@ -17,9 +17,10 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.questions.generate import generate
+from spear.labels.questions.templates import FAMILIES
 from spear.labels.store import DepthImages, read, read_depth
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -131,6 +132,8 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
 
 TRIES = 1000
 """Images looked at for each that can be asked about, at the most."""
+LOOKED_AT, OUTSIDE = 100, 0.1
+"""More than this share of the numbers of so many images outside of the 3D tokens is said (our choice)."""
 LENGTH_GROUPS, GROUP_ROWS = 4, 32
 """Answers differ in length (a point 3 tokens, a box 24): running texts of like length together, in at most so
 many groups, saves up to a quarter of the work, if there are so many texts in each."""
@@ -201,6 +204,15 @@ class QuestionSamples:
     def __post_init__(self) -> None:
         if not self.labels or not all(self.labels.values()):
             raise SpearError("no labelled images: make some with `spear label --out …`")
+        tokens = self.processor.coordinates
+        low, high = tokens.edges[[0, -1]]
+        for view, labels in self.labels.items():
+            values = answers(labels, self.seed, LOOKED_AT, self.mix.families)
+            outside = ((values < low) | (values > high)).sum() / max(1, len(values))
+            if outside > OUTSIDE:
+                what = f"{outside:.0%} of the {view} labels' numbers lie outside of the 3D tokens"
+                cure = f"a VLM's recipe fits new ones with --set bins={tokens.bins}"
+                notice(f"{what}, {low:.2g} … {high:.2g} {tokens.unit}, and are learned as their ends: {cure}")
 
     def batch(self, step: int) -> Batch:
         """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
@@ -241,16 +253,21 @@ class QuestionSamples:
 def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
-    """3D tokens whose bins are fitted to the numbers that questions about `labels` (20,000 at the most) have
-    as answers; `SpearError` for labels of several units."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(labels))[:20_000]
-    questions = (question for index in order for question in generate(labels[index], rng, (4, 4)))
-    values = [value for question in questions for value in question.values]
+    """3D tokens whose bins are fitted to the answers about `labels` (20,000 at the most); `SpearError` for
+    labels of several units."""
+    values = answers(labels, seed, 20_000, FAMILIES)
     units = {label.unit for label in labels}
     if len(units) != 1:
         raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
-    return CoordinateTokenizer.fit(np.array(values), bins, units.pop(), spacing)
+    return CoordinateTokenizer.fit(values, bins, units.pop(), spacing)
+
+
+def answers(labels: Sequence[LabeledImage], seed: int, most: int, families: Sequence[str]) -> Array:
+    """The numbers that questions about `most` of the labels at the most, drawn by chance, have as answers."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))[:most]
+    questions = (one for index in order for one in generate(labels[index], rng, (4, 4), families))
+    return np.array([value for one in questions for value in one.values])
 
 
 class VlmTask:

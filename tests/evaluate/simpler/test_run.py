@@ -23,7 +23,7 @@ from spear.evaluate.simpler.record import demonstrate, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
-from spear.geometry import apply_step, quat_distance, random_quat
+from spear.geometry import apply_step, quat_distance
 from spear.labels.fit.image import unproject
 from spear.labels.scenes import label_frames
 from spear.types import Frame
@@ -79,7 +79,9 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     moment = process.reset(5, True)
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
-    turn = random_quat((1,), torch.Generator().manual_seed(0), torch.float64)
+    turn = torch.nn.functional.normalize(
+        torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     turn = torch.nn.functional.normalize(torch.tensor([[6.0, 0, 0, 0]]) + turn, dim=-1).numpy()
     action = np.concatenate([[[0.01, -0.02, 0.015]], turn, [[0.0]]], axis=1).astype(np.float32)
     state = robot.read(moment.observation)["observation/state"]

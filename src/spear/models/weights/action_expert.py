@@ -56,23 +56,19 @@ def plan_policy(
 
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
     """
-    numbers = preset(size)
     sources = {"SPEAR-VLM": str(vlm)}
     stored = Shards.open(vlm, "SPEAR-VLM")
     kind = str(stored.config.get("model_type"))
     check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
     inner, dtype = SpearVLMConfig.from_dict(dict(stored.config)), stored.dtype(next(iter(stored.weights)))
-    text = inner.text_config
-    if expert is None:  # the VLM's keys and values are the expert's too
-        shared = ("num_hidden_layers", "num_key_value_heads", "head_dim")
-        fields, periods = {**numbers.expert, **{n: getattr(text, n) for n in shared}}, {}
-    else:
+    fields, periods = None, {}
+    if expert is not None:
         shards = Shards.open(expert, "π0")
         names = _expert_names(shards)
-        fields = _expert_fields(shards, names, text.head_dim)
+        fields = _expert_fields(shards, names, inner.text_config.head_dim)
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
         sources["action expert"] = str(expert)
-    config = spear1_config(replace(numbers, expert=fields), inner)
+    config = spear1_config(preset(size), inner, fields)
     for name, value in periods.items():
         setattr(config, name, value)
     with torch.device("meta"):

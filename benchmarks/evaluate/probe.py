@@ -1,0 +1,125 @@
+"""How much of where things are is in SPEAR-VLM's visual tokens, and how much of it its answers say.
+
+    python benchmarks/evaluate/probe.py --labels runs/labels [--model nano] [--images 300] [--steps 8000]
+
+A small transformer that is trained for nothing else reads box centres off the frozen visual tokens: it sees
+all tokens of an image and the name of one object. It learns from the labelled images of the folder; it and
+the model's own answers are then measured on the same objects of held-out scenes. Where the probe is no
+better, the tokens are what limits the answers. Errors of box centres: in all, along the ray, and across it;
+medians, resampled by image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+from shifted import centres, errors
+from spear.evaluate.stats import bootstrap
+from spear.evaluate.vqa.ask import find_images
+from spear.evaluate.vqa.calibration import by_image
+from spear.evaluate.vqa.measures import numbers
+from spear.evaluate.vqa.run import questions_about
+from spear.labels.questions.generate import askable
+from spear.labels.store import choose
+from spear.policy import VlmBundle, load_vlm
+from spear.types import LabeledImage
+from spear.util.images import decode_image
+
+WIDTH, BATCH, RATE = 192, 96, 1e-3
+
+
+class Probe(nn.Module):
+    """Tokens [B, T, D] and names [B] -> box centres [B, 3]."""
+
+    def __init__(self, tokens: int, width: int, names: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, WIDTH)
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, WIDTH))
+        self.names = nn.Embedding(names, WIDTH)
+        how: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, **how)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.outer = nn.Linear(WIDTH, 3)
+
+    def forward(self, tokens: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.names(names)[:, None], self.inner(tokens) + self.places], dim=1)
+        return self.outer(self.layers(x)[:, 0])
+
+
+@torch.no_grad()
+def visual_tokens(model: VlmBundle, labels: Sequence[LabeledImage]) -> torch.Tensor:
+    """[n, T, D] of the external camera."""
+    found = []
+    for start in range(0, len(labels), 64):
+        images = (decode_image(label.image) for label in labels[start : start + 64])
+        pixels = torch.stack([model.processor.image(image, "external") for image in images])
+        found.append(model.model.image_features(pixels))
+    return torch.cat(found)
+
+
+def train(tokens: torch.Tensor, objects: torch.Tensor, truth: torch.Tensor, steps: int) -> nn.Module:
+    """A probe of images [n, T, D]. objects [m, 2]: image and name of each; truth [m, 3]: its place."""
+    owners, names = objects.unbind(1)
+    probe = Probe(tokens.shape[1], tokens.shape[2], int(names.max()) + 1)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
+    begun = time.monotonic()
+    for step in range(steps):
+        rows = torch.randint(len(owners), (BATCH,))
+        loss = (probe(tokens[owners[rows]], names[rows]) - truth[rows]).norm(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 500 == 0:
+            left = (time.monotonic() - begun) / (step + 1) * (steps - step - 1) / 60
+            print(f"step {step + 1} of {steps}, {1000 * loss.item():.1f} mm, {left:.1f} min left", flush=True)
+    return probe.eval()
+
+
+def main(labels: Path, model: str = "nano", images: int = 300, most: int = 13056, steps: int = 8000) -> None:
+    """Train the probe, measure both, and print a table.
+
+    Args:
+        labels: folder of `spear label`. model: a SPEAR-VLM. images: held-out scenes.
+        most: images to learn from. steps: of the probe's training.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    bundle = load_vlm(model)
+    known = choose(labels / "external", most)
+    asked_of = [(i, o) for i, label in enumerate(known) for o in askable(label)]
+    names = sorted({o.name for _, o in asked_of})
+    held_out = list(find_images("sim", images, "external", bundle.processor))
+    asked = questions_about(held_out, ("box_vertices",), 2, 0)["box_vertices"]
+    asked = [(i, q) for i, q in asked if q.objects[0] in names]
+    truth = np.stack([numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
+
+    tokens, seen = visual_tokens(bundle, known), visual_tokens(bundle, held_out)
+    mean, spread = tokens.mean((0, 1)), tokens.std((0, 1)) + 1e-5
+    tokens, seen = (tokens - mean) / spread, (seen - mean) / spread
+    rows = torch.tensor([[i, names.index(o.name)] for i, o in asked_of])
+    places = np.stack([o.box3d.center for _, o in asked_of if o.box3d is not None])
+    probe = train(tokens, rows, torch.from_numpy(places).float(), steps)
+    owners = torch.tensor([i for i, _ in asked])
+    with torch.no_grad():
+        read = probe(seen[owners], torch.tensor([names.index(q.objects[0]) for _, q in asked]))
+
+    print(f"{len(asked)} objects in {images} held-out scenes; the probe learned from {len(known)} images; mm")
+    answers = centres(bundle, held_out, asked, 0, 0)
+    for name, said in (("probe", read.double().numpy()), ("answers", answers)):
+        off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
+        each = {k: bootstrap(by_image(list(zip(owners.tolist(), v, strict=True)))) for k, v in off.items()}
+        print(f"{name:8}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in each.items()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
