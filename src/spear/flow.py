@@ -41,9 +41,10 @@ from spear.types import Action
 _MIN_REMAINING = 1e-4
 """Least 1 - τ that a velocity is derived from; sampled times stay ten times further from 1."""
 
-MISTAKE = 0.3, 0.03
+MISTAKE = 1.0, 0.1
 """Standard deviation of what is wrong in given actions (`with_mistakes`): of each normalised translation, and
-of each component of a turn in rad. Our choice: about as far as nano's actions lie from its demonstrations."""
+of each component of a turn in rad. Our choice: more than demonstrations of one scene differ by, else a given
+action tells how fast this one is, and the next is as fast, instead of making up for it (docs/robots.md)."""
 
 _MIN_SPEED = 1e-2
 """Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
