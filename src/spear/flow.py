@@ -43,8 +43,8 @@ _MIN_REMAINING = 1e-4
 
 MISTAKE = 1.0, 0.1
 """Standard deviation of what is wrong in given actions (`with_mistakes`): of each normalised translation, and
-of each component of a turn in rad. Our choice: more than demonstrations of one scene differ by, else a given
-action tells how fast this one is, and the next is as fast, instead of making up for it (docs/robots.md)."""
+of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else a given
+action says how fast this one is, and the next is as fast, instead of making up for it."""
 
 _MIN_SPEED = 1e-2
 """Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
