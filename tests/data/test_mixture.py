@@ -1,5 +1,7 @@
 """Sampling: a pure function of (seed, step), by weight, never a masked first action."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,15 @@ def mixture(tmp_path: Path) -> Mixture:
     a = make_store(tmp_path / "a", "a", 5, wrist=True)
     b = make_store(tmp_path / "b", "b", 2, wrist=False)
     return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            assert_equal(value, b[key])
+        else:
+            np.testing.assert_array_equal(value, b[key])
 
 
 VIEWS = {"external": (12, 16), "wrist": (6, 6)}
@@ -113,25 +124,44 @@ def test_the_order_depends_on_seed_and_step_alone(
     folder = tmp_path_factory.mktemp("mixture")
     sources = []
     for number, episodes in enumerate(lengths):
-        masks = [np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in episodes]
-        made = [tiny(e, len(mask), action_mask=mask) for e, mask in enumerate(masks)]
+        made = []
+        for e, steps in enumerate(episodes):
+            mask = np.array(data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps)))
+            logged = data.draw(st.booleans())
+            action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
+            made.append(tiny(e, steps, action=action, action_mask=mask))
         made.append(tiny(len(episodes), 2))  # with a valid step
         write_episodes(made, folder / str(number), shard_size=2)
-        sources.append((f"set {number}", EpisodeStore(folder / str(number)), 1.0 + number))
+        weight = data.draw(st.floats(0.01, 100))
+        sources.append((f"set {number}", EpisodeStore(folder / str(number)), weight))
 
     mixture = Mixture(sources, seed)
     steps = list(range(first, first + 6))
-    order = {step: mixture.draw(step, batch) for step in steps}
-    for sample in (sample for drawn in order.values() for sample in drawn):
+    order = [mixture.draw(step, batch) for step in steps]
+    for sample in (sample for drawn in order for sample in drawn):
         episode = sources[sample.source][1].without_images(sample.episode)
         assert episode_actions(episode)[1][sample.step]
         state, action, mask = mixture.arrays(sample, 5)
         np.testing.assert_array_equal(state[:3], episode.position[sample.step])
         assert mask[0] and action.shape == (5, 8)
-    own = Mixture(sources, seed)  # what another worker has, or a run that is resumed
-    for step in data.draw(st.permutations(steps)):
-        again = [vars(sample) for sample in own.draw(step, batch)]
-        np.testing.assert_equal(again, [vars(sample) for sample in order[step]])
+    assert len(mixture) == sum(
+        int(episode_actions(store.without_images(e))[1].sum())
+        for _, store, _ in sources
+        for e in range(len(store))
+    )
+
+    workers = data.draw(st.integers(1, 4))
+    found = {}
+    for worker in data.draw(st.permutations(range(workers))):
+        own = Mixture(sources, seed)  # what each of them has
+        for step in steps[worker::workers]:
+            found[step] = own.draw(step, batch)
+    resumed = Mixture(sources, seed)
+    for step, drawn in zip(steps, order, strict=True):
+        for other in (found[step], resumed.draw(step, batch)):
+            for a, b in zip(other, drawn, strict=True):
+                assert (a.source, a.episode, a.step) == (b.source, b.episode, b.step)
+                np.testing.assert_array_equal(a.draws, b.draws)
 
 
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:
@@ -146,7 +176,7 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     runs.append(list(loop.batches(Drawn(), 2, 4, 2)) + list(loop.batches(Drawn(), 4, 7, 1)))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
-            np.testing.assert_equal(a, b)
+            assert_equal(a, b)
 
 
 def test_jitter_is_photometric_and_bounded() -> None:

@@ -1,5 +1,10 @@
 """Intervals: known values, coverage by simulation, and honest behaviour at the edges."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +32,21 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     assert ours.low == pytest.approx(max(0, theirs.low), abs=1e-12)
     assert ours.high == pytest.approx(min(1, theirs.high), abs=1e-12)
     assert ours.low <= ours.value <= ours.high
+
+
+@pytest.mark.parametrize(
+    ("function", "nonsense"),
+    [
+        *((wilson, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
+        (paired_difference, ([],)),
+        (bootstrap, ([np.array([])],)),
+        *((mean_over_seeds, (t,)) for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])),
+        (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
+    ],
+)
+def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError):
+        function(*nonsense)
 
 
 def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:

@@ -1,5 +1,7 @@
 """Images: every format is read exactly, broken ones are named, pictures are written as their names say."""
 
+from __future__ import annotations
+
 import io
 import struct
 import zlib
@@ -98,12 +100,25 @@ def test_what_is_transparent_lies_on_white() -> None:
     assert (quarters(load_image(encoded(grey)))[0] == 255).all()
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_exif_orientation_is_applied(orientation: int, turns: int) -> None:
+# What must be done to the stored pixels so that the picture stands upright, by EXIF orientation.
+UPRIGHT: dict[int, Callable[[Array], Array]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = load_image(encoded(Image.fromarray(PICTURE), "PNG", exif=exif))
-    assert (image == np.rot90(PICTURE, turns)).all()
+    assert (image == UPRIGHT[orientation](PICTURE)).all()
 
 
 def test_what_is_no_picture_is_refused() -> None:

@@ -56,6 +56,8 @@ def wilson(successes: int, n: int) -> Estimate:
     >>> e = wilson(8, 10); round(e.value, 3), round(e.low, 3), round(e.high, 3)
     (0.8, 0.49, 0.943)
     """
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"wilson: {successes} successes of {n}")
     return Estimate(successes / n, *_score_interval(successes / n, n), n)
 
 
@@ -94,6 +96,8 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
     the interval leaves out zero: in simulations, for 0.4 to 6 % of pairs of equals, on 5 to 381 scenes.
     Pairing removes the differences between scenes, so that far fewer are needed.
     """
+    if not strata:
+        raise ValueError("paired_difference: no strata")
     values, centres, variance, n = [], [], 0.0, 0
     extra = 1 / len(strata)
     for first, second in strata:
@@ -119,6 +123,8 @@ def bootstrap(
             `FEWEST` there is no interval: its ends are NaN.
     """
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
+    if not units:
+        raise ValueError("bootstrap: no values")
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
@@ -131,17 +137,20 @@ def bootstrap(
 
 def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
     """The mean over strata (task families, each counting the same) of success [seeds, scenes] bool."""
-    independent = wilson_mean([(int(table.sum()), table.size) for table in strata])
-    return _wider(_crossed(strata), independent, 0.0)
+    tables = _checked(strata)
+    independent = wilson_mean([(int(table.sum()), table.size) for table in tables])
+    return _wider(_crossed(tables), independent, 0.0)
 
 
 def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
     """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`,
     seeds and scenes paired by their order."""
-    pairs = list(zip(first, second, strict=True))
-    crossed = _crossed([x.astype(float) - y for x, y in pairs])
-    independent, _ = paired_difference([(x.ravel().tolist(), y.ravel().tolist()) for x, y in pairs])
-    return _wider(crossed, independent, -1.0)
+    a, b = _checked(first), _checked(second)
+    if [x.shape for x in a] != [y.shape for y in b]:
+        raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
+    crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
+    pairs = [(x.ravel().tolist(), y.ravel().tolist()) for x, y in zip(a, b, strict=True)]
+    return _wider(crossed, paired_difference(pairs)[0], -1.0)
 
 
 def _score_interval(p: float, n: float) -> tuple[float, float]:
@@ -149,6 +158,13 @@ def _score_interval(p: float, n: float) -> tuple[float, float]:
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     return float(max(0.0, min(p, centre - half))), float(min(1.0, max(p, centre + half)))
+
+
+def _checked(strata: Sequence[Array]) -> list[Array]:
+    tables = [np.asarray(table, bool) for table in strata]
+    if not tables or any(t.ndim != 2 or not t.size or len(t) != len(tables[0]) for t in tables):
+        raise ValueError(f"seeds and scenes: {[t.shape for t in tables]}")
+    return tables
 
 
 def _crossed(tables: Sequence[Array]) -> tuple[float, float]:

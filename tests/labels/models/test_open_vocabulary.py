@@ -115,6 +115,7 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
     ("vocabulary", "named"),
     [
         ([" ", "."], "--vocabulary"),
+        ("cup", "list"),
         (["a red cup on the plate " * 4], "a red cup on"),
     ],
 )

@@ -1,9 +1,11 @@
+import ast
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
@@ -11,7 +13,7 @@ from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 from labels_tiny import save_sam2
 from spear.errors import SpearError
 from spear.labels.models.protocols import Detection
-from spear.labels.models.sam2 import Sam2Segmenter, preprocess, scale_boxes
+from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
 from spear.types import Array, Frame
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,6 +37,17 @@ def asked(boxes: Array) -> list[Detection]:
     return [Detection(f"thing {i}", box) for i, box in enumerate(boxes)]
 
 
+def their_postprocess() -> Any:
+    """Transformers' `Sam2ImageProcessor.post_process_masks`, from its source: its module needs
+    torchvision."""
+    path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    (found,) = [f for f in functions if f.name == "post_process_masks"]
+    names: dict[str, Any] = {"torch": torch, "np": np, "F": F}
+    exec(compile(ast.Module([found], []), str(path), "exec"), names)
+    return names["post_process_masks"]
+
+
 @pytest.mark.parametrize("size", [(40, 60), (200, 90), (64, 64)])
 def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
     image = frame(0, *size).image
@@ -54,6 +67,12 @@ def test_box_prompts_are_those_of_transformers() -> None:
     torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), theirs)
 
 
+def test_postprocessing_is_that_of_transformers() -> None:
+    logits = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
+    (theirs,) = their_postprocess()(None, [logits[:, None]], [(40, 60)])
+    assert (postprocess(logits, 40, 60) == theirs[:, 0]).all()
+
+
 def test_masks_are_those_of_the_plain_model(folder: str) -> None:
     network = Sam2Model.from_pretrained(folder).eval()
     image = frame(0)
@@ -63,7 +82,7 @@ def test_masks_are_those_of_the_plain_model(folder: str) -> None:
             input_boxes=scale_boxes(BOXES, 40, 60, 64)[None],
             multimask_output=False,
         )
-    expected = F.interpolate(said.pred_masks[0], (40, 60), mode="bilinear")[:, 0].numpy() > 0
+    expected = postprocess(said.pred_masks[0][:, 0], 40, 60).numpy()
     (masks,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
     assert masks.dtype == bool and (masks == expected).mean() > 0.999
     assert 0.02 < masks.mean() < 0.98

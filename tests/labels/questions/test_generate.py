@@ -188,6 +188,15 @@ def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:
         load_depth(folders[::-1], known)
 
 
+def test_depth_of_other_images_is_refused(tmp_path: Path) -> None:
+    image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    label = LabeledImage(b"another", 8, 8, np.eye(3), [], "metre", "made")
+    write_depth([(image, np.ones((8, 8), np.float32))], tmp_path / "depth/external/depth-00000.parquet")
+    with pytest.raises(SpearError, match="of other images than the labels"):
+        load_depth([tmp_path], {"external": [label]})
+    assert len(read_depth(tmp_path / "depth/external")) == 1
+
+
 def test_labels_that_cannot_be_asked_about_end_the_training() -> None:
     """Instead of looking for another image for ever."""
     image = LabeledImage(encode_jpeg(np.zeros((8, 8, 3), np.uint8)), 8, 8, np.eye(3), [], "metre", "made")

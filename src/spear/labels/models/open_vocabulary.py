@@ -163,6 +163,8 @@ def _detections(boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str])
 
 def _names(vocabulary: Sequence[str], who: str) -> list[str]:
     """Each name once, in lower case, without the marks that end a name in a prompt."""
+    if isinstance(vocabulary, str):
+        raise SpearError(f"{who}: the vocabulary is one text: give a list of names")
     names = [" ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary]
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
