@@ -11,7 +11,6 @@ medians, resampled by image.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ import torch
 import tyro
 from torch import nn
 
-from shifted import centres, errors
-from spear.evaluate.stats import bootstrap
+from shifted import centres, report
 from spear.evaluate.vqa.ask import find_images
-from spear.evaluate.vqa.calibration import by_image
 from spear.evaluate.vqa.measures import numbers
 from spear.evaluate.vqa.run import questions_about
 from spear.labels.questions.generate import askable
@@ -32,6 +29,7 @@ from spear.labels.store import choose
 from spear.policy import VlmBundle, load_vlm
 from spear.types import LabeledImage
 from spear.util.images import decode_image
+from spear.util.progress import ProgressBar
 
 WIDTH, BATCH, RATE = 192, 96, 1e-3
 
@@ -71,17 +69,15 @@ def train(tokens: torch.Tensor, objects: torch.Tensor, truth: torch.Tensor, step
     probe = Probe(tokens.shape[1], tokens.shape[2], int(names.max()) + 1)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
-    begun = time.monotonic()
-    for step in range(steps):
-        rows = torch.randint(len(owners), (BATCH,))
-        loss = (probe(tokens[owners[rows]], names[rows]) - truth[rows]).norm(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 500 == 0:
-            left = (time.monotonic() - begun) / (step + 1) * (steps - step - 1) / 60
-            print(f"step {step + 1} of {steps}, {1000 * loss.item():.1f} mm, {left:.1f} min left", flush=True)
+    with ProgressBar("probe", steps) as bar:
+        for step in range(steps):
+            rows = torch.randint(len(owners), (BATCH,))
+            loss = (probe(tokens[owners[rows]], names[rows]) - truth[rows]).norm(dim=1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(step + 1, f"{1000 * loss.item():.1f} mm")
     return probe.eval()
 
 
@@ -114,11 +110,8 @@ def main(labels: Path, model: str = "nano", images: int = 300, most: int = 13056
         read = probe(seen[owners], torch.tensor([names.index(q.objects[0]) for _, q in asked]))
 
     print(f"{len(asked)} objects in {images} held-out scenes; the probe learned from {len(known)} images; mm")
-    answers = centres(bundle, held_out, asked, 0, 0)
-    for name, said in (("probe", read.double().numpy()), ("answers", answers)):
-        off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
-        each = {k: bootstrap(by_image(list(zip(owners.tolist(), v, strict=True)))) for k, v in off.items()}
-        print(f"{name:8}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in each.items()))
+    report("probe", read.double().numpy(), truth, owners.tolist())
+    report("answers", centres(bundle, held_out, asked, 0, 0), truth, owners.tolist())
 
 
 if __name__ == "__main__":

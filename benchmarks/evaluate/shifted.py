@@ -57,6 +57,13 @@ def errors(said: Array, truth: Array) -> Array:
     return np.stack([np.linalg.norm(off, axis=1), np.abs(along[:, 0]), across], axis=1)
 
 
+def report(name: str, said: Array, truth: Array, owners: list[int]) -> None:
+    """Print the errors, resampled by the image that owns each."""
+    off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
+    found = {k: bootstrap(by_image(list(zip(owners, column, strict=True)))) for k, column in off.items()}
+    print(f"{name:13}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in found.items()))
+
+
 def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     """Measure, and print a table.
 
@@ -72,10 +79,8 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     ways = [(0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
     said = [centres(bundle, labels, asked, *way) for way in ways]
     print(f"{len(asked)} questions about {images} scenes, shifts of {pixels} pixels; mm")
-    for name, answers in (("as it is", said[0]), ("mean of five", np.mean(said, axis=0))):
-        off = dict(zip(("all", "along", "across"), errors(answers, truth).T, strict=True))
-        found = {k: bootstrap(by_image(list(zip(owners, column, strict=True)))) for k, column in off.items()}
-        print(f"{name:13}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in found.items()))
+    report("as it is", said[0], truth, owners)
+    report("mean of five", np.mean(said, axis=0), truth, owners)
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ def with_mistakes(data: Action, held: Tensor, generator: torch.Generator | None 
     missed = torch.zeros_like(data.rotation[..., 0, :])  # from where the arm should be to where it is
     missed[..., 0] = 1
     for i, rotation in enumerate(data.rotation.unbind(-2)):
-        rotations.append(quat_multiply(rotation, turned[..., i, :]))
         mended = quat_multiply(quat_conjugate(missed), rotation)
-        rotations[i] = torch.where(next_one[..., i, :], mended, rotations[i])
-        missed = quat_multiply(quat_multiply(quat_conjugate(rotation), missed), rotations[i])
+        made = torch.where(next_one[..., i, :], mended, quat_multiply(rotation, turned[..., i, :]))
+        missed = quat_multiply(quat_multiply(quat_conjugate(rotation), missed), made)
+        rotations.append(made)
     return Action(translation, quat_canonical(torch.stack(rotations, -2)), data.gripper)
 
 
