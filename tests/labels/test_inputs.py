@@ -54,6 +54,8 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     assert matching == ["a.png", "2.png", "c.png"]
     assert [i.key for i in find(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
     assert list(find(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
+    assert list(find(f"{tmp_path}/**")) == items  # the pattern names a folder and each file in it
+    assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [items[0].key, items[-1].key]
     (tmp_path / "b" / "back").symlink_to(tmp_path)
     (tmp_path / "b" / "IMG_1.HEIC").touch()
     with pytest.warns(Notice, match=r"1 \.heic"):

@@ -9,11 +9,12 @@ from PIL import Image
 
 from labels_scenes import TRUTH, random_frame
 from rgbd_folders import millimetres, write_plain, write_scannet
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.labels.fit.image import unproject
 from spear.labels.fit.quality import compare
 from spear.labels.pipeline import label
-from spear.labels.rgbd import Scene, align_depth
+from spear.labels.rgbd import Scene, align_depth, read_matrix
+from spear.labels.sources import items
 from spear.types import Frame
 
 
@@ -57,6 +58,16 @@ def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: P
     np.testing.assert_allclose(frame.depth, blocks, atol=5.1e-4)
 
 
+def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Frame], tmp_path: Path) -> None:
+    folder = write_plain(tmp_path / "s", truth)
+    (folder / "color" / "0.json").write_text("{}")
+    assert len(list(items([f"rgbd:{folder}"]))) == 3
+    (folder / "depth" / "1.png").rename(folder / "depth" / "01.png")
+    with pytest.warns(Notice, match="1 color"):
+        left = items([f"rgbd:{folder.rename(tmp_path / 't')}"])
+        assert [Path(item.key).name for item in left] == ["0.png", "2.png"]
+
+
 def test_align_depth_looks_along_the_same_ray() -> None:
     wide = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])
     close = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])
@@ -91,6 +102,7 @@ def test_intrinsics_as_json(tmp_path: Path, truth: list[Frame]) -> None:
     np.testing.assert_allclose(frame.intrinsics, k)
 
 
+DOUBLE = np.diag([2.05, 2.05, 1.0])
 ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
 
 
@@ -102,6 +114,8 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64 depth"),
         (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
         (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
+        # of images of twice the size, as a dataset has them before its images are made smaller
+        (lambda at: np.savetxt(at / "intrinsics.txt", DOUBLE @ read_matrix(at / "intrinsics.txt")), "centre"),
         (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),

@@ -1,6 +1,7 @@
 """Robot episodes as items beside photos; scenes of the simulator as a folder of labels."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +34,21 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     assert all("only 2 steps" in str(work.error) for work in works[6:])
 
 
-def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path) -> None:
+def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(3))
     given = [str(tmp_path / "b.png"), f"{tmp_path}/", f"{tmp_path}/./*.png"]
     assert [Path(item.key).name for item in items(given)] == ["b.png", "a.png"]
+    monkeypatch.chdir(tmp_path)
+    assert [item.key for item in items([".", str(tmp_path)])] == ["./a.png", "./b.png"]
+
+
+def test_names_that_are_no_text_are_named_in_text(tmp_path: Path) -> None:
+    for letter in (b"\xe8", b"\xe9"):  # as Latin-1 has them, in files of old disks and archives
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")).write_bytes(png(3))
+    works = read(list(items([str(tmp_path)])))
+    assert [work.error for work in works] == [None, None]
+    assert len({work.source.encode() for work in works}) == 2
 
 
 def by_hand(frames: Iterator[Frame]) -> Iterator[LabeledImage]:

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, count, groupby, pairwise
 from pathlib import Path
@@ -65,16 +65,17 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
     files and files with other endings are passed over; an EgoExo4D take gives the frames of its cameras), or
     a glob of all that. rate: frames per second of video.
 
-    Raises `SpearError`: nothing there, nothing in there that is an image, or an archive that cannot be
-    listed.
+    Raises `SpearError`: nothing there, no image in there, or an archive that cannot be listed.
     """
-    if os.path.exists(argument):
-        names = [argument]
-    elif not glob.has_magic(argument):
-        raise SpearError(f"{argument}: no such file or folder")
-    elif not (names := sorted(glob.glob(argument, recursive=True))):
-        raise SpearError(f"{argument}: nothing matches this pattern")
     entered, unread = {os.path.realpath(besides)} if besides else set(), Counter[str]()
+    names: Iterable[str] = [argument]
+    if not os.path.exists(argument):
+        if not glob.has_magic(argument):
+            raise SpearError(f"{argument}: no such file or folder")
+        if not (matching := sorted(glob.glob(argument, recursive=True))):
+            raise SpearError(f"{argument}: nothing matches this pattern")
+        # A folder comes before what is in it, which has been listed then.
+        names = (m for m in matching if entered.isdisjoint(map(str, Path(os.path.realpath(m)).parents)))
     items = chain.from_iterable(_listing(name, rate, entered, unread) for name in names)
     if (first := next(items, None)) is None:
         raise SpearError(f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there")

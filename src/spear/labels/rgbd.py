@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
+from spear.labels.inputs import IMAGES
 from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.images import load_image
@@ -37,15 +38,14 @@ UNIT = 0.001
 
 class Scene:
     """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`. A frame is read
-    when it is asked for; one that cannot be read is a `SpearError` that concerns no other.
+    when it is asked for, and a `SpearError` there concerns no other. alone: colour images without depth.
 
-    Raises `SpearError` for a folder that is neither or incomplete, and for a scan whose two cameras do not
-    stand in one place.
+    Raises `SpearError` for a folder that is neither or incomplete, and for a scan of cameras in two places.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = path = Path(folder)
-        self._pairs = _pairs(path)
+        self._pairs, self.alone = _pairs(path)
         self.sources = [str(color) for color, _ in self._pairs]
         self.depth_camera: Array | None = None  # both images show the same view
         self.names: dict[int, str] | None = None
@@ -74,6 +74,10 @@ class Scene:
                 what = f"{columns}×{rows} depth, {width}×{height} color"
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
+        for camera, size in ((self.camera, (width, height)), (depth_camera, (columns, rows))):
+            if not ((camera[:2, 2] > 0) & (camera[:2, 2] < size)).all():
+                what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {camera[:2, 2].round()}"
+                raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path = self.folder / "instance-filt" / f"{color.stem}.png"
         known = self.names is not None and path.is_file()
         return Frame(
@@ -172,17 +176,19 @@ def _nearest(values: Array, height: int, width: int) -> Array:
     return values[rows, np.arange(width) * values.shape[1] // width]
 
 
-def _pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Colour and depth files of the same name, by number, then by name."""
+def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
+    """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
     color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
         what = "no RGB-D scene (no color/ or no depth/)"
         raise SpearError(f"{folder}: {what}: give both and intrinsics.txt, or a ScanNet scan")
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
-    pairs = [(path, depths[path.stem]) for path in color.iterdir() if path.stem in depths]
+    images = [path for path in color.iterdir() if path.suffix.lower() in IMAGES]
+    pairs = [(path, depths[path.stem]) for path in images if path.stem in depths]
     if not pairs:
         raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
-    return sorted(pairs, key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
+    pairs.sort(key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
+    return pairs, len(images) - len(pairs)
 
 
 def _scannet_names(folder: Path) -> dict[int, str] | None:

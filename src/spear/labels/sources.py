@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.inputs import Content, Item, find
 from spear.labels.rgbd import Scene
 from spear.types import Episode
@@ -38,10 +38,11 @@ def items(
     for argument in arguments:
         for item in _items(os.path.normpath(argument), rate, per_episode, besides):
             if len(arguments) > 1:
-                if item.key in seen:
+                if (name := os.path.abspath(item.key)) in seen:
                     continue
-                seen.add(item.key)
-            yield item
+                seen.add(name)
+            # Parquet holds text, and the names of files may be bytes that are none.
+            yield item._replace(key=item.key.encode(errors="backslashreplace").decode())
 
 
 def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -> Iterator[Item]:
@@ -50,8 +51,10 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     if argument.startswith("sim:"):
         return (Item(f"sim:{n}", read_scenes, "", n) for n in scene_numbers(argument, "sim"))
     if argument.startswith("rgbd:"):
-        folder = argument.removeprefix("rgbd:")
-        return (Item(source, read_rgbd, folder, i) for i, source in enumerate(_scene(folder).sources))
+        scene = _scene(folder := argument.removeprefix("rgbd:"))
+        if scene.alone:
+            notice(f"{folder}: {scene.alone} color images are left out: none in depth/ has their name")
+        return (Item(source, read_rgbd, folder, i) for i, source in enumerate(scene.sources))
     photos = find_format(argument) is None
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
