@@ -66,6 +66,12 @@ def test_scenes_are_labelled_asked_about_and_shown(
         ("photos --rate 0", "--rate"),
         ("photos --engine ray --copies 0 1 1", "--copies"),
         ("photos --gpus 0 -1 0", "--gpus"),
+        ("photos --gpus 1 1 1", "--gpus"),
+        ("photos --engine ray", "--workers"),
+        ("photos --detector file:bad.json --vocabulary mug", "--vocabulary"),
+        ("photos --detector owlv2 --vocabulary mug --per-minute 9", "--per-minute"),
+        ("--scenes 2 --engine ray", "--engine"),
+        ("simpler:10000 --detector owlv2", "--detector"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(

@@ -14,8 +14,8 @@ import pytest
 
 from labels_stand_ins import engine, listing, photos
 from spear.errors import SpearError
-from spear.labels.options import WorkOptions
-from spear.labels.run import Progress, label_folder
+from spear.labels.options import LabelOptions, WorkOptions
+from spear.labels.run import Progress, label_folder, prepare
 from spear.labels.store import count, read
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
@@ -121,6 +121,20 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
     assert run(source, out, shard=18, retry_skipped=True) == Progress(21, 0, 21, skipped=3)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_annotations_that_have_changed_since_are_found_out(source: Path, tmp_path: Path) -> None:
+    boxes, work = tmp_path / "boxes.json", WorkOptions(shard_size=8)
+    given = LabelOptions(photos=(str(source),), detector=f"file:{boxes}+gemini", vocabulary="mug")
+
+    def labelled() -> Progress:
+        return label_folder(listing(source), tmp_path / "out", engine(0), prepare(given)[2], work)
+
+    boxes.write_text("{}")
+    assert labelled().done == labelled().before == 21
+    boxes.write_text("[]")
+    with pytest.raises(SpearError, match="annotations"):
+        labelled()
 
 
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:

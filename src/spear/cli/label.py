@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, notice
-from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions
+from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions, changed
 from spear.util.options import File, Options, Within
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ def label(options: LabelOptions) -> None:
     simpler = any(photo.startswith("simpler:") for photo in options.photos)
     if simpler and (len(options.photos) > 1 or options.plan):
         raise SpearError("simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes")
-    usual, photos = LabelOptions(), bool(options.photos)
-    of_photos = ("detector", "segmenter", "pointmap", "vocabulary", "size", "rate", "per_episode")
     of_scenes = ("scenes", "first_seed") if simpler else ("scenes", "first_seed", "preset")
-    part, other, names = (options.scene, usual.scene, of_scenes) if photos else (options, usual, of_photos)
-    if given := [name.replace("_", "-") for name in names if getattr(part, name) != getattr(other, name)]:
-        where = "beside PHOTOS" if photos else "without PHOTOS to label"
-        raise SpearError(f"--{given[0]} says nothing {where}: leave it out, or name others")
+    idle = changed(options.scene, *of_scenes) if options.photos else []
+    if simpler or not options.photos:
+        idle += changed(options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute")
+        idle += changed(options, "size", "rate", "per_episode")
+        idle += changed(options.work, "engine", "batch_size", "shard_size", "copies", "gpus")
+    if idle:
+        where = "beside PHOTOS" if options.photos else "without PHOTOS to label"
+        raise SpearError(f"{idle[0]} says nothing {where}: leave it out, or name others")
     if options.plan:
         _plan(options)
         return
@@ -64,8 +66,7 @@ def label(options: LabelOptions) -> None:
         if simpler:
             from spear.evaluate.simpler.record import label_tasks
 
-            numbers = scene_numbers(options.photos[0], "simpler")
-            images = label_tasks(out, numbers, sizes["external"], workers)
+            images = label_tasks(out, scene_numbers(options.photos[0], "simpler"), sizes["external"], workers)
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
         print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
@@ -137,8 +138,7 @@ def _label_photos(options: LabelOptions) -> None:
 def ask_about(options: QuestionOptions) -> None:
     """Ask 3D questions about labelled images, and answer them from the labels.
 
-    Writes LABELS/questions.parquet. Objects that occur twice in an image, or that are barely seen, are not
-    asked about.
+    Writes LABELS/questions.parquet. Objects that occur twice in an image, or are barely seen, are left out.
 
     Example:
         spear questions runs/my_labels --pairs 2 4

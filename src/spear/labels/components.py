@@ -16,7 +16,7 @@ from typing import Any
 
 from spear.errors import SpearError, check_known
 from spear.labels.engine import Graph
-from spear.labels.options import LabelOptions
+from spear.labels.options import LabelOptions, changed
 from spear.labels.pipeline import settings_for
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
@@ -97,10 +97,13 @@ def split(description: str) -> tuple[str, str | None]:
 
 
 def graph(options: LabelOptions) -> Graph:
-    """The whole of what is done with an image; nothing is loaded yet. `SpearError` for an unknown name."""
-    descriptions = options.detector, options.segmenter, options.pointmap
-    detector, segmenter, pointmap = (
-        component(kind, said, options) for kind, said in zip(KINDS, descriptions, strict=True)
-    )
+    """What is done with an image; nothing is loaded yet. `SpearError`: an unknown name, an idle option."""
+    described = dict(zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True))
+    detector, segmenter, pointmap = (component(kind, said, options) for kind, said in described.items())
+    makers = (KINDS[kind][split(said.rpartition("+")[2])[0]] for kind, said in described.items())
+    taken = {part for maker in makers for takes in getattr(maker, "args", ())[2:] for part in takes}
+    if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
+        what = f"{min(idle)} says nothing to {', '.join(described.values())}"
+        raise SpearError(f"{what}: leave it out, or choose a component that takes it")
     boxes = settings_for(options.segmenter, options.pointmap)
     return Graph((detector, segmenter, pointmap), boxes, longest=options.size or None)

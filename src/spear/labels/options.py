@@ -5,7 +5,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.util.options import Device, Folder, Options, Within
+from spear.util.options import Device, Folder, Options, Within, option_name
+
+
+def changed(options: Options, *names: str) -> list[str]:
+    """Those of the options that are not as they are by default, as the command line has them."""
+    return [option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
 
 
 class WorkOptions(Options):
@@ -45,8 +50,7 @@ class LabelOptions(Options):
     """Folder to write to."""
     detector: str = "gemini"
     """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or ground-truth. A
-    model of your choice: owlv2=HUB_NAME_OR_FOLDER. With file:A.json+gemini, Gemini does the images that the
-    file lacks."""
+    model of your choice: owlv2=HUB_NAME_OR_FOLDER. file:A.json+gemini: Gemini does what the file lacks."""
     segmenter: str = "sam2"
     """sam2, file:ANNOTATIONS.json or ground-truth."""
     pointmap: str = "moge-2"
@@ -65,8 +69,7 @@ class LabelOptions(Options):
     per_minute: Annotated[int, Within(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
-    """Make the files again in which images were skipped for a reason that may pass, such as a service out of
-    reach."""
+    """Make the files again in which images were skipped for a reason that may pass: no network, say."""
     plan: bool = False
     """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads nothing."""
     questions: bool = False

@@ -26,11 +26,11 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError
-from spear.labels.components import graph
+from spear.labels.components import graph, split
 from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
-from spear.labels.options import LabelOptions, WorkOptions
+from spear.labels.options import LabelOptions, WorkOptions, changed
 from spear.labels.pipeline import EMPTY
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
@@ -78,11 +78,12 @@ def label_photos(
 ) -> Progress:
     """Label `options.photos`. Returns how far it came.
 
-    on_bill  see `run_local` (not with Ray). Raises `SpearError`: an unknown component, no input, or as in
-             `label_folder`.
+    on_bill: see `run_local` (not with Ray). Raises `SpearError`: an idle option, or as in `label_folder`.
     """
     chosen, listing, settings = prepare(options)
     work, retry = options.work, options.retry_skipped
+    if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
+        raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
     engine: Engine = partial(run_ray, chosen, work)
     if work.engine == "local":
         engine = partial(run_local, chosen, work.workers, on_bill=on_bill)
@@ -91,7 +92,7 @@ def label_photos(
 
 def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
     """What is done with the images of `options.photos`, what lists them, and the settings; nothing is loaded.
-    Raises `SpearError` as `label_photos` does."""
+    Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = graph(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
     for part in ("detector", "segmenter", "pointmap"):
@@ -105,6 +106,9 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
         "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,
         "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
     }  # fmt: skip
+    parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
+    if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
+        settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}
     return chosen, partial(find_items, inputs, options.rate, options.per_episode, options.out), settings
 
 

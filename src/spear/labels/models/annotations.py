@@ -88,6 +88,7 @@ class FileDetector:
     def __init__(self, annotations: Annotations, otherwise: Detector | None = None) -> None:
         self.annotations, self.otherwise = annotations, otherwise
         self.name = _name(annotations, otherwise)
+        self.bill: Callable[[], str] = getattr(otherwise, "bill", str)  # of the other images' detector
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The annotated objects of each image, in the file's order; those with an empty box are left out."""
@@ -103,11 +104,6 @@ class FileDetector:
             own = [Detection(a.name, b, a.score) for a, b in boxed if b[2] > b[0] and b[3] > b[1]]
             results.append(next(others) if annotated is None else own)
         return results
-
-    def bill(self) -> str:
-        """That of the detector of the other images, where it has one."""
-        bill = getattr(self.otherwise, "bill", None)
-        return bill() if bill else ""
 
 
 class FileSegmenter:
@@ -163,8 +159,7 @@ def _name(annotations: Annotations, otherwise: Detector | Segmenter | None) -> s
 
 
 def open_annotations(path: str | Path) -> Annotations:
-    """A COCO file, which has "images"; other JSON is taken for Ego-Exo4D's relations. `SpearError` for what
-    is neither."""
+    """A COCO file, which has "images", or else Ego-Exo4D's relations. `SpearError` for what is neither."""
     content = read_json(Path(path), "give another file")
     file = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
     try:
