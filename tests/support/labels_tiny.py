@@ -74,7 +74,7 @@ def save_grounding_dino(folder: Path) -> Path:
 
 
 def save_owlv2(folder: Path) -> Path:
-    """OWLv2 for squares of 32 pixels and queries of 16 letters or words."""
+    """OWLv2 for squares of 32 pixels and queries of 32 letters or words."""
     import transformers as hf
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -83,7 +83,8 @@ def save_owlv2(folder: Path) -> Path:
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf.Owlv2Config(
-        text_config={"vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end, **tower},
+        text_config={"vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end, **tower}
+        | {"max_position_embeddings": 32},
         vision_config={"image_size": 32, "patch_size": 8, **tower},
         projection_dim=16,
     )
@@ -93,7 +94,7 @@ def save_owlv2(folder: Path) -> Path:
         parameter.data *= 0.1  # so that boxes stay near their patches
     network.save_pretrained(folder)
     tokenizer = hf.CLIPTokenizer(
-        vocab=vocabulary, merges=[("c", "u"), ("cu", "p</w>")], pad_token="!", model_max_length=16
+        vocab=vocabulary, merges=[("c", "u"), ("cu", "p</w>")], pad_token="!", model_max_length=32
     )
     processor = hf.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})
     hf.Owlv2Processor(processor, tokenizer).save_pretrained(folder)

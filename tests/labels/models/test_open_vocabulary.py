@@ -119,6 +119,8 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
         (["a red cup on the plate " * 4], "a red cup on"),
     ],
 )
-def test_what_cannot_be_looked_for_is_refused(dino: str, vocabulary: Any, named: str) -> None:
+def test_what_cannot_be_looked_for_is_refused(dino: str, owl: str, vocabulary: Any, named: str) -> None:
     with pytest.raises(SpearError, match=named):
         GroundingDinoDetector(dino, vocabulary=vocabulary)
+    with pytest.raises(SpearError, match=named):
+        Owlv2Detector(owl, vocabulary=vocabulary)

@@ -23,15 +23,15 @@ from spear.types import Array, Frame
 class _OpenVocabulary:
     """What both share: a network that finds the objects of a vocabulary.
 
-    model  name on the Hub, or folder.
-
-    Raises `SpearError`: an empty vocabulary, a name too long for a prompt, or no such model.
+    model: name on the Hub, or folder. Raises `SpearError`: an empty vocabulary, a name too long for a prompt,
+    or no such model.
     """
 
     kind: str
     """The network's `model_type` in Transformers."""
     prompt: str
-    """What it is told for a name."""
+    """What it is told for a name; with `end` where several are told at once."""
+    end = ""
     threshold: float
     """Lowest score of a detection."""
     overlap = 0.7
@@ -44,8 +44,16 @@ class _OpenVocabulary:
         self._processor = load_processor(AutoProcessor, self.kind, model)
         self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
         told = hashlib.sha256(", ".join(map(self.prompt.format, names)).encode()).hexdigest()[:8]
+        for name in names:
+            if not self._fits(self.prompt.format(name) + self.end):
+                raise SpearError(f"{self.kind}: {name[:40]!r} is too long: give a few words")
         settings = f"threshold {self.threshold:g}, overlap {self.overlap:g}"
         self.name = f"{self.kind} {model} ({len(names)} names {told}, {settings})"
+
+    def _fits(self, prompt: str) -> bool:
+        config = self._network.config  # Grounding DINO's text network takes more tokens than itself
+        most = getattr(config, "max_text_len", None) or config.text_config.max_position_embeddings
+        return len(self._processor.tokenizer(prompt)["input_ids"]) <= most
 
     def _ask(self, images: Sequence[Array], prompts: Any, **options: Any) -> tuple[Any, Any]:
         """What the network is given about images and what is told with each, and what it says."""
@@ -59,7 +67,7 @@ class GroundingDinoDetector(_OpenVocabulary):
     """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
     too long for a prompt is asked in several."""
 
-    kind, prompt, threshold = "grounding-dino", "{}", 0.3
+    kind, prompt, end, threshold = "grounding-dino", "{}", ".", 0.3
 
     def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
         super().__init__(model, vocabulary=vocabulary, device=device)
@@ -114,14 +122,9 @@ class GroundingDinoDetector(_OpenVocabulary):
             prompt, others = prompts[-1]
             if self._fits(longer := f"{prompt} {name}.".strip()):
                 prompts[-1] = longer, [*others, name]
-            elif self._fits(f"{name}."):
-                prompts.append((f"{name}.", [name]))
             else:
-                raise SpearError(f"Grounding DINO: {name[:40]!r} is too long: give a few words")
+                prompts.append((f"{name}.", [name]))
         return prompts
-
-    def _fits(self, prompt: str) -> bool:
-        return len(self._processor.tokenizer(prompt)["input_ids"]) <= self._network.config.max_text_len
 
 
 class Owlv2Detector(_OpenVocabulary):
@@ -133,7 +136,7 @@ class Owlv2Detector(_OpenVocabulary):
         """The objects of each image, best first."""
         images = [frame.image for frame in frames]
         prompts = [[self.prompt.format(name) for name in self._names]] * len(images)
-        _, outputs = self._ask(images, prompts, padding="max_length", truncation=True)
+        _, outputs = self._ask(images, prompts, padding="max_length")
         sizes, names = [image.shape[:2] for image in images], [self._names] * len(images)
         results = self._processor.post_process_grounded_object_detection(
             outputs, threshold=self.threshold, target_sizes=sizes, text_labels=names
