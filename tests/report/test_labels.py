@@ -17,6 +17,7 @@ from spear.errors import SpearError
 from spear.labels.models.ground_truth import GroundTruthPointMap
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
+from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
 from spear.labels.store import choose, count, write_labels
 from spear.report.labels import label_page, write_rerun
 from spear.types import Frame, LabeledImage
@@ -40,13 +41,14 @@ def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
+@pytest.mark.parametrize("families", [FAMILIES, FAMILIES_2D, ("what_at",)])
 def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
-    labels: list[LabeledImage], folder: Path
+    families: tuple[str, ...], labels: list[LabeledImage], folder: Path
 ) -> None:
-    images, counts = write_questions(folder, seed=3)
+    images, counts = write_questions(folder, seed=3, families=families)
     kept = list(read_questions(folder))
-    assert images == 12 and counts.total() == len(kept) > 12
-    expected = [(item.source, question) for item in labels for question in ask(item, seed=3)]
+    assert images == 12 and counts.total() == len(kept) > 12 and set(counts) == set(families)
+    expected = [(item.source, question) for item in labels for question in ask(item, 3, families=families)]
     assert [source for source, _ in kept] == [source for source, _ in expected]
     for (_, a), (_, b) in zip(kept, expected, strict=True):
         assert (a.family, a.prompt, a.unit, list(a.objects)) == (b.family, b.prompt, b.unit, list(b.objects))
@@ -55,6 +57,9 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
     assert "config_name: questions" in (folder / "README.md").read_text()
     assert count(folder) == 12  # the questions are not taken for labels
+    with pytest.raises(SpearError, match="pixel_point"):  # labels have no depth
+        write_questions(folder, families=("distance", "pixel_point"))
+    assert {question.family for _, question in read_questions(folder)} == {"distance"}
 
 
 def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_path: Path) -> None:

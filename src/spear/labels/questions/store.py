@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError
-from spear.labels.questions.generate import FAMILIES, generate, spoken
+from spear.errors import SpearError, check_known
+from spear.labels.questions.generate import generate, spoken
 from spear.labels.questions.statistics import write_card
+from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
 from spear.labels.store import QUESTIONS, ParquetWriter, count, read
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
@@ -43,13 +44,14 @@ def write_questions(
     """Ask about every image of a folder of labels; returns the number of images and the questions per family.
 
     The file is replaced as a whole; the dataset card names it from then on. `SpearError`: no labels there, an
-    unknown family, bad pairs, or the disk is full.
+    unknown family or one that needs depth, bad pairs, or the disk is full.
     """
+    check_known("question family about labels", (*FAMILIES, *FAMILIES_2D), *families)
     counts: Counter[str] = Counter()
     images = 0
     bar = ProgressBar("asking", count(folder), "images")
     with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
-        labels = read(folder, pixels=False)
+        labels = read(folder, pixels="what_at" in families)  # it is about what a mask covers
         while some := list(islice(labels, 256)):
             images += len(some)
             asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
