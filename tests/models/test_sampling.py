@@ -176,6 +176,9 @@ def test_changed_weights_are_noticed() -> None:
     assert same()
     model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
     assert same()
+    for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
+        parameter.data.copy_(other.data)  # as averages of weights are put in place
+    assert same()
 
 
 def test_lora_is_part_of_the_fast_path() -> None:

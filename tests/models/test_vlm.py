@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models_tiny import START, TINY, pixels, text, vlm
+from models_tiny import START, TINY, left_padded, pixels, text, vlm
 from spear.errors import SpearError
 from spear.models.layers import positions, prefix_lm_mask
 from spear.models.presets import preset, spear1_config, vlm_config
@@ -178,3 +178,5 @@ def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-3)
     assert len(lengths.unique()) > 1
+    left = {name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()}
+    torch.testing.assert_close(model(pixels(4), **left, length_groups=3).loss, whole)

@@ -59,6 +59,12 @@ def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torc
     return ids * mask, mask
 
 
+def left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same texts with their padding on the left."""
+    turned = [torch.cat([row[keep == 0], row[keep == 1]]) for row, keep in zip(ids, mask, strict=True)]
+    return torch.stack(turned), mask.flip(1)
+
+
 def actions(*shape: int, seed: int = 0) -> Action:
     """Random chunks with unit quaternions."""
     g = torch.Generator().manual_seed(seed)

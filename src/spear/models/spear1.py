@@ -184,7 +184,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """The flow loss of a batch of demonstrations and its parts, as `spear.flow.loss` gives them.
 
         pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
-        input_ids       [B, L] the instruction, padded on the right; attention_mask [B, L].
+        input_ids       [B, L] the instruction, padded on either side; attention_mask [B, L].
         state           [B, 10], see `STATE_FEATURES`.
         actions         [B, H, ·] in the model's normalised units.
         action_mask     [B, H] bool, the steps that count.

@@ -234,7 +234,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         """The loss where `labels` are given, else the logits.
 
         pixel_values    view -> [B, 3, h, w] uint8.
-        input_ids       [N, L] text, padded on the right; attention_mask [N, L], 0 on padding.
+        input_ids       [N, L] text, padded on either side; attention_mask [N, L], 0 on padding.
         token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal).
         image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image.
         labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only
@@ -315,7 +315,7 @@ def _by_length(attention_mask: torch.Tensor, groups: int) -> Iterator[tuple[torc
     if groups <= 1:
         yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
         return
-    lengths = attention_mask.sum(dim=1)
+    lengths = positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
     for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
         yield rows, int(lengths[rows[-1]])
 

@@ -3,6 +3,7 @@
 What is worked out of a network's weights is kept by `Prepared` until they change.
 """
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,7 @@ slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 CACHED = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""
+_BITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _INFO = Path("/proc/cpuinfo")
 _INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
 # PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
@@ -164,12 +166,15 @@ class Prepared(Generic[Value]):
 
 
 def _stamp(places: Places) -> list[int]:
-    """Numbers that change when a layer is replaced, or a weight is replaced, moved or written to."""
+    """Numbers that change when a layer is replaced, or a weight is replaced, moved or written to: on a CPU,
+    where its first number can be seen, also through its `data`, which counts no version."""
     stamp = []
     for modules, name in places:
         module = modules[name]
         stamp.append(id(module))
         for weight in module._parameters.values():
             if weight is not None:
-                stamp += (weight.data_ptr(), weight._version)
+                stamp += (place := weight.data_ptr(), weight._version)
+                if place and weight.is_cpu:
+                    stamp.append(_BITS[weight.element_size()].from_address(place).value)
     return stamp

@@ -191,8 +191,7 @@ class Stack:
 
         bias       [B · kv heads, 1, places] added to all scores, or None: `hidden_places` of padding.
         keys_only  the last layer stops at its keys and values, and the result is its input.
-        wanted     [B] the one token of each row whose output is needed, of a window of one block: the result
-                   is [B, 1, D].
+        wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
         for index, layer in enumerate(self.layers):
             query, held = self._before(layer, x, *rotations)
@@ -290,8 +289,7 @@ class Prefilled:
     cache   keys and values of every layer, with room behind them.
     valid   [B, S] bool, False for padding and missing images; padded: whether any is False.
     places  [B] the position after the last valid token.
-    hidden  [B, D] the last layer's output at the last valid token; None where only keys and values were
-            wanted.
+    hidden  [B, D] the last layer's output at the last valid token; None where the cache alone was wanted.
     """
 
     cache: StaticKVCache
@@ -342,9 +340,8 @@ def prefill(
     if keys_only:
         layers(x, rotations, window, bias, keys_only)
         return Prefilled(cache, valid, padded, after, None)
-    tokens = parts[1].sum(-1) if text_valid is not None else text.shape[1]
-    last = torch.full_like(after, features.shape[1] - 1) + tokens
-    hidden = layers(x, rotations, window, bias, wanted=last)[:, 0]
+    # Of all places with as many valid ones before them as the last token, it is the first.
+    hidden = layers(x, rotations, window, bias, wanted=where.argmax(-1))[:, 0]
     return Prefilled(cache, valid, padded, after, hidden)
 
 
