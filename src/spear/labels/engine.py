@@ -33,8 +33,7 @@ class Graph:
 
     makers   of detector, segmenter and point map: each makes its component; can be sent to another process.
     boxes    how boxes are fitted.
-    longest  photos are made smaller until their longer side has so many pixels; None keeps them. 840 is what
-             the paper labelled at.
+    longest  photos are made smaller until their longer side has so many pixels (the paper: 840), or None.
     """
 
     makers: tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]

@@ -124,8 +124,7 @@ def _outline(
 ) -> tuple[float, float, Array]:
     """Walk along the outline of a mask, given in a window of an image of `shape`.
 
-    Returns "visible" and "edge" as in `label_object`; the points [n, 3] just outside the outline that touch
-    the object.
+    Returns "visible" and "edge" as in `label_object`; the points [n, 3] just outside that touch the object.
     """
     total = occluded = 0
     beside = []

@@ -27,8 +27,7 @@ Job = tuple[str, range]
 Frames = Callable[[Job], Iterator[tuple[str, list[Frame]]]]
 """A job → what each view sees of its scenes. A function of a module, for other processes."""
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
-"""Frames with ground truth → their labels, one for each, in order. A function of a module, for other
-processes."""
+"""Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
 SCENES_PER_JOB = 256
 WORDING = "wording.txt"
 """The instructions that the simulator gives, by which such a folder is known: the first file in it."""
@@ -114,8 +113,7 @@ def _shard(out: Path, view: str, index: int) -> Path:
 
 
 def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -> int:
-    """Label the scenes of a job (number, job): shard `number` of every view. It marks the view as finished,
-    and comes last."""
+    """Label the scenes of a job (number, job): shard `number` of every view, which comes last."""
     index, (_, seeds) = job
     for view, seen in frames(job[1]):
         labels = list(labelled(iter(seen)))

@@ -129,8 +129,7 @@ def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
 def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
 
-    pixels: False leaves images and masks empty, which is quicker. Raises `SpearError`: no shard there, or a
-    broken one.
+    pixels: False leaves images and masks empty, which is quicker. `SpearError`: no shard, or a broken one.
     """
     for shard in shards_in(path):
         file = _open(shard)
@@ -261,8 +260,7 @@ DepthImages = list[tuple[bytes, Array]]
 
 
 def read_depth(folder: Path) -> DepthImages:
-    """All images of a folder of files of `write_depth`. Raises `SpearError`: there are none, or a file is
-    broken."""
+    """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is broken."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")

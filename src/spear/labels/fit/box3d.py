@@ -75,8 +75,7 @@ def order_vertices(vertices: Array) -> Array:
     The axis nearest to up (for a camera that looks 35° down, `UP_PRIOR`) separates top from bottom; of the
     other two, the one nearest to the camera's x separates left from right; the third separates near from
     far. The result is the same for every permutation of the input. It can only jump where a box turned about
-    the vertical by 45° makes left and near exchange their meaning, or for a camera that looks up or more
-    than 80° down.
+    the vertical by 45° makes left and near change places, or for a camera that looks up or over 80° down.
     """
     v = np.asarray(vertices, np.float64)
     v = v[np.lexsort(v.T)]
@@ -257,8 +256,7 @@ def _boxed(
 
 
 def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    """How far a round object goes on behind its outline, along its two horizontal axes: at their lower and
-    upper ends, both [2].
+    """How far a round object goes on behind its outline, at its level axes' lower and upper ends, [2] each.
 
     What is seen of a box fills its faces, and its far edge is where it ends. A round thing bends away from
     the faces of the box around it, and its back is hidden: it is taken to be as deep as it is wide or high,

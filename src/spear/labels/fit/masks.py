@@ -137,8 +137,7 @@ def snap(
 
     Where object and background, each continued to such a pixel from where they are certain, differ in depth,
     it belongs to the one that its own depth is nearer to. Where they meet, it belongs to the object when it
-    is higher than the support. What neither tells, the mask does; one too thin to have an inside stays as it
-    is.
+    is higher than the support. What neither tells, the mask does; one too thin to have an inside stays.
 
     points  [h, w, 3] camera frame; known: [h, w] where they are; taken: [h, w] the pixels of other objects.
     plane   the support, None when unknown; noise: of the depth, as a fraction of it.
@@ -202,8 +201,7 @@ def _level(beside: Array, plane: Plane) -> float:
 
 def _value(values: Array, where: Array, pixels: Array, noise: float) -> Array:
     """The `values` [h, w] of `pixels` [n, 2]; if they are noisy the median of each and of the means of the
-    pairs opposite each other around it, as far as they are `where`. Pairs, so that neither slopes nor borders
-    shift."""
+    pairs opposite each other around it, as far as they are `where`. Pairs shift no slopes and no borders."""
     if noise < NOISY:
         return np.asarray(values[tuple(pixels.T)])
     padded = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)

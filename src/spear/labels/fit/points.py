@@ -75,8 +75,7 @@ def support_plane(points: Array, up: Array | None = None) -> Plane | None:
             Otherwise within 50° of `UP_PRIOR`; up to 90° (a wall, or the table of a camera that looks
             straight down) only where that plane has 2.5 times as many points (our choice).
 
-    Returns the plane, refined on all its points and facing the camera, or None when fewer than a fifth of the
-    points lie on one.
+    Returns the plane, refined on all its points and facing the camera; None when under a fifth lie on one.
     """
     points = np.asarray(subsample(points, PLANE_POINTS), np.float64)
     if len(points) < 30:

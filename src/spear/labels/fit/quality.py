@@ -47,8 +47,7 @@ def stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Medians over n boxes, of what `box_errors` says of each; missed: true boxes of visible objects that no
-    label has."""
+    """Medians over n boxes of what `box_errors` says; missed: true boxes of visible objects without one."""
 
     n: int
     center: float

@@ -49,8 +49,7 @@ TIMEOUT = 120.0
 ATTEMPTS, ANSWERS = 6, 2
 """Requests per image before it is given up, overload included; and unusable answers that are paid for."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
-"""Seconds after the first failure, doubled after each, and at most. A service that asks for more has no quota
-left."""
+"""Seconds after the first failure, doubled after each, and at most. Who asks for more has no quota left."""
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FATAL = (401, 403, 404)
@@ -119,8 +118,7 @@ class GeminiDetector:
         return [one for one in found if not isinstance(one, SpearError)]
 
     def bill(self) -> str:
-        """What was asked so far: requests that reached the service, and tokens, thinking among the output; ""
-        when nothing was."""
+        """What was asked so far, or "": requests that reached the service, tokens (out: thinking as well)."""
         used = self.usage
         said = (
             f"{self.model}: {used['requests']} requests, {used['cached']} answers from the cache, "

@@ -43,8 +43,7 @@ class GroundTruthDetector:
 
 
 class GroundTruthSegmenter:
-    """The mask of the instance whose name is the detection's and whose tight box overlaps it most (IoU >
-    0.5)."""
+    """The mask of the instance of the detection's name whose tight box overlaps it most (IoU > 0.5)."""
 
     name = GROUND_TRUTH
 

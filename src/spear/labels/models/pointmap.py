@@ -20,8 +20,7 @@ class MogePointMap:
     """The point map of a MoGe v1 (unit "relative") or MoGe-2 (unit "metre").
 
     Images of equal size go through the network as one batch, so the batch size is that of `predict`'s caller.
-    The model is moved to the device (`choose_device`); name: where its weights come from, for the label's
-    provenance.
+    The model is moved to the device (`choose_device`). name: of its weights, for the label's provenance.
     """
 
     num_tokens: int | None = None

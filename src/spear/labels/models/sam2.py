@@ -21,8 +21,7 @@ AT_ONCE = 16
 
 
 class Sam2Segmenter:
-    """Outlines detected objects from their boxes. model: name on the Hub, or folder; device and errors: see
-    `load_model`."""
+    """Outlines detected objects from their boxes; arguments and errors as of `load_model`."""
 
     def __init__(self, model: str, *, device: str = "auto") -> None:
         from transformers import Sam2Model
@@ -77,7 +76,6 @@ def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tenso
 
 
 def postprocess(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Mask logits [n, h', w'] -> masks [n, height, width] bool: bilinear at the image's size, positive is
-    inside."""
+    """Mask logits [n, h', w'], resampled bilinearly -> masks [n, height, width] bool: positive is inside."""
     size = (height, width)
     return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0] > 0

@@ -116,8 +116,7 @@ def spoken(question: Question) -> str:
 
 
 def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
-    """Every template with every name, and every worded answer: the text that a small tokenizer is trained
-    on."""
+    """Every template with every name, and every worded answer: a small tokenizer is trained on them."""
     points = [word for synonyms in POINTS.values() for word in synonyms]
     for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
         for definite in (True, False):

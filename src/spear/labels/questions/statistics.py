@@ -68,8 +68,7 @@ class Statistics:
 
 
 def statistics(labels: Iterable[LabeledImage]) -> Statistics:
-    """Count what labels hold, in one pass that keeps no image. `SpearError`: a label in another unit than the
-    others."""
+    """Count what labels hold, in one pass that keeps no image. `SpearError`: they are in several units."""
     found = Statistics()
     for label in labels:
         found.unit = found.unit or label.unit
