@@ -313,8 +313,7 @@ class Processor:
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocabulary` tokens for small models; the same texts give the same one.
 
-    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, and last the
-    location tokens.
+    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes, merges learned from `texts`, location tokens.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -66,8 +66,7 @@ class MogeForDepth(PreTrainedModel):
         """Predict the logarithm of depth on a grid of `cells` × `cells` cells per patch.
 
         pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
-        unknown: the target of a cell is the mean log depth of its known pixels; cells without any are left
-        out.
+        unknown: the target of a cell is the mean log depth of its known pixels, if there are any.
         """
         check_pixels("pixels", pixels)
         patch = self.config.moge_config.patch_size

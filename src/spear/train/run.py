@@ -24,7 +24,7 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.load import simulator_only
+from spear.models.weights.folders import simulator_only
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import check_episode, with_actions
 from spear.data.store.shard import Shard, open_shard, write_shard
 from spear.errors import SpearError, notice
 from spear.types import Array, Episode
@@ -39,6 +38,8 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
     to one folder. Raises SpearError for a bad episode, and when the disk is full (what is already written
     stays readable).
     """
+    from spear.data.actions import check_episode, with_actions  # here: to read takes no PyTorch
+
     folder.mkdir(parents=True, exist_ok=True)
     checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
     while shard := list(itertools.islice(checked, shard_size)):
