@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-from spear.policy import SHIPPED, locate
+from spear.models.weights.folders import SHIPPED, locate
 
 LIMIT_MB = 20
 

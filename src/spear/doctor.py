@@ -29,8 +29,8 @@ from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, spear1_config
 from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.weights.folders import SHIPPED
 from spear.models.weights.load import load
-from spear.policy import SHIPPED
 from spear.train.memory import GIB, inference
 
 TEXT = 12

@@ -20,27 +20,8 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
+from spear.models.weights.folders import locate
 from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
-
-SHIPPED = Path(__file__).parent / "weights"
-"""Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
-
-
-def locate(name: str | Path) -> Path:
-    """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
-
-    Raises `SpearError` when there is none.
-    """
-    path, shipped = Path(name), SHIPPED / str(name)
-    if path.is_dir():
-        return path / "final" if (path / "final" / "config.json").is_file() else path
-    if (shipped / "config.json").is_file():
-        return shipped
-    names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
-    raise SpearError(
-        f"no model {str(name)!r}: give a folder with a trained one, or the name of one that comes with this "
-        f"package: {names}"
-    )
 
 
 @dataclass(frozen=True)

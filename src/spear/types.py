@@ -10,10 +10,12 @@ Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from numpy.typing import NDArray
+
+from spear.errors import SpearError, check_known
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,50 @@ class Action:
     def to(self, *args: Any, **kwargs: Any) -> "Action":
         """`torch.Tensor.to` on each part."""
         return Action(*(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper)))
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """What flows how, and what is penalised. The defaults are the paper's, or else our choice and say so.
+
+    rotation          "s3" (great circles) or "linear" (straight lines in R⁴).
+    rotation_loss     "cosine" or "mse".
+    prediction        what the network gives: "velocity" or "clean".
+    geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1 is our choice).
+    geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
+                      it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
+                      benchmarks/train/flow_losses.py, see docs/train.md).
+    *_weight          of the parts in the total (1 is our choice).
+    steps             Euler steps from noise to an action, when acting (10: π0's; the paper does not say). How
+                      many are best depends on the model (docs/nano.md).
+    time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper
+                      says "as π0").
+    """
+
+    rotation: Literal["s3", "linear"] = "s3"
+    rotation_loss: Literal["cosine", "mse"] = "cosine"
+    prediction: Literal["velocity", "clean"] = "velocity"
+    geodesic_weight: float = 1.0
+    geodesic_step: float | None = 0.1
+    translation_weight: float = 1.0
+    rotation_weight: float = 1.0
+    gripper_weight: float = 1.0
+    time_alpha: float = 1.5
+    time_beta: float = 1.0
+    time_scale: float = 0.999
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_known("flow rotation", ("s3", "linear"), self.rotation)
+        check_known("flow rotation_loss", ("cosine", "mse"), self.rotation_loss)
+        check_known("flow prediction", ("velocity", "clean"), self.prediction)
+        for name in (f.name for f in fields(self) if f.type in (int, float, float | None)):
+            whole = name == "steps"
+            value, least = getattr(self, name), 1 if whole else 0.0 if name.endswith("weight") else 1e-6
+            most = 1.0 if name == "time_scale" else 1e6
+            number = isinstance(value, int if whole else int | float) and least <= value <= most
+            if not number and (value is not None or name != "geodesic_step"):
+                raise SpearError(f"flow {name} is {value!r}: give a number from {least:g} to {most:g}")
 
 
 @dataclass(frozen=True)

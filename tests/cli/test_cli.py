@@ -16,20 +16,28 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import spear
+from data_tiny import make
+from labels_boxes import labelled
 from spear.cli import COMMANDS, load, main, options_of
+from spear.data.store.episode_store import write_episodes
+from spear.labels.store import write_labels
 
 Refused = Callable[..., str]
 
 
-def test_help_and_mistakes_need_none_of_the_heavy_modules() -> None:
-    """Nor does the list of recipes."""
+def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
+    """Nor do the list of recipes and what ablations would run, with the data that it would run on."""
     code = (
         "import sys; from spear.cli import main; assert main(['--help']) == 0;"
         "assert not {'torch', 'transformers', 'mujoco', 'av', 'jinja2', 'pyarrow'} & set(sys.modules);"
         "main(['train', 'list']); main(['train', 'nano-vla', '--set', 'lr=-1']);"
-        "main(['evaluate', 'ablations', '--seeds', '0']); assert 'torch' not in sys.modules"
+        "main(['evaluate', 'ablations', '--seeds', '0']); both = ['--episodes', sys.argv[1], '--labels'];"
+        "assert main(['evaluate', 'ablations', '--plan', *both, sys.argv[1]]) == 0;"
+        "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    write_episodes([make(0)], tmp_path)
+    write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert all(f"spear {name}" in done.stdout for name in COMMANDS) and "nano-vlm-2" in done.stdout
     assert len(done.stderr.splitlines()) == 2
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from data_tiny import make
+from labels_boxes import labelled
 from spear.data.store.lerobot_write import write_lerobot
 from spear.errors import SpearError
+from spear.labels.store import write_labels
 from spear.policy import locate
 from spear.train.options import Inputs, check_inputs
 from spear.train.recipes import recipe
@@ -78,6 +80,12 @@ def test_mistakes_are_found_before_data_are_made(
     more = [word for pair in usual.items() if pair[0] not in told for word in pair]
     assert named in refused("train", "nano-post", *told, *more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, refused: Refused) -> None:
+    write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
+    for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
+        assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
 
 
 def test_evaluation_asks_before_it_makes_data(

@@ -135,7 +135,9 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     about = json.loads(state.read_text())["settings"]["about"]
     assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    write_episodes([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
     for given, words in (
+        ({"store": EpisodeStore(tmp_path / "pull")}, "images or instructions of --episodes"),
         ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
         ({"init": final}, "another --init"),
@@ -161,6 +163,9 @@ def test_what_a_run_asks_for_and_cannot_have_is_said(
     said = capsys.readouterr().err
     assert "note: lr is not reached: warmup takes 50" in said and "note: --parallel fsdp" in said
     assert not json.loads((final / "recipe.json").read_text())["sharded"]
+    more = stage.changed(steps=2, batch_size=2, accumulate=2)
+    train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
+    assert "accumulate is 1" in capsys.readouterr().err
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:

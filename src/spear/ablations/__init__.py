@@ -1,2 +1,1 @@
-"""The paper's ablations at nano size: rows as data, trained and scored by one command, compared with
-intervals."""
+"""The paper's ablations at nano size: rows as data, trained, scored and compared by one command."""

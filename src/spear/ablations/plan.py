@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
-from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known
-from spear.evaluate.agents import fingerprint
-from spear.flow import FlowConfig
-from spear.labels.scenes import label_scenes
 from spear.labels.store import count
 from spear.models.presets import preset
-from spear.policy import locate
+from spear.models.weights.folders import fingerprint, locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe
+from spear.types import FlowConfig
 from spear.util.ledger import add_files, lock
 from spear.util.options import key_values
 
@@ -67,6 +64,9 @@ def look_at(labels: Path, episodes: Path) -> Data:
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
     """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
+    from spear.data.demonstrations import demonstrate  # here: a plan does without PyTorch
+    from spear.labels.scenes import label_scenes
+
     labels, episodes = _folders(options)
     with lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"

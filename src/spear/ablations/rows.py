@@ -100,13 +100,11 @@ class AblationOptions(Options):
     moge: str = "nano-depth"
     """What stands for MoGe's: the same of nano-depth."""
     budget: Annotated[int | None, Within(1)] = None
-    """Steps of the full row's policy, to which all policies are in proportion. Without it the recipes' own
-    12,000 steps."""
+    """Steps of the full row's policy, to which all are in proportion. Without it the recipes' own 12,000."""
     pretraining: Annotated[float, Within(1e-9, 1e9)] = 1.0
     """Factor on the steps of SPEAR-VLM's stages; 1: the recipes' own."""
     families: tuple[str, ...] = ()
-    """Task families that policies learn (where demonstrations are made) and are scored on; all of them when
-    none is given."""
+    """Task families that policies learn (where demonstrations are made) and are scored on; none: all."""
     set: Changes = ()
     workers: Annotated[int, Within(0)] = 1
     """Processes that prepare batches, for each training."""

@@ -13,13 +13,9 @@ from pathlib import Path
 from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.evaluate.agents import load_agent
-from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, journals, merge, read_journal
-from spear.train.loop import RunOptions
 from spear.train.options import Inputs
-from spear.train.run import train
 from spear.util.ledger import lock
 
 Job = Training | Scoring
@@ -105,6 +101,9 @@ def run(
 
 
 def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
+    from spear.evaluate.agents import load_agent  # here: a plan does without PyTorch
+    from spear.evaluate.closed_loop import evaluate
+
     policy = job.before
     say(f"scoring {policy.folder}, seed {policy.seed}, {job.scenes} scenes per family")
     agent = load_agent(str(final(out, policy)))
@@ -116,6 +115,9 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
 def _train(
     job: Training, out: Path, data: Data, workers: int, quiet: bool, say: Callable[[str], None]
 ) -> None:
+    from spear.train.loop import RunOptions
+    from spear.train.run import train
+
     say(f"training {job.folder}, seed {job.seed}, {job.steps} steps")
     init = job.init.folder if isinstance(job.init, Weights) else None
     if job.before is not None:

@@ -44,7 +44,7 @@ def ask(options: AskOptions) -> None:
     """
     from spear.evaluate.vqa import ask as asking
     from spear.evaluate.vqa.calibration import Trust
-    from spear.models.weights.load import simulator_only
+    from spear.models.weights.folders import simulator_only
     from spear.policy import load_vlm, locate
     from spear.util.images import encode_picture, picture_format
 

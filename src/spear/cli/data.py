@@ -21,8 +21,7 @@ def inspect(options: InspectOptions) -> None:
     """Show what a folder of robot data holds: format, cameras, rates, instructions.
 
     With --out it also writes a page that opens in any browser: frames of some episodes, their actions as
-    plots, and the paths of the gripper. Of a dataset whose layout is not known it shows the columns as they
-    are.
+    plots, and the gripper's paths. Of a dataset whose layout is not known it shows the columns as they are.
 
     Examples:
         spear data inspect bridge_dataset/1.0.0
@@ -188,8 +187,7 @@ def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
 
 
 def check_episodes(path: Path, split: str) -> None:
-    """Raises `SpearError` for a folder of no format or layout that is known, or without this split; makes
-    nothing."""
+    """Raises `SpearError` for a folder without a format, a layout or this split; makes nothing."""
     from spear.data.readers.formats import Dataset, episode_counts, open_dataset
     from spear.data.readers.splits import split_ranges
 
@@ -201,8 +199,7 @@ def check_episodes(path: Path, split: str) -> None:
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
-    """The episodes of a folder; what is not our own store is prepared first, into OUT, by the first
-    process."""
+    """The episodes of a folder; other than our own are prepared first, into OUT, by the first process."""
     from spear.data.store.prepare import open_store
 
     store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)

@@ -127,19 +127,21 @@ def ablations(options: AblationOptions) -> None:
         spear evaluate ablations --rows siglip --families put_on put_in_basket --scenes 100
         spear evaluate ablations --rows no-3d images --labels runs/labels --episodes runs/episodes
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from spear.ablations.plan import Weights, describe, expected, make_plan, obtain, pretrained
     from spear.ablations.run import done, run
-    from spear.ablations.table import fill
-    from spear.report.ablations import write
-    from spear.train.build import check
 
     out, start = options.out, pretrained(options.init, options.moge)
     planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
     if options.plan:
         print(describe(planned, [job for job in planned.jobs if done(out, job)]))
         return
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from spear.ablations.table import fill
+    from spear.report.ablations import write
+    from spear.train.build import check
+
     disable_progress_bar()
     say = functools.partial(print, file=sys.stderr, flush=True)
     for job in {repr(job.recipe): job for job in planned.trainings}.values():

@@ -56,8 +56,7 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 def episode_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
-    Without logged actions the gripper command is the next measured opening, made binary with hysteresis, and
-    the last action is not known.
+    Without logged ones the gripper command is the next opening, made binary, and the last is not known.
     """
     known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
     if episode.action is not None:

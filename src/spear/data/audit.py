@@ -2,8 +2,7 @@
 
 For each question (frame, unit, signs, …) `audit` says which answer fits best, by how much, and whether the
 layout says the same. An answer is only called wrong, or right, when the 95 % interval (bootstrap over
-episodes) of how much worse it does than the best lies above, or the others' lie above, `MARGIN`; else the
-data cannot tell.
+episodes) of how much worse it does than the best, or the others do, is above `MARGIN`; else it is open.
 """
 
 import contextlib
@@ -138,8 +137,7 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
     """Audit some episodes of a folder in any format that keeps its logged actions.
 
     split is the first one where None; layout is the dataset's own where None. Bad episodes are skipped.
-    Raises SpearError for a layout that names no logged actions, when all episodes are bad, and when none is
-    long enough (five steps).
+    Raises SpearError for a layout without logged actions, and where no episode is good and of five steps.
     """
     split = split or next(iter(episode_counts(path)))
     spec = logged_layout(path, layout)

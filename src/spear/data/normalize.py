@@ -155,7 +155,9 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 parts = [{n[2:]: arrays[n] for n in arrays.files if n.startswith(f"{i} ")} for i in range(6)]
-            return [QuantileSketch.from_arrays(part) for part in parts]
+            found = [QuantileSketch.from_arrays(part) for part in parts]
+            if found[0].count == store.known.sum():  # no shards came or went since
+                return found
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise SpearError(f"unreadable: {file}: {error}; remove it, and it is not needed") from error
     sketches = [QuantileSketch() for _ in range(6)]

@@ -34,9 +34,8 @@ class Conversion(Options):
     """What preparing makes of episodes."""
 
     size: tuple[str, ...] = ()
-    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112); for all
-    cameras, or CAMERA=WIDTHxHEIGHT where there is one. Bars are added rather than stretching. Without it they
-    stay as they are."""
+    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all cameras
+    or CAMERA=WIDTHxHEIGHT for one. Bars are added, nothing is stretched. Without it they stay as they are."""
     rate: Annotated[float, Within(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95
@@ -45,8 +44,7 @@ class Conversion(Options):
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Camera -> (width, height), "" for all others. Raises `SpearError` for a size in other words, or two
-        of one camera."""
+        """Camera -> (width, height), "" for all others. `SpearError` for other words, and two of one."""
         sizes: dict[str, tuple[int, int]] = {}
         for word in self.size:
             camera, _, text = word.rpartition("=")
@@ -76,8 +74,7 @@ class ExportOptions(Options):
     """Folder to write to; it must not exist yet."""
     split: Split = "train"
     images: Literal["image", "video"] = "image"
-    """Keep the images as they are (image), or encode them as AV1 video (video), which is much smaller and a
-    little blurred."""
+    """Images as they are (image), or as AV1 video (video), which is much smaller and a little blurred."""
     layout: Layout = None
 
 

@@ -1,7 +1,6 @@
 """Who acts in an evaluation: a policy, or one of the references that frame its number from both sides."""
 
 import functools
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
+from spear.models.weights.folders import fingerprint
 from spear.types import Array, Policy
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
@@ -128,12 +128,3 @@ def identity(policy: Any, dataset: str | None) -> str:
     dtype, steps, units = policy.model.dtype, policy.steps, "" if dataset is None else f" {dataset}"
     which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}") + units
     return which if steps == policy.model.flow.steps else f"{which} steps {steps}"
-
-
-def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
-    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
-    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]

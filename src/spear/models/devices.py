@@ -48,8 +48,7 @@ def bfloat16_is_fast(device: torch.device, tiles: bool | None = None) -> bool:
     """Whether matrix products take less time in bfloat16 than in float32: on GPUs, and CPUs with AMX's tiles.
 
     AVX-512 multiplies bfloat16 too, but a training step takes longer in it, since everything beside the
-    products has to convert (`benchmarks/train/step.py`). tiles: whether the CPU has them, and oneDNN may use
-    them; None: as it is here.
+    products has to convert (`benchmarks/train/step.py`). tiles: whether oneDNN may use them; None: as here.
     """
     if device.type != "cpu":
         return True

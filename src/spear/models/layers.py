@@ -34,8 +34,7 @@ CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters e
 
 
 class PortableConfig(PreTrainedConfig):
-    """A config that is saved without the folders that it, or its parts, were loaded from, which Transformers
-    would write to config.json."""
+    """A config that is saved without the folders that it, or its parts, were loaded from."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the config and of its parts, but for `_name_or_path`."""
@@ -213,8 +212,7 @@ class FastRMSNorm(GemmaRMSNorm):
     """Gemma's RMSNorm, x / rms(x) · (1 + weight), in few passes over memory for float32 on a CPU.
 
     Under autocast its result is already in the lower precision that the linear layers after it compute in,
-    so it is cast once instead of once per layer. Measured at [11264, 256]: 2.6 instead of 15 ms, forward and
-    backward.
+    so it is cast once instead of once per layer. At [11264, 256], there and back: 2.6 instead of 15 ms.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,7 @@ LAST_LAYERS = 4
 def normalize_pixels(
     pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> torch.Tensor:
-    """uint8 [B, 3, h, w] in 0 … 255, however it lies in memory -> float32, (pixel / 255 − mean) / std per
-    channel, contiguous."""
+    """uint8 [B, 3, h, w], however it lies in memory -> contiguous float32, (pixel / 255 − mean) / std."""
     x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     same = len(set(mean)) == len(set(std)) == 1
     # Without a tensor of constants: copying one to a GPU would mean waiting.
@@ -92,9 +91,8 @@ class _InitializesStem:
 
 
 def position_waves(side: int, width: int) -> torch.Tensor:
-    """[side², width] sines and cosines of rows and columns, root mean square 0.7: the initial position
-    embeddings behind a `ConvStem` (our choice). Near zero, as in large models, small ones hardly learn where
-    things are in a short training."""
+    """[side², width] sines and cosines of rows and columns, root mean square 0.7: the first positions behind
+    a `ConvStem` (our choice). Near zero, as in large models, small ones hardly learn where things are."""
     place = torch.arange(side, dtype=torch.float32)
     frequency = 0.5 * math.pi * 8.0 ** -torch.linspace(0, 1, width // 4)
     angle = place[:, None] * frequency

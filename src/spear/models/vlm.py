@@ -88,8 +88,7 @@ class SpearVLMConfig(PortableConfig):
 
 @dataclass
 class LossOutput(ModelOutput):
-    """loss and its parts, of answers "text" and "coordinates" (mean cross-entropy in nats); or the logits
-    [N, L, vocabulary] of a SPEAR-VLM."""
+    """loss and its parts, of answers "text" and "coordinates" (mean, nats); or logits [N, L, vocabulary]."""
 
     loss: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] | None = None

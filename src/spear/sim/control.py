@@ -4,8 +4,7 @@ The arm has seven joints with the published Franka kinematics, a parallel grippe
 describes it, which world.xml has at a table. The base stands at the origin of the base frame, on the table
 surface (z = 0). The end-effector frame (site "ee") lies between the finger tips and is parallel to the base
 frame when the gripper points straight down: x forward, y along the closing direction, z up, away from the
-finger tips (our choice; BridgeData's convention too: the orientation of a gripper pointing down is near the
-identity).
+finger tips (our choice, and BridgeData's: the orientation of a gripper pointing down is near the identity).
 
 A damped-least-squares solver turns end-effector targets into joint angles, which stiff position servos follow
 during the 0.2 s of a control step. Each target adds to the one before, which is kept close to where the arm

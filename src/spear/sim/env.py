@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spear.sim.control import Motion, check_action
 from spear.sim.render import Renderer, Size
-from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
+from spear.sim.scene import TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, milestones
 
 RATE_HZ = 5.0
@@ -133,6 +133,3 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         for key in self._milestones:
             self._milestones[key] = now[key] = self._milestones[key] or now[key]
         return {**now, **asdict(motion), "steps": self.steps}
-
-
-gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv", kwargs={"family": FAMILIES[0]})

@@ -104,7 +104,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             )
         if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
             raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
-        if acts and not stage.moge and inner.moge_config is not None:
+        if not stage.moge and inner.moge_config is not None:
             raise SpearError(
                 f"recipe {stage.name} has no MoGe, --init {init} has: begin with a VLM without it"
             )

@@ -60,10 +60,7 @@ class Memory:
 
 
 def usable(gpu: str) -> float:
-    """Bytes that a training step may take of a GPU sold as, for example, "24GB", which is GiB.
-
-    Raises `SpearError` for a text that is no size.
-    """
+    """Bytes that a training step may take of a GPU sold as "24GB", which is GiB; `SpearError` for no size."""
     said = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
     size = float(said[1]) * GIB if said else 0.0
     if not CONTEXT < size < 1e15:

@@ -24,13 +24,16 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.load import simulator_only
+from spear.models.weights.folders import simulator_only
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
 from spear.util.files import read_json
 from spear.util.ledger import add_files
+
+EPISODES = "--episodes", "images or instructions of --episodes"
+"""What a run is of, besides its recipe: the second is not in checkpoints of earlier versions."""
 
 
 def train(
@@ -48,9 +51,10 @@ def train(
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    kept, alone, steps = stage.optimization.precision == asked.precision, parallel.world() == 1, asked.steps
+    opt, alone, steps = stage.optimization, parallel.world() == 1, asked.steps
     notes = {
-        "training in float32, as it began, or since this CPU is faster in it": not kept,
+        "training in float32, in which it began or this CPU is faster": opt.precision != asked.precision,
+        f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
     }
@@ -58,7 +62,7 @@ def train(
         print(f"note: {words}", file=sys.stderr)
     model, task, save = build.build(stage, inputs, how.seed)
     changing = {"batch_size": stage.batch_size}
-    averaged = loop.run(task, stage.optimization, out, how, _about(stage, inputs), changing)
+    averaged = loop.run(task, opt, out, how, _about(stage, inputs), changing)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
@@ -104,7 +108,7 @@ def check(
     build.check(stage, inputs)
     if inputs.init is not None:
         _made_by(inputs.init)
-    known = {k: v for k, v in _about(stage, inputs).items() if k != "--episodes" or inputs.episodes}
+    known = {k: v for k, v in _about(stage, inputs).items() if k not in EPISODES or inputs.episodes}
     loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -117,6 +121,7 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
     stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
+    shown = [s.digest(seen=True)[:12] for _, s, _ in inputs.episodes]
     given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
     marks: dict[str, str | None] = dict.fromkeys(given)
     for name, folders in given.items():
@@ -125,7 +130,8 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
             add_files(digest, folder, ("*.parquet", "*.safetensors"))
             marks[name] = digest.hexdigest()[:12]
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
-    return dict(json.loads(json.dumps({**recipe, **opt, "--episodes": stores, **marks})))
+    episodes = dict(zip(EPISODES, (stores, shown), strict=True))
+    return dict(json.loads(json.dumps({**recipe, **opt, **episodes, **marks})))
 
 
 def _simulator_only(inputs: Inputs) -> bool:

@@ -41,8 +41,7 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class DepthTask:
-    """Batches of images with depth, by view, and the loss of `MogeForDepth`. Every fourth batch is of the
-    wrist camera when there is one."""
+    """Batches of images with depth, by view, and their loss; every fourth of a wrist camera if there is."""
 
     model: MogeForDepth
     views: Mapping[str, DepthImages]
@@ -253,8 +252,7 @@ class QuestionSamples:
 def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
-    """3D tokens whose bins are fitted to the answers about `labels` (20,000 at the most); `SpearError` for
-    labels of several units."""
+    """3D tokens fitted to the answers about `labels` (20,000 at most); `SpearError` for mixed units."""
     values = answers(labels, seed, 20_000, FAMILIES)
     units = {label.unit for label in labels}
     if len(units) != 1:

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_tiny import make
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import open_lerobot, read_ends
 from spear.data.readers.rlds import open_rlds
+from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.util.images import decode_image
@@ -110,6 +114,28 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     assert all(name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True))
     written, aside = prepare(folder, tmp_path / "store", "train[7:]")
     assert written == 1 and not aside
+
+
+def set_column(place: int, column: pa.Array, table: pa.Table) -> pa.Table:
+    return table.set_column(place, "timestamp", column)
+
+
+def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
+    """Where there are no videos nothing else tells: a second of motion would become one step of it."""
+    write_lerobot([make(0), make(1)], folder := tmp_path / "set")
+    (data,) = folder.glob("data/*/*.parquet")
+    for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0)):
+        copy = shutil.copytree(folder, tmp_path / f"{rate}-{gap}" / "set")
+        times = np.tile(np.arange(6) / 5, 2) + gap * (np.arange(12) > 8)
+        column = pa.array(times, pa.float32())
+        place = pq.read_schema(data).get_field_index("timestamp")
+        change_rows(copy / data.relative_to(folder), partial(set_column, place, column))
+        info = (copy / "meta/info.json").read_text()
+        (copy / "meta/info.json").write_text(info.replace('"fps": 5', f'"fps": {rate}'))
+        reasons: list[SpearError] = []
+        assert len(list(read_episodes(copy, on_bad=reasons.append))) == good
+        assert len(reasons) == 2 - good and all("in time" in str(reason) for reason in reasons)
+        assert good != 1 or "set#1: rows 2 and 3" in str(reasons[0])
 
 
 def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         "train[5:]": [("train", 5, 25)],
         "train[-3:]": [("train", 22, 25)],
         "train[-10%:]": [("train", 23, 25)],
+        "train[-1%:]": [("train", 25, 25)],  # none; TFDS takes all, so that what is held out was trained on
+        "train[:-1%]": [("train", 0, 25)],
         "train[3:8]": [("train", 3, 8)],
         "train[:2]+val": [("train", 0, 2), ("val", 0, 4)],
         "all": [("train", 0, 25), ("val", 0, 4)],

@@ -169,6 +169,15 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
     layout.write_text(json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]}))
     with pytest.raises(SpearError, match="command_range"):
         read_spec(layout, "mine")
+    for named, key, value in (
+        ({}, "success", "won"),
+        ({}, "action_mask", "valid"),
+        ({"action": "act"}, "tool_rotation", [0.0, 1.0, 0.0, 0.0]),  # would turn the states alone
+        ({"action": "act"}, "drop_idle", True),
+    ):
+        layout.write_text(json.dumps({"like": "fractal20220817_data", **named, key: value}))
+        with pytest.raises(SpearError, match=f"{key}.*action"):
+            read_spec(layout, "mine")
 
 
 def test_names_with_slashes_in_them_are_found() -> None:

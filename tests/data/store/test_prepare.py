@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import make
+from data_tiny import make, png
 from spear.data.actions import episode_actions, resample
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.options import Conversion
@@ -116,6 +116,12 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(SpearError, match=SKETCHES):
         Normalizer.fit([(EpisodeStore(copy), 1.0)])
     Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
+    shutil.copy(whole / SKETCHES, copy)
+    for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder
+        shutil.copy(file, copy / f"episodes-00006{file.suffix}")
+    more = EpisodeStore(copy)
+    assert len(more) == len(store) + 2 and more.whole
+    assert Normalizer.fit([(more, 1.0)]) == Normalizer.fit([(more.subset(range(len(more))), 1.0)])
 
 
 def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
@@ -250,13 +256,29 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert not (tmp_path / "no").exists()
 
 
-def test_a_gripper_that_moves_and_is_never_commanded_to_is_noticed(tmp_path: Path) -> None:
-    """Finger positions that were taken for widths: a policy that learns from them never opens."""
-    whole = make(0)
-    half = dataclasses.replace(whole, gripper=whole.gripper / 2.5, action=None, action_mask=None)
-    write_episodes([half], tmp_path / "arm")
+@pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
+@pytest.mark.parametrize("part", [0.4, 0.55])
+def test_a_gripper_that_never_opens_in_our_terms_is_noticed(
+    opening: list[float], part: float, tmp_path: Path
+) -> None:
+    """Finger positions that were taken for widths: a policy that learns from them never opens again."""
+    write_episodes([make(0, gripper=part * np.array(opening))], tmp_path / "arm")
     with pytest.warns(Notice, match="gripper_range"):
         prepare(tmp_path / "arm", tmp_path / "out")
+
+
+def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
+    """Many datasets have black images where a camera was absent: the policy would take them for a view."""
+    dark, seen = [png(0)] * 6, make(0).images["external"]
+    views = [
+        {"external": seen, "wrist": dark},
+        {"external": seen, "wrist": [*dark[1:], png(9)]},
+        {"external": dark},
+    ]
+    write_episodes([make(i, images=images) for i, images in enumerate(views)], tmp_path / "arm")
+    written, reasons = prepare(tmp_path / "arm", tmp_path / "out")
+    assert [sorted(e.images) for e in EpisodeStore(tmp_path / "out")] == [["external"], ["external", "wrist"]]
+    assert written == 2 and len(reasons) == 1 and "made#2" in reasons[0]
 
 
 def write_set(folder: Path) -> Path:
@@ -269,6 +291,17 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     store = EpisodeStore(recorded)
     assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
     assert store.subset(range(COUNT)).digest() == store.digest()
+    for name, changes in (("words", {"instruction": "push"}), ("size", {"size": (48, 48)}), ("same", {})):
+        write_episodes([make(0, **changes)], tmp_path / name)
+    words, size, same = (EpisodeStore(tmp_path / name) for name in ("words", "size", "same"))
+    assert words.digest() == size.digest() == same.digest()  # the motions
+    assert len({store.digest(seen=True) for store in (words, size, same)}) == 3
+    assert prepare(same.path, tmp_path / "again")[0] == 1
+    for other in (words, size):
+        shutil.rmtree(same.path)
+        shutil.copytree(other.path, same.path)
+        with pytest.raises(SpearError, match="other episodes"):
+            prepare(same.path, tmp_path / "again")
     folder = write_set(tmp_path)
     assert prepare(folder, tmp_path / "out")[0] == 1
     shutil.rmtree(folder)

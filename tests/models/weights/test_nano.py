@@ -15,7 +15,8 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.scenes import label_frames
-from spear.policy import SHIPPED, Spear1Policy, load_vlm
+from spear.models.weights.folders import SHIPPED
+from spear.policy import Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES
 

@@ -47,8 +47,7 @@ def read_episodes(
 
     split     which episodes: "train", "train[:20%]", … (see `spear.data.readers.splits`).
     dataset   the layout; None for the dataset's own (see `find_spec`).
-    Whatever is wrong with an episode raises SpearError naming it, or, with `on_bad`, is reported there and
-    the episode is left out.
+    Whatever is wrong with an episode raises SpearError naming it, or is reported to `on_bad` instead.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):

@@ -299,8 +299,7 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     """Joint angles [T, 7] of a Franka, rad, to positions [T, 3], m, and quaternions [T, 4] in the base frame.
 
     The pose is that of our end-effector frame: between the finger tips of Franka's own hand, parallel to the
-    base frame when the gripper points straight down. Raises SpearError for other than seven columns of
-    radians.
+    base frame when the gripper points straight down. Raises SpearError for other than 7 columns of radians.
     """
     if joints.ndim != 2 or joints.shape[1] != 7:
         raise SpearError(f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7")

@@ -34,7 +34,7 @@ INFO = "meta/info.json"
 TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE = 0.25
-"""How far a frame may be from its row in time, as part of a step (our choice)."""
+"""How far a row, or its frame, may be from its place in time, as part of a step (our choice)."""
 
 
 class Feature(BaseModel):
@@ -138,6 +138,10 @@ class LeRobotFolder:
         times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float).reshape(-1)
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")
+        apart = np.diff(times) * self.info.fps  # in steps
+        if (wrong := np.abs(apart - 1) > 2 * TIME_TOLERANCE).any():
+            row = int(wrong.argmax())
+            raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
         for name, (file, first, end) in episode.videos.items():
             if name in wanted:
                 source = f"{self.name}#{episode.index}"

@@ -1,12 +1,7 @@
 """What is known of each robot dataset, as data: where its columns are and what they mean.
 
 The datasets are in `oxe.toml`. One that is not there is described in a file `spear.json` in its folder, with
-the fields of `DatasetSpec` (the rest is taken from the entry that "like" names):
-
-    {"like": "bridge_dataset", "instruction": "language_instruction", "rate_hz": 10,
-     "images": {"external": "observation/image", "wrist": "observation/wrist_image"},
-     "position": "observation/state[0:3]", "rotation": "observation/state[3:7]",
-     "rotation_format": "quat_xyzw", "gripper": "observation/state[7]", "gripper_range": [0.0, 0.08]}
+the fields of `DatasetSpec`, the rest from the entry that "like" names (docs/finetune.md has an example).
 
 A column is a path below the steps, with an optional range of its last dimension: "observation/state[0:3]".
 LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
@@ -183,8 +178,12 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
         for key in bound if own in fields else ():
             base.pop(key, None)
     spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
-    if "command_range" in fields and spec.command is None:
-        raise SpearError(f"command_range (in {path}): of no column: say which as command, or leave it out")
+    needs = {"command_range": "command", **dict.fromkeys(("action_mask", "success", "source"), "action")}
+    for key in (key for key in needs if key in fields and getattr(spec, needs[key]) is None):
+        raise SpearError(f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out")
+    for key in ("command", "tool_rotation", "drop_idle") if spec.action is not None else ():
+        if key in fields:
+            raise SpearError(f"{key} (in {path}): actions are taken as they are: leave it, or action, out")
     return spec
 
 

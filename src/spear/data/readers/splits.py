@@ -10,7 +10,8 @@ _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]
 
 
 def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> list[tuple[str, int, int]]:
-    """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them.
+    """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them (but -1%
+    of ten episodes, which are none: TFDS takes all ten).
 
     "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]", "all".
 
@@ -43,4 +44,4 @@ def _place(bound: str | None, otherwise: int, total: int) -> int:
     value = int(bound.removesuffix("%"))
     if bound.endswith("%"):
         value = round(value * total / 100) if abs(value) <= 100 else total + 1
-    return value + total if value < 0 else value
+    return value + total if bound.startswith("-") else value

@@ -80,8 +80,7 @@ class VideoWriter:
 def _as_urgent_as_before() -> Iterator[None]:
     """All threads get the scheduling that the calling one has now (Linux).
 
-    SVT-AV1, started by root, makes its threads and its caller's real-time ones: nothing else would get a
-    processor while they work.
+    SVT-AV1, started by root, makes its threads and its caller's real-time ones: nothing else would run.
     """
     if not hasattr(os, "sched_setscheduler"):
         yield

@@ -1,12 +1,7 @@
 """The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
 
 A folder of shards (`spear.data.store.shard`), recorded (`write_episodes`, to which several processes may
-append) or prepared for training (`spear.data.store.prepare`). Episodes may differ in rate, cameras and image
-sizes.
-
-Why Arrow IPC (uncompressed) and plain files of images: training draws random single frames. Parquet has to
-decode a column chunk to reach one row; here a frame is a slice of mapped memory. The images are compressed
-already (JPEG or PNG).
+append) or prepared for training (`spear.data.store.prepare`). Episodes may differ in rate, cameras and sizes.
 """
 
 import bisect
@@ -21,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import check_episode, with_actions
 from spear.data.store.shard import Shard, open_shard, write_shard
 from spear.errors import SpearError, notice
 from spear.types import Array, Episode
@@ -36,9 +30,10 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
     """Append checked episodes, with canonical actions, as shards of `shard_size`; returns how many.
 
     A shard appears complete or not at all, and takes the next free number, so several processes may append
-    to one folder. Raises SpearError for a bad episode, and when the disk is full (what is already written
-    stays readable).
+    to one folder. Raises SpearError for a bad episode, and for a full disk (what is written stays readable).
     """
+    from spear.data.actions import check_episode, with_actions  # here: to read takes no PyTorch
+
     folder.mkdir(parents=True, exist_ok=True)
     checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
     while shard := list(itertools.islice(checked, shard_size)):
@@ -77,12 +72,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 class EpisodeStore:
-    """Random access to the episodes of a folder, and to single frames, by memory mapping.
+    """The episodes of a folder: nothing is loaded until asked for.
 
-    Nothing is loaded until asked for. Every episode has canonical actions and a mask of those that are known.
+    Every episode has canonical actions and a mask of those that are known.
     lengths, known and rates_hz [E] are each episode's steps, those with a known action, and steps per second;
-    `whole` is False for a `subset`. Raises SpearError for a folder without episodes, and for a corrupt or
-    truncated file, naming it.
+    `whole` is False for a `subset`. Raises SpearError for a folder without episodes, or with a broken file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -139,15 +133,20 @@ class EpisodeStore:
         shard, row = self._find(index)
         return str(shard.words["source"][row].as_py())
 
-    def digest(self) -> str:
-        """What tells these episodes from others: all sources and lengths, and the numbers of some."""
+    def digest(self, seen: bool = False) -> str:
+        """What tells these episodes from others: all sources and lengths, and the numbers of some; or, with
+        `seen`, all instructions, and the lengths of some encoded images."""
         digest = hashlib.sha256(self.lengths.tobytes())
         for index in range(len(self)):
-            digest.update(self.source(index).encode() + b"\0")
+            shard, row = self._find(index)
+            word = shard.words["instruction" if seen else "source"][row]
+            digest.update(str(word.as_py()).encode() + b"\0")
         for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)).tolist():
-            read = self.without_images(index)
-            for values in (read.position, read.rotation, read.gripper, read.action, read.action_mask):
-                digest.update(np.asarray(values).tobytes())
+            shard, row = self._find(index)
+            steps = slice(*shard.offsets[row : row + 2])
+            numbers = [shard.position, shard.rotation, shard.gripper, shard.action, shard.action_mask]
+            for rows in [p[:, 1] for _, p in sorted(shard.places.items())] if seen else numbers:
+                digest.update(rows[steps].tobytes())
         return digest.hexdigest()
 
     def without_images(self, index: int) -> Episode:

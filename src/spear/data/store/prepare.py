@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import resample, with_actions
+from spear.data.actions import OPEN_ABOVE, resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
@@ -60,10 +60,10 @@ def prepare(
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
     A broken or lost record, an episode that `check_episode` refuses (much of BridgeData has no instruction),
-    one without a known action, and one that lacks a camera that `how` names is skipped. `out_dir` appears
-    when everything is in it; the same call then finds it there, and does nothing. Raises SpearError when more
-    than half are bad, or nothing good is left; when `out_dir` holds something else (also other episodes); and
-    when it cannot be written (a full disk): then, as after any interruption, the same call continues.
+    one without a known action, one that shows nothing, and one that lacks a camera that `how` names is
+    skipped. `out_dir` appears when everything is in it; the same call then finds it there, and does nothing.
+    Raises SpearError when more than half are bad, or nothing good is left; when `out_dir` holds something
+    else (also other episodes); and for a full disk: then, as after any interruption, the same call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
@@ -139,12 +139,15 @@ def _write_shards(
 
 
 def _notice_gripper(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' gripper moves, and is commanded one thing only."""
+    """Says so where the first episodes' gripper moves, but is never open, or is commanded one thing only."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
-    told = {command for e in first if e.action is not None for command in e.action[:, 7].tolist()}
-    if len(told) == 1 and any(np.ptp(e.gripper) > MOVES for e in first):
-        word = "open" if max(told) else "closed"
-        notice(f"{path}: the gripper moves, but all commands are {word}: check gripper_range, command_range")
+    seen = np.concatenate([e.gripper for e in first])
+    told = np.concatenate([np.asarray(e.action)[:, 7] for e in first])
+    wrong = seen.max() <= OPEN_ABOVE or np.ptp(told) == 0
+    if wrong and any(np.ptp(e.gripper) > MOVES for e in first):
+        spans = [f"{values.min():.2g} … {values.max():.2g}" for values in (seen, told)]
+        words = f"its openings are {spans[0]}, its commands {spans[1]} of 0 (closed) … 1 (open)"
+        notice(f"{path}: the gripper moves, but {words}: check gripper_range, command_range")
 
 
 def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:
@@ -187,25 +190,31 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
     episode = with_actions(resample(episode, how.rate))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
-    return dataclasses.replace(episode, images={c: _fit(episode, c, how) for c in episode.images})
+    images = {camera: fitted for camera in episode.images if (fitted := _fit(episode, camera, how))}
+    if not images:
+        raise SpearError(f"nothing to see: {episode.source}: its images are blank")
+    return dataclasses.replace(episode, images=images)
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
     """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte, and so do
-    all where no size is wanted. Raises SpearError for a broken one."""
-    size, fitted = how.sizes.get(camera, how.sizes.get("")), []
+    all where no size is wanted. Of a camera that is blank throughout none: datasets have that where it was
+    absent. Raises SpearError for a broken one."""
+    size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
+        if len(levels) < 2:
+            levels |= {int(image.min()), int(image.max())}
         if size is not None and (image.shape[1::-1] != size or encoded[:2] != b"\xff\xd8"):
             encoded = encode_jpeg(fit_image(image, size[1], size[0]), how.quality)
         fitted.append(encoded)
-    return fitted
+    return fitted if len(levels) > 1 else ()
 
 
 def _digest(source: Dataset | EpisodeStore) -> str:
     """What tells the data of a folder from others."""
     if isinstance(source, EpisodeStore):
-        return source.digest()
+        return source.digest() + source.digest(seen=True)
     digest = hashlib.sha256()
     add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "meta/info.json", "meta/*.jsonl"))
     return digest.hexdigest()
@@ -223,8 +232,7 @@ def open_store(
     """The episodes of a split of a folder in any format, as training reads them, and why some were skipped.
 
     A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
-    `work_dir` whose name depends on path and split. With `wait`, this process waits until another has done
-    that.
+    `work_dir` whose name depends on path and split; with `wait` by another process, for which this one waits.
     """
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []

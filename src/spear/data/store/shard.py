@@ -2,8 +2,8 @@
 
 `episodes-00000.arrow` is an Arrow record batch with one row per episode: its steps are lists of numbers. Two
 numbers for each step in `place:<camera>` say where in `episodes-00000.images` the encoded image begins, and
-how long it is. Nothing is compressed, so a frame is a slice of mapped memory. The numbers are apart from the
-images, so that thousands of shards are opened without reading around in terabytes.
+how long it is. Nothing is compressed, so a frame is a slice of mapped memory (Parquet has to decode a column
+chunk). The numbers are apart from the images, so that thousands of shards are opened at once.
 """
 
 import functools
@@ -129,8 +129,7 @@ def _to_disk(file: IO[bytes]) -> None:
 
 
 def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
-    """A shard, its files mapped into memory, and its note. Raises SpearError when one is missing or broken,
-    or not as long as it was."""
+    """A shard, mapped into memory, and its note. Raises SpearError for a missing, broken or cut file."""
     images = path.with_suffix(".images")
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:

@@ -18,8 +18,7 @@ Places = list[tuple[dict[str, Any], str]]
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU computes in bfloat16. On one with AVX2 alone oneDNN refuses, and PyTorch is many times
-slower."""
+"""Whether this CPU computes in bfloat16. With AVX2 alone oneDNN refuses, and PyTorch is many times slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
 CACHED = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""

@@ -24,14 +24,6 @@ _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
 
-def simulator_only(folder: Path) -> bool:
-    """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
-    package, and those whose training says so."""
-    file = folder / "recipe.json"
-    said = file.is_file() and json.loads(file.read_text()).get("simulator_only") is True
-    return said or folder.resolve().is_relative_to(Path(__file__).parents[2].resolve() / "weights")
-
-
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
     """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
 

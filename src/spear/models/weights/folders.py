@@ -1,0 +1,44 @@
+"""Folders of checkpoints: where they are by name, which weights they hold, and what these have seen."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from spear.errors import SpearError
+
+SHIPPED = Path(__file__).parents[2] / "weights"
+"""Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
+
+    Raises `SpearError` when there is none.
+    """
+    path, shipped = Path(name), SHIPPED / str(name)
+    if path.is_dir():
+        return path / "final" if (path / "final" / "config.json").is_file() else path
+    if (shipped / "config.json").is_file():
+        return shipped
+    names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
+    raise SpearError(
+        f"no model {str(name)!r}: give a folder with a trained one, or the name of one that comes with this "
+        f"package: {names}"
+    )
+
+
+def simulator_only(folder: Path) -> bool:
+    """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
+    package, and those whose training says so."""
+    file = folder / "recipe.json"
+    said = file.is_file() and json.loads(file.read_text()).get("simulator_only") is True
+    return said or folder.resolve().is_relative_to(SHIPPED.resolve())
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
+    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
