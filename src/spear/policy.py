@@ -1,5 +1,7 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +43,15 @@ def locate(name: str | Path) -> Path:
         f"no model {str(name)!r}: give a folder with a trained one, or the name of one that comes with this "
         f"package: {names}"
     )
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a checkpoint's configuration and weights."""
+    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ class Spear1Policy:
     steps  Euler steps of the flow; `load` takes the model's own unless some are given.
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
            many observations came before it; never on what else is in the batch.
-    folder where it was loaded from.
+    folder where it was loaded from; dataset: whose units were asked for.
     """
 
     model: Spear1ForActionPrediction
@@ -166,6 +177,7 @@ class Spear1Policy:
     steps: int = 10
     seed: int = 0
     folder: Path | None = None
+    dataset: str | None = None
     _seen: int = field(default=0, init=False, repr=False)
 
     @staticmethod
@@ -192,7 +204,19 @@ class Spear1Policy:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         processor = Processor.load(folder, model.config.vlm_config)
         steps = model.flow.steps if steps is None else steps
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder)
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder, dataset)
+
+    @property
+    def identity(self) -> str | None:
+        """Which weights act, in which precision, units and number of flow steps: results of others never mix.
+        None where they are from no folder."""
+        dtype, own, units = self.model.dtype, self.steps == self.model.flow.steps, self.dataset
+        told = ("" if dtype == torch.float32 else f" {dtype}") + ("" if units is None else f" {units}")
+        return self._files and self._files + told + ("" if own else f" steps {self.steps}")
+
+    @functools.cached_property
+    def _files(self) -> str | None:
+        return None if self.folder is None else fingerprint(self.folder)
 
     @property
     def committed(self) -> int:

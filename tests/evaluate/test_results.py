@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from spear.errors import SpearError
-from spear.evaluate.agents import fingerprint
 from spear.evaluate.results import Journal, Outcome, Results, load, merge, terminal_table
+from spear.policy import fingerprint
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:

@@ -27,7 +27,7 @@ from spear.chunks import REPLAN
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
 from spear.evaluate import film as video
-from spear.evaluate.agents import PolicyAgent, identity
+from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
@@ -228,7 +228,7 @@ def test_an_evaluations_failure_is_run_again(
 ) -> None:
     for module in (closed_loop, scenes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
-    agent = PolicyAgent(policy, "nano", identity(policy, None), policy.processor.image_sizes)
+    agent = PolicyAgent(policy, "nano", policy.identity, policy.processor.image_sizes)
     evaluated = {}
 
     def act(envs: Any, observations: Any) -> Any:

@@ -16,12 +16,11 @@ from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage,
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known
-from spear.evaluate.agents import fingerprint
 from spear.flow import FlowConfig
 from spear.labels.scenes import label_scenes
 from spear.labels.store import count
 from spear.models.presets import preset
-from spear.policy import locate
+from spear.policy import fingerprint, locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.evaluate.agents import fingerprint
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
 from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPTS
 from spear.models.weights.load import simulator_only
-from spear.policy import SHIPPED, VlmBundle, load_vlm
+from spear.policy import SHIPPED, VlmBundle, fingerprint, load_vlm
 
 NANO = SHIPPED / "nano"
 
