@@ -276,6 +276,19 @@ def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: S
     assert re.search(r"\d\.\d{3} m", tab.view["answer"]["text"])
 
 
+def test_numbers_without_a_scale_are_no_metres(
+    studio: Studio, tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert studio.about()["unit"] == "metre"
+    relative = replace(policy.processor.coordinates, unit="relative")
+    monkeypatch.setattr(policy.processor, "coordinates", relative)
+    assert studio.about()["unit"] == "relative"
+    assert tab.ask("boxes", objects=tab.view["objects"][:1]) is None
+    assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
+    assert tab.ask("question", text=f"How far away is the {tab.view['objects'][0]}?") is None
+    assert re.search(r"\d\.\d{3} units", tab.view["answer"]["text"])
+
+
 def test_boxes_say_how_sure_they_are_and_what_is_absent(
     studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
