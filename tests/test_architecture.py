@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2110, "ablations": 653, "cli": 1577, "data": 4590, "embodiments": 775, "evaluate": 3153,
-    "labels": 4722, "models": 4752, "report": 1184, "serve": 1002, "sim": 1605, "train": 2524, "ui": 689,
+    "labels": 4722, "models": 4752, "report": 1184, "serve": 1002, "sim": 1605, "train": 2524, "ui": 692,
     "util": 730,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

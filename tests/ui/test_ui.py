@@ -8,6 +8,8 @@ import io
 import json
 import re
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -187,6 +189,27 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
     assert shown.width / shown.height == passed[1]["camera"]["aspect"]
     large = shown.resize((round(video.HEIGHT * shown.width / shown.height), video.HEIGHT))
     assert np.abs(frames[1][video.BAR :, : large.width].astype(float) - large).mean() < 6
+
+
+def test_a_rollout_that_is_stopped_says_each_step_that_it_made(
+    tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinks, infer, told = threading.Event(), policy.infer, list[int]()
+
+    def slowly(seen: Any) -> Any:
+        thinks.set()
+        time.sleep(0.2)
+        return infer(seen)
+
+    monkeypatch.setattr(policy, "infer", slowly)
+    tab.ask("start")
+    assert thinks.wait(PATIENCE)  # it is stopped in the middle of a step
+    for do in ("stop", "step"):
+        tab.socket.send(json.dumps({"do": do}))
+    while 2 not in told:
+        part = json.loads(tab.socket.recv(timeout=PATIENCE))
+        told += [part["step"]] if "images" in part else []
+    assert told == [1, 2]
 
 
 def picture(view: dict[str, Any]) -> np.ndarray:
