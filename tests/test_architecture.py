@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2110, "ablations": 653, "cli": 1577, "data": 4590, "embodiments": 775, "evaluate": 3153,
+    "(top)": 2110, "ablations": 653, "cli": 1577, "data": 4590, "embodiments": 775, "evaluate": 3172,
     "labels": 4722, "models": 4752, "report": 1184, "serve": 1002, "sim": 1605, "train": 2524, "ui": 692,
     "util": 730,
 }  # fmt: skip
