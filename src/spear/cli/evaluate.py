@@ -163,9 +163,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
     o, asked = options, options.asked
     if o.calibrate and (asked.families or asked.view != "external"):
-        raise SpearError(
-            "--calibrate: is for all that `spear ask` may be asked: leave out --families, --view"
-        )
+        raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     scores = run(bundle, labels, asked)
