@@ -101,7 +101,7 @@ class ChunkExecutor:
         self._delay = arrives - observed
 
     def next(self) -> Array:
-        """The action [8] for this tick, which ends it. With none left: no motion, gripper as it was."""
+        """The action [8] of this tick, which ends. With none left: no motion, gripper as last told (open)."""
         if self.mode == "ensemble":
             action = self._ensembled()
         else:

@@ -1,5 +1,6 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import fingerprint, locate
 from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
 
 
@@ -138,7 +139,7 @@ class Spear1Policy:
     steps  Euler steps of the flow; `load` takes the model's own unless some are given.
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
            many observations came before it; never on what else is in the batch.
-    folder where it was loaded from.
+    folder where it was loaded from; dataset: whose units were asked for.
     """
 
     model: Spear1ForActionPrediction
@@ -147,6 +148,7 @@ class Spear1Policy:
     steps: int = 10
     seed: int = 0
     folder: Path | None = None
+    dataset: str | None = None
     _seen: int = field(default=0, init=False, repr=False)
 
     @staticmethod
@@ -173,7 +175,19 @@ class Spear1Policy:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         processor = Processor.load(folder, model.config.vlm_config)
         steps = model.flow.steps if steps is None else steps
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder)
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder, dataset)
+
+    @property
+    def identity(self) -> str | None:
+        """Which weights act, in which precision, units and number of flow steps: results of others never mix.
+        None where they are from no folder."""
+        dtype, own, units = self.model.dtype, self.steps == self.model.flow.steps, self.dataset
+        told = ("" if dtype == torch.float32 else f" {dtype}") + ("" if units is None else f" {units}")
+        return self._files and self._files + told + ("" if own else f" steps {self.steps}")
+
+    @functools.cached_property
+    def _files(self) -> str | None:
+        return None if self.folder is None else fingerprint(self.folder)
 
     @property
     def committed(self) -> int:

@@ -215,7 +215,7 @@ def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
     for (row, seed), chain in plan.chains.items():
         if row in rates:
             folder = out / "scores" / plan.scoring(row, seed).before.key
-            journal = Journal(folder, chain[-1].folder, {}, (1, 1))
+            journal = Journal(folder, chain[-1].folder, {}, (1, 1), {})
             rng = np.random.default_rng(seed)
             for family in FAMILIES:
                 for scene in range(plan.scenes + 1):  # one more than is asked for

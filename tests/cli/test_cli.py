@@ -85,6 +85,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("label --vocabulary mug", "--vocabulary"),
         ("label photos --scenes 3", "--scenes"),
         ("evaluate vqa nano sim --calibrate --families distance", "--calibrate"),
+        ("evaluate vqa nano sim --calibrate --view wrist", "--calibrate"),
         ("label nowhere.jpg", "no such file"),
         ("label sim:1 --engine dask", "engine"),
         ("label sim:x", "write a scene as"),

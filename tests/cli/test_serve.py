@@ -2,17 +2,23 @@
 
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from serve_here import Homing, serving
+from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.errors import SpearError
 from spear.evaluate.agents import IMAGE_SIZES, PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
+from spear.evaluate.results import load
 from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
+from spear.serve.service import Service
 
 
 def test_what_is_cheap_is_checked_before_the_model_is_loaded(
@@ -31,6 +37,21 @@ def test_what_is_cheap_is_checked_before_the_model_is_loaded(
 def test_a_server_for_another_robot_is_refused() -> None:
     with serving(robot="droid") as server, pytest.raises(SpearError, match="--embodiment generic"):
         load_agent(f"ws://127.0.0.1:{server.port}")
+
+
+def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> None:
+    """A server that comes back with others, at the same address, goes on with nobody's results."""
+    policy, port, options = Homing(), 0, TabletopOptions(families=("put_on",), scenes=1, out=tmp_path)
+    for weights, scenes in (("one", 1), ("one", 2), ("two", 3)):
+        policy.identity = weights
+        with serving(policy, port=port) as server:
+            port, agent = server.port, load_agent(f"ws://127.0.0.1:{server.port}")
+            assert agent.weights == weights
+            with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
+                evaluate(agent, replace(options, scenes=scenes), quiet=True)
+    assert len(load(tmp_path).outcomes) == 2
+    assert Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
+    assert loaded.identity == load_agent("nano").weights != load_agent("nano", steps=3).weights
 
 
 @pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])

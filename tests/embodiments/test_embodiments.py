@@ -15,11 +15,13 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from spear import embodiments
+from spear.data.readers.layout import episode_from
+from spear.data.readers.spec import REGISTRY
 from spear.embodiments import droid
 from spear.errors import SpearError, suppress_notices
 from spear.policy import Spear1Policy
 from spear.types import Array
-from spear.util.images import fit_image
+from spear.util.images import encode_jpeg, fit_image
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_robot.py"
 ROBOTS = [name for name in embodiments.names() if name != "sim"]
@@ -167,6 +169,22 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
         hand = flange * hand_in_flange
         np.testing.assert_allclose(row[:3] + flange.apply([0, 0, 0.1034]), position, atol=1e-5)
         assert (hand.inv() * facing).magnitude() < 1e-5
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("droid", "droid"), ("widowx", "bridge_dataset")])
+def test_a_robot_and_its_dataset_mean_the_same_pose(name: str, dataset: str) -> None:
+    """What a policy learned of a robot's state is what it is told of it, in the same frame."""
+    robot, spec, rows = embodiments.load(name), REGISTRY[dataset], 3
+    seen = robot.example()
+    steps: dict[str, Any] = {key: np.stack([v] * rows) for key, v in seen.items() if key != "prompt"}
+    steps |= {column: [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * rows for column in spec.images.values()}
+    steps |= {"action": np.eye(rows, 7), "action_dict/gripper_position": np.eye(rows, 1)}
+    steps[spec.instruction] = [b"go"] * rows
+    episode = episode_from(steps, spec, dataset)
+    state = robot.read(seen)["observation/state"]
+    np.testing.assert_allclose(episode.position[0], state[:3], atol=1e-6)
+    assert (turn(episode.rotation[0]).inv() * turn(state[3:7])).magnitude() < 1e-5
+    assert episode.gripper[0] == state[7]
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (376, 672), (480, 640), (1280, 720)])

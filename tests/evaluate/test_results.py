@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from spear.errors import SpearError
-from spear.evaluate.agents import fingerprint
 from spear.evaluate.results import Journal, Outcome, Results, load, merge, terminal_table
+from spear.models.weights.folders import fingerprint
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
@@ -21,7 +21,7 @@ def results(wins: dict[str, list[bool]]) -> Results:
 
 
 def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
-    written = Journal(folder, "me", {"replan": 5, "weights": "x"}, shard)
+    written = Journal(folder, "me", {"replan": 5, "weights": "x"}, shard, {"a": seeds})
     for seed in seeds:
         written.add(outcome(seed, success=seed < 3), 9.0, 1.5)
     return written
@@ -81,7 +81,7 @@ def test_results_of_another_policy_or_settings_do_not_mix(
 ) -> None:
     journal(tmp_path, range(1))
     with pytest.raises(SpearError, match=f"{named} is"):
-        Journal(tmp_path, policy, settings, (2, 2))
+        Journal(tmp_path, policy, settings, (2, 2), {})
     with pytest.raises(SpearError, match=f"{named} is"):
         merge([load(tmp_path), Results(policy, settings, [outcome(1)], 1.0)])
 

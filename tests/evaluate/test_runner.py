@@ -3,14 +3,17 @@
 import json
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spear.errors import SpearError
 from spear.evaluate.agents import Agent, IdleAgent
+from spear.evaluate.compare import compare
 from spear.evaluate.options import EpisodeOptions, Films
-from spear.evaluate.results import Outcome, load
+from spear.evaluate.results import Outcome, Results, load
 from spear.evaluate.runner import Film, run_evaluation
 
 IDLE = IdleAgent()
@@ -70,10 +73,33 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
     assert simulator.ran == ran and simulator.most <= 3
     assert results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
-    lines = [json.loads(line) for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]]
     assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it
     assert results.seconds >= sum(line["wall"] for line in lines) == load(tmp_path).seconds
     assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
+
+
+def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    """Successes end first: of half of the scenes, nine in ten may have succeeded."""
+
+    class Stopped(Parity):
+        def run(self, *how: Any) -> Iterator[tuple[Outcome, float, str]]:
+            for ended in super().run(*how):
+                if ended[0].success:
+                    yield ended
+            raise KeyboardInterrupt
+
+    def run(simulator: Parity, scenes: int, shard: str) -> str:
+        options = EpisodeOptions(out=tmp_path, shard=shard)
+        with suppress(KeyboardInterrupt):
+            run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options, quiet=True)
+        return load(tmp_path).unfinished()
+
+    assert run(Stopped(), 8, "1/1").startswith("4 scenes") and "UNFINISHED: 4" in load(tmp_path).width()
+    whole = Results("other", {}, load(tmp_path).outcomes, 1.0)
+    assert [words.partition(" ")[0] for words in compare(load(tmp_path), whole).settings] == [f"{IDLE.name}:"]
+    assert run(Parity(), 8, "1/2").startswith("4 ") and run(Parity(), 12, "2/2") == ""
+    assert run(Parity(), 12, "1/1") == "" and "UNFINISHED" not in load(tmp_path).width()
 
 
 def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(

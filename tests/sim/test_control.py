@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mujoco
 import numpy as np
@@ -45,6 +46,20 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
         assert np.linalg.norm(at - position) < 1e-3
         assert (as_rotation(turn).inv() * lean).magnitude() < 5e-3
         assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()
+
+
+def test_threads_that_solve_at_once_find_what_each_finds_alone() -> None:
+    rng = np.random.default_rng(3)
+    tasks = [(rng.uniform([0.35, -0.2, 0.05], [0.6, 0.2, 0.3]), STILL) for _ in range(40)]
+    alone = [control.solve(control.HOME, *task) for task in tasks]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(lambda task: control.solve(control.HOME, *task), tasks))
+    finally:
+        sys.setswitchinterval(interval)
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:

@@ -103,7 +103,7 @@ def serving(
     held: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, ServeOptions("test", port=0, **options), page)
+        server = PolicyServer(service, ServeOptions("test", **{"port": 0, **options}), page)
         held["server"] = server
         LOOPS[server] = asyncio.get_running_loop()
         await server.run(lambda _: started.set())

@@ -8,6 +8,8 @@ import io
 import json
 import re
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +29,7 @@ from spear.chunks import REPLAN
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
 from spear.evaluate import film as video
-from spear.evaluate.agents import PolicyAgent, identity
+from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
@@ -189,6 +191,27 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
     assert np.abs(frames[1][video.BAR :, : large.width].astype(float) - large).mean() < 6
 
 
+def test_a_rollout_that_is_stopped_says_each_step_that_it_made(
+    tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinks, infer, told = threading.Event(), policy.infer, list[int]()
+
+    def slowly(seen: Any) -> Any:
+        thinks.set()
+        time.sleep(0.2)
+        return infer(seen)
+
+    monkeypatch.setattr(policy, "infer", slowly)
+    tab.ask("start")
+    assert thinks.wait(PATIENCE)  # it is stopped in the middle of a step
+    for do in ("stop", "step"):
+        tab.socket.send(json.dumps({"do": do}))
+    while 2 not in told:
+        part = json.loads(tab.socket.recv(timeout=PATIENCE))
+        told += [part["step"]] if "images" in part else []
+    assert told == [1, 2]
+
+
 def picture(view: dict[str, Any]) -> np.ndarray:
     return decode_image(base64.b64decode(view["images"]["external"].partition(",")[2]))
 
@@ -228,7 +251,7 @@ def test_an_evaluations_failure_is_run_again(
 ) -> None:
     for module in (closed_loop, scenes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
-    agent = PolicyAgent(policy, "nano", identity(policy, None), policy.processor.image_sizes)
+    agent = PolicyAgent(policy, "nano", policy.identity, policy.processor.image_sizes)
     evaluated = {}
 
     def act(envs: Any, observations: Any) -> Any:
@@ -274,6 +297,19 @@ def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: S
         assert box["error_mm"] == pytest.approx(1000 * np.linalg.norm(answered - true), abs=0.01)
     assert tab.ask("question", text=f"How far away is the {names[0]}?") is None
     assert re.search(r"\d\.\d{3} m", tab.view["answer"]["text"])
+
+
+def test_numbers_without_a_scale_are_no_metres(
+    studio: Studio, tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert studio.about()["unit"] == "metre"
+    relative = replace(policy.processor.coordinates, unit="relative")
+    monkeypatch.setattr(policy.processor, "coordinates", relative)
+    assert studio.about()["unit"] == "relative"
+    assert tab.ask("boxes", objects=tab.view["objects"][:1]) is None
+    assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
+    assert tab.ask("question", text=f"How far away is the {tab.view['objects'][0]}?") is None
+    assert re.search(r"\d\.\d{3} units", tab.view["answer"]["text"])
 
 
 def test_boxes_say_how_sure_they_are_and_what_is_absent(

@@ -162,8 +162,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     from spear.report.vqa import vqa_page
 
     o, asked = options, options.asked
-    if o.calibrate and asked.families:
-        raise SpearError("--calibrate: without --families, of which it would keep no other: leave them out")
+    if o.calibrate and (asked.families or asked.view != "external"):
+        raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     scores = run(bundle, labels, asked)

@@ -36,7 +36,7 @@ def serve(options: ServeOptions) -> None:
     if options.episodes:  # before the weights are read
         from spear.ui.scenes import Shelf
 
-        shelf = Shelf(options.episodes, options.dataset)
+        shelf = Shelf(options.episodes)
     policy, service = _warm(options)
     page = None
     if options.ui:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.models.weights.folders import fingerprint
 from spear.types import Array, Policy
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
@@ -24,7 +23,7 @@ IMAGE_SIZES: Sizes = {"external": (280, 210), "wrist": (112, 112)}
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
-    weights      a hash of trained weights; None where there are none, or out of sight.
+    weights      which trained ones act (`Spear1Policy.identity`); None for none, or of another's server.
     needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
     image_sizes  camera -> (width, height) of its pictures in the embedded simulator.
     committed    the most actions of a chunk that may be decided before it is asked for.
@@ -118,13 +117,6 @@ def load_agent(
             policy.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
-        return PolicyAgent(policy, name, image_sizes={**IMAGE_SIZES, **sizes})
+        return PolicyAgent(policy, name, policy.metadata.get("weights"), {**IMAGE_SIZES, **sizes})
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
-    return PolicyAgent(local, name, identity(local, dataset), local.processor.image_sizes)
-
-
-def identity(policy: Any, dataset: str | None) -> str:
-    """Which weights of a loaded `Spear1Policy` act, in which precision, units and number of flow steps."""
-    dtype, steps, units = policy.model.dtype, policy.steps, "" if dataset is None else f" {dataset}"
-    which = fingerprint(policy.folder) + ("" if dtype == torch.float32 else f" {dtype}") + units
-    return which if steps == policy.model.flow.steps else f"{which} steps {steps}"
+    return PolicyAgent(local, name, local.identity, local.processor.image_sizes)

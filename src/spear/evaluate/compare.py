@@ -92,6 +92,7 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     same = ("scenes", "first_seed", "weights")  # which scenes were run is no difference, nor by which weights
     both = [(k, one, second.settings.get(k, one)) for k, one in first.settings.items() if k not in same]
     settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
+    settings += [f"{n}: {words}" for n, r in ((a, first), (b, second)) if (words := r.unfinished())]
     return Comparison(a, b, rows, pairs, unshared, settings)
 
 

@@ -2,8 +2,8 @@
 
 Outcomes are on disk as they come, so that an interrupted evaluation goes on where it was, and shards come
 together. A folder of results holds one journal per shard, `episodes-2-of-5.jsonl` (`episodes-1-of-1.jsonl`
-without sharding): its first line says who acted and how, each further line is one episode. Only whole lines
-count.
+without sharding): its first line says who acted and how, each further line is one episode, or which scenes
+are to be run. Only whole lines count.
 """
 
 import json
@@ -24,6 +24,8 @@ from spear.util.ledger import difference, plain
 
 HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
+Scenes = Mapping[str, Sequence[int]]
+"""Family → the seeds of its scenes."""
 MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
 """The yes-or-no fields of an `Outcome`."""
 
@@ -70,12 +72,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole evaluation: who acted, how, every episode's outcome, and the wall time."""
+    """An evaluation: who acted, how, every episode's outcome, the wall time, and which scenes were to be run,
+    where a journal says it."""
 
     policy: str
     settings: dict[str, Any]
     outcomes: Sequence[Outcome]
     seconds: float
+    wanted: frozenset[tuple[str, int]] = frozenset()
+
+    def unfinished(self) -> str:
+        """What to know, in words, where not all scenes have ended; "" where they have."""
+        left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
+        return f"{left} scenes have not ended: rates may be too high, as successes end first" if left else ""
 
     @property
     def families(self) -> list[str]:
@@ -93,6 +102,7 @@ class Results:
         widest = max(rates, key=lambda e: e.half_width)
         text = f"intervals: ±{100 * self.mean().half_width:.1f} points for the mean, "
         text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
+        text = f"UNFINISHED: {words}. {text}" if (words := self.unfinished()) else text
         if widest.half_width <= HALF_WIDTH:
             return text
         need = max(samples_for(HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
@@ -168,7 +178,8 @@ def merge(parts: Sequence[Results]) -> Results:
                 raise SpearError(f"{which}: policy or simulator changed: evaluate again into a new folder")
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
-    return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts))
+    wanted = frozenset[tuple[str, int]]().union(*(p.wanted for p in parts))
+    return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts), wanted)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -184,31 +195,36 @@ class Journal:
     """The journal that this process writes. done: the outcomes that any journal of the folder holds."""
 
     def __init__(
-        self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int]
+        self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int], scenes: Scenes
     ) -> None:
-        """Opens a journal, or goes on with it. Raises `SpearError` for another policy or settings."""
+        """Opens a journal, or goes on with it, to run these seeds of each family. Raises `SpearError` for
+        another policy or settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.done: dict[tuple[str, int], Outcome] = {}
+        wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
         for path in journals(folder):
             earlier = read_journal(path)
             heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
             if other := difference(*heads):
                 raise SpearError(f"{folder}: holds other results: {other}: give another --out, or remove it")
             self.done |= {(o.family, o.seed): o for o in earlier.outcomes}
+            wanted -= earlier.wanted
         self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
         if self._path.is_file():
             whole = self._path.read_bytes().rpartition(b"\n")[0]
             os.truncate(self._path, len(whole) + 1 if whole else 0)
-        self._head = {"policy": policy, "settings": plain(settings)}
+        plan = {"scenes": {family: list(seeds) for family, seeds in scenes.items()}}
+        self._begin = [{"policy": policy, "settings": plain(settings)}, *([plan] if wanted else [])]
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
         """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
         with writing(self._path), self._path.open("a") as file:
-            lines = [{**asdict(outcome), "seconds": seconds, "wall": wall}]
-            lines = lines if file.tell() else [self._head, *lines]
+            line = {**asdict(outcome), "seconds": seconds, "wall": wall}
+            lines = [*self._begin[1 if file.tell() else 0 :], line]
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
+        self._begin = []
         self.done[outcome.family, outcome.seed] = outcome
 
 
@@ -221,10 +237,13 @@ def read_journal(path: Path) -> Results:
     """The episodes of one journal so far. Raises `SpearError` for a file that is not one."""
     lines = path.read_text().rpartition("\n")[0].split("\n")
     try:
-        head, *episodes = [json.loads(line) for line in lines]
+        head, *others = [json.loads(line) for line in lines]
+        plans, episodes = ([e for e in others if ("scenes" in e) is plan] for plan in (True, False))
+        wanted = {(f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds}
         seconds = sum(e.pop("wall", e.pop("seconds")) for e in episodes)  # once, seconds was what wall is
-        return Results(head["policy"], head["settings"], [Outcome(**e) for e in episodes], seconds)
-    except (ValueError, KeyError, TypeError):
+        outcomes = [Outcome(**e) for e in episodes]
+        return Results(head["policy"], head["settings"], outcomes, seconds, frozenset(wanted))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
 
 

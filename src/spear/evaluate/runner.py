@@ -10,7 +10,7 @@ from spear.errors import SpearError, need
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
-from spear.evaluate.results import Journal, Outcome, Results, parse_shard
+from spear.evaluate.results import Journal, Outcome, Results, Scenes, parse_shard
 from spear.util.files import write_bytes
 from spear.util.ledger import alone
 from spear.util.progress import ProgressBar
@@ -49,15 +49,14 @@ class Simulator(Protocol[Track]):
 def run_evaluation(
     simulator: Simulator[Track],
     agent: Agent,
-    scenes: Mapping[str, Sequence[int]],
+    scenes: Scenes,
     settings: dict[str, Any],
     options: EpisodeOptions,
     quiet: bool = False,
 ) -> tuple[Results, list[Film]]:
     """Runs an evaluation, and gives its results and the films made now.
 
-    scenes    family → the seeds of its scenes. Those that `options.out` holds are only filmed, where a film
-              is wanted and missing.
+    scenes    those that `options.out` holds are only filmed, where a film is wanted and missing.
     settings  whatever else an outcome depends on: only results with the same settings belong together.
 
     Raises SpearError for a folder with other results, and for a part that is empty or runs elsewhere.
@@ -66,6 +65,7 @@ def run_evaluation(
     most = max(map(len, scenes.values()), default=0)
     if most < index:
         raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {most} parts")
+    part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
         need("av", "report", "a film")
     films: dict[str, Film] = {}
@@ -97,10 +97,9 @@ def run_evaluation(
         if options.out:
             doing, name = f"running part {index}/{of} in", f".episodes-{index}-of-{of}.lock"
             stack.enter_context(alone(options.out, doing, name=name))
-            journal = Journal(options.out, agent.name, settings, (index, of))
+            journal = Journal(options.out, agent.name, settings, (index, of), part)
         started = time.perf_counter()
-        for family, everything in scenes.items():
-            seeds = everything[index - 1 :: of]
+        for family, seeds in part.items():
             done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
             todo = [s for s in seeds if s not in done]
             with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:

@@ -32,7 +32,7 @@ def comparison_page(
         (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
         (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
         tuple(points(mean.difference).split(" ", 1)),
-        (f"p {p_value(mean.p)}", f"exact paired test, {len(c.pairs)} shared scenes"),
+        (f"p {p_value(mean.p)}", f"paired test, {len(c.pairs)} shared scenes"),
     ]
     groups = [(spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows]
     return render(

@@ -48,6 +48,7 @@ class Service:
         sizes = getattr(getattr(policy, "processor", None), "image_sizes", {})
         self.metadata: dict[str, Any] = {
             "policy": name,
+            "weights": getattr(policy, "identity", None),
             "embodiment": robot,
             "control": control,
             "action": self.control.about,

@@ -12,6 +12,7 @@ really is, so that a blocked arm does not wind up.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,9 @@ HOME = np.array([0.0, -math.pi / 4, 0.0, -3 * math.pi / 4, 0.0, math.pi / 2, mat
 HIDDEN_GROUP = 3
 """Geom group of collision shapes that no camera sees; 1 is the robot's."""
 
-
 _ARM = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("arm.xml")))
-_STATE, _SITE = mujoco.MjData(_ARM), _ARM.site("ee").id
-"""The arm alone, for kinematics."""
+_STATE, _SITE, _ALONE = mujoco.MjData(_ARM), _ARM.site("ee").id, threading.RLock()
+"""The arm alone, for kinematics of one thread at a time: a server's robots and its page move at once."""
 JOINT_LOWER, JOINT_UPPER = _ARM.jnt_range[:7].T
 """Joint limits, rad."""
 FINGER_TRAVEL = float(_ARM.joint("finger1").range[1])
@@ -71,11 +71,12 @@ class Motion:
 
 def pose(joints: Floats) -> tuple[Floats, Floats]:
     """([3] position m, [4] quaternion) of the end-effector in the base frame; `joints` [7] rad."""
-    _STATE.qpos[:7] = joints
-    mujoco.mj_kinematics(_ARM, _STATE)
     quat = np.zeros(4)
-    mujoco.mju_mat2Quat(quat, _STATE.site_xmat[_SITE])
-    return _STATE.site_xpos[_SITE].copy(), quat
+    with _ALONE:
+        _STATE.qpos[:7] = joints
+        mujoco.mj_kinematics(_ARM, _STATE)
+        mujoco.mju_mat2Quat(quat, _STATE.site_xmat[_SITE])
+        return _STATE.site_xpos[_SITE].copy(), quat
 
 
 def solve(joints: Floats, position: Floats, rotation: Floats, iterations: int = 20) -> Floats:
@@ -86,12 +87,13 @@ def solve(joints: Floats, position: Floats, rotation: Floats, iterations: int = 
     q = np.array(joints)
     lower, upper = JOINT_LOWER + _MARGIN, JOINT_UPPER - _MARGIN
     for _ in range(iterations):
-        at, turn = pose(q)
-        error = np.concatenate([position - at, rotation_vector(turn, rotation)])
-        if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
-            break
         home = _POSTURE_GAIN * (HOME - q)
-        step = home + _least_squares(error, home)
+        with _ALONE:
+            at, turn = pose(q)
+            error = np.concatenate([position - at, rotation_vector(turn, rotation)])
+            if length(error[:3]) < 1e-5 and length(error[3:]) < 1e-4:
+                break
+            step = home + _least_squares(error, home)
         step *= min(1.0, 0.4 / float(np.abs(step).max()))
         q = np.clip(q + step, lower, upper)
     return q
@@ -142,10 +144,8 @@ class Servo:
     def place(self, position: Floats, rotation: Floats, opening: float) -> None:
         """Put the arm at a pose at once, at rest (as near as it can reach)."""
         self._command = solve(HOME, position, rotation, iterations=60)
-        self._data.qpos[self._joints] = self._command
-        self._data.qpos[self._fingers] = opening * FINGER_TRAVEL
-        self._data.ctrl[:7] = self._command
-        self._data.ctrl[7:9] = opening * FINGER_TRAVEL
+        self._data.qpos[self._joints] = self._data.ctrl[:7] = self._command
+        self._data.qpos[self._fingers] = self._data.ctrl[7:9] = opening * FINGER_TRAVEL
         mujoco.mj_kinematics(self._model, self._data)
         self._position, self._rotation = pose(self._command)
 

@@ -37,7 +37,6 @@ LOWEST = 0.012
 _TURN_WEIGHT = 0.10
 """Metres of funnel per radian of misalignment."""
 
-
 Aim = tuple[Floats, float, float]
 """Where the gripper is to go (m, base frame), its yaw there (rad), and its opening."""
 

@@ -160,7 +160,8 @@ class Session:
                 await self._safely(self._answer(message))
                 await asyncio.sleep(PAUSE_S)
         finally:
-            await self._stop()
+            if self._rollout is not None:
+                self._rollout.cancel()
 
     async def _safely(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it; what goes wrong is said to the page."""
@@ -194,18 +195,17 @@ class Session:
             self._rollout = asyncio.create_task(self._safely(self._roll()))
 
     async def _stop(self) -> None:
+        """The step that is being made is made, and said: else the page would lack one."""
         task, self._rollout = self._rollout, None
-        if task is not None and not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        if task is not None:
+            await task
 
     async def _roll(self) -> None:
         """Steps at the robot's pace, or as fast as this machine can, until stopped or the episode is over."""
         await self._send({"running": True})
         try:
             due = time.monotonic()
-            while True:
+            while self._rollout is asyncio.current_task():
                 await self._send(await self._work(self._table.step, {}))
                 if not self._table.moves:
                     break

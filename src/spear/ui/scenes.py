@@ -19,7 +19,6 @@ from spear.chunks import REPLAN, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, is_store
 from spear.errors import SpearError
 from spear.evaluate import results
-from spear.evaluate.agents import identity
 from spear.evaluate.closed_loop import delay_steps
 from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
@@ -172,11 +171,9 @@ class Recording:
 
 
 class Shelf:
-    """What a folder holds. dataset: whose units the policy uses (`Spear1Policy.load`). Raises `SpearError`
-    for a folder of something else."""
+    """What a folder holds. Raises `SpearError` for a folder of something else."""
 
-    def __init__(self, folder: Path, dataset: str | None = None) -> None:
-        self._dataset, self._weights = dataset, ""
+    def __init__(self, folder: Path) -> None:
         self._held: EpisodeStore | Sequence[results.Outcome]
         self._settings: dict[str, Any] = {}
         if is_store(folder):
@@ -200,9 +197,8 @@ class Shelf:
         if isinstance(held, EpisodeStore):
             return _recorded(held, number)
         outcome = held[number]
-        if policy.folder and not self._weights:
-            self._weights = identity(policy, self._dataset)
-        if self._settings.get("weights") != self._weights or "execution" not in self._settings:
+        weights = self._settings.get("weights")
+        if weights is None or weights != policy.identity or "execution" not in self._settings:
             raise SpearError(
                 f"{outcome.film_name}: only with the policy that made it can it be run again: serve "
                 f"{self._policy}, with its --dtype, --dataset and --flow-steps (SIMPLER: see its films)"

@@ -54,9 +54,10 @@ class Studio:
             self.renderer.close()
 
     def about(self) -> View:
-        """What does not change: the model, the task families, the edges of a box."""
+        """What does not change: the model, its numbers' unit, the task families, the edges of a box."""
         return {
             "model": self.name,
+            "unit": self.vlm.processor.coordinates.unit,
             "families": list(FAMILIES),
             "edges": [list(e) for e in EDGES],
             "default_fov": FOVY,
@@ -140,9 +141,9 @@ class Table:
         return view
 
     def boxes(self, request: Request) -> View:
-        """SPEAR-VLM's 3D boxes of objects, asked for at once; in the simulator also how far off they are.
-        Where the model was calibrated, also within which distance (mm) they are, and which objects are
-        absent."""
+        """SPEAR-VLM's 3D boxes of objects, asked for at once; of a model of metres in the simulator also how
+        far off they are. Where the model was calibrated, also within which distance (mm) they are, and which
+        objects are absent."""
         names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"objects {str(names)[:60]}: give a list of 1 to {MOST_BOXES} names")
@@ -155,14 +156,16 @@ class Table:
         prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in there]
         answers = vlm.answer([image] * len(there), prompts, family, distributions=True) if there else []
         elapsed = time.perf_counter() - started
-        truth = {thing["name"]: np.array(thing["vertices"]) for thing in scene.look(step).get("things", ())}
+        metric = vlm.processor.coordinates.unit == "metre"
+        things = scene.look(step).get("things", ()) if metric else ()
+        truth = {thing["name"]: np.array(thing["vertices"]) for thing in things}
         found = []
         for name, answer in zip(there, answers, strict=True):
             vertices = np.reshape(answer.values, (8, 3))
             true = truth.get(name)
             off = None if true is None else 1000 * float(np.linalg.norm(vertices.mean(0) - true.mean(0)))
             within = None
-            if trust and answer.distribution is not None and family in trust.factors:
+            if metric and trust and answer.distribution is not None and family in trust.factors:
                 low, high = trust.interval(family, answer.distribution)
                 within = 1000 * float((high - low).mean()) / 2
             sure = {"error_mm": off, "within_mm": within}

@@ -192,11 +192,12 @@ function found() {
 
 // Of which picture the answers are, and in which frame their numbers.
 function belongs() {
-  const frame = "metres in the camera’s frame: x right, y down, z forward";
+  const unit = view.unit === "metre" ? "metres" : "the model’s own units (no scale)";
+  const frame = unit + " in the camera’s frame: x right, y down, z forward";
   const now = step => step === view.step ? "" : `, not of step ${view.step}, which is shown`;
   const of = found => found ? (view.source === "photo" ? "photo" : `step ${found.step}${now(found.step)}`) + " · " : "";
   const unsure = view.measured ? "" : "; how sure they are was not measured";
-  const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out distances are within ±" : unsure;
+  const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out coordinates are within ±" : unsure;
   $("belongs").textContent = of(view.boxes[0]) + "centres in " + frame + within;
   $("answer-of").textContent = view.answer ? of(view.answer) + frame + unsure : "";
 }
@@ -301,7 +302,7 @@ function drawSpace() {
       const top = corners.slice(0, 4).reduce((sum, p) => add(sum, p, 0.25), [0, 0, 0]);
       names.push([top, t.name]);
     }
-    for (const b of view.boxes) {
+    if (view.unit === "metre") for (const b of view.boxes) {
       space.pen.globalAlpha = b.step === view.step ? 1 : 0.4;
       space.wire(base(b.vertices), view.edges, color("answer"), 1.8);
       space.pen.globalAlpha = 1;

@@ -1,18 +1,18 @@
 """One question about one image: what is understood, how sure the answer is, what is not in the picture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spear.errors import SpearError
-from spear.evaluate.agents import fingerprint
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
 from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPTS
-from spear.models.weights.folders import SHIPPED, simulator_only
+from spear.models.weights.folders import SHIPPED, fingerprint, simulator_only
 from spear.policy import VlmBundle, load_vlm
 
 NANO = SHIPPED / "nano"
@@ -36,6 +36,7 @@ def test_every_wording_is_understood() -> None:
 
 def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
     picture, trust = read_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
+    assert trust is not None
     answer, said = ask(nano, picture.image, "How far away is the plate?", trust=trust)
     assert answer is not None and "80% interval" in said and answer.distribution is not None
     middle, _ = ask(nano, picture.image, "How far away is the plate?", decode="median")
@@ -44,6 +45,8 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
         answer, said = ask(nano, picture.image, f"How far away is the {name}?", trust=trust)
         assert answer is None and said.startswith(f"not in the picture: {name}")
     assert "not known" in ask(nano, picture.image, "What is the weather?", trust=trust)[1]
+    few = replace(trust, factors={})
+    assert "not measured" in ask(nano, picture.image, "How far away is the plate?", trust=few)[1]
     assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said
 
 

@@ -51,9 +51,7 @@ def ask(
     family = family or meant
     lacking = missing(model, image, names) if trust and trust.tells_absent and names else {}
     if lacking:
-        seen = [
-            f"{name} (where the model points for it, it sees: {other})" for name, other in lacking.items()
-        ]
+        seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, distributions=True)[0]
     if held := answer.distribution:
@@ -64,7 +62,9 @@ def ask(
     if family is None:
         form = PROMPTS["distance"][0].format(x=with_article("mug", True))
         said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
-    elif family in trust.factors:
+    elif family not in trust.factors:
+        said += "\n  how sure this is, was not measured for this kind of question"
+    else:
         low, high = trust.interval(family, held)
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
