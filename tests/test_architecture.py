@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2086, "ablations": 654, "cli": 1577, "data": 4590, "embodiments": 775, "evaluate": 3170,
-    "labels": 4722, "models": 4752, "report": 1184, "serve": 1001, "sim": 1606, "train": 2524, "ui": 693,
+    "(top)": 2086, "ablations": 654, "cli": 1577, "data": 4590, "embodiments": 775, "evaluate": 3168,
+    "labels": 4719, "models": 4739, "report": 1184, "serve": 1001, "sim": 1594, "train": 2524, "ui": 693,
     "util": 730,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
