@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
-from spear.data.actions import RATE_HZ, binarize_gripper, check_episode, chunk, episode_actions, resample
+from spear.data.actions import binarize_gripper, check_episode, chunk, episode_actions, resample
 from spear.geometry import apply_step, quat_distance
-from spear.models.presets import PRESETS
 from spear.types import Episode
 
 
@@ -118,4 +117,3 @@ def test_resampling_keeps_commands_and_masks() -> None:
     np.testing.assert_allclose(slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6)
     same = dataclasses.replace(episode, rate_hz=5.0)
     assert resample(same) is same
-    assert {preset.rate_hz for preset in PRESETS.values()} == {RATE_HZ}

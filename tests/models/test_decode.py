@@ -75,7 +75,8 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: st
         mask = torch.ones_like(mask)
     if padded == "left":
         ids, mask = left_padded(ids, mask)
-    found = decode.greedy(model, images, ids, mask if padded else None, owners, most, grammars)
+    each = {view: images[view][owners] for view in images}
+    found = decode.greedy(model, each, ids, mask if padded else None, most, grammars)
     for row, grammar in enumerate(grammars):
         expected = slowly(model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most)
         assert found[row].tolist() == expected + [PAD] * (found.shape[1] - len(expected))
@@ -87,7 +88,7 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: st
 def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
     ids, _ = text(1, 6)
     with pytest.raises(SpearError, match=f"{needs} tokens"):
-        decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, None, needs - 1, [grammar])
+        decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, needs - 1, [grammar])
 
 
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)

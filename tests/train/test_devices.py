@@ -33,14 +33,15 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 def test_bfloat16_is_used_where_it_is_fast_and_a_run_keeps_its_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for has, tiles in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert bfloat16_is_fast(CUDA) and bfloat16_is_fast(CPU) == (has and tiles)
     monkeypatch.setattr(devices, "HAS_BFLOAT16", True)
-    assert bfloat16_is_fast(CUDA, tiles=False) and bfloat16_is_fast(CPU, tiles=True)
-    assert not bfloat16_is_fast(CPU, tiles=False)
     for limit in ("AVX2", "AVX512_CORE", "avx512_core_bf16"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         assert not bfloat16_is_fast(CPU)
-    monkeypatch.setattr(devices, "HAS_BFLOAT16", False)
-    assert not bfloat16_is_fast(CPU, tiles=True)
 
     asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
     plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")

@@ -113,9 +113,7 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
     return Estimate(float(np.mean(values)), *ends, n), math.erfc(abs(centre) / error / math.sqrt(2))
 
 
-def bootstrap(
-    groups: Sequence[Array], statistic: Callable[[Array], Any] = np.median, resamples: int = 1000
-) -> Estimate:
+def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.median) -> Estimate:
     """A statistic of all values with a percentile-bootstrap interval that resamples whole groups.
 
     groups  one array of values per independent unit (an image, an episode). Values of one unit depend on each
@@ -129,7 +127,7 @@ def bootstrap(
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
     rng = np.random.default_rng(0)
-    draws = rng.integers(len(units), size=(resamples, len(units)))
+    draws = rng.integers(len(units), size=(1000, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     low, high = np.percentile(replicas, [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(units))

@@ -44,7 +44,6 @@ def greedy(
     pixel_values: Mapping[str, torch.Tensor],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    image_index: torch.Tensor | None = None,
     max_new_tokens: int = 64,
     grammars: Sequence[Grammar | None] | None = None,
     watched: Watched | None = None,
@@ -74,9 +73,8 @@ def greedy(
         "input_ids": input_ids,
         "bounds": torch.tensor(spans, device=device),
     }
-    for name, optional in (("attention_mask", attention_mask), ("image_index", image_index)):
-        if optional is not None:
-            inputs[name] = optional
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
     if any(g is None or isinstance(g, Worded) for g in rows):
         words = _Words(rows, max_new_tokens, config, device)
         answer = _decode(vlm, layers, inputs, spans, words, watched)
@@ -121,8 +119,6 @@ def _decode(
     """Answers [N, T]. inputs: as `greedy` makes them. words: None where the spans say all."""
     pixels = {name.removeprefix("pixels/"): t for name, t in inputs.items() if name.startswith("pixels/")}
     features, _ = vlm.encode_images(pixels)
-    if "image_index" in inputs:
-        features = features[inputs["image_index"]]
     text = vlm.embed_text(inputs["input_ids"])
     other = isinstance(layers, SmallStack) and text.dtype != layers.dtype  # a prompt's rows are many
     first = STACK(vlm.language_model, False, False) if other else layers

@@ -44,17 +44,16 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def bfloat16_is_fast(device: torch.device, tiles: bool | None = None) -> bool:
+def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether matrix products take less time in bfloat16 than in float32: on GPUs, and CPUs with AMX's tiles.
 
     AVX-512 multiplies bfloat16 too, but a training step takes longer in it, since everything beside the
-    products has to convert (`benchmarks/train/step.py`). tiles: whether oneDNN may use them; None: as here.
+    products has to convert (`benchmarks/train/step.py`).
     """
     if device.type != "cpu":
         return True
-    if tiles is None:
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-        tiles = torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    tiles = torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
     return tiles and HAS_BFLOAT16
 
 

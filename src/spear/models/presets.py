@@ -20,8 +20,8 @@ class Preset:
                  vocabulary comes from the tokenizer.
     stem         "patch": one convolution per patch, as published; "conv": `spear.models.vision.ConvStem`.
     vocabulary   text tokens of the base tokenizer, without 3D tokens.
-    bins         3D tokens. horizon: actions per chunk, at `rate_hz` steps per second, in all of
-                 them that of the data (`data.actions.RATE_HZ`).
+    bins         3D tokens. horizon: actions per chunk, at the steps per second of the data
+                 (`data.actions.RATE_HZ`).
     coordinate_smoothing  see `SpearVLMConfig`. flow: fields of `spear.flow.FlowConfig`.
     prompt_tokens  the longest text prompt accepted.
     """
@@ -36,7 +36,6 @@ class Preset:
     vocabulary: int = 257152
     bins: int = 1024
     horizon: int = 5
-    rate_hz: float = 5.0
     coordinate_smoothing: float = 0.0
     flow: Mapping[str, Any] = field(default_factory=dict)
     prompt_tokens: int = 64

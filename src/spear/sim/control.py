@@ -13,7 +13,6 @@ really is, so that a blocked arm does not wind up.
 
 import math
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import mujoco
@@ -59,14 +58,6 @@ def ee_from_flange() -> Floats:
     """[4, 4] pose of the EE frame in the flange frame."""
     c, s = math.cos(-math.pi / 4), math.sin(-math.pi / 4)
     return np.array([[c, s, 0, 0], [s, -c, 0, 0], [0, 0, -1, _ARM.site("ee").pos[2]], [0, 0, 0, 1]])
-
-
-@dataclass(frozen=True)
-class Motion:
-    """What became of an action: its target was out of reach; it asked for more than one step can do."""
-
-    unreachable: bool
-    clipped: bool
 
 
 def pose(joints: Floats) -> tuple[Floats, Floats]:
@@ -149,15 +140,16 @@ class Servo:
         mujoco.mj_kinematics(self._model, self._data)
         self._position, self._rotation = pose(self._command)
 
-    def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> Motion:
+    def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> bool:
         """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
-        (end-effector frame), open (>= 0.5) or close the gripper, and run the physics."""
+        (end-effector frame), open (>= 0.5) or close the gripper, and run the physics. Returns whether the
+        target was out of reach."""
         measured, turn = self.pose()
         position, quat = _leash(self._position, self._rotation, measured, turn)
-        translation, short = _shorten(translation, MAX_STEP[0])
+        translation = _shorten(translation, MAX_STEP[0])
         delta = np.zeros(3)
         mujoco.mju_quat2Vel(delta, rotation, 1.0)
-        delta, turned_short = _shorten(delta, MAX_STEP[1])
+        delta = _shorten(delta, MAX_STEP[1])
         position = position + translation
         low = position[2] < FLOOR
         position[2] = max(position[2], FLOOR)
@@ -186,7 +178,7 @@ class Servo:
         # positions that belong to the new joint angles, for whoever looks next
         mujoco.mj_kinematics(self._model, self._data)
         self._command = goal
-        return Motion(unreachable=bool(missed or low), clipped=bool(short or turned_short or excess > 1))
+        return bool(missed or low)
 
 
 def length(vector: Floats) -> float:
@@ -218,19 +210,16 @@ def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
 
 def _leash(position: Floats, rotation: Floats, measured: Floats, turn: Floats) -> tuple[Floats, Floats]:
     """The target (position, rotation) drawn within `LEASH` of the measured pose."""
-    offset, _ = _shorten(position - measured, LEASH[0])
-    difference, short = _shorten(rotation_vector(turn, rotation), LEASH[1])
-    if not short:
+    offset, apart = _shorten(position - measured, LEASH[0]), rotation_vector(turn, rotation)
+    if length(apart) <= LEASH[1]:
         return measured + offset, rotation.copy()
-    step, quat = np.empty(4), np.empty(4)
+    step, quat, difference = np.empty(4), np.empty(4), _shorten(apart, LEASH[1])
     angle = length(difference)
     mujoco.mju_axisAngle2Quat(step, difference / angle, angle)
     mujoco.mju_mulQuat(quat, step, turn)
     return measured + offset, quat
 
 
-def _shorten(vector: Floats, longest: float) -> tuple[Floats, bool]:
+def _shorten(vector: Floats, longest: float) -> Floats:
     norm = length(vector)
-    if norm <= longest:
-        return vector, False
-    return vector * (longest / norm), True
+    return vector if norm <= longest else vector * (longest / norm)

@@ -4,14 +4,13 @@ Observations are the dict that `spear.types.Policy.infer` takes, actions are row
 """
 
 import string
-from dataclasses import asdict
 from typing import Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import Motion, check_action
+from spear.sim.control import check_action
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, milestones
@@ -44,8 +43,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
-    quaternion. `info` has `spear.sim.world.milestones` (all but success: at any time so far) and the flags of
-    `spear.sim.control.Motion`. Reward is 1 at success, where the episode ends, else 0.
+    quaternion. `info` has `spear.sim.world.milestones` (all but success: at any time so far), and whether the
+    target of the action was "unreachable". Reward is 1 at success, where the episode ends, else 0.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": RATE_HZ}  # noqa: RUF012
@@ -81,7 +80,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         if seed is None:
             seed = int(self.np_random.integers(0, TRAIN_SEED))
         self.load(World(sample_scene(self.family, seed)))
-        return self.observe(), self._info(Motion(False, False))
+        return self.observe(), self._info(False)
 
     def load(self, world: World) -> None:
         """Start from a given world."""
@@ -98,9 +97,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """`step` without looking: moves the world and returns `info`."""
         translation, rotation, opening = check_action(action)
-        motion = self.world.servo.move(translation, rotation, opening, SUBSTEPS)
+        unreachable = self.world.servo.move(translation, rotation, opening, SUBSTEPS)
         self.steps += 1
-        return self._info(motion)
+        return self._info(unreachable)
 
     def observe(self) -> Observation:
         """What the policy sees now."""
@@ -128,8 +127,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         """The external camera's image."""
         return self.renderer.images(self.world, [("external", self.image_size)])[0]
 
-    def _info(self, motion: Motion) -> dict[str, Any]:
+    def _info(self, unreachable: bool) -> dict[str, Any]:
         now = milestones(self.world)
         for key in self._milestones:
             self._milestones[key] = now[key] = self._milestones[key] or now[key]
-        return {**now, **asdict(motion), "steps": self.steps}
+        return {**now, "unreachable": unreachable, "steps": self.steps}

@@ -61,8 +61,8 @@ class Renderer:
     """A rendering context that any number of worlds share. It belongs to the thread that made it, and is
     given back by `close` or with the last reference."""
 
-    def __init__(self, width: int = 560, height: int = 420) -> None:
-        self._size = (width, height)
+    def __init__(self) -> None:
+        self._size = width, height = 560, 420  # of the buffers, which grow with the pictures asked for
         try:
             self._gl = _gl_context(width, height)
             self._gl.make_current()

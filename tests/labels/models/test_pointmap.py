@@ -39,7 +39,7 @@ def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> 
     folder = shared / "fixtures" / "moge"
     model = reference(folder, 2)
     pointmap = MogePointMap(model, checkpoint(folder, 2).path.name, device="cpu")
-    pointmap.num_tokens = 20
+    pointmap.model.most_tokens = 20
     assert pointmap.name == "moge-2 reference-v2.pt"
     one = noise(0)
     (found,) = pointmap.predict([one])

@@ -23,9 +23,6 @@ class MogePointMap:
     The model is moved to the device (`choose_device`). name: of its weights, for the label's provenance.
     """
 
-    num_tokens: int | None = None
-    """See `spear.models.moge.infer.infer`: None takes the finest."""
-
     def __init__(self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto") -> None:
         chosen = choose_device(device)
         # mixed precision, as MoGe does
@@ -44,7 +41,7 @@ class MogePointMap:
         results: dict[int, PointMapResult] = {}
         for members in groups.values():
             images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(0, 3, 1, 2)
-            found = infer(self.model, images, self.num_tokens, self.dtype)
+            found = infer(self.model, images, dtype=self.dtype)
             results |= {i: self._result(found, row, frames[i].source) for row, i in enumerate(members)}
         return [results[index] for index in range(len(frames))]
 

@@ -6,7 +6,6 @@ written since; MoGe as `spear.models.moge.checkpoint` reads it.
 
 import copy
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,8 @@ def plan_backbones(
         keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
-    report = _ordered(keys, list(wanted))
+    place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
+    report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
     return Conversion(
         SpearVLMForConditionalGeneration, config, report, parts, shards.dtype(table), sources, tokenizer
     )
@@ -217,9 +217,3 @@ def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
                 why = "ImageNet's, checked"
             keys.append(Key(name, tuple(weight.shape), "left out", why))
     return keys
-
-
-def _ordered(keys: Sequence[Key], wanted: Sequence[str]) -> KeyReport:
-    """The report, in the order of the model."""
-    place = {name: i for i, name in enumerate(wanted)}
-    return KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
