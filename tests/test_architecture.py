@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2083, "ablations": 653, "cli": 1576, "data": 4592, "embodiments": 775, "evaluate": 3170,
-    "labels": 4719, "models": 4767, "report": 1184, "serve": 1002, "sim": 1593, "train": 2525, "ui": 692,
+    "labels": 4719, "models": 4768, "report": 1184, "serve": 1002, "sim": 1593, "train": 2525, "ui": 692,
     "util": 730,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

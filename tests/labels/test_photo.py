@@ -30,7 +30,7 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMap(random_v1(), device="cpu")
-    pointmap.model.most_tokens = 60
+    monkeypatch.setattr(pointmap.model, "most_tokens", 60)
     settings = BoxSettings(min_points=4)
     write_labels(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels.parquet")
     (seen,) = read(tmp_path / "labels.parquet")
