@@ -1,8 +1,8 @@
 """Puts a trained folder into the package, as float16: `python scripts/ship_nano.py runs/nano-vla nano`.
 
-The name is what commands take: "nano", the policy, which holds its whole SPEAR-VLM, so that one folder serves
-`spear ask` and `spear evaluate`; "nano-vlm-0" and "nano-depth", from which SPEAR-VLM is trained. Results are
-written into the model card by hand, from the outputs of `spear evaluate vqa` and `spear evaluate`.
+The name is what commands take: "nano", the policy; "nano-vlm", the SPEAR-VLM that `spear ask` asks;
+"nano-vlm-0" and "nano-depth", from which SPEAR-VLM is trained. Results are written into the model card by
+hand, from the outputs of `spear evaluate vqa` and `spear evaluate`.
 """
 
 from __future__ import annotations

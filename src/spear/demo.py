@@ -58,7 +58,7 @@ def make(out: Path, data: Path | None = None) -> Path:
     log, started = Console(stderr=True), time.perf_counter()
     if data is not None:
         _split(data, out)  # what is wrong with it is said before minutes of other work
-    vlm, policy = load_vlm("nano"), Spear1Policy.load("nano")
+    vlm, policy = load_vlm("nano-vlm"), Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     jobs: dict[str, tuple[str, Callable[[], Values]]] = {

@@ -106,7 +106,7 @@ class VlmBundle:
 
 
 def load_vlm(
-    name: str | Path = "nano", device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    name: str | Path = "nano-vlm", device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
 ) -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
 

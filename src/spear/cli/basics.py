@@ -20,7 +20,7 @@ class AskOptions(Options):
     """A JPEG or PNG file, or sim:SEED for a scene of the built-in simulator."""
     question: Annotated[Positional[str], arg(metavar="QUESTION")]
     """What to ask, in words."""
-    model: Model = "nano"
+    model: Model = "nano-vlm"
     family: Name = None
     """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
     back_projection or chain_of_thought. Without it the model answers freely."""

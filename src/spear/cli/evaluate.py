@@ -151,7 +151,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     with drawn boxes, OUT/index.html.
 
     Examples:
-        spear evaluate vqa nano sim --images 100
+        spear evaluate vqa nano-vlm sim --images 100
         spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
         spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate
     """

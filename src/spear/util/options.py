@@ -90,7 +90,7 @@ Dtype = Annotated[
 ]
 Policy = Annotated[str, arg(help="nano (comes with this package) or a folder with a trained policy.")]
 Model = Annotated[
-    str, arg(help="The SPEAR-VLM: nano (comes with this package) or a folder with a trained one.")
+    str, arg(help="The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one.")
 ]
 Dataset = Annotated[
     str | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from spear.errors import SpearError
 
 SHIPPED = Path(__file__).parents[2] / "weights"
-"""Where the weights that come with the package lie: a folder per name, each a policy with its SPEAR-VLM."""
+"""Where the weights that come with the package lie: a folder per name."""
 
 
 def locate(name: str | Path) -> Path:
