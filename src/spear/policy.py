@@ -21,8 +21,9 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import fingerprint, locate
+from spear.models.weights.folders import locate
 from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
+from spear.util.ledger import fingerprint
 
 
 @dataclass(frozen=True)

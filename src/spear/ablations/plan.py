@@ -17,12 +17,12 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known
 from spear.labels.store import count
 from spear.models.presets import preset
-from spear.models.weights.folders import fingerprint, locate
+from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe
 from spear.types import FlowConfig
-from spear.util.ledger import add_files, lock
+from spear.util.ledger import add_files, fingerprint, lock
 from spear.util.options import key_values
 
 SCENES = 13_056
