@@ -92,19 +92,19 @@ class IdleAgent(Agent):
 
 def load_agent(
     name: str,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     dataset: str | None = None,
     steps: int | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last 3 of no other."""
+    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), and of no other."""
     from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
-    told = {"--dataset": dataset, "--flow-steps": steps, "--dtype": None if dtype == "float32" else dtype}
-    for option, value in told.items():
-        if value is not None and (remote or name in ("expert", "oracle", "nothing")):
+    usual = {"--device": "auto", "--dtype": "float32", "--dataset": None, "--flow-steps": None}
+    for (option, own), value in zip(usual.items(), (device, dtype, dataset, steps), strict=True):
+        if value != own and (remote or name in ("expert", "oracle", "nothing")):
             raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
         return ExpertAgent() if name == "expert" else IdleAgent()
