@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2083, "ablations": 653, "cli": 1576, "data": 4592, "embodiments": 775, "evaluate": 3170,
-    "labels": 4719, "models": 4768, "report": 1184, "serve": 1002, "sim": 1593, "train": 2525, "ui": 692,
-    "util": 730,
+    "(top)": 2084, "ablations": 654, "cli": 1576, "data": 4611, "embodiments": 780, "evaluate": 3173,
+    "labels": 4719, "models": 4759, "report": 1184, "serve": 1002, "sim": 1594, "train": 2529, "ui": 692,
+    "util": 742,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

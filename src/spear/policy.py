@@ -11,7 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
-from spear.embodiments.tools import Checked, check, is_camera
+from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
@@ -21,8 +21,9 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import fingerprint, locate
+from spear.models.weights.folders import locate
 from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
+from spear.util.ledger import fingerprint
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Spear1Policy:
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
         sizes = self.processor.image_sizes
-        keys = {"observation/image" if v == "external" else f"observation/{v}_image": v for v in sizes}
+        keys = {camera_key(view): view for view in sizes}
         for key in (key for observation in observations for key in observation):
             if is_camera(key) and key not in keys:
                 raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")

@@ -274,6 +274,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return look_at(folder / "labels", folder / "episodes")
 
 
+def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path: Path) -> None:
+    """Else what was learned from them alone would count as not done."""
+    found = expected(AblationOptions(labels=data.labels, out=tmp_path))
+    assert (found.labels_key, found.images, found.key) == (data.labels_key, data.images, "")
+
+
 def die(words: str) -> None:
     """Kill this process when the second training begins."""
     if "nano-vlm-2" in words:

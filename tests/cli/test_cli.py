@@ -118,6 +118,7 @@ def test_a_word_that_many_commands_begin_with_names_them(
             "--films some: give failures or all or a whole num",
         ),
         ("evaluate simpler --policy expert", "oracle"),
+        ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --budget 0", "--budget"),
         ("evaluate ablations --rows no3d", "'no-3d'"),
         ("evaluate ablations --set steps=3", "--budget"),

@@ -12,8 +12,10 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make
 from spear.cli import main
 from spear.data.actions import derive_actions
-from spear.data.audit import Report, audit, judge
+from spear.data.audit import Report, audit, claims, judge, make_recording
 from spear.data.hypotheses import Recording
+from spear.data.readers.layout import franka_pose
+from spear.data.readers.spec import REGISTRY
 from spear.data.senses import check_cameras, look
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
@@ -296,3 +298,22 @@ def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_pa
     report = bridge(shared, tmp_path, rotation_format="euler_zyx", logged_rotation="action[3:6]")
     assert report.outcome == "contradiction" and "euler_xyz" in report.forms
     assert "rotation_format: euler_xyz" in conclusion(report) and "frame" not in conclusion(report)
+
+
+def test_what_a_franka_logs_is_compared_with_the_frame_of_its_own_hand() -> None:
+    """O_T_EE has z out of the gripper; our frame, which joint angles give, is half a turn about x from it."""
+    spec, rng = REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"], np.random.default_rng(0)
+    found, time = [], np.arange(24)[:, None] / 20
+    for number in range(6):
+        middle = np.array([0, -0.5, 0, -2.2, 0, 1.7, 0.8]) + rng.uniform(-0.2, 0.2, 7)
+        joints = middle + 0.25 * np.sin(rng.uniform(1, 4, 7) * time + rng.uniform(0, 6, 7))
+        position, ours = franka_pose(joints)
+        hand = Rotation.from_quat(ours, scalar_first=True) * Rotation.from_euler("x", np.pi)
+        assert (hand.as_matrix()[:, 2, 2] < 0).all()  # down
+        action = np.zeros((24, 8))
+        action[:, :7] = np.roll(np.c_[position, hand.as_quat(scalar_first=True)], -1, axis=0)
+        steps = {"observation": {"state": np.c_[joints, action[:, 7]]}, "action": action}
+        found.append(make_recording(steps, spec, f"made#{number}"))
+    report = judge(found, claims(dataclasses.replace(spec, rotation_format="quat_wxyz")))
+    assert report.outcome == "consistent"
+    assert all(part.said is not None and part.said.relative < 1e-3 for part in report.parts)

@@ -1,21 +1,29 @@
 """Recording goes on where it was stopped, and mixes nothing up."""
 
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from data_tiny import assert_same
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
+from spear.sim.record import Acts
 from spear.util.ledger import lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}
 FAMILIES = "put_on", "spoon_on_towel"
 
 
-def record(out: Path, episodes: int = 2, first_seed: int = 10_000, **changed: object) -> tuple[int, int]:
-    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0)  # type: ignore[arg-type]
+def record(
+    out: Path, episodes: int = 2, first_seed: int = 10_000, policy: Acts | None = None, **changed: object
+) -> tuple[int, int]:
+    sizes: Any = {**SIZES, **changed}
+    return demonstrate(out, FAMILIES, episodes, first_seed, sizes, workers=0, policy=policy)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +76,20 @@ def test_one_recording_at_a_time(whole: Path) -> None:
     with lock(whole / ".lock"), pytest.raises(SpearError, match="another process is recording"):
         record(whole, episodes=3)
     assert len(EpisodeStore(whole)) == 4
+
+
+def still(folder: Path, observation: object, seed: int, step: int) -> Any:
+    return np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+
+
+def test_a_recording_with_a_policy_continues_with_the_same_weights_only(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    out = tmp_path / "out"
+    kept, _ = record(out, 1, policy=partial(still, tmp_path / "one"))
+    assert kept and record(out, 1, policy=partial(still, tmp_path / "moved")) == (kept, 2)
+    with pytest.raises(SpearError, match="policy"):
+        record(out, 2, policy=partial(still, tmp_path / "other"))
+    assert len(EpisodeStore(out)) == kept

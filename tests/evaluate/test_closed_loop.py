@@ -50,7 +50,7 @@ class Wander:
         self.shapes: set[tuple[int, ...]] = set()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        self.shapes |= {observation[f"observation/{key}"].shape for key in ("image", "wrist_image")}
+        self.shapes |= {value.shape for key, value in observation.items() if key.endswith("image")}
         state = observation["observation/state"]
         step = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
         return {"actions": np.tile([*step, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)}
@@ -67,6 +67,13 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
         runs.append(run(agent, 3, first_seed=20, batch=batch, replan=5).outcomes)
         assert policy.shapes == {(32, 48, 3), (24, 24, 3)}
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("view", SMALL)
+def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
+    policy, (width, height) = Wander(), SMALL[view]
+    assert run(PolicyAgent(policy, "x", image_sizes={view: SMALL[view]}), 1, replan=5).outcomes
+    assert policy.shapes == {(height, width, 3)}
 
 
 def test_films_are_made_in_both_runs_of_an_evaluation_that_goes_on(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from spear.errors import SpearError
 from spear.evaluate.results import Journal, Outcome, Results, load, merge, terminal_table
-from spear.models.weights.folders import fingerprint
+from spear.util.ledger import fingerprint
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:

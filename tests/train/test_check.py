@@ -143,6 +143,16 @@ def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refuse
 
 
 @pytest.mark.parametrize(
+    "words", ["final_lr=0.1 schedule=constant", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]']
+)
+def test_keys_that_others_leave_without_effect_are_refused(words: str, refused: Refused) -> None:
+    given = "--init nano --episodes mine --set"
+    assert f"--set {words.split()[0]}: recipe" in refused(
+        "train", "nano-post", *given.split(), *words.split()
+    )
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         *(("lr", bad) for bad in (math.nan, math.inf, -1e-4, True, "fast")),

@@ -114,11 +114,12 @@ UPRIGHT: dict[int, Callable[[Array], Array]] = {
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_exif_orientation_is_applied_to_photos_only(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = load_image(encoded(Image.fromarray(PICTURE), "PNG", exif=exif))
-    assert (image == UPRIGHT[orientation](PICTURE)).all()
+    data = encoded(Image.fromarray(PICTURE), "PNG", exif=exif)
+    assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all()
+    assert (decode_image(data) == PICTURE).all()
 
 
 def test_what_is_no_picture_is_refused() -> None:

@@ -17,12 +17,12 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known
 from spear.labels.store import count
 from spear.models.presets import preset
-from spear.models.weights.folders import fingerprint, locate
+from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe
 from spear.types import FlowConfig
-from spear.util.ledger import add_files, lock
+from spear.util.ledger import add_files, fingerprint, lock
 from spear.util.options import key_values
 
 SCENES = 13_056
@@ -49,9 +49,10 @@ class Data:
     labels_key: str
 
 
-def look_at(labels: Path, episodes: Path) -> Data:
-    """What is in two folders. Raises `SpearError` for one without labelled images or episodes."""
-    EpisodeStore(episodes)
+def look_at(labels: Path, episodes: Path, recorded: bool = True) -> Data:
+    """What is in two folders. `SpearError` for one without labelled images or, if `recorded`, episodes."""
+    if recorded:
+        EpisodeStore(episodes)
     view = labels / "external"
     images = count(view if view.is_dir() else labels)
     digest = hashlib.sha256()
@@ -59,7 +60,7 @@ def look_at(labels: Path, episodes: Path) -> Data:
     for folder in (labels, episodes):
         add_files(digest, folder, ("*.parquet", "*.arrow", "*.txt"))
         keys.append(digest.hexdigest()[:12])
-    return Data(labels, episodes, images, keys[1], keys[0])
+    return Data(labels, episodes, images, keys[1] if recorded else "", keys[0])
 
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
@@ -86,8 +87,8 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
 def expected(options: AblationOptions) -> Data:
     """What `obtain` gives, as far as it can be known without making anything."""
     labels, episodes = _folders(options)
-    if (options.labels or (labels / "complete").is_file()) and episodes.is_dir():
-        return look_at(labels, episodes)
+    if options.labels or (labels / "complete").is_file():
+        return look_at(labels, episodes, episodes.is_dir())
     return Data(labels, episodes, SCENES, "", "")
 
 

@@ -66,7 +66,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
     given = who.device, who.dtype, who.dataset, who.flow_steps
-    oracle = who.policy == "oracle" and given[1:] == ("float32", None, None)
+    oracle = who.policy == "oracle" and given == ("auto", "float32", None, None)
     run(OracleAgent() if oracle else load_agent(who.policy, *given), options.loop)
     _report(who.policy, options.loop.out)
 

@@ -243,7 +243,10 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     if not len(valid):
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     quaternions = to_quaternion(rotation, form, source)
-    if form in BELIEVED:
+    if spec.rotation_format == "franka_joints":  # what is logged is the hand's own frame, O_T_EE
+        w, x, y, z = quaternions.T
+        rotation = np.stack([-x, w, z, -y], axis=1)  # half a turn about x from ours
+    elif form in BELIEVED:
         rotation = quaternions
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")

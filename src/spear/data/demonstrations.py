@@ -11,8 +11,11 @@ from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
-from spear.util.ledger import alone
+from spear.util.ledger import alone, fingerprint, same_settings
 from spear.util.progress import ProgressBar, tracked
+
+SETTINGS = ".recorded.json"
+"""What demonstrations with a policy depend on."""
 
 
 def demonstrate(
@@ -31,7 +34,8 @@ def demonstrate(
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
-    for a folder that holds other files, other demonstrations or images of another size.
+    for a folder that holds other files, other demonstrations, those with another policy, or images of another
+    size.
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)
@@ -41,7 +45,7 @@ def demonstrate(
     def make(first: int) -> Iterator[Episode]:
         return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
 
-    return collect(out, sources, make, sizes)
+    return collect(out, sources, make, sizes, policy)
 
 
 def check_seed(first: int) -> None:
@@ -55,6 +59,7 @@ def collect(
     sources: Sequence[str],
     make: Callable[[int], Iterator[Episode]],
     sizes: Mapping[str, Size],
+    policy: Acts | None,
     shard_size: int = 256,
 ) -> tuple[int, int]:
     """Write the successful ones of these episodes; the rest is as in `demonstrate`.
@@ -63,9 +68,12 @@ def collect(
     shard_size  how many are written at once: fewer are lost when it is killed.
     """
     check_own(out, SHARD_GLOB, "record")
-    with alone(out, "recording into"):
+    with alone(out, "recording into", SETTINGS):
         sweep(out)
         kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
+        if policy is not None:  # its weights are told by no episode
+            acts = {"policy": [fingerprint(folder) for folder in getattr(policy, "args", ())]}
+            same_settings(out / SETTINGS, acts, begun=is_store(out))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

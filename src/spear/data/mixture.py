@@ -158,8 +158,8 @@ class TrainingSamples:
 def jitter(image: Array, draws: Array, strength: float, out: Array | None = None) -> Array:
     """Another exposure of the same scene: brightness, contrast and colour balance, by five draws in [0, 1).
 
-    The one change of an image that keeps geometry true. image [h, w, 3] uint8 -> the same shape (in `out`, if
-    given). At strength 1 (our choice): brightness ± 10 % of the range, contrast ± 20 %, channels ± 5 %.
+    It alone keeps geometry true. image [h, w, 3] uint8 -> the same shape (in `out`, if given). At strength 1
+    (our choice): brightness ± 10 % of the range, contrast ± 20 %, the gain of each channel ± 5 %.
     """
     offset, contrast, *gains = (2 * draws - 1) * strength
     level = np.arange(256, dtype=np.float32)[:, None]

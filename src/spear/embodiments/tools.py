@@ -126,6 +126,11 @@ def is_camera(key: Any) -> bool:
     return isinstance(key, str) and re.fullmatch(r"observation/(.+_)?image", key) is not None
 
 
+def camera_key(view: str) -> str:
+    """The key of a view's images."""
+    return IMAGE if view == "external" else f"observation/{view}_image"
+
+
 def image(observation: Observation, key: str) -> Array:
     """[h, w, 3] uint8, RGB. Raises `SpearError` naming the key for anything else."""
     value = observation[key]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from spear.embodiments.tools import camera_key, is_camera
 from spear.errors import SpearError
 from spear.types import Array, Policy
 
@@ -41,19 +42,21 @@ class Agent(Protocol):
 
 
 class PolicyAgent(Agent):
-    """A policy, which sees only observations. Its noise is fixed by the scene's seed and the step, so that an
-    outcome does not depend on which scenes run beside it."""
+    """A policy, which sees only observations, of the cameras in `image_sizes`. Its noise is fixed by the
+    scene's seed and the step, so that an outcome does not depend on which scenes run beside it."""
 
     needs_images = True
 
     def __init__(
         self, policy: Policy, name: str, weights: str | None = None, image_sizes: Sizes = IMAGE_SIZES
     ) -> None:
-        self.policy, self.name, self.weights, self.image_sizes = policy, name, weights, image_sizes
+        self.policy, self.name, self.weights = policy, name, weights
+        self.image_sizes, self._cameras = {**IMAGE_SIZES, **image_sizes}, {*map(camera_key, image_sizes)}
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)]
+        seen = [{k: o[k] for k in o if not is_camera(k) or k in self._cameras} for o in observations]
+        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, seen, strict=True)]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
 
@@ -92,19 +95,19 @@ class IdleAgent(Agent):
 
 def load_agent(
     name: str,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     dataset: str | None = None,
     steps: int | None = None,
 ) -> Agent:
     """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), the last 3 of no other."""
+    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), and of no other."""
     from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
-    told = {"--dataset": dataset, "--flow-steps": steps, "--dtype": None if dtype == "float32" else dtype}
-    for option, value in told.items():
-        if value is not None and (remote or name in ("expert", "oracle", "nothing")):
+    usual = {"--device": "auto", "--dtype": "float32", "--dataset": None, "--flow-steps": None}
+    for (option, own), value in zip(usual.items(), (device, dtype, dataset, steps), strict=True):
+        if value != own and (remote or name in ("expert", "oracle", "nothing")):
             raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
         return ExpertAgent() if name == "expert" else IdleAgent()
@@ -117,6 +120,6 @@ def load_agent(
             policy.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
-        return PolicyAgent(policy, name, policy.metadata.get("weights"), {**IMAGE_SIZES, **sizes})
+        return PolicyAgent(policy, name, policy.metadata.get("weights"), sizes or IMAGE_SIZES)
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
     return PolicyAgent(local, name, local.identity, local.processor.image_sizes)

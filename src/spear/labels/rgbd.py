@@ -2,7 +2,7 @@
 
 A plain folder. Both images show the same view; the depth image may have fewer pixels.
 
-    color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`
+    color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`; as stored, whatever its EXIF says
     depth/NAME.png    16 bits, millimetres; 0 and 65535 are unknown
     intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image, the first pixel's centre at 0 (as in
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
@@ -66,7 +66,7 @@ class Scene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
-        image, depth = load_image(color), read_depth(depth_file)
+        image, depth = load_image(color, stored=True), read_depth(depth_file)
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:

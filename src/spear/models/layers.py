@@ -128,7 +128,8 @@ def suffix_mask(valid: torch.Tensor, horizon: int, samples: int) -> torch.Tensor
 
 
 def sinusoids(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
-    """π0's embedding of the flow time, [...] -> [..., width] float32: sines, then cosines."""
+    """π0's embedding of the flow time, [...] -> [..., width] float32: sines, then cosines, of geometrically
+    spaced periods."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
     # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
     frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi

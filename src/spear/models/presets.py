@@ -127,8 +127,8 @@ def vlm_config(
     """The SPEAR-VLM config of a preset.
 
     vocabulary: of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By default the
-    3D tokens follow the preset's text vocabulary. networks: `vision_config`, `moge_config` and `text_config`
-    instead of the preset's.
+    3D tokens follow the preset's text vocabulary. networks: the configs `vision_config`, `text_config` and
+    `moge_config` to take instead of the preset's.
     """
     from spear.models.vlm import SpearVLMConfig  # here: presets are looked up before networks are needed
 

@@ -24,7 +24,8 @@ from spear.util import processes
 from spear.util.images import encode_jpeg
 
 Acts = Callable[[Mapping[str, Any], int, int], NDArray[np.float32]]
-"""What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise."""
+"""What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise. Whose
+weights lie in folders is a `functools.partial` of these."""
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03

@@ -226,7 +226,11 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
         where = "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
         raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
     silent = _ASKS if acts and not stage.question_images else ""
-    unused = f"{UNUSED[stage.kind]} {silent} {'' if stage.lora_rank else 'lora_alpha'}".split()
+    opt, unused = stage.optimization, f"{UNUSED[stage.kind]} {silent}".split()
+    unused += [] if stage.lora_rank else ["lora_alpha"]
+    unused += ["final_lr"] if opt.schedule == "constant" else []
+    still = [p for p in opt.lr_scale if any(f"{p}.".startswith(f"{f}.") for f in opt.frozen)]
+    unused += ["lr_scale"] if still and not stage.lora_rank else []
     if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
         raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
 

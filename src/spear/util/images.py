@@ -19,7 +19,7 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
 
     out: an array that is filled and returned, if it has the image's size; else a new one is.
     JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
-    is not plain (CMYK, of no sane size, broken) `load_image` reads, or says why not.
+    is not plain (CMYK, of no sane size, broken) `load_image` reads, as stored, or says why not.
     """
     if encoded.startswith(IMAGE_BEGINS[0]):
         try:
@@ -30,7 +30,7 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
                 return out if out is not None and fits else np.asarray(found)
         except ValueError:
             pass
-    return load_image(encoded, where)
+    return load_image(encoded, where, stored=True)
 
 
 def placed(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, int, int, int, int]:
@@ -85,7 +85,9 @@ def encode_jpeg(image: Array, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def load_image(source: str | Path | bytes, name: str = "", longest: int | None = None) -> Array:
+def load_image(
+    source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
+) -> Array:
     """An image file as [h, w, 3] uint8 RGB, turned as its EXIF orientation says.
 
     CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid
@@ -94,6 +96,7 @@ def load_image(source: str | Path | bytes, name: str = "", longest: int | None =
 
     source   a path, or the bytes of the file; name: what errors call it, the path when not given.
     longest  the most pixels that a side may have: looked at before the pixels are.
+    stored   leaves it as it is stored, where depth, intrinsics or other views belong to its pixels.
 
     Raises `SpearError` for no such file, not an image, a broken or truncated one, one that claims to be
     enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
@@ -111,7 +114,7 @@ def load_image(source: str | Path | bytes, name: str = "", longest: int | None =
                 size = "{} x {}".format(*image.size)
                 raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             image.load()
-            return np.array(_rgb(ImageOps.exif_transpose(image), name))
+            return np.array(_rgb(image if stored else ImageOps.exif_transpose(image), name))
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds

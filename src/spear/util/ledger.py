@@ -138,3 +138,12 @@ def add_files(digest: "hashlib._Hash", folder: Path, kinds: Sequence[str]) -> No
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - END))
                 digest.update(file.read())
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
+    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

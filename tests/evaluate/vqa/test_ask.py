@@ -12,8 +12,9 @@ from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
 from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPTS
-from spear.models.weights.folders import SHIPPED, fingerprint, simulator_only
+from spear.models.weights.folders import SHIPPED, simulator_only
 from spear.policy import VlmBundle, load_vlm
+from spear.util.ledger import fingerprint
 
 NANO = SHIPPED / "nano"
 

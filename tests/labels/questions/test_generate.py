@@ -142,9 +142,10 @@ def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImag
     assert not generate(unseen, np.random.default_rng(0), families=["what_at"])
 
 
-def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(160, 120), (159, 119)])
+def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    frame = random_frame(rng)
+    frame = random_frame(rng, width=size[0], height=size[1])
     assert frame.depth is not None and frame.intrinsics is not None
     height, width = frame.depth.shape
     image = encode_jpeg(frame.image)

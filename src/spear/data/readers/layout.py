@@ -201,20 +201,28 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
 
 
 def _text(steps: Steps, where: str, source: str) -> str:
-    """The first row of a column as text: bytes, a text, or Unicode code points padded with zeros.
+    """What a column says: bytes, texts, or Unicode code points padded with zeros; the same in all rows, but
+    for empty ones.
 
-    Raises SpearError naming the column for anything else, such as numbers or images.
+    Raises SpearError naming the column for anything else, such as numbers, images or a text that changes.
     """
-    rows = column(steps, where, source)
     try:
-        first = rows[0] if len(rows) else ""
-        if isinstance(first, np.ndarray) and first.dtype.kind in "iu":
-            first = "".join(chr(int(c)) for c in first.reshape(-1) if c)
-        text = first.strip() if isinstance(first, str) else bytes.decode(first, "utf-8", "replace").strip()
-        if CONTROL.search(text):
-            raise ValueError
+        rows = {r.tobytes() if isinstance(r, np.ndarray) else r: r for r in column(steps, where, source)}
+        texts = [text for text in dict.fromkeys(map(_words, rows.values())) if text]
     except (TypeError, ValueError, OverflowError) as error:
         raise SpearError(f"no text in column {where!r}: {source}: name another column") from error
+    if texts[1:]:
+        change = f"{where} is {texts[0]!r} and then {texts[1]!r}"
+        raise SpearError(f"text that changes: {source}: {change}; cut the episode there, or leave it out")
+    return "".join(texts)
+
+
+def _words(row: Any) -> str:
+    if isinstance(row, np.ndarray) and row.dtype.kind in "iu":
+        row = "".join(chr(int(c)) for c in row.reshape(-1) if c)
+    text = row.strip() if isinstance(row, str) else bytes.decode(row, "utf-8", "replace").strip()
+    if CONTROL.search(text):
+        raise ValueError
     return text
 
 

@@ -78,7 +78,7 @@ class DatasetSpec:
     robot            the arm.
     images           our camera name -> column of encoded images.
     image_aspect     our camera name -> true width / height, where the stored images were squeezed.
-    instruction      column of the instruction (its first row counts).
+    instruction      column of the instruction, the same in all steps.
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
     length_unit      of positions and of logged translations; see `LENGTH_UNITS`.

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from spear.labels.questions.templates import EVERYDAY, POINTS, is_a, with_article
+from spear.labels.store import STRIDE
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel
 
 NEAR_TIE = 0.05
@@ -25,7 +26,7 @@ class Scene:
     """A label, and its objects fit for 3D questions (`solid`) and for 2D ones (`flat`).
 
     depth  of the image's pixels, where it is known, as `store.write_depth` keeps it: of the middle one of
-           each square of pixels, [h / s, w / s], in the label's unit, 0 or not finite where unknown.
+           each square of `STRIDE` pixels, in the label's unit, 0 or not finite where unknown.
     """
 
     label: LabeledImage
@@ -137,8 +138,7 @@ def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
     if not (np.isfinite(z) and z > 0):
         return None
     label = scene.label
-    stride = label.height // scene.depth.shape[0]
-    x, y = column * stride + stride // 2 + 0.5, row * stride + stride // 2 + 0.5
+    x, y = (place * STRIDE + STRIDE // 2 + 0.5 for place in (column, row))
     point = z * np.linalg.solve(label.intrinsics, [x, y, 1.0])
     return {"p": str(Pixel(x / label.width, y / label.height))}, point.tolist(), ()
 

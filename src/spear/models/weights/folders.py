@@ -1,6 +1,5 @@
-"""Folders of checkpoints: where they are by name, which weights they hold, and what these have seen."""
+"""Folders of checkpoints: where they are by name, and what they have seen."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -33,12 +32,3 @@ def simulator_only(folder: Path) -> bool:
     file = folder / "recipe.json"
     said = file.is_file() and json.loads(file.read_text()).get("simulator_only") is True
     return said or folder.resolve().is_relative_to(SHIPPED.resolve())
-
-
-def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
-    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
-    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
