@@ -51,8 +51,9 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
     assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said
 
 
-def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
-    trust = Trust.load(NANO)
+@pytest.mark.parametrize("name", ["nano", "nano-vlm"])
+def test_the_shipped_calibration_holds_on_other_scenes(name: str) -> None:
+    trust, nano = Trust.load(SHIPPED / name), load_vlm(name)
     assert trust is not None and trust.tells_absent
     families = ("distance", "keypoint", "box_vertices")
     labels = find_images("sim:300", 24, "external", nano.processor)

@@ -14,7 +14,7 @@ from spear.errors import SpearError
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
-from spear.evaluate.vqa.calibration import Certainty, calibrate
+from spear.evaluate.vqa.calibration import Certainty, calibrate, uncertainty
 from spear.evaluate.vqa.measures import (
     Segments,
     closer_named,
@@ -196,6 +196,15 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
     assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
     assert found.less_sure > 3 * found.surer
     assert (found.miss < 0.05) == (too_sure == 1)
+
+
+def test_a_vertex_is_no_surer_than_those_before_it() -> None:
+    wide, narrow = (Oracle(sigma=sigma)._held(np.full(3, 0.4)) for sigma in (0.1, 0.01))
+    parts = [wide.probabilities[:2], narrow.probabilities[2:], *[narrow.probabilities] * 7]
+    box = Distribution(np.concatenate(parts), wide.coordinates)
+    expected = np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
+    np.testing.assert_allclose(uncertainty(box), expected)
+    np.testing.assert_array_equal(uncertainty(narrow), narrow.spread())
 
 
 def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
+from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA, Distribution
 from spear.types import Array
 from spear.util.files import read_json, write_text
@@ -32,7 +33,7 @@ class Certainty:
     """How sure an answer's numbers were, and whether rightly: [numbers] each, for a true answer `truth`.
 
     below    probability that was given to less than the truth.
-    spread   half the width of the central 68 %, relative to the thing's distance.
+    spread   `uncertainty` relative to the thing's distance.
     off      distance of the truth from the middle of the distribution (its median), relative likewise.
     """
 
@@ -44,7 +45,7 @@ class Certainty:
     def of(said: Distribution, truth: Array, scales: Array) -> "Certainty":
         """From what was held possible for an answer's numbers; scales: the distances they relate to."""
         off = np.abs(said.read("median") - truth) / scales
-        return Certainty(said.below(truth), said.spread() / scales, off)
+        return Certainty(said.below(truth), uncertainty(said) / scales, off)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,19 @@ class Trust:
 
     def interval(self, family: str, said: Distribution) -> tuple[Array, Array]:
         """The ends [numbers] of the intervals of an answer's numbers."""
-        middle, half = said.read("median"), self.factors[family] * said.spread()
+        middle, half = said.read("median"), self.factors[family] * uncertainty(said)
         return middle - half, middle + half
+
+
+def uncertainty(said: Distribution) -> Array:
+    """[numbers] half the width of the central 68 %; of a box's vertices the widest so far on that axis.
+
+    A number's distribution is given those before it: if the first vertex is wrong, the others follow it.
+    """
+    spread = said.spread()
+    if len(spread) != NUMBERS["box_vertices"]:
+        return spread
+    return np.maximum.accumulate(spread.reshape(-1, 3), axis=0).ravel()
 
 
 def factor(answers: Sequence[Certainty]) -> float:
