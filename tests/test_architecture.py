@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2084, "ablations": 654, "cli": 1576, "data": 4611, "embodiments": 780, "evaluate": 3185,
-    "labels": 4719, "models": 4759, "report": 1184, "serve": 1002, "sim": 1594, "train": 2529, "ui": 692,
+    "labels": 4719, "models": 4761, "report": 1184, "serve": 1002, "sim": 1594, "train": 2529, "ui": 692,
     "util": 742,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.scenes import label_frames
-from spear.models.weights.folders import SHIPPED
+from spear.models.weights.folders import SHIPPED, locate
 from spear.policy import Spear1Policy, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES
@@ -63,6 +64,19 @@ def test_the_policy_moves_towards_something() -> None:
     steps = np.linalg.norm(actions[:, :3], axis=-1)
     assert 0.005 < steps.sum() < 0.5
     assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
+
+
+def test_a_folder_with_the_name_of_shipped_weights_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    with pytest.warns(Notice, match="nano"):
+        assert locate("nano") == Path("nano")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
+        assert locate("nano-vlm") == SHIPPED / "nano-vlm"
 
 
 def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

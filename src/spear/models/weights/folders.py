@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 
 SHIPPED = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
@@ -16,6 +16,8 @@ def locate(name: str | Path) -> Path:
     """
     path, shipped = Path(name), SHIPPED / str(name)
     if path.is_dir():
+        if path != shipped and (shipped / "config.json").is_file():
+            notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
         return path / "final" if (path / "final" / "config.json").is_file() else path
     if (shipped / "config.json").is_file():
         return shipped
