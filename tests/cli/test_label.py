@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +122,13 @@ def test_the_bill_comes_however_the_work_ends(
             return "3 requests"
 
     folder = photos(tmp_path / "photos", 3, bad=False)
-    monkeypatch.setitem(components.KINDS["segmenter"], "sam2", lambda *_: BoxSegmenter())
-    monkeypatch.setitem(components.KINDS["point map"], "moge-2", lambda *_: SlopePointMap())
+    monkeypatch.setitem(components.KINDS["segmenter"], "sam2", partial(lambda *_: BoxSegmenter()))
+    monkeypatch.setitem(components.KINDS["point map"], "moge-2", partial(lambda *_: SlopePointMap()))
     boxes = tmp_path / "boxes.json"
     boxes.write_text('{"images": [], "annotations": [], "categories": []}')
     for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
         monkeypatch.setitem(
-            components.KINDS["detector"], "gemini", lambda *_, u=unreached: Paid(unreached=(u,))
+            components.KINDS["detector"], "gemini", partial(lambda u, *_: Paid(unreached=(u,)), unreached)
         )
         words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
         assert main(["label", str(folder), *words]) == status

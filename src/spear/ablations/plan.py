@@ -243,7 +243,8 @@ def _training(
     one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
-    size = {**dataclasses.asdict(preset(one.preset)), "rate_hz": 5.0}  # of the demonstrations
+    # rate_hz was a field of presets: the keys of scores that are kept have it.
+    size = {**dataclasses.asdict(preset(one.preset)), "rate_hz": 5.0}
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     del size["flow"]["steps"]  # of acting

@@ -58,7 +58,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
         spear evaluate simpler --policy runs/my_policy
         spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
     """
-    from spear.evaluate.agents import load_agent
+    from spear.evaluate.agents import LOADING, load_agent
     from spear.evaluate.simpler.run import OracleAgent
     from spear.evaluate.simpler.run import evaluate as run
 
@@ -66,7 +66,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
     given = who.device, who.dtype, who.dataset, who.flow_steps
-    oracle = who.policy == "oracle" and given == ("auto", "float32", None, None)
+    oracle = who.policy == "oracle" and given == tuple(LOADING.values())
     run(OracleAgent() if oracle else load_agent(who.policy, *given), options.loop)
     _report(who.policy, options.loop.out)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import torch
 
 from spear.data.actions import check_norm
 from spear.data.hypotheses import (
@@ -41,6 +42,7 @@ from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, Rotation
 from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
+from spear.geometry import quat_multiply
 from spear.types import Array
 from spear.util.ledger import Skipped
 
@@ -244,8 +246,8 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
         raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     quaternions = to_quaternion(rotation, form, source)
     if spec.rotation_format == "franka_joints":  # what is logged is the hand's own frame, O_T_EE
-        w, x, y, z = quaternions.T
-        rotation = np.stack([-x, w, z, -y], axis=1)  # half a turn about x from ours
+        half_turn = torch.tensor([0, 1, 0, 0], dtype=torch.float64)  # about x, from ours
+        rotation = quat_multiply(torch.as_tensor(quaternions), half_turn).numpy()
     elif form in BELIEVED:
         rotation = quaternions
     elif form.startswith("quat"):

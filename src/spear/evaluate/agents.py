@@ -65,7 +65,8 @@ def _loaded(folder: Path) -> PolicyAgent:
     from spear.policy import Spear1Policy
 
     torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
-    return PolicyAgent(Spear1Policy.load(folder), folder.name)
+    policy = Spear1Policy.load(folder)
+    return PolicyAgent(policy, folder.name, image_sizes=policy.processor.image_sizes)
 
 
 def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
@@ -93,6 +94,10 @@ class IdleAgent(Agent):
         return [NOTHING[None]] * len(envs)
 
 
+LOADING = {"--device": "auto", "--dtype": "float32", "--dataset": None, "--flow-steps": None}
+"""What says how a policy is loaded here, as it is by default."""
+
+
 def load_agent(
     name: str,
     device: str = "auto",
@@ -105,8 +110,7 @@ def load_agent(
     from spear.policy import Spear1Policy
 
     remote = name.startswith(("ws://", "wss://"))
-    usual = {"--device": "auto", "--dtype": "float32", "--dataset": None, "--flow-steps": None}
-    for (option, own), value in zip(usual.items(), (device, dtype, dataset, steps), strict=True):
+    for (option, own), value in zip(LOADING.items(), (device, dtype, dataset, steps), strict=True):
         if value != own and (remote or name in ("expert", "oracle", "nothing")):
             raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):

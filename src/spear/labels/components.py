@@ -21,12 +21,13 @@ from spear.labels.pipeline import settings_for
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
 
-Maker = Callable[..., Any]
-"""(what follows NAME= or NAME:, options, what makes the one after +) → the component."""
+Maker = partial[Any]
+"""(what follows NAME= or NAME:, options, what makes the one after +) → the component; `takes`: the options
+that it is made with."""
 
 
 def _make(
-    place: str, usual: str, takes: tuple[str, ...], model: str | None, options: LabelOptions, _: Maker | None
+    place: str, usual: str, model: str | None, options: LabelOptions, _: Any, *, takes: tuple[str, ...]
 ) -> Any:
     """What is at FILE:NAME of `spear.labels.models`, made with those of the options that it takes.
 
@@ -54,23 +55,23 @@ def _class(place: str) -> Any:
 
 KINDS: dict[str, dict[str, Maker]] = {
     "detector": {
-        "gemini": partial(_make, "gemini:GeminiDetector", "", ("vocabulary", "cache", "per_minute")),
+        "gemini": partial(_make, "gemini:GeminiDetector", "", takes=("vocabulary", "cache", "per_minute")),
         "grounding-dino": partial(
-            _make, "open_vocabulary:GroundingDinoDetector", "grounding-dino", ("device", "vocabulary")
+            _make, "open_vocabulary:GroundingDinoDetector", "grounding-dino", takes=("device", "vocabulary")
         ),
-        "owlv2": partial(_make, "open_vocabulary:Owlv2Detector", "owlv2", ("device", "vocabulary")),
+        "owlv2": partial(_make, "open_vocabulary:Owlv2Detector", "owlv2", takes=("device", "vocabulary")),
         "file": partial(_from_file, "annotations:FileDetector"),
-        "ground-truth": partial(_make, "ground_truth:GroundTruthDetector", "", ()),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthDetector", "", takes=()),
     },
     "segmenter": {
-        "sam2": partial(_make, "sam2:Sam2Segmenter", "sam2", ("device",)),
+        "sam2": partial(_make, "sam2:Sam2Segmenter", "sam2", takes=("device",)),
         "file": partial(_from_file, "annotations:FileSegmenter"),
-        "ground-truth": partial(_make, "ground_truth:GroundTruthSegmenter", "", ()),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthSegmenter", "", takes=()),
     },
     "point map": {
-        "moge": partial(_make, "pointmap:load_pointmap", "moge", ("device",)),
-        "moge-2": partial(_make, "pointmap:load_pointmap", "moge-2", ("device",)),
-        "ground-truth": partial(_make, "ground_truth:GroundTruthPointMap", "", ()),
+        "moge": partial(_make, "pointmap:load_pointmap", "moge", takes=("device",)),
+        "moge-2": partial(_make, "pointmap:load_pointmap", "moge-2", takes=("device",)),
+        "ground-truth": partial(_make, "ground_truth:GroundTruthPointMap", "", takes=()),
     },
 }
 """Kind of component → name → what makes it."""
@@ -101,7 +102,7 @@ def graph(options: LabelOptions) -> Graph:
     described = dict(zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True))
     detector, segmenter, pointmap = (component(kind, said, options) for kind, said in described.items())
     makers = (KINDS[kind][split(said.rpartition("+")[2])[0]] for kind, said in described.items())
-    taken = {part for maker in makers for takes in getattr(maker, "args", ())[2:] for part in takes}
+    taken = {part for maker in makers for part in maker.keywords.get("takes", ())}
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
         what = f"{min(idle)} says nothing to {', '.join(described.values())}"
         raise SpearError(f"{what}: leave it out, or choose a component that takes it")

@@ -13,7 +13,7 @@ from spear.errors import SpearError, need
 from spear.models.layers import recompute_layers
 from spear.train import parallel
 from spear.train.log import NotFinite
-from spear.train.options import Optimization
+from spear.train.options import Optimization, matches
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
@@ -49,10 +49,6 @@ def learning_rate(step: int, opt: Optimization) -> float:
     return opt.final_lr + (1 - opt.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def _matches(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
-
-
 def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     """Set `requires_grad` from the freeze schedule; LoRA matrices learn wherever they are.
 
@@ -60,14 +56,14 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     """
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
-        if not any(_matches(n, prefix) for n in names):
+        if not any(matches(n, prefix) for n in names):
             tops = sorted({n.rsplit(".", 1)[0] for n in names})[:6]
             raise SpearError(
                 f"freeze schedule names {prefix!r}: no such module (there are {', '.join(tops)}, …)"
             )
     for name, parameter in model.named_parameters():
-        learns = not opt.trained or any(_matches(name, p) for p in opt.trained)
-        learns = learns and not any(_matches(name, p) for p in opt.frozen)
+        learns = not opt.trained or any(matches(name, p) for p in opt.trained)
+        learns = learns and not any(matches(name, p) for p in opt.frozen)
         parameter.requires_grad_(learns or ".lora_" in name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SpearError("nothing learns: every module is frozen: change the recipe's frozen or trained")
@@ -113,7 +109,7 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization, part: Any = ()) ->
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            prefixes = [p for p in opt.lr_scale if _matches(name, p)]
+            prefixes = [p for p in opt.lr_scale if matches(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
             groups.setdefault((scale, parameter.ndim >= 2 and name not in part), []).append(parameter)
     settings = []

@@ -160,6 +160,11 @@ class Recipe:
         return dataclasses.replace(self, **own, **inner)
 
 
+def matches(name: str, prefix: str) -> bool:
+    """Whether a prefix of modules covers a parameter or module of this name."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
 def _check(part: type, key: str, value: Any) -> None:
     """Raises `SpearError` for a value that is not of a dataclass's field's type, or not in its range."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -229,7 +234,7 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     opt, unused = stage.optimization, f"{UNUSED[stage.kind]} {silent}".split()
     unused += [] if stage.lora_rank else ["lora_alpha"]
     unused += ["final_lr"] if opt.schedule == "constant" else []
-    still = [p for p in opt.lr_scale if any(f"{p}.".startswith(f"{f}.") for f in opt.frozen)]
+    still = [p for p in opt.lr_scale if any(matches(p, frozen) for frozen in opt.frozen)]
     unused += ["lr_scale"] if still and not stage.lora_rank else []
     if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
         raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
