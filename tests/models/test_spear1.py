@@ -141,6 +141,8 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
+    first = Action.from_vector(model.action_out_proj.bias.detach())  # of a clean action: not to turn
+    assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
     images, ids, mask, state = inputs()
     model.sample_actions(images, ids, mask, state, steps=1)  # the first goes through the plain network too
     calls = []
