@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     np.testing.assert_allclose(gaps, gaps[0], atol=1e-7)
 
 
+def test_async_gives_a_turn_back_in_equal_parts() -> None:
+    """The new chunk turned about x while the arm turned about z, and goes straight from there."""
+    executor, new = ChunkExecutor("async", replan=3), chunk(0)
+    new[:2, 3:7] = chunk(0, turn=(0.5, 0, 0))[0, 3:7]
+    executor.give(chunk(0, turn=(0, 0, 0.4)))
+    for step in range(5):
+        if step == 3:
+            executor.give(new, arrives=executor.tick + 2)
+        executor.next()
+    after = [executor.next()[3:7] for _ in range(3)]
+    np.testing.assert_allclose(after[1:], after[:2], atol=1e-6)
+    assert after[0][0] < 0.99
+
+
 @pytest.mark.parametrize("delay", [0, 1, 2])
 def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
     executor = ChunkExecutor("rtc", most=2)
@@ -122,9 +137,9 @@ def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> No
     for one in (executor, late):
         one.give(chunk(10))
         one.next()
-        one.give(chunk(10)[1:], arrives=one.tick + 3)
+        one.give(chunk(10, horizon=6)[1:], arrives=one.tick + 3)
         before = [one.next() for _ in range(3)]
-    assert len(executor.told()["committed"]) == 1
+    assert executor.wants() and len(executor.told()["committed"]) == 1
     assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
 
 
@@ -201,6 +216,20 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     assert millimetres([pilot.step({"t": 7})]) == [5]
     think.set()
     assert pilot._asked[1].result(60) and asked == [0, 3, 7]
+    pilot.close()
+
+
+def test_the_pilot_stands_and_waits_in_sync() -> None:
+    class Slow:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            time.sleep(0.05)
+            return {"actions": chunk(observation["t"])}
+
+        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [self.infer(o) for o in observations]
+
+    pilot = Pilot(Slow(), "sync", replan=2)
+    assert millimetres([pilot.step({"t": t}) for t in range(1, 7)]) == [1, 2, 3, 4, 5, 6]
     pilot.close()
 
 

@@ -155,6 +155,7 @@ def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed(
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowConfig) -> None:
     noise, data, time = pair(config)
+    time[0] = config.time_scale  # the latest that is drawn
     state, velocity = flow.interpolate(noise, data, time, config)
     derived = velocity_from_clean(data, state, time, config)
     torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
@@ -462,6 +463,7 @@ def test_error_falls_as_one_over_steps() -> None:
     zero = torch.zeros(1, dtype=torch.float64)
 
     def predict(state: Action, _: Tensor) -> Action:
+        assert float(state.rotation[..., 0].min()) >= 0  # as all states in training
         left = quat_multiply(torch.cat([zero, a]), state.rotation)
         right = quat_multiply(state.rotation, torch.cat([zero, b]))
         return Action(state.translation, (left + right) / 2, -state.gripper)

@@ -243,17 +243,6 @@ def test_exp_gradient_at_zero_and_beyond() -> None:
     assert bool((torch.autograd.grad(out.sum(), zero)[0] == 0).all())
 
 
-def test_random_rotations_are_uniform_and_seeded() -> None:
-    q = quats(100_000)
-    # The mean of R over SO(3) is 0, and the angle's distribution function is (φ - sin φ) / π.
-    assert float(geo.quat_to_matrix(q).mean(0).abs().max()) < 0.01
-    angle = geo.quat_log(q).norm(dim=-1)
-    for level in (0.5, 1.5, 2.5):
-        share = float((angle < level).double().mean())
-        assert abs(share - (level - math.sin(level)) / math.pi) < 0.006
-    same(quats(5), quats(5), atol=0)
-
-
 def test_unit_quat_normalises_within_tolerance_and_refuses_beyond() -> None:
     q = quats(4)
     same(geo.unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))

@@ -102,6 +102,16 @@ def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch
         policy.infer(observation(committed=two[:3]))
 
 
+def test_the_gripper_is_never_told_more_than_to_open_or_close(
+    policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = policy.model.action_out_proj.bias
+    before = bias.data.clone()
+    for far, opening in ((9.0, 1), (-9.0, 0)):
+        monkeypatch.setattr(bias, "data", before + far * torch.eye(8)[7])
+        assert (policy.infer(observation())["actions"][:, 7] == opening).all()
+
+
 def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spear1Policy) -> None:
     assert policy.steps == policy.model.flow.steps == 5
     inputs = policy.inputs([observation()])

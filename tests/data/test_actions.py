@@ -97,6 +97,7 @@ def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> Non
     for axis in range(3):
         linear = np.interp(new, times, episode.position[:, axis])
         np.testing.assert_allclose(slow.position[:, axis], linear, atol=1e-6)
+    np.testing.assert_allclose(slow.gripper, np.interp(new, times, episode.gripper), atol=1e-5)
     shown = np.array([int(image) for image in slow.images["external"]])
     late = new - shown / rate  # no image shows what comes after the state
     assert (late >= -1e-6).all() and (late < 1 / rate + 1e-6).all()

@@ -142,7 +142,10 @@ def test_the_order_depends_on_seed_and_step_alone(
         episode = sources[sample.source][1].without_images(sample.episode)
         assert episode_actions(episode)[1][sample.step]
         state, action, mask = mixture.arrays(sample, 5)
-        np.testing.assert_array_equal(state[:3], episode.position[sample.step])
+        at, turn, opening = (
+            getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")
+        )
+        np.testing.assert_array_equal(state, [*at, *turn, opening])
         assert mask[0] and action.shape == (5, 8)
     assert len(mixture) == sum(
         int(episode_actions(store.without_images(e))[1].sum())

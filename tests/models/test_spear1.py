@@ -45,28 +45,22 @@ def activations(
     return kept
 
 
-def test_an_action_changes_no_activation_of_the_prefix_or_the_state() -> None:
+def test_an_action_changes_no_activation_of_the_prefix_or_the_state_nor_the_state_one_of_the_prefix() -> None:
     model = spear1()
     state, noisy = inputs()[3], actions(B, H)
     moved = Action(noisy.translation.clone(), noisy.rotation, noisy.gripper)
     moved.translation[:, 2] += 1
-    before, after = activations(model, state, noisy), activations(model, state, moved)
+    changes = (state, noisy), (state, moved), (state + 1, noisy)
+    before, acted, stood = (activations(model, *change) for change in changes)
     for name, value in before.items():
         if name.startswith("expert"):
-            assert torch.equal(value[:, 0], after[name][:, 0]), name
+            assert torch.equal(value[:, 0], acted[name][:, 0]) and not torch.equal(value, stood[name]), name
         else:
-            assert torch.equal(value, after[name]), name
+            assert torch.equal(value, acted[name]) and torch.equal(value, stood[name]), name
     last = f"expert.layers.{len(model.expert.layers) - 1}"
-    # Within the chunk attention goes both ways: earlier and later actions notice.
-    assert all(not torch.equal(before[last][:, 1 + h], after[last][:, 1 + h]) for h in range(H))
-
-
-def test_proprioception_changes_no_activation_of_the_images_but_the_actions() -> None:
-    model = spear1()
-    state, noisy = inputs()[3], actions(B, H)
-    before, after = activations(model, state, noisy), activations(model, state + 1, noisy)
-    for name, value in before.items():
-        assert torch.equal(value, after[name]) != name.startswith("expert"), name
+    # Within the chunk attention goes both ways, and all actions see the state.
+    for after in (acted, stood):
+        assert all(not torch.equal(before[last][:, 1 + h], after[last][:, 1 + h]) for h in range(H))
 
 
 def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
@@ -147,6 +141,8 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
+    first = Action.from_vector(model.action_out_proj.bias.detach())  # of a clean action: not to turn
+    assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
     images, ids, mask, state = inputs()
     model.sample_actions(images, ids, mask, state, steps=1)  # the first goes through the plain network too
     calls = []

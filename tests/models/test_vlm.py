@@ -77,6 +77,8 @@ def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
     ids, mask = text(2, 5)
     gone = {"wrist": torch.zeros(2, dtype=torch.bool)}
     without = model({"external": images["external"]}, ids, mask).logits
+    swapped = {view: images[view] for view in ("wrist", "external")}  # the config's order is what counts
+    assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
     torch.testing.assert_close(model(images, ids, mask, view_mask=gone).logits, without, rtol=1e-4, atol=1e-5)
 
 

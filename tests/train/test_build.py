@@ -16,6 +16,7 @@ from data_tiny import make
 from labels_boxes import labelled
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import Notice, SpearError
+from spear.flow import FlowConfig
 from spear.labels.store import write_labels
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -127,7 +128,9 @@ def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
         assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
 
 
-def test_how_late_a_policy_may_be_is_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
+def test_how_a_policy_flows_and_how_late_it_may_be_is_kept_until_a_recipe_says_otherwise(
+    tmp_path: Path,
+) -> None:
     write_episodes([make(0)], tmp_path / "mine")
     given = Inputs(episodes=[("it", EpisodeStore(tmp_path / "mine"), 1.0)], init=locate("nano"))
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
@@ -135,3 +138,6 @@ def test_how_late_a_policy_may_be_is_kept_until_a_recipe_says_otherwise(tmp_path
         assert model.config.committed == expected
         save(tmp_path / "out")
         given = dataclasses.replace(given, init=tmp_path / "out")
+    own: Any = model.flow
+    model, _, _ = build(recipe("nano-post").changed(flow={"rotation_weight": 7.0}), given)
+    assert model.flow == dataclasses.replace(own, rotation_weight=7.0) == FlowConfig(**model.config.flow)

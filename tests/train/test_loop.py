@@ -64,11 +64,11 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
 
 def test_learning_rates_per_module() -> None:
     task = Regression()
-    opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1})
+    opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1, "2.bias": 0.5})
     optimize.apply_freeze(task.model, opt)
     groups = optimize.make_optimizer(task.model, opt).param_groups
     rates = {(g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups}
-    assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (1e-3, False): 1}
+    assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (5e-3, False): 1}
 
 
 def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
@@ -78,6 +78,17 @@ def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
     after = go(task, replace(SMALL, weight_decay=0.5), tmp_path)[name]
     same = (before == after).all(dim=1)
     assert not same[2:5].any() and same[:2].all() and same[5:].all()
+
+
+def test_gradients_of_what_learns_are_cut_to_a_length() -> None:
+    """Seen in AdamW's first moment, 0.1 of the gradient; its update does not depend on the length."""
+    task = Regression(scale=100.0)
+    vars(task)["learning_rows"] = {"0.weight": (2, 5)}
+    stepper = optimize.Stepper(task, replace(SMALL, grad_clip=0.25), seed=0)
+    said = stepper(0, task.batch(0))
+    moments = [stepper.optimizer.state[p]["exp_avg"] for p in task.model.parameters()]
+    assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.025, rel=1e-4)
+    assert said["grad_norm"] > 1 and not moments[0][:2].any() and moments[0][2:5].any()
 
 
 class Broken(Regression):

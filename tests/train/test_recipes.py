@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from spear.data.actions import HORIZON, RATE_HZ
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.tokens import CoordinateTokenizer
 from spear.train.optimize import apply_freeze
-from spear.train.recipes import RECIPES, VLM_1, recipe
+from spear.train.recipes import RECIPES, recipe
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
@@ -21,25 +23,50 @@ def test_the_papers_numbers() -> None:
     assert numbers["vlm-stage1"] == (512, 2000) and numbers["vlm-stage2"] == (512, 10_000)
     assert numbers["vla-pretrain"] == (2048, 300_000)
     assert numbers["post-train-bridge"][1] == numbers["post-train-droid"][1] == 50_000
-    assert recipe("vlm-stage1").optimization.trained == VLM_1 and recipe("vlm-stage1").coordinate_rows_only
+    assert recipe("vlm-stage1").coordinate_rows_only
     for name in ("vlm-stage1", "vlm-stage2"):
         mix = recipe(name).questions
         assert (mix.coordinate_weight, mix.coordinate_smoothing, mix.pairs) == (2.0, 0.0, (1, 4))
     for name in PAPER[2:]:
         stage = recipe(name)
-        assert stage.optimization.frozen == ("vlm.moge",) and stage.optimization.ema > 0
-        assert stage.normalization == "quantile" and not stage.normalize_each
+        assert stage.optimization.ema > 0 and stage.normalization == "quantile" and not stage.normalize_each
     assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
     bridge, droid = (dataclasses.asdict(recipe(name)) for name in PAPER[3:])
     assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
 
 
-def test_every_recipe_names_modules_that_exist() -> None:
+def test_the_papers_model() -> None:
+    """Where the paper is silent: π0's numbers, or our choice, which `FlowConfig` says."""
+    config = spear1_config(preset("spear1"))
+    weights = {f"{part}_weight": 1.0 for part in ("translation", "rotation", "gripper", "geodesic")}
+    losses = {"rotation": "s3", "rotation_loss": "cosine", "prediction": "velocity", "geodesic_step": 0.1}
+    times = {"time_alpha": 1.5, "time_beta": 1.0, "time_scale": 0.999, "steps": 10}
+    assert config.flow == {**weights, **losses, **times}
+    assert (config.horizon, config.committed, config.min_period, config.max_period) == (5, 0, 4e-3, 4.0)
+    vlm = config.vlm_config
+    assert list(vlm.image_sizes.items()) == [("external", [280, 210]), ("wrist", [112, 112])]
+    assert vlm.views == list(vlm.image_sizes) and vlm.vision_config.patch_size == 14
+    assert (vlm.coordinate_bins, vlm.coordinate_loss_weight, vlm.coordinate_smoothing) == (1024, 2.0, 0.0)
+    assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
+    assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, RATE_HZ) == (1024, 5, 5.0)
+
+
+def test_every_recipe_names_modules_that_exist_and_the_papers_freeze_what_it_says() -> None:
+    learned = {}
     for stage in RECIPES.values():
         if stage.kind != "depth":
             with torch.device("meta"):
                 model = Spear1ForActionPrediction(spear1_config(preset(stage.preset)))
-            apply_freeze(model if stage.kind == "vla" else model.vlm, stage.optimization)
+            whole = model if stage.kind == "vla" else model.vlm
+            apply_freeze(whole, stage.optimization)
+            learned[stage.name] = {n: p.requires_grad for n, p in whole.named_parameters()}
+    for name in PAPER:
+        for parameter, learns in learned[name].items():
+            inner = parameter.removeprefix("vlm.")
+            of_stage_1 = inner.startswith(("moge_projector.", "multi_modal_projector."))
+            of_stage_1 |= inner == "language_model.embed_tokens.weight"
+            moge = name.startswith(("vla", "post")) and inner.startswith("moge.")
+            assert learns == (of_stage_1 if name == "vlm-stage1" else not moge), (name, parameter)
 
 
 def test_the_page_has_every_recipe_with_its_numbers() -> None:

@@ -172,6 +172,9 @@ def test_a_box_around_very_few_points_is_finite(n: int) -> None:
 
 
 def test_keypoints_are_the_extremes() -> None:
-    points = np.array([[0, 0, 1.0], [0, 0, 2.0], [0, 0.5, 1.5]])
-    found = keypoints(points, fit_box(points))
-    np.testing.assert_allclose([found["closest"], found["furthest"]], points[:2])
+    """In their distance from the camera, which is not their depth."""
+    points = np.array([[0, 0, 1.2], [1.5, 0, 1.8], [0.9, 0, 1.0], [0, 0, 2.0], [0, 0.5, 1.5]])
+    box = fit_box(points)
+    found = keypoints(points, box)
+    np.testing.assert_allclose([found["closest"], found["furthest"]], points[:2], rtol=1e-6)
+    np.testing.assert_allclose(found["centre"], box.vertices.mean(0), atol=1e-6)

@@ -10,7 +10,7 @@ from labels_scenes import render
 from spear.errors import SpearError
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap
-from spear.labels.fit.points import noise_level, support_plane
+from spear.labels.fit.points import inliers, noise_level, support_plane
 from spear.types import Array, Frame
 
 BLOCKS = [
@@ -51,6 +51,14 @@ def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float)
         assert overlap(found, true) > (0.93 if blur == 0 else 0.86)
         if pixels:
             assert overlap(found, true) > overlap(mask, true)
+
+
+def test_points_far_from_all_others_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.uniform((-0.05, -0.05, 0.95), (0.05, 0.05, 1.05), (400, 3))
+    lonely = points[:4] + np.array([[0.3, 0, 0], [0, 0.3, 0], [0, 0, 0.3], [0, 0, -0.3]])
+    assert inliers(np.concatenate([points, lonely])).tolist() == [True] * 400 + [False] * 4
+    assert inliers(np.concatenate([points[:12], lonely])).all()  # too few to tell
 
 
 def test_a_mask_too_thin_to_have_an_inside_stays(frame: Frame) -> None:

@@ -1,6 +1,6 @@
 """Questions and answers about a labelled image: 3D families, and 2D ones to pretrain a small VLM on.
 
-3D answers (numbers in the label's unit, camera frame: x right, y down, z forward):
+3D answers (numbers in the label's unit, camera frame: x right, y down, z forward; signs and ends are ours):
     box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
     keypoint          3: the closest or furthest of the points of X that are seen, or the centre of its box.
     offset            3: centre of Y minus centre of X, signed.

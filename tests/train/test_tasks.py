@@ -1,15 +1,22 @@
-"""What each patch shows, against a picture whose objects are known."""
+"""What the stages learn: what each patch shows, which image each question is about, how losses add up."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+import torch
 
+from labels_boxes import labelled
 from spear.labels.fit.masks import decode_mask, encode_mask
-from spear.train.tasks import patch_targets
-from spear.types import LabeledImage, LabeledObject
+from spear.models.processing import Processor
+from spear.policy import locate
+from spear.train.options import QuestionMix
+from spear.train.recipes import recipe
+from spear.train.tasks import QuestionSamples, VlaTask, patch_targets
+from spear.types import Action, LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
+from train_tiny import Acting
 
 
 def a_label() -> LabeledImage:
@@ -64,3 +71,49 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     np.testing.assert_allclose(cells, expected[2].astype(int), atol=40)  # edges are antialiased
     np.testing.assert_allclose(centre, expected[3], atol=1e-6)
     np.testing.assert_array_equal(largest, expected[4])
+
+
+def pictured(number: int) -> LabeledImage:
+    """A label whose image shows its number as redness and its one object as a green square."""
+    label = labelled(number, scale=0.3 + 0.06 * number)
+    o = label.objects[number % 3]
+    pixels = np.full((105, 140, 3), (20 * number, 0, 0), np.uint8)
+    x, y = ((o.box2d[:2] + o.box2d[2:]) / 2).astype(int)
+    pixels[y - 3 : y + 3, x - 3 : x + 3, 1] = 255
+    return dataclasses.replace(label, image=encode_jpeg(pixels), objects=[o])
+
+
+def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_sees_them() -> None:
+    labels = {"external": [pictured(n) for n in range(6)], "wrist": [pictured(n) for n in range(6, 12)]}
+    processor = Processor.load(locate("nano"))
+    mix = QuestionMix(("distance", "centre_2d"), pairs=(2, 2), wrist=0.25)
+    samples, views = QuestionSamples(labels, processor, mix, 3, seed=0), []
+    for step in range(40):
+        batch = samples.batch(step)
+        ((view, pixels),) = batch["pixel_values"].items()
+        views.append(view)
+        for image, said in zip(pixels[batch["image_index"]].int(), batch["labels"], strict=True):
+            number = round(float(image[0].max()) / 20)
+            (o,) = (label.objects[0] for label in labels[view] if label.source == f"test/{number}")
+            (answer,) = processor.read_answer(said[said >= 0].tolist())
+            if isinstance(answer, float):
+                true = float(np.linalg.norm(o.box3d.center))
+                assert processor.coordinates.encode(answer) == processor.coordinates.encode(true)
+            else:
+                height, width = image.shape[1:]
+                assert image[1, int(answer.y * height), int(answer.x * width)] > 150
+    assert 3 <= views.count("wrist") <= 17  # a quarter of 40: 2.5 standard deviations
+
+
+def test_questions_beside_the_actions_count_by_their_weight() -> None:
+    acting, nothing = Acting(), None
+    stage = recipe("nano-vla").changed(question_weight=0.25, flow_samples=2)
+    task = VlaTask(acting.model, *[nothing] * 3, stage, object())  # type: ignore[arg-type]
+    batch = acting.batch(0)
+    total, parts = task.loss(dict(batch), torch.Generator().manual_seed(1))
+    asked = batch.pop("questions")
+    batch["actions"] = Action.from_vector(batch["actions"])
+    acted = acting.model(**batch, flow_samples=2, generator=torch.Generator().manual_seed(1))
+    said = acting.model.vlm(**asked)
+    torch.testing.assert_close(total, acted.loss + 0.25 * said.loss)
+    assert parts.keys() == {*acted.parts, "question_text", "question_coordinates"}
