@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from spear.data.readers.spec import said
 from spear.data.store.episode_store import EpisodeStore
@@ -109,9 +110,7 @@ class Normalizer:
         metres = like * like.new_tensor(scale) + like.new_tensor(offset)
         return Action(metres, action.rotation, (action.gripper + 1) / 2)
 
-    def state_vector(
-        self, position: torch.Tensor, rotation: torch.Tensor, gripper: torch.Tensor
-    ) -> torch.Tensor:
+    def state_vector(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
         """What the policy sees of its own state, [..., 10].
 
         position [..., 3] m, rotation [..., 4], gripper [..., 1] opening -> normalised position 3, rotation 6
@@ -189,5 +188,5 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
     return (high + low) / 2, 1.0 if scale < SMALLEST_SCALE else scale
 
 
-def _normalize(metres: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
+def _normalize(metres: Tensor, offset: Triple, scale: Triple) -> Tensor:
     return (metres - metres.new_tensor(offset)) / metres.new_tensor(scale)

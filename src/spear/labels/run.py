@@ -137,9 +137,8 @@ def label_folder(
     check_own(out, SETTINGS, "label")
     with alone(out, "labelling into", SETTINGS):
         begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
-        same_settings(
-            out / SETTINGS, {"spear": spear.__version__, **settings, "shard_size": work.shard_size}, begun
-        )
+        whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
+        same_settings(out / SETTINGS, whole, begun)
         sweep(out)
         finished = _finished(out)
         for number, known in finished.items():

@@ -67,10 +67,8 @@ class Renderer:
             self._gl = _gl_context(width, height)
             self._gl.make_current()
         except Exception as error:  # the library raises whatever the missing driver made it raise
-            raise SpearError(
-                f"rendering: no OpenGL through EGL ({error}): install the Debian packages "
-                "libegl1 libgl1 libgl1-mesa-dri"
-            ) from error
+            cure = "install the Debian packages libegl1 libgl1 libgl1-mesa-dri"
+            raise SpearError(f"rendering: no OpenGL through EGL ({error}): {cure}") from error
         spec = base_spec().copy()
         spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
         model = spec.compile()

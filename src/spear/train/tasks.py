@@ -176,10 +176,8 @@ def load_depth(
         having = [folder for folder in folders if view in view_folders(folder, list(labels))]
         found[view] = [image for folder in having for image in read_depth(folder / "depth" / view)]
         if [image for image, _ in found[view]] != [label.image for label in known]:
-            raise SpearError(
-                f"{', '.join(map(str, having))}: depth/{view} is of other images than the labels: "
-                "run `spear label --scenes` again"
-            )
+            what = f"depth/{view} is of other images than the labels"
+            raise SpearError(f"{', '.join(map(str, having))}: {what}: run `spear label --scenes` again")
     return found
 
 
@@ -226,9 +224,7 @@ class QuestionSamples:
         while len(pixels) < self.images:
             if (tries := tries + 1) > TRIES * (self.images + len(owners)):
                 kinds = ", ".join(dict.fromkeys(self.mix.families))
-                raise SpearError(
-                    f"hardly any of these labelled images can be asked about {kinds}: add families"
-                )
+                raise SpearError(f"hardly any of these images can be asked about {kinds}: add families")
             row = int(rng.integers(len(labels)))
             label = labels[row]
             depth = None if self.depth is None else self.depth[view][row][1]

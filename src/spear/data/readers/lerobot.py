@@ -13,7 +13,7 @@ LeRobot's names become paths: "observation.state" is "observation/state"; "task"
 import functools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.readers.layout import Steps
+from spear.data.readers.layout import Sources
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
@@ -100,10 +100,8 @@ class LeRobotFolder:
         """What its columns mean; see `find_spec`."""
         return find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
 
-    def steps(
-        self, split: str, images: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Steps | SpearError]]:
-        """(source, step arrays) of each episode of a split, in order, or the reason why it cannot be read.
+    def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
+        """The step arrays of each episode of a split, in order.
 
         images  the columns of images to read, such as "observation/images/top"; None for all.
         """

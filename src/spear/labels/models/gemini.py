@@ -183,9 +183,8 @@ class GeminiDetector:
             if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
                 break
             time.sleep(wait)
-        raise RetryableError(
-            f"{where}: no answer by Gemini in {attempt + 1} attempts ({reason}): label it again"
-        )
+        tried = f"no answer by Gemini in {attempt + 1} attempts"
+        raise RetryableError(f"{where}: {tried} ({reason}): label it again")
 
     def _wait_for_turn(self) -> None:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, check_known
@@ -33,9 +33,9 @@ class MogeOutput:
     scale   [B] float32 metres per unit of the points, or None.
     """
 
-    points: torch.Tensor
-    mask: torch.Tensor
-    scale: torch.Tensor | None = None
+    points: Tensor
+    mask: Tensor
+    scale: Tensor | None = None
 
 
 def dinov2_config(encoder: str) -> Dinov2Config:
@@ -58,10 +58,8 @@ def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) 
     """Refuse a published config whose fields, where given, are not what is built here."""
     for key, value in fixed.items():
         if config.get(key, value) != value:
-            raise SpearError(
-                f"MoGe config not supported: {part}{key} is {config[key]!r}, only {value!r} is: "
-                "use one of the published checkpoints"
-            )
+            why = f"{part}{key} is {config[key]!r}, only {value!r} is"
+            raise SpearError(f"MoGe config not supported: {why}: use one of the published checkpoints")
 
 
 def conv3(width: int, out: int) -> nn.Conv2d:
@@ -83,7 +81,7 @@ class ResidualBlock(nn.Module):
             conv3(hidden, width),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, width, h, w] -> the same."""
         return x + self.layers(x)
 
@@ -97,7 +95,7 @@ def upsample(kind: str, width: int, out: int) -> nn.Sequential:
 
 def view_plane(
     width: int, height: int, aspect: float | None = None, device: torch.device | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
 
     MoGe measures the view plane in half diagonals of the image. u runs to the right and v down; both are 0 at
@@ -110,19 +108,19 @@ def view_plane(
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
-def uv_channels(batch: int, width: int, height: int, aspect: float, like: torch.Tensor) -> torch.Tensor:
+def uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
     """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor;
     computed in float32 first: in float16 the errors of the steps would add up along a row."""
     uv = view_plane(width, height, aspect, like.device).to(like.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear, without antialias. [B, c, h, w] -> [B, c, height, width]."""
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def exponential_points(raw: torch.Tensor) -> torch.Tensor:
+def exponential_points(raw: Tensor) -> Tensor:
     """MoGe's "exp" output: (x / z, y / z, log z) [B, 3, h, w] -> points [B, h, w, 3]."""
     plane, log_z = raw.permute(0, 2, 3, 1).split([2, 1], dim=-1)
     z = log_z.exp()
@@ -168,7 +166,7 @@ class MogeV1(nn.Module):
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
-    def cut(self, images: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    def cut(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
         """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
 
         The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
@@ -185,7 +183,7 @@ class MogeV1(nn.Module):
         cut = nn.functional.interpolate(normal, patches, mode="bilinear", antialias=True, align_corners=False)
         return cut, size
 
-    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         patches, size = self.cut(images, num_tokens)
         count = len(self.encoder.backbone.encoder.layer)
@@ -218,7 +216,7 @@ class MogeV1Head(nn.Module):
             nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1)) for out in (3, 1)
         )
 
-    def forward(self, layers: list[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+    def forward(self, layers: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Features [B, width, rows, columns] of each layer -> [B, 3, height, width] and [B, 1, height, width]
         at size (height, width), whose aspect the uv channels have throughout."""
         height, width = size
@@ -229,7 +227,7 @@ class MogeV1Head(nn.Module):
         return [block(x) for block in self.output_block]
 
 
-def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
+def with_uv(x: Tensor, aspect: float) -> Tensor:
     """[B, c, h, w] -> [B, c + 2, h, w]: where each cell lies on the view plane of an image of that aspect."""
     batch, _, height, width = x.shape
     return torch.cat([x, uv_channels(batch, width, height, aspect, x)], dim=1)
@@ -269,7 +267,7 @@ class MogeV2(nn.Module):
         """Of the points: "metre", or "relative" for a network without scale."""
         return "relative" if self.scale_head is None else "metre"
 
-    def cut(self, images: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def cut(self, images: Tensor, num_tokens: int) -> Tensor:
         """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
         `SpearError` when an image is too long and thin for so few tokens."""
         height, width = images.shape[2:]
@@ -281,7 +279,7 @@ class MogeV2(nn.Module):
         cut = nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
         [B, width] of the last layer that is read."""
         tokens = self.encoder.layers(patches, self.layers)
@@ -292,7 +290,7 @@ class MogeV2(nn.Module):
         ]
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
-    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points, mask and scale of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
@@ -334,9 +332,8 @@ class ConvStack(nn.Module):
         kinds = each(config["resamplers"], len(widths) - 1)
         for kind in kinds:
             if kind not in RESAMPLERS:
-                raise SpearError(
-                    f"MoGe config not supported: {name}.resamplers has {kind!r}: use a published one"
-                )
+                why = f"{name}.resamplers has {kind!r}"
+                raise SpearError(f"MoGe config not supported: {why}: use a published one")
         self.input_blocks = nn.ModuleList(
             nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
         )
@@ -352,10 +349,10 @@ class ConvStack(nn.Module):
             for out, width in zip(each(config.get("dim_out")), widths, strict=True)
         )
 
-    def forward(self, pyramid: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
         """[B, channels, h, w] per level, each twice the size of the one before -> the same, refined."""
-        found: list[torch.Tensor] = []
-        x: torch.Tensor | None = None
+        found: list[Tensor] = []
+        x: Tensor | None = None
         for level, features in enumerate(pyramid):
             inside = self.input_blocks[level](features)
             x = inside if x is None else self.resamplers[level - 1](x) + inside

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
@@ -138,7 +139,7 @@ class Conversion(Generic[Model]):
         """
         self.check()
         dtype = dtype or self.dtype
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for part in self.parts:
             weights |= part(dtype, torch.Generator().manual_seed(seed))
         with torch.random.fork_rng(devices=[]), quiet():
@@ -173,10 +174,8 @@ class Conversion(Generic[Model]):
             part.mkdir(parents=True)
             free = shutil.disk_usage(part).free
             if free < size:
-                raise SpearError(
-                    f"no room for {folder.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB "
-                    "free: make room, or give a folder elsewhere"
-                )
+                lacks = f"{size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free"
+                raise SpearError(f"no room for {folder.parent}: {lacks}: make room, or give another folder")
             model = self.run(dtype, seed)
             with quiet():
                 model.save_pretrained(part, max_shard_size=MOST)
@@ -217,7 +216,7 @@ class Conversion(Generic[Model]):
 
 
 def match(
-    wanted: Mapping[str, torch.Tensor], shards: Shards, stored: Mapping[str, str], where: str
+    wanted: Mapping[str, Tensor], shards: Shards, stored: Mapping[str, str], where: str
 ) -> tuple[list[Key], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
