@@ -155,9 +155,8 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
                 other = _judge(path, split, replace(spec, rotation_format=cast(RotationFormat, form)))
                 if not other.states and not {part.verdict for part in other.parts} & _OPEN:
                     forms.append(form)
-    return replace(
-        report, forms=forms, checks=[*report.checks, *check_cameras(look_at_cameras(path, split, spec))]
-    )
+    cameras = check_cameras(look_at_cameras(path, split, spec))
+    return replace(report, forms=forms, checks=[*report.checks, *cameras])
 
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:

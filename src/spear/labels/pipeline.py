@@ -151,14 +151,6 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
         label_object(detection, mask, geometry, plane, settings, taken, noise)
         for detection, mask in zip(work.detections, work.masks, strict=True)
     )
-    height, width = frame.image.shape[:2]
-    return LabeledImage(
-        image=work.encoded or encode_jpeg(frame.image),
-        width=width,
-        height=height,
-        intrinsics=np.asarray(geometry.intrinsics, np.float64),
-        objects=[o for o in lifted if o is not None],
-        unit=geometry.unit,
-        source=work.source,
-        provenance=work.provenance,
-    )
+    image, (height, width) = work.encoded or encode_jpeg(frame.image), frame.image.shape[:2]
+    camera, objects = np.asarray(geometry.intrinsics, np.float64), [o for o in lifted if o is not None]
+    return LabeledImage(image, width, height, camera, objects, geometry.unit, work.source, work.provenance)

@@ -155,12 +155,9 @@ def label_folder(
         def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
             nonlocal progress
             for (_, batch), done in results:
-                progress = dataclasses.replace(
-                    progress,
-                    done=progress.done + len(batch),
-                    skipped=progress.skipped + len(done.skipped),
-                    retryable=progress.retryable + sum(image.retryable for image in done.skipped),
-                )
+                images, skipped = progress.done + len(batch), progress.skipped + len(done.skipped)
+                retryable = progress.retryable + sum(image.retryable for image in done.skipped)
+                progress = Progress(total, before, images, skipped, retryable)
                 for source, reason, _ in done.skipped:
                     if reason != EMPTY:
                         bad(reason if source in reason else f"{source}: {reason}")

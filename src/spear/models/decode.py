@@ -142,12 +142,9 @@ def _decode(
             continue  # the grammar gives the remaining tokens
         if words is not None and words.ended():
             break
-        hidden = layers(
-            vlm.embed_text(token[:, None]).to(dtype),
-            tuple(turn[:, step : step + 1] for turn in turns),
-            cache.window(start + step, [(1, start + step + 1)]),
-            bias,
-        )[:, 0].to(text.dtype)
+        embedded, turn = vlm.embed_text(token[:, None]).to(dtype), [t[:, step : step + 1] for t in turns]
+        here = cache.window(start + step, [(1, start + step + 1)])
+        hidden = layers(embedded, tuple(turn), here, bias)[:, 0].to(text.dtype)
     whole = torch.stack(answer, dim=1)
     return whole if words is None else words.cut(whole)
 

@@ -314,19 +314,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedT
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - LOCATIONS,
-        special_tokens=["<pad>", "<eos>", "<bos>"],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        clean_up_tokenization_spaces=False,
-    )
+    how: Any = {"tokenizer_object": backend, "clean_up_tokenization_spaces": False}
+    tokenizer = PreTrainedTokenizerFast(**how, **special)
     tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(LOCATIONS)])
     return tokenizer

@@ -179,15 +179,9 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     noise, expert = inputs["noise"], sampler.expert
     horizon = noise.shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
-    prefix = prefill(
-        sampler.vlm,
-        features,
-        model.vlm.embed_text(inputs["input_ids"]),
-        image_valid if present else None,
-        inputs.get("attention_mask"),
-        room=1 + horizon,
-        keys_only=True,
-    )
+    text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
+    mask = inputs.get("attention_mask")
+    prefix = prefill(sampler.vlm, features, text, valid, mask, room=1 + horizon, keys_only=True)
     cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
     end = start + 1 + horizon
     bias = prefix.bias(1 + horizon, expert.groups, dtype)

@@ -196,9 +196,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         device = actions.translation.device
         if noise is None:
             noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
-        data = Action.from_vector(
-            actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
-        )
+        each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
+        data = Action.from_vector(each)
         if time is None:
             time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:

@@ -53,9 +53,8 @@ class ConvStem(nn.Module):
         if 2**steps != patch:
             raise ValueError(f"the conv stem needs a patch size that is a power of two, got {patch}")
         widths = [3] + [min(width, max(32, width >> (steps - 1 - i))) for i in range(steps)]
-        self.convs = nn.ModuleList(
-            StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths)
-        )
+        convs = (StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.convs = nn.ModuleList(convs)
         self.norm = nn.LayerNorm(width)
 
     @property

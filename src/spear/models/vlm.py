@@ -243,21 +243,13 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             own = features[image_index], image_valid[image_index]
             state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
             return LossOutput(logits=self.head(state.hidden))
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden, targets = [], []
-        for rows, length in _by_length(attention_mask, length_groups):
-            owners = image_index[rows]
-            state = self.run_text(
-                features[owners],
-                image_valid[owners],
-                input_ids[rows, :length],
-                attention_mask[rows, :length],
-                token_type_ids[rows, :length],
-                keep_cache=False,
-            )
+        for rows, length in _by_length(mask, length_groups):
+            own = features[image_index[rows]], image_valid[image_index[rows]]
+            text = (part[rows, :length] for part in (input_ids, mask, kinds))
+            state = self.run_text(*own, *text, keep_cache=False)
             target = labels[rows, 1:length]
             wanted = target != IGNORE
             hidden.append(state.hidden[:, :-1][wanted])

@@ -79,10 +79,9 @@ def _bars(filled: Filled) -> str:
     """Ours as full bars with intervals; below each the paper's number as a hollow one."""
     groups = []
     for line in filled.lines:
-        e = line.success
-        rows = [
-            Bar("here", e.value, e.say(".1f", 100), e.low, e.high) if e else Bar("here", None, "not run yet")
-        ]
+        e, rows = line.success, [Bar("here", None, "not run yet")]
+        if e is not None:
+            rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
         if line.published is not None:
             theirs = f"{line.published:.1f} (theirs)"
             rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))

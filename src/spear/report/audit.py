@@ -34,9 +34,8 @@ def conclusion(report: Report) -> str:
     """One line: the outcome, and what it is about."""
     found = [(p, f, f"{p.name} {QUESTIONS[f.question]}") for p in report.parts for f in p.findings]
     if report.outcome == "contradiction":
-        wrong = [
-            f"{name}: {f.best}, not {f.said}" for p, f, name in found if f.verdict == p.verdict == "wrong"
-        ]
+        bad = [(f, name) for p, f, name in found if f.verdict == p.verdict == "wrong"]
+        wrong = [f"{name}: {f.best}, not {f.said}" for f, name in bad]
         wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
         if report.forms:  # then the actions only look wrong
             wrong = [f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"]

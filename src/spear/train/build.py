@@ -168,8 +168,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model = _with_moge(model, size, inputs.moge)
         _weigh_numbers(model.config, stage)
     samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
-    task = VlmTask(model, samples, stage.coordinate_rows_only)
-    return model, task, [model.save_pretrained, processor.save]
+    return model, VlmTask(model, samples, stage.coordinate_rows_only), [model.save_pretrained, processor.save]
 
 
 def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:

@@ -131,12 +131,9 @@ class Checkpoints:
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
                     what = f"checkpoint {path} is of another model or other settings ({key} differs)"
                     raise SpearError(f"{what}: use a new --out folder")
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+            reader = HuggingFaceStorageReader(str(path))
+            alone = self._group is None
+            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except _FAILED as error:
             raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
 

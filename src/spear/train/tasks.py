@@ -120,13 +120,8 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
     flat = rows * columns
-    return (
-        label.image,
-        shown.reshape(flat, -1),
-        cells.reshape(flat, CELLS * CELLS, -1),
-        centre.reshape(flat, 2),
-        (most > LEAST).reshape(flat),
-    )
+    shown, cells = shown.reshape(flat, -1), cells.reshape(flat, CELLS * CELLS, -1)
+    return label.image, shown, cells, centre.reshape(flat, 2), (most > LEAST).reshape(flat)
 
 
 TRIES = 1000

@@ -229,14 +229,10 @@ def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
     for file in files:
         names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
         for row in pq.read_table(file, columns=names).to_pylist():
-            videos = {
-                name: (
-                    place(str(info.video_path), row, f"videos/{name}", name),
-                    float(row[f"videos/{name}/from_timestamp"]),
-                    float(row[f"videos/{name}/to_timestamp"]),
-                )
-                for name in info.videos
-            }
+            videos = {}
+            for name in info.videos:
+                first, end = (float(row[f"videos/{name}/{which}_timestamp"]) for which in ("from", "to"))
+                videos[name] = place(str(info.video_path), row, f"videos/{name}", name), first, end
             data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
             episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
     return tasks, sorted(episodes, key=lambda episode: episode.index)
@@ -262,9 +258,8 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        rows = pq.read_table(
-            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
-        )
+        own = [("episode_index", "==", episode.index)]
+        rows = pq.read_table(episode.data, filters=own, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error

@@ -131,11 +131,8 @@ def unflatten(
     far, depth the number of sequences above. Raises KeyError or ValueError for what does not fit.
     """
     if "featuresDict" in description:
-        children = description["featuresDict"]["features"]
-        return {
-            key: unflatten(child, features, f"{name}/{key}" if name else key, depth)
-            for key, child in children.items()
-        }
+        children, before = description["featuresDict"]["features"].items(), f"{name}/" if name else ""
+        return {key: unflatten(child, features, before + key, depth) for key, child in children}
     if "sequence" in description:
         return unflatten(description["sequence"]["feature"], features, name, depth + 1)
     if depth > 1:

@@ -157,14 +157,10 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
     def inside(level: float) -> list[Array]:
         return by_image([(image, _inside(c.below, level)) for image, c, _ in answers])
 
-    return Calibration(
-        n=len(below),
-        coverage={f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL},
-        curve=[float(_inside(below, level).mean()) for level in LEVELS],
-        bands=bands,
-        surer=float(np.median(errors[:half])),
-        less_sure=float(np.median(errors[-half:])),
-    )
+    coverage = {f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL}
+    curve = [float(_inside(below, level).mean()) for level in LEVELS]
+    surer, less_sure = float(np.median(errors[:half])), float(np.median(errors[-half:]))
+    return Calibration(len(below), coverage, curve, bands, surer, less_sure)
 
 
 def _inside(below: Array, level: float) -> Array:

@@ -213,10 +213,10 @@ def fit_box(
     if up is not None:
         free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
         if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
-            return _boxed(points, level, margin, noise, support)
+            return _boxed(points, level, margin, noise, support, None)
     if _is_box(points, free, blur):
         return _boxed(points, free.axes, margin, noise, None, free)
-    return _boxed(points, start, margin, noise)
+    return _boxed(points, start, margin, noise, None, None)
 
 
 def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:
@@ -226,12 +226,7 @@ def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> b
 
 
 def _boxed(
-    points: Array,
-    axes: Array,
-    margin: float,
-    noise: float,
-    support: float | None = None,
-    found: Faces | None = None,
+    points: Array, axes: Array, margin: float, noise: float, support: float | None, found: Faces | None
 ) -> Box3D:
     """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given); faces
     that were `found` are where they are."""
@@ -242,15 +237,14 @@ def _boxed(
     if found is not None:
         low = np.where((found.side < 0) & np.isfinite(found.at), found.at, low - margin)
         high = np.where((found.side > 0) & np.isfinite(found.at), found.at, high + margin)
-        if support is not None:
-            low[2] = min(support, high[2])
-    elif support is not None:
+    elif support is None:
+        low, high = low - margin, high + margin
+    if support is not None:
         low[2] = min(support, high[2])
+    if support is not None and found is None:
         near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
         low[:2] -= margin + near
         high[:2] += margin + far
-    else:
-        low, high = low - margin, high + margin
     size = np.maximum(high - low, 0)
     return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
 

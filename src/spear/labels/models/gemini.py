@@ -163,9 +163,8 @@ class GeminiDetector:
             # less up to half by chance, so that many clients do not come back at once
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
-                response = self._client.models.generate_content(
-                    model=self.model, contents=contents, config=self._config
-                )
+                asked = {"model": self.model, "contents": contents, "config": self._config}
+                response = self._client.models.generate_content(**asked)
                 self._count(response.usage_metadata)
                 text = answer_text(response, where)
                 return text, parse(text, *frame.image.shape[:2])

@@ -43,15 +43,9 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
     ours: dict[str, Any] = {"position_offset": 0.1, "attn_implementation": "sdpa"}
-    return Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        patch_size=PATCH,
-        image_size=37 * PATCH,
-        use_mask_token=False,
-        **ours,
-    )
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    grid = {"patch_size": PATCH, "image_size": 37 * PATCH}
+    return Dinov2Config(**sizes, **grid, use_mask_token=False, **ours)
 
 
 def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
@@ -72,14 +66,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, norms: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.GroupNorm(1, width) if norms else nn.Identity(),
-            nn.ReLU(),
-            conv3(width, hidden),
-            nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity(),
-            nn.ReLU(),
-            conv3(hidden, width),
-        )
+        first = nn.GroupNorm(1, width) if norms else nn.Identity()
+        second = nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity()
+        one, other = conv3(width, hidden), conv3(hidden, width)
+        self.layers = nn.Sequential(first, nn.ReLU(), one, second, nn.ReLU(), other)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width, h, w] -> the same."""
@@ -337,9 +327,8 @@ class ConvStack(nn.Module):
         self.input_blocks = nn.ModuleList(
             nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
         )
-        self.resamplers = nn.ModuleList(
-            upsample(kind, *pair) for kind, pair in zip(kinds, pairwise(widths), strict=True)
-        )
+        pairs = zip(kinds, pairwise(widths), strict=True)
+        self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
             for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)

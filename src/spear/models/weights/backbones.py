@@ -107,9 +107,8 @@ def plan_backbones(
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
     report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
-    return Conversion(
-        SpearVLMForConditionalGeneration, config, report, parts, shards.dtype(table), sources, tokenizer
-    )
+    kind, dtype = SpearVLMForConditionalGeneration, shards.dtype(table)
+    return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
 def _paligemma_config(shards: Shards) -> Any:

@@ -61,9 +61,8 @@ class KeyReport:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
         wrong = [(status, keys) for status in PROBLEMS if (keys := self.of(status))]
         if wrong:
-            said = (
-                f"{len(k)} weights {s}, first {k[0].name} {list(k[0].shape)} ({k[0].note})" for s, k in wrong
-            )
+            first = ((status, len(keys), keys[0]) for status, keys in wrong)
+            said = (f"{n} weights {s}, first {k.name} {list(k.shape)} ({k.note})" for s, n, k in first)
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 

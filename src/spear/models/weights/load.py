@@ -35,15 +35,10 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     check(cls, folder)
+    how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
     try:
         with quiet():
-            loaded: Any = cls.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
     model, info = loaded
