@@ -150,6 +150,7 @@ def check_episode(episode: Episode) -> Episode:
             if not image:
                 raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave the episode out")
     shapes = {"position": (steps, 3), "rotation": (steps, 4), "gripper": (steps,)}
+    parts: dict[str, Any]
     parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
     parts["gripper"] = _opening(name, "gripper", parts["gripper"])
     return check_actions(dataclasses.replace(episode, **parts))

@@ -299,10 +299,8 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     rotation = np.concatenate([r.rotation for r in recordings])
     _, unit = state_quaternions(rotation)
     if unit == "deg":
-        remarks.append(
-            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians "
-            "(angle_unit)"
-        )
+        most = f"orientations go up to {np.abs(rotation).max():.4g}"
+        remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
     return remarks
 
 

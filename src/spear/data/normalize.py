@@ -98,11 +98,8 @@ class Normalizer:
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
-        return Action(
-            _normalize(action.translation, self.translation_offset, self.translation_scale),
-            action.rotation,
-            action.gripper * 2 - 1,
-        )
+        translation = _normalize(action.translation, self.translation_offset, self.translation_scale)
+        return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
         """The inverse of `normalize_action`: metres, opening 0 … 1."""
@@ -137,11 +134,9 @@ class Normalizer:
 
 def save_sketches(folder: Path) -> None:
     """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
-    arrays: dict[str, Any] = {
-        f"{axis} {name}": values
-        for axis, sketch in enumerate(_sketch(EpisodeStore(folder)))
-        for name, values in sketch.to_arrays().items()
-    }
+    arrays: dict[str, Any] = {}
+    for axis, sketch in enumerate(_sketch(EpisodeStore(folder))):
+        arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(folder / SKETCHES, buffer.getvalue())

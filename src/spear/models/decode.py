@@ -68,11 +68,8 @@ def greedy(
     packed = not torch.is_autocast_enabled(device.type)
     small = SMALL(vlm.language_model) if packed else None
     layers = small or STACK(vlm.language_model, packed, can_compile(device))
-    inputs = {
-        **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
-        "input_ids": input_ids,
-        "bounds": torch.tensor(spans, device=device),
-    }
+    inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
+    inputs |= {"input_ids": input_ids, "bounds": torch.tensor(spans, device=device)}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     free = any(g is None or isinstance(g, Worded) for g in rows)

@@ -42,11 +42,8 @@ class PortableConfig(PreTrainedConfig):
 
 
 def _without_folders(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_folders(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if name != "_name_or_path"
-    }
+    kept = {name: value for name, value in fields.items() if name != "_name_or_path"}
+    return {name: _without_folders(v) if isinstance(v, dict) else v for name, v in kept.items()}
 
 
 def grouped_attention(

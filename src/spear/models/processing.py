@@ -170,11 +170,8 @@ class Processor:
         start = torch.tensor([len(p) for p in prompts])[:, None]
         stop = start + torch.tensor([len(a) for a in answers])[:, None]
         answered = (place >= start) & (place < stop)
-        return {
-            **batch,
-            "token_type_ids": answered.long(),
-            "labels": batch["input_ids"].masked_fill(~answered, IGNORE),
-        }
+        labels = batch["input_ids"].masked_fill(~answered, IGNORE)
+        return {**batch, "token_type_ids": answered.long(), "labels": labels}
 
     def answer_ids(self, segments: Segments) -> list[int]:
         """An answer as token ids: numbers as 3D tokens, pixels as two location tokens (y, then x)."""

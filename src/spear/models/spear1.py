@@ -238,13 +238,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)
             noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
-        inputs = {
-            **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
-            **{f"present/{view}": present for view, present in (view_mask or {}).items()},
-            "input_ids": input_ids,
-            "state": state,
-            "noise": noise.to_vector(),
-        }
+        inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
+        inputs |= {f"present/{view}": present for view, present in (view_mask or {}).items()}
+        inputs |= {"input_ids": input_ids, "state": state, "noise": noise.to_vector()}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if committed is not None:

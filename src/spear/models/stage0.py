@@ -130,10 +130,8 @@ class PatchClassification(nn.Module):
         filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
-        return LossOutput(
-            loss=naming + placing + filling,
-            parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
-        )
+        parts = {"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()}
+        return LossOutput(loss=naming + placing + filling, parts=parts)
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:

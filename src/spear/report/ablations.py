@@ -111,9 +111,6 @@ def _scaling_curve(filled: Filled) -> str:
     trainings = [(a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some]
     places, successes = zip(*trainings, strict=True)
     each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
-    images = Axis(
-        "3D-labelled images",
-        ends=(x[0] - 0.2, x[-1] + 0.2),
-        ticks=[(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)],
-    )
+    ticks = [(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)]
+    images = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
     return chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))

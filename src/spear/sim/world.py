@@ -32,10 +32,8 @@ MOVED = 0.02
 """A bystander counts as moved from this displacement on, m."""
 
 Floats = NDArray[np.float64]
-_SHAPES = {
-    name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}")
-    for name in ("box", "cylinder", "capsule", "ellipsoid")
-}
+_SOLIDS = ("box", "cylinder", "capsule", "ellipsoid")
+_SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _SOLIDS}
 
 
 @dataclass(frozen=True)

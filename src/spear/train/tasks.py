@@ -120,8 +120,8 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
     flat = rows * columns
-    shown, cells = shown.reshape(flat, -1), cells.reshape(flat, CELLS * CELLS, -1)
-    return label.image, shown, cells, centre.reshape(flat, 2), (most > LEAST).reshape(flat)
+    named, filled = shown.reshape(flat, -1), cells.reshape(flat, CELLS * CELLS, -1)
+    return label.image, named, filled, centre.reshape(flat, 2), (most > LEAST).reshape(flat)
 
 
 TRIES = 1000
@@ -233,11 +233,8 @@ class QuestionSamples:
             pixels.append(self.processor.image(image, view))
             size = (image.shape[1], image.shape[0])
             questions += [self.processor.framed_question(one, size, view) for one in asked]
-        return {
-            "pixel_values": {view: torch.stack(pixels)},
-            "image_index": torch.tensor(owners),
-            **self.processor.questions(questions),
-        }
+        images = {"pixel_values": {view: torch.stack(pixels)}, "image_index": torch.tensor(owners)}
+        return {**images, **self.processor.questions(questions)}
 
 
 def fit_coordinates(

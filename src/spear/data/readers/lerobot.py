@@ -128,11 +128,8 @@ class LeRobotFolder:
 
     def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
         rows = _rows(episode, self.name)
-        steps = {
-            _column(name): _values(rows.column(name), self.path)
-            for name in rows.column_names
-            if name not in self.cameras or name in wanted
-        }
+        names = [name for name in rows.column_names if name not in self.cameras or name in wanted]
+        steps = {_column(name): _values(rows.column(name), self.path) for name in names}
         times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float).reshape(-1)
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")

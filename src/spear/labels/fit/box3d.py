@@ -320,11 +320,8 @@ def _smallest_volume(points: Array) -> Array:
 def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     """{"closest", "furthest"}: the seen points [3] nearest to and furthest from the camera; "centre"."""
     distances = np.einsum("ij,ij->i", points, points)
-    return {
-        "closest": np.asarray(points[distances.argmin()], np.float32),
-        "furthest": np.asarray(points[distances.argmax()], np.float32),
-        "centre": box.center,
-    }
+    near, far = (np.asarray(points[i], np.float32) for i in (distances.argmin(), distances.argmax()))
+    return {"closest": near, "furthest": far, "centre": box.center}
 
 
 def iou(a: Box3D, b: Box3D) -> float:

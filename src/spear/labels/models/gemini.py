@@ -120,11 +120,9 @@ class GeminiDetector:
     def bill(self) -> str:
         """What was asked so far, or "": requests that reached the service, tokens (out: thinking as well)."""
         used = self.usage
-        said = (
-            f"{self.model}: {used['requests']} requests, {used['cached']} answers from the cache, "
-            f"{used['input']} tokens in, {used['output']} out"
-        )
-        return said if used else ""
+        asked = f"{used['requests']} requests, {used['cached']} answers from the cache"
+        tokens = f"{used['input']} tokens in, {used['output']} out"
+        return f"{self.model}: {asked}, {tokens}" if used else ""
 
     def _detect(self, frame: Frame) -> list[Detection] | SpearError:
         """The objects of one image, or why there are none."""

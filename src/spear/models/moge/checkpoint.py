@@ -106,8 +106,8 @@ def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
     config = dinov2_config(names[width])
     fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
-    fields += ("image_size", "use_mask_token", "position_offset")
-    return {name: getattr(config, name) for name in fields}
+    more = ("image_size", "use_mask_token", "position_offset")
+    return {name: getattr(config, name) for name in fields + more}
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:

@@ -117,12 +117,8 @@ def centred_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
 
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth along z [B, h, w] and intrinsics [B, 3, 3] in pixels -> points [B, h, w, 3], camera frame."""
-    height, width = depth.shape[1:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=depth.device) + 0.5,
-        torch.arange(width, device=depth.device) + 0.5,
-        indexing="ij",
-    )
+    centres = (torch.arange(size, device=depth.device) + 0.5 for size in depth.shape[1:])
+    y, x = torch.meshgrid(*centres, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)
     rays = pixels @ torch.linalg.inv(intrinsics).to(depth.dtype).mT[:, None]
     return rays * depth[..., None]

@@ -226,8 +226,7 @@ def with_uv(x: Tensor, aspect: float) -> Tensor:
 class MogeV2(nn.Module):
     """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
 
-    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
-    the most patches that it was trained to cut an image into.
+    config, most_tokens: as of `MogeV1`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -274,10 +273,8 @@ class MogeV2(nn.Module):
         [B, width] of the last layer that is read."""
         tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
-        projected = [
-            projection(layer[:, 1:].mT.unflatten(2, grid))
-            for projection, layer in zip(self.output_projections, tokens, strict=True)
-        ]
+        pairs = zip(self.output_projections, tokens, strict=True)
+        projected = [projection(layer[:, 1:].mT.unflatten(2, grid)) for projection, layer in pairs]
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
@@ -286,21 +283,16 @@ class MogeV2(nn.Module):
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
         neck: Any = self.get_submodule("neck")
-        pyramid = [
-            uv_channels(batch, columns << level, rows << level, width / height, features)
-            for level in range(len(neck.input_blocks))
-        ]
+        sizes = ((columns << level, rows << level) for level in range(len(neck.input_blocks)))
+        pyramid = [uv_channels(batch, *size, width / height, features) for size in sizes]
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
         levels = neck(pyramid)
         raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
         scale = None if self.scale_head is None else self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
-            return MogeOutput(
-                points=exponential_points(raw["points_head"]),
-                mask=raw["mask_head"][:, 0].sigmoid(),
-                scale=None if scale is None else scale.float()[:, 0].exp(),
-            )
+            points, mask = exponential_points(raw["points_head"]), raw["mask_head"][:, 0].sigmoid()
+            return MogeOutput(points, mask, None if scale is None else scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):

@@ -194,10 +194,8 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
 
 def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
     names = encoder_names(encoder, checkpoint)
-    keys = [
-        Key(f"moge.{ours}", tuple(weight.shape), "loaded", f"MoGe: {names[ours]}")
-        for ours, weight in encoder.state_dict().items()
-    ]
+    ours = encoder.state_dict().items()
+    keys = [Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours]
     for name, weight in checkpoint.weights.items():
         if name not in names.values():
             why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"

@@ -73,11 +73,8 @@ class KeyReport:
             place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
             like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
             groups.setdefault(like, []).append(key)
-        return [
-            (Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), len(keys))
-            for keys in groups.values()
-            for a, b in [(keys[0], keys[-1])]
-        ]
+        ends = ((keys[0], keys[-1], len(keys)) for keys in groups.values())
+        return [(Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n) for a, b, n in ends]
 
     def parameters(self) -> int:
         """Parameters of the new model."""
