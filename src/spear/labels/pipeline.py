@@ -147,10 +147,8 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
     plane = support_plane(geometry.points[tuple(background.T)], up)
     noise = noise_level(geometry.points, geometry.mask)
-    lifted = (
-        label_object(detection, mask, geometry, plane, settings, taken, noise)
-        for detection, mask in zip(work.detections, work.masks, strict=True)
-    )
+    pairs = zip(work.detections, work.masks, strict=True)
+    lifted = (label_object(found, mask, geometry, plane, settings, taken, noise) for found, mask in pairs)
     image, (height, width) = work.encoded or encode_jpeg(frame.image), frame.image.shape[:2]
     camera, objects = np.asarray(geometry.intrinsics, np.float64), [o for o in lifted if o is not None]
     return LabeledImage(image, width, height, camera, objects, geometry.unit, work.source, work.provenance)

@@ -222,7 +222,5 @@ def _finished(out: Path) -> dict[int, _Finished]:
 
 
 def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    return SpearError(
-        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known.items} "
-        "of its images: label the present input into another folder"
-    )
+    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
+    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")

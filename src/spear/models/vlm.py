@@ -248,8 +248,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         hidden, targets = [], []
         for rows, length in _by_length(mask, length_groups):
             own = features[image_index[rows]], image_valid[image_index[rows]]
-            text = (part[rows, :length] for part in (input_ids, mask, kinds))
-            state = self.run_text(*own, *text, keep_cache=False)
+            ids, valid, kind = (part[rows, :length] for part in (input_ids, mask, kinds))
+            state = self.run_text(*own, ids, valid, kind, keep_cache=False)
             target = labels[rows, 1:length]
             wanted = target != IGNORE
             hidden.append(state.hidden[:, :-1][wanted])
@@ -279,11 +279,8 @@ def token_loss(
     text = 1 - coordinate
     weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
-    parts = {
-        "text": (losses.detach() * text).sum() / text.sum().clamp_min(1),
-        "coordinates": (losses.detach() * coordinate).sum() / coordinate.sum().clamp_min(1),
-    }
-    return loss, parts
+    means = ((losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate))
+    return loss, dict(zip(("text", "coordinates"), means, strict=True))
 
 
 def _smoothed_score(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:

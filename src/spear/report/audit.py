@@ -95,9 +95,8 @@ def _paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
         for name, fit in (("best reading", part.best), ("layout", part.said)):
             if fit is not None:
                 paths.append(Line(name, seconds, integrate_translations(recording, fit), dashed=True))
-        charts = [
-            chart([replace(p, y=np.asarray(p.y)[:, i]) for p in paths], Axis("seconds"), title=f"{axis}, m")
-            for i, axis in enumerate("xyz")
-        ]
+        along = [[replace(path, y=np.asarray(path.y)[:, i]) for path in paths] for i in range(3)]
+        named = zip("xyz", along, strict=True)
+        charts = [chart(lines, Axis("seconds"), title=f"{axis}, m") for axis, lines in named]
         shown.append((recording.source, charts))
     return shown

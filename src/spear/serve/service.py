@@ -149,11 +149,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        answer: Callable[[Sequence[Any]], Sequence[Any]],
-        max_batch: int,
-        wait_s: float,
-        capacity: int,
+        self, answer: Callable[[Sequence[Any]], Sequence[Any]], max_batch: int, wait_s: float, capacity: int
     ) -> None:
         self._answer, self._max_batch, self._wait_s, self._capacity = answer, max_batch, wait_s, capacity
         self._queue: deque[_Waiting] = deque()

@@ -53,10 +53,8 @@ class World:
         self.spec = spec
         self.model = _compile(spec)
         self.data = mujoco.MjData(self.model)
-        self.bodies = tuple(
-            Body(KINDS[thing.kind], self.model.body(f"object{i}").id, *_extent(KINDS[thing.kind]))
-            for i, thing in enumerate(spec.things)
-        )
+        kinds = enumerate(KINDS[thing.kind] for thing in spec.things)
+        self.bodies = tuple(Body(k, self.model.body(f"object{i}").id, *_extent(k)) for i, k in kinds)
         self.servo = Servo(self.model, self.data)
         of_body = np.zeros(self.model.nbody, np.int32)
         of_body[[body.index for body in self.bodies]] = np.arange(len(self.bodies)) + 1

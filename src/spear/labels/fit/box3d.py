@@ -354,13 +354,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
 
 
 _NUMBER = {tuple(side): number for number, side in enumerate(SIGNS.tolist())}
-SYMMETRIES = np.array(
-    [
-        [_NUMBER[tuple(side[list(order)] * signs)] for side in SIGNS]
-        for order in permutations(range(3))
-        for signs in product((-1, 1), repeat=3)
-    ]
-)
+_WAYS = list(product(permutations(range(3)), product((-1, 1), repeat=3)))
+SYMMETRIES = np.array([[_NUMBER[tuple(side[list(turn)] * flip)] for side in SIGNS] for turn, flip in _WAYS])
 """[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 

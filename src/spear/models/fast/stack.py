@@ -37,11 +37,9 @@ class StaticKVCache:
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "Window":
         """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
-        return Window(
-            [held[:, :, :, start : start + sum(queries)] for held in self.layers],
-            queries,
-            [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs],
-        )
+        places = [held[:, :, :, start : start + sum(queries)] for held in self.layers]
+        seen = [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs]
+        return Window(places, queries, seen)
 
 
 @dataclass(frozen=True)

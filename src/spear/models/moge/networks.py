@@ -42,10 +42,9 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     """The config of one of `ENCODERS` as MoGe uses it. Raises `SpearError` for another name."""
     check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
-    ours: dict[str, Any] = {"position_offset": 0.1, "attn_implementation": "sdpa"}
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    grid = {"patch_size": PATCH, "image_size": 37 * PATCH}
-    return Dinov2Config(**sizes, **grid, use_mask_token=False, **ours)
+    ours: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1, "use_mask_token": False}
+    return Dinov2Config(**ours, attn_implementation="sdpa")
 
 
 def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

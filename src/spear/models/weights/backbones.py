@@ -149,10 +149,8 @@ def _vlm_config(
     size: Preset, published: Any, vocabulary: int, start: int, moge: Checkpoint | None
 ) -> SpearVLMConfig:
     """The preset's config, with networks of the checkpoints' sizes."""
-    text, vision = (
-        {k: v for k, v in part.to_dict().items() if k not in _NOT_OURS}
-        for part in (published.text_config, published.vision_config)
-    )
+    parts = (published.text_config.to_dict(), published.vision_config.to_dict())
+    text, vision = ({k: v for k, v in part.items() if k not in _NOT_OURS} for part in parts)
     networks = {
         "vision_config": {**vision, "vision_use_head": False},
         "moge_config": None if moge is None else encoder_config(moge),
