@@ -163,8 +163,7 @@ def init_new_embeddings(
 
 
 def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
-    """[count, width] standard normals, independent between columns, each column a smooth curve along the
-    rows.
+    """[count, width] standard normals, independent between columns, each a smooth curve along the rows.
 
     A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8
     rows to four times the table.

@@ -1,5 +1,4 @@
-"""What the finished trainings say: numbers with intervals, the published ones beside them, and whether they
-agree."""
+"""What the finished trainings say: numbers with intervals beside the published, and whether they agree."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

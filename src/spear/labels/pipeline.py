@@ -128,8 +128,7 @@ def _answers(
 
 
 def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
-    """How boxes are fitted to the answers of these models: exactly to the ground truth, else allowing for
-    errors (`ESTIMATED`)."""
+    """How boxes are fitted to these models' answers: exactly to the truth, else allowing for errors."""
     return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
 
 

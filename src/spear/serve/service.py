@@ -164,8 +164,7 @@ class Batcher:
     async def submit(self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
         """The result for one request of `client`. Raises `Busy` at once when the queue is full.
 
-        alive  whether somebody still wants the result: asked just before it is computed, where False raises
-               `Gone`.
+        alive  whether somebody still wants the result: asked just before it is computed; False raises `Gone`.
         """
         if len(self._queue) >= self._capacity:
             raise Busy(f"busy: {self._capacity} requests wait already: try again in a moment")

@@ -149,8 +149,7 @@ class Pushes:
     def __call__(
         self, action: Array, step: int, observation: Mapping[str, Any], seed: int
     ) -> tuple[Array, bool]:
-        """What is done instead of the expert's `action` in this step, and whether it is a push; none comes
-        in an episode's first step."""
+        """What is done instead of the expert's `action`, and whether it is a push: none in the first step."""
         rng, how, holding = self.rng, self.how, bool(action[7] < 0.5)
         if self.policy is not None:
             if self.left == 0 and step > 0 and rng.random() < POLICY_STARTS:

@@ -106,8 +106,7 @@ class Renderer:
     def layers(
         self, world: World, camera: str, size: Size
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
-        """What one camera sees: image [h, w, 3], depth [h, w] along the camera's z (m), geom ids [h, w], -1
-        where there is none."""
+        """What one camera sees: image [h, w, 3], depth [h, w] along its z (m), geom ids [h, w] or -1."""
         (rectangle,) = self._layout([size])
         width, height = size
         self._update(world, camera)

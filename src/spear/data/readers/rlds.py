@@ -54,8 +54,7 @@ class RldsFolder:
         return spec
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
-        """The step arrays of each episode of a split, in order, nested as in `features.json`. images plays no
-        part: a record holds them all."""
+        """The step arrays of each episode of a split, nested as in `features.json`: all images, always."""
         for name, first, end in split_ranges(self.lengths, split, self.path):
             before = 0
             for file, length in self.splits[name]:

@@ -168,8 +168,7 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
 
 
 def _rotation(turn: Array) -> Array:
-    """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost more than
-    the rest of a step.)"""
+    """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost too much.)"""
     angle = math.sqrt(turn @ turn)
     cross = _CROSS @ turn
     rise, bend = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)

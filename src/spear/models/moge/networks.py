@@ -43,8 +43,9 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
     ours: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1, "use_mask_token": False}
-    return Dinov2Config(**ours, attn_implementation="sdpa")
+    ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1}
+    ours |= {"use_mask_token": False, "attn_implementation": "sdpa"}
+    return Dinov2Config(**ours)
 
 
 def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
