@@ -148,6 +148,14 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     noise = noise_level(geometry.points, geometry.mask)
     pairs = zip(work.detections, work.masks, strict=True)
     lifted = (label_object(found, mask, geometry, plane, settings, taken, noise) for found, mask in pairs)
-    image, (height, width) = work.encoded or encode_jpeg(frame.image), frame.image.shape[:2]
-    camera, objects = np.asarray(geometry.intrinsics, np.float64), [o for o in lifted if o is not None]
-    return LabeledImage(image, width, height, camera, objects, geometry.unit, work.source, work.provenance)
+    height, width = frame.image.shape[:2]
+    return LabeledImage(
+        image=work.encoded or encode_jpeg(frame.image),
+        width=width,
+        height=height,
+        intrinsics=np.asarray(geometry.intrinsics, np.float64),
+        objects=[o for o in lifted if o is not None],
+        unit=geometry.unit,
+        source=work.source,
+        provenance=work.provenance,
+    )

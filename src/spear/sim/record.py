@@ -120,10 +120,19 @@ class Tape:
 
     def episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
         """All of them."""
-        state, actions = np.array(self.states), np.array(self.actions, np.float32)
-        position, rotation, gripper = state[:, :3], state[:, 3:7], state[:, 7]
-        told = instruction, rate_hz, source, actions, np.array(self.mask), success
-        return Episode(self.images, position, rotation, gripper, *told)
+        state = np.array(self.states)
+        return Episode(
+            images=self.images,
+            position=state[:, :3],
+            rotation=state[:, 3:7],
+            gripper=state[:, 7],
+            instruction=instruction,
+            rate_hz=rate_hz,
+            source=source,
+            action=np.array(self.actions, np.float32),
+            action_mask=np.array(self.mask),
+            success=success,
+        )
 
 
 def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:

@@ -45,9 +45,17 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     gripper, command = openings(steps, spec, source)
-    images = {camera: _images(steps, spec, camera, source) for camera in spec.images}
-    turned, words = to_quaternion(rotation, form, source), _text(steps, spec.instruction, source)
-    episode = check_episode(Episode(images, position, turned, gripper, words, spec.rate_hz, source))
+    episode = check_episode(
+        Episode(
+            images={camera: _images(steps, spec, camera, source) for camera in spec.images},
+            position=position,
+            rotation=to_quaternion(rotation, form, source),
+            gripper=gripper,
+            instruction=_text(steps, spec.instruction, source),
+            rate_hz=spec.rate_hz,
+            source=source,
+        )
+    )
     _check_jumps(episode)
     tool = torch.tensor(spec.tool_rotation, dtype=torch.float32)
     turned = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
