@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2084, "ablations": 655, "cli": 1576, "data": 4612, "embodiments": 780, "evaluate": 3189,
-    "labels": 4720, "models": 4761, "report": 1184, "serve": 1002, "sim": 1594, "train": 2530, "ui": 692,
-    "util": 742,
+    "(top)": 2067, "ablations": 649, "cli": 1558, "data": 4566, "embodiments": 776, "evaluate": 3171,
+    "labels": 4662, "models": 4612, "report": 1172, "serve": 989, "sim": 1568, "train": 2484, "ui": 692,
+    "util": 723,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

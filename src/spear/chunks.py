@@ -177,10 +177,8 @@ def check_mode(mode: str, committed: int) -> None:
     of so many actions has not learned."""
     check_known("way of executing chunks", get_args(Mode), mode)
     if mode == "rtc" and not committed:
-        raise SpearError(
-            "--execution rtc: the policy has not learned to go on from what is decided already: "
-            "give async, or train it with --set committed=2"
-        )
+        why = "the policy has not learned to go on from what is decided already"
+        raise SpearError(f"--execution rtc: {why}: give async, or train it with --set committed=2")
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:

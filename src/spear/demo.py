@@ -131,8 +131,7 @@ def robot_at_work(policy: Spear1Policy) -> Values:
 
 
 def real_episodes(out: Path, data: Path | None) -> Values:
-    """(d) Fine-tune the shipped weights on real episodes; errors on others against the mean and the last
-    action."""
+    """(d) Fine-tune the shipped weights on real episodes; errors on others, beside mean and last action."""
     if data is None:
         return {"source": None}
     learned, held_out = _split(data, out)

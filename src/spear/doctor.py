@@ -137,8 +137,7 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
     """Every way to act on this device, the plain network first; float32 where it fits, and bfloat16.
 
-    Of the nano preset the weights that come with this package, of others random ones. Raises `SpearError`
-    where not even bfloat16 fits.
+    Of nano the weights that come with this package, else random ones. `SpearError`: not even bfloat16 fits.
     """
     said = re.search(r"MemAvailable: *(\d+)", MEMORY.read_text("utf-8") if MEMORY.is_file() else "")
     on_cpu = 1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

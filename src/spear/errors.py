@@ -1,5 +1,4 @@
-"""What a user sees when something is wrong, or was put right: one line that says what, where and what to
-do."""
+"""What a user sees when something is wrong, or was put right: one line of what, where and what to do."""
 
 import difflib
 import importlib
@@ -77,8 +76,7 @@ def suppress_notices() -> Iterator[None]:
 
 
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said; see
-    `suppress_notices`."""
+    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said."""
     if _SAYING.get():
         warnings.warn(message, Notice, stacklevel=3)
     return _SAYING.get()

@@ -71,10 +71,8 @@ def unit_quat(q: Tensor, what: str) -> Tensor:
     """
     error = (torch.linalg.vector_norm(q, dim=-1) - 1).abs()
     if not bool((error <= UNIT_TOLERANCE).all()):  # also refuses NaN
-        raise SpearError(
-            f"not a unit quaternion: {what} (norm off by {float(error.max()):.3g}): "
-            "give (w, x, y, z) with norm 1"
-        )
+        off = f"norm off by {float(error.max()):.3g}"
+        raise SpearError(f"not a unit quaternion: {what} ({off}): give (w, x, y, z) with norm 1")
     return quat_canonical(quat_normalize(q))
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +81,18 @@ class VlmBundle:
             watched=watched,
         )
         unit = self.processor.coordinates.unit
+        probable, held = None, None
+        if watched is not None and watched.logits:
+            probable = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
         answers = []
-        for row, size in zip(ids.tolist(), sizes, strict=True):
+        for index, (row, size) in enumerate(zip(ids.tolist(), sizes, strict=True)):
             said = self.processor.read_answer(row)
             places = [moved(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said]
-            answers.append(Answer(places, unit))
-        if watched is None or not watched.logits:
-            return answers
-        probabilities = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
-        found = []
-        for row, answer, probable in zip(ids.tolist(), answers, probabilities, strict=True):
-            places = [i for i, token in enumerate(row) if token in tokens]
-            held = Distribution(probable[places], self.processor.coordinates)
-            found.append(replace(answer, distribution=held))
-        return found
+            if probable is not None:
+                of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
+                held = Distribution(of_numbers, self.processor.coordinates)
+            answers.append(Answer(places, unit, held))
+        return answers
 
     def _grammar(self, family: str | None) -> Any:
         if family is None:

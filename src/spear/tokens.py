@@ -61,9 +61,7 @@ class CoordinateTokenizer:
             raise SpearError("coordinates to fit 3D tokens on: some are NaN or infinite: leave those out")
         distinct, counts = np.unique(flat, return_counts=True)
         if len(distinct) < 2:
-            raise SpearError(
-                f"coordinates to fit 3D tokens on: {len(distinct)} different values: give at least 2"
-            )
+            raise SpearError(f"coordinates to fit 3D tokens on: {len(distinct)} different: give at least 2")
         share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
         if spacing == "uniform":
             edges = np.linspace(distinct[0], distinct[-1], bins + 1)
@@ -96,9 +94,7 @@ class CoordinateTokenizer:
         """
         index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.bins):
-            raise SpearError(
-                f"3D token ids: {index.min()} … {index.max()}: must be within 0 … {self.bins - 1}"
-            )
+            raise SpearError(f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.bins - 1}")
         return np.asarray(self.representatives[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -135,9 +131,7 @@ def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
     ids = tokenizer.convert_tokens_to_ids(names)
     first = int(ids[0])
     if list(ids) != list(range(first, first + bins)):
-        raise SpearError(
-            f"tokenizer: its 3D tokens are not the {bins} ids from {first}: start from one without"
-        )
+        raise SpearError(f"tokenizer: its 3D tokens are not the {bins} ids from {first}: take one without")
     return first
 
 
@@ -169,8 +163,7 @@ def init_new_embeddings(
 
 
 def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
-    """[count, width] standard normals, independent between columns, each column a smooth curve along the
-    rows.
+    """[count, width] standard normals, independent between columns, each a smooth curve along the rows.
 
     A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8
     rows to four times the table.

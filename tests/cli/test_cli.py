@@ -123,7 +123,6 @@ def test_a_word_that_many_commands_begin_with_names_them(
         ("evaluate ablations --rows no3d", "'no-3d'"),
         ("evaluate ablations --set steps=3", "--budget"),
         ("evaluate ablations --init nano-vlm-9", "nano-vlm-0"),
-        ("evaluate reference --table rotatoin", "did you mean 'rotation'?"),
         ("evaluate vqa nano /nowhere", "/nowhere"),
         ("evaluate vqa nano sim:x", "write sim:SEED"),
         ("evaluate vqa nano sim --view wirst", "did you mean 'wrist'?"),

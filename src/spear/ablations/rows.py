@@ -80,8 +80,6 @@ SETTINGS, LENGTHS, TABLES = _load()
 
 
 class AblationOptions(Options):
-    """The options of `spear evaluate ablations`."""
-
     rows: tuple[str, ...] = ()
     """Rows, or whole tables (3d, rotation, normalisation, siglip, converged, images); all without it."""
     seeds: Annotated[int, Within(1)] = 3

@@ -1,5 +1,4 @@
-"""What the finished trainings say: numbers with intervals, the published ones beside them, and whether they
-agree."""
+"""What the finished trainings say: numbers with intervals beside the published, and whether they agree."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,13 +69,11 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
 
 def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
     """Everything that the pages show, as data."""
-    return [
-        {
-            **{"table": filled.table.name, "against": filled.table.against, "source": filled.source},
-            "lines": [asdict(x) | {"row": x.row.name, "title": x.row.title} for x in filled.lines],
-        }
-        for filled in tables
-    ]
+    found = []
+    for table, lines, source in ((filled.table, filled.lines, filled.source) for filled in tables):
+        rows = [asdict(x) | {"row": x.row.name, "title": x.row.title} for x in lines]
+        found.append({"table": table.name, "against": table.against, "source": source, "lines": rows})
+    return found
 
 
 def judge(against: Estimate | None, published: float | None, seeds: int) -> Verdict:
@@ -124,6 +121,5 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
 def successes(seeds: Sequence[Results], families: Sequence[str]) -> list[Array]:
     """Success [seeds, scenes] of each family, on the same scenes, in order."""
     rows = [sorted(results.outcomes, key=lambda o: o.seed) for results in seeds]
-    return [
-        np.array([[o.success for o in row if o.family == name] for row in rows], bool) for name in families
-    ]
+    found = ([[o.success for o in row if o.family == name] for row in rows] for name in families)
+    return [np.array(each, bool) for each in found]

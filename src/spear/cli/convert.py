@@ -34,8 +34,6 @@ class ConvertOptions(Options, kw_only=True):
 
 
 class BackbonesOptions(ConvertOptions, kw_only=True):
-    """Options of `spear convert backbones`."""
-
     paligemma: Annotated[Positional[str], arg(metavar="PALIGEMMA")]
     """Folder of a PaliGemma 1 or 2 (config.json and safetensors), or its name on the Hugging Face Hub."""
     moge: Annotated[Positional[str], arg(metavar="MOGE")]
@@ -75,8 +73,6 @@ def convert_backbones(options: BackbonesOptions) -> None:
 
 
 class PolicyOptions(ConvertOptions, kw_only=True):
-    """Options of `spear convert vlm`."""
-
     vlm: Annotated[Positional[str], arg(metavar="VLM")]
     """Folder of a SPEAR-VLM, or its name on the Hugging Face Hub."""
     out: Path = Path("runs/spear1")

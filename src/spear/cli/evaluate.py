@@ -9,7 +9,7 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
@@ -224,25 +224,16 @@ def compare(options: CompareOptions) -> None:
         print(f"page: {options.out}")
 
 
-class ReferenceOptions(Options):
-    table: Name = None
-    """Only this one: simpler_widowx, ablations, rotation, normalisation, siglip or droid."""
-
-
-def reference(options: ReferenceOptions) -> None:
+def reference() -> None:
     """Show the numbers that the SPEAR-1 paper published.
 
     They are theirs, not measured here. `spear evaluate` shows them beside results on the same tasks.
 
-    Examples:
+    Example:
         spear evaluate reference
-        spear evaluate reference --table rotation
     """
-    known = references()
-    chosen = known if options.table is None else [options.table]
-    check_known("table", known, *chosen)
-    for name in chosen:
-        show(known[name].table())
+    for table in references().values():
+        show(table.table())
 
 
 def _folder(results: Path) -> Path:

@@ -153,8 +153,6 @@ def ask_about(options: QuestionOptions) -> None:
 
 
 class ShowOptions(Options):
-    """Of `spear label show`."""
-
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
     out: File = None
@@ -173,7 +171,7 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels --images 6 --rerun labels.rrd
     """
     from spear.labels.store import choose
-    from spear.report.labels import label_page
+    from spear.report.labels import label_page, write_rerun
 
     folder = _shards(options.labels)
     shown = choose(folder, options.images)
@@ -181,8 +179,6 @@ def show(options: ShowOptions) -> None:
     label_page(folder, shown, target)
     print(f"open {target.resolve()}")
     if options.rerun is not None:
-        from spear.report.labels import write_rerun
-
         write_rerun(shown, _point_maps(folder, shown), options.rerun)
         print(f"rerun {options.rerun}")
 

@@ -81,9 +81,8 @@ def plan(options: PlanOptions) -> None:
             needed = memory.inference(preset(options.preset or "spear1"), dtype, options.batch_size or 1)
             parts = f"weights {_gib(needed.weights)} + activations {_gib(needed.activations)}"
             word = "fits" if needed.total <= capacity else "does not fit"
-            print(
-                f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {options.gpu} (usable {_gib(capacity)})"
-            )
+            room = f"{options.gpu} (usable {_gib(capacity)})"
+            print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
         return
     stage = recipe(options.recipe).changed(**changes)
     preset(stage.preset)

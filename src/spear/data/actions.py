@@ -149,14 +149,11 @@ def check_episode(episode: Episode) -> Episode:
         for step, image in enumerate(images):
             if not image:
                 raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave the episode out")
-    return check_actions(
-        dataclasses.replace(
-            episode,
-            position=_array(name, "position", episode.position, (steps, 3)),
-            rotation=_array(name, "rotation", episode.rotation, (steps, 4)),
-            gripper=_opening(name, "gripper", _array(name, "gripper", episode.gripper, (steps,))),
-        )
-    )
+    shapes = {"position": (steps, 3), "rotation": (steps, 4), "gripper": (steps,)}
+    parts: dict[str, Any]
+    parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
+    parts["gripper"] = _opening(name, "gripper", parts["gripper"])
+    return check_actions(dataclasses.replace(episode, **parts))
 
 
 def check_actions(episode: Episode) -> Episode:

@@ -7,7 +7,7 @@ episodes) of how much worse it does than the best, or the others do, is above `M
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -31,6 +31,7 @@ from spear.data.readers.formats import episode_counts, open_dataset, open_split
 from spear.data.readers.layout import (
     FASTEST,
     FORMS,
+    Sources,
     Steps,
     column,
     numbers,
@@ -154,9 +155,8 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
                 other = _judge(path, split, replace(spec, rotation_format=cast(RotationFormat, form)))
                 if not other.states and not {part.verdict for part in other.parts} & _OPEN:
                     forms.append(form)
-    return replace(
-        report, forms=forms, checks=[*report.checks, *check_cameras(look_at_cameras(path, split, spec))]
-    )
+    cameras = check_cameras(look_at_cameras(path, split, spec))
+    return replace(report, forms=forms, checks=[*report.checks, *cameras])
 
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
@@ -198,9 +198,7 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
     return {camera: found for camera, found in views.items() if found}
 
 
-def episode_steps(
-    path: str | Path, split: str, images: Sequence[str] | None
-) -> Iterator[tuple[str, Steps | SpearError]]:
+def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> Sources:
     """The steps of a dataset's episodes, with the columns of images that are asked for; None for all."""
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
@@ -218,10 +216,8 @@ def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
         return replace(STORE, rate_hz=float(folder.rates_hz[0]), images=images)
     spec = folder.spec(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
-        raise SpearError(
-            f"nothing to audit: {spec.name}: its layout names no logged actions; add logged_translation and "
-            'logged_rotation, for example "logged_translation": "action[0:3]"'
-        )
+        add = 'logged_translation and logged_rotation, for example "logged_translation": "action[0:3]"'
+        raise SpearError(f"nothing to audit: {spec.name}: its layout names no logged actions; add {add}")
     return spec
 
 
@@ -303,10 +299,8 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     rotation = np.concatenate([r.rotation for r in recordings])
     _, unit = state_quaternions(rotation)
     if unit == "deg":
-        remarks.append(
-            f"orientations go up to {np.abs(rotation).max():.4g}: degrees, where the layout has radians "
-            "(angle_unit)"
-        )
+        most = f"orientations go up to {np.abs(rotation).max():.4g}"
+        remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
     return remarks
 
 

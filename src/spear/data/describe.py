@@ -5,7 +5,7 @@ What no column can say (where the gripper's own axes point, the rate of RLDS) is
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from spear.data.audit import FARTHEST, UNEXPLAINED
 from spear.data.hypotheses import Fit, Recording, Stretches, rotation_fits, translation_fits
 from spear.data.inspect import leaves
 from spear.data.readers.formats import episode_counts, open_dataset
+from spear.data.readers.layout import Sources
 from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.spec import ANGLES, LENGTH_UNITS
 from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense
@@ -94,7 +95,7 @@ def _is_image(values: Sequence[Any]) -> bool:
     return bool(values) and values[0].startswith(IMAGE_BEGINS)
 
 
-def _cameras(read: Iterator[tuple[str, Any]], facts: dict[str, str]) -> dict[str, str]:
+def _cameras(read: Sources, facts: dict[str, str]) -> dict[str, str]:
     """Our camera name -> column; at the wrist is one whose name or motion says so."""
     changes: dict[str, list[float]] = {}
     for source, steps in itertools.islice(read, VIEWED):

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from spear.data.readers.spec import said
 from spear.data.store.episode_store import EpisodeStore
@@ -97,11 +98,8 @@ class Normalizer:
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
-        return Action(
-            _normalize(action.translation, self.translation_offset, self.translation_scale),
-            action.rotation,
-            action.gripper * 2 - 1,
-        )
+        translation = _normalize(action.translation, self.translation_offset, self.translation_scale)
+        return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
         """The inverse of `normalize_action`: metres, opening 0 … 1."""
@@ -109,9 +107,7 @@ class Normalizer:
         metres = like * like.new_tensor(scale) + like.new_tensor(offset)
         return Action(metres, action.rotation, (action.gripper + 1) / 2)
 
-    def state_vector(
-        self, position: torch.Tensor, rotation: torch.Tensor, gripper: torch.Tensor
-    ) -> torch.Tensor:
+    def state_vector(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
         """What the policy sees of its own state, [..., 10].
 
         position [..., 3] m, rotation [..., 4], gripper [..., 1] opening -> normalised position 3, rotation 6
@@ -138,11 +134,9 @@ class Normalizer:
 
 def save_sketches(folder: Path) -> None:
     """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
-    arrays: dict[str, Any] = {
-        f"{axis} {name}": values
-        for axis, sketch in enumerate(_sketch(EpisodeStore(folder)))
-        for name, values in sketch.to_arrays().items()
-    }
+    arrays: dict[str, Any] = {}
+    for axis, sketch in enumerate(_sketch(EpisodeStore(folder))):
+        arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(folder / SKETCHES, buffer.getvalue())
@@ -189,5 +183,5 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
     return (high + low) / 2, 1.0 if scale < SMALLEST_SCALE else scale
 
 
-def _normalize(metres: torch.Tensor, offset: Triple, scale: Triple) -> torch.Tensor:
+def _normalize(metres: Tensor, offset: Triple, scale: Triple) -> Tensor:
     return (metres - metres.new_tensor(offset)) / metres.new_tensor(scale)

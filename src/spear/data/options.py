@@ -9,10 +9,8 @@ from tyro.conf import Positional, arg
 from spear.errors import SpearError
 from spear.util.options import File, Layout, Number, Options, Split, Within
 
-Source = Annotated[
-    Positional[Path],
-    arg(metavar="FOLDER", help="An RLDS or LeRobot dataset, or episodes written by this program."),
-]
+_SOURCE = "An RLDS or LeRobot dataset, or episodes written by this program."
+Source = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
 MOST_PIXELS = 8192
 """The largest side of an image that is asked for."""
 

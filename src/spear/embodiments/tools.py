@@ -138,10 +138,8 @@ def image(observation: Observation, key: str) -> Array:
         raise SpearError(f"{key}: {_what(value)}: send an RGB image, uint8 [height, width, 3]")
     short, long = sorted(value.shape[:2])
     if short < SHORTEST_SIDE or long > LONGEST_SIDE or long > WIDEST * short:
-        raise SpearError(
-            f"{key}: {value.shape[1]} x {value.shape[0]} pixels: "
-            f"send sides of {SHORTEST_SIDE} … {LONGEST_SIDE} pixels, none more than {WIDEST} times the other"
-        )
+        limits = f"sides of {SHORTEST_SIDE} … {LONGEST_SIDE} pixels, none more than {WIDEST} times the other"
+        raise SpearError(f"{key}: {value.shape[1]} x {value.shape[0]} pixels: send {limits}")
     return value
 
 
@@ -207,9 +205,7 @@ def committed(observation: Observation) -> dict[str, Array]:
         return {}
     rows = observation[COMMITTED]
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != ACTION_DIM:
-        raise SpearError(
-            f"{COMMITTED}: {_what(rows)}: send actions as they were predicted, [d, {ACTION_DIM}]"
-        )
+        raise SpearError(f"{COMMITTED}: {_what(rows)}: send actions as predicted, [d, {ACTION_DIM}]")
     array = numbers({COMMITTED: rows.ravel()}, COMMITTED, rows.size).reshape(rows.shape).astype(np.float32)
     position(array[:, :3], f"{COMMITTED}[0:3]")
     array[:, 3:7] = unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()

@@ -68,8 +68,7 @@ class _Tabletop:
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """All seeds through a few environments, which share one renderer. A scene that ends makes room for
-        the next seed."""
+        """All seeds through a few environments, which share a renderer; one that ends takes the next seed."""
         waiting, slots = list(seeds)[::-1], list[_Slot]()
         sizes = self._sizes["external"], self._sizes["wrist"]
         free = [

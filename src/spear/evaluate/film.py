@@ -35,7 +35,9 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     draw = ImageDraw.Draw(frame)
     badge = "" if outcome is None else ("success" if outcome else "failure")
     badge_width = 120 if badge else 20
-    draw.text((14, BAR // 2), caption, WHITE, _fit(caption, frame.width - badge_width - 14), anchor="lm")
+    room = frame.width - badge_width - 14
+    font = next((f for f in map(_font, range(24, 10, -1)) if f.getlength(caption) <= room), _font(11))
+    draw.text((14, BAR // 2), caption, WHITE, font, anchor="lm")
     if badge:
         draw.text((frame.width - 14, BAR // 2), badge, GREEN if outcome else RED, _font(24), anchor="rm")
     return np.asarray(frame)
@@ -72,8 +74,3 @@ def _scale(image: Array) -> Array:
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def _fit(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font up to 24 in which the text fits the width, or else 11."""
-    return next((f for f in map(_font, range(24, 10, -1)) if f.getlength(text) <= width), _font(11))

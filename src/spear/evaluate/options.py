@@ -8,13 +8,8 @@ from spear.util.options import Dataset, Device, Dtype, Folder, Number, Options, 
 
 Films = int | Literal["failures", "all"]
 """Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
-Decode = Annotated[
-    Literal["mode", "mean", "median"],
-    arg(
-        help="Which of the numbers that the model holds possible is taken: the likeliest (mode), the "
-        "expected value (mean), or the one in the middle (median)."
-    ),
-]
+_READ = "Which of the numbers that the model holds possible: the likeliest (mode), the mean or the median."
+Decode = Annotated[Literal["mode", "mean", "median"], arg(help=_READ)]
 
 
 class AgentOptions(Options):

@@ -197,8 +197,7 @@ class Journal:
     def __init__(
         self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int], scenes: Scenes
     ) -> None:
-        """Opens a journal, or goes on with it, to run these seeds of each family. Raises `SpearError` for
-        another policy or settings."""
+        """Opens a journal, or goes on with it, to run these scenes. `SpearError`: of other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.done: dict[tuple[str, int], Outcome] = {}
         wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}

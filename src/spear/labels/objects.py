@@ -99,14 +99,8 @@ def label_object(
         # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
         width = distance / focal * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
         scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
-    return LabeledObject(
-        name=detection.name,
-        box2d=np.asarray(detection.box2d, np.float32),
-        mask=encode_mask(mask),
-        box3d=box,
-        keypoints=points3d,
-        scores=scores,
-    )
+    box2d = np.asarray(detection.box2d, np.float32)
+    return LabeledObject(detection.name, box2d, encode_mask(mask), box, points3d, scores)
 
 
 def _cloud(inside: Array, points: Array, erosion: int, noise: float, most: int) -> Array:

@@ -42,8 +42,6 @@ class SceneOptions(Options):
 
 
 class LabelOptions(Options):
-    """Of `spear label`."""
-
     photos: Annotated[Positional[tuple[str, ...]], arg(metavar="PHOTOS")] = ()
     """What to label."""
     out: Path = Path("runs/labels")
@@ -87,8 +85,6 @@ class LabelOptions(Options):
 
 
 class QuestionOptions(Options):
-    """Of `spear questions`."""
-
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
     seed: Annotated[int, Within(0)] = 0

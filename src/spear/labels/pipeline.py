@@ -128,8 +128,7 @@ def _answers(
 
 
 def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
-    """How boxes are fitted to the answers of these models: exactly to the ground truth, else allowing for
-    errors (`ESTIMATED`)."""
+    """How boxes are fitted to these models' answers: exactly to the truth, else allowing for errors."""
     return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
 
 
@@ -147,10 +146,8 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
     plane = support_plane(geometry.points[tuple(background.T)], up)
     noise = noise_level(geometry.points, geometry.mask)
-    lifted = (
-        label_object(detection, mask, geometry, plane, settings, taken, noise)
-        for detection, mask in zip(work.detections, work.masks, strict=True)
-    )
+    pairs = zip(work.detections, work.masks, strict=True)
+    lifted = (label_object(found, mask, geometry, plane, settings, taken, noise) for found, mask in pairs)
     height, width = frame.image.shape[:2]
     return LabeledImage(
         image=work.encoded or encode_jpeg(frame.image),

@@ -54,9 +54,7 @@ class Scene:
             for name in ("extrinsic_color.txt", "extrinsic_depth.txt"):
                 file = calibration / name
                 if file.is_file() and not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
-                    raise SpearError(
-                        f"{file}: not the identity: depth and colour must be registered to one camera first"
-                    )
+                    raise SpearError(f"{file}: not the identity: register depth and colour to one camera")
             self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
             self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")
             self.names = _scannet_names(path)

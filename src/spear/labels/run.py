@@ -137,9 +137,8 @@ def label_folder(
     check_own(out, SETTINGS, "label")
     with alone(out, "labelling into", SETTINGS):
         begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
-        same_settings(
-            out / SETTINGS, {"spear": spear.__version__, **settings, "shard_size": work.shard_size}, begun
-        )
+        whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
+        same_settings(out / SETTINGS, whole, begun)
         sweep(out)
         finished = _finished(out)
         for number, known in finished.items():
@@ -156,12 +155,9 @@ def label_folder(
         def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
             nonlocal progress
             for (_, batch), done in results:
-                progress = dataclasses.replace(
-                    progress,
-                    done=progress.done + len(batch),
-                    skipped=progress.skipped + len(done.skipped),
-                    retryable=progress.retryable + sum(image.retryable for image in done.skipped),
-                )
+                images, skipped = progress.done + len(batch), progress.skipped + len(done.skipped)
+                retryable = progress.retryable + sum(image.retryable for image in done.skipped)
+                progress = Progress(total, before, images, skipped, retryable)
                 for source, reason, _ in done.skipped:
                     if reason != EMPTY:
                         bad(reason if source in reason else f"{source}: {reason}")
@@ -226,7 +222,5 @@ def _finished(out: Path) -> dict[int, _Finished]:
 
 
 def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    return SpearError(
-        f"{out}: the input has changed since labels-{number:05d}.parquet was made from {known.items} "
-        "of its images: label the present input into another folder"
-    )
+    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
+    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spear.errors import SpearError
 from spear.models.fast.small import SMALL, SmallStack
@@ -35,19 +36,19 @@ class Watched:
     none after the last choice, where nothing is computed."""
 
     ids: Range
-    logits: list[torch.Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
 
 @torch.inference_mode()
 def greedy(
     vlm: Any,
-    pixel_values: Mapping[str, torch.Tensor],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    pixel_values: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
     max_new_tokens: int = 64,
     grammars: Sequence[Grammar | None] | None = None,
     watched: Watched | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
     vlm: a `SpearVLMForConditionalGeneration`; arguments as in its `forward`. grammars: one per prompt, None
@@ -60,29 +61,24 @@ def greedy(
     rows = list(grammars) if grammars is not None else [None] * len(input_ids)
     longest = max((_shortest(g) for g in rows if g is not None), default=0)
     if longest > max_new_tokens:
-        raise SpearError(
-            f"answer too long: its grammar has {longest} tokens, max_new_tokens is {max_new_tokens}"
-        )
+        has = f"its grammar has {longest} tokens"
+        raise SpearError(f"answer too long: {has}, max_new_tokens is {max_new_tokens}")
     config, device = vlm.config.text_config, input_ids.device
     spans = _spans(rows, max_new_tokens, config)
     packed = not torch.is_autocast_enabled(device.type)
     small = SMALL(vlm.language_model) if packed else None
     layers = small or STACK(vlm.language_model, packed, can_compile(device))
-    inputs = {
-        **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
-        "input_ids": input_ids,
-        "bounds": torch.tensor(spans, device=device),
-    }
+    inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
+    inputs |= {"input_ids": input_ids, "bounds": torch.tensor(spans, device=device)}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
-    if any(g is None or isinstance(g, Worded) for g in rows):
-        words = _Words(rows, max_new_tokens, config, device)
-        answer = _decode(vlm, layers, inputs, spans, words, watched)
-    elif device.type == "cuda" and watched is None:
+    free = any(g is None or isinstance(g, Worded) for g in rows)
+    if device.type == "cuda" and watched is None and not free:
         key = tuple(tuple(step) for step in spans)
         answer = layers.replay(lambda given: _decode(vlm, layers, given, spans), inputs, key)
     else:
-        answer = _decode(vlm, layers, inputs, spans, None, watched)
+        words = _Words(rows, max_new_tokens, config, device) if free else None
+        answer = _decode(vlm, layers, inputs, spans, words, watched)
     with torch.inference_mode(False):
         return answer.clone()
 
@@ -115,7 +111,7 @@ def _decode(
     spans: list[list[Range]],
     words: "_Words | None" = None,
     watched: Watched | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Answers [N, T]. inputs: as `greedy` makes them. words: None where the spans say all."""
     pixels = {name.removeprefix("pixels/"): t for name, t in inputs.items() if name.startswith("pixels/")}
     features, _ = vlm.encode_images(pixels)
@@ -131,7 +127,7 @@ def _decode(
     turns = layers.rotations(places, dtype)
     choices = [step for step, row in enumerate(spans) if any(b - a > 1 for a, b in row)]
     last_choice = choices[-1] if choices else -1
-    answer: list[torch.Tensor] = []
+    answer: list[Tensor] = []
     for step, row in enumerate(spans):
         if watched is not None and step <= last_choice:
             watched.logits.append(vlm.head(hidden, *watched.ids).float())
@@ -143,19 +139,14 @@ def _decode(
             continue  # the grammar gives the remaining tokens
         if words is not None and words.ended():
             break
-        hidden = layers(
-            vlm.embed_text(token[:, None]).to(dtype),
-            tuple(turn[:, step : step + 1] for turn in turns),
-            cache.window(start + step, [(1, start + step + 1)]),
-            bias,
-        )[:, 0].to(text.dtype)
+        embedded, turn = vlm.embed_text(token[:, None]).to(dtype), [t[:, step : step + 1] for t in turns]
+        here = cache.window(start + step, [(1, start + step + 1)])
+        hidden = layers(embedded, tuple(turn), here, bias)[:, 0].to(text.dtype)
     whole = torch.stack(answer, dim=1)
     return whole if words is None else words.cut(whole)
 
 
-def _choose(
-    vlm: Any, hidden: torch.Tensor, row: list[Range], bounds: torch.Tensor, words: "_Words | None"
-) -> torch.Tensor:
+def _choose(vlm: Any, hidden: Tensor, row: list[Range], bounds: Tensor, words: "_Words | None") -> Tensor:
     """The likeliest tokens [N] within their ranges, after `hidden` [N, D]. bounds [N, 2]: the same ranges."""
     if all(b - a == 1 for a, b in row):
         return bounds[:, 0]
@@ -195,7 +186,7 @@ class _Words:
         self.owed, self.words, self.numbers = owed.to(device), words.to(device), numbers.to(device)
         self.after_word = torch.zeros_like(self.done)
 
-    def forbidden(self) -> torch.Tensor:
+    def forbidden(self) -> Tensor:
         """[N, vocabulary] the ids that may not come next."""
         left = self.most - self.step
         closing = (self.owed == 0) & self.after_word & self.worded
@@ -205,7 +196,7 @@ class _Words:
         allowed[:, self.end] |= closing
         return ~allowed
 
-    def say(self, token: torch.Tensor) -> torch.Tensor:
+    def say(self, token: Tensor) -> Tensor:
         """Take note of the tokens [N], and return them; padding where the answer had ended."""
         token = token.masked_fill(self.done, self.pad)
         self.done = self.done | (token == self.end)
@@ -221,7 +212,7 @@ class _Words:
         look = self.done.device.type == "cpu" or self.step % 8 == 0
         return look and bool(self.done.all())
 
-    def cut(self, answer: torch.Tensor) -> torch.Tensor:
+    def cut(self, answer: Tensor) -> Tensor:
         """[N, T] without columns after the end of the longest answer."""
         ends = answer == self.end
         lengths = torch.where(ends.any(1), ends.long().argmax(1) + 1, answer.shape[1])

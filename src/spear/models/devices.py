@@ -29,16 +29,14 @@ def choose_device(name: str = "auto") -> torch.device:
     if kind != "cuda" or (colon and not number.isdecimal()):
         raise unknown_name("device", name, ("auto", "cpu", "cuda", "cuda:0"))
     if colon and several:
-        raise SpearError(
-            f"device {name}: several processes cannot share a GPU: give cuda, and each takes its own"
-        )
+        why = "several processes cannot share a GPU"
+        raise SpearError(f"device {name}: {why}: give cuda, and each takes its own")
     index = int(number) if colon else int(os.environ.get("LOCAL_RANK", "0")) if several else 0
     if index >= count:
         there = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
         cure = "start as many processes as there are GPUs" if several else "give another"
-        raise SpearError(
-            f"no device cuda:{index}: PyTorch {torch.__version__} finds {there} here: {cure}, or give cpu"
-        )
+        found = f"PyTorch {torch.__version__} finds {there} here"
+        raise SpearError(f"no device cuda:{index}: {found}: {cure}, or give cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

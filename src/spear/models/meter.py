@@ -4,6 +4,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -20,10 +21,10 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, result)
+        tree_map_only(Tensor, self._count, result)
         return result
 
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:

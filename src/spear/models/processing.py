@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spear.errors import SpearError, first_line, notice, unknown_name
@@ -109,7 +110,7 @@ class Processor:
         """Number of tokens, 3D tokens included."""
         return len(self.tokenizer)
 
-    def image(self, image: Array, view: str) -> torch.Tensor:
+    def image(self, image: Array, view: str) -> Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
         Gives a `Notice`, once per view and size, when that takes black bars (for `SIZES_TOLD` sizes at most).
@@ -141,7 +142,7 @@ class Processor:
         answer = [moved(s, size, target) if isinstance(s, Pixel) else s for s in question.segments]
         return replace(question, prompt=self.framed(question.prompt, size, view), segments=answer)
 
-    def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
+    def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """input_ids and attention_mask [N, L] of texts, padded on the right.
 
         As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text, unless
@@ -149,20 +150,19 @@ class Processor:
         """
         return self._pad([self._prompt(text, cut) for text in texts])
 
-    def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, torch.Tensor]:
+    def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
         acting: how somebody types shall not change what the robot does (our choice)."""
         return self.prompts([text.lower().rstrip(" \n.!") for text in texts], cut)
 
-    def questions(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+    def questions(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and
         labels. Raises `SpearError` for numbers in another unit than the 3D tokens'."""
         for question in questions:
             if question.unit != self.coordinates.unit and question.values:
-                raise SpearError(
-                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the 3D tokens "
-                    f"in {self.coordinates.unit!r}: use tokens fitted on labels of the same unit"
-                )
+                what = f"question {question.prompt!r}: its numbers are in unit {question.unit!r}"
+                cure = f"the 3D tokens in {self.coordinates.unit!r}: use tokens fitted on labels of one unit"
+                raise SpearError(f"{what}, {cure}")
         prompts = [self._prompt(question.prompt, cut=True) for question in questions]
         answers = [[*self.answer_ids(q.segments), self.tokenizer.eos_token_id] for q in questions]
         batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
@@ -170,11 +170,8 @@ class Processor:
         start = torch.tensor([len(p) for p in prompts])[:, None]
         stop = start + torch.tensor([len(a) for a in answers])[:, None]
         answered = (place >= start) & (place < stop)
-        return {
-            **batch,
-            "token_type_ids": answered.long(),
-            "labels": batch["input_ids"].masked_fill(~answered, IGNORE),
-        }
+        labels = batch["input_ids"].masked_fill(~answered, IGNORE)
+        return {**batch, "token_type_ids": answered.long(), "labels": labels}
 
     def answer_ids(self, segments: Segments) -> list[int]:
         """An answer as token ids: numbers as 3D tokens, pixels as two location tokens (y, then x)."""
@@ -266,17 +263,13 @@ class Processor:
         ours, wanted = self.coordinate_ids, config.coordinate_ids
         both = "take both from the same checkpoint"
         if ours != wanted or ours.stop > config.text_config.vocab_size:
-            raise SpearError(
-                f"vocabulary mismatch: {folder}: its tokenizer's 3D tokens are the ids {ours.start} … "
-                f"{ours.stop - 1}, its model's {wanted.start} … {wanted.stop - 1} of "
-                f"{config.text_config.vocab_size}: {both}"
-            )
+            here = f"its tokenizer's 3D tokens are the ids {ours.start} … {ours.stop - 1}"
+            there = f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
+            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: {both}")
         for view in self.image_sizes:
             if view not in config.views:
-                known = ", ".join(config.views)
-                raise SpearError(
-                    f"views do not match: {folder}: its processor has {view!r}, its model {known}: {both}"
-                )
+                apart = f"its processor has {view!r}, its model {', '.join(config.views)}"
+                raise SpearError(f"views do not match: {folder}: {apart}: {both}")
 
     def _prompt(self, text: str, cut: bool) -> list[int]:
         words = " ".join(text.split())
@@ -300,7 +293,7 @@ class Processor:
                 self._cache[text] = ids
         return ids
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         length = max(len(row) for row in rows)
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -318,19 +311,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedT
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - LOCATIONS,
-        special_tokens=["<pad>", "<eos>", "<bos>"],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        clean_up_tokenization_spaces=False,
-    )
+    how: Any = {"tokenizer_object": backend, "clean_up_tokenization_spaces": False}
+    tokenizer = PreTrainedTokenizerFast(**how, **special)
     tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(LOCATIONS)])
     return tokenizer

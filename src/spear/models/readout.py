@@ -18,6 +18,7 @@ Decode = Literal["mode", "mean", "median"]
 """How a number is read off the probabilities of its bins."""
 DECODES: tuple[Decode, ...] = get_args(Decode)
 
+Segment = str | float | Pixel
 ONE_SIGMA = 0.6826894921370859
 """The probability within one standard deviation of a normal's mean."""
 
@@ -81,9 +82,7 @@ class Distribution:
         return np.concatenate([np.zeros((len(self), 1)), total], axis=1)
 
 
-def with_numbers(
-    segments: Sequence[str | float | Pixel], values: Array | Sequence[float]
-) -> list[str | float | Pixel]:
+def with_numbers(segments: Sequence[Segment], values: Array | Sequence[float]) -> list[Segment]:
     """An answer with its numbers replaced, in order."""
     numbers: Iterator[float] = iter(np.asarray(values, np.float64).tolist())
     return [next(numbers) if isinstance(s, float) else s for s in segments]

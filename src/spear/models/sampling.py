@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
@@ -45,11 +45,11 @@ class Sampler:
         self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
         self._onward = Fused(model.action_time_mlp_out, packed=packed)
         self._periods = model.config.min_period, model.config.max_period
-        self._moments: dict[int, torch.Tensor] = {}
+        self._moments: dict[int, Tensor] = {}
         self.arrived = self._hidden(torch.ones(1, device=inner.weight.device))  # what is at time 1
         self.agrees: dict[Hashable, bool] = {}  # kinds of inputs that were tried, see `_kind`
 
-    def moments(self, steps: int) -> torch.Tensor:
+    def moments(self, steps: int) -> Tensor:
         """What the time adds to the embedding's hidden layer, at each of the flow steps: [steps, width]."""
         if steps not in self._moments:
             with torch.inference_mode(False), torch.no_grad():
@@ -57,11 +57,11 @@ class Sampler:
                 self._moments[steps] = self._hidden(time)
         return self._moments[steps]
 
-    def _hidden(self, time: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, time: Tensor) -> Tensor:
         waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
         return (waves @ self._of_time.T + self._bias).to(self._into.dtype)
 
-    def embed(self, actions: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    def embed(self, actions: Tensor, moment: Tensor) -> Tensor:
         """Noisy actions [B, H, 8] at one of the `moments`, or each at its own, -> [B, H, width]."""
         actions, one = actions.to(self._into.dtype), moment.dim() == 1
         hidden = linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
@@ -81,7 +81,7 @@ SAMPLER = Prepared(
 """`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
+def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> Tensor:
     """Actions [B, H, 8], normalised units, rotations unit and canonical.
 
     model   a `Spear1ForActionPrediction`.
@@ -103,7 +103,7 @@ def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> torch
     return plain(model, inputs, steps)
 
 
-def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True) -> torch.Tensor:
+def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True) -> Tensor:
     """`sample` without proof."""
     with torch.inference_mode():
         if graphs and inputs["noise"].device.type == "cuda":
@@ -115,19 +115,19 @@ def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool 
 
 
 @torch.no_grad()
-def plain(model: Any, inputs: Inputs, steps: int) -> torch.Tensor:
+def plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """What `sample` gives, by the network as it is trained, step by step."""
     pixels, present = _views(inputs)
     prefix = model.prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
-    def predict(noisy: Action, time: torch.Tensor) -> Action:
+    def predict(noisy: Action, time: Tensor) -> Action:
         return model.predict(prefix, inputs["state"], noisy, time)
 
     noise = Action.from_vector(inputs["noise"])
     return flow.integrate(predict, noise, steps, model.flow, _committed(inputs)).to_vector()
 
 
-def difference(found: torch.Tensor, truth: torch.Tensor) -> float:
+def difference(found: Tensor, truth: Tensor) -> float:
     """The largest difference of actions [B, H, 8], as a share of the largest number; q and -q are alike."""
     apart = (found - truth).float()
     same, other = found[..., 3:7] - truth[..., 3:7], found[..., 3:7] + truth[..., 3:7]
@@ -143,9 +143,7 @@ def _kind(inputs: Inputs, graphs: bool, autocast: bool) -> Hashable:
     return (tuple(given), graphs, autocast)
 
 
-def _first(
-    model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int, graphs: bool
-) -> torch.Tensor:
+def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int, graphs: bool) -> Tensor:
     """The first actions of a kind, both ways; keeps whether they agree, with a notice where not."""
     slow = plain(model, inputs, steps)
     try:
@@ -162,7 +160,7 @@ def _first(
     return slow
 
 
-def _views(inputs: Inputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _views(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Pixels and presence, by view."""
     pixels, present = (
         {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
@@ -176,20 +174,14 @@ def _committed(inputs: Inputs) -> flow.Committed | None:
     return None if held is None else flow.Committed(Action.from_vector(inputs["committed"]), held)
 
 
-def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.Tensor:
+def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     pixels, present = _views(inputs)
     noise, expert = inputs["noise"], sampler.expert
     horizon = noise.shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
-    prefix = prefill(
-        sampler.vlm,
-        features,
-        model.vlm.embed_text(inputs["input_ids"]),
-        image_valid if present else None,
-        inputs.get("attention_mask"),
-        room=1 + horizon,
-        keys_only=True,
-    )
+    text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
+    mask = inputs.get("attention_mask")
+    prefix = prefill(sampler.vlm, features, text, valid, mask, room=1 + horizon, keys_only=True)
     cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
     end = start + 1 + horizon
     bias = prefix.bias(1 + horizon, expert.groups, dtype)
@@ -203,7 +195,7 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> torch.T
     state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]
     committed = _committed(inputs)
 
-    def predict(noisy: Action, time: torch.Tensor) -> Action:
+    def predict(noisy: Action, time: Tensor) -> Action:
         nonlocal state
         moment = next(moments)
         if committed is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
@@ -69,10 +69,8 @@ class Spear1Config(PortableConfig):
         text, expert = self.vlm_config.text_config, self.expert_config
         for name in SHARED:
             if getattr(text, name) != getattr(expert, name):
-                raise SpearError(
-                    f"action expert does not fit the VLM: {name} is {getattr(expert, name)}, "
-                    f"the VLM's is {getattr(text, name)}: they must be equal"
-                )
+                apart = f"{name} is {getattr(expert, name)}, the VLM's is {getattr(text, name)}"
+                raise SpearError(f"action expert does not fit the VLM: {apart}: they must be equal")
 
 
 class Spear1ForActionPrediction(PreTrainedModel):
@@ -121,10 +119,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
 
     def prefix(
         self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        view_mask: Mapping[str, torch.Tensor] | None = None,
+        pixel_values: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        view_mask: Mapping[str, Tensor] | None = None,
     ) -> Prefix:
         """Images and instruction through the VLM, once per observation; arguments as in `forward`."""
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
@@ -132,7 +130,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         prefix.cache.frozen = True
         return prefix
 
-    def predict(self, prefix: Prefix, state: torch.Tensor, noisy: Action, time: torch.Tensor) -> Action:
+    def predict(self, prefix: Prefix, state: Tensor, noisy: Action, time: Tensor) -> Action:
         """What the expert says about noisy actions: a velocity or a clean action, as the flow config says,
         its rotation not normalised.
 
@@ -158,7 +156,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
         return Action.from_vector(prediction.reshape(vector.shape).to(noisy.translation.dtype))
 
-    def _embed_actions(self, actions: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def _embed_actions(self, actions: Tensor, time: Tensor) -> Tensor:
         """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
         tokens = self.action_in_proj(actions)
         # π0 counts time from the data to the noise: its embedding sees 1 − τ.
@@ -169,16 +167,16 @@ class Spear1ForActionPrediction(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        state: torch.Tensor,
+        pixel_values: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        state: Tensor,
         actions: Action,
-        action_mask: torch.Tensor | None = None,
+        action_mask: Tensor | None = None,
         flow_samples: int = 1,
         noise: Action | None = None,
-        time: torch.Tensor | None = None,
-        view_mask: Mapping[str, torch.Tensor] | None = None,
+        time: Tensor | None = None,
+        view_mask: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
         """The flow loss of a batch of demonstrations and its parts, as `spear.flow.loss` gives them.
@@ -198,9 +196,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         device = actions.translation.device
         if noise is None:
             noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
-        data = Action.from_vector(
-            actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
-        )
+        each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
+        data = Action.from_vector(each)
         if time is None:
             time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
@@ -220,13 +217,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
     @torch.no_grad()
     def sample_actions(
         self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        state: torch.Tensor,
+        pixel_values: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        state: Tensor,
         steps: int | None = None,
         noise: Action | None = None,
-        view_mask: Mapping[str, torch.Tensor] | None = None,
+        view_mask: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
         graphs: bool = True,
         committed: flow.Committed | None = None,
@@ -241,13 +238,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if noise is None:
             shape = (input_ids.shape[0], self.config.horizon)
             noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
-        inputs = {
-            **{f"pixels/{view}": pixels for view, pixels in pixel_values.items()},
-            **{f"present/{view}": present for view, present in (view_mask or {}).items()},
-            "input_ids": input_ids,
-            "state": state,
-            "noise": noise.to_vector(),
-        }
+        inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
+        inputs |= {f"present/{view}": present for view, present in (view_mask or {}).items()}
+        inputs |= {"input_ids": input_ids, "state": state, "noise": noise.to_vector()}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if committed is not None:

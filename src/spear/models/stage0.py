@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
@@ -40,8 +40,8 @@ class DepthOutput(ModelOutput):
     log_depth  [B, rows·cells, columns·cells].
     """
 
-    loss: torch.Tensor | None = None
-    log_depth: torch.Tensor | None = None
+    loss: Tensor | None = None
+    log_depth: Tensor | None = None
 
 
 class MogeForDepth(PreTrainedModel):
@@ -62,7 +62,7 @@ class MogeForDepth(PreTrainedModel):
         self.head = nn.Linear(LAST_LAYERS * config.moge_config.hidden_size, config.cells**2)
         self.post_init()
 
-    def forward(self, pixels: torch.Tensor, depth: torch.Tensor | None = None) -> DepthOutput:
+    def forward(self, pixels: Tensor, depth: Tensor | None = None) -> DepthOutput:
         """Predict the logarithm of depth on a grid of `cells` × `cells` cells per patch.
 
         pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
@@ -111,12 +111,7 @@ class PatchClassification(nn.Module):
         nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
 
     def forward(
-        self,
-        pixels: torch.Tensor,
-        shown: torch.Tensor,
-        cells: torch.Tensor,
-        centre: torch.Tensor,
-        largest: torch.Tensor,
+        self, pixels: Tensor, shown: Tensor, cells: Tensor, centre: Tensor, largest: Tensor
     ) -> LossOutput:
         """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
 
@@ -135,13 +130,11 @@ class PatchClassification(nn.Module):
         filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)
         placing = (error * largest).sum() / largest.sum().clamp_min(1)
-        return LossOutput(
-            loss=naming + placing + filling,
-            parts={"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()},
-        )
+        parts = {"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()}
+        return LossOutput(loss=naming + placing + filling, parts=parts)
 
 
-def _sigmoid_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed over classes, averaged over the rest."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.sum(-1).mean()

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
@@ -21,8 +21,8 @@ LAST_LAYERS = 4
 
 
 def normalize_pixels(
-    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> torch.Tensor:
+    pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Tensor:
     """uint8 [B, 3, h, w], however it lies in memory -> contiguous float32, (pixel / 255 − mean) / std."""
     x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     same = len(set(mean)) == len(set(std)) == 1
@@ -32,9 +32,7 @@ def normalize_pixels(
     return x
 
 
-def standardize(
-    images: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> torch.Tensor:
+def standardize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """Images [B, 3, h, w] in 0 … 1 -> (image − mean) / std per channel."""
     middle, spread = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images - middle) / spread
@@ -55,9 +53,8 @@ class ConvStem(nn.Module):
         if 2**steps != patch:
             raise ValueError(f"the conv stem needs a patch size that is a power of two, got {patch}")
         widths = [3] + [min(width, max(32, width >> (steps - 1 - i))) for i in range(steps)]
-        self.convs = nn.ModuleList(
-            StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths)
-        )
+        convs = (StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.convs = nn.ModuleList(convs)
         self.norm = nn.LayerNorm(width)
 
     @property
@@ -65,7 +62,7 @@ class ConvStem(nn.Module):
         """The first kernel: Transformers' encoders ask their patch embedding for its dtype."""
         return self.convs[0].weight  # type: ignore[return-value]
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Patch embeddings of normalised pixels."""
         x = self.convs[0](pixels.contiguous(memory_format=torch.channels_last))
         for conv in self.convs[1:]:
@@ -90,7 +87,7 @@ class _InitializesStem:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-def position_waves(side: int, width: int) -> torch.Tensor:
+def position_waves(side: int, width: int) -> Tensor:
     """[side², width] sines and cosines of rows and columns, root mean square 0.7: the first positions behind
     a `ConvStem` (our choice). Near zero, as in large models, small ones hardly learn where things are."""
     place = torch.arange(side, dtype=torch.float32)
@@ -123,7 +120,7 @@ class OffsetEmbeddings(Dinov2Embeddings):
     not n / m as Transformers does: the positions differ by up to a patch, and trained weights notice.
     """
 
-    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """[1, 1 + patches, width] for an image of height × width pixels, the class token's first."""
         table = self.position_embeddings
         side, patch = math.isqrt(table.shape[1] - 1), self.patch_size
@@ -168,17 +165,17 @@ class MogeEncoder(nn.Module):
         super().__init__()
         self.backbone = DinoEncoder(config)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Features of uint8 images, normalised here with ImageNet's statistics."""
         return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
         count = len(self.backbone.encoder.layer)
         tokens = self.layers(images, range(count - LAST_LAYERS, count))
         return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
 
-    def layers(self, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor]:
+    def layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
 
         images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
@@ -194,7 +191,7 @@ class MogeEncoder(nn.Module):
 
 def check_pixels(name: str, pixels: Any) -> None:
     """Refuse anything but uint8 [B, 3, h, w]."""
-    if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
-        tensor = isinstance(pixels, torch.Tensor)
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
+        tensor = isinstance(pixels, Tensor)
         what = f"{pixels.dtype} {tuple(pixels.shape)}" if tensor else type(pixels).__name__
         raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]")

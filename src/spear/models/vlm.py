@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import Dinov2Config as MogeConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -75,10 +75,8 @@ class SpearVLMConfig(PortableConfig):
         super().__post_init__(**kwargs)
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
-            raise SpearError(
-                f"encoder configs disagree: SigLIP patch {patch}, MoGe patch {self.moge_config.patch_size}: "
-                "both must cut the image into the same grid"
-            )
+            apart = f"SigLIP patch {patch}, MoGe patch {self.moge_config.patch_size}"
+            raise SpearError(f"encoder configs disagree: {apart}: both must cut the image into the same grid")
 
     @property
     def coordinate_ids(self) -> range:
@@ -90,9 +88,9 @@ class SpearVLMConfig(PortableConfig):
 class LossOutput(ModelOutput):
     """loss and its parts, of answers "text" and "coordinates" (mean, nats); or logits [N, L, vocabulary]."""
 
-    loss: torch.Tensor | None = None
-    parts: dict[str, torch.Tensor] | None = None
-    logits: torch.Tensor | None = None
+    loss: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ class Prefix:
     """
 
     cache: KVCache
-    valid: torch.Tensor
-    hidden: torch.Tensor
+    valid: Tensor
+    hidden: Tensor
 
 
 class SpearVLMForConditionalGeneration(PreTrainedModel):
@@ -134,7 +132,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         use_fast_linear(self)
         self.post_init()
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixels: Tensor) -> Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
         x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
         siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
@@ -144,8 +142,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         return 0.5 * (features + self.moge_projector(self.moge(pixels)))
 
     def encode_images(
-        self, pixel_values: Mapping[str, torch.Tensor], view_mask: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, pixel_values: Mapping[str, Tensor], view_mask: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Visual tokens [B, T, width] of all views given, in the order of `config.views`; valid [B, T] bool.
 
         pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False for a missing image.
@@ -161,7 +159,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         by_size: dict[Any, list[str]] = {}
         for name in given:
             by_size.setdefault(pixel_values[name].shape, []).append(name)
-        encoded: dict[str, torch.Tensor] = {}
+        encoded: dict[str, Tensor] = {}
         for names in by_size.values():
             together = self.image_features(torch.cat([pixel_values[name] for name in names]))
             encoded.update(zip(names, together.chunk(len(names)), strict=True))
@@ -176,11 +174,11 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def run_text(
         self,
-        features: torch.Tensor,
-        image_valid: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        features: Tensor,
+        image_valid: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         keep_cache: bool = True,
     ) -> Prefix:
         """Visual tokens (of `encode_images`, one row per text) and text through the language model."""
@@ -201,33 +199,31 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
-    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_text(self, input_ids: Tensor) -> Tensor:
         """Embeddings of tokens [..., width]; float32 under autocast, even if they are kept in bfloat16."""
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 
-    def head(self, hidden: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def head(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits of the tokens first … last − 1, by the embedding matrix. [..., D] -> [..., tokens]."""
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
         return logits if cap is None else cap * (logits / cap).tanh()
 
-    def token_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def token_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts (see `token_loss`) of tokens [M], read off `hidden` [M, D]."""
         c, logits = self.config, self.head(hidden)
         return token_loss(logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing)
 
     def forward(
         self,
-        pixel_values: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        view_mask: Mapping[str, torch.Tensor] | None = None,
+        pixel_values: Mapping[str, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        view_mask: Mapping[str, Tensor] | None = None,
         length_groups: int = 1,
     ) -> LossOutput:
         """The loss where `labels` are given, else the logits.
@@ -247,21 +243,13 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             own = features[image_index], image_valid[image_index]
             state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
             return LossOutput(logits=self.head(state.hidden))
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden, targets = [], []
-        for rows, length in _by_length(attention_mask, length_groups):
-            owners = image_index[rows]
-            state = self.run_text(
-                features[owners],
-                image_valid[owners],
-                input_ids[rows, :length],
-                attention_mask[rows, :length],
-                token_type_ids[rows, :length],
-                keep_cache=False,
-            )
+        for rows, length in _by_length(mask, length_groups):
+            own = features[image_index[rows]], image_valid[image_index[rows]]
+            ids, valid, kind = (part[rows, :length] for part in (input_ids, mask, kinds))
+            state = self.run_text(*own, ids, valid, kind, keep_cache=False)
             target = labels[rows, 1:length]
             wanted = target != IGNORE
             hidden.append(state.hidden[:, :-1][wanted])
@@ -271,8 +259,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
 
 def token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, coordinates: range, weight: float, smoothing: float = 0.0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits: Tensor, labels: Tensor, coordinates: range, weight: float, smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, with w = λ on 3D tokens and 1 elsewhere.
 
     logits [M, vocabulary], labels [M]. coordinates: the ids of the 3D tokens; weight: λ; smoothing: the
@@ -291,14 +279,11 @@ def token_loss(
     text = 1 - coordinate
     weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
-    parts = {
-        "text": (losses.detach() * text).sum() / text.sum().clamp_min(1),
-        "coordinates": (losses.detach() * coordinate).sum() / coordinate.sum().clamp_min(1),
-    }
-    return loss, parts
+    means = ((losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate))
+    return loss, dict(zip(("text", "coordinates"), means, strict=True))
 
 
-def _smoothed_score(log_p: torch.Tensor, bins: torch.Tensor, sigma: float) -> torch.Tensor:
+def _smoothed_score(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
     """Expected log probability under a Gaussian cut off at 3σ and at the ends. [M, bins], [M] -> [M]."""
     reach = max(1, round(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, device=log_p.device)
@@ -309,7 +294,7 @@ def _smoothed_score(log_p: torch.Tensor, bins: torch.Tensor, sigma: float) -> to
     return (weight * log_p.gather(-1, near.clamp(0, log_p.shape[-1] - 1))).sum(-1)
 
 
-def _by_length(attention_mask: torch.Tensor, groups: int) -> Iterator[tuple[torch.Tensor, int]]:
+def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, int]]:
     """Texts [N, L] in `groups` groups of similar length: their rows, and the length of the longest."""
     if groups <= 1:
         yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
@@ -326,7 +311,7 @@ class Projector(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, out)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[..., width] -> [..., out]."""
         return self.linear(features)
 

@@ -79,10 +79,9 @@ def _bars(filled: Filled) -> str:
     """Ours as full bars with intervals; below each the paper's number as a hollow one."""
     groups = []
     for line in filled.lines:
-        e = line.success
-        rows = [
-            Bar("here", e.value, e.say(".1f", 100), e.low, e.high) if e else Bar("here", None, "not run yet")
-        ]
+        e, rows = line.success, [Bar("here", None, "not run yet")]
+        if e is not None:
+            rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
         if line.published is not None:
             theirs = f"{line.published:.1f} (theirs)"
             rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))
@@ -112,9 +111,6 @@ def _scaling_curve(filled: Filled) -> str:
     trainings = [(a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some]
     places, successes = zip(*trainings, strict=True)
     each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
-    images = Axis(
-        "3D-labelled images",
-        ends=(x[0] - 0.2, x[-1] + 0.2),
-        ticks=[(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)],
-    )
+    ticks = [(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)]
+    images = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
     return chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))

@@ -34,9 +34,8 @@ def conclusion(report: Report) -> str:
     """One line: the outcome, and what it is about."""
     found = [(p, f, f"{p.name} {QUESTIONS[f.question]}") for p in report.parts for f in p.findings]
     if report.outcome == "contradiction":
-        wrong = [
-            f"{name}: {f.best}, not {f.said}" for p, f, name in found if f.verdict == p.verdict == "wrong"
-        ]
+        bad = [(f, name) for p, f, name in found if f.verdict == p.verdict == "wrong"]
+        wrong = [f"{name}: {f.best}, not {f.said}" for f, name in bad]
         wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
         if report.forms:  # then the actions only look wrong
             wrong = [f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"]
@@ -96,9 +95,8 @@ def _paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
         for name, fit in (("best reading", part.best), ("layout", part.said)):
             if fit is not None:
                 paths.append(Line(name, seconds, integrate_translations(recording, fit), dashed=True))
-        charts = [
-            chart([replace(p, y=np.asarray(p.y)[:, i]) for p in paths], Axis("seconds"), title=f"{axis}, m")
-            for i, axis in enumerate("xyz")
-        ]
+        along = [[replace(path, y=np.asarray(path.y)[:, i]) for path in paths] for i in range(3)]
+        named = zip("xyz", along, strict=True)
+        charts = [chart(lines, Axis("seconds"), title=f"{axis}, m") for axis, lines in named]
         shown.append((recording.source, charts))
     return shown

@@ -79,10 +79,8 @@ def _episode(episode: Episode) -> dict[str, Any]:
     known = np.where(valid[:, None], actions, np.nan)
     turn = np.degrees(quat_log(torch.tensor(known[:, 3:7])).numpy())
     seconds = np.arange(len(episode)) / episode.rate_hz
-    gripper = [
-        Line("measured", seconds, episode.gripper, GREY),
-        Line("commanded", seconds, known[:, 7], dashed=True),
-    ]
+    measured = Line("measured", seconds, episode.gripper, GREY)
+    gripper = [measured, Line("commanded", seconds, known[:, 7], dashed=True)]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
     source, steps = episode.source, f"{len(episode)} steps at {episode.rate_hz:g} Hz"
     cameras = episode.images.items()
@@ -162,11 +160,9 @@ def _charts(name: str, values: Array) -> Iterator[str]:
     for first in range(0, table.shape[1], TOGETHER):
         some = table[:, first : first + TOGETHER]
         where = "" if values.ndim == 1 else f"[{first}:{first + some.shape[1]}]"
-        steps = np.arange(len(some))
-        lines = [
-            Line("" if values.ndim == 1 else str(first + i), steps, column, XYZ[i])
-            for i, column in enumerate(some.T)
-        ]
+        names = [""] if values.ndim == 1 else [str(first + i) for i in range(some.shape[1])]
+        parts = zip(names, some.T, XYZ, strict=False)
+        lines = [Line(part, np.arange(len(some)), column, colour) for part, column, colour in parts]
         yield chart(lines, Axis("step"), title=name + where)
 
 

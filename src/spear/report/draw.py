@@ -29,8 +29,7 @@ def colors(n: int) -> list[Colour]:
 def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
     """A labelled image with its 3D boxes and names, and its masks if wanted: [scale·h, scale·w, 3] uint8.
 
-    Boxes that reach behind the camera are left out. No name covers another: one for which the image has no
-    room left is left out.
+    Boxes that reach behind the camera are left out, and names without room: no name covers another.
     """
     image, palette = decode_image(label.image, label.source), colors(len(label.objects))
     if masks:

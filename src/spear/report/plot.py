@@ -75,8 +75,7 @@ def chart(
     size: tuple[int, int] = (360, 200),
     equal: bool = False,
 ) -> str:
-    """Lines over two axes, with a legend, `size` pixels large. equal: one unit is as long on both axes, as on
-    a map."""
+    """Lines over two axes, with a legend, `size` pixels large. equal: one unit is as long on both axes."""
     left, right, top, bottom = (54 if y.title else 40), size[0] - 14, 8, size[1] - (38 if x.title else 22)
     across = _ends(x, [line.x for line in lines])
     up = _ends(y, [*(line.y for line in lines), *(end for line in lines for end in (line.low, line.high))])

@@ -24,8 +24,7 @@ class RemotePolicy:
 
     The observations of a batch are sent on as many connections at once, so that the server can answer them
     together; calls from several threads wait for each other. `token` is the server's --token. Raises
-    `SpearError` with the server's words for a bad observation, when the server stays busy, and when it cannot
-    be reached.
+    `SpearError` with its words for a bad observation, when it stays busy, and when it cannot be reached.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:

@@ -35,8 +35,6 @@ class ServiceOptions(Options):
 
 
 class ServeOptions(ServiceOptions):
-    """What `spear serve` takes."""
-
     token: Annotated[str | None, arg(metavar="TEXT")] = None
     """What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users of this
     machine do not see it."""
@@ -55,18 +53,13 @@ class ServeOptions(ServiceOptions):
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes}: is for the page: add --ui")
         token = self.token
-        if token is not None and not (
-            token.strip() == token != "" and token.isascii() and token.isprintable()
-        ):
-            raise SpearError(
-                "--token (or SPEAR_TOKEN): empty, or with spaces at its ends or characters beyond ASCII: "
-                "give another one, or leave it out"
-            )
+        plain = token is None or (token.strip() == token != "" and token.isascii() and token.isprintable())
+        if not plain:
+            wrong = "empty, or with spaces at its ends or characters beyond ASCII"
+            raise SpearError(f"--token (or SPEAR_TOKEN): {wrong}: give another one, or leave it out")
 
 
 class VlaEvalOptions(ServiceOptions):
-    """What `spear vla-eval` takes."""
-
     port: Annotated[int, Within(1, 65535)] = 8000
     """Where to listen."""
     embodiment: str = "maniskill2_widowx"

@@ -149,11 +149,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        answer: Callable[[Sequence[Any]], Sequence[Any]],
-        max_batch: int,
-        wait_s: float,
-        capacity: int,
+        self, answer: Callable[[Sequence[Any]], Sequence[Any]], max_batch: int, wait_s: float, capacity: int
     ) -> None:
         self._answer, self._max_batch, self._wait_s, self._capacity = answer, max_batch, wait_s, capacity
         self._queue: deque[_Waiting] = deque()
@@ -168,8 +164,7 @@ class Batcher:
     async def submit(self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
         """The result for one request of `client`. Raises `Busy` at once when the queue is full.
 
-        alive  whether somebody still wants the result: asked just before it is computed, where False raises
-               `Gone`.
+        alive  whether somebody still wants the result: asked just before it is computed; False raises `Gone`.
         """
         if len(self._queue) >= self._capacity:
             raise Busy(f"busy: {self._capacity} requests wait already: try again in a moment")

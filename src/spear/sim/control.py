@@ -156,10 +156,8 @@ class Servo:
         mujoco.mju_quatIntegrate(quat, delta, 1.0)
         goal = solve(self._command, position, quat)
         reached, reached_turn = pose(goal)
-        missed = (
-            length(reached - position) > TOLERANCE[0]
-            or length(rotation_vector(reached_turn, quat)) > TOLERANCE[1]
-        )
+        off, turned = length(reached - position), length(rotation_vector(reached_turn, quat))
+        missed = off > TOLERANCE[0] or turned > TOLERANCE[1]
         step = goal - self._command
         excess = float((np.abs(step) / (SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
         if excess > 1:

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spear.sim import expert
 from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
 from spear.sim.render import Renderer, Size, shared_renderer
-from spear.types import Episode
+from spear.types import Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
-Acts = Callable[[Mapping[str, Any], int, int], NDArray[np.float32]]
+Acts = Callable[[Mapping[str, Any], int, int], Array]
 """What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise. Whose
 weights lie in folders is a `functools.partial` of these."""
 MISSED = 5
@@ -107,18 +106,12 @@ class Tape:
     """The steps of an episode as they come; pushed steps are masked."""
 
     images: dict[str, list[bytes]] = field(default_factory=dict)
-    states: list[NDArray[np.float32]] = field(default_factory=list)
-    actions: list[NDArray[np.float32]] = field(default_factory=list)
+    states: list[Array] = field(default_factory=list)
+    actions: list[Array] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
 
-    def add(
-        self,
-        images: Mapping[str, NDArray[np.uint8]],
-        state: NDArray[np.float32],
-        action: NDArray[np.float32],
-        pushed: bool,
-    ) -> None:
-        """A step: what the cameras and the robot say [8], and what is done [8]."""
+    def add(self, images: Mapping[str, Array], state: Array, action: Array, pushed: bool) -> None:
+        """A step: what the cameras ([h, w, 3] uint8) and the robot say [8], and what is done [8]."""
         for camera, image in images.items():
             self.images.setdefault(camera, []).append(encode_jpeg(image))
         self.states.append(state)
@@ -163,10 +156,9 @@ class Pushes:
     missed: bool = False
 
     def __call__(
-        self, action: NDArray[np.float32], step: int, observation: Mapping[str, Any], seed: int
-    ) -> tuple[NDArray[np.float32], bool]:
-        """What is done instead of the expert's `action` in this step, and whether it is a push; none comes
-        in an episode's first step."""
+        self, action: Array, step: int, observation: Mapping[str, Any], seed: int
+    ) -> tuple[Array, bool]:
+        """What is done instead of the expert's `action`, and whether it is a push: none in the first step."""
         rng, how, holding = self.rng, self.how, bool(action[7] < 0.5)
         if self.policy is not None:
             if self.left == 0 and step > 0 and rng.random() < POLICY_STARTS:

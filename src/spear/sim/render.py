@@ -67,10 +67,8 @@ class Renderer:
             self._gl = _gl_context(width, height)
             self._gl.make_current()
         except Exception as error:  # the library raises whatever the missing driver made it raise
-            raise SpearError(
-                f"rendering: no OpenGL through EGL ({error}): install the Debian packages "
-                "libegl1 libgl1 libgl1-mesa-dri"
-            ) from error
+            cure = "install the Debian packages libegl1 libgl1 libgl1-mesa-dri"
+            raise SpearError(f"rendering: no OpenGL through EGL ({error}): {cure}") from error
         spec = base_spec().copy()
         spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
         model = spec.compile()
@@ -108,8 +106,7 @@ class Renderer:
     def layers(
         self, world: World, camera: str, size: Size
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
-        """What one camera sees: image [h, w, 3], depth [h, w] along the camera's z (m), geom ids [h, w], -1
-        where there is none."""
+        """What one camera sees: image [h, w, 3], depth [h, w] along its z (m), geom ids [h, w] or -1."""
         (rectangle,) = self._layout([size])
         width, height = size
         self._update(world, camera)

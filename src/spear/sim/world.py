@@ -32,10 +32,8 @@ MOVED = 0.02
 """A bystander counts as moved from this displacement on, m."""
 
 Floats = NDArray[np.float64]
-_SHAPES = {
-    name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}")
-    for name in ("box", "cylinder", "capsule", "ellipsoid")
-}
+_SOLIDS = ("box", "cylinder", "capsule", "ellipsoid")
+_SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _SOLIDS}
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,8 @@ class World:
         self.spec = spec
         self.model = _compile(spec)
         self.data = mujoco.MjData(self.model)
-        self.bodies = tuple(
-            Body(KINDS[thing.kind], self.model.body(f"object{i}").id, *_extent(KINDS[thing.kind]))
-            for i, thing in enumerate(spec.things)
-        )
+        kinds = enumerate(KINDS[thing.kind] for thing in spec.things)
+        self.bodies = tuple(Body(k, self.model.body(f"object{i}").id, *_extent(k)) for i, k in kinds)
         self.servo = Servo(self.model, self.data)
         of_body = np.zeros(self.model.nbody, np.int32)
         of_body[[body.index for body in self.bodies]] = np.arange(len(self.bodies)) + 1

@@ -95,31 +95,23 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
         if inner.vision_config.hidden_size != size.vision["hidden_size"]:  # the text's: PaliGemma 1's or 2's
-            raise SpearError(
-                f"--init {init} is not of preset {size.name}: give the --preset it was made with"
-            )
+            raise SpearError(f"--init {init} is not of preset {size.name}: give the --preset it has")
         if acts and (stage.bins is not None or stage.spacing is not None):
-            raise SpearError(
-                f"recipe {stage.name} keeps the 3D tokens of its --init: set bins and spacing in the VLM's"
-            )
+            keeps = f"recipe {stage.name} keeps the 3D tokens of its --init"
+            raise SpearError(f"{keeps}: set bins and spacing in the VLM's")
         if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
             raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
         if not stage.moge and inner.moge_config is not None:
-            raise SpearError(
-                f"recipe {stage.name} has no MoGe, --init {init} has: begin with a VLM without it"
-            )
+            raise SpearError(f"recipe {stage.name} has no MoGe, --init {init} has: begin with one without")
         if inputs.moge and inner.moge_config is not None:
             raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
         if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:
-            raise SpearError(
-                f"recipe {stage.name} adds MoGe's encoder: give --moge FOLDER (the result of nano-depth)"
-            )
+            adds = f"recipe {stage.name} adds MoGe's encoder"
+            raise SpearError(f"{adds}: give --moge FOLDER (the result of nano-depth)")
         Processor.load(init, inner)
         config = inner if acts else config
     if stage.committed is not None and stage.committed >= horizon:
-        raise SpearError(
-            f"recipe key committed is {stage.committed}: give less than the {horizon} of a chunk"
-        )
+        raise SpearError(f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less")
     if inputs.moge is not None:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
@@ -176,8 +168,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model = _with_moge(model, size, inputs.moge)
         _weigh_numbers(model.config, stage)
     samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
-    task = VlmTask(model, samples, stage.coordinate_rows_only)
-    return model, task, [model.save_pretrained, processor.save]
+    return model, VlmTask(model, samples, stage.coordinate_rows_only), [model.save_pretrained, processor.save]
 
 
 def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -203,10 +194,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     for name, store, _ in episodes:
         if not set(store.cameras) & set(views):
-            raise SpearError(
-                f"dataset {name!r}: no camera {' or '.join(views)}: it has {', '.join(store.cameras)}: "
-                "name them so in its spear.json"
-            )
+            lacks = f"no camera {' or '.join(views)}: it has {', '.join(store.cameras)}"
+            raise SpearError(f"dataset {name!r}: {lacks}: name them so in its spear.json")
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:

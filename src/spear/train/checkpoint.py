@@ -95,10 +95,9 @@ class Checkpoints:
             if pending is not None:
                 pending.result()
         except _FAILED as error:
-            raise SpearError(
-                f"a checkpoint cannot be written to {self.folder} ({_reason(error)}): "
-                "make room there; the same command continues from the one before"
-            ) from error
+            what = f"a checkpoint cannot be written to {self.folder} ({_reason(error)})"
+            cure = "make room there; the same command continues from the one before"
+            raise SpearError(f"{what}: {cure}") from error
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: str) -> None:
         final = self.folder / f"step-{step:08d}"
@@ -130,16 +129,11 @@ class Checkpoints:
             tensors = self._tensors()
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
-                    raise SpearError(
-                        f"checkpoint {path} is of another model or other settings ({key} differs): "
-                        "use a new --out folder"
-                    )
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+                    what = f"checkpoint {path} is of another model or other settings ({key} differs)"
+                    raise SpearError(f"{what}: use a new --out folder")
+            reader = HuggingFaceStorageReader(str(path))
+            alone = self._group is None
+            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
         except _FAILED as error:
             raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
 

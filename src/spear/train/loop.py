@@ -131,10 +131,9 @@ def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
     pieces = before["pieces"]
     if pieces % parallel.world():
         fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
-        raise SpearError(
-            f"{out} holds a run whose batches have {pieces} piece{'s' if pieces > 1 else ''}, which "
-            f"{parallel.world()} processes cannot share: use {fitting}, or a new --out"
-        )
+        has = f"{out} holds a run whose batches have {pieces} piece{'s' if pieces > 1 else ''}"
+        which = f"which {parallel.world()} processes cannot share"
+        raise SpearError(f"{has}, {which}: use {fitting}, or a new --out")
     return dataclasses.replace(opt, accumulate=pieces // parallel.world())
 
 
@@ -215,10 +214,9 @@ def run(
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise
-            raise SpearError(
-                f"process {parallel.rank()}: another process of this run is gone: see what it said; "
-                "the same command continues from the last checkpoint"
-            ) from error
+            what = f"process {parallel.rank()}: another process of this run is gone"
+            cure = "see what it said; the same command continues from the last checkpoint"
+            raise SpearError(f"{what}: {cure}") from error
     parallel.wait()
     return stepper.result()
 
@@ -236,14 +234,10 @@ def state_to_continue(
     here = {"seed": seed, **about}
     for name in there:
         if name in here and there[name] != here[name]:
-            raise SpearError(
-                f"{out} holds a run with another {name} ({there[name]}, not {here[name]}): "
-                "use the same, or a new --out"
-            )
+            other = f"another {name} ({there[name]}, not {here[name]})"
+            raise SpearError(f"{out} holds a run with {other}: use the same, or a new --out")
     if state["step"] > steps:
-        raise SpearError(
-            f"{out} holds a run of {state['step']} steps already, more than {steps}: use a new --out"
-        )
+        raise SpearError(f"{out} holds a run of {state['step']} steps, more than {steps}: use a new --out")
     return found
 
 
@@ -256,7 +250,5 @@ def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, l
         return
     if log is None:
         raise SystemExit(2)  # process 0 says why
-    raise SpearError(
-        f"{where}, and {most} steps were skipped before: look at their batches in {out / FOLDER}, "
-        "lower the learning rate, or allow more (max_skipped)"
-    )
+    cure = f"look at their batches in {out / FOLDER}, lower the learning rate, or allow more (max_skipped)"
+    raise SpearError(f"{where}, and {most} steps were skipped before: {cure}")

@@ -241,8 +241,6 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
 
 
 class TrainOptions(Options):
-    """The options of `spear train`."""
-
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """Name of the recipe, or list."""
     out: Folder = None
@@ -282,8 +280,6 @@ class TrainOptions(Options):
 
 
 class PlanOptions(Options):
-    """The options of `spear plan`."""
-
     recipe: str = "finetune-lora"
     """A policy's or VLM's recipe (spear train list shows them), or inference."""
     preset: Name = None

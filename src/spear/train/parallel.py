@@ -48,9 +48,8 @@ def share(total: int, what: str, accumulate: int = 1) -> int:
     """A piece's part of a batch, for `accumulate` pieces per process. Raises `SpearError` if it is uneven."""
     if total % (world() * accumulate):
         pieces = f" in {accumulate} pieces each (accumulate)" if accumulate > 1 else ""
-        raise SpearError(
-            f"{what} {total} cannot be divided among {world()} processes{pieces}: use a multiple"
-        )
+        among = f"{world()} processes{pieces}"
+        raise SpearError(f"{what} {total} cannot be divided among {among}: use a multiple")
     return total // (world() * accumulate)
 
 
@@ -119,11 +118,8 @@ def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     step gathers each layer once and keeps it for the backward pass: the language model's keys and values
     leave their layer through a cache, past FSDP's hooks. Raises `SpearError` for single numbers.
     """
-    single = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
-    if single:
-        raise SpearError(
-            f"parameter {single[0]} is a single number, which cannot be sharded: use --parallel ddp"
-        )
+    if single := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise SpearError(f"parameter {single[0]}: a single number, never sharded: use --parallel ddp")
     processes = init_device_mesh(device.type, (world(),))
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     gathered = torch.bfloat16 if lower and device.type != "cpu" else None

@@ -120,13 +120,8 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
     flat = rows * columns
-    return (
-        label.image,
-        shown.reshape(flat, -1),
-        cells.reshape(flat, CELLS * CELLS, -1),
-        centre.reshape(flat, 2),
-        (most > LEAST).reshape(flat),
-    )
+    named, filled = shown.reshape(flat, -1), cells.reshape(flat, CELLS * CELLS, -1)
+    return label.image, named, filled, centre.reshape(flat, 2), (most > LEAST).reshape(flat)
 
 
 TRIES = 1000
@@ -176,10 +171,8 @@ def load_depth(
         having = [folder for folder in folders if view in view_folders(folder, list(labels))]
         found[view] = [image for folder in having for image in read_depth(folder / "depth" / view)]
         if [image for image, _ in found[view]] != [label.image for label in known]:
-            raise SpearError(
-                f"{', '.join(map(str, having))}: depth/{view} is of other images than the labels: "
-                "run `spear label --scenes` again"
-            )
+            what = f"depth/{view} is of other images than the labels"
+            raise SpearError(f"{', '.join(map(str, having))}: {what}: run `spear label --scenes` again")
     return found
 
 
@@ -226,9 +219,7 @@ class QuestionSamples:
         while len(pixels) < self.images:
             if (tries := tries + 1) > TRIES * (self.images + len(owners)):
                 kinds = ", ".join(dict.fromkeys(self.mix.families))
-                raise SpearError(
-                    f"hardly any of these labelled images can be asked about {kinds}: add families"
-                )
+                raise SpearError(f"hardly any of these images can be asked about {kinds}: add families")
             row = int(rng.integers(len(labels)))
             label = labels[row]
             depth = None if self.depth is None else self.depth[view][row][1]
@@ -242,11 +233,8 @@ class QuestionSamples:
             pixels.append(self.processor.image(image, view))
             size = (image.shape[1], image.shape[0])
             questions += [self.processor.framed_question(one, size, view) for one in asked]
-        return {
-            "pixel_values": {view: torch.stack(pixels)},
-            "image_index": torch.tensor(owners),
-            **self.processor.questions(questions),
-        }
+        images = {"pixel_values": {view: torch.stack(pixels)}, "image_index": torch.tensor(owners)}
+        return {**images, **self.processor.questions(questions)}
 
 
 def fit_coordinates(

@@ -24,9 +24,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise SpearError(f"{path}: {FULL_DISK}") from error
-        raise SpearError(
-            f"{path}: cannot be written ({error.strerror or error}): check the folder"
-        ) from error
+        why = error.strerror or error
+        raise SpearError(f"{path}: cannot be written ({why}): check the folder") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

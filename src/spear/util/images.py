@@ -91,8 +91,7 @@ def load_image(
     """An image file as [h, w, 3] uint8 RGB, turned as its EXIF orientation says.
 
     CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid
-    on white; of an animation the first frame is taken. Embedded colour profiles are not applied. (Our
-    choice.)
+    on white; of an animation the first frame is taken. Colour profiles are not applied. (Our choice.)
 
     source   a path, or the bytes of the file; name: what errors call it, the path when not given.
     longest  the most pixels that a side may have: looked at before the pixels are.

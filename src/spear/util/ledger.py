@@ -78,10 +78,9 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """In what two settings differ, in words: "size is 840 there, 560 here". Empty when they are the same."""
     theirs, ours = plain(theirs), plain(ours)
-    keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-    return "; ".join(
-        f"{key} is {json.dumps(theirs.get(key))} there, {json.dumps(ours.get(key))} here" for key in keys
-    )
+    pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
+    apart = ((key, *map(json.dumps, pair)) for key, pair in pairs.items() if pair[0] != pair[1])
+    return "; ".join(f"{key} is {there} there, {here} here" for key, there, here in apart)
 
 
 def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
@@ -120,10 +119,8 @@ class Skipped:
         """Raises `SpearError` when, with so many good items beside them, too many were bad."""
         bad, seen = len(self.reasons), good + len(self.reasons)
         if bad > self.limit * seen and (finished or seen >= self.patience):
-            raise SpearError(
-                f"too many bad {self.unit}: {bad} of {seen} (more than {self.limit:.0%}); the last one: "
-                f"{self.reasons[-1]}: mend the input, or leave them out"
-            )
+            what = f"too many bad {self.unit}: {bad} of {seen} (more than {self.limit:.0%})"
+            raise SpearError(f"{what}; the last one: {self.reasons[-1]}: mend the input, or leave them out")
 
 
 def add_files(digest: "hashlib._Hash", folder: Path, kinds: Sequence[str]) -> None:

@@ -36,8 +36,7 @@ def unreachable(url: str) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this looks like a repository on the Hugging Face Hub, such as "google/paligemma-3b-pt-224", or
-    one with its @REVISION."""
+    """Whether this looks like a Hub repository: "google/paligemma-3b-pt-224", perhaps with @REVISION."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", name) is not None
 
 

@@ -45,9 +45,8 @@ class Options:
                 for number in value if isinstance(value, tuple) else (value,):
                     if isinstance(number, int | float) and not mark.least <= number <= mark.most:
                         most = f" and at most {mark.most:g}" if mark.most < float("inf") else ""
-                        raise SpearError(
-                            f"{option_name(name)} {number:g}: give at least {mark.least:g}{most}"
-                        )
+                        least = f"give at least {mark.least:g}{most}"
+                        raise SpearError(f"{option_name(name)} {number:g}: {least}")
 
 
 def option_name(field: str) -> str:
@@ -62,9 +61,8 @@ def option_names(options: type) -> list[str]:
     """
     found = []
     hints, types = typing.get_type_hints(options, include_extras=True), typing.get_type_hints(options)
-    said = {
-        p.arg_name: p.description for kind in options.__mro__[-2::-1] for p in parse_from_object(kind).params
-    }
+    inherited = (parse_from_object(kind).params for kind in options.__mro__[-2::-1])
+    said = {param.arg_name: param.description for params in inherited for param in params}
     for field in dataclasses.fields(options):
         help = " ".join((said.get(field.name) or "").split())
         field.metadata = MappingProxyType({**field.metadata, "help": help or None})
@@ -84,29 +82,18 @@ Name = Annotated[str | None, arg(metavar="NAME")]
 Number = Annotated[int | None, arg(metavar="INT")]
 Seed = Annotated[int, Within(0), arg(help="The same seed gives the same result.")]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16"],
-    arg(help="Precision of the weights: bfloat16 takes half the memory of float32."),
-]
+_HALF = "Precision of the weights: bfloat16 takes half the memory of float32."
+Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_HALF)]
 Policy = Annotated[str, arg(help="nano (comes with this package) or a folder with a trained policy.")]
-Model = Annotated[
-    str, arg(help="The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one.")
-]
-Dataset = Annotated[
-    str | None,
-    arg(
-        metavar="NAME",
-        help="Of a policy whose training datasets were each normalised by itself: whose units to use.",
-    ),
-]
-Layout = Annotated[
-    Path | None,
-    arg(metavar="FILE", help="What the dataset's columns mean, as JSON, when its folder has no spear.json."),
-]
+_MODEL = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
+Model = Annotated[str, arg(help=_MODEL)]
+_UNITS = "Of a policy whose training datasets were each normalised by itself: whose units to use."
+Dataset = Annotated[str | None, arg(metavar="NAME", help=_UNITS)]
+_LAYOUT = "What the dataset's columns mean, as JSON, when its folder has no spear.json."
+Layout = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT)]
 Split = Annotated[str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")]
-Changes = Annotated[
-    tuple[str, ...], arg(help="Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4.")
-]
+_CHANGES = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4."
+Changes = Annotated[tuple[str, ...], arg(help=_CHANGES)]
 
 
 def key_values(items: Sequence[str], option: str, **named: Any) -> dict[str, Any]:

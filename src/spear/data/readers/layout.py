@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
 """The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes."""
+Sources = Iterator[tuple[str, Steps | SpearError]]
+"""(source, steps) of one episode after the other, or the reason why it cannot be read."""
 FASTEST = 3.0
 """Metres per second that an end-effector can move and still be believed (our choice; a Franka does 1.7)."""
 FASTEST_TURN = 10.0
@@ -159,11 +161,10 @@ def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], sour
     bad = (part < -SLACK) | (part > 1 + SLACK)
     if bad.any():
         step = int(bad.argmax())
-        raise SpearError(
-            f"out of range: {source} step {step}: {where} is {values[step]:.4g}, but {key} is [{closed:g}, "
-            f"{opened:g}]; in this episode it runs from {values.min():.4g} to {values.max():.4g}: give its "
-            "readings when closed, then when open"
-        )
+        wrong = f"{where} is {values[step]:.4g}, but {key} is [{closed:g}, {opened:g}]"
+        runs = f"in this episode it runs from {values.min():.4g} to {values.max():.4g}"
+        cure = "give its readings when closed, then when open"
+        raise SpearError(f"out of range: {source} step {step}: {wrong}; {runs}: {cure}")
     return np.clip(part, 0, 1)
 
 

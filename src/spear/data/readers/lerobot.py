@@ -13,7 +13,7 @@ LeRobot's names become paths: "observation.state" is "observation/state"; "task"
 import functools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.readers.layout import Steps
+from spear.data.readers.layout import Sources
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
@@ -100,10 +100,8 @@ class LeRobotFolder:
         """What its columns mean; see `find_spec`."""
         return find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
 
-    def steps(
-        self, split: str, images: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Steps | SpearError]]:
-        """(source, step arrays) of each episode of a split, in order, or the reason why it cannot be read.
+    def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
+        """The step arrays of each episode of a split, in order.
 
         images  the columns of images to read, such as "observation/images/top"; None for all.
         """
@@ -130,11 +128,8 @@ class LeRobotFolder:
 
     def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
         rows = _rows(episode, self.name)
-        steps = {
-            _column(name): _values(rows.column(name), self.path)
-            for name in rows.column_names
-            if name not in self.cameras or name in wanted
-        }
+        names = [name for name in rows.column_names if name not in self.cameras or name in wanted]
+        steps = {_column(name): _values(rows.column(name), self.path) for name in names}
         times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float).reshape(-1)
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")
@@ -231,14 +226,10 @@ def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
     for file in files:
         names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
         for row in pq.read_table(file, columns=names).to_pylist():
-            videos = {
-                name: (
-                    place(str(info.video_path), row, f"videos/{name}", name),
-                    float(row[f"videos/{name}/from_timestamp"]),
-                    float(row[f"videos/{name}/to_timestamp"]),
-                )
-                for name in info.videos
-            }
+            videos = {}
+            for name in info.videos:
+                first, end = (float(row[f"videos/{name}/{which}_timestamp"]) for which in ("from", "to"))
+                videos[name] = place(str(info.video_path), row, f"videos/{name}", name), first, end
             data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
             episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
     return tasks, sorted(episodes, key=lambda episode: episode.index)
@@ -264,9 +255,8 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        rows = pq.read_table(
-            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
-        )
+        own = [("episode_index", "==", episode.index)]
+        rows = pq.read_table(episode.data, filters=own, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error

@@ -10,14 +10,14 @@ tensorflow_datasets would give, images still encoded.
 import itertools
 import math
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spear.data.readers.layout import Steps
+from spear.data.readers.layout import Sources, Steps
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
@@ -53,14 +53,8 @@ class RldsFolder:
             raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
         return spec
 
-    def steps(
-        self, split: str, images: Collection[str] | None = None
-    ) -> Iterator[tuple[str, Steps | SpearError]]:
-        """(source, step arrays) of each episode of a split, in order, nested as in `features.json`.
-
-        Each array has the steps as its first dimension; images and texts are lists of bytes. In the place of
-        a broken record comes the SpearError that names it. images plays no part: a record holds them all.
-        """
+    def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
+        """The step arrays of each episode of a split, nested as in `features.json`: all images, always."""
         for name, first, end in split_ranges(self.lengths, split, self.path):
             before = 0
             for file, length in self.splits[name]:
@@ -136,11 +130,8 @@ def unflatten(
     far, depth the number of sequences above. Raises KeyError or ValueError for what does not fit.
     """
     if "featuresDict" in description:
-        children = description["featuresDict"]["features"]
-        return {
-            key: unflatten(child, features, f"{name}/{key}" if name else key, depth)
-            for key, child in children.items()
-        }
+        children, before = description["featuresDict"]["features"].items(), f"{name}/" if name else ""
+        return {key: unflatten(child, features, before + key, depth) for key, child in children}
     if "sequence" in description:
         return unflatten(description["sequence"]["feature"], features, name, depth + 1)
     if depth > 1:

@@ -158,9 +158,8 @@ class _Writer:
             nested = [".list.element" * pa.types.is_fixed_size_list(field.type) for field in numbers]
             packed = [field.name + below for field, below in zip(numbers, nested, strict=True)]
             snappy = dict.fromkeys(packed, "snappy")
-            self._data = pq.ParquetWriter(
-                self._data_path, self.schema, compression=snappy, use_dictionary=packed
-            )
+            how: Any = {"compression": snappy, "use_dictionary": packed}
+            self._data = pq.ParquetWriter(self._data_path, self.schema, **how)
         arrays = []
         for field in self.schema:
             if pa.types.is_struct(field.type):

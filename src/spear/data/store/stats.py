@@ -37,13 +37,10 @@ class RowStats:
     def total(self) -> Stats:
         """Statistics of everything added."""
         rows = self._columns
-        found = {
-            "min": np.array([s.low for s in rows]).astype(self._kind),
-            "max": np.array([s.high for s in rows]).astype(self._kind),
-            "mean": np.array([s.mean for s in rows]),
-            "std": np.array([np.sqrt(s.squares / s.count) for s in rows]),
-            "count": np.array([rows[0].count]),
-        }
+        low, high = (np.array([getattr(s, n) for s in rows]).astype(self._kind) for n in ("low", "high"))
+        spread = np.array([np.sqrt(s.squares / s.count) for s in rows])
+        found = {"min": low, "max": high, "mean": np.array([s.mean for s in rows]), "std": spread}
+        found["count"] = np.array([rows[0].count])
         for name, q in QUANTILES.items():
             found[name] = np.array([weighted_quantile(*s.weighted(), q) for s in rows])
         return found

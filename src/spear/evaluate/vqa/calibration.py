@@ -146,10 +146,8 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
     spread, off = (100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off"))
     order = np.argsort(spread, kind="stable")
     groups = int(np.clip(len(order) // PER_GROUP, 1, MOST_GROUPS))
-    bands = [
-        Band(float(np.median(spread[rows])), float(np.quantile(off[rows], ONE_SIGMA)), len(rows))
-        for rows in np.array_split(order, groups)
-    ]
+    parts = [(spread[rows], off[rows]) for rows in np.array_split(order, groups)]
+    bands = [Band(float(np.median(s)), float(np.quantile(e, ONE_SIGMA)), len(s)) for s, e in parts]
     sure = np.argsort([float(c.spread.mean()) for c in certain], kind="stable")
     errors = np.array([error for _, _, error in answers])[sure]
     half = (len(errors) + 1) // 2
@@ -157,14 +155,10 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
     def inside(level: float) -> list[Array]:
         return by_image([(image, _inside(c.below, level)) for image, c, _ in answers])
 
-    return Calibration(
-        n=len(below),
-        coverage={f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL},
-        curve=[float(_inside(below, level).mean()) for level in LEVELS],
-        bands=bands,
-        surer=float(np.median(errors[:half])),
-        less_sure=float(np.median(errors[-half:])),
-    )
+    coverage = {f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL}
+    curve = [float(_inside(below, level).mean()) for level in LEVELS]
+    surer, less_sure = float(np.median(errors[:half])), float(np.median(errors[-half:]))
+    return Calibration(len(below), coverage, curve, bands, surer, less_sure)
 
 
 def _inside(below: Array, level: float) -> Array:

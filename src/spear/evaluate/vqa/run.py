@@ -71,8 +71,7 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
 def questions_about(
     labels: Sequence[LabeledImage], families: Sequence[str], per_image: int, seed: int
 ) -> dict[str, list[tuple[int, Question]]]:
-    """(number of the image, question) per family; of the same seed the first images have the same questions,
-    however many follow."""
+    """(number of the image, question) per family; an image's do not depend on how many images follow."""
     rng = np.random.default_rng(seed)
     questions: dict[str, list[tuple[int, Question]]] = {f: [] for f in families}
     for index, label in enumerate(labels):

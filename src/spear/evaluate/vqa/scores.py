@@ -211,9 +211,8 @@ def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[st
 
 
 def _readings(rows: Sequence[Asked]) -> Readings:
-    errors = {
-        d: np.array([measure(a.question, a.readings[d], a.label)["relative"] for a in rows]) for d in DECODES
-    }
+    found = {d: [measure(a.question, a.readings[d], a.label) for a in rows] for d in DECODES}
+    errors = {d: np.array([each["relative"] for each in some]) for d, some in found.items()}
     both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
     gain: dict[Decode, Estimate] = {}
     for d in DECODES[1:]:

@@ -168,8 +168,7 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
 
 
 def _rotation(turn: Array) -> Array:
-    """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost more than
-    the rest of a step.)"""
+    """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost too much.)"""
     angle = math.sqrt(turn @ turn)
     cross = _CROSS @ turn
     rise, bend = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)
@@ -213,10 +212,10 @@ def fit_box(
     if up is not None:
         free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
         if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
-            return _boxed(points, level, margin, noise, support)
+            return _boxed(points, level, margin, noise, support, None)
     if _is_box(points, free, blur):
         return _boxed(points, free.axes, margin, noise, None, free)
-    return _boxed(points, start, margin, noise)
+    return _boxed(points, start, margin, noise, None, None)
 
 
 def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:
@@ -226,12 +225,7 @@ def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> b
 
 
 def _boxed(
-    points: Array,
-    axes: Array,
-    margin: float,
-    noise: float,
-    support: float | None = None,
-    found: Faces | None = None,
+    points: Array, axes: Array, margin: float, noise: float, support: float | None, found: Faces | None
 ) -> Box3D:
     """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given); faces
     that were `found` are where they are."""
@@ -242,15 +236,14 @@ def _boxed(
     if found is not None:
         low = np.where((found.side < 0) & np.isfinite(found.at), found.at, low - margin)
         high = np.where((found.side > 0) & np.isfinite(found.at), found.at, high + margin)
-        if support is not None:
-            low[2] = min(support, high[2])
-    elif support is not None:
+    elif support is None:
+        low, high = low - margin, high + margin
+    if support is not None:
         low[2] = min(support, high[2])
+    if support is not None and found is None:
         near, far = _hidden_back(along, axes, points.mean(axis=0), low, high)
         low[:2] -= margin + near
         high[:2] += margin + far
-    else:
-        low, high = low - margin, high + margin
     size = np.maximum(high - low, 0)
     return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
 
@@ -326,11 +319,8 @@ def _smallest_volume(points: Array) -> Array:
 def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     """{"closest", "furthest"}: the seen points [3] nearest to and furthest from the camera; "centre"."""
     distances = np.einsum("ij,ij->i", points, points)
-    return {
-        "closest": np.asarray(points[distances.argmin()], np.float32),
-        "furthest": np.asarray(points[distances.argmax()], np.float32),
-        "centre": box.center,
-    }
+    near, far = (np.asarray(points[i], np.float32) for i in (distances.argmin(), distances.argmax()))
+    return {"closest": near, "furthest": far, "centre": box.center}
 
 
 def iou(a: Box3D, b: Box3D) -> float:
@@ -363,13 +353,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
 
 
 _NUMBER = {tuple(side): number for number, side in enumerate(SIGNS.tolist())}
-SYMMETRIES = np.array(
-    [
-        [_NUMBER[tuple(side[list(order)] * signs)] for side in SIGNS]
-        for order in permutations(range(3))
-        for signs in product((-1, 1), repeat=3)
-    ]
-)
+_WAYS = list(product(permutations(range(3)), product((-1, 1), repeat=3)))
+SYMMETRIES = np.array([[_NUMBER[tuple(side[list(turn)] * flip)] for side in SIGNS] for turn, flip in _WAYS])
 """[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 

@@ -120,11 +120,9 @@ class GeminiDetector:
     def bill(self) -> str:
         """What was asked so far, or "": requests that reached the service, tokens (out: thinking as well)."""
         used = self.usage
-        said = (
-            f"{self.model}: {used['requests']} requests, {used['cached']} answers from the cache, "
-            f"{used['input']} tokens in, {used['output']} out"
-        )
-        return said if used else ""
+        asked = f"{used['requests']} requests, {used['cached']} answers from the cache"
+        tokens = f"{used['input']} tokens in, {used['output']} out"
+        return f"{self.model}: {asked}, {tokens}" if used else ""
 
     def _detect(self, frame: Frame) -> list[Detection] | SpearError:
         """The objects of one image, or why there are none."""
@@ -163,9 +161,8 @@ class GeminiDetector:
             # less up to half by chance, so that many clients do not come back at once
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
-                response = self._client.models.generate_content(
-                    model=self.model, contents=contents, config=self._config
-                )
+                asked = {"model": self.model, "contents": contents, "config": self._config}
+                response = self._client.models.generate_content(**asked)
                 self._count(response.usage_metadata)
                 text = answer_text(response, where)
                 return text, parse(text, *frame.image.shape[:2])
@@ -183,9 +180,8 @@ class GeminiDetector:
             if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
                 break
             time.sleep(wait)
-        raise RetryableError(
-            f"{where}: no answer by Gemini in {attempt + 1} attempts ({reason}): label it again"
-        )
+        tried = f"no answer by Gemini in {attempt + 1} attempts"
+        raise RetryableError(f"{where}: {tried} ({reason}): label it again")
 
     def _wait_for_turn(self) -> None:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""

@@ -1,5 +1,4 @@
-"""What the networks of labelling need, found before any is downloaded: their published sizes, run on tensors
-without contents."""
+"""What the networks of labelling need, before any download: their sizes, run on tensors without contents."""
 
 from typing import NamedTuple
 

@@ -7,6 +7,7 @@ key. Both networks are Transformers'. Thresholds and the suppression of boxes on
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -152,11 +153,8 @@ def tidy(detections: Sequence[Detection], height: int, width: int, overlap: floa
         return []
     boxes = clip(np.stack([d.box2d for d in detections]), height, width)
     kept = suppress(boxes, np.array([d.score for d in detections]), overlap)
-    return [
-        Detection(detections[i].name, boxes[i], detections[i].score)
-        for i in kept.tolist()
-        if detections[i].name and (boxes[i, 2:] - boxes[i, :2]).min() >= 1
-    ]
+    found = [replace(detections[i], box2d=boxes[i]) for i in kept.tolist()]
+    return [d for d in found if d.name and (d.box2d[2:] - d.box2d[:2]).min() >= 1]
 
 
 def _detections(boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str]) -> list[Detection]:

@@ -29,9 +29,8 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     config = load_processor(AutoConfig, kind, model)
     if config.model_type not in (kind, *also):
         raise SpearError(f"{model}: a {config.model_type} model, not {kind}: give a {kind} model")
-    network, info = load_processor(
-        cls, kind, model, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-    )
+    how = {"dtype": torch.float32, "output_loading_info": True, "use_safetensors": True}
+    network, info = load_processor(cls, kind, model, **how)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise SpearError(f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give it whole")

@@ -14,8 +14,7 @@ from spear.types import Array, Frame, Unit
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object: its name, box2d [4] (x0, y0, x1, y1 in pixels, x1 and y1 exclusive), score in
-    [0, 1]."""
+    """One detected object: name, box2d [4] (x0, y0, x1, y1 in pixels, x1 and y1 exclusive), score 0 … 1."""
 
     name: str
     box2d: Array

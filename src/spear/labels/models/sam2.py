@@ -33,10 +33,8 @@ class Sam2Segmenter:
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
-        masks = [
-            np.zeros((len(found), *frame.image.shape[:2]), bool)
-            for frame, found in zip(frames, detections, strict=True)
-        ]
+        pairs = zip(frames, detections, strict=True)
+        masks = [np.zeros((len(found), *frame.image.shape[:2]), bool) for frame, found in pairs]
         busy = [i for i, found in enumerate(detections) if found]
         if not busy:
             return masks

@@ -219,9 +219,7 @@ MAKERS: Mapping[str, Maker] = {
     "exists": _exists,
     "count": _count,
     "which_side": _one("flat", lambda o, label: _left_or_right(_middle(o, label).x - 0.5)),
-    "left_or_right": _two(
-        "flat", lambda a, b, label: _left_or_right(_middle(a, label).x - _middle(b, label).x)
-    ),
+    "left_or_right": _two("flat", lambda a, b, seen: _left_or_right(_middle(a, seen).x - _middle(b, seen).x)),
     "list": _list,
     "pixel_point": _pixel_point,
 }

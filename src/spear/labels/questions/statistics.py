@@ -100,8 +100,7 @@ def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> To
 
 
 def skip_reasons(folder: Path) -> Counter[str]:
-    """Why images of a folder were skipped → images, without what is different in every image: paths, numbers,
-    and what is said in brackets."""
+    """Why images of a folder were skipped → images, without paths, numbers and what is in brackets."""
     path = folder / SKIPPED
     reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
     short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)

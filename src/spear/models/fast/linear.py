@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 Value = TypeVar("Value")
@@ -29,7 +29,7 @@ _INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
 MKL_IS_FAST = torch.backends.mkl.is_available() and _INTEL
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU by oneDNN where no gradients are wanted.
 
     [..., in] -> [..., out]. weight: [out, in], or that in oneDNN's own layout. Measured on AMD, one thread,
@@ -54,7 +54,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 class FastLinear(nn.Linear):
     """A linear layer that computes by `linear`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return linear(x, self.weight, self.bias)
 
@@ -76,8 +76,8 @@ class Fused:
 
     def __init__(self, *layers: nn.Module, packed: bool = False) -> None:
         self.layers = layers
-        self.weight: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
         kinds = {(m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
         if len(plain) < len(layers) or len(kinds) > 1:
@@ -99,20 +99,20 @@ class Fused:
             self.bias = torch.cat([m.bias for m in plain])
         self.sizes = [m.out_features for m in plain]
 
-    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[..., in] -> each layer's output, [..., out]."""
         if self.weight is None:
             return [layer(x) for layer in self.layers]
         return self.concatenated(x).split(self.sizes, dim=-1)
 
-    def concatenated(self, x: torch.Tensor) -> torch.Tensor:
+    def concatenated(self, x: Tensor) -> Tensor:
         """[..., in] -> all layers' outputs side by side, [..., sum of out]."""
         if self.weight is None:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)
         return linear(x, self.weight, self.bias)
 
 
-def _share_storage(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def _share_storage(weights: Sequence[Tensor]) -> Tensor:
     """All weights [out, in] in one tensor, which they become parts of (unless they are already)."""
     first, place = weights[0], weights[0].data_ptr()
     apart = False

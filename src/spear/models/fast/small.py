@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
@@ -44,7 +44,7 @@ class SmallStack(Stack):
         self.dtype, self.scale, root = torch.float32, 1.0, math.sqrt(len(self.norm))
         self.norm, self._floor = self.norm * root, torch.tensor(root * math.sqrt(self.eps))
 
-    def _prepare(self, layer: Any) -> list[torch.Tensor]:
+    def _prepare(self, layer: Any) -> list[Tensor]:
         """q, k and v; o; gate and up; down: float32 [in, out], which MKL reads in 0.7 of the time."""
         names = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
         own = zip((layer.self_attn, layer.mlp), names, strict=True)
@@ -72,20 +72,20 @@ class SmallStack(Stack):
         copy.whole.unflatten(-1, (-1, 2)).copy_(cache.whole.unflatten(-1, (2, -1)).transpose(-1, -2))
         return copy
 
-    def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What turns the pairs of queries and keys at positions [B, S]: [B, S, 1, d / 2] complex."""
         cos, sin = (part[..., self.width // 2 :] for part in super().rotations(places, torch.float32))
         return (torch.complex(cos.contiguous(), sin.contiguous()),)
 
     def __call__(
         self,
-        x: torch.Tensor,
-        rotations: tuple[torch.Tensor, ...],
+        x: Tensor,
+        rotations: tuple[Tensor, ...],
         window: Window,
-        bias: torch.Tensor | None = None,
+        bias: Tensor | None = None,
         keys_only: bool = False,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """As of `Stack`."""
         (batch, length, width), (turn,), queries = x.shape, rotations, window.queries
         x = x.reshape(-1, width)
@@ -112,19 +112,19 @@ class SmallStack(Stack):
             x = self._unit(x) * self.norm
         return x.view(batch, length, width)
 
-    def _mlp(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Rows [N, D], and what the MLP adds to them."""
         if len(x) > 2 * BLOCK:
             return torch.cat([self._mlp(part, gate_up, down) for part in x.split(BLOCK)])
         gate, up = torch.mm(self._unit(x), gate_up).chunk(2, dim=1)
         return torch.addmm(x, _gelu(gate).mul_(up), down)
 
-    def _unit(self, x: torch.Tensor) -> torch.Tensor:
+    def _unit(self, x: Tensor) -> Tensor:
         """Rows [N, D] divided by √(‖x‖² + D·eps): of length 1, which √D in the weights makes up for."""
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def _gelu(x: Tensor) -> Tensor:
     """GELU by its tanh approximation: ½ x (1 + tanh u) = x σ(2u), which takes half of PyTorch's time."""
     return (x * x).mul_(2 * 0.044715 * A).add_(2 * A).mul_(x).sigmoid_().mul_(x)
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 
@@ -18,7 +18,7 @@ from spear.errors import first_line, notice
 from spear.models.fast.linear import Fused, Prepared
 from spear.models.layers import positions
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs = Mapping[str, Tensor]
 MOST = 8
 """Graphs kept (our choice): each holds the memory of its results. The least recently used one goes."""
 _WARM_UPS, _RECORDING = 3, threading.Lock()
@@ -37,11 +37,9 @@ class StaticKVCache:
     def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> "Window":
         """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
-        return Window(
-            [held[:, :, :, start : start + sum(queries)] for held in self.layers],
-            queries,
-            [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs],
-        )
+        places = [held[:, :, :, start : start + sum(queries)] for held in self.layers]
+        seen = [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs]
+        return Window(places, queries, seen)
 
 
 @dataclass(frozen=True)
@@ -53,19 +51,19 @@ class Window:
     seen     per layer and block: keys and values, [B · kv heads, places seen, head_dim].
     """
 
-    places: list[torch.Tensor]
+    places: list[Tensor]
     queries: list[int]
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    seen: list[list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer. Norms are their scales, 1 + weight, float32; those after attention and MLP are Gemma 2's."""
 
-    before_attention: torch.Tensor
-    after_attention: torch.Tensor | None
-    before_mlp: torch.Tensor
-    after_mlp: torch.Tensor | None
+    before_attention: Tensor
+    after_attention: Tensor | None
+    before_mlp: Tensor
+    after_mlp: Tensor | None
     qkv: Fused
     out: Fused
     gate_up: Fused
@@ -79,16 +77,14 @@ class CudaGraphCache:
     """
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
         self._works = True
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(
-        self, function: Callable[[Inputs], torch.Tensor], inputs: Inputs, *options: Hashable
-    ) -> torch.Tensor:
+    def __call__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable) -> Tensor:
         """function(inputs). There is a graph per options, and per names, shapes and types of the inputs."""
         if not self._works:
             return function(inputs)
@@ -112,8 +108,8 @@ class CudaGraphCache:
 
 
 def _record(
-    function: Callable[[Inputs], torch.Tensor], inputs: Inputs
-) -> tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]:
+    function: Callable[[Inputs], Tensor], inputs: Inputs
+) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
     places = {name: tensor.clone() for name, tensor in inputs.items()}
     device = next(iter(places.values())).device  # of a thread's current GPU the graph would be empty
     aside, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -171,7 +167,7 @@ class Stack:
         copy.whole.copy_(cache.whole)
         return copy
 
-    def rotations(self, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What rotates queries and keys at positions [B, S]: cosines, and signed sines, [B, S, 1, d] each."""
         cos, sin = self.rotary(torch.empty(0, dtype=dtype, device=places.device), places)
         first, second = sin.chunk(2, dim=-1)
@@ -179,13 +175,13 @@ class Stack:
 
     def __call__(
         self,
-        x: torch.Tensor,
-        rotations: tuple[torch.Tensor, ...],
+        x: Tensor,
+        rotations: tuple[Tensor, ...],
         window: Window,
-        bias: torch.Tensor | None = None,
+        bias: Tensor | None = None,
         keys_only: bool = False,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm; their
         keys and values are left in the cache.
 
@@ -206,9 +202,7 @@ class Stack:
             x = self._after(layer, x, found)
         return self._norm(x, self.norm)
 
-    def _project(
-        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
         batch, length, _ = x.shape
         qkv = layer.qkv.concatenated(self._norm(x, layer.before_attention))
@@ -220,16 +214,14 @@ class Stack:
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
 
-    def _only(
-        self, wanted: torch.Tensor, query: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _only(self, wanted: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The queries, as `_project` gives them, and the embeddings of one token [B] per row."""
         batch, length, _ = x.shape
         rows = torch.arange(batch, device=x.device)
         each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
         return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
-    def _finish(self, layer: Layer, x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _finish(self, layer: Layer, x: Tensor, found: Tensor) -> Tensor:
         """The rest of the layer, after attention found [B · kv heads, S · query heads per kv head, d]."""
         batch, length, _ = x.shape
         found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
@@ -239,12 +231,8 @@ class Stack:
         return x + self._norm(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        seen: list[tuple[torch.Tensor, torch.Tensor]],
-        queries: list[int],
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, seen: list[tuple[Tensor, Tensor]], queries: list[int], bias: Tensor | None
+    ) -> Tensor:
         """Attention in which the query heads of a key-value head are rows of one product."""
         each = self.heads // self.groups
         parts = [query] if len(queries) == 1 else query.split([q * each for q in queries], dim=1)
@@ -270,7 +258,7 @@ class Stack:
             out.append(torch.bmm(scores.softmax(-1), values))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def _norm(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    def _norm(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """Gemma's RMSNorm: x / rms(x) · scale, in float32; x itself where there is no norm."""
         if scale is None:
             return x
@@ -293,12 +281,12 @@ class Prefilled:
     """
 
     cache: StaticKVCache
-    valid: torch.Tensor
+    valid: Tensor
     padded: bool
-    places: torch.Tensor
-    hidden: torch.Tensor | None
+    places: Tensor
+    hidden: Tensor | None
 
-    def bias(self, room: int, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def bias(self, room: int, groups: int, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores of tokens that see the prefix and `room` places after it; or None."""
         if not self.padded:
             return None
@@ -308,10 +296,10 @@ class Prefilled:
 
 def prefill(
     layers: Stack,
-    features: torch.Tensor,
-    text: torch.Tensor,
-    image_valid: torch.Tensor | None,
-    text_valid: torch.Tensor | None,
+    features: Tensor,
+    text: Tensor,
+    image_valid: Tensor | None,
+    text_valid: Tensor | None,
     room: int,
     keys_only: bool = False,
 ) -> Prefilled:
@@ -345,7 +333,7 @@ def prefill(
     return Prefilled(cache, valid, padded, after, hidden)
 
 
-def hidden_places(valid: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Valid places [B, S] bool -> what is added to scores, [B · kv heads, 1, S]: 0, or the least number."""
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
     bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
@@ -367,7 +355,7 @@ def _layer(layer: Any, packed: bool) -> Layer:
     )
 
 
-def scale_of(norm: nn.Module) -> torch.Tensor:
+def scale_of(norm: nn.Module) -> Tensor:
     """What Gemma's RMSNorm multiplies by, float32."""
     return 1 + norm.weight.detach().float()  # type: ignore[operator]
 

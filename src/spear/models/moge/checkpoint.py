@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spear.errors import SpearError, first_line
 from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
-from spear.models.weights.load import difference, download
+from spear.models.weights.load import difference, download, renamed
 from spear.util.network import is_hub_name
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Tensor]
 Prefixes = tuple[tuple[str, str], ...]
 """Beginnings of our names, and those of the checkpoint in their place."""
 
@@ -70,10 +70,9 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
         with torch.device("meta"):
             model = (MogeV1 if checkpoint.version == 1 else MogeV2)(checkpoint.config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SpearError(
-            f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}: "
-            f"{type(error).__name__} {error}: use one of the published checkpoints"
-        ) from error
+        what = f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}"
+        why = f"{type(error).__name__} {error}"
+        raise SpearError(f"{what}: {why}: use one of the published checkpoints") from error
     unused = {name for name in checkpoint.weights if name.startswith("normal_head.")}
     _fill(model, checkpoint, _match(model, checkpoint, _PREFIXES[checkpoint.version], unused))
     return model.eval()
@@ -92,9 +91,8 @@ def encoder_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str
     """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading weights."""
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
-        raise SpearError(
-            f"encoder does not fit {checkpoint.path}: its position_offset is {offset}: MoGe needs 0.1"
-        )
+        has = f"its position_offset is {offset}"
+        raise SpearError(f"encoder does not fit {checkpoint.path}: {has}: MoGe needs 0.1")
     prefix = _BACKBONE[checkpoint.version]
     heads = {k for k in checkpoint.weights if not k.startswith(prefix)}
     return _match(encoder, checkpoint, (("backbone.", prefix),), heads)
@@ -108,9 +106,8 @@ def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
     config = dinov2_config(names[width])
     fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
-    return {
-        name: getattr(config, name) for name in (*fields, "image_size", "use_mask_token", "position_offset")
-    }
+    more = ("image_size", "use_mask_token", "position_offset")
+    return {name: getattr(config, name) for name in fields + more}
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
@@ -176,23 +173,18 @@ def published_name(ours: str, prefixes: Prefixes) -> str:
     if "backbone." in ours:
         for here, there in _DINOV2:
             ours = ours.replace(here, there)
-    for here, there in prefixes:
-        if ours.startswith(here):
-            return there + ours.removeprefix(here)
-    return ours
+    return renamed(ours, prefixes)
 
 
 def _read(path: Path) -> tuple[Weights, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise SpearError(
-            f"checkpoint refused: {path} is not a PyTorch file of tensors and plain data alone: "
-            "use the published file"
-        ) from error
+        why = f"{path} is not a PyTorch file of tensors and plain data alone"
+        raise SpearError(f"checkpoint refused: {why}: use the published file") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise SpearError(f"broken checkpoint: {path}: {first_line(error)}: download it again") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise SpearError(f"not a MoGe checkpoint: {path} holds no weights by name: use the published file")
     return weights, content.get("model_config")

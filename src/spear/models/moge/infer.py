@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spear.errors import SpearError
 from spear.models.moge.networks import MogeV1, MogeV2, view_plane
@@ -30,17 +30,14 @@ class Geometry:
     intrinsics  [B, 3, 3] float32 pixels; pixel centres at integer + 0.5.
     """
 
-    points: torch.Tensor
-    mask: torch.Tensor
-    intrinsics: torch.Tensor
+    points: Tensor
+    mask: Tensor
+    intrinsics: Tensor
 
 
 @torch.inference_mode()
 def infer(
-    model: MogeV1 | MogeV2,
-    images: torch.Tensor,
-    num_tokens: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    model: MogeV1 | MogeV2, images: Tensor, num_tokens: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Geometry:
     """Predict the geometry of a batch of images of one size; each point lies on the ray of its pixel.
 
@@ -70,7 +67,7 @@ def infer(
     return Geometry(points, mask & (depth > 0), intrinsics)
 
 
-def recover_focal_shift(points: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The focal length and the shift along z that make points project to their own pixels.
 
     Least squares over focal · xy / (z + shift) − uv on a subsampled map, as MoGe fits it. The camera's axis
@@ -110,7 +107,7 @@ def _fit(rows: Array) -> tuple[float, float]:
     return project(shift)[1], float(shift[0])
 
 
-def centred_intrinsics(focal: torch.Tensor, width: int, height: int) -> torch.Tensor:
+def centred_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
     """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3], pixels (centres at integer + 0.5)."""
     intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal * math.hypot(width, height) / 2
@@ -118,14 +115,10 @@ def centred_intrinsics(focal: torch.Tensor, width: int, height: int) -> torch.Te
     return intrinsics
 
 
-def unproject(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
+def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth along z [B, h, w] and intrinsics [B, 3, 3] in pixels -> points [B, h, w, 3], camera frame."""
-    height, width = depth.shape[1:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=depth.device) + 0.5,
-        torch.arange(width, device=depth.device) + 0.5,
-        indexing="ij",
-    )
+    centres = (torch.arange(size, device=depth.device) + 0.5 for size in depth.shape[1:])
+    y, x = torch.meshgrid(*centres, indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).to(depth.dtype)
     rays = pixels @ torch.linalg.inv(intrinsics).to(depth.dtype).mT[:, None]
     return rays * depth[..., None]

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, check_known
@@ -33,35 +33,27 @@ class MogeOutput:
     scale   [B] float32 metres per unit of the points, or None.
     """
 
-    points: torch.Tensor
-    mask: torch.Tensor
-    scale: torch.Tensor | None = None
+    points: Tensor
+    mask: Tensor
+    scale: Tensor | None = None
 
 
 def dinov2_config(encoder: str) -> Dinov2Config:
     """The config of one of `ENCODERS` as MoGe uses it. Raises `SpearError` for another name."""
     check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
-    ours: dict[str, Any] = {"position_offset": 0.1, "attn_implementation": "sdpa"}
-    return Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        patch_size=PATCH,
-        image_size=37 * PATCH,
-        use_mask_token=False,
-        **ours,
-    )
+    ours: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1}
+    ours |= {"use_mask_token": False, "attn_implementation": "sdpa"}
+    return Dinov2Config(**ours)
 
 
 def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Refuse a published config whose fields, where given, are not what is built here."""
     for key, value in fixed.items():
         if config.get(key, value) != value:
-            raise SpearError(
-                f"MoGe config not supported: {part}{key} is {config[key]!r}, only {value!r} is: "
-                "use one of the published checkpoints"
-            )
+            why = f"{part}{key} is {config[key]!r}, only {value!r} is"
+            raise SpearError(f"MoGe config not supported: {why}: use one of the published checkpoints")
 
 
 def conv3(width: int, out: int) -> nn.Conv2d:
@@ -74,16 +66,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, norms: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.GroupNorm(1, width) if norms else nn.Identity(),
-            nn.ReLU(),
-            conv3(width, hidden),
-            nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity(),
-            nn.ReLU(),
-            conv3(hidden, width),
-        )
+        first = nn.GroupNorm(1, width) if norms else nn.Identity()
+        second = nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity()
+        one, other = conv3(width, hidden), conv3(hidden, width)
+        self.layers = nn.Sequential(first, nn.ReLU(), one, second, nn.ReLU(), other)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, width, h, w] -> the same."""
         return x + self.layers(x)
 
@@ -97,7 +85,7 @@ def upsample(kind: str, width: int, out: int) -> nn.Sequential:
 
 def view_plane(
     width: int, height: int, aspect: float | None = None, device: torch.device | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
 
     MoGe measures the view plane in half diagonals of the image. u runs to the right and v down; both are 0 at
@@ -110,19 +98,19 @@ def view_plane(
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
-def uv_channels(batch: int, width: int, height: int, aspect: float, like: torch.Tensor) -> torch.Tensor:
+def uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
     """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor;
     computed in float32 first: in float16 the errors of the steps would add up along a row."""
     uv = view_plane(width, height, aspect, like.device).to(like.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear, without antialias. [B, c, h, w] -> [B, c, height, width]."""
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def exponential_points(raw: torch.Tensor) -> torch.Tensor:
+def exponential_points(raw: Tensor) -> Tensor:
     """MoGe's "exp" output: (x / z, y / z, log z) [B, 3, h, w] -> points [B, h, w, 3]."""
     plane, log_z = raw.permute(0, 2, 3, 1).split([2, 1], dim=-1)
     z = log_z.exp()
@@ -168,7 +156,7 @@ class MogeV1(nn.Module):
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
-    def cut(self, images: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    def cut(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
         """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
 
         The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
@@ -185,7 +173,7 @@ class MogeV1(nn.Module):
         cut = nn.functional.interpolate(normal, patches, mode="bilinear", antialias=True, align_corners=False)
         return cut, size
 
-    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         patches, size = self.cut(images, num_tokens)
         count = len(self.encoder.backbone.encoder.layer)
@@ -218,7 +206,7 @@ class MogeV1Head(nn.Module):
             nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1)) for out in (3, 1)
         )
 
-    def forward(self, layers: list[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+    def forward(self, layers: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Features [B, width, rows, columns] of each layer -> [B, 3, height, width] and [B, 1, height, width]
         at size (height, width), whose aspect the uv channels have throughout."""
         height, width = size
@@ -229,7 +217,7 @@ class MogeV1Head(nn.Module):
         return [block(x) for block in self.output_block]
 
 
-def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
+def with_uv(x: Tensor, aspect: float) -> Tensor:
     """[B, c, h, w] -> [B, c + 2, h, w]: where each cell lies on the view plane of an image of that aspect."""
     batch, _, height, width = x.shape
     return torch.cat([x, uv_channels(batch, width, height, aspect, x)], dim=1)
@@ -238,8 +226,7 @@ def with_uv(x: torch.Tensor, aspect: float) -> torch.Tensor:
 class MogeV2(nn.Module):
     """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
 
-    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
-    the most patches that it was trained to cut an image into.
+    config, most_tokens: as of `MogeV1`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -269,7 +256,7 @@ class MogeV2(nn.Module):
         """Of the points: "metre", or "relative" for a network without scale."""
         return "relative" if self.scale_head is None else "metre"
 
-    def cut(self, images: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def cut(self, images: Tensor, num_tokens: int) -> Tensor:
         """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
         `SpearError` when an image is too long and thin for so few tokens."""
         height, width = images.shape[2:]
@@ -281,38 +268,31 @@ class MogeV2(nn.Module):
         cut = nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
         [B, width] of the last layer that is read."""
         tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
-        projected = [
-            projection(layer[:, 1:].mT.unflatten(2, grid))
-            for projection, layer in zip(self.output_projections, tokens, strict=True)
-        ]
+        pairs = zip(self.output_projections, tokens, strict=True)
+        projected = [projection(layer[:, 1:].mT.unflatten(2, grid)) for projection, layer in pairs]
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
-    def forward(self, images: torch.Tensor, num_tokens: int) -> MogeOutput:
+    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points, mask and scale of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
         neck: Any = self.get_submodule("neck")
-        pyramid = [
-            uv_channels(batch, columns << level, rows << level, width / height, features)
-            for level in range(len(neck.input_blocks))
-        ]
+        sizes = ((columns << level, rows << level) for level in range(len(neck.input_blocks)))
+        pyramid = [uv_channels(batch, *size, width / height, features) for size in sizes]
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
         levels = neck(pyramid)
         raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
         scale = None if self.scale_head is None else self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
-            return MogeOutput(
-                points=exponential_points(raw["points_head"]),
-                mask=raw["mask_head"][:, 0].sigmoid(),
-                scale=None if scale is None else scale.float()[:, 0].exp(),
-            )
+            points, mask = exponential_points(raw["points_head"]), raw["mask_head"][:, 0].sigmoid()
+            return MogeOutput(points, mask, None if scale is None else scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
@@ -334,15 +314,13 @@ class ConvStack(nn.Module):
         kinds = each(config["resamplers"], len(widths) - 1)
         for kind in kinds:
             if kind not in RESAMPLERS:
-                raise SpearError(
-                    f"MoGe config not supported: {name}.resamplers has {kind!r}: use a published one"
-                )
+                why = f"{name}.resamplers has {kind!r}"
+                raise SpearError(f"MoGe config not supported: {why}: use a published one")
         self.input_blocks = nn.ModuleList(
             nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
         )
-        self.resamplers = nn.ModuleList(
-            upsample(kind, *pair) for kind, pair in zip(kinds, pairwise(widths), strict=True)
-        )
+        pairs = zip(kinds, pairwise(widths), strict=True)
+        self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
             for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
@@ -352,10 +330,10 @@ class ConvStack(nn.Module):
             for out, width in zip(each(config.get("dim_out")), widths, strict=True)
         )
 
-    def forward(self, pyramid: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
         """[B, channels, h, w] per level, each twice the size of the one before -> the same, refined."""
-        found: list[torch.Tensor] = []
-        x: torch.Tensor | None = None
+        found: list[Tensor] = []
+        x: Tensor | None = None
         for level, features in enumerate(pyramid):
             inside = self.input_blocks[level](features)
             x = inside if x is None else self.resamplers[level - 1](x) + inside

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from spear.errors import SpearError, check_known
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, reading
+from spear.models.weights.load import Part, Shards, reading, renamed
 from spear.types import ACTION_DIM
 
 _RENAMED = (
@@ -89,12 +90,7 @@ def plan_policy(
 
 def _expert_names(shards: Shards) -> dict[str, str]:
     """Our names -> π0's, of all its weights. Raises `SpearError` when it is not a π0."""
-    names = {}
-    for name in shards.weights:
-        ours = name
-        for there, here in _RENAMED:
-            ours = here + ours.removeprefix(there) if ours.startswith(there) else ours
-        names[ours] = name
+    names = {renamed(name, _RENAMED): name for name in shards.weights}
     other = f"another architecture: {shards.folder}"
     if any(".dense." in name or name.startswith("time_mlp_") for name in names):
         raise SpearError(f"{other} is a π0.5, whose norms depend on time: give a π0 (lerobot/pi0_base)")
@@ -123,7 +119,7 @@ def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> d
 
 
 def _pi0(
-    wanted: Mapping[str, torch.Tensor], shards: Shards, names: Mapping[str, str], config: Spear1Config
+    wanted: Mapping[str, Tensor], shards: Shards, names: Mapping[str, str], config: Spear1Config
 ) -> tuple[list[Key], list[Part]]:
     """The keys of π0's expert, and what reads them."""
     fresh = []  # the ends whose states or actions are not ours, or that predict something else
@@ -151,7 +147,7 @@ def _is_clean(config: Spear1Config) -> bool:
     return (config.flow or {})["prediction"] == "clean"
 
 
-def _new(name: str, weight: torch.Tensor, config: Spear1Config) -> Key:
+def _new(name: str, weight: Tensor, config: Spear1Config) -> Key:
     """A new weight, with the initialisation that `Spear1ForActionPrediction` gives it."""
     shape = tuple(weight.shape)
     if name.startswith("expert."):

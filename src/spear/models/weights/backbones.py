@@ -5,12 +5,12 @@ written since; MoGe as `spear.models.moge.checkpoint` reads it.
 """
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoTokenizer, PaliGemmaConfig
 
 from spear.errors import SpearError, first_line
@@ -25,10 +25,11 @@ from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, reading
+from spear.models.weights.load import Part, Shards, reading, renamed
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
+_BOTH = "take both from the same checkpoint"
 _UNUSED = {
     r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
     r"vision_tower\.embeddings\.position_ids": "computed, not learned",
@@ -36,10 +37,10 @@ _UNUSED = {
 }
 """Weights that may lie in a PaliGemma's file and are of no use, by patterns of our names -> why."""
 _RENAMED = (
-    (r"^model\.", ""),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "language_model."),
-    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ("model.", ""),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "language_model."),
+    ("vision_tower.vision_model.", "vision_tower."),
 )
 """PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one after the other."""
 _NOT_OURS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_bidirectional_attention")
@@ -65,12 +66,7 @@ def plan_backbones(
     numbers = preset(size)
     shards = Shards.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
-    stored = {}
-    for name in shards.weights:
-        ours = name
-        for theirs, here in _RENAMED:
-            ours = re.sub(theirs, here, ours)
-        stored[ours] = name
+    stored = {renamed(name, _RENAMED): name for name in shards.weights}
     head = stored.pop("lm_head.weight", None)
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None
@@ -79,20 +75,16 @@ def plan_backbones(
     table = stored[EMBEDDINGS]
     rows = shards.weights[table].shape[0]
     if rows != published.text_config.vocab_size:
-        raise SpearError(
-            f"vocabulary mismatch: {shards.folder}: its config says {published.text_config.vocab_size} "
-            f"tokens, its embeddings have {rows} rows: take both from the same checkpoint"
-        )
+        apart = f"its config says {published.text_config.vocab_size} tokens, its embeddings have {rows} rows"
+        raise SpearError(f"vocabulary mismatch: {shards.folder}: {apart}: {_BOTH}")
     tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.bins)
     encoder = None if moge is None else read_checkpoint(moge)
     config = _vlm_config(numbers, published, max(rows, start + numbers.bins), start, encoder)
     patch = config.vision_config.patch_size
     for view, (width, height) in numbers.image_sizes.items():
         if width % patch or height % patch:
-            raise SpearError(
-                f"preset {size} does not fit: its {view} images of {width}×{height} are no multiple of "
-                f"the checkpoint's patch of {patch}: choose another preset"
-            )
+            why = f"its {view} images of {width}×{height} are no multiple of the checkpoint's patch, {patch}"
+            raise SpearError(f"preset {size} does not fit: {why}: choose another preset")
 
     with torch.device("meta"):
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
@@ -115,9 +107,8 @@ def plan_backbones(
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
     report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
-    return Conversion(
-        SpearVLMForConditionalGeneration, config, report, parts, shards.dtype(table), sources, tokenizer
-    )
+    kind, dtype = SpearVLMForConditionalGeneration, shards.dtype(table)
+    return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
 def _paligemma_config(shards: Shards) -> Any:
@@ -134,9 +125,7 @@ def _paligemma_config(shards: Shards) -> Any:
     if text not in ("gemma", "gemma2"):
         raise SpearError(f"{other}: its language model is {text!r}: give a PaliGemma 1 or 2")
     if shards.config.get("tie_word_embeddings") is False:
-        raise SpearError(
-            f"{other}: its head is not tied to its embeddings: SPEAR-VLM has one matrix for both"
-        )
+        raise SpearError(f"{other}: its head is not tied to its embeddings: SPEAR-VLM ties both")
     return config
 
 
@@ -152,8 +141,7 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
     if len(tokenizer) > rows + 1:  # the image token may lie one past the embeddings: it is never embedded
-        both = "take both from the same checkpoint"
-        raise SpearError(f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: {both}")
+        raise SpearError(f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: {_BOTH}")
     return tokenizer, extend_tokenizer(tokenizer, bins)
 
 
@@ -161,10 +149,8 @@ def _vlm_config(
     size: Preset, published: Any, vocabulary: int, start: int, moge: Checkpoint | None
 ) -> SpearVLMConfig:
     """The preset's config, with networks of the checkpoints' sizes."""
-    text, vision = (
-        {k: v for k, v in part.to_dict().items() if k not in _NOT_OURS}
-        for part in (published.text_config, published.vision_config)
-    )
+    parts = (published.text_config.to_dict(), published.vision_config.to_dict())
+    text, vision = ({k: v for k, v in part.items() if k not in _NOT_OURS} for part in parts)
     networks = {
         "vision_config": {**vision, "vision_use_head": False},
         "moge_config": None if moge is None else encoder_config(moge),
@@ -185,7 +171,7 @@ def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[lis
     if rows > end:
         keys.append(Key(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
 
-    def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
         table = torch.empty(max(rows, end), width, dtype=dtype)
         shards.read_into(source, table[:rows])
         table[known:end] = init_new_embeddings(table[:known], end - known, generator)
@@ -195,7 +181,7 @@ def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[lis
 
 
 def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
-    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, torch.Tensor]:
+    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         with torch.device("meta"):
             encoder = MogeEncoder(copy.deepcopy(config.moge_config))
         fill_encoder(encoder, read_checkpoint(path))
@@ -206,10 +192,8 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
 
 def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
     names = encoder_names(encoder, checkpoint)
-    keys = [
-        Key(f"moge.{ours}", tuple(weight.shape), "loaded", f"MoGe: {names[ours]}")
-        for ours, weight in encoder.state_dict().items()
-    ]
+    ours = encoder.state_dict().items()
+    keys = [Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours]
     for name, weight in checkpoint.weights.items():
         if name not in names.values():
             why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"

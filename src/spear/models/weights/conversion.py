@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
@@ -60,9 +61,8 @@ class KeyReport:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
         wrong = [(status, keys) for status in PROBLEMS if (keys := self.of(status))]
         if wrong:
-            said = (
-                f"{len(k)} weights {s}, first {k[0].name} {list(k[0].shape)} ({k[0].note})" for s, k in wrong
-            )
+            first = ((status, len(keys), keys[0]) for status, keys in wrong)
+            said = (f"{n} weights {s}, first {k.name} {list(k.shape)} ({k.note})" for s, n, k in first)
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
@@ -73,11 +73,8 @@ class KeyReport:
             place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
             like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
             groups.setdefault(like, []).append(key)
-        return [
-            (Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), len(keys))
-            for keys in groups.values()
-            for a, b in [(keys[0], keys[-1])]
-        ]
+        ends = ((keys[0], keys[-1], len(keys)) for keys in groups.values())
+        return [(Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n) for a, b, n in ends]
 
     def parameters(self) -> int:
         """Parameters of the new model."""
@@ -138,7 +135,7 @@ class Conversion(Generic[Model]):
         """
         self.check()
         dtype = dtype or self.dtype
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for part in self.parts:
             weights |= part(dtype, torch.Generator().manual_seed(seed))
         with torch.random.fork_rng(devices=[]), quiet():
@@ -173,10 +170,8 @@ class Conversion(Generic[Model]):
             part.mkdir(parents=True)
             free = shutil.disk_usage(part).free
             if free < size:
-                raise SpearError(
-                    f"no room for {folder.parent}: {size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB "
-                    "free: make room, or give a folder elsewhere"
-                )
+                lacks = f"{size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free"
+                raise SpearError(f"no room for {folder.parent}: {lacks}: make room, or give another folder")
             model = self.run(dtype, seed)
             with quiet():
                 model.save_pretrained(part, max_shard_size=MOST)
@@ -217,7 +212,7 @@ class Conversion(Generic[Model]):
 
 
 def match(
-    wanted: Mapping[str, torch.Tensor], shards: Shards, stored: Mapping[str, str], where: str
+    wanted: Mapping[str, Tensor], shards: Shards, stored: Mapping[str, str], where: str
 ) -> tuple[list[Key], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 

@@ -22,10 +22,8 @@ def locate(name: str | Path) -> Path:
     if (shipped / "config.json").is_file():
         return shipped
     names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
-    raise SpearError(
-        f"no model {str(name)!r}: give a folder with a trained one, or the name of one that comes with this "
-        f"package: {names}"
-    )
+    known = f"the name of one that comes with this package: {names}"
+    raise SpearError(f"no model {str(name)!r}: give a folder with a trained one, or {known}")
 
 
 def simulator_only(folder: Path) -> bool:

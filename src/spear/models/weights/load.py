@@ -1,7 +1,7 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -34,15 +35,10 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     check(cls, folder)
+    how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
     try:
         with quiet():
-            loaded: Any = cls.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
     model, info = loaded
@@ -133,13 +129,11 @@ class Shards:
         """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
         stored = self.weights[key]
         if stored.dtype not in _FLOATS:
-            raise SpearError(
-                f"wrong dtype: {key} in {stored.file} is {stored.dtype}: use a checkpoint in float32, "
-                "bfloat16 or float16, not a quantised one"
-            )
+            cure = "use a checkpoint in float32, bfloat16 or float16, not a quantised one"
+            raise SpearError(f"wrong dtype: {key} in {stored.file} is {stored.dtype}: {cure}")
         return _FLOATS[stored.dtype]
 
-    def read_into(self, key: str, out: torch.Tensor) -> torch.Tensor:
+    def read_into(self, key: str, out: Tensor) -> Tensor:
         """A weight into a tensor of its shape, which is returned, in pieces of some rows."""
         self.dtype(key)
         stored = self.weights[key]
@@ -153,7 +147,7 @@ class Shards:
         return out
 
 
-Part = Callable[[torch.dtype, torch.Generator], dict[str, torch.Tensor]]
+Part = Callable[[torch.dtype, torch.Generator], dict[str, Tensor]]
 """Some of a new model's weights, by name, in a dtype; what is random in them comes from the generator."""
 
 
@@ -161,7 +155,7 @@ def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part
     """The weights of `shards` under new names (new -> stored), file after file, times `sign`."""
     order = sorted(names, key=lambda ours: (str(shards.weights[names[ours]].file), ours))
 
-    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, torch.Tensor]:
+    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         read = {}
         for ours in order:
             out = torch.empty(shards.weights[names[ours]].shape, dtype=dtype)
@@ -169,6 +163,13 @@ def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part
         return read if sign == 1.0 else {ours: sign * weight for ours, weight in read.items()}
 
     return part
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """A name whose beginning is exchanged, by one rule (there, here) after the other."""
+    for there, here in rules:
+        name = here + name.removeprefix(there) if name.startswith(there) else name
+    return name
 
 
 def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
@@ -208,10 +209,8 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
             return Path(hf_hub_download(repository, file, **which))
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **which))
     except Exception as error:  # the client's errors and its transport's have no common base
-        raise SpearError(
-            f"cannot get {name} from the Hugging Face Hub: {first_line(error)}: check the name "
-            f"and the network, or give {instead}"
-        ) from error
+        what, cure = f"cannot get {name} from the Hugging Face Hub", "check the name and the network"
+        raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -48,16 +48,13 @@ class Published:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are read of its files, by their names there. What else they hold is left out."""
         from spear.models.moge.checkpoint import published_shapes
+        from spear.models.weights.load import renamed
 
         network = self.build()
         if self.kind.startswith("Moge"):
             return published_shapes(network, int(self.kind[-1]))
-        found = {}
-        for name, weight in network.state_dict().items():
-            for ours, theirs in self.names:
-                name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
-            found[name] = tuple(self.shapes.get(name, weight.shape))
-        return found
+        found = {renamed(ours, self.names): weight for ours, weight in network.state_dict().items()}
+        return {name: tuple(self.shapes.get(name, weight.shape)) for name, weight in found.items()}
 
 
 _FILE = Path(__file__).with_suffix(".toml")
