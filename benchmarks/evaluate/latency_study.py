@@ -106,7 +106,7 @@ def cell(
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
         own = {field.name: getattr(agent.policy, field.name) for field in fields(Spear1Policy)}
         guided = Guided(**own, delay=latency_ms // 200)
-        agent = PolicyAgent(guided, agent.name, agent.weights, agent.image_sizes)
+        agent = PolicyAgent(guided, agent.name, agent.weights)
     try:
         return closed_loop.evaluate(agent, options, quiet=True)[0]
     finally:

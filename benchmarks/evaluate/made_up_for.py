@@ -41,7 +41,8 @@ def main(policy: Positional[str], episodes: Positional[Path], delay: int = 1, mo
     errors = []
     for episode in islice(read_episodes(episodes), most):
         assert episode.action is not None
-        for step, seen in list(enumerate(observations(episode)))[2 : -model.model.config.horizon + 1 : 4]:
+        looks = list(enumerate(observations(episode, model.image_sizes)))
+        for step, seen in looks[2 : -model.model.config.horizon + 1 : 4]:
             given = np.array(episode.action[step : step + delay], np.float32)
             errors.append(rng.normal(0, OFF, 3))
             wrong = given.copy()

@@ -112,7 +112,7 @@ def answers(vlm: VlmBundle) -> Values:
 
 def robot_at_work(policy: Spear1Policy) -> Values:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
-    ours = PolicyAgent(policy, "SPEAR-1 nano", image_sizes=policy.processor.image_sizes)
+    ours = PolicyAgent(policy, "SPEAR-1 nano")
     result, films = closed_loop.evaluate(ours, TabletopOptions(SCENES, films=1, families=FAMILIES))
     unseen = TabletopOptions(SCENES, films=0, families=FAMILIES)
     results = [result, *(closed_loop.evaluate(agent, unseen)[0] for agent in (ExpertAgent(), IdleAgent()))]

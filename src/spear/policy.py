@@ -193,6 +193,11 @@ class Spear1Policy:
         """The most actions that an observation may come with as decided already; 0: never trained for it."""
         return int(self.model.config.committed)
 
+    @property
+    def image_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Its cameras: view → (width, height)."""
+        return self.processor.image_sizes
+
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._seen = 0
@@ -219,7 +224,7 @@ class Spear1Policy:
             for o in observations
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
-        sizes = self.processor.image_sizes
+        sizes = self.image_sizes
         keys = {camera_key(view): view for view in sizes}
         for key in (key for observation in observations for key in observation):
             if is_camera(key) and key not in keys:

@@ -259,14 +259,14 @@ class Policy(Protocol):
     Observation keys
         "observation/image"        [h, w, 3] uint8, the external camera
         "observation/wrist_image"  [h, w, 3] uint8, optional
-        "observation/state"        [8] float32: position (m, base), quaternion (w x y z, base), gripper
-                                   opening
+        "observation/state"        [8] float32: position (m) and quaternion (w x y z), base; gripper opening
         "prompt"                   str
         "seed"                     int, optional: fixes what is random in this answer; give each look another
         "committed"                [d, 8] float32, optional: actions that are executed before the answer is
                                    there, which begins with them
     Result keys
         "actions"                  [H, 8] float32, the layout of `Action`, metres
+    It may say which cameras it takes: `image_sizes`, as `spear.embodiments.tools.cameras` has them.
     """
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...

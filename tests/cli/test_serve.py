@@ -5,14 +5,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from serve_here import Homing, serving
+from spear.embodiments import load as robot_of
 from spear.embodiments.generic import EMBODIMENT as GENERIC
+from spear.embodiments.tools import IMAGE_SIZES
 from spear.errors import SpearError
-from spear.evaluate.agents import IMAGE_SIZES, PolicyAgent, load_agent
+from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import load
@@ -58,18 +60,28 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
 def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
     policy = Homing()
     if sizes:
-        policy.processor = SimpleNamespace(image_sizes=sizes)
+        policy.image_sizes = sizes
     with serving(policy) as server:
         agent = load_agent(f"ws://127.0.0.1:{server.port}")
         assert agent.image_sizes == (sizes or IMAGE_SIZES)
 
 
+def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
+    policy, robot = Spear1Policy.load("nano", steps=1, seed=3), robot_of("droid")
+    policy.processor = replace(policy.processor, image_sizes={"external": policy.image_sizes["external"]})
+    service, seen = Service(policy, robot, robot="droid"), {**robot.example(), "seed": 1}
+    assert service.warm_up() > 0 and list(service.metadata["image_sizes"]) == ["external"]
+    (answer,) = service.answer([seen])
+    ours = {k: v for k, v in robot.read(seen).items() if k != "observation/wrist_image"}
+    rows = robot.control(None)[1].convert(policy.infer(ours)["actions"], ours["observation/state"], seen)
+    np.testing.assert_array_equal(answer["actions"], rows)
+
+
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
-    sizes = {"external": (48, 32), "wrist": (24, 24)}
-    here, _ = evaluate(PolicyAgent(Homing(), "here", image_sizes=sizes), options, quiet=True)
+    here, _ = evaluate(PolicyAgent(Homing(), "here"), options, quiet=True)
     with serving(robot="sim") as server:
         remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
-        there, _ = evaluate(PolicyAgent(remote, "there", image_sizes=sizes), options, quiet=True)
+        there, _ = evaluate(PolicyAgent(remote, "there"), options, quiet=True)
         remote.close()
     assert here.outcomes == there.outcomes

@@ -46,6 +46,8 @@ class Half(ExpertAgent):
 class Wander:
     """A policy that moves as its own observation says, so that its outcome shows what it saw."""
 
+    image_sizes: Mapping[str, tuple[int, int]] = SMALL
+
     def __init__(self) -> None:
         self.shapes: set[tuple[int, ...]] = set()
 
@@ -63,7 +65,7 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
     runs: list[Sequence[Outcome]] = []
     for batch in (1, 3):
         policy = Wander()
-        agent = PolicyAgent(policy, "x", image_sizes=SMALL)
+        agent = PolicyAgent(policy, "x")
         runs.append(run(agent, 3, first_seed=20, batch=batch, replan=5).outcomes)
         assert policy.shapes == {(32, 48, 3), (24, 24, 3)}
     assert runs[0] == runs[1]
@@ -72,7 +74,8 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("view", SMALL)
 def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     policy, (width, height) = Wander(), SMALL[view]
-    assert run(PolicyAgent(policy, "x", image_sizes={view: SMALL[view]}), 1, replan=5).outcomes
+    policy.image_sizes = {view: SMALL[view]}
+    assert run(PolicyAgent(policy, "x"), 1, replan=5).outcomes
     assert policy.shapes == {(height, width, 3)}
 
 
@@ -134,7 +137,7 @@ def test_rtc_is_for_policies_that_have_learned_it() -> None:
             return super().infer(observation)
 
     policy = Told()
-    late = run(PolicyAgent(policy, "x", image_sizes=SMALL), 1, execution="rtc", latency_ms=300.0)
+    late = run(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
     assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
     assert len(policy.told) == late.outcomes[0].steps / 2
     with pytest.raises(SpearError, match="--execution rtc"):

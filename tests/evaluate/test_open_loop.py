@@ -1,6 +1,7 @@
 """Open-loop errors: none for the demonstrator, known for a known mistake, the mean action as reference."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,22 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
     expected = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
     assert last["translation_mm"][-1] == pytest.approx(expected, rel=1e-4)
     assert 0.5 < last["gripper_accuracy"].mean() < 1
+
+
+@pytest.mark.parametrize("views", [("external",), ("external", "left")])
+def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[str, ...]) -> None:
+    e = make(0, 6)
+    write_episodes(
+        [replace(e, images=dict.fromkeys(("external", "wrist", "left"), e.images["external"]))], tmp_path
+    )
+    store, seen = EpisodeStore(tmp_path), set[str]()
+
+    class Asked(Replay):
+        image_sizes = dict.fromkeys(views, (32, 32))
+
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            seen.update(key for key in observation if key.endswith("image"))
+            return super().infer(observation)
+
+    score("asked", Asked(store), store)
+    assert seen == {"observation/image", *(["observation/left_image"] if "left" in views else [])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert rows == tab.run("view.boxes.length + view.absent.length")
     tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
-    assert tab.run("document.querySelector('#answers tbody').textContent") == "zebra: not in the picture"
+    said = tab.run("document.querySelector('#answers').innerText").splitlines()
+    assert said == ["step 0", "zebra: not in the picture"]
     # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
     tab.run("show({step: 0, boxes: [], absent: []})")
     tab.click("#truth")
@@ -105,6 +107,21 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     pixels = np.array([width, height]) / 2 + focal * vertices[:, :2] / vertices[:, 2:]
     expected = np.clip([*pixels.min(0), *pixels.max(0)], 0, [width - 1, height - 1] * 2)
     np.testing.assert_allclose(drawn, expected, atol=6)  # dashed lines may begin with a gap
+
+
+def test_words_do_not_lie_on_each_other(tab: Tab) -> None:
+    """Those of boxes at one place, on the picture and in 3D."""
+    tab.run(
+        "(() => { window.words = {}; const old = CanvasRenderingContext2D.prototype.fillText;"
+        " CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {"
+        " words[this.canvas.id + ' ' + text.slice(0, 3)] = [x, y]; old.call(this, text, x, y); }; })()"
+    )
+    boxes = "['one', 'two', 'six'].map(name => ({...view.things[0], name, step: 0, within_mm: 20}))"
+    tab.run(f"show({{step: 0, boxes: {boxes}, things: {boxes}}})")
+    tab.run(FRAME)
+    for canvas, tall in (("camera", 20), ("space", 14)):
+        heights = sorted(tab.run(f"['one', 'two', 'six'].map(name => words['{canvas} ' + name][1])"))
+        assert np.diff(heights).min() >= tall
 
 
 def test_what_the_buttons_do(tab: Tab) -> None:
@@ -166,6 +183,8 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
     tab.click("#play")
     tab.wait("view.step === 3 && !playing")
     assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith("step 1, not of step 3")
+    tab.run("show({step: 2, boxes: [], absent: ['zebra']})")
+    assert tab.run(belongs).startswith("step 2, not of step 3")
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
     until(lambda: {p.name for p in tmp_path.iterdir()} & {"put_on-0.mp4", "put_on-0.webm"}, "the film")
@@ -185,6 +204,11 @@ def test_a_phone(
     assert tab.run("document.documentElement.scrollWidth") <= 390
     heights = tab.run("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
     assert len(heights) > 8 and min(heights) >= 40
+    vertices, mm = [[-0.1, -0.1, 1.0]] * 8, 222
+    box = {"name": "yellow cube", "vertices": vertices, "step": 0, "within_mm": mm, "error_mm": mm}
+    tab.run(f"show({json.dumps({'step': 0, 'boxes': [box]})})")
+    right = "(e => e.getBoundingClientRect().right)(document.querySelector('{}'))"
+    assert tab.run(right.format("#answers td:last-child")) <= tab.run(right.format("#box-form"))
     tab.touch("#track", (0.1, 0.5, 0.5, 0.5))
     settled(tab)
     assert tab.run("[view.step, picture.naturalWidth]") == [5, 80]

@@ -246,12 +246,36 @@ def test_recorded_episodes_are_replayed(
     assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
 
 
+def test_a_policy_is_shown_the_cameras_that_it_takes(
+    tab: Tab, studio: Studio, policy: Spear1Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the simulator as in a recording: one of two; and a third, where it takes that."""
+    seen: list[set[str]] = []
+    infer = policy.infer
+    monkeypatch.setattr(policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1])
+    three = make(0, steps=4)
+    three = replace(three, images=dict.fromkeys(("external", "wrist", "left"), three.images["external"]))
+    write_episodes([three], tmp_path)
+    monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
+    sizes = {"external": policy.image_sizes["external"]}
+    monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
+    assert tab.ask("reset", family="put_on", seed=0) is None and tab.ask("step") is None
+    assert seen == [{"observation/image"}] and tab.view["images"]["wrist"] is None
+    with film(tab) as opened:
+        assert opened.streams.video[0].frames == 2 + 5
+    assert tab.ask("open", episode=0) is None and tab.ask("predict") is None
+    assert seen == [{"observation/image"}] * 2 and tab.view["images"]["wrist"] is None
+    sizes["left"] = (96, 96)
+    other = Shelf(tmp_path).open(0, policy, studio.renderer).observation(1)
+    assert {key for key in other if "image" in key} == {"observation/image", "observation/left_image"}
+
+
 def test_an_evaluations_failure_is_run_again(
     tab: Tab, policy: Spear1Policy, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (closed_loop, scenes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
-    agent = PolicyAgent(policy, "nano", policy.identity, policy.processor.image_sizes)
+    agent = PolicyAgent(policy, "nano", policy.identity)
     evaluated = {}
 
     def act(envs: Any, observations: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from spear.errors import SpearError, check_known, unknown_name
 from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
-from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array
+from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array, Policy
 
 Observation = Mapping[str, Any]
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
@@ -27,6 +27,8 @@ REQUIRED = {
 }
 """What every observation of `spear.types.Policy` has."""
 KNOWN = (*REQUIRED, WRIST, SEED, COMMITTED)
+IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "wrist": (112, 112)}
+"""The cameras of a policy that does not say which it takes: view → (width, height), pixels."""
 
 SHORTEST_SIDE = 16
 LONGEST_SIDE = 4096
@@ -129,6 +131,18 @@ def is_camera(key: Any) -> bool:
 def camera_key(view: str) -> str:
     """The key of a view's images."""
     return IMAGE if view == "external" else f"observation/{view}_image"
+
+
+def cameras(policy: Policy) -> Mapping[str, tuple[int, int]]:
+    """Which cameras a policy takes, and in which size: what it says itself, else `IMAGE_SIZES`."""
+    return getattr(policy, "image_sizes", None) or IMAGE_SIZES
+
+
+def shown_to(policy: Policy, observation: Observation) -> dict[str, Any]:
+    """An observation without the cameras that the policy does not take; one that does not say sees all."""
+    own = {*map(camera_key, getattr(policy, "image_sizes", ()))} or observation
+    kept = {key: value for key, value in observation.items() if not is_camera(key) or key in own}
+    return Checked(kept) if isinstance(observation, Checked) else kept
 
 
 def image(observation: Observation, key: str) -> Array:

@@ -10,15 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from spear.embodiments.tools import camera_key, is_camera
+from spear.embodiments.tools import IMAGE_SIZES, cameras, shown_to
 from spear.errors import SpearError
 from spear.types import Array, Policy
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
-Sizes = Mapping[str, tuple[int, int]]
-IMAGE_SIZES: Sizes = {"external": (280, 210), "wrist": (112, 112)}
-"""Sizes (width, height) of the pictures of an agent that does not say which it needs, in pixels."""
 
 
 class Agent(Protocol):
@@ -33,7 +30,7 @@ class Agent(Protocol):
     name: str
     weights: str | None = None
     needs_images: bool = False
-    image_sizes: Sizes = IMAGE_SIZES
+    image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
     committed: int = 0
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
@@ -42,20 +39,18 @@ class Agent(Protocol):
 
 
 class PolicyAgent(Agent):
-    """A policy, which sees only observations, of the cameras in `image_sizes`. Its noise is fixed by the
-    scene's seed and the step, so that an outcome does not depend on which scenes run beside it."""
+    """A policy, which sees only observations, of its own cameras. Its noise is fixed by the scene's seed and
+    the step, so that an outcome does not depend on which scenes run beside it."""
 
     needs_images = True
 
-    def __init__(
-        self, policy: Policy, name: str, weights: str | None = None, image_sizes: Sizes = IMAGE_SIZES
-    ) -> None:
+    def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
         self.policy, self.name, self.weights = policy, name, weights
-        self.image_sizes, self._cameras = {**IMAGE_SIZES, **image_sizes}, {*map(camera_key, image_sizes)}
+        self.image_sizes = {**IMAGE_SIZES, **cameras(policy)}
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        seen = [{k: o[k] for k in o if not is_camera(k) or k in self._cameras} for o in observations]
+        seen = [shown_to(self.policy, observation) for observation in observations]
         seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, seen, strict=True)]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
 
@@ -65,8 +60,7 @@ def _loaded(folder: Path) -> PolicyAgent:
     from spear.policy import Spear1Policy
 
     torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
-    policy = Spear1Policy.load(folder)
-    return PolicyAgent(policy, folder.name, image_sizes=policy.processor.image_sizes)
+    return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
 
 def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
@@ -123,7 +117,6 @@ def load_agent(
         if robot not in ("generic", "sim"):
             policy.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
-        sizes = {view: (w, h) for view, (w, h) in policy.metadata.get("image_sizes", {}).items()}
-        return PolicyAgent(policy, name, policy.metadata.get("weights"), sizes or IMAGE_SIZES)
+        return PolicyAgent(policy, name, policy.metadata.get("weights"))
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
-    return PolicyAgent(local, name, local.identity, local.processor.image_sizes)
+    return PolicyAgent(local, name, local.identity)

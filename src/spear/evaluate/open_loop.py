@@ -5,7 +5,7 @@ the first check of a fine-tuning on real episodes. Two references need no images
 training episodes, which is the best constant one, and the last action, repeated.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from spear.chunks import mean_action
 from spear.data.actions import HORIZON, binarize_gripper, chunk, episode_actions, resample
 from spear.data.store.episode_store import EpisodeStore
+from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
@@ -46,16 +47,17 @@ class OpenLoop:
         return {name: bootstrap([e[name] for e in self.episodes], np.mean) for name in names}
 
 
-def observations(episode: Episode) -> list[dict[str, Any]]:
-    """What a policy would have seen at each of the T steps (`spear.types.Policy`)."""
+def observations(episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)) -> list[dict[str, Any]]:
+    """What a policy with these cameras would have seen at each of the T steps (`spear.types.Policy`)."""
     if "external" not in episode.images:
         raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
     parts = [episode.position, episode.rotation, episode.gripper[:, None]]
     state = np.concatenate(parts, 1, dtype=np.float32)
     seen: list[dict[str, Any]] = [{"observation/state": s, "prompt": episode.instruction} for s in state]
-    for camera, key in (("external", "observation/image"), ("wrist", "observation/wrist_image")):
+    for camera in views:
         for step, encoded in enumerate(episode.images.get(camera, ())):
-            seen[step][key] = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
+            where = f"{episode.source} step {step} camera {camera!r}"
+            seen[step][camera_key(camera)] = decode_image(encoded, where)
     return seen
 
 
@@ -64,7 +66,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
 
     def predictions() -> Iterator[tuple[Episode, Array]]:
         for episode in tracked(map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")):
-            seen = [{**o, "seed": step} for step, o in enumerate(observations(episode))]
+            seen = [{**o, "seed": step} for step, o in enumerate(observations(episode, cameras(policy)))]
             chunks: list[Array] = []
             for start in range(0, len(seen), batch):
                 chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]

@@ -96,4 +96,5 @@ class RemotePolicy:
             if isinstance(greeting, str):
                 raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
             self.metadata = wire.decode(greeting)
+            self.image_sizes = {v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()}
             self._connections.append(connection)

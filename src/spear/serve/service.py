@@ -17,7 +17,7 @@ import numpy as np
 
 import spear
 from spear.embodiments import Embodiment
-from spear.embodiments.tools import COMMITTED
+from spear.embodiments.tools import COMMITTED, shown_to
 from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
 from spear.util.processes import release_workers
@@ -45,7 +45,6 @@ class Service:
     ) -> None:
         self.policy, self.embodiment = policy, embodiment
         control, self.control = embodiment.control(control)
-        sizes = getattr(getattr(policy, "processor", None), "image_sizes", {})
         self.metadata: dict[str, Any] = {
             "policy": name,
             "weights": getattr(policy, "identity", None),
@@ -55,7 +54,7 @@ class Service:
             "rate_hz": self.control.rate_hz,
             "observation": dict(embodiment.required),
             "optional": dict(embodiment.optional),
-            "image_sizes": {view: list(size) for view, size in sizes.items()},  # width, height
+            "image_sizes": {v: [w, h] for v, (w, h) in getattr(policy, "image_sizes", {}).items()},
             "committed": getattr(policy, "committed", 0) if COMMITTED in embodiment.optional else 0,
             "server": f"spear {spear.__version__}",
         }
@@ -68,7 +67,7 @@ class Service:
         """
         started = time.perf_counter()
         results = [_attempt(self.embodiment.read, o) for o in observations]
-        good = {i: r for i, r in enumerate(results) if not isinstance(r, SpearError)}
+        good = {i: shown_to(self.policy, r) for i, r in enumerate(results) if not isinstance(r, SpearError)}
         read = time.perf_counter()
         predicted = self._infer(list(good.values())) if good else []
         inferred = time.perf_counter()

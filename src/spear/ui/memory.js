@@ -50,16 +50,16 @@ class Memory {
     if (this.pictures.length > MOST_PICTURES) delete this.of(this.pictures.shift()).images;
   }
 
-  // All of a step. Chunk, boxes and answer are its own, or else the last before it, which name their step.
+  // All of a step. Chunk, boxes and answer are its own, or else the last before it; boxes_step, chunk and answer name theirs.
   // While its pictures are on their way, those shown stay.
   at(step) {
     const own = this.moments.get(step) ?? {}, there = own.images ? NOTHING : { boxes: [], absent: [], answer: null, chunk: null };
     const last = known => {
-      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return this.moments.get(k);
+      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return { ...this.moments.get(k), at: k };
       return {};
     };
     const boxed = last(m => m.boxes?.length || m.absent?.length);
-    const boxes = { boxes: boxed.boxes ?? [], absent: boxed.absent ?? [], boxes_ms: boxed.boxes_ms ?? 0 };
+    const boxes = { boxes: boxed.boxes ?? [], absent: boxed.absent ?? [], boxes_ms: boxed.boxes_ms ?? 0, boxes_step: boxed.at };
     return { ...there, ...own, ...boxes, answer: last(m => m.answer).answer ?? null, chunk: last(m => m.chunk).chunk ?? null, step };
   }
 

@@ -7,7 +7,7 @@ an episode, the policy's noise too: an episode is run again, where the same weig
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 
 from spear.chunks import REPLAN, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, is_store
+from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras, shown_to
 from spear.errors import SpearError
 from spear.evaluate import results
 from spear.evaluate.closed_loop import delay_steps
@@ -31,7 +32,7 @@ from spear.util.images import decode_image, encode_jpeg
 View = dict[str, Any]
 Again = tuple[Mapping[str, Any], Outcome]
 SHOWN_WIDTHS = {"external": 576, "wrist": 224}
-"""Pixels, about, of each camera's picture on the page; the model looks at its own, smaller ones."""
+"""Pixels, about, of the pictures on the page of the cameras that the policy takes; its own are smaller."""
 LARGEST_SHOWN = (1152, 864)
 """Pictures of recordings and photos are scaled down to fit these pixels."""
 MOST_SENT = 1000
@@ -51,9 +52,8 @@ class Scene:
     def __init__(
         self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
     ) -> None:
-        settings: Mapping[str, Any] = again[0] if again else {}
-        self._recorded = again and again[1]
-        self._sizes, self._renderer = policy.processor.image_sizes, renderer
+        settings, self._recorded = again or ({}, None)
+        self._policy, self._renderer, self._sizes = policy, renderer, {**IMAGE_SIZES, **cameras(policy)}
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)
         how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
@@ -82,7 +82,7 @@ class Scene:
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step, with the noise that an evaluation of this scene draws there."""
-        return {**self._steps[step][0], "seed": 1000 * self._env.seed + step}
+        return {**shown_to(self._policy, self._steps[step][0]), "seed": 1000 * self._env.seed + step}
 
     def look(self, step: int) -> View:
         """The scene at a step, for the page."""
@@ -91,10 +91,11 @@ class Scene:
     def _look(self, seen: View, info: Mapping[str, Any]) -> View:
         """The scene as it is now."""
         world, sizes, step = self._env.world, self._sizes, self._env.steps
-        # whole multiples of what the model sees
-        scales = {camera: max(1, round(width / sizes[camera][0])) for camera, width in SHOWN_WIDTHS.items()}
-        views = [(c, (sizes[c][0] * scale, sizes[c][1] * scale)) for c, scale in scales.items()]
-        external, wrist = self._renderer.images(world, views)
+        views = []
+        for camera in (c for c in SHOWN_WIDTHS if c in cameras(self._policy)):
+            scale = max(1, round(SHOWN_WIDTHS[camera] / sizes[camera][0]))  # whole multiples of what it sees
+            views.append((camera, (sizes[camera][0] * scale, sizes[camera][1] * scale)))
+        external, *wrist = map(_jpeg, self._renderer.images(world, views))
         width, height = views[0][1]
         focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
         pose, corners = camera_pose(world, "external"), object_boxes(world)
@@ -109,7 +110,7 @@ class Scene:
             same = step == was.steps and all(bool(info[key]) == getattr(was, key) for key in MILESTONES)
             said.append("as recorded" if same else "not as recorded")
         return {
-            "images": {"external": _jpeg(external), "wrist": _jpeg(wrist)},
+            "images": {"external": external, "wrist": wrist[0] if wrist else None},
             "camera": {"aspect": width / height, "focal": focal, "pose": pose.tolist()},
             "step": step,
             "outcome": ended,
@@ -124,7 +125,7 @@ class Scene:
 class Recording:
     """Pictures that were taken before: a recorded episode, or one photo.
 
-    picture  (step, camera) → [h, w, 3] uint8 of "external" or "wrist", None where there is none.
+    picture  (step, view) → [h, w, 3] uint8, None where there is none; views: those that the policy takes.
     states   [T, 8] as `spear.types.Policy` has them.
     """
 
@@ -132,6 +133,7 @@ class Recording:
     name: str
     picture: Callable[[int, str], Array | None]
     states: Array
+    views: Collection[str] = ("external",)
     instruction: str | None = None
     rate_hz: float = RATE_HZ
     success: bool | None = None
@@ -150,11 +152,11 @@ class Recording:
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step."""
-        external, wrist = (self.picture(step, camera) for camera in SHOWN_WIDTHS)
-        if external is None:
+        pictures = {camera_key(view): self.picture(step, view) for view in self.views}
+        seen = {key: picture for key, picture in pictures.items() if picture is not None}
+        if "observation/image" not in seen:
             raise SpearError(f"{self.name}: there is no picture of the external camera at step {step}")
-        seen = {"observation/image": external, "observation/state": self.states[step], "seed": step}
-        return seen if wrist is None else {**seen, "observation/wrist_image": wrist}
+        return {**seen, "observation/state": self.states[step], "seed": step}
 
     def look(self, step: int) -> View:
         """The pictures and the robot at a step, for the page."""
@@ -195,7 +197,7 @@ class Shelf:
         """An episode, to be looked at. Raises `SpearError` for one that cannot be."""
         number, held = whole("episode", index, len(self._titles) - 1), self._held
         if isinstance(held, EpisodeStore):
-            return _recorded(held, number)
+            return _recorded(held, number, cameras(policy))
         outcome = held[number]
         weights = self._settings.get("weights")
         if weights is None or weights != policy.identity or "execution" not in self._settings:
@@ -224,7 +226,7 @@ def _jpeg(image: Array) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-def _recorded(store: EpisodeStore, index: int) -> Recording:
+def _recorded(store: EpisodeStore, index: int, views: Collection[str]) -> Recording:
     e = store.without_images(index)
 
     def picture(step: int, camera: str) -> Array | None:
@@ -232,4 +234,5 @@ def _recorded(store: EpisodeStore, index: int) -> Recording:
         return None if data is None else decode_image(data, f"{e.source} step {step}")
 
     states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
-    return Recording("recording", f"episode-{index}", picture, states, e.instruction, e.rate_hz, e.success)
+    about = e.instruction, e.rate_hz, e.success
+    return Recording("recording", f"episode-{index}", picture, states, views, *about)

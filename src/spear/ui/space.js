@@ -58,6 +58,7 @@ class Space {
     this.up = cross(back, this.right);
     this.forward = back.map(v => -v);
     this.focal = this.canvas.height * 1.25;
+    this.taken = [];
     this.ground = getComputedStyle(this.canvas.parentElement).backgroundColor;
     this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
   }
@@ -98,8 +99,10 @@ class Space {
     if (!p) return;
     Object.assign(this.pen, { fillStyle: color, font: `${12 * scale()}px system-ui, "DejaVu Sans", sans-serif`,
       textAlign: "center", textBaseline: "bottom", strokeStyle: this.ground, lineWidth: 4 * scale() });
-    this.pen.strokeText(text, p[0], p[1] - 4 * scale());
-    this.pen.fillText(text, p[0], p[1] - 4 * scale());
+    const wide = this.pen.measureText(text).width, x = p[0] - wide / 2;
+    const y = free(this.taken, x, p[1] - 4 * scale(), wide, 14 * scale());
+    this.pen.strokeText(text, p[0], y);
+    this.pen.fillText(text, p[0], y);
   }
 
   wire(vertices, edges, color, width, dash) {
@@ -116,6 +119,15 @@ class Space {
 }
 
 const scale = () => window.devicePixelRatio || 1;
+
+// The height at which a word does not lie on those that are taken, of the same height: y, or else below them.
+function free(taken, x, y, wide, tall) {
+  const on = t => x < t.x + t.wide && t.x < x + wide && Math.abs(t.y - y) < tall;
+  for (let hit; (hit = taken.find(on)); ) y = hit.y + tall + 1;
+  taken.push({ x, y, wide });
+  return y;
+}
+
 const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
 const add = (a, b, k) => a.map((v, i) => v + k * b[i]);
 const cross = (a, b) => [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]];

@@ -154,11 +154,13 @@ function buttons() {
   $("on").disabled = memory.shown >= memory.newest;
 }
 
+const number = v => v.toFixed(3).replace("-", "−");
+
 function status() {
   const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${memory.limit(view.limit)}`, ...view.milestones];
   if (view.outcome) words.push(view.outcome);
   if (view.recorded) words.push(view.recorded);
-  const g = view.gripper, number = v => v.toFixed(3).replace("-", "−");
+  const g = view.gripper;
   $("readout").textContent = !g ? "" : `${(view.step / view.rate_hz).toFixed(1)} s`
     + ` · x ${number(g.position[0])}, y ${number(g.position[1])}, z ${number(g.position[2])} m · gripper ${(100 * g.opening).toFixed(0)} % open`;
   Object.assign($("scrub"), { max: memory.limit(view.limit) || 1, value: view.step });
@@ -180,11 +182,12 @@ function found() {
   if (objects.length > 1) chips.push(chip("all of them", "all", objects));
   $("objects").replaceChildren(...chips);
   $("answers").hidden = !view.boxes.length && !view.absent.length;
-  const mm = v => v === null ? "–" : v.toFixed(0) + " mm", cell = text => Object.assign(document.createElement("td"), { textContent: text });
+  const mm = v => v == null ? "–" : v.toFixed(0) + " mm", cell = text => Object.assign(document.createElement("td"), { textContent: text });
   const row = texts => { const made = document.createElement("tr"); made.append(...texts.map(cell)); return made; };
+  $("answers").tHead.hidden = !view.boxes.length;
   $("answers").tBodies[0].replaceChildren(...view.boxes.map(b => {
     const middle = [0, 1, 2].map(k => b.vertices.reduce((sum, v) => sum + v[k], 0) / 8);
-    return row([b.name, ...middle.map(v => v.toFixed(3)), mm(b.within_mm), mm(b.error_mm)]);
+    return row([b.name, ...middle.map(number), mm(b.within_mm), mm(b.error_mm)]);
   }), ...view.absent.map(name => row([name + ": not in the picture"])));
   $("asked").textContent = view.boxes.length
     ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s` : "";
@@ -195,11 +198,11 @@ function belongs() {
   const unit = view.unit === "metre" ? "metres" : "the model’s own units (no scale)";
   const frame = unit + " in the camera’s frame: x right, y down, z forward";
   const now = step => step === view.step ? "" : `, not of step ${view.step}, which is shown`;
-  const of = found => found ? (view.source === "photo" ? "photo" : `step ${found.step}${now(found.step)}`) + " · " : "";
+  const of = step => view.source === "photo" ? "photo" : `step ${step}${now(step)}`;
   const unsure = view.measured ? "" : "; how sure they are was not measured";
   const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out coordinates are within ±" : unsure;
-  $("belongs").textContent = of(view.boxes[0]) + "centres in " + frame + within;
-  $("answer-of").textContent = view.answer ? of(view.answer) + frame + unsure : "";
+  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "");
+  $("answer-of").textContent = view.answer ? `${of(view.answer.step)} · ${frame}${unsure}` : "";
 }
 
 function chip(text, kind, objects) {
@@ -249,10 +252,11 @@ function drawCamera() {
     wireframe(pen, corners, "#000a", 4.5, []);
     wireframe(pen, corners, color("answer"), 2.2, []);
   }
+  const taken = [];
   for (const b of view.boxes) {
     const corners = b.vertices.map(at);
-    pen.globalAlpha = b.step === view.step ? 1 : 0.4;
-    if (corners.every(c => c)) label(pen, b.name + (b.within_mm === null ? "" : ` ± ${b.within_mm.toFixed(0)} mm`), corners, canvas);
+    pen.globalAlpha = b.step === view.step ? 1 : 0.75;  // words have to be read
+    if (corners.every(c => c)) label(pen, b.name + (b.within_mm === null ? "" : ` ± ${b.within_mm.toFixed(0)} mm`), corners, canvas, taken);
   }
   pen.restore();
 }
@@ -267,12 +271,12 @@ function wireframe(pen, corners, style, width, dash) {
   pen.setLineDash([]);
 }
 
-function label(pen, text, corners, canvas) {
+function label(pen, text, corners, canvas, taken) {
   pen.font = `600 ${13 * scale()}px system-ui, "DejaVu Sans", sans-serif`;
   const pad = 6 * scale(), tall = 20 * scale(), wide = pen.measureText(text).width + 2 * pad;
   const middle = corners.reduce((sum, c) => sum + c[0], 0) / 8;
   const x = Math.min(Math.max(middle - wide / 2, 0), canvas.width - wide);
-  const y = Math.max(Math.min(...corners.map(c => c[1])) - tall - 4 * scale(), 0);
+  const y = free(taken, x, Math.max(Math.min(...corners.map(c => c[1])) - tall - 4 * scale(), 0), wide, tall);
   pen.fillStyle = color("answer");
   pen.beginPath();
   pen.roundRect(x, y, wide, tall, 5 * scale());
