@@ -26,9 +26,8 @@ correct() { # FROM TO STEPS CORRECTIONS SHARES
     from=$1 to=$2 steps=$3 corrections=$4
     shift 4
     $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" "$RUNS"/$corrections --shares "$@" \
-        --init "$RUNS/$from" --out "$RUNS/$to" --steps "$steps" --set lr=4e-4 warmup=200 normalization=meanstd \
-        'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]' \
-        'flow={"rotation_loss":"cosine","rotation_weight":200}'
+        --init "$RUNS/$from" --out "$RUNS/$to" --steps "$steps" --set lr=4e-4 warmup=200 \
+        'lr_scale={"vlm":0.4,"vlm.vision_tower":0.15}' 'frozen=["vlm.moge"]'
 }
 "$BIN/spear" record --policy "$RUNS/nano-vla" --first-seed 40000 --out "$RUNS/corrections-1"
 "$BIN/spear" record --policy "$RUNS/nano-vla" --families stack_cube --episodes 500 --first-seed 50000 \
