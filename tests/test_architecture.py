@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2084, "ablations": 655, "cli": 1576, "data": 4612, "embodiments": 780, "evaluate": 3189,
-    "labels": 4720, "models": 4761, "report": 1184, "serve": 1002, "sim": 1594, "train": 2530, "ui": 692,
+    "(top)": 2084, "ablations": 655, "cli": 1576, "data": 4627, "embodiments": 780, "evaluate": 3189,
+    "labels": 4720, "models": 4761, "report": 1184, "serve": 1002, "sim": 1594, "train": 2533, "ui": 692,
     "util": 742,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

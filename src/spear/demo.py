@@ -179,5 +179,5 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
         target = folder_in(out, source, split)
         if not target.is_dir():
             prepare(source, target, split)
-        stores.append(EpisodeStore(target))
+        stores.append(EpisodeStore(target).demonstrations())
     return stores[0], stores[1]
