@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2072, "ablations": 649, "cli": 1558, "data": 4574, "embodiments": 790, "evaluate": 3166,
-    "labels": 4670, "models": 4612, "report": 1172, "serve": 989, "sim": 1577, "train": 2488, "ui": 696,
+    "(top)": 2072, "ablations": 649, "cli": 1558, "data": 4589, "embodiments": 790, "evaluate": 3166,
+    "labels": 4670, "models": 4612, "report": 1172, "serve": 989, "sim": 1577, "train": 2491, "ui": 696,
     "util": 723,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

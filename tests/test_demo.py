@@ -89,7 +89,7 @@ def test_bad_episodes_are_refused_before_all_else(
 def test_real_episodes_are_learned_and_scored(small: None, shared: Path, tmp_path: Path) -> None:
     data = shared / "data/bridge_v2_sample"
     values = demo.real_episodes(tmp_path, data)
-    assert (values["learned"], values["held_out"], values["source"]) == (19, 6, "bridge_v2_sample")
+    assert (values["learned"], values["held_out"], values["source"]) == (19, 6, "bridge_dataset")
     assert "mean action" in values["headers"] and len(values["charts"]) == 3
     assert "mean action" in values["fact"][1]
     before = sorted(p.name for p in tmp_path.iterdir())

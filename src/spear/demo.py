@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from spear.data.readers.formats import episode_counts
+from spear.data.readers.formats import dataset_name, episode_counts
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import folder_in, prepare
 from spear.errors import SpearError
@@ -155,7 +155,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
     summaries = [s.summary() for s in scores]
     ours, mean = (s["translation_mm"].value for s in summaries[:2])
     return {
-        "source": data.name,
+        "source": dataset_name(data),
         "learned": len(learned),
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,
@@ -178,5 +178,5 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
         target = folder_in(out, source, split)
         if not target.is_dir():
             prepare(source, target, split)
-        stores.append(EpisodeStore(target))
+        stores.append(EpisodeStore(target).demonstrations())
     return stores[0], stores[1]

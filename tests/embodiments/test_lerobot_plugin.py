@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from data_tiny import make
+from spear.data.actions import with_actions
+from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
 from spear.errors import SpearError
 from spear.types import Array
@@ -91,3 +96,16 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
             robots.choose(names, names, 1, "", "")
     with pytest.raises(SpearError, match="fps"):
         robots.choose(STATE_NAMES, ACTION_NAMES, 6, "", "")
+
+
+def test_frames_of_episodes_that_failed_do_not_count(tmp_path: Path) -> None:
+    """As in `spear train`; but columns of these names in others' datasets mean what they mean there."""
+    ends = enumerate((True, False, None))
+    episodes = [with_actions(make(i, success=success)) for i, success in ends]
+    write_lerobot(iter(episodes), tmp_path / "exported", "image")
+    info = json.loads((tmp_path / "exported" / "meta" / "info.json").read_text())
+    meta = SimpleNamespace(root=tmp_path / "exported", total_frames=18, features=info["features"])
+    known = np.concatenate([np.asarray(episode.action_mask) for episode in episodes])
+    known[6:12] = False
+    np.testing.assert_array_equal(robots.counting(meta, robots.Exported()), known)
+    assert robots.counting(meta, robots.Poses(1)).all()

@@ -18,7 +18,7 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.labels.scenes import label_scenes
 from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
@@ -200,3 +200,30 @@ def test_shares_are_those_of_the_list_where_all_are_known(
     assert shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3]
     assert "mine 75.0%" in capsys.readouterr().err
     assert shares(("mine",)) == [1] and not capsys.readouterr().err
+
+
+def test_episodes_that_failed_are_not_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights and statistics as without them, and a line says so. Where nothing is known of an
+    episode it stays; a run that began with failures goes on with them."""
+    good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
+    bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
+    stores = {}
+    for name, some in (("good", good), ("all", [good[0], bad[0], *good[1:], bad[1]]), ("bad", bad)):
+        write_episodes(some, tmp_path / name)
+        stores[name] = EpisodeStore(tmp_path / name)
+
+    def learned(out: str, store: str, steps: int = 2) -> dict[str, bytes]:
+        few = {"batch_size": 4, "flow_samples": 1, "warmup": 0, "schedule": "constant", "steps": steps}
+        final = run_recipe("nano-post", tmp_path / out, store=stores[store], init=locate("nano"), **few)
+        return {name: (final / name).read_bytes() for name in ("model.safetensors", "normalizer.json")}
+
+    expected = learned("1", "good")
+    with pytest.warns(Notice, match="2 of 5 episodes failed"):
+        assert learned("2", "all") == expected
+    with pytest.raises(SpearError, match="2 of 2 episodes failed"):
+        learned("3", "bad")
+    with monkeypatch.context() as earlier:  # versions that learned from them
+        earlier.setattr(EpisodeStore, "demonstrations", lambda store: store)
+        expected = learned("4", "all")
+        learned("5", "all", steps=1)
+    assert learned("5", "all") == expected

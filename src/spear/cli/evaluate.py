@@ -109,10 +109,10 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     check_episodes(*learned)
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
-        held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split)
+        held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
         ours = open_loop.score(o.policy, model, held_out)
         same, (folder, split) = learned == (o.data, o.split), learned
-        train = held_out if same else open_episodes(folder, Path(scratch) / "train", split)
+        train = held_out if same else open_episodes(folder, Path(scratch) / "train", split).demonstrations()
         reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
     names = "".join(f"{s.name[-26:]:<28}" for s in scores)

@@ -21,7 +21,7 @@ from torch import Tensor
 from spear.data.readers.spec import said
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
 from spear.util.files import write_bytes, write_text
@@ -134,8 +134,10 @@ class Normalizer:
 
 def save_sketches(folder: Path) -> None:
     """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
+    with suppress_notices():
+        store = EpisodeStore(folder).demonstrations()
     arrays: dict[str, Any] = {}
-    for axis, sketch in enumerate(_sketch(EpisodeStore(folder))):
+    for axis, sketch in enumerate(_sketch(store)):
         arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

@@ -39,12 +39,16 @@ EPISODES = "--episodes", "images or instructions of --episodes"
 def train(
     stage: Recipe, out: Path, inputs: Inputs, how: RunOptions | None = None, device: str = "auto"
 ) -> Path:
-    """Run a recipe and return `out/final`.
+    """Run a recipe and return `out/final`. Episodes that failed are left out, unless the run began with them.
 
     device: as for `choose_device`; it replaces that of `how`. Raises `SpearError` for data or a device that
     is missing, or as `build` and `loop.run` do.
     """
     how = how or RunOptions()
+    found, (key, _) = newest(out / "checkpoints"), EPISODES
+    if not found or found[1]["settings"]["about"].get(key) != _about(stage, inputs)[key]:  # did not begin so
+        kept = [(name, store.demonstrations(), share) for name, store, share in inputs.episodes]
+        inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
     stage, place = check(stage, out, inputs, how, device)
     begun_with = None if inputs.init is None else _made_by(inputs.init)
@@ -61,8 +65,7 @@ def train(
     for words in (w for w, so in notes.items() if so and not how.quiet and parallel.rank() == 0):
         print(f"note: {words}", file=sys.stderr)
     model, task, save = build.build(stage, inputs, how.seed)
-    changing = {"batch_size": stage.batch_size}
-    averaged = loop.run(task, opt, out, how, _about(stage, inputs), changing)
+    averaged = loop.run(task, opt, out, how, _about(stage, inputs), {"batch_size": stage.batch_size})
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():

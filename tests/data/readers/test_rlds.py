@@ -223,9 +223,14 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
         column(steps, name, source)[3, int(index)] = np.nan
         with pytest.raises(SpearError, match=rf"{source} step 3: {re.escape(name)}"):
             episode_from(steps, spec, source)
-    own = dataclasses.replace(spec, action="mine", success="reward", action_mask="reward")
+    own = dataclasses.replace(spec, success="reward")  # whoever wrote it
+    assert episode_from(raw, spec, source).success is None
+    for reward, success in ((0, False), (1, True), (-1, None)):
+        assert episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success is success
+    with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
+        episode_from({**raw, "reward": np.append(np.zeros(9), np.nan)}, own, source)
+    own = dataclasses.replace(spec, action="mine", action_mask="reward")
     steps = {**raw, "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
-    assert episode_from(steps, own, source).success is not None
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
         episode_from({**steps, "reward": np.append(np.zeros(9), np.nan)}, own, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))

@@ -170,7 +170,6 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
     with pytest.raises(SpearError, match="command_range"):
         read_spec(layout, "mine")
     for named, key, value in (
-        ({}, "success", "won"),
         ({}, "action_mask", "valid"),
         ({"action": "act"}, "tool_rotation", [0.0, 1.0, 0.0, 0.0]),  # would turn the states alone
         ({"action": "act"}, "drop_idle", True),

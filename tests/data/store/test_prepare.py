@@ -111,10 +111,12 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     everything = store.subset(range(len(store)))
     assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(everything, 1.0)])
     assert open_store(whole, tmp_path)[0].whole and not open_store(whole, tmp_path, "train[1:]")[0].whole
+    good = store.subset([i for i, episode in enumerate(store) if episode.success is not False])
+    assert Normalizer.fit([(store.demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     (copy / SKETCHES).write_bytes(b"no statistics")
     with pytest.raises(SpearError, match=SKETCHES):
-        Normalizer.fit([(EpisodeStore(copy), 1.0)])
+        Normalizer.fit([(EpisodeStore(copy).demonstrations(), 1.0)])
     Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
     shutil.copy(whole / SKETCHES, copy)
     for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
@@ -28,10 +27,10 @@ from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
-from .robots import Exported, Robot, demonstrated
+from .robots import Robot, columns, counting, demonstrated
 
-FOLDER, MASK = "spear", "action_mask"
-"""Beside LeRobot's own file; what `spear data export` calls whether a step is a demonstration."""
+FOLDER = "spear"
+"""Beside LeRobot's own file."""
 
 
 class Spear1Policy(PreTrainedPolicy):
@@ -57,11 +56,11 @@ class Spear1Policy(PreTrainedPolicy):
         self.spear = spear.Spear1Policy.load(
             folder or config.checkpoint, steps=config.steps, seed=config.seed
         )
-        self.model, self.mask = self.spear.model, np.ones(1, bool)
-        if dataset_meta is not None and isinstance(self.robot, Exported) and MASK in dataset_meta.features:
-            self.mask = _column(Path(dataset_meta.root), MASK)
-        if dataset_meta is not None and folder is None:
-            self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config, self.mask)
+        self.model, self.mask = self.spear.model, None
+        if dataset_meta is not None:
+            self.mask = counting(dataset_meta, self.robot)
+            if folder is None:
+                self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config, self.mask)
         apply_freeze(self.model, config.optimization)
         self.reset()
 
@@ -108,7 +107,7 @@ class Spear1Policy(PreTrainedPolicy):
         beyond = _numpy(batch[f"{ACTION}_is_pad"])
         pairs = [self.robot.chunk(*row) for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)]
         actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
-        if len(self.mask) > 1:
+        if self.mask is not None:
             known &= demonstrated(self.mask, _numpy(batch["index"]).reshape(-1))
         images = {view: _numpy(batch[key]).transpose(0, 2, 3, 1) for key, view in self.views.items()}
         raw = {
@@ -155,17 +154,11 @@ class Spear1Policy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
 
-def _column(root: Path, key: str) -> Array:
-    """A column of a dataset, by the frames' "index"."""
-    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table([key, "index"])
-    return np.array(table.sort_by("index")[key].to_pylist())
-
-
 def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normalizer:
-    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes. mask: its
-    `MASK` by frame, or [1]."""
-    state, action, episode = (_column(root, key) for key in (OBS_STATE, ACTION, "episode_index"))
-    counts = np.broadcast_to(mask, episode.shape)
+    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes; mask: of
+    these frames [frames]."""
+    state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")
+    counts = mask[index]
     ahead = np.array(config.action_delta_indices)
     moves, places = [], []
     for number in np.unique(episode):

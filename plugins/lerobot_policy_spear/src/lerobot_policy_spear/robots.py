@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow.dataset
 import torch
 
 from spear.data.actions import HORIZON, derive_actions
@@ -121,9 +123,26 @@ class Joints(Poses):
         return np.array(made, np.float32)
 
 
+def columns(root: Path, *keys: str) -> list[Array]:
+    """Columns of a LeRobot dataset, by the frames' "index"."""
+    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(list({*keys, "index"}))
+    return [np.array(table.sort_by("index")[key].to_pylist()) for key in keys]
+
+
+def counting(dataset_meta: Any, robot: Robot) -> Array:
+    """Which frames of a dataset are demonstrations [frames]. One of spear's own says it: those that its
+    `action_mask` leaves out are none, nor are those of episodes whose `success` is 0."""
+    mask = np.ones(dataset_meta.total_frames, bool)
+    for key in ("action_mask", "success"):
+        if isinstance(robot, Exported) and key in dataset_meta.features:
+            values, index = columns(Path(dataset_meta.root), key, "index")
+            mask[index] &= values != 0
+    return mask
+
+
 def demonstrated(mask: Array, index: Array) -> Array:
     """Which actions of the chunks that begin at the frames `index` [B] are demonstrations [B, 5]: none from
-    the first on that the `action_mask` of an exported dataset [frames] leaves out."""
+    the first on that mask [frames] leaves out."""
     frames = np.minimum(index[:, None] + np.arange(HORIZON), len(mask) - 1)
     return np.logical_and.accumulate(mask[frames], axis=1)
 

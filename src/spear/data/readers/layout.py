@@ -45,6 +45,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     gripper, command = openings(steps, spec, source)
+    ended = -1 if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1]
     episode = check_episode(
         Episode(
             images={camera: _images(steps, spec, camera, source) for camera in spec.images},
@@ -54,6 +55,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             instruction=_text(steps, spec.instruction, source),
             rate_hz=spec.rate_hz,
             source=source,
+            success=None if ended < 0 else bool(ended),
         )
     )
     _check_jumps(episode)
@@ -118,9 +120,6 @@ def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episod
     parts: dict[str, Any] = {"action": np.asarray(column(steps, spec.action, name))}
     if spec.action_mask is not None:
         parts["action_mask"] = numbers(steps, spec.action_mask, name).reshape(-1) != 0
-    if spec.success is not None:
-        last = numbers(steps, spec.success, name).reshape(-1)[-1]
-        parts["success"] = None if last < 0 else bool(last)
     if spec.source is not None:
         parts["source"] = _text(steps, spec.source, name)
     return dataclasses.replace(episode, **parts)

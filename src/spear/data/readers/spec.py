@@ -96,8 +96,9 @@ class DatasetSpec:
                      in the base or the end-effector frame.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is in order, where later ones are not.
+    success          column whose last row says how the episode ended: 0 failed, below 0 not known.
     action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
-                     `action_mask`, `success` and `source` are columns of the same parts of an `Episode`.
+                     `action_mask` and `source` are columns of the same parts of an `Episode`.
     weight           share of the training mixture, %.
     facts            field -> where we know it from.
     """
@@ -125,9 +126,9 @@ class DatasetSpec:
     logged_frame: Literal["base", "ee"] | None = None
     drop_idle: bool = False
     newest: str | None = None
+    success: str | None = None
     action: str | None = None
     action_mask: str | None = None
-    success: str | None = None
     source: str | None = None
     weight: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -178,7 +179,7 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
         for key in bound if own in fields else ():
             base.pop(key, None)
     spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
-    needs = {"command_range": "command", **dict.fromkeys(("action_mask", "success", "source"), "action")}
+    needs = {"command_range": "command", "action_mask": "action", "source": "action"}
     for key in (key for key in needs if key in fields and getattr(spec, needs[key]) is None):
         raise SpearError(f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out")
     for key in ("command", "tool_rotation", "drop_idle") if spec.action is not None else ():

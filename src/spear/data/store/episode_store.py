@@ -102,6 +102,19 @@ class EpisodeStore:
             setattr(store, name, getattr(self, name)[chosen])
         return store
 
+    def demonstrations(self) -> "EpisodeStore":
+        """Without the episodes that are known to have failed; a notice says how many. `whole` as before.
+        Raises SpearError where none is left."""
+        success = [ended for shard in self._shards for ended in shard.words["success"].to_pylist()]
+        store = self.subset([i for i, number in enumerate(self._ids) if success[number] is not False])
+        store.whole = self.whole
+        failed = f"{self.path}: {len(self) - len(store)} of {len(self)} episodes failed"
+        if not len(store):
+            raise SpearError(f"{failed}: nothing to learn from: give others")
+        if len(store) < len(self):
+            notice(f"{failed}: they are left out")
+        return store
+
     def __len__(self) -> int:
         return len(self._ids)
 
