@@ -23,7 +23,7 @@ _NANO_MIX = QuestionMix(
     coordinate_smoothing=2.0,
 )
 # As docs/ablations.md found: better than squared angles, and means and standard deviations than quantiles.
-_COSINE = {"rotation_loss": "cosine", "rotation_weight": 200.0}
+_COSINE: dict[str, bool | float | str] = {"rotation_loss": "cosine", "rotation_weight": 200.0}
 _NANO_VLA = Recipe(
     name="nano-vla",
     kind="vla",
