@@ -16,8 +16,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and reference outputs beside the checkout (or SPEAR_SHARED); skips without
-    it."""
+    """The folder of real data and reference outputs (SPEAR_SHARED); skips without it."""
     path = Path(os.environ.get("SPEAR_SHARED", Path(__file__).parents[1] / ".." / "shared")).resolve()
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")

@@ -1,7 +1,4 @@
-"""The house rules that a machine can check: imports point one way, rooms keep their size, `import spear` is
-light."""
-
-from __future__ import annotations
+"""The house rules that a machine can check: imports one way, rooms of a size, a light `import spear`."""
 
 import ast
 import subprocess
@@ -66,8 +63,7 @@ def room(module: str) -> str:
 
 
 def imported(module: str) -> set[str]:
-    """The modules of ours that a file imports, inside functions and under TYPE_CHECKING as well: a reader
-    follows those too."""
+    """The modules of ours that a file imports, inside functions and under TYPE_CHECKING as well."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):

@@ -1,7 +1,5 @@
 """Executing chunks: k of H, standing still, no jump at the seam, means on S³; a pilot that never waits."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -200,9 +198,6 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
                 assert think.wait(60)
             return {"actions": chunk(observation["t"])}
 
-        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            return [self.infer(o) for o in observations]
-
     assert Pilot(Thinker())._executor.replan == REPLAN
     pilot = Pilot(Thinker(), "async", replan=3)
     actions = [pilot.step({"t": t}) for t in range(7)]
@@ -225,9 +220,6 @@ def test_the_pilot_stands_and_waits_in_sync() -> None:
             time.sleep(0.05)
             return {"actions": chunk(observation["t"])}
 
-        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            return [self.infer(o) for o in observations]
-
     pilot = Pilot(Slow(), "sync", replan=2)
     assert millimetres([pilot.step({"t": t}) for t in range(1, 7)]) == [1, 2, 3, 4, 5, 6]
     pilot.close()
@@ -241,9 +233,6 @@ def test_the_pilot_asks_about_what_was_seen_then() -> None:
             assert not seen or ready.wait(60)
             seen.append(float(observation["image"][0]))
             return {"actions": chunk(0)}
-
-        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            return [self.infer(o) for o in observations]
 
     pilot = Pilot(Late(), "async")
     for tick in range(3):  # a camera that writes each picture over the last

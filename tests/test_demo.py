@@ -75,9 +75,7 @@ def test_the_page_without_real_data_says_how_to_get_some(
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
-def test_bad_episodes_are_refused_before_all_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
+def test_bad_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
     data, out = tmp_path / "mine", tmp_path / "page"
     write_lerobot([make(0), make(1)], data)

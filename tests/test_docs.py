@@ -1,7 +1,5 @@
 """What the README and the pages show works when pasted: commands, links, the Python, the tutorial."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """`spear doctor`: what agrees passes, what does not is named, with exit code 1."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,7 @@ def test_a_way_that_differs_or_raises_is_named(
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
 
 
-def test_what_does_not_fit_is_refused_before_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def examined(available: int) -> str:
         (tmp_path / "meminfo").write_text(f"MemFree: 9 kB\nMemAvailable: {available} kB\n")
         return next(doctor.examine(preset("nano"), torch.device("cpu"), repeats=1)).dtype

@@ -1,7 +1,5 @@
 """Flow matching: the interpolant and its derivative, the loss and its gradients, where integration ends."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -313,8 +311,7 @@ def test_clean_losses_are_angles() -> None:
 
 
 def test_one_guess_for_sparse_turns() -> None:
-    """Of many steps a fifth turns: the chord's best guess is their median, that of nano's squares their
-    mean."""
+    """Of many steps a fifth turns: a chord is best at their median, nano's squares at their mean."""
     angle, n = 0.35, 10
     turns = torch.zeros(1, n, 3, dtype=torch.float64)
     turns[:, : n // 5, 2] = angle

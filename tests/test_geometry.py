@@ -1,7 +1,5 @@
 """Rotations and poses: against scipy and geomstats, at every singular place, with gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Observations from outside: what is refused, and what is put right."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -64,9 +62,7 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )
-def test_what_cannot_be_acted_on_is_refused_by_its_key(
-    policy: Spear1Policy, changes: dict[str, Any], key: str
-) -> None:
+def test_bad_observations_are_refused_by_key(policy: Spear1Policy, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(SpearError, match=key):
         policy.infer(observation(**changes))
 
@@ -102,9 +98,7 @@ def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch
         policy.infer(observation(committed=two[:3]))
 
 
-def test_the_gripper_is_never_told_more_than_to_open_or_close(
-    policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gripper_stays_in_its_range(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     bias = policy.model.action_out_proj.bias
     before = bias.data.clone()
     for far, opening in ((9.0, 1), (-9.0, 0)):

@@ -1,5 +1,4 @@
-"""Ray, begun once: its labelling engine makes what the local one makes, and Ray Train trains with two
-workers."""
+"""Ray, begun once: it labels as the local engine does, and Ray Train trains with two workers."""
 
 import os
 import runpy

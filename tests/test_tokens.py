@@ -1,7 +1,5 @@
 """3D tokens: equal use, round trips, bad values, and their place in a tokenizer and an embedding table."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

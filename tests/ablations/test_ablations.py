@@ -161,13 +161,8 @@ def test_keys_follow_what_decides_the_result() -> None:
     assert key == "0364d014e594"  # else scores that are kept count no more
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
-    others = [
-        more,
-        planned("full", start=(START[1], START[1]), seeds=1),
-        planned("full", start=(START[0], START[0]), seeds=1),
-        planned("full", seeds=1, budget=7),
-        planned("full", seeds=1, set=("lr=1e-5",)),
-    ]
+    changes = [{"start": (one, one)} for one in START] + [{"budget": 7}, {"set": ("lr=1e-5",)}]
+    others = [more, *(planned("full", seeds=1, **change) for change in changes)]
     assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 6
     moved = (replace(START[0], folder=Path("elsewhere")), START[1])
     assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
@@ -246,21 +241,16 @@ def test_other_families_are_left_out(tmp_path: Path) -> None:
     scores(plan, tmp_path, {"full": 0.8, "no-3d": 0.2})
     some = planned("full", "no-3d", scenes=12, families=("stack_cube", "put_on"))
     assert [job.key for job in some.trainings] == [job.key for job in plan.trainings]
-    assert (
-        some.families == ("put_on", "stack_cube")
-        and next(j for j in some.jobs if isinstance(j, Scoring)).episodes == 24
-    )
+    scoring = next(job for job in some.jobs if isinstance(job, Scoring))
+    assert some.families == ("put_on", "stack_cube") and scoring.episodes == 24
     tables = fill(some, tmp_path, DATA)
     assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
     assert "of each task family (put on, stack cube) per" in write(some, tables, tmp_path)[0].read_text()
     whole, part = (scored(tmp_path, one.scoring("full", 0)) for one in (plan, some))
     assert whole is not None and part is not None and len(whole.outcomes) == 48 and len(part.outcomes) == 24
     assert {o.family for o in part.outcomes} == {"put_on", "stack_cube"}
-    names = [
-        expected(AblationOptions(out=tmp_path, families=families)).episodes.name
-        for families in ((), FAMILIES[::-1], ("put_on",))
-    ]
-    assert names == ["episodes", "episodes", "episodes-put_on"]
+    for families, name in (((), "episodes"), (FAMILIES[::-1], "episodes"), (("put_on",), "episodes-put_on")):
+        assert expected(AblationOptions(out=tmp_path, families=families)).episodes.name == name
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +281,8 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    child = multiprocessing.get_context("spawn").Process(
-        target=run, args=(plan, tmp_path, data, 0, True, die)
-    )
+    work = {"target": run, "args": (plan, tmp_path, data, 0, True, die)}
+    child = multiprocessing.get_context("spawn").Process(**work)
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

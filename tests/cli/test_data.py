@@ -42,9 +42,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert content == [make(1, 9).images["external"][0]]
 
 
-def test_each_of_several_datasets_is_prepared_with_the_cameras_that_it_has(
-    store: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_each_dataset_has_its_own_cameras(store: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     write_episodes([make(3, images={"wrist": make(3).images["external"]})], tmp_path / "other")
     prepare = ["data", "prepare", str(store), str(tmp_path / "other"), "--workers", "0", "--out"]
     assert "'wrist'" in refused(*prepare, str(tmp_path / "out"), "--size", "wrsit=16x16")

@@ -31,9 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[-1]
 
 
-def test_scenes_are_labelled_asked_about_and_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
     pytest.importorskip("rerun")
     out = tmp_path / "labels"
@@ -100,9 +98,8 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
     folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
     monkeypatch.setattr("spear.doctor.machine", lambda *_: Machine(1e10, 1e11))  # measured in its own tests
     batch = ["--batch-size", "2", "--out", str(out), "--plan"]
-    assert (
-        main(["label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch]) == 0
-    )
+    parts = ["--segmenter", "sam2=somebody/else", "--pointmap", "moge"]
+    assert main(["label", str(folder), *parts, *batch]) == 0
     said = capsys.readouterr().out
     assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
     assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
@@ -135,9 +132,7 @@ def test_the_bill_comes_however_the_work_ends(
         assert "3 requests" in capsys.readouterr().out
 
 
-def test_a_scan_is_labelled_and_a_broken_frame_set_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_frame_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = [random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)]
     folder, out = write_scannet(tmp_path / "scan", frames), tmp_path / "labels"
     depth = folder / "depth" / "0.png"

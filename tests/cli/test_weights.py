@@ -98,9 +98,7 @@ def test_what_does_not_fit_is_one_line(
         assert "is there already" in said.err and not said.out
 
 
-def test_what_published_files_must_hold_is_shown(
-    refused: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_published_files_must_hold(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "expected", "list"]) == 0
     said = capsys.readouterr().out
     assert len(said.splitlines()) == len(PUBLISHED) and PUBLISHED["moge"].revision in said

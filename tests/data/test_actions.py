@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
+from data_tiny import make
 from spear.data.actions import binarize_gripper, check_episode, chunk, episode_actions, resample
 from spear.geometry import apply_step, quat_distance
 from spear.types import Episode
@@ -17,17 +18,10 @@ def smooth_episode(seed: int, steps: int, rate_hz: float = 5.0) -> Episode:
     """A wandering arm, its images numbered."""
     rng = np.random.default_rng(seed)
     turns = Rotation.random(1, rng) * Rotation.from_rotvec(np.cumsum(rng.normal(0, 0.3, (steps, 3)), axis=0))
-    return check_episode(
-        Episode(
-            images={"external": [b"%d" % i for i in range(steps)]},
-            position=np.cumsum(rng.normal(0, 0.02, (steps, 3)), axis=0),
-            rotation=turns.as_quat(scalar_first=True),
-            gripper=rng.uniform(size=steps),
-            instruction="wander",
-            rate_hz=rate_hz,
-            source=f"wander {seed}",
-        )
-    )
+    position, gripper = np.cumsum(rng.normal(0, 0.02, (steps, 3)), axis=0), rng.uniform(size=steps)
+    parts = {"position": position, "rotation": turns.as_quat(scalar_first=True), "gripper": gripper}
+    images = {"external": [b"%d" % i for i in range(steps)]}
+    return check_episode(make(seed, steps, images=images, rate_hz=rate_hz, **parts))
 
 
 @given(st.integers(0, 1000), st.integers(2, 12), st.integers(0, 11))

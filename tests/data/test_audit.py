@@ -69,17 +69,9 @@ def recordings(**planted: Any) -> list[Recording]:
         step, turn = np.roll(step, -late, axis=0), np.roll(turn, -late, axis=0)
         step = step * planted.get("step_scale", 1) + rng.normal(0, planted.get("noise", 1e-4), step.shape)
         state = rotation.as_euler(planted.get("state", "xyz"))
-        found.append(
-            Recording(
-                f"made#{number}",
-                position * planted.get("position_scale", 1),
-                state * planted.get("state_scale", 1),
-                step,
-                turn * planted.get("turn_scale", 1),
-                np.arange(len(position)) < len(position) - 1,
-                RATE,
-            )
-        )
+        turn, state = turn * planted.get("turn_scale", 1), state * planted.get("state_scale", 1)
+        position, valid = position * planted.get("position_scale", 1), np.arange(len(step)) < len(step) - 1
+        found.append(Recording(f"made#{number}", position, state, step, turn, valid, RATE))
     return found
 
 
@@ -217,7 +209,7 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
 
 
-BRIDGE = "observation/state"
+BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
 
 
 def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
@@ -238,11 +230,7 @@ def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
         ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
         ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
         ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
-        (
-            {"images": {"external": "observation/image_0", "wrist": "observation/image_3"}},
-            "camera wrist",
-            "blank",
-        ),
+        ({"images": {**FIRST, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
     ],
     ids=str,
 )

@@ -1,7 +1,5 @@
 """Sampling: a pure function of (seed, step), by weight, never a masked first action."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

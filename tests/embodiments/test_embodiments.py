@@ -1,7 +1,4 @@
-"""Robots: examples that are understood, exact conversions, errors that name the key; adding one is one
-file."""
-
-from __future__ import annotations
+"""Robots: examples that are understood, exact conversions, errors that name the key; a file each."""
 
 import dataclasses
 import re
@@ -127,9 +124,8 @@ def test_neither_simpler_takes_the_others_observations() -> None:
     for robot, other in ((three, two), (two, three)):
         with pytest.raises(SpearError, match="unknown observation key"):
             robot.read(other.example())
-        rows.append(
-            robot.control(None)[1].convert(turned, robot.read(robot.example())["observation/state"], {})
-        )
+        state = robot.read(robot.example())["observation/state"]
+        rows.append(robot.control(None)[1].convert(turned, state, {}))
     np.testing.assert_array_equal(rows[0][:, :3], rows[1][:, :3])
     for a, b in zip(*rows, strict=True):
         assert (Rotation.from_euler("XYZ", a[3:6]).inv() * Rotation.from_rotvec(b[3:6])).magnitude() < 1e-5

@@ -1,7 +1,5 @@
 """The plugin for LeRobot: what a dataset's numbers mean, against scipy. Its check.py runs LeRobot itself."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

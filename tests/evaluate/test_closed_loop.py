@@ -79,9 +79,7 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     assert policy.shapes == {(height, width, 3)}
 
 
-def test_films_are_made_in_both_runs_of_an_evaluation_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_films_are_made_in_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "HEIGHT", 60)
     one = TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
     results, films = evaluate(Half(), one, quiet=True)
@@ -104,10 +102,8 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
     rest = Half()
     first = run(rest, 4, shard="1/2", **common)
     assert rest.scenes == {2}  # scene 0 was done
-    assert [first.outcomes, run(Half(), 4, shard="2/2", **common).outcomes] == [
-        whole.outcomes[::2],
-        whole.outcomes[1::2],
-    ]
+    second = run(Half(), 4, shard="2/2", **common)
+    assert (first.outcomes, second.outcomes) == (whole.outcomes[::2], whole.outcomes[1::2])
     assert run(Half(0), 4, **common).outcomes == whole.outcomes
 
 

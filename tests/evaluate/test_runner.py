@@ -102,9 +102,7 @@ def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     assert run(Parity(), 12, "1/1") == "" and "UNFINISHED" not in load(tmp_path).width()
 
 
-def test_an_episode_that_ends_otherwise_when_run_again_has_no_film(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_that_ends_otherwise_has_no_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = EpisodeOptions(films=1, out=tmp_path)
     results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
     assert results.mean().value == 0 and made == []

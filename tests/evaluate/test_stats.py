@@ -1,7 +1,5 @@
 """Intervals: known values, coverage by simulation, and honest behaviour at the edges."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

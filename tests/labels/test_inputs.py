@@ -69,9 +69,8 @@ def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> Non
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     rows = [{"bytes": png(60 + i), "path": None} for i in range(5)] + [None]
-    pq.write_table(
-        pa.table({"image": rows, "label": list(range(6))}), tmp_path / "t.parquet", row_group_size=2
-    )
+    table = pa.table({"image": rows, "label": list(range(6))})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
     pq.write_table(pa.table({"jpg": [png(80)], "n": [1]}), tmp_path / "u.parquet")
     items = list(find(str(tmp_path)))
     assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [

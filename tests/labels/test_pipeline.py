@@ -88,9 +88,7 @@ def test_camera_pixel_centres_are_at_one_half() -> None:
 
 
 @pytest.mark.parametrize(("aided", "vertex", "iou"), [(True, 0.008, 0.8), (False, 0.0095, 0.7)])
-def test_boxes_of_the_simulators_things_agree_with_the_true_ones(
-    renderer: Any, aided: bool, vertex: float, iou: float
-) -> None:
+def test_boxes_of_the_simulators_things(renderer: Any, aided: bool, vertex: float, iou: float) -> None:
     """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were estimates."""
     from spear.sim.render import clutter_frame
 

@@ -49,9 +49,7 @@ def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, tr
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 6])
-def test_colour_that_its_exif_would_turn_stays_on_its_depth(
-    truth: list[Frame], tmp_path: Path, orientation: int
-) -> None:
+def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     folder = write_plain(tmp_path / "s", truth[:1])

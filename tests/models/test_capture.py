@@ -5,8 +5,6 @@ numbers. On the `meta` device tensors have no values, so that nothing can depend
 with other values make the same operations, shapes, types and strides.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable
@@ -30,9 +28,8 @@ VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch
 
 def shallow(size: Preset) -> Preset:
     """A preset with two layers of each network, which is faster; all layers do the same."""
-    networks = {
-        name: {**getattr(size, name), "num_hidden_layers": 2} for name in ("vision", "text", "expert")
-    }
+    parts = ("vision", "text", "expert")
+    networks = {part: {**getattr(size, part), "num_hidden_layers": 2} for part in parts}
     return dataclasses.replace(size, **networks)
 
 

@@ -1,7 +1,5 @@
 """Answers with a grammar are, token by token, the likeliest that it allows; their numbers, read off."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

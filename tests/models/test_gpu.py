@@ -1,7 +1,5 @@
 """The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives there."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

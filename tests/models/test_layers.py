@@ -1,7 +1,5 @@
 """What the networks share: norms and attention as Transformers computes them; gradient checkpointing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -25,8 +23,7 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 
 
 def step(model: torch.nn.Module, task: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, dict, int]:
-    """Loss, gradients, and the bytes that the forward pass kept for the backward pass (weights not
-    counted)."""
+    """Loss, gradients, and the bytes (without weights) kept for the backward pass."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,7 +1,5 @@
 """Images are never stretched; words and numbers go through tokens and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,8 @@ from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
 from spear.util.images import fit_image, placed
 
-TEXTS = [
-    "put the carrot on the plate",
-    "where is the bowl",
-    "the mug is  and the cup is  so the mug is closer",
-]
+TEXTS = ["put the carrot on the plate", "where is the bowl"]
+TEXTS += ["the mug is  and the cup is  so the mug is closer"]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +76,8 @@ def test_grammar_admits_the_answer_and_its_like_only(processor: Processor) -> No
 
 def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None:
     box = [float(v) for v in np.random.default_rng(1).normal(size=24)]
-    batch = processor.questions(
-        [
-            Question("box_vertices", "where is the bowl", box, ["bowl"]),
-            Question("exists", "is it?", ["yes"], ["it"]),
-        ]
-    )
+    there = Question("exists", "is it?", ["yes"], ["it"])
+    batch = processor.questions([Question("box_vertices", "where is the bowl", box, ["bowl"]), there])
     ids, labels = batch["input_ids"], batch["labels"]
     tokens = processor.tokenizer
     assert ids.shape == labels.shape == batch["token_type_ids"].shape
@@ -161,11 +152,8 @@ def test_places_are_where_the_padded_image_shows_them(processor: Processor, size
     place = Pixel((w // 8 * 5 + 4) / w, (h // 8 * 2 + 4) / h)
     shown = processor.image(image, "external")[0].double()
     height, width = shown.shape
-    middle = [
-        (torch.arange(n) + 0.5).double() @ shown.sum(axis) / shown.sum()
-        for axis, n in ((1, height), (0, width))
-    ]
-    y, x = (float(value) for value in middle)
+    places = [(torch.arange(n) + 0.5).double() for n in shown.shape]
+    y, x = (float(at @ shown.sum(axis) / shown.sum()) for axis, at in zip((1, 0), places, strict=True))
     area = 64 * min(width / w, height / h) ** 2  # of a square of 8 pixels, scaled alike across and down
     assert float(shown.sum()) / 255 == pytest.approx(area, rel=0.05)
     found = moved(place, size, (width, height))

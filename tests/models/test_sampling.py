@@ -1,7 +1,5 @@
 """Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from pathlib import Path
@@ -74,9 +72,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("batch", "views"), [(1, ("external",)), (3, ("external", "wrist")), (3, ("wrist",))]
 )
-def test_actions_are_those_of_the_plain_network(
-    shape: str, padded: bool, batch: int, views: tuple[str, ...]
-) -> None:
+def test_actions_of_the_plain_network(shape: str, padded: bool, batch: int, views: tuple[str, ...]) -> None:
     model, given, noise = spear1(**SHAPES[shape]), observation(batch, views, padded), actions(batch, H)
     for steps in (1, 4):
         found = model.sample_actions(**given, steps=steps, noise=noise).to_vector()
@@ -86,9 +82,7 @@ def test_actions_are_those_of_the_plain_network(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_committed_actions_come_back_and_the_others_are_those_of_the_plain_network(
-    shape: str, padded: bool
-) -> None:
+def test_committed_actions_come_back(shape: str, padded: bool) -> None:
     model, noise = spear1(**SHAPES[shape]), actions(3, H)
     given, decided = observation(3, ("external", "wrist"), padded), actions(3, H, seed=5)
     free = model.sample_actions(**given, steps=4, noise=noise).to_vector()
@@ -221,9 +215,8 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed:
         for one, layer in zip(Fused(*layers, packed=packed)(x), layers, strict=True):
             exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
             torch.testing.assert_close(one.double(), exact, rtol=far, atol=far)
-            torch.testing.assert_close(
-                linear(x, layer.weight, layer.bias).double(), exact, rtol=far, atol=far
-            )
+            alone = linear(x, layer.weight, layer.bias).double()
+            torch.testing.assert_close(alone, exact, rtol=far, atol=far)
     assert linear(x, layers[0].weight).requires_grad  # with gradients PyTorch's own, which has them
 
 

@@ -78,9 +78,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_rerun_file_holds_images_boxes_and_points(
-    frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
-) -> None:
+def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage], tmp_path: Path) -> None:
     pytest.importorskip("rerun")
     clouds = [*GroundTruthPointMap().predict(frames[:2]), None]
     path = tmp_path / "labels.rrd"

@@ -1,7 +1,5 @@
 """A policy for AllenAI's vla-eval harness: evaluated by the real package, over a real socket."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -37,14 +35,9 @@ def run(policy: Homing, **params: Any) -> dict[str, Any]:
 
     tabletop_benchmark.SENT.clear()
     service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
-    benchmark = {
-        "benchmark": "tabletop_benchmark:Tabletop",
-        "episodes_per_task": 2,
-        "params": {"family": "put_on", **params},
-    }
-    (result,) = api.evaluate(
-        HarnessServer(service, VlaEvalOptions("test", replan=2)), {"benchmarks": [benchmark]}, no_save=True
-    )
+    benchmark = {"benchmark": "tabletop_benchmark:Tabletop", "params": {"family": "put_on", **params}}
+    config = {"benchmarks": [{**benchmark, "episodes_per_task": 2}]}
+    (result,) = api.evaluate(HarnessServer(service, VlaEvalOptions("test", replan=2)), config, no_save=True)
     return result
 
 

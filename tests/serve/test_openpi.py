@@ -4,8 +4,6 @@ openpi-client pins numpy < 2. The environment is made once, in the folder for te
 SPEAR_OPENPI_VENV; without a package index the test is skipped.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """RoboArena's wire over a real socket, message by message as its clients send and read them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

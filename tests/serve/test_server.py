@@ -1,7 +1,5 @@
 """The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
 
-from __future__ import annotations
-
 import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
@@ -87,9 +85,7 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
 
 
 @pytest.mark.parametrize("where", ["observe", "convert"])
-def test_a_mistake_in_a_robots_file_fails_the_observation_that_shows_it(
-    where: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_mistake_in_a_robots_file_fails_one(where: str, caplog: pytest.LogCaptureFixture) -> None:
     def mistaken(*given: Any) -> Any:
         if given[-1]["prompt"] == "odd":
             raise ZeroDivisionError
@@ -233,20 +229,11 @@ def test_a_full_queue_says_busy_at_once() -> None:
 
 
 SLOW = """
-import asyncio
-from serve_here import Homing
-from spear.embodiments import load
-from spear.serve.options import ServeOptions
-from spear.serve.server import PolicyServer
-from spear.serve.service import Service
-
-class Slow(Homing):
+class Policy(Homing):
     def infer_batch(self, observations):
         print("asked", flush=True)
+        time.sleep(0.3)
         return super().infer_batch(observations)
-
-server = PolicyServer(Service(Slow(seconds=0.3), load("generic")), ServeOptions("test", port=0))
-asyncio.run(server.run(lambda server: print(server.port, flush=True)))
 """
 
 

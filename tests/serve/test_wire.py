@@ -1,7 +1,5 @@
 """Messages: what is sent arrives, and nothing that arrives can hurt."""
 
-from __future__ import annotations
-
 import msgpack
 import numpy as np
 import pytest

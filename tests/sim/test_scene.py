@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from spear.sim.objects import CUBES, KINDS
-from spear.sim.scene import (
-    FAMILIES,
-    IN_BASKET,
-    PUT_ON,
-    SYNONYMS,
-    TEMPLATES,
-    clutter_scene,
-    sample_scene,
-)
+from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, SYNONYMS, TEMPLATES, clutter_scene, sample_scene
 from spear.sim.world import World
 
 

@@ -68,8 +68,7 @@ def _family(prompt: str) -> str:
 
 
 def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
-    """The objects that the prompt names, in the order of their mention; longer names first, as a reader
-    does."""
+    """The objects that the prompt names, in the order of their mention; longer names first."""
     mentions: dict[int, LabeledObject] = {}
     for o in sorted(label.objects, key=lambda o: -len(o.name)):
         pattern = rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)"
@@ -134,8 +133,7 @@ def _distance(o: LabeledObject) -> float:
 
 
 def _corners(o: LabeledObject) -> list[list[float]]:
-    """The eight corners as documented: top four first, each four near-left, near-right, far-right,
-    far-left."""
+    """The eight corners: top four first, each four near-left, near-right, far-right, far-left."""
     box = o.box3d
     assert box is not None
     right, down, away = ([float(box.rotation[i][k]) for i in range(3)] for k in range(3))

@@ -1,7 +1,5 @@
 """A headless Chromium, driven through its DevTools protocol; tests that need it skip where there is none."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

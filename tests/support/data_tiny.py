@@ -1,5 +1,7 @@
-"""Small robot episodes for tests."""
+"""Small robot episodes and pictures for tests."""
 
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,16 @@ from spear.util.images import encode_jpeg, encode_picture
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:
     """A PNG of one grey value."""
     return encode_picture(np.full((height, width, 3), grey, np.uint8), "grey.png")
+
+
+def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
+    """A PNG of this width, height, bits per channel and kind of colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: Any) -> Episode:

@@ -32,12 +32,7 @@ def boxes(*items: tuple[str, list[float]]) -> Reply:
 def text(answer: str, end: str = "STOP", **more: Any) -> Reply:
     """An answer with this text."""
     candidate = {"content": {"role": "model", "parts": [{"text": answer}]}, "finishReason": end, "index": 0}
-    tokens = {
-        "promptTokenCount": 1200,
-        "candidatesTokenCount": 80,
-        "thoughtsTokenCount": 20,
-        "totalTokenCount": 1300,
-    }
+    tokens = {"promptTokenCount": 1200, "candidatesTokenCount": 80, "thoughtsTokenCount": 20}
     return Reply(body={"candidates": [candidate], "usageMetadata": tokens, "modelVersion": "test", **more})
 
 

@@ -1,5 +1,4 @@
-"""Synthetic scenes of boxes on a table, seen by a camera that looks down: depth and masks by exact ray
-casting."""
+"""Scenes of boxes on a table, seen by a camera that looks down: depth and masks by ray casting."""
 
 import numpy as np
 
@@ -15,8 +14,7 @@ NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
 def camera(
     width: int = 192, height: int = 128, pitch: float = 40.0, distance: float = 0.8
 ) -> tuple[Array, Array]:
-    """Intrinsics [3, 3], and extrinsics [4, 4] (camera -> base) of a camera that looks at the base's
-    origin."""
+    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin."""
     focal = 0.9 * width
     k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
     p = np.radians(pitch)
@@ -53,16 +51,8 @@ def render(
     image = np.full((height, width, 3), 90, np.uint8)
     for number in true:
         image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)
-    return Frame(
-        image=image,
-        depth=np.where(np.isfinite(depth), depth, 0).astype(np.float32),
-        instances=instances,
-        names=dict(enumerate(names, start=1)),
-        intrinsics=k,
-        extrinsics=pose,
-        boxes=true,
-        source="synthetic",
-    )
+    known = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
+    return Frame(image, known, instances, dict(enumerate(names, start=1)), k, pose, true, "synthetic")
 
 
 def rotation(yaw: float) -> Array:

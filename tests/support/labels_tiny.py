@@ -1,5 +1,4 @@
-"""Networks of a few thousand random parameters with their processors, saved as a user would have them in a
-folder."""
+"""Networks of a few thousand random parameters with their processors, saved as users have them."""
 
 from pathlib import Path
 
@@ -46,8 +45,7 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
 
 
 def save_grounding_dino(folder: Path) -> Path:
-    """Grounding DINO with ten queries and prompts of 16 tokens; [CLS], [SEP], "." and "?" have BERT's
-    numbers."""
+    """Grounding DINO with ten queries and prompts of 16 tokens; marks have BERT's numbers."""
     import transformers as hf
 
     special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}

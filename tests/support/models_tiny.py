@@ -1,7 +1,5 @@
 """A preset of a few thousand parameters, and random inputs for it, for tests of the models."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ The rule is the README's in the folder of reference outputs: seeded by the CRC o
 fan-in, then changed a little such that x and y are about the view plane and a sane camera fits.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from functools import cache
@@ -60,31 +58,31 @@ def see_the_view_plane(weights: Weights) -> None:
 
 
 @cache
-def description(folder: Path, version: int) -> dict[str, Any]:
+def description(shared: Path, version: int) -> dict[str, Any]:
     """v1.json or v2.json: the config, shapes and probes of the weights, and the cases."""
-    return json.loads((folder / f"v{version}.json").read_text())
+    return json.loads((shared / "fixtures" / "moge" / f"v{version}.json").read_text())
 
 
 @cache
-def arrays(folder: Path, case: str) -> dict[str, Array]:
+def arrays(shared: Path, case: str) -> dict[str, Array]:
     """The arrays of one case."""
-    with np.load(folder / f"{case}.npz") as data:
+    with np.load(shared / "fixtures" / "moge" / f"{case}.npz") as data:
         return {name: data[name] for name in data.files}
 
 
 @cache
-def checkpoint(folder: Path, version: int) -> Checkpoint:
+def checkpoint(shared: Path, version: int) -> Checkpoint:
     """The reference's checkpoint."""
-    about = description(folder, version)
+    about = description(shared, version)
     weights = {name: value(name, entry["shape"]) for name, entry in about["state_dict"].items()}
     see_the_view_plane(weights)
     return Checkpoint(Path(f"reference-v{version}.pt"), weights, about["config"], version)
 
 
 @cache
-def reference(folder: Path, version: int) -> MogeV1 | MogeV2:
+def reference(shared: Path, version: int) -> MogeV1 | MogeV2:
     """The reference's network."""
-    return build_moge(checkpoint(folder, version))
+    return build_moge(checkpoint(shared, version))
 
 
 @cache

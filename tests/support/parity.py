@@ -1,7 +1,5 @@
 """The same inputs through SPEAR-VLM and Transformers' PaliGemma, and how far apart two results are."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

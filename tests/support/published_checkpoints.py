@@ -1,7 +1,5 @@
 """Tiny checkpoints with random weights, in the layouts that PaliGemma, MoGe and π0 are published in."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -40,14 +38,9 @@ def paligemma_config(text: str = "gemma", rows: int = ROWS) -> PaliGemmaConfig:
     more: dict[str, Any] = {}
     if text == "gemma2":
         more = {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    vision = {**TINY.vision, "patch_size": 14, "image_size": 224, "vision_use_head": False}
     return PaliGemmaConfig(
-        vision_config={
-            **TINY.vision,
-            "patch_size": 14,
-            "image_size": 224,
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-        },
+        vision_config={**vision, "model_type": "siglip_vision_model"},
         text_config={**TEXT, **more, "model_type": text, "vocab_size": rows, "pad_token_id": 0},
         projection_dim=TEXT["hidden_size"],
         hidden_size=TEXT["hidden_size"],
@@ -72,8 +65,7 @@ def _moved(model: Any) -> Any:
 def publish_paligemma(
     model: PaliGemmaForConditionalGeneration, folder: Path, layout: str = "2024", tokenizer: bool = True
 ) -> Path:
-    """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or as it does
-    now."""
+    """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or now."""
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "now":
         model.save_pretrained(folder)
@@ -108,16 +100,14 @@ def _published(name: str, layout: str) -> str:
 def publish_moge(path: Path, seed: int = 0) -> Path:
     """Write a MoGe v1 as `model.pt`, under DINOv2's own names, queries, keys and values in one."""
     torch.manual_seed(seed)
-    config = {
+    config: dict[str, Any] = {
         "encoder": "dinov2_tiny14",
         "remap_output": "exp",
         "intermediate_layers": 4,
         "dim_proj": 8,
-        "dim_upsample": [32, 32, 32],
-        "dim_times_res_block_hidden": 1,
-        "num_res_blocks": 1,
-        "last_conv_channels": 32,
     }
+    config |= {"dim_upsample": [32, 32, 32], "dim_times_res_block_hidden": 1, "num_res_blocks": 1}
+    config |= {"last_conv_channels": 32}
     weights: dict[str, torch.Tensor] = {}
     for ours, weight in MogeV1(config).state_dict().items():
         value = weight + 0.1 * torch.randn_like(weight)
@@ -134,14 +124,9 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
 def pi0(state: int = 10, action: int = 8, seed: int = 1) -> Pi0:
     """A random π0 whose chunks are SPEAR-1's; its states and actions may be of other sizes."""
     torch.manual_seed(seed)
-    config = PI0Config(
-        vlm_config=paligemma_config(),
-        dit_config=GemmaConfig(**TINY.expert),
-        chunk_size=TINY.horizon,
-        max_state_dim=state,
-        max_action_dim=action,
-    )
-    return _moved(Pi0(config))
+    networks = {"vlm_config": paligemma_config(), "dit_config": GemmaConfig(**TINY.expert)}
+    sizes = {"chunk_size": TINY.horizon, "max_state_dim": state, "max_action_dim": action}
+    return _moved(Pi0(PI0Config(**networks, **sizes)))
 
 
 def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:

@@ -1,7 +1,5 @@
 """A server in this process, and a small policy whose answers show what it was asked."""
 
-from __future__ import annotations
-
 import asyncio
 import subprocess
 import sys
@@ -62,7 +60,12 @@ def stop(server: PolicyServer) -> None:
 
 @contextmanager
 def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
-    """A server that this code runs in a process of its own; its port, which it says first; what it says."""
+    """A server of the class `Policy` of this code in a process of its own; its port; what it says."""
+    start = (
+        "made = PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
+    )
+    run = "asyncio.run(made.run(lambda made: print(made.port, flush=True)))"
+    code = "\n".join(["from serve_here import *; from spear.serve import server", code, start, run])
     here = Path(__file__).parent
     running = subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True)
     try:

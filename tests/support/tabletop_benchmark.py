@@ -1,7 +1,5 @@
 """The embedded simulator as a benchmark of the vla-eval harness, and how its observations are read."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +17,7 @@ SENT: list[str] = []
 
 
 class Tabletop(StepBenchmark):
-    """Scenes seed 0, 1, … of a family without rendering. `broken`: the last state it sends is not a
-    number."""
+    """Scenes seed 0, 1, … of a family without rendering. `broken`: its last state is no number."""
 
     def __init__(self, family: str = "put_on", send_state: bool = False, broken: bool = False) -> None:
         super().__init__()
@@ -53,22 +50,15 @@ class Tabletop(StepBenchmark):
 
 
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
-    return check(
-        {
-            "observation/image": observation["images"]["primary"],
-            "observation/state": observation["states"],
-            "prompt": observation["task_description"],
-        }
-    )
+    image, state = observation["images"]["primary"], observation["states"]
+    seen = {"observation/image": image, "observation/state": state}
+    return check({**seen, "prompt": observation["task_description"]})
 
 
 def example() -> dict[str, Any]:
     ours = generic.EMBODIMENT.example()
-    return {
-        "images": {"primary": ours["observation/image"]},
-        "states": ours["observation/state"],
-        "task_description": ours["prompt"],
-    }
+    seen = {"images": {"primary": ours["observation/image"]}, "states": ours["observation/state"]}
+    return {**seen, "task_description": ours["prompt"]}
 
 
 EMBODIMENT = dataclasses.replace(

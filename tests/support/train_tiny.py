@@ -1,7 +1,5 @@
 """A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes to run them on."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -75,8 +73,7 @@ class Regression:
 
 
 class Acting:
-    """Robot steps, questions beside them, and embeddings of which some rows learn; as `VlaTask` and
-    `VlmTask`."""
+    """As `VlaTask` and `VlmTask`: robot steps, questions, embeddings of which some rows learn."""
 
     learning_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
 

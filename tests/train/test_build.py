@@ -1,7 +1,5 @@
 """What a recipe puts together: other 3D tokens than those learned before, and what cannot be put together."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from pathlib import Path
@@ -39,9 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
-def test_a_stage_starts_with_new_tokens(
-    bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path) -> None:
     assert inputs.init is not None
     before = load_vlm(inputs.init).model.get_parameter("language_model.embed_tokens.weight")
     stage = recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2)
@@ -128,9 +124,7 @@ def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
         assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
 
 
-def test_how_a_policy_flows_and_how_late_it_may_be_is_kept_until_a_recipe_says_otherwise(
-    tmp_path: Path,
-) -> None:
+def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
     write_episodes([make(0)], tmp_path / "mine")
     given = Inputs(episodes=[("it", EpisodeStore(tmp_path / "mine"), 1.0)], init=locate("nano"))
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):

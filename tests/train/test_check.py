@@ -1,7 +1,5 @@
 """What is wrong with a training is found before its data are made, by all commands, and leaves nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -88,17 +86,13 @@ def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, re
         assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
 
 
-def test_evaluation_asks_before_it_makes_data(
-    given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_asks_first(given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
     for words in (["nowhere"], ["nano", "--split", "nowhere"], ["nano", "--train-split", "nowhere"]):
         assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
 
 
-def test_ablations_ask_before_they_make_data(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ablations_ask_first(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.ablations.plan.obtain", None)
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
     assert "'visoin'" in refused("evaluate", "ablations", *words)
@@ -146,10 +140,8 @@ def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refuse
     "words", ["final_lr=0.1 schedule=constant", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]']
 )
 def test_keys_that_others_leave_without_effect_are_refused(words: str, refused: Refused) -> None:
-    given = "--init nano --episodes mine --set"
-    assert f"--set {words.split()[0]}: recipe" in refused(
-        "train", "nano-post", *given.split(), *words.split()
-    )
+    given = f"nano-post --init nano --episodes mine --set {words}"
+    assert f"--set {words.split()[0]}: recipe" in refused("train", *given.split())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """examples/cluster: each file starts the plain command (Ray's: tests/test_ray.py)."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

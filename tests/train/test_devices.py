@@ -4,8 +4,6 @@ A tensor that is made without saying where lands on the CPU, and meets those on 
 So every tensor that a training step makes must say where; a mode of PyTorch's sees them all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import traceback
 from pathlib import Path
@@ -30,9 +28,7 @@ from train_tiny import Acting, Regression, go
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def test_bfloat16_is_used_where_it_is_fast_and_a_run_keeps_its_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     for has, tiles in ((True, True), (True, False), (False, True)):
         monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
@@ -62,12 +58,8 @@ def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu").type == "cpu" and not taken
     assert choose_device("auto") == choose_device("cuda") == CUDA
     assert choose_device("cuda:1") == torch.device("cuda", 1)
-    for name, hint in (
-        ("cuda:2", "cuda:2.* 2 GPUs"),
-        ("gpu", "'gpu'"),
-        ("cuda:x", "'cuda:x'"),
-        ("cpu:1", "'cpu:1'"),
-    ):
+    unknown = {name: f"'{name}'" for name in ("gpu", "cuda:x", "cpu:1")}
+    for name, hint in {"cuda:2": "cuda:2.* 2 GPUs", **unknown}.items():
         with pytest.raises(SpearError, match=hint):
             choose_device(name)
     monkeypatch.setenv("WORLD_SIZE", "4")

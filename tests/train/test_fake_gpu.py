@@ -4,8 +4,6 @@ pretend. A stray tensor on the CPU is an error there, and so is a look at a valu
 In processes of their own, since such a backend stays.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The loop's own promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """LoRA on the nano policy: what learns, what is saved, and that a stopped run continues bit for bit."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

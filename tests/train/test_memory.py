@@ -1,7 +1,5 @@
 """The memory estimator against what PyTorch's allocator and autograd really do, at sizes that fit here."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any

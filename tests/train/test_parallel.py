@@ -4,8 +4,6 @@ The processes are two, on CPUs, over gloo. They are started twice for all tests 
 for the rest.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -28,18 +26,8 @@ from train_tiny import EMBEDDINGS, Acting, go, rows, said, start
 
 pytestmark = pytest.mark.xdist_group("parallel")  # what the tests share is made once
 OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
-WHOLE = Optimization(
-    steps=2,
-    lr=1e-2,
-    lr_scale={"vlm": 0.5},
-    frozen=("vlm.moge",),
-    schedule="constant",
-    warmup=1,
-    weight_decay=0.0,
-    grad_clip=0.5,
-    ema=0.9,
-    precision="fp32",
-)
+SHORT = replace(OPT, steps=2, warmup=1, schedule="constant", weight_decay=0.0, grad_clip=0.5)
+WHOLE = replace(SHORT, lr_scale={"vlm": 0.5}, frozen=("vlm.moge",))
 HALF = replace(WHOLE, steps=1)
 PATIENCE = 900  # seconds: some machines are busy
 

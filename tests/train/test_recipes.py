@@ -1,7 +1,5 @@
 """The recipes: the paper's numbers, and modules that exist."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The whole path at nano: scenes → labels → depth → VLM stages → demonstrations → SPEAR-1 → actions."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +52,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     root, sizes = tmp_path_factory.mktemp("path"), dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
-    write_episodes(
-        record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1), root / "episodes"
-    )
+    recorded = record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
+    write_episodes(recorded, root / "episodes")
     store = EpisodeStore(root / "episodes")
     made = {name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")}
     zero = made["nano-vlm-0"] = run_recipe("nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW)
@@ -153,9 +150,7 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
 
 
-def test_what_a_run_asks_for_and_cannot_have_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_run_cannot_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_episodes([make(0)], tmp_path / "store")
     inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], locate("nano"))
     stage = recipe("nano-post").changed(steps=1, batch_size=1)
@@ -180,9 +175,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
     assert [s.source(0) for s in stores] == ["made#0", "made#1"]
 
 
-def test_shares_are_those_of_the_list_where_all_are_known(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = {}
     for name in ("bridge_dataset", "droid", "mine"):
         write_episodes([make(0, 2, source=f"{name}/train#0")], tmp_path / name)

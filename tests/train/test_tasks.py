@@ -1,7 +1,5 @@
 """What the stages learn: what each patch shows, which image each question is about, how losses add up."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -62,9 +60,8 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     large = dataclasses.replace(small, width=192, height=3 * wide, objects=objects)
     cut = np.zeros((64, 64), bool)
     cut[bar : 64 - bar] = True
-    kept = [
-        dataclasses.replace(o, mask=encode_mask(decode_mask(o.mask, 64, 64) & cut)) for o in small.objects
-    ]
+    masks = [encode_mask(decode_mask(o.mask, 64, 64) & cut) for o in small.objects]
+    kept = [dataclasses.replace(o, mask=m) for o, m in zip(small.objects, masks, strict=True)]
     expected = patch_targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
     _, shown, cells, centre, largest = patch_targets(large, ["cup", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown, expected[1])

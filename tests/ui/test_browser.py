@@ -1,7 +1,5 @@
 """The page in a real Chromium: it draws what is true, and its buttons do what they say."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +48,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def server(browser: Browser, renderer: Any) -> Iterator[PolicyServer]:
     """`renderer`: skips where nothing can be rendered."""
     policy = Spear1Policy.load("nano", steps=2)
-    with serving(
-        policy, page=Page(policy, "nano", None, 2**20), bounds={"LARGEST_MESSAGE": 2**20}
-    ) as running:
+    page = Page(policy, "nano", None, 2**20)
+    with serving(policy, page=page, bounds={"LARGEST_MESSAGE": 2**20}) as running:
         yield running
 
 

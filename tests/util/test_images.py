@@ -1,9 +1,6 @@
 """Images: every format is read exactly, broken ones are named, pictures are written as their names say."""
 
-from __future__ import annotations
-
 import io
-import struct
 import zlib
 from collections.abc import Callable
 
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from data_tiny import bare_png
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import decode_image, encode_picture, load_image
@@ -35,16 +33,6 @@ def png16(values: Array) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
     return bare_png((width, height, 16, colour), zlib.compress(rows))
-
-
-def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
-    """A PNG of this width, height, bits per channel and kind of colour."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)), chunk(b"IDAT", data), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def quarters(image: Array) -> Array:

@@ -1,5 +1,4 @@
-"""One bad episode is skipped by name, whatever is wrong with it, and the run goes on; a full disk leaves
-nothing."""
+"""One bad episode is skipped by name, whatever is wrong with it, and the run goes on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +66,7 @@ def lengthen(folder: Path) -> None:
         (break_image, "set/train#1 step 2 camera 'external'"),
         (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
         (
-            lambda f: set_cells(f, IMAGES, {4: {"bytes": b"", "path": None}}),
+            lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}),
             "empty image: set/train#1 step 4",
         ),
         (lambda f: set_cells(f, "observation.state", {4: None}), "set"),

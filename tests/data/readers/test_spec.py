@@ -116,13 +116,12 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
 def test_a_pose_written_row_after_row_is_refused() -> None:
     pose = np.eye(4)[None]
     pose[0, :3, 3] = 0.3, 0.1, 0.2
-    np.testing.assert_allclose(
-        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_columns")[0, 0], 1
-    )
+    columns, rows = pose.transpose(0, 2, 1).reshape(1, 16), pose.reshape(1, 16)
+    np.testing.assert_allclose(to_quaternion(columns, "matrix4_columns")[0, 0], 1)
     with pytest.raises(SpearError, match=r"mine step 0: .* matrix4_columns"):
-        to_quaternion(pose.reshape(1, 16), "matrix4_columns", "mine")
+        to_quaternion(rows, "matrix4_columns", "mine")
     with pytest.raises(SpearError, match=r"mine step 0: .* matrix4_rows"):
-        to_quaternion(pose.transpose(0, 2, 1).reshape(1, 16), "matrix4_rows", "mine")
+        to_quaternion(columns, "matrix4_rows", "mine")
     with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
         to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")
     with pytest.raises(SpearError, match=r"mine: joint angles are \(2, 6\)"):
@@ -180,10 +179,8 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
 
 
 def test_names_with_slashes_in_them_are_found() -> None:
-    steps = {
-        "observation": {"present/xyz": np.arange(6.0).reshape(2, 3)},
-        "observation/state": np.ones((2, 4)),
-    }
+    inner = {"present/xyz": np.arange(6.0).reshape(2, 3)}
+    steps = {"observation": inner, "observation/state": np.ones((2, 4))}
     np.testing.assert_array_equal(column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]])
     np.testing.assert_array_equal(column(steps, "observation/state[3]", "x"), [1, 1])
     with pytest.raises(SpearError, match=r"no 'present' \(there is: present/xyz\)"):

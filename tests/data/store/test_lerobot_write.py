@@ -101,9 +101,7 @@ def test_the_datasets_library_opens_the_rows(rewritten: tuple[Path, Path, Path],
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_what_is_written_is_read_back_without_a_layout(
-    rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
-) -> None:
+def test_what_is_written_is_read_back(rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str) -> None:
     theirs, ours, layout = rewritten
     before = list(read_episodes(theirs / "v3.0_image", dataset=layout))
     for a, b in zip(before, read_episodes(ours / f"v3.0_{kind}"), strict=True):

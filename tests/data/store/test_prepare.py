@@ -140,9 +140,7 @@ def killed(target: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("kill_at", [0, 2, 3, 11, 24, 25])
-def test_a_killed_run_continues_to_the_same_bytes(
-    recorded: Path, whole: Path, tmp_path: Path, kill_at: int
-) -> None:
+def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path, kill_at: int) -> None:
     """Killed before or after any of its steps that others can see: a file renamed or written out."""
     out = tmp_path / "arm"
 
@@ -179,9 +177,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert [p.name for p in tmp_path.iterdir()] == ["arm"]
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(
-    recorded: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_nothing_half_written(recorded: Path, whole: Path, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     largest = max(p.stat().st_size for p in whole.glob("episodes-*"))

@@ -1,5 +1,4 @@
-"""SIMPLER without ManiSkill: frames in closed form, and the oracle through the adapter and the controller's
-law."""
+"""SIMPLER without ManiSkill: frames in closed form, the oracle through adapter and controller."""
 
 import dataclasses
 
@@ -11,12 +10,7 @@ from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, off_grid
-from spear.evaluate.simpler.world import (
-    _ours,
-    at_rest,
-    in_base,
-    opening,
-)
+from spear.evaluate.simpler.world import _ours, at_rest, in_base, opening
 from spear.types import Array
 
 DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
@@ -29,16 +23,13 @@ SIZES = {
 
 
 class Table:
-    """The controller's law, with an arm that reaches each target at once and objects that stick to closed
-    fingers."""
+    """The controller's law: the arm is at its target at once, objects stick to closed fingers."""
 
     def __init__(self, task: str, at: Array, yaw: float) -> None:
         self.robot = embodiments.load("simpler_widowx")
         self.task, self.sizes = task, [np.array(s) for s in SIZES[task]]
-        self.position, self.link = (
-            np.array([0.29, 0.0, 0.13]),
-            Rotation.from_euler("y", 3, degrees=True) * DOWN,
-        )
+        self.position = np.array([0.29, 0.0, 0.13])
+        self.link = Rotation.from_euler("y", 3, degrees=True) * DOWN
         self.open, self.changed = True, False
         self.source, self.turn = np.array([*at, self.sizes[0][2] / 2]), Rotation.from_euler("z", yaw)
         self.goal = np.array([0.32, -0.08, self.sizes[1][2] / 2])
@@ -92,9 +83,7 @@ class Table:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("at", "yaw"), [((0.38, 0.1), 0.3), ((0.24, 0.06), -1.4)])
-def test_the_oracle_brings_the_object_through_adapter_and_controller(
-    task: str, at: tuple[float, float], yaw: float
-) -> None:
+def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: float) -> None:
     table = Table(task, np.array(at), yaw)
     table.open = False  # the fingers closed on nothing: it tries again
     for _ in range(TASKS[task].steps):

@@ -164,15 +164,12 @@ def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path
 
 
 @pytest.mark.parametrize("what", [("record", "1"), ("evaluate", "1")])
-def test_a_task_of_ones_own_is_one_file(
-    simpler: Simpler, shared: Path, tmp_path: Path, what: tuple[str, str]
-) -> None:
+def test_a_task_is_one_file(simpler: Simpler, shared: Path, tmp_path: Path, what: tuple[str, str]) -> None:
     """As a script, whose processes find its scene."""
     where = tmp_path / "mine" if what[0] == "record" else "oracle"
     environment = {**os.environ, "MS_ASSET_DIR": str(shared / "assets" / "simpler")}
-    ran = subprocess.run(
-        [sys.executable, EXAMPLE, *what, where], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, EXAMPLE, *what, where]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("1 of 1 ")
 
@@ -186,14 +183,11 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
     assert back.truth.measured[0] < out.truth.measured[0] - 0.02
 
 
-def test_the_nano_policy_runs_to_the_end_and_is_filmed(
-    simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
     agent = load_agent("nano")
-    run_evaluation(
-        simpler, agent, {TASK: range(30, 31)}, {}, EpisodeOptions(films=1, out=tmp_path), quiet=True
-    )
+    options = EpisodeOptions(films=1, out=tmp_path)
+    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, options, quiet=True)
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

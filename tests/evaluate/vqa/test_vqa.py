@@ -176,8 +176,7 @@ def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> Non
 
 @pytest.mark.parametrize(("too_sure", "inside"), [(1.0, 0.8), (3.0, 0.331)])
 def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
-    """Truths drawn about what was said, and a model that knows how far, or takes itself for three times as
-    sure."""
+    """Truths drawn about what was said; a model that knows how far, or is three times as sure."""
     rng = np.random.default_rng(1)
     answers = []
     oracle = Oracle(sigma=0.1)

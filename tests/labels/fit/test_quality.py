@@ -48,11 +48,8 @@ def test_objects_under_the_bar_stay_but_are_not_asked_about() -> None:
     }
     (image,) = label([render(list(things.values()), list(things))], *TRUTH)
     assert [o.name for o in image.objects] == list(things)
-    assert all(
-        {"visible", "edge", "points", "planarity", "stability"} <= set(o.scores)
-        for o in image.objects
-        if o.box3d
-    )
+    every = {"visible", "edge", "points", "planarity", "stability"}
+    assert all(every <= set(o.scores) for o in image.objects if o.box3d)
     reasons = dict(zip(things, why_not_asked(image), strict=True))
     assert reasons["can"] == reasons["box"] == ()
     assert "visible" in reasons["cup"] and "edge" in reasons["bowl"]
@@ -68,7 +65,6 @@ def test_every_reason_is_given() -> None:
     (can,) = image.objects
     assert can.box3d is not None
     outside = replace(can, name="bottle", box3d=replace(can.box3d, center=np.array([9.0, 0, 1])))
-    label_ = replace(
-        image, objects=[can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside]
-    )
-    assert why_not_asked(label_) == [("ambiguous",), ("ambiguous",), ("no box",), ("outside",)]
+    objects = [can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside]
+    reasons = [("ambiguous",), ("ambiguous",), ("no box",), ("outside",)]
+    assert why_not_asked(replace(image, objects=objects)) == reasons

@@ -80,19 +80,12 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
 
 
 def test_boxes_are_cut_at_the_edge_and_empty_ones_left_out() -> None:
-    known = held(
-        a=[
-            outlined("cut", 58, 38),
-            outlined("outside", 80, 20),
-            Annotation("seen", None, (40, 60), lambda h, w: disc(h, w, 30, 20, 6)),
-            Annotation("unseen", None, (40, 60), lambda h, w: np.zeros((h, w), bool)),
-        ]
-    )
+    seen = Annotation("seen", None, (40, 60), lambda h, w: disc(h, w, 30, 20, 6))
+    unseen = Annotation("unseen", None, (40, 60), lambda h, w: np.zeros((h, w), bool))
+    known = held(a=[outlined("cut", 58, 38), outlined("outside", 80, 20), seen, unseen])
     (found,) = FileDetector(known).detect([frame("a")])
-    assert [(d.name, d.box2d.tolist()) for d in found] == [
-        ("cut", [50, 30, 60, 40]),
-        ("seen", [24, 14, 36, 26]),
-    ]
+    boxes = [(d.name, d.box2d.tolist()) for d in found]
+    assert boxes == [("cut", [50, 30, 60, 40]), ("seen", [24, 14, 36, 26])]
 
 
 def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> None:

@@ -183,17 +183,12 @@ def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest
         (error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")), "tomorrow", "never"),
         (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x", "never"),
         (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY", "never"),
-        (
-            error(400, "INVALID_ARGUMENT", "Bad key.", {"reason": "API_KEY_INVALID"}),
-            "GEMINI_API_KEY",
-            "never",
-        ),
+        (error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY", "never"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
 def test_what_comes_instead_of_an_answer(server: Server, reply: Reply, named: str, then: str) -> None:
-    """An unusable answer is asked for once more; a refusal concerns one image; what fails for every image is
-    asked once."""
+    """An unusable answer is asked for once more; a refusal concerns one image; what fails for all, once."""
     server.replies = [reply, boxes(CUP)]
     gemini = detector()
     if then == "again":

@@ -36,10 +36,9 @@ def test_points_lie_on_the_rays_of_their_pixels() -> None:
 
 
 def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
-    folder = shared / "fixtures" / "moge"
-    model = copy.deepcopy(reference(folder, 2))
+    model = copy.deepcopy(reference(shared, 2))
     model.most_tokens = 20
-    pointmap = MogePointMap(model, checkpoint(folder, 2).path.name, device="cpu")
+    pointmap = MogePointMap(model, checkpoint(shared, 2).path.name, device="cpu")
     assert pointmap.name == "moge-2 reference-v2.pt"
     one = noise(0)
     (found,) = pointmap.predict([one])

@@ -26,10 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def frame(seed: int, height: int = 40, width: int = 60) -> Frame:
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
-    pixels = F.interpolate(
-        torch.from_numpy(noise).permute(2, 0, 1)[None].float(), (height, width), mode="bicubic"
-    )
+    noise = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8))
+    pixels = F.interpolate(noise.permute(2, 0, 1)[None].float(), (height, width), mode="bicubic")
     return Frame(pixels[0].clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8))
 
 
@@ -38,8 +36,7 @@ def asked(boxes: Array) -> list[Detection]:
 
 
 def their_postprocess() -> Any:
-    """Transformers' `Sam2ImageProcessor.post_process_masks`, from its source: its module needs
-    torchvision."""
+    """Transformers' `post_process_masks`, from its source: its module needs torchvision."""
     path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
     functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
     (found,) = [f for f in functions if f.name == "post_process_masks"]
@@ -61,9 +58,8 @@ def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
 
 
 def test_box_prompts_are_those_of_transformers() -> None:
-    theirs = Sam2Processor._normalize_coordinates(
-        None, 1024, torch.tensor(BOXES), (40, 60), is_bounding_box=True
-    )
+    boxes = torch.tensor(BOXES)
+    theirs = Sam2Processor._normalize_coordinates(None, 1024, boxes, (40, 60), is_bounding_box=True)
     torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), theirs)
 
 

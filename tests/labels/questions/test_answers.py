@@ -1,5 +1,4 @@
-"""Every 3D answer follows from its label: checked by `answer_checker`, which shares no code with the
-generator."""
+"""Every 3D answer follows from its label: checked by `answer_checker`, code of its own."""
 
 import re
 from collections import Counter
@@ -35,16 +34,9 @@ def made_up(rng: np.random.Generator) -> LabeledImage:
         scores = {"visible": rng.choice([0.65, 0.8, 1]), "edge": rng.choice([0, 0, 0, 0.1])}
         scores |= {"points": rng.choice([20, 40, 300, 300]), "stability": rng.choice([0.5, 0.7, 0.9])}
         points = {"closest": box.center * 0.9, "furthest": box.center * 1.1, "centre": box.center}
-        objects.append(
-            LabeledObject(
-                name=str(rng.choice(NAMES)),
-                box2d=np.array([0, 0, 10, 10], np.float32),
-                mask=(),
-                box3d=None if rng.random() < 0.1 else box,
-                keypoints=points,
-                scores={} if rng.random() < 0.5 else scores,
-            )
-        )
+        name, box2d = str(rng.choice(NAMES)), np.array([0, 0, 10, 10], np.float32)
+        found, known = None if rng.random() < 0.1 else box, {} if rng.random() < 0.5 else scores
+        objects.append(LabeledObject(name, box2d, (), found, points, known))
     k = np.array([[150.0, 0, 96], [0, 150, 64], [0, 0, 1]])
     return LabeledImage(b"", 192, 128, k, objects, rng.choice(["metre", "relative"]), "made up")
 

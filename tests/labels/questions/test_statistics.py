@@ -39,9 +39,8 @@ def test_counts(labels: list[LabeledImage]) -> None:
 
 
 def test_token_use(labels: list[LabeledImage]) -> None:
-    values = [
-        v for i in range(40) for x in labels for q in generate(x, np.random.default_rng(i)) for v in q.values
-    ]
+    asked = [q for i in range(40) for x in labels for q in generate(x, np.random.default_rng(i))]
+    values = [value for q in asked for value in q.values]
     tokens = CoordinateTokenizer.fit(values, 16)
     even = token_use(values, tokens)
     assert sum(even.counts) == len(values) and even.unused == even.outside == 0

@@ -1,7 +1,5 @@
 """MoGe checkpoints: every name accounted for, files that are refused, and the Hub."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -14,15 +12,10 @@ from spear.models.moge.checkpoint import Checkpoint, build_moge, load_moge
 from spear.models.moge.networks import MogeV1
 
 
-@pytest.fixture(scope="session")
-def folder(shared: Path) -> Path:
-    return shared / "fixtures" / "moge"
-
-
-def test_a_file_gives_the_network(folder: Path, tmp_path: Path) -> None:
-    published = checkpoint(folder, 1)
+def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
+    published = checkpoint(shared, 1)
     torch.save({"model_config": published.config, "model": published.weights}, tmp_path / "model.pt")
-    model, expected = load_moge(tmp_path / "model.pt"), reference(folder, 1).state_dict()
+    model, expected = load_moge(tmp_path / "model.pt"), reference(shared, 1).state_dict()
     assert model.unit == "relative" and not model.training and model.most_tokens == 2500
     state = model.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
@@ -43,13 +36,13 @@ def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Che
         (2, "scale_head.4.bias"),
     ],
 )
-def test_a_missing_weight_is_named(folder: Path, version: int, name: str) -> None:
+def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> None:
     with pytest.raises(SpearError, match=rf"1 weights missing, first {name} \[[\d, ]+\]: "):
-        build_moge(changed(checkpoint(folder, version), drop=name))
+        build_moge(changed(checkpoint(shared, version), drop=name))
 
 
-def test_unknown_misshapen_and_foreign_weights_are_named(folder: Path) -> None:
-    v1, v2 = checkpoint(folder, 1), checkpoint(folder, 2)
+def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
+    v1, v2 = checkpoint(shared, 1), checkpoint(shared, 2)
     for published, extra in ((v1, "backbone.register_tokens"), (v2, "edge_head.bias"), (v2, "image_mean")):
         with pytest.raises(SpearError, match=rf"1 weights unknown, first {extra} \[3\]: "):
             build_moge(changed(published, **{extra: torch.zeros(3)}))
@@ -59,15 +52,12 @@ def test_unknown_misshapen_and_foreign_weights_are_named(folder: Path) -> None:
         build_moge(changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5)))
 
 
-def test_configs_that_were_never_published_are_refused(folder: Path) -> None:
-    config = checkpoint(folder, 1).config
-    for change, problem in (
-        ({"remap_output": "sinh"}, "'sinh', only 'exp'"),
-        ({"last_res_blocks": 1}, "is 1"),
-    ):
+def test_configs_that_were_never_published_are_refused(shared: Path) -> None:
+    config = checkpoint(shared, 1).config
+    for change, problem in (({"remap_output": "sinh"}, "'sinh', only"), ({"last_res_blocks": 1}, "is 1")):
         with pytest.raises(SpearError, match=f"MoGe config not supported: .*{problem}"):
             MogeV1({**config, **change})
-    v2 = checkpoint(folder, 2)
+    v2 = checkpoint(shared, 2)
     cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}
     with pytest.raises(SpearError, match=r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'"):
         build_moge(dataclasses.replace(v2, config={**v2.config, "neck": cut}))
@@ -86,9 +76,7 @@ class Harmful:
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     torch.save({"model": {}, "model_config": Harmful(marker)}, tmp_path / "harmful.pt")
-    with pytest.raises(
-        SpearError, match=r"refused: .* is not a PyTorch file of tensors and plain data alone"
-    ):
+    with pytest.raises(SpearError, match=r"refused: .*harmful\.pt is not"):
         load_moge(tmp_path / "harmful.pt")
     assert not marker.exists()
     for name, content, words in (

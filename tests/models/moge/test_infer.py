@@ -1,7 +1,5 @@
 """Cameras from affine point maps: the reference's answers, and cameras that are known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from spear.models.moge.infer import recover_focal_shift, unproject, view_plane
 
 @pytest.fixture(scope="module")
 def helpers(shared: Path) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(a) for name, a in arrays(shared / "fixtures" / "moge", "helpers").items()}
+    return {name: torch.tensor(a) for name, a in arrays(shared, "helpers").items()}
 
 
 def everywhere(points: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """MoGe v1 and MoGe-2: the reference implementation's numbers, with its weights' names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -29,17 +27,12 @@ FLIPS_HALF = 40
 """The same in half precision, a thousandth of the pixels (our choice)."""
 
 
-@pytest.fixture(scope="session")
-def folder(shared: Path) -> Path:
-    return shared / "fixtures" / "moge"
-
-
 @pytest.mark.parametrize(("version", "case"), CASES)
 @torch.inference_mode()
-def test_features_and_raw_outputs_are_the_references(folder: Path, version: int, case: str) -> None:
-    model, expected = reference(folder, version), arrays(folder, case)
+def test_features_and_raw_outputs_are_the_references(shared: Path, version: int, case: str) -> None:
+    model, expected = reference(shared, version), arrays(shared, case)
     image = torch.tensor(expected["image"])[None]
-    about = description(folder, version)["cases"][case]["forward"]
+    about = description(shared, version)["cases"][case]["forward"]
     tokens = about["num_tokens"]
     if isinstance(model, MogeV1):
         patches, read = model.cut(image, tokens)[0], range(8, 12)
@@ -72,12 +65,12 @@ def test_features_and_raw_outputs_are_the_references(folder: Path, version: int,
 
 
 @pytest.mark.parametrize(("version", "case", "label"), INFER)
-def test_inference_is_the_references(folder: Path, version: int, case: str, label: str) -> None:
-    about, expected = description(folder, version)["cases"][case]["infer"][label], arrays(folder, case)
+def test_inference_is_the_references(shared: Path, version: int, case: str, label: str) -> None:
+    about, expected = description(shared, version)["cases"][case]["infer"][label], arrays(shared, case)
     half = about.get("use_fp16", True)
     dtype = torch.float16 if half else torch.float32
     image = torch.tensor(expected["image"])[None]
-    found = infer(reference(folder, version), image, about.get("num_tokens"), dtype)
+    found = infer(reference(shared, version), image, about.get("num_tokens"), dtype)
     prefix, most = f"infer.{label}.", 1e-2 if half else 1e-3
     known = torch.tensor(expected[prefix + "mask"])
     assert int((known != found.mask[0]).sum()) <= (FLIPS_HALF if half else FLIPS)
@@ -94,10 +87,10 @@ def test_inference_is_the_references(folder: Path, version: int, case: str, labe
 
 @pytest.mark.parametrize(("version", "case"), [(1, "v1_140x196"), (2, "v2_196x140")])
 @torch.inference_mode()
-def test_the_vlms_encoder_takes_moges_weights(folder: Path, version: int, case: str) -> None:
+def test_the_vlms_encoder_takes_moges_weights(shared: Path, version: int, case: str) -> None:
     encoder = MogeEncoder(dinov2_config("dinov2_vits14")).eval()
-    fill_encoder(encoder, checkpoint(folder, version))
-    expected = arrays(folder, case)
+    fill_encoder(encoder, checkpoint(shared, version))
+    expected = arrays(shared, case)
     patches = torch.tensor(expected["features.image_14"])[None]
     features = encoder.features(patches)
     assert features.shape[-1] == 4 * 384
@@ -115,15 +108,15 @@ def test_the_paper_sized_vlm_has_moges_large_encoder() -> None:
         assert getattr(config, field) == getattr(large, field), field
 
 
-def test_an_encoder_of_another_kind_is_refused(folder: Path) -> None:
+def test_an_encoder_of_another_kind_is_refused(shared: Path) -> None:
     plain = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
     with torch.device("meta"):
         encoder = MogeEncoder(plain)
         smaller = MogeEncoder(dinov2_config("dinov2_vitb14"))
     with pytest.raises(SpearError, match=r"position_offset is 0\.0: MoGe needs 0\.1"):
-        fill_encoder(encoder, checkpoint(folder, 1))
+        fill_encoder(encoder, checkpoint(shared, 1))
     with pytest.raises(SpearError, match=r"wrong shape, first backbone\.blocks\.0\.attn\.proj\.bias"):
-        fill_encoder(smaller, checkpoint(folder, 1))
+        fill_encoder(smaller, checkpoint(shared, 1))
 
 
 @torch.inference_mode()
@@ -132,9 +125,8 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
     pixels = torch.randint(0, 256, (2, 3, 28, 42), generator=torch.Generator().manual_seed(0)).byte()
     images = standardize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
     layers = encoder.layers(images, range(8, 12))
-    torch.testing.assert_close(
-        encoder(pixels), torch.cat([x[:, 1:] for x in layers], -1), atol=1e-4, rtol=1e-4
-    )
+    expected = torch.cat([x[:, 1:] for x in layers], -1)
+    torch.testing.assert_close(encoder(pixels), expected, atol=1e-4, rtol=1e-4)
     hidden = encoder.backbone(images).last_hidden_state
     torch.testing.assert_close(layers[-1], hidden)
 

@@ -1,7 +1,5 @@
 """Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -70,15 +68,9 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
     assert ours == set(model.state_dict())
     assert report.parameters() == sum(p.numel() for p in model.parameters())
     published = set(Shards.open(folder, "PaliGemma").weights) | set(torch.load(moge)["model"])
-    named = {key.note.split(": ")[-1] for key in report.of("loaded")} | {
-        k.name for k in report.of("left out")
-    }
-    assert named == published
-    assert {key.name for key in report.of("left out")} >= {
-        "lm_head.weight",
-        "image_mean",
-        "backbone.mask_token",
-    }
+    left = {key.name for key in report.of("left out")}
+    assert {key.note.split(": ")[-1] for key in report.of("loaded")} | left == published
+    assert left >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
     assert sorted(key.name for key in report.of("new")) == [
         f"{EMBEDDINGS}[{ROWS}:{ROWS + TINY14.bins}]",
         "moge_projector.linear.bias",
@@ -88,9 +80,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
-def test_3d_tokens_follow_the_tokenizer_not_the_padding_of_the_embeddings(
-    tmp_path: Path, rows: int, start: int
-) -> None:
+def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -> None:
     published = paligemma(rows=rows)
     folder = publish_paligemma(published, tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
@@ -177,9 +167,8 @@ def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_n
     plan = plan_policy(a_vlm(tmp_path / "vlm"), expert, "tiny14")
     model = plan.run()
     ends = ("state_proj", "action_in_proj", "action_out_proj")
-    assert {key.name for key in plan.report.of("new")} == {
-        f"{e}.{p}" for e in ends for p in ("weight", "bias")
-    }
+    new = {f"{end}.{part}" for end in ends for part in ("weight", "bias")}
+    assert {key.name for key in plan.report.of("new")} == new
     left = {key.name: key.note for key in plan.report.of("left out")}
     assert left["model.state_proj.weight"] == "its states and actions mean other numbers"
     assert "normalize_inputs.buffer_observation_state.mean" in left
@@ -187,9 +176,8 @@ def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_n
     assert len(plan.report.of("loaded", "left out")) == sum(len(one.weights) for one in stored)
     assert plan.report.of("missing", "refused") == []
     published = pi0(state=32, action=32)
-    assert torch.equal(
-        model.expert.layers[1].mlp.up_proj.weight, published.model.dit.layers[1].mlp.up_proj.weight
-    )
+    layers = (model.expert.layers[1], published.model.dit.layers[1])
+    assert torch.equal(*(layer.mlp.up_proj.weight for layer in layers))
     assert torch.equal(model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight)
 
 
@@ -259,18 +247,14 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
     assert [key.status for key in plan.report.keys].count("missing") == 1
     refused("1 weights missing, first ", plan.run)
     refused("weights refused, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
-    refused(
-        "1 weights refused, first tail.weight .*no such", with_state(**{"tail.weight": torch.ones(2)}).run
-    )
+    refused("1 weights refused, first tail.weight ", with_state(**{"tail.weight": torch.ones(2)}).run)
     with pytest.raises(SpearError, match=r"wrong dtype: .* is I8: use a checkpoint in float32"):
         with_state(**{name: state[name].to(torch.int8)})
 
 
 def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(rows=ROWS - 40), tmp_path / "short")
-    refused(
-        "vocabulary mismatch: .*tokenizer has 1312 tokens, its embeddings 1272", plan_backbones, folder, None
-    )
+    refused("vocabulary mismatch: .* 1312 tokens, .* 1272", plan_backbones, folder, None)
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
     config = json.loads((folder / "config.json").read_text())
@@ -281,14 +265,10 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     refused("has 3D tokens already", plan_backbones, folder, None, "tiny14")
 
 
-def test_names_on_the_hub_are_read_from_the_cache_and_else_one_line_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_on_the_hub_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    refused(
-        "cannot get google/absent .*or give a local folder", plan_backbones, "google/absent", None, "tiny14"
-    )
+    refused("cannot get google/absent .*folder", plan_backbones, "google/absent", None, "tiny14")
     cached = tmp_path / "models--google--tiny"
     publish_paligemma(paligemma(), cached / "snapshots" / "0123456789", tokenizer=False)
     (cached / "refs").mkdir()

@@ -1,7 +1,5 @@
 """The weights that ship: small enough, loadable, and better than not looking."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings
@@ -66,9 +64,7 @@ def test_the_policy_moves_towards_something() -> None:
     assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
 
 
-def test_a_folder_with_the_name_of_shipped_weights_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_named_like_weights_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()
     with pytest.warns(Notice, match="nano"):

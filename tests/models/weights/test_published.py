@@ -1,7 +1,5 @@
 """The tensors that published files are expected to hold are those that the loaders take, all of them."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -60,9 +58,8 @@ def test_moge(name: str) -> None:
     known = PUBLISHED[name]
     weights = {name: torch.empty(shape, device="meta") for name, shape in known.tensors().items()}
     for constant, values in _CONSTANTS.items():
-        weights[("encoder." if name == "moge-2" else "") + constant] = torch.tensor(values)[
-            None, :, None, None
-        ]
+        prefix = "encoder." if name == "moge-2" else ""
+        weights[prefix + constant] = torch.tensor(values)[None, :, None, None]
     build_moge(Checkpoint(Path("x"), weights, known.config, int(known.kind[-1])))
 
 
