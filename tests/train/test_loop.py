@@ -146,7 +146,7 @@ def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
             go(Regression(), FOUR, tmp_path, {**about, **changed})
     with pytest.raises(SpearError, match="another seed"):
         go(Regression(), SMALL, tmp_path, about, seed=1)
-    with pytest.raises(SpearError, match="4 steps already, more than 2"):
+    with pytest.raises(SpearError, match="4 steps, more than 2"):
         go(Regression(), replace(SMALL, steps=2), tmp_path, about)
     go(Regression(), replace(SMALL, steps=6, lr=1e-3), tmp_path, about)
 

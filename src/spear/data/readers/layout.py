@@ -45,7 +45,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     gripper, command = openings(steps, spec, source)
-    ended = -1 if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1]
+    ended = [] if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1:]
     episode = check_episode(
         Episode(
             images={camera: _images(steps, spec, camera, source) for camera in spec.images},
@@ -55,7 +55,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             instruction=_text(steps, spec.instruction, source),
             rate_hz=spec.rate_hz,
             source=source,
-            success=None if ended < 0 else bool(ended),
+            success=bool(ended[0]) if len(ended) and ended[0] >= 0 else None,
         )
     )
     _check_jumps(episode)
