@@ -45,7 +45,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     gripper, command = openings(steps, spec, source)
-    ended = [] if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1:]
+    ended: Any = [] if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1:]
     episode = check_episode(
         Episode(
             images={camera: _images(steps, spec, camera, source) for camera in spec.images},
