@@ -111,7 +111,10 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
         ("evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle", "PutCarrotOnPlateInScene-v1"),
-        ("evaluate simpler --policy oracle --films some", "--films some"),
+        (
+            "evaluate simpler --policy oracle --films some",
+            "--films some: give failures or all or a whole num",
+        ),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --budget 0", "--budget"),

@@ -45,8 +45,8 @@ def train(
     is missing, or as `build` and `loop.run` do.
     """
     how = how or RunOptions()
-    found, (key, _) = newest(out / "checkpoints"), EPISODES
-    if not found or found[1]["settings"]["about"].get(key) != _about(stage, inputs)[key]:  # did not begin so
+    found, key = newest(out / "checkpoints"), EPISODES[0]
+    if not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]:  # did not begin so
         kept = [(name, store.demonstrations(), share) for name, store, share in inputs.episodes]
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
@@ -123,8 +123,6 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
-    stores = [(n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}") for n, s, w in inputs.episodes]
-    shown = [s.digest(seen=True)[:12] for _, s, _ in inputs.episodes]
     given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
     marks: dict[str, str | None] = dict.fromkeys(given)
     for name, folders in given.items():
@@ -133,8 +131,14 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
             add_files(digest, folder, ("*.parquet", "*.safetensors"))
             marks[name] = digest.hexdigest()[:12]
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
-    episodes = dict(zip(EPISODES, (stores, shown), strict=True))
-    return dict(json.loads(json.dumps({**recipe, **opt, **episodes, **marks})))
+    return dict(json.loads(json.dumps({**recipe, **opt, **_of_episodes(inputs), **marks})))
+
+
+def _of_episodes(inputs: Inputs) -> dict[str, Any]:
+    """The part of `_about` that the episodes have, without a look at other files."""
+    stores = [[n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}"] for n, s, w in inputs.episodes]
+    shown = [s.digest(seen=True)[:12] for _, s, _ in inputs.episodes]
+    return dict(zip(EPISODES, (stores, shown), strict=True))
 
 
 def _simulator_only(inputs: Inputs) -> bool:

@@ -126,17 +126,18 @@ class Joints(Poses):
 def columns(root: Path, *keys: str) -> list[Array]:
     """Columns of a LeRobot dataset, by the frames' "index"."""
     table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(list({*keys, "index"}))
-    return [np.array(table.sort_by("index")[key].to_pylist()) for key in keys]
+    rows = table.sort_by("index")
+    return [np.array(rows[key].to_pylist()) for key in keys]
 
 
 def counting(dataset_meta: Any, robot: Robot) -> Array:
     """Which frames of a dataset are demonstrations [frames]. One of spear's own says it: those that its
     `action_mask` leaves out are none, nor are those of episodes whose `success` is 0."""
     mask = np.ones(dataset_meta.total_frames, bool)
-    for key in ("action_mask", "success"):
-        if isinstance(robot, Exported) and key in dataset_meta.features:
-            values, index = columns(Path(dataset_meta.root), key, "index")
-            mask[index] &= values != 0
+    own = ("action_mask", "success") if isinstance(robot, Exported) else ()
+    if keys := [key for key in own if key in dataset_meta.features]:
+        *said, index = columns(Path(dataset_meta.root), *keys, "index")
+        mask[index] = np.logical_and.reduce(said)
     return mask
 
 
