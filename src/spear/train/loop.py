@@ -26,6 +26,7 @@ from spear.train.checkpoint import Checkpoints, newest
 from spear.train.log import FOLDER, Logger, NotFinite, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
+from spear.util.handover import Handed, Slots
 from spear.util.ledger import alone
 
 
@@ -51,12 +52,18 @@ class RunOptions:
     sharded: bool = False
 
 
-def _batch(task: Task, number: int) -> Batch | SpearError:
+AHEAD = 4
+"""Batches that each worker makes ahead (our choice)."""
+
+
+def _batch(task: Task, slots: Slots | None, number: int) -> Batch | Handed | SpearError:
     """An error is returned, since raised in a worker it would bring a traceback."""
     try:
-        return task.batch(number)
+        batch = task.batch(number)
     except SpearError as error:
         return error
+    worker = torch.utils.data.get_worker_info()
+    return batch if worker is None or slots is None else slots.put(batch, worker.id)
 
 
 def batches(
@@ -68,20 +75,23 @@ def batches(
     memory, from which it copies while it works.
     """
     numbers = [n for step in range(first, last) for n in parallel.numbers(step, accumulate)]
+    pinned = device.type == "cuda"
+    # Two steps' batches are held at most: the one before last may still be bound to a name.
+    slots = Slots(workers, AHEAD + 2 * accumulate) if workers and not pinned else None
     loader: Any = torch.utils.data.DataLoader(
         numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
-        collate_fn=functools.partial(_batch, task),
+        collate_fn=functools.partial(_batch, task, slots),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=AHEAD if workers else None,
         multiprocessing_context="fork" if workers else None,  # which copies no labels, whatever is usual
         worker_init_fn=_serve if workers else None,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
     )
     for batch in loader:
         if isinstance(batch, SpearError):
             raise batch
-        yield batch
+        yield slots.take(batch) if slots is not None and isinstance(batch, Handed) else batch
 
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)

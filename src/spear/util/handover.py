@@ -1,0 +1,83 @@
+"""Batches from worker processes in memory that was mapped before they began, filled again and again.
+
+PyTorch's own way makes new shared memory for every tensor, clears it, sends its descriptor through a socket
+and maps it (docs/speed.md). Here a batch is copied into a slot, and where it lies is sent.
+"""
+
+import mmap
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from spear.types import Array
+
+SIZE = 256 * 2**20
+"""Bytes of a slot, which take memory where they are written to (our choice)."""
+ALIGNMENT = 64
+
+
+class Place(NamedTuple):
+    """Where in its slot a tensor lies, in bytes, and what it is."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, slot: Array) -> torch.Tensor:
+        """The tensor, in the memory of `slot` [SIZE] uint8, which it keeps from being filled again."""
+        own = slot[self.offset : self.offset + self.dtype.itemsize * int(np.prod(self.shape))]
+        return torch.from_numpy(own).view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Handed(NamedTuple):
+    """A batch in a slot: as it was made, with a `Place` for each tensor."""
+
+    slot: tuple[int, int]
+    batch: dict[str, Any]
+
+
+class Slots:
+    """Slots for batches of worker processes, which are forked later: `each` for each of them."""
+
+    def __init__(self, workers: int, each: int) -> None:
+        self._memory = [[mmap.mmap(-1, SIZE) for _ in range(each)] for _ in range(workers)]
+        self._taken = np.frombuffer(mmap.mmap(-1, workers * each), bool).reshape(workers, each)
+
+    def put(self, batch: dict[str, Any], worker: int) -> Handed | dict[str, Any]:
+        """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
+        sizes: list[int] = []
+        _changed(batch, lambda tensor: sizes.append(tensor.nbytes + ALIGNMENT))
+        if sum(sizes) > SIZE or self._taken[worker].all():
+            return batch
+        number, end = int(self._taken[worker].argmin()), 0
+        self._taken[worker, number] = True
+        slot = np.frombuffer(self._memory[worker][number], np.uint8)
+
+        def placed(tensor: torch.Tensor) -> Place:
+            nonlocal end
+            stride = torch.empty_like(tensor, device="meta").stride()
+            place = Place(end, tensor.dtype, tuple(tensor.shape), stride)
+            place.of(slot).copy_(tensor)
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            return place
+
+        return Handed((worker, number), _changed(batch, placed))
+
+    def take(self, handed: Handed) -> dict[str, Any]:
+        """Here: the batch. Its slot is filled again when nobody holds a tensor of it any more."""
+        worker, number = handed.slot
+        slot = np.frombuffer(self._memory[worker][number], np.uint8)
+        weakref.finalize(slot, self._taken.__setitem__, handed.slot, False)
+        batch: dict[str, Any] = _changed(handed.batch, lambda place: place.of(slot))
+        return batch
+
+
+def _changed(found: Any, change: Callable[[Any], Any]) -> Any:
+    """A batch with `change` of each tensor or place in it."""
+    if isinstance(found, dict):
+        return {name: _changed(value, change) for name, value in found.items()}
+    return change(found) if isinstance(found, torch.Tensor | Place) else found

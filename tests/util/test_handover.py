@@ -1,0 +1,94 @@
+"""Batches in memory that two processes have: what comes out is what went in, for as long as it is held."""
+
+import gc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from spear.train import loop
+from spear.util.handover import SIZE, Handed, Slots
+
+BATCH: dict[str, Any] = {
+    "pixels": {"external": torch.arange(48, dtype=torch.uint8).reshape(2, 4, 2, 3).permute(0, 3, 1, 2)},
+    "mask": torch.tensor([True, False, True]),
+    "state": torch.randn(3, 5, dtype=torch.float64),
+    "half": torch.randn(7).bfloat16(),
+    "same": torch.ones(1).expand(4, 3),
+    "step": torch.tensor(7),
+    "nothing": torch.empty(0, 3),
+    "words": ["a", "b"],
+}
+
+
+def forked(work: Callable[[], object]) -> None:
+    """Do `work` in a process of its own, which must end well."""
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def equal(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            equal(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
+    slots, there = Slots(2, 1), Slots(2, 1)
+    handed = there.put(BATCH, 1)  # where things lie is the same in every process
+    assert isinstance(handed, Handed)
+    forked(lambda: slots.put(BATCH, 1))
+    found = slots.take(handed)
+    equal(found, BATCH)
+    assert found["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
+
+
+def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
+    slots = Slots(1, 1)
+    handed = slots.put(BATCH, 0)
+    assert isinstance(handed, Handed)
+    found = slots.take(handed)
+    view = found["pixels"]["external"][1:].flatten()[3:].view(3, -1)
+    kept = found["state"][:, 0]
+    before = kept.clone()
+    del found
+    assert slots.put(BATCH, 0) is BATCH  # none is free: it comes as it is
+    del view
+    assert slots.put(BATCH, 0) is BATCH
+    assert torch.equal(kept, before)
+    del kept
+    gc.collect()
+    assert isinstance(slots.put(BATCH, 0), Handed)
+
+
+def test_what_is_too_large_for_a_slot_comes_as_it_is() -> None:
+    large = {"pixels": {"external": torch.empty(SIZE, dtype=torch.uint8)}}
+    assert Slots(1, 1).put(large, 0) is large
+
+
+@pytest.mark.parametrize("held", [0, 1, 100])
+def test_batches_stay_as_they_are_while_they_are_held(held: int) -> None:
+    """However many the one who trains keeps, more than there are slots included."""
+
+    class Numbered:
+        def batch(self, step: int) -> dict[str, Any]:
+            return {"deep": {"step": torch.full((100, 100), step)}}
+
+    kept: list[torch.Tensor] = []
+    for step, batch in enumerate(loop.batches(Numbered(), 0, 60, workers=2)):  # type: ignore[arg-type]
+        kept = [*kept, batch["deep"]["step"]][-1 - held :]
+        for age, one in enumerate(reversed(kept)):
+            assert (one == step - age).all()
