@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
 
-from spear.models.fast.linear import CACHED, MKL_IS_FAST, Prepared
+from spear.models.fast.linear import CACHED, Prepared
 from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
 
 BLOCK = 128
@@ -130,11 +130,12 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
-    """The layers of a Gemma, if they are small, plain, and on a CPU of Intel's, which MKL is made for."""
+    """The layers of a Gemma, if they are small, plain, and on a CPU with MKL, whose products begin first."""
     layers: Any = model.layers
     weights = [p for p in layers.parameters() if p.dim() == 2]
-    here = MKL_IS_FAST and all(w.device.type == "cpu" and not isinstance(w, FakeTensor) for w in weights)
-    if not here or isinstance(model, Gemma2Model) or max(map(torch.numel, weights)) >= CACHED:
+    fitting = torch.backends.mkl.is_available() and not isinstance(model, Gemma2Model)
+    here = all(w.device.type == "cpu" and not isinstance(w, FakeTensor) for w in weights)
+    if not fitting or not here or max(map(torch.numel, weights)) >= CACHED:
         return None
     parts = [part for layer in layers for half in (layer.self_attn, layer.mlp) for part in half.children()]
     return SmallStack(model) if all(isinstance(p, nn.Linear | GELUTanh) for p in parts) else None
