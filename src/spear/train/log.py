@@ -14,37 +14,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from spear.util.progress import ProgressBar
 
-SPIKE = 6.0
-"""A loss is a spike when it lies so many standard deviations above its running mean (our choice)."""
-MEMORY = 0.98
-"""What the running mean and variance keep at each step: they look back about 50 steps (our choice)."""
 FOLDER = "not-finite"
 """Where in a run's folder the batches are whose loss or gradient is not finite."""
-
-
-class Spikes:
-    """Counts the losses that lie far above those before them.
-
-    count, last  how many there were, and the step (from 1) of the last one; 0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.count = self.last = self._seen = 0
-        self._mean = self._square = 0.0
-
-    def add(self, step: int, loss: float) -> None:
-        """Look at the loss of a step (from 1). The first 50 only teach what is usual."""
-        if not math.isfinite(loss):
-            return
-        bound = self._mean + SPIKE * math.sqrt(self._square)
-        if self._seen >= 1 / (1 - MEMORY) and loss > bound:
-            self.count, self.last = self.count + 1, step
-            loss = bound  # so that one spike does not hide the next
-        self._seen += 1
-        share = max(1 - MEMORY, 1 / self._seen)
-        change = loss - self._mean
-        self._mean += share * change
-        self._square = (1 - share) * (self._square + share * change**2)
 
 
 class Logger:
@@ -57,7 +28,7 @@ class Logger:
         out.mkdir(parents=True, exist_ok=True)
         self.total, self.every = total, every
         self.started, self.first = time.perf_counter(), first_step
-        self.spikes, self.waited, self.written = Spikes(), 0.0, self.started
+        self.waited, self.written = 0.0, self.started
         path = out / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         whole = (line for line in lines if line.endswith("\n"))  # the last one may be cut off
@@ -88,7 +59,6 @@ class Logger:
         """
         done = step + 1
         self.waited += waited
-        self.spikes.add(done, values["loss"])
         if done % self.every == 0 or done == self.total:
             now = time.perf_counter()
             rate = (done - self.first) / (now - self.started)
@@ -96,15 +66,13 @@ class Logger:
             self.waited, self.written = 0.0, now
             numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
             row = {"step": done, **numbers, "lr": lr, "steps_per_s": rate, "data_wait": round(stalled, 4)}
-            self.file.write(json.dumps({**row, "spikes": self.spikes.count}) + "\n")
+            self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             if self.board is not None:
                 for key, value in {**values, "data_wait": stalled}.items():
                     self.board.add_scalar(key, value, done)
             short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
             self.info = f"waits for data {stalled:.0%}, {short}"
-            if count := self.spikes.count:
-                self.info += f", {count} loss spike{'s' if count > 1 else ''}, last at {self.spikes.last}"
         self.bar.update(done, self.info)
 
 

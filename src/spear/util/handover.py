@@ -6,11 +6,12 @@ and maps it (docs/speed.md). Here a batch is copied into a slot, and where it li
 
 import mmap
 import weakref
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spear.types import Array
 
@@ -19,7 +20,8 @@ SIZE = 256 * 2**20
 ALIGNMENT = 64
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where in its slot a tensor lies, in bytes, and what it is."""
 
     offset: int
@@ -49,9 +51,9 @@ class Slots:
 
     def put(self, batch: dict[str, Any], worker: int) -> Handed | dict[str, Any]:
         """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
-        sizes: list[int] = []
-        _changed(batch, lambda tensor: sizes.append(tensor.nbytes + ALIGNMENT))
-        if sum(sizes) > SIZE or self._taken[worker].all():
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        size = sum(tensor.nbytes + ALIGNMENT for tensor in tensors)
+        if size > SIZE or self._taken[worker].all():
             return batch
         number, end = int(self._taken[worker].argmin()), 0
         self._taken[worker, number] = True
@@ -65,19 +67,12 @@ class Slots:
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             return place
 
-        return Handed((worker, number), _changed(batch, placed))
+        return Handed((worker, number), tree_map_only(torch.Tensor, placed, batch))
 
     def take(self, handed: Handed) -> dict[str, Any]:
         """Here: the batch. Its slot is filled again when nobody holds a tensor of it any more."""
         worker, number = handed.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
         weakref.finalize(slot, self._taken.__setitem__, handed.slot, False)
-        batch: dict[str, Any] = _changed(handed.batch, lambda place: place.of(slot))
+        batch: dict[str, Any] = tree_map_only(Place, lambda place: place.of(slot), handed.batch)
         return batch
-
-
-def _changed(found: Any, change: Callable[[Any], Any]) -> Any:
-    """A batch with `change` of each tensor or place in it."""
-    if isinstance(found, dict):
-        return {name: _changed(value, change) for name, value in found.items()}
-    return change(found) if isinstance(found, torch.Tensor | Place) else found
