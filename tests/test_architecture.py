@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2072, "ablations": 649, "cli": 1558, "data": 4589, "embodiments": 790, "evaluate": 3166,
-    "labels": 4670, "models": 4612, "report": 1172, "serve": 989, "sim": 1577, "train": 2505, "ui": 696,
-    "util": 806,
+    "labels": 4670, "models": 4613, "report": 1172, "serve": 989, "sim": 1577, "train": 2473, "ui": 696,
+    "util": 801,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
