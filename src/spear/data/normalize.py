@@ -132,16 +132,17 @@ class Normalizer:
             raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
 
 
-def save_sketches(folder: Path) -> None:
-    """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
+def save_sketches(store: EpisodeStore) -> None:
+    """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
+    it all again."""
     with suppress_notices():
-        store = EpisodeStore(folder).demonstrations()
+        sketches = _sketch(store.demonstrations())
     arrays: dict[str, Any] = {}
-    for axis, sketch in enumerate(_sketch(store)):
+    for axis, sketch in enumerate(sketches):
         arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_bytes(folder / SKETCHES, buffer.getvalue())
+    write_bytes(store.path / SKETCHES, buffer.getvalue())
 
 
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:

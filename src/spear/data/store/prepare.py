@@ -98,8 +98,11 @@ def prepare(
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         _check_good(good, skipped, path, split)
-        _notice_gripper(EpisodeStore(folder), path)
-        save_sketches(folder)
+        _notice_gripper(store := EpisodeStore(folder), path)
+        if store.failed().all():
+            notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
+        else:
+            save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
         shutil.copyfile(work / REQUEST, folder / REQUEST)
         folder.replace(out)
