@@ -54,7 +54,8 @@ class RldsFolder:
         return spec
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
-        """The step arrays of each episode of a split, nested as in `features.json`: all images, always."""
+        """The step arrays of each episode of a split, nested as in `features.json`: all images, always. What
+        is said once for an episode is a column, too, the same in all rows."""
         for name, first, end in split_ranges(self.lengths, split, self.path):
             before = 0
             for file, length in self.splits[name]:
@@ -72,9 +73,28 @@ class RldsFolder:
         if isinstance(record, SpearError):
             return record
         try:
-            return dict(unflatten(self.features, parse_example(record))["steps"])
+            episode = unflatten(self.features, parse_example(record))
+            steps = episode.pop("steps")
+            return _in_rows(episode, _length(steps)) | steps
         except (ValueError, KeyError) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+
+
+def _length(steps: Any) -> int:
+    return _length(next(iter(steps.values()))) if isinstance(steps, Mapping) else len(steps)
+
+
+def _in_rows(values: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Texts and numbers of an episode, nested, as columns of so many rows; without its lists."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows[name] = _in_rows(value, length)
+        elif isinstance(value, bytes):
+            rows[name] = [value] * length
+        elif np.size(value) and not isinstance(value, list):
+            rows[name] = np.broadcast_to(value, (length, *np.shape(value)))
+    return rows
 
 
 def _parts(version: str) -> list[int]:
