@@ -64,7 +64,7 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
         assert {text.decode() for text in steps["language_instruction"]} == {expected["instruction"]}
         for key, value in expected["episode_metadata"].items():  # said once, in every row
             whole = [value.encode() if isinstance(value, str) else value] * len(steps["action"])
-            assert list(steps["episode_metadata"][key]) == whole
+            assert list(steps[f"episode_metadata/{key}"]) == whole
         means = [decode_image(image).mean() for image in steps["observation"]["image_0"]]
         assert np.abs(np.array(means) - expected["image_0_mean"]).max() < 1.0
 

@@ -99,6 +99,15 @@ def column(steps: Steps, where: str, source: str) -> Any:
     return node[:, first:end] if match["end"] else node[:, first]
 
 
+def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(column, values) of nested step arrays."""
+    for key, value in sorted(steps.items()):
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
 def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
     """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written."""
     assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
