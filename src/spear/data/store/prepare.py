@@ -29,7 +29,7 @@ from spear.data.readers.splits import split_ranges
 from spear.data.senses import MOVES
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
@@ -230,19 +230,19 @@ def folder_in(work: Path, path: Path, split: str) -> Path:
 
 
 def open_store(
-    path: str | Path, work_dir: str | Path, split: str = "train", wait: bool = False
+    path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
     """The episodes of a split of a folder in any format, as training reads them, and why some were skipped.
 
     A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
-    `work_dir` whose name depends on path and split; with `wait` by another process, for which this one waits.
+    `work_dir` whose name depends on path and split; of several processes by the first, and the others wait.
     """
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
     target = folder_in(Path(work_dir), Path(path), split)
-    while wait and not target.is_dir():
-        time.sleep(0.5)
-    reasons: list[str] = []
-    if not wait:
+    if is_first_process():
         _, reasons = prepare(path, target, split)
-    return EpisodeStore(target), reasons
+        return EpisodeStore(target), reasons
+    while not target.is_dir():
+        time.sleep(0.5)
+    return EpisodeStore(target), []
