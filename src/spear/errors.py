@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -75,8 +76,20 @@ def suppress_notices() -> Iterator[None]:
         _SAYING.reset(before)
 
 
+def silence() -> None:
+    """From now on `notice` says nothing in this process, since another one does the same work."""
+    _SAYING.set(False)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for its run: it is alone, or the first one that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from where the caller was called. Returns whether it was said."""
-    if _SAYING.get():
+    """Warn with a `Notice`, as if from where the caller was called, once for all processes of a run. Returns
+    whether it was said."""
+    said = _SAYING.get() and is_first_process()
+    if said:
         warnings.warn(message, Notice, stacklevel=3)
-    return _SAYING.get()
+    return said

@@ -55,6 +55,20 @@ def as_action(translation: np.ndarray) -> Action:
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 3e-4])
+def test_an_axis_that_stands_still_stays_small(tmp_path: Path, mode: Mode, noise: float) -> None:
+    """Normalised its noise and a rare jump stay small, and in metres what a network predicts for it."""
+    normalizer = Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise)), 1.0)], mode)
+    seen = normalizer.normalize_action(as_action(np.array([[0, 0, noise], [0, 0, 0.02]]))).translation[:, 2]
+    assert abs(seen[0]) < 0.5 and abs(seen[1]) < 21
+    predicted = normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0]
+    assert abs(predicted[2]) < 2e-4
+    still = torch.tensor([[0.0, 0, 0.05]], dtype=torch.float64)
+    turn = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
+    assert abs(normalizer.state_vector(still, turn, turn[:, :1])[0, 2]) < 6
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mode) -> None:
     """Translations and positions, against NumPy's weighted statistics of all rows."""
     stores = [make_store(tmp_path / f"{n}", n, (s, s, s), n) for n, s in ((400, 0.1), (4000, 0.01))]

@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data_tiny import png
 from spear.errors import Notice, RetryableError, SpearError
+from spear.evaluate.vqa.ask import read_picture
 from spear.labels.inputs import Item, find, read
+from spear.util.images import decode_image
 
 
 def grey(items: Sequence[Item], **options: int) -> list[int | str]:
@@ -38,6 +41,24 @@ def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7) -> None:
             frame.pts, frame.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path) -> None:
+    """In what the networks see, and in what is kept of it for people and for training."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side: the top is at the left
+    lying = np.zeros((32, 64, 3), np.uint8)
+    lying[:, :16] = 250
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(lying).save(file, quality=95, exif=exif)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(file, "photo.jpg")
+    pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
+    works = read(list(find(str(tmp_path))))
+    seen = [work.frame.image for work in works if work.frame] + [decode_image(w.encoded) for w in works]
+    for image in [*seen, read_picture(str(file), (64, 32)).image]:
+        assert image.shape == (64, 32, 3) and image[:12].min() > 200 and image[20:].max() < 50
+    assert len(seen) == 6
 
 
 def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from spear.train.optimize import Task
 from spear.train.options import Inputs, Optimization, Recipe
 from spear.train.recipes import recipe
 from spear.train.run import train
-from spear.train.tasks import length_groups
-from spear.types import Action
+from spear.train.tasks import VlaTask
 
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 
@@ -73,12 +72,13 @@ class Regression:
 
 
 class Acting:
-    """As `VlaTask` and `VlmTask`: robot steps, questions, embeddings of which some rows learn."""
+    """`VlaTask` on made-up batches, with `VlmTask`'s embeddings of which some rows learn."""
 
     learning_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.model = spear1()
+        self.stage = recipe("nano-vla").changed(question_weight=0.5, flow_samples=2)
 
     def batch(self, step: int) -> dict[str, Any]:
         ids, mask = text(2, 6, seed=step)
@@ -105,14 +105,9 @@ class Acting:
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator | None
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        robot = {k: v for k, v in batch.items() if k not in ("questions", "actions")}
-        chunk = Action.from_vector(batch["actions"])
-        acted = self.model(**robot, actions=chunk, flow_samples=2, generator=generator)
-        asked = self.questions(batch["questions"])
-        return acted.loss + 0.5 * asked, {**acted.parts, "questions": asked}
-
-    def questions(self, asked: dict[str, Any]) -> torch.Tensor:
-        return self.model.vlm(**asked, length_groups=length_groups(self.model, asked)).loss
+        asks, unused = batch.get("questions"), [None] * 3  # it looks only at the batch
+        task = VlaTask(self.model, *unused, self.stage, asks)  # type: ignore[arg-type]
+        return task.loss(batch, generator)  # type: ignore[arg-type]
 
 
 def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:

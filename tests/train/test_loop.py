@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.train import log, optimize
 from spear.train.checkpoint import newest
+from spear.train.loop import batches
 from spear.train.options import Optimization
 from spear.util.ledger import lock
 from train_tiny import Regression, go, rows, start
@@ -37,6 +40,26 @@ def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Pat
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000030", "step-00000040"]
+
+
+class Noticing(Regression):
+    """Says something of every batch."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        notice(f"odd batch {step}")
+        return super().batch(step)
+
+
+@pytest.mark.parametrize(("rank", "workers", "said"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)])
+def test_one_of_all_processes_gives_the_notices(
+    rank: str, workers: int, said: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of two workers the first makes half of the batches."""
+    monkeypatch.setenv("RANK", rank)
+    show = lambda message, *_: print(message, file=sys.stderr, flush=True)  # noqa: E731
+    monkeypatch.setattr(warnings, "showwarning", show)
+    assert len(list(batches(Noticing(), 0, 4, workers))) == 4
+    assert capfd.readouterr().err.count("odd batch") == said
 
 
 def test_schedule() -> None:

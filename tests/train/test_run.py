@@ -150,17 +150,16 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
 
 
-def test_what_a_run_cannot_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_cannot_have_is_said(tmp_path: Path) -> None:
     write_episodes([make(0)], tmp_path / "store")
     inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], locate("nano"))
     stage = recipe("nano-post").changed(steps=1, batch_size=1)
-    final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
-    said = capsys.readouterr().err
-    assert "note: lr is not reached: warmup takes 50" in said and "note: --parallel fsdp" in said
+    with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
+        final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
     assert not json.loads((final / "recipe.json").read_text())["sharded"]
     more = stage.changed(steps=2, batch_size=2, accumulate=2)
-    train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
-    assert "accumulate is 1" in capsys.readouterr().err
+    with pytest.warns(Notice, match="accumulate is 1"):
+        train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:

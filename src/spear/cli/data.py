@@ -202,7 +202,7 @@ def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore"
     """The episodes of a folder; other than our own are prepared first, into OUT, by the first process."""
     from spear.data.store.prepare import open_store
 
-    store, reasons = open_store(path, out, split, wait=int(os.environ.get("RANK", "0")) > 0)
+    store, reasons = open_store(path, out, split)
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
     if reasons:

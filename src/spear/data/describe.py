@@ -13,9 +13,8 @@ import numpy as np
 
 from spear.data.audit import FARTHEST, UNEXPLAINED
 from spear.data.hypotheses import Fit, Recording, Stretches, rotation_fits, translation_fits
-from spear.data.inspect import leaves
 from spear.data.readers.formats import episode_counts, open_dataset
-from spear.data.readers.layout import Sources
+from spear.data.readers.layout import Sources, leaves
 from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.spec import ANGLES, LENGTH_UNITS
 from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.readers.formats import open_dataset
-from spear.data.readers.layout import Steps
+from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.lerobot import LeRobotFolder, read_ends
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
@@ -168,15 +168,6 @@ def _layout_of(name: str, folder: Path) -> str:
         return "not known: see spear data describe"
     unknown = missing(REGISTRY[name])
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
-
-
-def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(column, values) of nested step arrays."""
-    for key, value in sorted(steps.items()):
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
 
 
 def _columns(steps: Steps) -> Iterator[tuple[str, str]]:

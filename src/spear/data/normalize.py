@@ -28,8 +28,9 @@ from spear.util.files import write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
-SMALLEST_SCALE = 1e-5
-"""Metres. An axis that varies less is left in metres, so that its noise is not blown up (our choice)."""
+SMALLEST_SCALES = (1e-3,) * 3 + (1e-2,) * 3
+"""Metres, of translations (in a step of 0.2 s) and positions. An axis that varies less is scaled as if it
+varied by so much: its noise is not blown up, and what is predicted for it stays small (our choice)."""
 STATE_VECTOR_DIM = 10
 SKETCHES = "sketches.npz"
 """Of a prepared dataset: the quantiles of its translations and positions, taken when it was prepared."""
@@ -93,6 +94,7 @@ class Normalizer:
         share = np.array(weights) / sum(weights)
         axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
         offset, scale = zip(*axes, strict=True)
+        scale = tuple(map(max, scale, SMALLEST_SCALES))
         samples = sum(columns[0].count for columns, _ in seen)
         return Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], samples)
 
@@ -132,16 +134,17 @@ class Normalizer:
             raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
 
 
-def save_sketches(folder: Path) -> None:
-    """Write the sketches of a prepared dataset beside its index, so that nobody has to read it all again."""
+def save_sketches(store: EpisodeStore) -> None:
+    """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
+    it all again."""
     with suppress_notices():
-        store = EpisodeStore(folder).demonstrations()
+        sketches = _sketch(store.demonstrations())
     arrays: dict[str, Any] = {}
-    for axis, sketch in enumerate(_sketch(store)):
+    for axis, sketch in enumerate(sketches):
         arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_bytes(folder / SKETCHES, buffer.getvalue())
+    write_bytes(store.path / SKETCHES, buffer.getvalue())
 
 
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
@@ -173,7 +176,7 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
     if mode == "meanstd":
         offset = float(sum(w * s.mean for s, w in parts))
         scale = float(np.sqrt(sum(w * (s.squares / s.count + (s.mean - offset) ** 2) for s, w in parts)))
-        return offset, 1.0 if scale < SMALLEST_SCALE else scale
+        return offset, scale
     if mode == "minmax":
         low, high = min(s.low for s in sketches), max(s.high for s in sketches)
     else:
@@ -181,8 +184,7 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
         values = np.concatenate([v for v, _ in pairs])
         weights = [n * w / s.count for (_, n), (s, w) in zip(pairs, parts, strict=True)]
         low, high = (weighted_quantile(values, np.concatenate(weights), q) for q in (0.01, 0.99))
-    scale = (high - low) / 2
-    return (high + low) / 2, 1.0 if scale < SMALLEST_SCALE else scale
+    return (high + low) / 2, (high - low) / 2
 
 
 def _normalize(metres: Tensor, offset: Triple, scale: Triple) -> Tensor:

@@ -138,6 +138,11 @@ def cameras(policy: Policy) -> Mapping[str, tuple[int, int]]:
     return getattr(policy, "image_sizes", None) or IMAGE_SIZES
 
 
+def rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
+    """Which size each camera of the simulator has for a policy: also those that the policy does not take."""
+    return {**IMAGE_SIZES, **cameras(policy)}
+
+
 def shown_to(policy: Policy, observation: Observation) -> dict[str, Any]:
     """An observation without the cameras that the policy does not take; one that does not say sees all."""
     own = {*map(camera_key, getattr(policy, "image_sizes", ()))} or observation

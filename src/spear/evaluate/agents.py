@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from spear.embodiments.tools import IMAGE_SIZES, cameras, shown_to
+from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
 from spear.errors import SpearError
 from spear.types import Array, Policy
 
@@ -46,7 +46,7 @@ class PolicyAgent(Agent):
 
     def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
         self.policy, self.name, self.weights = policy, name, weights
-        self.image_sizes = {**IMAGE_SIZES, **cameras(policy)}
+        self.image_sizes = rendered_sizes(policy)
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:

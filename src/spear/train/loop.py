@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from spear.errors import SpearError
+from spear.errors import SpearError, silence
 from spear.models.devices import bfloat16_is_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, newest
@@ -97,8 +97,11 @@ def batches(
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def _serve(_: int) -> None:
-    """A signal that reaches all processes ends the work when the step is done, not before."""
+def _serve(worker: int) -> None:
+    """A signal that reaches all processes ends the work when the step is done, not before. The first worker
+    gives the notices."""
+    if worker > 0:
+        silence()
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
 

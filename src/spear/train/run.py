@@ -22,7 +22,7 @@ import spear
 from spear.data.readers.formats import dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError
+from spear.errors import SpearError, is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.folders import simulator_only
 from spear.train import build, loop, parallel
@@ -62,8 +62,8 @@ def train(
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
     }
-    for words in (w for w, so in notes.items() if so and not how.quiet and parallel.rank() == 0):
-        print(f"note: {words}", file=sys.stderr)
+    for words in (w for w, so in notes.items() if so and not how.quiet):
+        notice(words)
     model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, opt, out, how, _about(stage, inputs), {"batch_size": stage.batch_size})
     with torch.no_grad():
@@ -169,7 +169,7 @@ def mixture(
     chosen = list(shares) or [w for w in known if w is not None]
     if len(chosen) != len(stores):
         chosen = [1.0] * len(stores)
-    if len(stores) > 1 and os.environ.get("RANK", "0") == "0":
+    if len(stores) > 1 and is_first_process():
         parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
     return list(zip(map(dataset_name, folders), stores, chosen, strict=True))

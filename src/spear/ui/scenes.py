@@ -17,7 +17,7 @@ from PIL import Image
 
 from spear.chunks import REPLAN, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, is_store
-from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras, shown_to
+from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
 from spear.errors import SpearError
 from spear.evaluate import results
 from spear.evaluate.closed_loop import delay_steps
@@ -54,7 +54,7 @@ class Scene:
     ) -> None:
         self._recorded = again and again[1]
         settings = again[0] if again else {}
-        self._policy, self._renderer, self._sizes = policy, renderer, {**IMAGE_SIZES, **cameras(policy)}
+        self._policy, self._renderer, self._sizes = policy, renderer, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)
         how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
@@ -235,5 +235,13 @@ def _recorded(store: EpisodeStore, index: int, views: Collection[str]) -> Record
         return None if data is None else decode_image(data, f"{e.source} step {step}")
 
     states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
-    about = e.instruction, e.rate_hz, e.success
-    return Recording("recording", f"episode-{index}", picture, states, views, *about)
+    return Recording(
+        kind="recording",
+        name=f"episode-{index}",
+        picture=picture,
+        states=states,
+        views=views,
+        instruction=e.instruction,
+        rate_hz=e.rate_hz,
+        success=e.success,
+    )

@@ -103,7 +103,8 @@ class Table:
         """A photo, as the data of its file."""
         pixels = load_image(request["data"], "the image", tools.LONGEST_SIDE)
         seen = {"external": tools.image({"the image": pixels}, "the image")}
-        return self._begin(Recording("photo", "photo", lambda _, camera: seen.get(camera), NEUTRAL))
+        photo = Recording(kind="photo", name="photo", picture=lambda _, view: seen.get(view), states=NEUTRAL)
+        return self._begin(photo)
 
     def instruct(self, request: Request) -> View:
         """What the robot is to do from now on; whether boxes are asked for again after each of its steps."""

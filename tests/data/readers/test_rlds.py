@@ -17,10 +17,9 @@ from scipy.spatial.transform import Rotation
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.layout import column, episode_from
-from spear.data.readers.rlds import open_rlds, unflatten
+from spear.data.readers.rlds import open_rlds
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
-from spear.data.readers.tfrecord import parse_example, read_records
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
@@ -53,20 +52,19 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
     """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders."""
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
     truth = json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
-    folder = open_rlds(bridge)
-    read, records = list(folder.steps("train")), read_records(folder.path / SHARD)
+    read = list(open_rlds(bridge).steps("train"))
     assert len(read) == len(truth) == 25
-    for (index, record), (source, steps), expected in zip(records, read, truth, strict=True):
+    for index, ((source, steps), expected) in enumerate(zip(read, truth, strict=True)):
         assert source == f"bridge_dataset/train#{index}"
-        metadata = unflatten(folder.features, parse_example(record))["episode_metadata"]
         np.testing.assert_array_equal(steps["action"], arrays[f"{index:02d}/action"])
         np.testing.assert_array_equal(steps["observation"]["state"], arrays[f"{index:02d}/state"])
         assert steps["action"].dtype == np.float32 and len(steps["action"]) == expected["steps"]
         for flag in ("is_first", "is_last", "reward"):
             assert steps[flag].tolist() == expected[flag]
         assert {text.decode() for text in steps["language_instruction"]} == {expected["instruction"]}
-        for key, value in expected["episode_metadata"].items():
-            assert metadata[key] == (value.encode() if isinstance(value, str) else value)
+        for key, value in expected["episode_metadata"].items():  # said once, in every row
+            whole = [value.encode() if isinstance(value, str) else value] * len(steps["action"])
+            assert list(steps[f"episode_metadata/{key}"]) == whole
         means = [decode_image(image).mean() for image in steps["observation"]["image_0"]]
         assert np.abs(np.array(means) - expected["image_0_mean"]).max() < 1.0
 
@@ -229,6 +227,10 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
         assert episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success is success
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
         episode_from({**raw, "reward": np.append(np.zeros(9), np.nan)}, own, source)
+    own = dataclasses.replace(spec, success=REGISTRY["droid"].success)
+    for folder, success in (("failure", False), ("success", True), ("unsuccessful", None)):
+        metadata = {"file_path": [f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5".encode()] * 10}
+        assert episode_from({**raw, "episode_metadata": metadata}, own, source).success is success
     own = dataclasses.replace(spec, action="mine", action_mask="reward")
     steps = {**raw, "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):

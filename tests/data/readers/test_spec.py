@@ -102,8 +102,11 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     for path in spec.images.values():
         steps[path] = [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 4
     steps[spec.instruction] = [b"do it"] * 4
+    if spec.success is not None:
+        steps[spec.success] = np.zeros(4, bool)
     episode = episode_from(steps, spec, name)
     np.testing.assert_allclose(episode.position, where, atol=1e-6)
+    assert episode.success is (None if spec.success is None else False)
     tool = Rotation.from_quat(spec.tool_rotation, scalar_first=True)
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
     assert ((turn * tool).inv() * got).magnitude().max() < 1e-5

@@ -126,6 +126,16 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     assert Normalizer.fit([(more, 1.0)]) == Normalizer.fit([(more.subset(range(len(more))), 1.0)])
 
 
+def test_episodes_that_all_failed_are_kept_with_one_notice(tmp_path: Path) -> None:
+    """To be looked at and evaluated: the work is not thrown away at its end."""
+    write_episodes([make(i, success=False) for i in range(3)], tmp_path / "arm")
+    with pytest.warns(Notice, match=f"{tmp_path / 'arm'}: .*failed") as said:
+        assert prepare(tmp_path / "arm", tmp_path / "out") == (3, [])
+    assert len(said) == 1 and not (tmp_path / "out" / SKETCHES).exists()
+    with pytest.raises(SpearError, match="failed"):
+        EpisodeStore(tmp_path / "out").demonstrations()
+
+
 def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
     assert run(recorded, tmp_path / "arm", workers=2)[0] == COUNT - 1
     assert files(tmp_path / "arm") == files(whole)

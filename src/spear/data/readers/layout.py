@@ -45,7 +45,6 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     gripper, command = openings(steps, spec, source)
-    ended: Any = [] if spec.success is None else numbers(steps, spec.success, source).reshape(-1)[-1:]
     episode = check_episode(
         Episode(
             images={camera: _images(steps, spec, camera, source) for camera in spec.images},
@@ -55,7 +54,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             instruction=_text(steps, spec.instruction, source),
             rate_hz=spec.rate_hz,
             source=source,
-            success=bool(ended[0]) if len(ended) and ended[0] >= 0 else None,
+            success=None if spec.success is None else _ended(steps, spec.success, source),
         )
     )
     _check_jumps(episode)
@@ -98,6 +97,15 @@ def column(steps: Steps, where: str, source: str) -> Any:
         shape = getattr(node, "shape", "no array")
         raise SpearError(f"no column {where!r}: {source}: {match['path']} is {shape}")
     return node[:, first:end] if match["end"] else node[:, first]
+
+
+def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(column, values) of nested step arrays."""
+    for key, value in sorted(steps.items()):
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
 
 
 def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
@@ -198,6 +206,15 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
                 encoded = encode_jpeg(np.asarray(wide))
         images.append(encoded)
     return images
+
+
+def _ended(steps: Steps, where: str, source: str) -> bool | None:
+    """What the last row of a column says of how the episode ended; see `DatasetSpec.success`."""
+    if isinstance(column(steps, where, source), list):
+        folders = {*_text(steps, where, source).split("/")} & {"success", "failure"}
+        return folders == {"success"} if folders else None
+    last = numbers(steps, where, source).reshape(-1)[-1:]
+    return bool(last[0]) if len(last) and last[0] >= 0 else None
 
 
 def _text(steps: Steps, where: str, source: str) -> str:

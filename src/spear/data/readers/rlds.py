@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.readers.layout import Sources, Steps
+from spear.data.readers.layout import Sources, Steps, leaves
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
@@ -54,7 +54,8 @@ class RldsFolder:
         return spec
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
-        """The step arrays of each episode of a split, nested as in `features.json`: all images, always."""
+        """The step arrays of each episode of a split, nested as in `features.json`: all images, always. What
+        is said once for an episode is a column, too ("episode_metadata/file_path"), the same in all rows."""
         for name, first, end in split_ranges(self.lengths, split, self.path):
             before = 0
             for file, length in self.splits[name]:
@@ -72,9 +73,18 @@ class RldsFolder:
         if isinstance(record, SpearError):
             return record
         try:
-            return dict(unflatten(self.features, parse_example(record))["steps"])
+            episode = unflatten(self.features, parse_example(record))
+            steps = episode.pop("steps")
+            rows = len(next((values for _, values in leaves(steps)), ()))
+            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list)}
+            return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+
+
+def _in_rows(value: Any, rows: int) -> Any:
+    """A text or numbers of an episode as a column of so many rows."""
+    return [value] * rows if isinstance(value, bytes) else np.broadcast_to(value, (rows, *np.shape(value)))
 
 
 def _parts(version: str) -> list[int]:

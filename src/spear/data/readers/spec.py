@@ -96,7 +96,8 @@ class DatasetSpec:
                      in the base or the end-effector frame.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is in order, where later ones are not.
-    success          column whose last row says how the episode ended: 0 failed, below 0 not known.
+    success          column whose last row says how the episode ended: a number (0 failed, below 0 not known),
+                     or a path with a folder "success" or "failure"; neither: not known.
     action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
                      `action_mask` and `source` are columns of the same parts of an `Episode`.
     weight           share of the training mixture, %.

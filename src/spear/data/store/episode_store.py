@@ -105,15 +105,20 @@ class EpisodeStore:
     def demonstrations(self) -> "EpisodeStore":
         """Without the episodes that are known to have failed; a notice says how many. `whole` as before.
         Raises SpearError where none is left."""
-        success = [ended for shard in self._shards for ended in shard.words["success"].to_pylist()]
-        store = self.subset([i for i, number in enumerate(self._ids) if success[number] is not False])
+        failed = self.failed()
+        store = self.subset(np.flatnonzero(~failed).tolist())
         store.whole = self.whole
-        failed = f"{self.path}: {len(self) - len(store)} of {len(self)} episodes failed"
-        if not len(store):
-            raise SpearError(f"{failed}: nothing to learn from: give others")
-        if len(store) < len(self):
-            notice(f"{failed}: they are left out")
+        words = f"{self.path}: {failed.sum()} of {len(self)} episodes failed"
+        if failed.all():
+            raise SpearError(f"{words}: nothing to learn from: give others")
+        if failed.any():
+            notice(f"{words}: they are left out")
         return store
+
+    def failed(self) -> Array:
+        """[E] bool: which episodes are known to have failed."""
+        success = [ended for shard in self._shards for ended in shard.words["success"].to_pylist()]
+        return np.array([ended is False for ended in success])[self._ids]
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -29,7 +29,7 @@ from spear.data.readers.splits import split_ranges
 from spear.data.senses import MOVES
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
@@ -98,8 +98,11 @@ def prepare(
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         _check_good(good, skipped, path, split)
-        _notice_gripper(EpisodeStore(folder), path)
-        save_sketches(folder)
+        _notice_gripper(store := EpisodeStore(folder), path)
+        if store.failed().all():
+            notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
+        else:
+            save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
         shutil.copyfile(work / REQUEST, folder / REQUEST)
         folder.replace(out)
@@ -227,19 +230,19 @@ def folder_in(work: Path, path: Path, split: str) -> Path:
 
 
 def open_store(
-    path: str | Path, work_dir: str | Path, split: str = "train", wait: bool = False
+    path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
     """The episodes of a split of a folder in any format, as training reads them, and why some were skipped.
 
     A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
-    `work_dir` whose name depends on path and split; with `wait` by another process, for which this one waits.
+    `work_dir` whose name depends on path and split; of several processes by the first, and the others wait.
     """
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
     target = folder_in(Path(work_dir), Path(path), split)
-    while wait and not target.is_dir():
-        time.sleep(0.5)
-    reasons: list[str] = []
-    if not wait:
+    if is_first_process():
         _, reasons = prepare(path, target, split)
-    return EpisodeStore(target), reasons
+        return EpisodeStore(target), reasons
+    while not target.is_dir():
+        time.sleep(0.5)
+    return EpisodeStore(target), []
