@@ -227,10 +227,12 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
         assert episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success is success
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
         episode_from({**raw, "reward": np.append(np.zeros(9), np.nan)}, own, source)
-    own = dataclasses.replace(spec, success=REGISTRY["droid"].success)
+    where = "episode_metadata/file_path"
+    assert where == REGISTRY["droid"].success
+    own = dataclasses.replace(spec, success=where)
     for folder, success in (("failure", False), ("success", True), ("unsuccessful", None)):
-        metadata = {"file_path": [f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5".encode()] * 10}
-        assert episode_from({**raw, "episode_metadata": metadata}, own, source).success is success
+        paths = [f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5".encode()] * 10
+        assert episode_from({**raw, where: paths}, own, source).success is success
     own = dataclasses.replace(spec, action="mine", action_mask="reward")
     steps = {**raw, "mine": np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))}
     with pytest.raises(SpearError, match=rf"{source} step 9: reward"):
