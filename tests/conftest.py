@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from spear.cli import main
+
 settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("spear")
 torch.set_num_threads(1)
@@ -24,9 +26,20 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def done(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must succeed; returns what it printed."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(argv) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command that must fail with one line, which it returns."""
-    from spear.cli import main
 
     def run(*argv: str) -> str:
         capsys.readouterr()

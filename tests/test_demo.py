@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tiny import make
+from refusals import Command
 from spear import cli, demo
 from spear.cli import main
 from spear.data.store.lerobot_write import write_lerobot
@@ -65,17 +65,16 @@ def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
 
 
 def test_the_page_without_real_data_says_how_to_get_some(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Command
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--out", "page"]) == 0
+    assert str(tmp_path / "page/index.html") in done("demo", "--out", "page")
     html = (tmp_path / "page/index.html").read_text()
-    assert str(tmp_path / "page/index.html") in capsys.readouterr().out
     assert "make demo DATA=" in html and html.count("<video") == 1 and html.count("<section>") == 4
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
-def test_bad_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+def test_bad_episodes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
     data, out = tmp_path / "mine", tmp_path / "page"
     write_lerobot([make(0), make(1)], data)

@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_here import SPEAR, started
 from spear import cli
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import observations
@@ -33,7 +32,6 @@ def joined(page: Path) -> str:
 
 
 def options(name: str) -> set[str]:
-    """The options of a command, as they are written."""
     known = cli.options_of(cli.load(name))
     return {"--help", *(option_names(known) if known else ())}
 
@@ -117,16 +115,11 @@ def test_the_python_of_the_readme_runs() -> None:
 @contextmanager
 def served(*words: str) -> Iterator[str]:
     """The address of `spear serve`, run as a user runs it."""
-    code = "import sys; from spear.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "serve", *words, "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
+    with started(SPEAR, "serve", *words, "--port", "0") as server:
         said = server.stdout.readline()
         found = re.search(r"ws://\S+", said)
         assert found, said
         yield found[0]
-    finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
 

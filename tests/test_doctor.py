@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+from refusals import Command
 from spear import doctor
 from spear.cli import main
 from spear.models.presets import preset
 
 
-def test_everything_agrees_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> None:
     page = tmp_path / "doctor.html"
-    assert main(["doctor", "--device", "cpu", "--out", str(page)]) == 0
-    said = capsys.readouterr().out
-    for dtype in ("float32", "bfloat16"):
-        for way in ("plain network", "fast"):
-            assert f"| {way} | {dtype} |" in said
-            assert f"| {way} | {dtype} |" in page.read_text()
+    said = done("doctor", "--device", "cpu", "--out", str(page))
+    for row in (
+        f"| {way} | {dtype} |" for way in ("plain network", "fast") for dtype in ("float32", "bfloat16")
+    ):
+        assert row in said and row in page.read_text()
 
 
 def test_a_way_that_differs_or_raises_is_named(

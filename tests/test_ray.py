@@ -12,6 +12,7 @@ import pytest
 
 from data_tiny import make
 from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, listing, photos
+from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.labels.engine import Graph, run_ray
@@ -45,8 +46,7 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     label_folder(listing(source), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
     broken = partial(run_ray, Graph((no_key, BoxSegmenter, SlopePointMap)), WORK)
-    with pytest.raises(SpearError, match="set ONE"):
-        label_folder(listing(source), tmp_path / "none", broken, {}, WORK)
+    refuses("set ONE", label_folder, listing(source), tmp_path / "none", broken, {}, WORK)
     assert not (tmp_path / "none").exists()
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
@@ -56,7 +56,6 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
 
 
 def no_key() -> Any:
-    """A component that cannot be made."""
     raise SpearError("no API key: set ONE")
 
 

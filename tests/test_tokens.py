@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spear.errors import SpearError
+from refusals import refuses
 from spear.tokens import BINS, TOKEN_FORMAT, CoordinateTokenizer, extend_tokenizer, init_new_embeddings
 
 
@@ -51,13 +51,10 @@ def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
     assert (tokenizer.encode(tokenizer.decode(np.arange(BINS))) == np.arange(BINS)).all()
 
 
-def test_representative_is_the_median_of_its_bin() -> None:
+def test_a_representative_is_the_median_of_its_bin_and_values_out_of_range_clamp() -> None:
     fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
     assert fitted.edges.tolist() == [0, 6.5, 40]
     assert fitted.representatives.tolist() == [1.5, 20]
-
-
-def test_values_out_of_range_clamp() -> None:
     fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
     assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, BINS - 1]
     assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]
@@ -65,17 +62,13 @@ def test_values_out_of_range_clamp() -> None:
 
 
 def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
-    with pytest.raises(SpearError, match="NaN"):
-        tokenizer.encode(np.array([0.1, math.nan]))
+    refuses("NaN", tokenizer.encode, np.array([0.1, math.nan]))
     for bad in (math.nan, math.inf):
-        with pytest.raises(SpearError, match="NaN or infinite"):
-            CoordinateTokenizer.fit([0.0, 1.0, bad])
+        refuses("NaN or infinite", CoordinateTokenizer.fit, [0.0, 1.0, bad])
     for few in ([], [2.0], [2.0, 2.0, 2.0]):
-        with pytest.raises(SpearError, match="at least 2"):
-            CoordinateTokenizer.fit(few)
+        refuses("at least 2", CoordinateTokenizer.fit, few)
     for ids in ([-1], [0, BINS]):
-        with pytest.raises(SpearError, match="1023"):
-            tokenizer.decode(ids)
+        refuses("1023", tokenizer.decode, ids)
 
 
 @given(
@@ -120,8 +113,7 @@ def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: P
 
 def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "coordinates.json"
-    with pytest.raises(SpearError, match=r"coordinates\.json"):
-        CoordinateTokenizer.load(path)
+    refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
     tokenizer.save(path)
     good = json.loads(path.read_text())
     bad = [
@@ -135,9 +127,7 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
     ]
     for text in bad:
         path.write_text(text)
-        with pytest.raises(SpearError) as caught:
-            CoordinateTokenizer.load(path)
-        assert "\n" not in str(caught.value)
+        refuses("", CoordinateTokenizer.load, path)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -168,8 +158,7 @@ def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
     assert again(text)["input_ids"] == ids
     scattered = word_tokenizer()
     scattered.add_tokens(["<3d0001>"])
-    with pytest.raises(SpearError, match="3D tokens"):
-        extend_tokenizer(scattered)
+    refuses("3D tokens", extend_tokenizer, scattered)
 
 
 def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
@@ -203,9 +192,8 @@ def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> 
     generator = torch.Generator().manual_seed(0)
     existing = torch.randn(500, 12, generator=generator, dtype=torch.float64)
     existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
-    tables = torch.stack(
-        [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
-    )  # [draws, rows, width]
+    # [draws, rows, width]
+    tables = torch.stack([init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)])
     pooled = tables[:, ::64].reshape(-1, 12)
     scale = existing.std(0)
     assert ((pooled.mean(0) - existing.mean(0)).abs() < 0.15 * scale).all()

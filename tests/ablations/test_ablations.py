@@ -55,13 +55,11 @@ def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = STA
 
 
 def flow_of(row: str) -> dict[str, Any]:
-    """How a row's policy flows: what its preset says, and what its recipe changes."""
     own = planned(row, seeds=1).chains[row, 0][-1].recipe.flow
     return {**PRESETS["nano"].flow, **own}
 
 
 def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
-    """One seed, one scene, one step of everything."""
     few: dict[str, Any] = {"seeds": 1, "scenes": 1, "budget": 1, "pretraining": 1e-9, "set": changes}
     return planned(*names, data=data, start=pretrained(), **few, **given)
 
@@ -271,7 +269,6 @@ def test_a_plan_knows_the_labels_before_there_are_episodes(data: Data, tmp_path:
 
 
 def die(words: str) -> None:
-    """Kill this process when the second training begins."""
     if "nano-vlm-2" in words:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -9,7 +9,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,11 +17,10 @@ import pytest
 import spear
 from data_tiny import make
 from labels_boxes import labelled
+from refusals import Command
 from spear.cli import COMMANDS, load, main, options_of
 from spear.data.store.episode_store import write_episodes
 from spear.labels.store import write_labels
-
-Refused = Callable[..., str]
 
 
 def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
@@ -111,10 +109,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
         ("evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle", "PutCarrotOnPlateInScene-v1"),
-        (
-            "evaluate simpler --policy oracle --films some",
-            "--films some: give failures or all or a whole num",
-        ),
+        ("evaluate simpler --policy oracle --films x", "--films x: give failures or all or a whole num"),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --budget 0", "--budget"),
@@ -135,7 +130,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    command: str, hint: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, hint: str, refused: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command.startswith("vla-eval"):
         pytest.importorskip("vla_eval")
@@ -146,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate.closed"))]:
         monkeypatch.delitem(sys.modules, name)
@@ -162,7 +157,7 @@ def test_interrupted_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_full_disk_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the error does not name the file, and where it is not Python's own."""
     weights = type("SafetensorError", (Exception,), {})
     for error in (

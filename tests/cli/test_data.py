@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_tiny import make
-from spear.cli import main
+from refusals import Command
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.labels.sources import items
@@ -21,20 +20,17 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_and_back_again(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
     """A store, exported, inspected, prepared and listed for labelling."""
     out = tmp_path / "set"
-    assert main(["data", "export", str(store), "--out", str(out), "--split", "train[:2]"]) == 0
-    assert "2 episodes in" in capsys.readouterr().out
+    assert "2 episodes in" in done("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
     assert [e.source for e in read_episodes(out)] == ["made#0", "made#1"]
-    assert main(["data", "export", str(store), "--out", str(out)]) == 2
-    assert "not empty" in capsys.readouterr().err
-    assert main(["data", "inspect", str(out)]) == 0
-    text = capsys.readouterr().out
+    assert "not empty" in refused("data", "export", str(store), "--out", str(out))
+    text = done("data", "inspect", str(out))
     assert "a LeRobot dataset, v3.0" in text and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
     assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
     assert "layout        described by" in text and "1 × push the block 0" in text
-    assert main(["data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0"]) == 0
+    done("data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0")
     assert len(EpisodeStore(tmp_path / "again")) == 2
     listed = list(items([str(out)], per_episode=2))
     assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
@@ -42,23 +38,20 @@ def test_there_and_back_again(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert content == [make(1, 9).images["external"][0]]
 
 
-def test_each_dataset_has_its_own_cameras(store: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_each_dataset_keeps_its_cameras(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
     write_episodes([make(3, images={"wrist": make(3).images["external"]})], tmp_path / "other")
     prepare = ["data", "prepare", str(store), str(tmp_path / "other"), "--workers", "0", "--out"]
     assert "'wrist'" in refused(*prepare, str(tmp_path / "out"), "--size", "wrsit=16x16")
-    assert main([*prepare, str(tmp_path / "out"), "--size", "32x32", "wrist=16x16"]) == 0
+    done(*prepare, str(tmp_path / "out"), "--size", "32x32", "wrist=16x16")
     for name, camera in (("store", "external"), ("other", "wrist")):
         assert EpisodeStore(tmp_path / "out" / name).cameras == [camera]
 
 
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
-def test_a_dataset_without_a_layout_is_shown_as_it_is(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str
-) -> None:
+def test_data_without_a_layout_are_shown(shared: Path, tmp_path: Path, done: Command, version: str) -> None:
     """Before anybody has written a spear.json: what is needed to write it."""
     page = tmp_path / "look.html"
-    assert main(["data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page)]) == 0
-    said = capsys.readouterr().out
+    said = done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
     low, high = (
         next(line for line in said.splitlines() if line.split()[:2] == words)
         for words in (["from", "0.2059"], ["to", "0.3301"])
@@ -73,7 +66,7 @@ def test_a_dataset_without_a_layout_is_shown_as_it_is(
     assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
 
 
-def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "out")]
@@ -88,26 +81,22 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, capsys: pytest.Capt
         (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),
         (["data", "prepare", str(data), *out, "--rate", "nan"], "--rate nan"),
     ):
-        assert main(arguments) == 2, arguments
-        said = capsys.readouterr().err
-        assert message in said.splitlines()[-1], said
+        assert message in refused(*arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
     exported, layout = tmp_path / "set", tmp_path / "layout.json"
-    assert main(["data", "export", str(store), "--out", str(exported)]) == 0
-    capsys.readouterr()
+    done("data", "export", str(store), "--out", str(exported))
     out = ["--out", str(tmp_path / "out")]
     commands = (["audit"], ["export", *out], ["inspect"], ["prepare", *out])
     for folder in (exported, store):
         for name, *rest in commands:
-            assert main(["data", name, str(folder), *rest, "--layout", str(layout)]) == 2
-            assert f"--layout {layout}: no such file" in capsys.readouterr().err
+            said = refused("data", name, str(folder), *rest, "--layout", str(layout))
+            assert f"--layout {layout}: no such file" in said
     shutil.copy(exported / "spear.json", layout)
     for name, *rest in commands:
-        assert main(["data", name, str(store), *rest, "--layout", str(layout)]) == 2
-        assert "needs no layout" in capsys.readouterr().err
+        assert "needs no layout" in refused("data", name, str(store), *rest, "--layout", str(layout))
     assert not (tmp_path / "out").exists()
-    assert main(["data", "inspect", str(exported), "--layout", str(layout)]) == 2
-    assert main(["data", "inspect", str(exported), "--layout", str(layout), *out]) == 0
+    refused("data", "inspect", str(exported), "--layout", str(layout))
+    done("data", "inspect", str(exported), "--layout", str(layout), *out)

@@ -11,6 +11,7 @@ import pytest
 
 from labels_scenes import random_frame
 from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
+from refusals import Command
 from rgbd_folders import write_scannet
 from spear.cli import main
 from spear.doctor import Machine
@@ -31,7 +32,9 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[-1]
 
 
-def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scenes_are_labelled_asked_and_shown(
+    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("mujoco")
     pytest.importorskip("rerun")
     out = tmp_path / "labels"
@@ -45,16 +48,15 @@ def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, capsys: pytest.Capt
     assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
     run = json.loads((out / "run.json").read_text())
     assert run["inputs"] == ["sim:3-4"] and run["pointmap"] == "ground-truth"
-    assert main(["label", "sim:3-4", *options]) == 0
-    assert "2 labelled images" in capsys.readouterr().out
+    assert "2 labelled images" in done("label", "sim:3-4", *options)
     assert "inputs" in fails(capsys, "label", "sim:3-5", *options)
     rrd = tmp_path / "x.rrd"
-    assert main(["label", "show", str(out), "--rerun", str(rrd)]) == 0
+    done("label", "show", str(out), "--rerun", str(rrd))
     assert rrd.stat().st_size > 500_000  # the clouds are in it
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "key"),
     [
         ("photos --pointmap ground-truth", "rgbd:FOLDER"),
         ("photos --detector file:bad.json", "bad.json"),
@@ -74,33 +76,28 @@ def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, capsys: pytest.Capt
     ],
 )
 def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
-    given: str,
-    named: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    given: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for key in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        monkeypatch.delenv(key, raising=False)
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
     there = set(tmp_path.iterdir())
-    assert named in fails(capsys, "label", *given.split(), "--workers", "0")
+    assert key in fails(capsys, "label", *given.split(), "--workers", "0")
     assert set(tmp_path.iterdir()) == there
 
 
 def test_a_plan_says_what_labelling_costs_and_gets_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
     monkeypatch.setattr("spear.doctor.machine", lambda *_: Machine(1e10, 1e11))  # measured in its own tests
     batch = ["--batch-size", "2", "--out", str(out), "--plan"]
     parts = ["--segmenter", "sam2=somebody/else", "--pointmap", "moge"]
-    assert main(["label", str(folder), *parts, *batch]) == 0
-    said = capsys.readouterr().out
+    said = done("label", str(folder), *parts, *batch)
     assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
     assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
     need = needs.needs("moge", 2, 840, 8)
@@ -124,21 +121,20 @@ def test_the_bill_comes_however_the_work_ends(
     boxes = tmp_path / "boxes.json"
     boxes.write_text('{"images": [], "annotations": [], "categories": []}')
     for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
-        monkeypatch.setitem(
-            components.KINDS["detector"], "gemini", partial(lambda u, *_: Paid(unreached=(u,)), unreached)
-        )
+        paid = partial(lambda u, *_: Paid(unreached=(u,)), unreached)
+        monkeypatch.setitem(components.KINDS["detector"], "gemini", paid)
         words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
         assert main(["label", str(folder), *words]) == status
         assert "3 requests" in capsys.readouterr().out
 
 
-def test_a_broken_frame_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
     frames = [random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)]
     folder, out = write_scannet(tmp_path / "scan", frames), tmp_path / "labels"
     depth = folder / "depth" / "0.png"
     depth.write_bytes(depth.read_bytes()[:100])
-    assert main(["label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *TRUTH]) == 0
-    assert "2 labelled images" in capsys.readouterr().out
+    said = done("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *TRUTH)
+    assert "2 labelled images" in said
     (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert aside["source"] == str(folder / "color" / "0.png")
     assert [label.source for label in read(out)] == [str(folder / f"color/{i}.png") for i in (1, 2)]

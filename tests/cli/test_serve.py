@@ -1,7 +1,6 @@
 """A served policy does as it does here."""
 
 import socket
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refusals import Command
 from serve_here import Homing, serving
 from spear.embodiments import load as robot_of
 from spear.embodiments.generic import EMBODIMENT as GENERIC
@@ -23,9 +23,7 @@ from spear.serve.client import RemotePolicy
 from spear.serve.service import Service
 
 
-def test_what_is_cheap_is_checked_before_the_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
+def test_cheap_checks_come_before_loading_a_model(monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
     monkeypatch.setattr(Spear1Policy, "load", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

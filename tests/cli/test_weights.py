@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from published_checkpoints import (
     publish_paligemma,
     publish_pi0,
 )
+from refusals import Command
 from spear.cli import main
 from spear.models.processing import Processor
 from spear.models.spear1 import load_inner_vlm
@@ -28,7 +29,6 @@ from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
 BACKBONES = ("convert", "backbones")
-Refused = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +42,7 @@ def coordinates(path: Path, bins: int = TINY14.bins) -> str:
     return str(path)
 
 
-def test_from_backbones_to_a_policy_and_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_backbones_to_a_policy(tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "model.pt")
     expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
@@ -57,12 +55,10 @@ def test_from_backbones_to_a_policy_and_back(
         ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *size),
     ]
     for argv in made:
-        assert main([*argv, "--dry-run"]) == 0
-        said = capsys.readouterr().out
+        said = done(*argv, "--dry-run")
         assert "nothing written" in said and "SPEAR-VLM" in said
         assert not Path(argv[argv.index("--out") + 1]).exists()
-        assert main(argv) == 0
-        assert capsys.readouterr().out.startswith(said.partition("nothing written")[0])
+        assert done(*argv).startswith(said.partition("nothing written")[0])
     first, last = (load_inner_vlm(path).state_dict() for path in (vlm, policy))
     assert all(torch.equal(last[name], weight) for name, weight in first.items())
     assert len(list(policy.glob("*.safetensors"))) > 1
@@ -74,7 +70,7 @@ def test_from_backbones_to_a_policy_and_back(
 
 
 def test_what_does_not_fit_is_one_line(
-    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, done: Command, refused: Command, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
     size = ("--preset", "tiny14", "--dry-run")
@@ -90,19 +86,17 @@ def test_what_does_not_fit_is_one_line(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
     monkeypatch.undo()
     know_tiny(monkeypatch)
-    assert main([*BACKBONES, bare, "none", "--out", str(tmp_path / "out"), "--preset", "tiny14"]) == 0
-    assert "without a processor" in capsys.readouterr().out
+    into = ("--out", str(tmp_path / "out"), "--preset", "tiny14")
+    assert "without a processor" in done(*BACKBONES, bare, "none", *into)
     for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare)):
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
         assert "is there already" in said.err and not said.out
 
 
-def test_what_published_files_must_hold(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "expected", "list"]) == 0
-    said = capsys.readouterr().out
+def test_what_published_files_must_hold(done: Command, refused: Command) -> None:
+    said = done("convert", "expected", "list")
     assert len(said.splitlines()) == len(PUBLISHED) and PUBLISHED["moge"].revision in said
-    assert main(["convert", "expected", "moge"]) == 0
-    said = capsys.readouterr().out
+    said = done("convert", "expected", "moge")
     assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in said and "420 tensors" in said
     assert "'pi0'" in refused("convert", "expected", "pi00")

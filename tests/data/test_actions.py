@@ -15,7 +15,6 @@ from spear.types import Episode
 
 
 def smooth_episode(seed: int, steps: int, rate_hz: float = 5.0) -> Episode:
-    """A wandering arm, its images numbered."""
     rng = np.random.default_rng(seed)
     turns = Rotation.random(1, rng) * Rotation.from_rotvec(np.cumsum(rng.normal(0, 0.3, (steps, 3)), axis=0))
     position, gripper = np.cumsum(rng.normal(0, 0.02, (steps, 3)), axis=0), rng.uniform(size=steps)
@@ -46,9 +45,8 @@ def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
     before = Rotation.from_euler("z", 90, degrees=True)
     after = Rotation.from_euler("y", 10, degrees=True) * before
     rotation = np.stack([r.as_quat(scalar_first=True) for r in (before, after)])
-    episode = dataclasses.replace(
-        smooth_episode(0, 2), position=np.array([[0.1, 0, 0], [0.15, 0, 0]]), rotation=rotation
-    )
+    position = np.array([[0.1, 0, 0], [0.15, 0, 0]])
+    episode = dataclasses.replace(smooth_episode(0, 2), position=position, rotation=rotation)
     actions, _ = episode_actions(check_episode(episode))
     np.testing.assert_allclose(actions[0, :3], [0.05, 0, 0], atol=1e-6)
     expected = Rotation.from_euler("x", 10, degrees=True).as_quat(scalar_first=True)

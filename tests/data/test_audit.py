@@ -10,6 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import make
+from refusals import Command, refuses
 from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.audit import Report, audit, claims, judge, make_recording
@@ -150,13 +151,11 @@ def test_what_cannot_be_told_is_said() -> None:
     frame = next(f for f in judge(flat, RIGHT).parts[0].findings if f.question == "frame")
     assert frame.verdict == "cannot tell" and set(frame.tied) == {"base", "ee"}
     short = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings()]
-    with pytest.raises(SpearError, match="no episode has five known steps"):
-        judge(short, RIGHT)
+    refuses("no episode has five known steps", judge, short, RIGHT)
 
 
 @pytest.fixture
 def canonical(tmp_path: Path) -> Path:
-    """A store of episodes with right actions."""
     episodes = []
     for number, (position, rotation) in enumerate(motions(3)):
         turn = rotation.as_quat(scalar_first=True)
@@ -170,17 +169,18 @@ def canonical(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
+    canonical: Path, tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
     page = tmp_path / "audit.html"
-    assert main(["data", "audit", str(canonical), "--out", str(page)]) == 0
-    shown = capsys.readouterr().out
+    shown = done("data", "audit", str(canonical), "--out", str(page))
     assert shown.splitlines()[-1].startswith("consistent: ") and "WRONG" not in shown
     assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
     assert "http" not in page.read_text()
 
     exported = tmp_path / "exported"
-    assert main(["data", "export", str(canonical), "--out", str(exported)]) == 0
+    done("data", "export", str(canonical), "--out", str(exported))
     claim = json.loads((exported / "spear.json").read_text())
     column = claim.pop("action")
     lost = ("action", "action_mask", "success", "source")
@@ -192,7 +192,6 @@ def test_the_command(canonical: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "logged_frame": "base",
     }
     (exported / "spear.json").write_text(json.dumps(claim))
-    capsys.readouterr()
     assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].startswith("contradiction: ")
@@ -268,8 +267,7 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
     folder = str(shared / "data" / "bridge_v2_sample")
     assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
-    with pytest.raises(SpearError, match=r"gripper_range is \[0, 0\.08\]; .* to 1"):
-        bridge(shared, tmp_path, gripper_range=[0, 0.08])
+    refuses(r"gripper_range is \[0, 0\.08\]; .* to 1", bridge, shared, tmp_path, gripper_range=[0, 0.08])
 
 
 @pytest.mark.parametrize(

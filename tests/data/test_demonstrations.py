@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tiny import assert_same
+from refusals import refuses
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.errors import SpearError
@@ -65,8 +66,7 @@ def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) 
 )
 def test_a_folder_with_others_stays(whole: Path, changed: dict[str, object], words: str) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in whole.iterdir())
-    with pytest.raises(SpearError, match=words):
-        record(whole, **changed)  # type: ignore[arg-type]
+    refuses(words, record, whole, **changed)
     assert sorted((path, path.stat().st_mtime_ns) for path in whole.iterdir()) == before
 
 
@@ -88,6 +88,5 @@ def test_a_recording_with_a_policy_continues_with_the_same_weights_only(tmp_path
     out = tmp_path / "out"
     kept, _ = record(out, 1, policy=partial(still, tmp_path / "one"))
     assert kept and record(out, 1, policy=partial(still, tmp_path / "moved")) == (kept, 2)
-    with pytest.raises(SpearError, match="policy"):
-        record(out, 2, policy=partial(still, tmp_path / "other"))
+    refuses("policy", record, out, 2, policy=partial(still, tmp_path / "other"))
     assert len(EpisodeStore(out)) == kept

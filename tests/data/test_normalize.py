@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from data_tiny import make
+from refusals import refuses
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.stats import QuantileSketch
-from spear.errors import SpearError
 from spear.train.tasks import robot_inputs
-from spear.types import Action, Episode
+from spear.types import Action
 
 
 def make_store(folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500) -> EpisodeStore:
@@ -28,12 +29,9 @@ def make_store(folder: Path, seed: int, spread: tuple[float, float, float], step
     action[:, 3] = 1
     valid = np.arange(steps) % 2 == 0
     action[~valid, :3] = 1000
-    still = np.tile([0, 1, 0, 0], (steps, 1))
     position = rng.uniform(0, 1, (steps, 3)) * spread
-    episode = Episode(
-        {"external": [b"x"] * steps}, position, still, np.ones(steps), "wave", 5.0, str(seed), action, valid
-    )
-    write_episodes([episode], folder)
+    parts = {"images": {"external": [b"x"] * steps}, "position": position, "gripper": np.ones(steps)}
+    write_episodes([make(seed, steps, action=action, action_mask=valid, **parts)], folder)
     return EpisodeStore(folder)
 
 
@@ -97,14 +95,11 @@ def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
     for name, store in (("small", small), ("large", large)):
         assert both.of(name) == Normalizer.fit([(store, 5.0)])
     np.testing.assert_allclose(both.of("small").translation_scale, 0.0098, rtol=0.05)
-    with pytest.raises(SpearError, match="say which one"):
-        both.of(None)
-    with pytest.raises(SpearError, match="did you mean 'small'"):
-        both.of("smal")
+    refuses("say which one", both.of, None)
+    refuses("did you mean 'small'", both.of, "smal")
     whole = Normalizer.fit([(small, 1.0), (large, 1.0)])
     assert dataclasses.replace(both, datasets={}) == whole and whole.of(None) is whole
-    with pytest.raises(SpearError, match="same name"):
-        Normalizer.fit_each([("a", small, 1.0), ("a", large, 1.0)])
+    refuses("same name", Normalizer.fit_each, [("a", small, 1.0), ("a", large, 1.0)])
 
 
 def test_training_rows_are_normalised_by_their_own_dataset() -> None:
@@ -135,7 +130,7 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
 
 
-def test_inverse() -> None:
+def test_what_is_normalised_comes_back() -> None:
     rng = np.random.default_rng(0)
     for offset, scale in zip(rng.uniform(-2, 2, (20, 3)), rng.uniform(1e-3, 2, (20, 3)), strict=True):
         normalizer = Normalizer("quantile", tuple(offset), tuple(scale), (0.0,) * 3, (1.0,) * 3, 1)
@@ -164,29 +159,22 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
 
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "normalizer.json"
-    with pytest.raises(SpearError, match="cannot read normalisation statistics"):
-        Normalizer.load(path)
+    refuses("cannot read normalisation statistics", Normalizer.load, path)
     for text in ("{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"):
         path.write_text(text)
-        with pytest.raises(SpearError, match=r"normalizer\.json"):
-            Normalizer.load(path)
+        refuses(r"normalizer\.json", Normalizer.load, path)
     store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
-    with pytest.raises(SpearError, match="did you mean 'quantile'"):
-        Normalizer.fit([(store, 1.0)], "quantiles")  # type: ignore[arg-type]
+    refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
     masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
     write_episodes([masked], tmp_path / "b")
-    with pytest.raises(SpearError, match="nothing to fit"):
-        Normalizer.fit([(EpisodeStore(tmp_path / "b"), 1.0)])
-
-
-PROBES = np.linspace(0, 1, 41)
+    refuses("nothing to fit", Normalizer.fit, [(EpisodeStore(tmp_path / "b"), 1.0)])
 
 
 def worst_rank(sketch: QuantileSketch, values: np.ndarray) -> float:
     """By how much the rank of any value is off: the share at or below it, of the sketch and of the values."""
     kept, weights = sketch.weighted()
     order = np.argsort(kept)
-    at = np.quantile(values, PROBES, method="inverted_cdf")
+    at = np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
     below = np.concatenate([[0], np.cumsum(weights[order])])
     ranks = below[np.searchsorted(kept[order], at, side="right")] / sketch.count
     truth = np.searchsorted(np.sort(values), at, side="right") / len(values)

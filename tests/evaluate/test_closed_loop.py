@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from spear.errors import SpearError
+from refusals import refuses
 from spear.evaluate import film as video
 from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
@@ -18,7 +18,6 @@ from spear.evaluate.results import Outcome, Results
 from spear.types import Array
 
 SMALL = {"external": (48, 32), "wrist": (24, 24)}
-IDLE = IdleAgent()
 
 
 def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
@@ -117,7 +116,7 @@ def test_latency_costs_steps() -> None:
     soon, late = (run(Planner(), 2, latency_ms=ms) for ms in (0.0, 200.0))
     assert sum(o.steps for o in late.outcomes) > 1.5 * sum(o.steps for o in soon.outcomes)
     assert late.settings["latency_ms"] == 200 and late.settings["execution"] == "sync"
-    assert run(IDLE, 1, execution="async").outcomes[0].steps == 60
+    assert run(IdleAgent(), 1, execution="async").outcomes[0].steps == 60
 
 
 def test_rtc_is_for_policies_that_have_learned_it() -> None:
@@ -136,5 +135,4 @@ def test_rtc_is_for_policies_that_have_learned_it() -> None:
     late = run(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
     assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
     assert len(policy.told) == late.outcomes[0].steps / 2
-    with pytest.raises(SpearError, match="--execution rtc"):
-        run(ExpertAgent(), 1, execution="rtc")
+    refuses("--execution rtc", run, ExpertAgent(), 1, execution="rtc")

@@ -1,11 +1,12 @@
 """Components by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.components import component
 from spear.labels.options import LabelOptions
 
@@ -32,6 +33,4 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
     ],
 )
 def test_what_makes_no_sense_is_named(kind: str, description: str, hint: str) -> None:
-    with pytest.raises(SpearError) as stop:
-        component(kind, description, LabelOptions())
-    assert hint in str(stop.value) and "\n" not in str(stop.value)
+    refuses(re.escape(hint), component, kind, description, LabelOptions())

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from labels_stand_ins import engine, listing, photos
+from refusals import refuses
 from spear.errors import SpearError
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.run import Progress, label_folder, prepare
@@ -126,8 +127,7 @@ def test_annotations_that_have_changed_since_are_found_out(source: Path, tmp_pat
     boxes.write_text("{}")
     assert labelled().done == labelled().before == 21
     boxes.write_text("[]")
-    with pytest.raises(SpearError, match="annotations"):
-        labelled()
+    refuses("annotations", labelled)
 
 
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
@@ -162,7 +162,6 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
         while not (out / "run.json").is_file():
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
-        assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -178,7 +177,6 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_labels_in_a_process, args=(str(source), str(tmp_path / "out"), 2))
     process.start()
-    assert process.pid is not None
     while len(group := _group(process.pid)) < 4:  # itself, the server that forks workers, two workers
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
@@ -190,7 +188,6 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
 
 
 def _group(leader: int) -> list[int]:
-    """Processes of a process group that are alive."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -203,12 +200,8 @@ def _group(leader: int) -> list[int]:
 
 
 def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, shard: int = 8) -> str:
-    """The one line with which a run is refused."""
     work = WorkOptions(shard_size=shard, batch_size=3)
-    with pytest.raises(SpearError) as stop:
-        label_folder(listing(source), out, engine(), settings or SETTINGS, work)
-    assert "\n" not in str(stop.value)
-    return str(stop.value)
+    return refuses("", label_folder, listing(source), out, engine(), settings or SETTINGS, work)
 
 
 def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
@@ -256,11 +249,9 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
         yield
 
     source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
-    with pytest.raises(SpearError, match="no image to label"):
-        label_folder(lambda: iter(()), out, engine(), SETTINGS, WorkOptions())
+    refuses("no image to label", label_folder, lambda: iter(()), out, engine(), SETTINGS, WorkOptions())
     assert not out.exists()
-    with pytest.raises(SpearError, match="no API key"):
-        label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
+    refuses("no API key", label_folder, listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
     settings = {"detector": "other"}
     label_folder(listing(source), out, engine(), settings, WorkOptions())
     assert json.loads((out / "run.json").read_text())["detector"] == "other"

@@ -1,8 +1,7 @@
 """What becomes a CUDA graph does the same work whatever is in its tensors.
 
 No look at values, no allocation whose size depends on them, no copy from or to another device, no random
-numbers. On the `meta` device tensors have no values, so that nothing can depend on them; on the CPU two runs
-with other values make the same operations, shapes, types and strides.
+numbers. On the `meta` device tensors have no values, so that nothing can depend on them.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models_tiny import START, TINY, spear1
+from models_tiny import START
 from spear.flow import FlowConfig, sample_noise
 from spear.models import decode, sampling
 from spear.models.fast import stack
@@ -34,6 +33,7 @@ def shallow(size: Preset) -> Preset:
 
 
 SIZES = {name: shallow(PRESETS[name]) for name in ("nano", "spear1")}
+SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +43,11 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operations with what they make, and those that a graph cannot hold."""
+    """Counts the operations, and notes those that a graph cannot hold."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.device, self.trace, self.wrong = device, list[Any](), list[str]()
+        self.device, self.count, self.wrong = device, 0, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func), kwargs or {}
@@ -61,8 +61,7 @@ class Watch(TorchDispatchMode):
         # A number on the CPU becomes a constant, unless it is copied.
         if any(t.device.type != self.device and (t.dim() or "copy" in name) for t in tensors):
             self.wrong.append(name)
-        shown = [(t.shape, t.dtype, t.stride()) for t in tree_leaves(made) if isinstance(t, Tensor)]
-        self.trace.append((name, shown))
+        self.count += 1
         return made
 
 
@@ -86,19 +85,9 @@ def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
     assert watch.wrong
 
 
-def test_work_that_depends_on_values_is_seen() -> None:
-    for bad in ("branches", "grows"):
-        traces = []
-        for x in (torch.ones(4), torch.tensor([-9.0, 1, 1, 1])):
-            with Watch("cpu") as watch:
-                BAD[bad](x)
-            traces.append(watch.trace)
-        assert traces[0] != traces[1], bad
-
-
-def observation(size: Preset, batch: int, device: str, full: bool, seed: int = 0) -> dict[str, Tensor]:
-    """Arguments of `sampling.sample`; full: with padding, missing views and committed actions."""
-    draw = torch.Generator().manual_seed(seed)
+def observation(size: Preset, batch: int, full: bool) -> dict[str, Tensor]:
+    """Arguments of `sampling.sample`, on meta; full: with padding, missing views and committed actions."""
+    draw = torch.Generator().manual_seed(0)
     given = {
         f"pixels/{view}": torch.randint(0, 256, (batch, 3, high, wide), generator=draw, dtype=torch.uint8)
         for view, (wide, high) in size.image_sizes.items()
@@ -107,17 +96,17 @@ def observation(size: Preset, batch: int, device: str, full: bool, seed: int = 0
     given["state"] = torch.randn(batch, STATE_FEATURES, generator=draw)
     given["noise"] = sample_noise((batch, size.horizon), FlowConfig(**size.flow), draw).to_vector()
     if full:
-        given["attention_mask"] = (torch.arange(6) < 5 - torch.arange(batch)[:, None] % 2 - seed).long()
-        given["present/wrist"] = torch.arange(batch) % 2 == seed
+        given["attention_mask"] = (torch.arange(6) < 5 - torch.arange(batch)[:, None] % 2).long()
+        given["present/wrist"] = torch.arange(batch) % 2 == 0
         given["committed"] = given["noise"].flip(0)
-        given["held"] = torch.arange(size.horizon).expand(batch, -1) < 1 + seed
-    return {name: tensor.to(device) for name, tensor in given.items()}
+        given["held"] = torch.arange(size.horizon).expand(batch, -1) < 1
+    return {name: tensor.to("meta") for name, tensor in given.items()}
 
 
 def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
     sampler = sampling.SAMPLER(model, True)
     sampler.moments(3)  # made before a graph is recorded
-    with torch.no_grad(), Watch(inputs["noise"].device.type) as watch:
+    with torch.no_grad(), Watch("meta") as watch:
         if way == "plain":
             sampling.plain(model, inputs, 3)
         else:
@@ -127,7 +116,7 @@ def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
 
 @pytest.fixture(scope="module", params=SIZES)
 def empty(request: pytest.FixtureRequest) -> tuple[Preset, Any]:
-    """A policy on the meta device: the presets with most and with fewest parts of their own."""
+    """A policy on the meta device: with most and with fewest parts of its own, and with linear rotations."""
     with torch.device("meta"):
         return SIZES[request.param], Spear1ForActionPrediction(spear1_config(SIZES[request.param])).eval()
 
@@ -135,8 +124,8 @@ def empty(request: pytest.FixtureRequest) -> tuple[Preset, Any]:
 @pytest.mark.parametrize("way", ["plain", "fast"])
 def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) -> None:
     for batch, full in ((1, False), (3, True)):
-        watch = act(way, empty[1], observation(empty[0], batch, "meta", full))
-        assert len(watch.trace) > 100 and not watch.wrong
+        watch = act(way, empty[1], observation(empty[0], batch, full))
+        assert watch.count > 100 and not watch.wrong
 
 
 def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
@@ -144,23 +133,12 @@ def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
     layers = decode.STACK(model.vlm.language_model, True, False)
     rows: list[Any] = [[(size.vocabulary, size.vocabulary + size.bins)] * 3, [(5, 6), (3, 9)]]
     spans = decode._spans(rows, 8, model.config.vlm_config.text_config)
-    given = observation(size, 2, "meta", full=False)
+    given = observation(size, 2, full=False)
     inputs = {"bounds": torch.zeros(len(spans), 2, 2, dtype=torch.long, device="meta")}
     inputs |= {name: given[name] for name in ("pixels/external", "input_ids")}
     with torch.no_grad(), Watch("meta") as watch:
         decode._decode(model.vlm, layers, inputs, spans)
-    assert len(watch.trace) > 100 and not watch.wrong
-
-
-@pytest.mark.parametrize("way", ["plain", "fast"])
-@pytest.mark.parametrize("changes", [{}, {"flow": {"prediction": "clean"}}, {"flow": {"rotation": "linear"}}])
-def test_acting_does_the_same_whatever_it_is_given(way: str, changes: dict[str, Any]) -> None:
-    model = spear1(**changes)
-    first, second = (act(way, model, observation(TINY, 2, "cpu", True, seed)) for seed in (0, 1))
-    assert first.trace == second.trace
-    # On a CPU the fast way looks once whether there is padding at all (`prefill`); attention could drop out.
-    looks = [name for name in first.wrong if "attention" not in name]
-    assert looks == ["aten._local_scalar_dense.default"] * (way == "fast")
+    assert watch.count > 100 and not watch.wrong
 
 
 def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

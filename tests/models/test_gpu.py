@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from models_tiny import START, TINY, actions, pixels, spear1, text, vlm
+from models_tiny import START, TINY, actions, pixels, reference, spear1, text, vlm
 from spear import flow
 from spear.models.decode import STACK, greedy
 from spear.models.fast.stack import can_compile
@@ -27,18 +27,11 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
             noise = Action.from_vector(actions(batch, H).to_vector().cuda())
             masks, held = mask if padded else None, torch.arange(H, device="cuda").expand(batch, H) < 2
             begun = flow.Committed(actions(batch, H, seed=5).to("cuda"), held) if padded else None
-            given = (images, ids, masks, state, 4, noise)
-            found = model.sample_actions(*given, committed=begun).to_vector()
-            direct = model.sample_actions(*given, graphs=False, committed=begun).to_vector()
-            with torch.no_grad():
-                prefix = model.prefix(images, ids, masks)
-                plain = flow.integrate(
-                    lambda noisy, time: model.predict(prefix, state, noisy, time),  # noqa: B023
-                    noise,
-                    4,
-                    model.flow,
-                    begun,
-                ).to_vector()
+            given = {"pixel_values": images, "input_ids": ids, "attention_mask": masks, "state": state}
+            how = {"steps": 4, "noise": noise, "committed": begun}
+            found = model.sample_actions(**given, **how).to_vector()
+            direct = model.sample_actions(**given, **how, graphs=False).to_vector()
+            plain = reference(model, given, **how)
             for other in (direct, plain):
                 assert float((found - other).abs().max() / plain.abs().max()) < most
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from refusals import refuses
 from spear.errors import Notice, SpearError
 from spear.models import processing
 from spear.models.presets import preset
@@ -43,9 +44,8 @@ def test_padding_keeps_the_whole_image_and_is_said() -> None:
     assert fit_image(white, 100, 200) is white
     assert window((200, 100), (100, 100)) == (0, -50, 200, 200)
     assert fitting((560, 420), (280, 210)) is None and fitting((561, 420), (280, 210)) is None
-    assert fitting((256, 256), (280, 210)) == (
-        "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
-    )
+    said = "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
+    assert fitting((256, 256), (280, 210)) == said
     assert "above and below, 25%" in str(fitting((1280, 720), (280, 210)))
 
 
@@ -96,10 +96,8 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
     with pytest.raises(SpearError, match=r"'how far is it': .* 'relative', the 3D tokens in 'metre'"):
         processor.questions([Question("distance", "how far is it", [0.5], ["it"], "relative")])
     processor.questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
-    with pytest.raises(SpearError, match="empty instruction"):
-        processor.prompts(["put it there", " \n"])
-    with pytest.raises(SpearError, match="prompt too long: 'xyzw"):
-        processor.prompts(["xyzw" * 100])
+    refuses("empty instruction", processor.prompts, ["put it there", " \n"])
+    refuses("prompt too long: 'xyzw", processor.prompts, ["xyzw" * 100])
     with pytest.warns(Notice, match="xyzw"):  # in training, by contrast
         whole = processor.prompts(["go", "xyzw" * 100], cut=True)["input_ids"]
     assert whole.shape == (2, processor.prompt_tokens)
@@ -109,8 +107,7 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
 def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
     typed = processor.instructions(["put it there", "Put it there.", " PUT  it there !\n"])
     assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 3)["input_ids"])
-    with pytest.raises(SpearError, match="empty instruction"):
-        processor.instructions(["..."])
+    refuses("empty instruction", processor.instructions, ["..."])
 
 
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
@@ -127,8 +124,7 @@ def test_ever_new_texts_take_no_memory(processor: Processor, monkeypatch: pytest
     monkeypatch.setattr(processing, "TEXTS_KEPT", 8)
     for k in range(20):
         processor.prompts([f"put {k}"])
-        with pytest.raises(SpearError, match="too long"):
-            processor.prompts([f"{k} " * 100])
+        refuses("too long", processor.prompts, [f"{k} " * 100])
     assert len(processor._cache) <= 8 and all(len(text) < 20 for text in processor._cache)
 
 
@@ -140,8 +136,7 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     assert again.image_sizes == processor.image_sizes and list(again.image_sizes) == ["external", "wrist"]
     assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
     (tmp_path / "processor.json").write_text("{")
-    with pytest.raises(SpearError, match="broken processor"):
-        Processor.load(tmp_path)
+    refuses("broken processor", Processor.load, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (60, 120), (160, 90), (192, 128), (384, 256)])

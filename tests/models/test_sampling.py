@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import Gemma2Config
 
-from models_tiny import TEXT, TINY, actions, pixels, spear1, text
+from models_tiny import TEXT, TINY, actions, pixels, reference, spear1, text
+from parity import relative
 from spear import flow
 from spear.errors import Notice
 from spear.models import sampling
@@ -20,7 +21,6 @@ from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
-from spear.types import Action
 
 H = TINY.horizon
 GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -30,23 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "two key-value heads": {"text": GROUPED, "expert": {**GROUPED, "hidden_size": 16}},
     "no MoGe, linear": {"moge": None, "stem": "patch", "flow": {"rotation": "linear"}},
 }
-
-
-def reference(
-    model: Spear1ForActionPrediction,
-    given: dict[str, Any],
-    noise: Action,
-    steps: int,
-    committed: flow.Committed | None = None,
-) -> torch.Tensor:
-    """Step by step through the network that is trained, with nothing worked out before."""
-    state = given["state"]
-    inputs = {k: v for k, v in given.items() if k != "state"}
-    with torch.no_grad():
-        prefix = model.prefix(**inputs)
-        return flow.integrate(
-            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow, committed
-        ).to_vector()
 
 
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
@@ -63,10 +46,6 @@ def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0)
     return given
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
@@ -76,7 +55,7 @@ def test_actions_of_the_plain_network(shape: str, padded: bool, batch: int, view
     model, given, noise = spear1(**SHAPES[shape]), observation(batch, views, padded), actions(batch, H)
     for steps in (1, 4):
         found = model.sample_actions(**given, steps=steps, noise=noise).to_vector()
-        assert distance(found, reference(model, given, noise, steps)) < 1e-5
+        assert relative(found, reference(model, given, noise, steps)) < 1e-5
         assert not found.is_inference() and found.dtype == torch.float32
 
 
@@ -90,10 +69,10 @@ def test_committed_actions_come_back(shape: str, padded: bool) -> None:
     committed = flow.Committed(decided, held)
     found = model.sample_actions(**given, steps=4, noise=noise, committed=committed).to_vector()
     assert torch.equal(found[held], decided.to_vector()[held])
-    assert distance(found, reference(model, given, noise, 4, committed)) < 1e-5
+    assert relative(found, reference(model, given, noise, 4, committed)) < 1e-5
     # Where nothing is committed it is as without, whatever stands there; elsewhere the others notice.
-    assert distance(found[0], free[0]) < 1e-5
-    assert distance(found[1, 1:], free[1, 1:]) > 1e-3
+    assert relative(found[0], free[0]) < 1e-5
+    assert relative(found[1, 1:], free[1, 1:]) > 1e-3
 
 
 @pytest.mark.parametrize("broken", ["raises", "differs", "no number"])
@@ -114,7 +93,7 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         again = model.sample_actions(**given, steps=4, noise=noise).to_vector()
-    assert distance(first, true) < 1e-6 and torch.equal(first, again)
+    assert relative(first, true) < 1e-6 and torch.equal(first, again)
 
 
 def test_three_views_of_one_size_and_bfloat16() -> None:
@@ -128,13 +107,13 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     exact = model.sample_actions(**given, noise=noise).to_vector()
     assert len(calls) == 1
-    assert distance(exact, reference(model, given, noise, 10)) < 1e-5
+    assert relative(exact, reference(model, given, noise, 10)) < 1e-5
     model.to(torch.bfloat16)
     rough = model.sample_actions(**given, noise=noise).to_vector()
     # Both round at every layer, in another order: no further from each other than from float32.
     slow = reference(model, given, noise, 10)
     assert rough.dtype == torch.float32
-    assert distance(rough, slow) < 0.03 and distance(rough, exact) < 0.03
+    assert relative(rough, slow) < 0.03 and relative(rough, exact) < 0.03
 
 
 def test_gemma2_layers_too() -> None:
@@ -147,7 +126,7 @@ def test_gemma2_layers_too() -> None:
     for padded in (False, True):
         given, noise = observation(2, ("external",), padded), actions(2, H)
         found = model.sample_actions(**given, steps=3, noise=noise).to_vector()
-        assert distance(found, reference(model, given, noise, 3)) < 1e-5
+        assert relative(found, reference(model, given, noise, 3)) < 1e-5
 
 
 def test_changed_weights_are_noticed() -> None:
@@ -155,7 +134,7 @@ def test_changed_weights_are_noticed() -> None:
 
     def same() -> bool:
         found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
-        return distance(found, reference(model, given, noise, 2)) < 1e-5
+        return relative(found, reference(model, given, noise, 2)) < 1e-5
 
     assert same()
     kept = SAMPLER(model, True)
@@ -187,8 +166,8 @@ def test_lora_is_part_of_the_fast_path() -> None:
             if ".lora_B." in name:
                 parameter.normal_()
     found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
-    assert distance(found, before) > 1e-3
-    assert distance(found, reference(model, given, noise, 2)) < 1e-5
+    assert relative(found, before) > 1e-3
+    assert relative(found, reference(model, given, noise, 2)) < 1e-5
 
 
 def test_sampling_leaves_training_and_checkpoints_alone(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModel
 
 from models_tiny import TINY, actions, pixels, spear1, text
+from refusals import refuses
 from spear import flow
-from spear.errors import SpearError
 from spear.models.presets import spear1_config
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
 from spear.models.weights import load as weights
@@ -104,7 +104,6 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
     loss.backward()
     gradient = said[0].grad
-    assert gradient is not None
     taught = gradient.reshape(B, 8, H, 8).abs().sum(-1) > 0
     assert torch.equal(taught, ~held & counts[:, None])
     # One action after another, each a chunk of its own at its own time.
@@ -121,38 +120,25 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
     lacking = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # Of the VLM's last layer only the keys and values are read; nothing after them can learn.
     last = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
-    dead = (
-        "self_attn.q_proj self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
-    )
-    expected = {f"{last}.{name}.weight" for name in dead.split()}
+    dead = ["self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm"]
+    dead += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    expected = {f"{last}.{name}.weight" for name in dead}
     assert lacking == expected | {"vlm.language_model.norm.weight"}
 
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
-def test_sampled_actions_are_valid_repeatable_and_computed_from_one_prefix(prediction: str) -> None:
+def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
     first = Action.from_vector(model.action_out_proj.bias.detach())  # of a clean action: not to turn
     assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
     images, ids, mask, state = inputs()
-    model.sample_actions(images, ids, mask, state, steps=1)  # the first goes through the plain network too
-    calls = []
-    model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     sampled = [
         model.sample_actions(images, ids, mask, state, steps=7, generator=torch.Generator().manual_seed(s))
         for s in (0, 0, 1)
     ]
-    assert len(calls) == 3 * len(images)
     assert sampled[0].to_vector().shape == (B, H, 8)
     assert torch.equal(sampled[0].to_vector(), sampled[1].to_vector())
     assert not torch.equal(sampled[0].to_vector(), sampled[2].to_vector())
-    norm = sampled[0].rotation.norm(dim=-1)
-    torch.testing.assert_close(norm, torch.ones_like(norm))
-    assert bool((sampled[0].rotation[..., 0] >= 0).all())
-
-
-def test_an_expert_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(SpearError, match="head_dim is 4, the VLM's is 8"):
-        spear1(expert={**TINY.expert, "head_dim": 4})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,17 +163,15 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
 
 
 def broken(folder: Path) -> str:
-    with pytest.raises(SpearError) as caught:
-        weights.load(Spear1ForActionPrediction, folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refuses("", weights.load, Spear1ForActionPrediction, folder)
 
 
-def test_broken_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
+def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path) -> None:
     assert "checkpoint not found" in broken(tmp_path / "nowhere")
     assert "no JSON object can be read" in broken(tmp_path)
     folder = tmp_path / "model"
-    spear1().save_pretrained(folder)
+    model = spear1()
+    model.save_pretrained(folder)
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
@@ -198,10 +182,6 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
     file.write_bytes(whole)
     (folder / "config.json").write_text('{"model_type": "gemma"}')
     assert "unknown architecture" in broken(folder) and "spear1" in broken(folder)
-
-
-def test_missing_surplus_and_misshapen_weights_are_refused_by_name(tmp_path: Path) -> None:
-    model = spear1()
     state = model.state_dict()
     without = {k: v for k, v in state.items() if k != "state_proj.bias"}
     model.save_pretrained(tmp_path / "less", state_dict=without)

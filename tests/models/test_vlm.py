@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from models_tiny import START, TINY, left_padded, pixels, text, vlm
+from models_tiny import START, TINY, left_padded, pixels, spear1, text, vlm
+from refusals import refuses
 from spear.errors import SpearError
 from spear.models.layers import positions, prefix_lm_mask
 from spear.models.presets import preset, spear1_config, vlm_config
@@ -27,7 +28,6 @@ def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Te
 
 def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
     model = vlm()
-    assert model.moge is not None and model.moge_projector is not None
     image = pixels(3)["external"]
     siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
     parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
@@ -46,25 +46,6 @@ def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
     mask = prefix_lm_mask(valid, causal)[0, 0].int()
     assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert positions(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [[0, 0, 1, 2, 2]]
-
-
-def test_questions_about_one_image_share_its_features() -> None:
-    model = vlm()
-    images, inputs = pixels(2, views=("external",)), batch(4)
-    owners = torch.tensor([1, 0, 1, 1])
-    shared = model(images, image_index=owners, **inputs)
-    repeated = model({"external": images["external"][owners]}, **inputs)
-    torch.testing.assert_close(shared.loss, repeated.loss)
-
-
-def test_padding_changes_nothing() -> None:
-    model = vlm()
-    images = pixels(1)
-    ids, mask = text(1, 6)
-    more = (torch.full((1, 5), 7), torch.zeros(1, 5).long())
-    padded = [torch.cat(both, dim=1) for both in zip((ids, mask), more, strict=True)]
-    short = model(images, ids, mask).logits
-    torch.testing.assert_close(model(images, *padded).logits[:, :6], short, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
@@ -115,20 +96,17 @@ def test_gradients_reach_every_weight() -> None:
     assert lacking == []
 
 
-def test_unknown_views_and_wrong_images_are_refused() -> None:
+def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> None:
     model = vlm()
     ids, mask = text(1, 4)
     images = pixels(1)
-    with pytest.raises(SpearError, match=r"unknown view 'wrst': did you mean 'wrist'\?"):
-        model({"wrst": images["wrist"]}, ids, mask)
+    refuses(r"unknown view 'wrst': did you mean 'wrist'\?", model, {"wrst": images["wrist"]}, ids, mask)
     with pytest.raises(SpearError, match=r"wrong image type: view 'wrist' is torch\.float32"):
         model({"wrist": images["wrist"] / 255}, ids, mask)
-    with pytest.raises(SpearError, match="no images"):
-        model({}, ids, mask)
-    with pytest.raises(SpearError, match="patch 16, MoGe patch 8"):
-        vlm(moge={**(TINY.moge or {}), "patch_size": 8})
-    with pytest.raises(SpearError, match="did you mean 'nano'"):
-        preset("nanno")
+    refuses("no images", model, {}, ids, mask)
+    refuses("patch 16, MoGe patch 8", vlm, moge={**(TINY.moge or {}), "patch_size": 8})
+    refuses("head_dim is 4, the VLM's is 8", spear1, expert={**TINY.expert, "head_dim": 4})
+    refuses("did you mean 'nano'", preset, "nanno")
 
 
 def test_the_depth_model_ignores_unknown_pixels() -> None:
@@ -160,7 +138,7 @@ def test_presets_have_the_papers_size(name: str, vlm_b: float, total_b: float) -
     assert all(w % patch == 0 and h % patch == 0 for w, h in preset(name).image_sizes.values())
 
 
-def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
+def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
     model, arguments = vlm(), batch()
     lengths = torch.tensor([int(v) for v in arguments["attention_mask"].sum(1)])
     whole = model(pixels(4), **arguments).loss
@@ -176,3 +154,7 @@ def test_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
     assert len(lengths.unique()) > 1
     left = {name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()}
     torch.testing.assert_close(model(pixels(4), **left, length_groups=3).loss, whole)
+    images, owners = pixels(2), torch.tensor([1, 0, 1, 1])
+    each = {view: image[owners] for view, image in images.items()}
+    shared = model(images, image_index=owners, **arguments, length_groups=2).loss
+    torch.testing.assert_close(shared, model(each, **arguments).loss)

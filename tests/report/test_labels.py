@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import numpy as np
 import pytest
 
 from labels_scenes import TRUTH, random_frame
-from spear.cli import main
-from spear.errors import SpearError
+from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruthPointMap
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
@@ -57,8 +55,7 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
     assert "config_name: questions" in (folder / "README.md").read_text()
     assert count(folder) == 12  # the questions are not taken for labels
-    with pytest.raises(SpearError, match="pixel_point"):  # labels have no depth
-        write_questions(folder, families=("distance", "pixel_point"))
+    refuses("pixel_point", write_questions, folder, families=("distance", "pixel_point"))  # without depth
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
 
 
@@ -84,21 +81,18 @@ def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage]
     path = tmp_path / "labels.rrd"
     write_rerun(labels[:3], clouds, path)
     assert path.stat().st_size > 100_000
-    told = subprocess.run(
-        [sys.executable, "-m", "rerun", "rrd", "print", str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    show = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
+    told = subprocess.run(show, capture_output=True, text=True, check=True).stdout
     rows: Counter[str] = Counter()
     for number, entity in re.findall(r"with (\d+) rows .* - (\S+) - data", told):
         rows[entity] += int(number)
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
         assert rows[entity] == 3
-    with pytest.raises(SpearError, match="absent"):
-        write_rerun(labels[:1], [None], tmp_path / "absent" / "x.rrd")
+    refuses("absent", write_rerun, labels[:1], [None], tmp_path / "absent" / "x.rrd")
 
 
-def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
-    assert main(["questions", str(folder), "--seed", "2", "--pairs", "1", "1"]) == 0
-    assert "12 questions about 12 images:" in capsys.readouterr().out
-    assert main(["label", "show", str(folder), "--images", "2"]) == 0
-    assert str(folder / "show.html") in capsys.readouterr().out
+def test_the_commands_ask_and_show(folder: Path, done: Command, refused: Command) -> None:
+    said = done("questions", str(folder), "--seed", "2", "--pairs", "1", "1")
+    assert "12 questions about 12 images:" in said
+    assert str(folder / "show.html") in done("label", "show", str(folder), "--images", "2")
     assert "'distance'" in refused("questions", str(folder), "--families", "distanze")

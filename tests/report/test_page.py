@@ -31,20 +31,17 @@ def test_bars_are_as_long_as_the_rates() -> None:
     assert "left:50.0%" in differences([("same", wilson(0, 40))])
 
 
-def test_lines_are_drawn_to_scale_and_broken_where_nothing_is_known() -> None:
+def test_lines_and_maps_are_drawn_to_scale_and_lines_broken_where_nothing_is_known() -> None:
     svg = chart([Line("a", [0, 1, 2, 3], [0, 10, np.nan, 30], dots=True)], y=Axis(ends=(0, 40)))
     assert svg.count("<circle") == 3 and "nan" not in svg
     (line,) = points(svg)
     assert len(line) == 3  # two joined, one alone
     down, across = -np.diff(line[:, 1]), np.diff(line[:, 0])
-    assert down[1] == pytest.approx(2 * down[0], abs=0.3) and across[1] == pytest.approx(
-        2 * across[0], abs=0.3
-    )
+    assert down[1] == pytest.approx(2 * down[0], abs=0.3)
+    assert across[1] == pytest.approx(2 * across[0], abs=0.3)
     (decades,) = points(chart([Line("", [1, 10, 100], [1, 10, 100])], Axis(log=True), Axis(log=True)))
     assert np.allclose(np.diff(decades, n=2, axis=0), 0, atol=0.2)
-
-
-def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
+    # a map has one scale, and may be mirrored
     (line,) = points(chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700)))
     across, down = line[1] - line[0]
     assert across < 0 and across == pytest.approx(down, abs=0.2)

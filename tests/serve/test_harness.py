@@ -14,7 +14,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import spear
-from serve_here import Homing, homing
+from serve_here import SPEAR, Homing, homing, started
 from spear import embodiments
 from spear.cli import main
 from spear.serve.options import VlaEvalOptions
@@ -140,26 +140,21 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     source = str(Path(spear.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(support)])}
-    run_here: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     path = tmp_path / "tabletop.yaml"
     path.write_text(
         f"server: {{url: 'ws://localhost:{port}'}}\n"
         "benchmarks: [{benchmark: 'tabletop_benchmark:Tabletop', params: {family: put_on}, "
         "episodes_per_task: 2}]\n"
     )
-    code = "import sys; from spear.cli import main; sys.exit(main())"
-    serve = [sys.executable, "-c", code, "vla-eval", "nano", "--port", str(port), "--device", "cpu"]
+    serve = ["vla-eval", "nano", "--port", str(port), "--device", "cpu"]
     serve += ["--embodiment", f"{support}/tabletop_benchmark.py"]
-    with subprocess.Popen(serve, text=True, **run_here) as server:
-        assert server.stdout
-        try:
-            while "serving nano" not in (line := server.stdout.readline()):
-                assert line, "the server ended"
-            evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(path)]
-            done = subprocess.run([*evaluate, "--output-dir", str(tmp_path / "out")], text=True, **run_here)
-        finally:
-            server.terminate()
-    assert done.returncode == 0, done.stdout
+    with started(SPEAR, *serve, env=environment, stderr=subprocess.STDOUT) as server:
+        while "serving nano" not in (line := server.stdout.readline()):
+            assert line, "the server ended"
+        evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(path)]
+        evaluate += ["--output-dir", str(tmp_path / "out")]
+        done = subprocess.run(evaluate, text=True, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
     (found,) = [json.loads(p.read_text()) for p in (tmp_path / "out").rglob("*_aggregate.json")]
     (task,) = found["tasks"]
     assert [e["steps"] for e in task["episodes"]] == [5, 5]

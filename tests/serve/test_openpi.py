@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serve_here import SPEAR, started
 from spear import embodiments
 from spear.policy import Spear1Policy
 from spear.serve.service import Service
@@ -53,7 +54,6 @@ print(json.dumps({"metadata": policy.get_server_metadata(), "errors": errors,
 
 @pytest.fixture(scope="session")
 def openpi_python() -> Path:
-    """The interpreter of an environment that has openpi-client."""
     default = Path(tempfile.gettempdir()) / f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
     folder = Path(os.environ.get("SPEAR_OPENPI_VENV", default))
     python = folder / "bin" / "python"
@@ -70,12 +70,8 @@ def openpi_python() -> Path:
 
 def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
-    code = "import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))"
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    server = subprocess.Popen([sys.executable, "-c", code, "serve", *options], text=True, **pipes)
-    try:
-        assert server.stdout is not None
+    with started(SPEAR, "serve", *options, stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()
         found = re.fullmatch(r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line)
         assert found, line
@@ -89,11 +85,7 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
         done = subprocess.run(client, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         server.send_signal(signal.SIGTERM)
-        assert server.wait(120) == 0
-        assert server.stderr is not None and "loading nano on " in server.stderr.read()
-    finally:
-        server.kill()
-        server.wait()
+        assert server.wait(120) == 0 and "loading nano on " in server.stderr.read()
     said = json.loads(done.stdout)
     assert said["metadata"]["embodiment"] == "droid" and said["metadata"]["rate_hz"] == 15
     assert "observation/joint_position" in said["errors"][0]
@@ -103,7 +95,6 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
     sent = {key: got[key] for key in got.files if key.startswith("observation/")}
     here = Service(Spear1Policy.load("nano"), robot, "nano", "droid")
     expected = here.answer([{**sent, "prompt": seen["prompt"]}])[0]
-    assert isinstance(expected, dict)
     assert got["actions"].shape == (15, 8)
     np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-5)
     assert got["again"].shape == (15, 8) and np.isfinite(got["again"]).all()

@@ -123,7 +123,6 @@ def _answer(label: LabeledImage, family: str, asked: list[LabeledObject], prompt
 
 
 def _middle(o: LabeledObject) -> list[float]:
-    """The mean of the corners."""
     corners = _corners(o)
     return [sum(c[i] for c in corners) / 8 for i in range(3)]
 
@@ -135,7 +134,6 @@ def _distance(o: LabeledObject) -> float:
 def _corners(o: LabeledObject) -> list[list[float]]:
     """The eight corners: top four first, each four near-left, near-right, far-right, far-left."""
     box = o.box3d
-    assert box is not None
     right, down, away = ([float(box.rotation[i][k]) for i in range(3)] for k in range(3))
     w, h, d = (float(s) for s in box.size)
     return [

@@ -20,7 +20,6 @@ PATIENCE = 240
 
 
 def until(true: Any, what: str, patience: float = PATIENCE) -> None:
-    """Wait for something that takes a moment."""
     deadline = time.monotonic() + patience
     while not true():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -63,8 +62,6 @@ class Tab:
         return result["result"].get("value")
 
     def wait(self, script: str, patience: float = PATIENCE) -> None:
-        """Until an expression is true."""
-
         def true() -> bool:
             result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
             return result["result"].get("value") is True
@@ -78,7 +75,6 @@ class Tab:
         return [float(v) for v in self.run(script)]
 
     def click(self, selector: str) -> None:
-        """With the mouse, where the element is."""
         left, top, width, height = self.where(selector)
         x, y = left + width / 2, top + height / 2
         for kind in ("mousePressed", "mouseReleased"):
@@ -97,26 +93,20 @@ class Tab:
         self.run(f"(e => {{ e.focus(); e.select(); }})(document.querySelector({selector!r}))")
         self.call("Input.insertText", text=text)
 
-    def key(self, name: str) -> None:
+    def key(self, name: str, **more: Any) -> None:
         """Press a key, "ArrowLeft" for one."""
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, **more)
 
     def enter(self) -> None:
-        """Press the Enter key."""
-        for kind in ("keyDown", "keyUp"):
-            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-            self.call("Input.dispatchKeyEvent", type=kind, **key)
+        self.key("Enter", windowsVirtualKeyCode=13, text="\r")
 
 
 class Browser:
-    """A running Chromium."""
-
     def __init__(self, port: int) -> None:
         self._port = port
 
     def tab(self) -> Tab:
-        """A new, empty tab."""
         address = f"http://127.0.0.1:{self._port}/json/new?about:blank"
         with urllib.request.urlopen(urllib.request.Request(address, method="PUT"), timeout=PATIENCE) as reply:
             return Tab(json.load(reply)["webSocketDebuggerUrl"])

@@ -11,7 +11,6 @@ from spear.util.images import encode_jpeg, encode_picture
 
 
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:
-    """A PNG of one grey value."""
     return encode_picture(np.full((height, width, 3), grey, np.uint8), "grey.png")
 
 
@@ -31,7 +30,8 @@ def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: 
     angle = 0.1 * t + index
     position = np.stack([0.3 + 0.01 * t, 0.02 * np.sin(angle), 0.2 + 0 * t], axis=1)
     rotation = np.stack([np.cos(angle / 9), 0 * t, 0 * t, np.sin(angle / 9)], axis=1)
-    images = [np.full((*size, 3), (30 * k + 20, 40 * index, 90), np.uint8) for k in range(steps)]
+    shown = 0 if "images" in parts else steps
+    images = [np.full((*size, 3), (30 * k + 20, 40 * index, 90), np.uint8) for k in range(shown)]
     fields: dict[str, Any] = {
         "images": {"external": [encode_jpeg(image) for image in images]},
         "position": position,

@@ -30,14 +30,12 @@ def boxes(*items: tuple[str, list[float]]) -> Reply:
 
 
 def text(answer: str, end: str = "STOP", **more: Any) -> Reply:
-    """An answer with this text."""
     candidate = {"content": {"role": "model", "parts": [{"text": answer}]}, "finishReason": end, "index": 0}
     tokens = {"promptTokenCount": 1200, "candidatesTokenCount": 80, "thoughtsTokenCount": 20}
     return Reply(body={"candidates": [candidate], "usageMetadata": tokens, "modelVersion": "test", **more})
 
 
 def error(status: int, name: str, message: str, *details: dict[str, Any], **headers: str) -> Reply:
-    """A refusal in Google's form."""
     body = {"error": {"code": status, "message": message, "status": name, "details": list(details)}}
     return Reply(status, body, {key.replace("_", "-"): value for key, value in headers.items()})
 
@@ -86,15 +84,13 @@ class Server:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A running server."""
     server = Server()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
-            reply = server.reply(
-                self.path, {k.lower(): v for k, v in self.headers.items()}, camel(json.loads(content))
-            )
+            headers = {key.lower(): value for key, value in self.headers.items()}
+            reply = server.reply(self.path, headers, camel(json.loads(content)))
             data = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
             self.send_response(reply.status)
             for key, value in {"Content-Type": "application/json", **reply.headers}.items():

@@ -47,8 +47,6 @@ def _bright(image: Array) -> Detection:
 
 
 class BoxSegmenter:
-    """The box is the mask."""
-
     name = "box"
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
@@ -75,24 +73,20 @@ class SlopePointMap:
         height, width = image.shape[:2]
         intrinsics = np.array([[off * width, 0, width / 2], [0, off * width, height / 2], [0, 0, 1.0]])
         depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
-        return PointMapResult(
-            unproject(depth, intrinsics), np.ones((height, width), bool), intrinsics, "metre"
-        )
+        known = np.ones((height, width), bool)
+        return PointMapResult(unproject(depth, intrinsics), known, intrinsics, "metre")
 
 
 def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
-    """A frame of random pixels."""
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Frame(image, source=f"{seed}.jpg")
 
 
 def graph(*detector: Any) -> Graph:
-    """The three together, with these arguments for the detector."""
     return Graph((partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap))
 
 
 def engine(workers: int = 0, *detector: Any) -> Any:
-    """The local engine with these components."""
     return partial(run_local, graph(*detector), workers)
 
 
@@ -112,5 +106,4 @@ def photos(folder: Path, count: int, bad: bool = True) -> Path:
 
 
 def listing(folder: Path) -> Any:
-    """What `label_folder` takes as items."""
     return partial(find, str(folder))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from spear import flow
 from spear.models.presets import Preset, _gemma, _moge, _vision, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -32,7 +33,6 @@ def vlm(seed: int = 0, **changes: Any) -> SpearVLMForConditionalGeneration:
 
 
 def spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
-    """A random SPEAR-1 of the tiny preset."""
     torch.manual_seed(seed)
     return Spear1ForActionPrediction(spear1_config(dataclasses.replace(TINY, **changes))).eval()
 
@@ -40,7 +40,6 @@ def spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
 def pixels(
     batch: int, seed: int = 0, views: tuple[str, ...] = ("external", "wrist")
 ) -> dict[str, torch.Tensor]:
-    """Noise images, uint8."""
     g = torch.Generator().manual_seed(seed)
     sizes = {view: TINY.image_sizes[view] for view in views}
     return {
@@ -58,7 +57,6 @@ def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torc
 
 
 def left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same texts with their padding on the left."""
     turned = [torch.cat([row[keep == 0], row[keep == 1]]) for row, keep in zip(ids, mask, strict=True)]
     return torch.stack(turned), mask.flip(1)
 
@@ -69,3 +67,20 @@ def actions(*shape: int, seed: int = 0) -> Action:
     rotation = torch.nn.functional.normalize(torch.randn(*shape, 4, generator=g), dim=-1)
     rotation = rotation * torch.where(rotation[..., :1] < 0, -1.0, 1.0)
     return Action(torch.randn(*shape, 3, generator=g), rotation, torch.randn(*shape, 1, generator=g))
+
+
+def reference(
+    model: Spear1ForActionPrediction,
+    given: dict[str, Any],
+    noise: Action,
+    steps: int,
+    committed: flow.Committed | None = None,
+) -> torch.Tensor:
+    """Step by step through the network that is trained, with nothing worked out before."""
+    state = given["state"]
+    inputs = {k: v for k, v in given.items() if k != "state"}
+    with torch.no_grad():
+        prefix = model.prefix(**inputs)
+        return flow.integrate(
+            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow, committed
+        ).to_vector()

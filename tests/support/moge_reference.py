@@ -22,7 +22,6 @@ Weights = dict[str, torch.Tensor]
 
 
 def value(name: str, shape: list[int]) -> torch.Tensor:
-    """One weight by the rule."""
     if name.endswith(("image_mean", "image_std")):
         return torch.tensor(IMAGENET_MEAN if name.endswith("mean") else IMAGENET_STD).view(1, 3, 1, 1)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -65,14 +64,12 @@ def description(shared: Path, version: int) -> dict[str, Any]:
 
 @cache
 def arrays(shared: Path, case: str) -> dict[str, Array]:
-    """The arrays of one case."""
     with np.load(shared / "fixtures" / "moge" / f"{case}.npz") as data:
         return {name: data[name] for name in data.files}
 
 
 @cache
 def checkpoint(shared: Path, version: int) -> Checkpoint:
-    """The reference's checkpoint."""
     about = description(shared, version)
     weights = {name: value(name, entry["shape"]) for name, entry in about["state_dict"].items()}
     see_the_view_plane(weights)
@@ -81,7 +78,6 @@ def checkpoint(shared: Path, version: int) -> Checkpoint:
 
 @cache
 def reference(shared: Path, version: int) -> MogeV1 | MogeV2:
-    """The reference's network."""
     return build_moge(checkpoint(shared, version))
 
 

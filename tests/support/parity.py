@@ -18,11 +18,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def logits(
     ours: SpearVLMForConditionalGeneration, theirs: Any, width: int, height: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both say of the same images and padded questions with answers, at the valid places: [places,
-    tokens] each.
+    """What both say of images and padded questions with answers, at the valid places: [places, tokens] each.
 
-    theirs: a `PaliGemmaForConditionalGeneration` whose image token has the highest id of its vocabulary or
-        so.
+    theirs: a `PaliGemmaForConditionalGeneration` whose image token has about the highest id.
     """
     torch.manual_seed(5)
     patch, image_token = theirs.config.vision_config.patch_size, theirs.config.image_token_id

@@ -100,12 +100,7 @@ def _published(name: str, layout: str) -> str:
 def publish_moge(path: Path, seed: int = 0) -> Path:
     """Write a MoGe v1 as `model.pt`, under DINOv2's own names, queries, keys and values in one."""
     torch.manual_seed(seed)
-    config: dict[str, Any] = {
-        "encoder": "dinov2_tiny14",
-        "remap_output": "exp",
-        "intermediate_layers": 4,
-        "dim_proj": 8,
-    }
+    config = {"encoder": "dinov2_tiny14", "remap_output": "exp", "intermediate_layers": 4, "dim_proj": 8}
     config |= {"dim_upsample": [32, 32, 32], "dim_times_res_block_hidden": 1, "num_res_blocks": 1}
     config |= {"last_conv_channels": 32}
     weights: dict[str, torch.Tensor] = {}
@@ -116,7 +111,6 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
     for name, values in moge_checkpoint._CONSTANTS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
     weights["backbone.mask_token"] = torch.zeros(1, MOGE[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_config": config, "model": weights}, path)
     return path
 

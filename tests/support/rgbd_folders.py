@@ -10,7 +10,6 @@ from spear.types import Array, Frame
 
 
 def millimetres(depth: Array | None) -> Image.Image:
-    assert depth is not None
     return Image.fromarray(np.rint(depth * 1000).astype(np.uint16))
 
 
@@ -20,7 +19,6 @@ def write_plain(folder: Path, frames: list[Frame]) -> Path:
     for i, frame in enumerate(frames):
         Image.fromarray(frame.image).save(folder / "color" / f"{i}.png")
         millimetres(frame.depth).save(folder / "depth" / f"{i}.png")
-        assert frame.extrinsics is not None
         np.savetxt(folder / "pose" / f"{i}.txt", frame.extrinsics)
     np.savetxt(folder / "intrinsics.txt", from_zero(frames[0].intrinsics))
     return folder
@@ -37,7 +35,6 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
         np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", k, fmt="%f")
         np.savetxt(folder / "intrinsic" / f"extrinsic_{name}.txt", np.eye(4), fmt="%f")
     for i, frame in enumerate(frames):
-        assert frame.instances is not None
         Image.fromarray(frame.instances.astype(np.uint8)).save(folder / "instance-filt" / f"{i}.png")
     names = {number: name for frame in frames for number, name in frame.names.items()}
     groups = [{"objectId": n - 1, "label": name} for n, name in names.items()]
@@ -48,5 +45,4 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
 
 def from_zero(k: Array | None) -> Array:
     """Intrinsics with the first pixel's centre at 0, as most files have them."""
-    assert k is not None
     return k - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])

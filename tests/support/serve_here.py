@@ -45,7 +45,6 @@ class Homing:
 
 
 def homing(state: np.ndarray) -> np.ndarray:
-    """What `Homing` answers, [5, 8]."""
     return np.tile([*(-0.1 * np.float64(state[:3])), 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
 
 
@@ -58,22 +57,30 @@ def stop(server: PolicyServer) -> None:
         LOOPS[server].call_soon_threadsafe(server.stop)
 
 
+SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
+"""The code of `spear`, whose words follow it."""
+
+
 @contextmanager
-def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
-    """A server of the class `Policy` of this code in a process of its own; its port; what it says."""
-    start = (
-        "made = PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
-    )
-    run = "asyncio.run(made.run(lambda made: print(made.port, flush=True)))"
-    code = "\n".join(["from serve_here import *; from spear.serve import server", code, start, run])
-    here = Path(__file__).parent
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True)
+def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """Code in a process of its own, whose output can be read."""
+    command = [sys.executable, "-c", code, *words]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **how)
     try:
-        assert running.stdout is not None
-        yield running, int(running.stdout.readline()), running.stdout
+        yield running
     finally:
         running.kill()
         running.wait()
+
+
+@contextmanager
+def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
+    """A server of the class `Policy` of this code in a process of its own; its port; what it says."""
+    made = "PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
+    run = f"asyncio.run({made}.run(lambda made: print(made.port, flush=True)))"
+    code = "\n".join(["from serve_here import *; from spear.serve import server", code, run])
+    with started(code, cwd=Path(__file__).parent) as running:
+        yield running, int(running.stdout.readline()), running.stdout
 
 
 def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:

@@ -47,7 +47,6 @@ def run_recipe(
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import torch
 
 from data_tiny import make
 from labels_boxes import labelled
+from refusals import Command, refuses
 from spear.data.store.lerobot_write import write_lerobot
-from spear.errors import SpearError
 from spear.labels.store import write_labels
 from spear.policy import locate
 from spear.train.options import Inputs, check_inputs
 from spear.train.recipes import recipe
-
-Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_mistakes_are_found_before_data_are_made(
-    words: str, named: str, given: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    words: str, named: str, given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepare(*_: object) -> None:
         raise AssertionError("too late")
@@ -80,19 +77,18 @@ def test_mistakes_are_found_before_data_are_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, refused: Command) -> None:
     write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
     for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
         assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
 
 
-def test_evaluation_asks_first(given: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_and_ablations_ask_first(
+    given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
     for words in (["nowhere"], ["nano", "--split", "nowhere"], ["nano", "--train-split", "nowhere"]):
         assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
-
-
-def test_ablations_ask_first(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.ablations.plan.obtain", None)
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
     assert "'visoin'" in refused("evaluate", "ablations", *words)
@@ -118,8 +114,7 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
     words: dict[str, Any] = {word: Path(word) for word in given.split() if word != "episodes"}
     if "episodes" in given:
         words["episodes"] = [("mine", None, 1.0)]
-    with pytest.raises(SpearError, match=f"recipe {name} .*{key}"):
-        check_inputs(recipe(name), Inputs(**words))
+    refuses(f"recipe {name} .*{key}", check_inputs, recipe(name), Inputs(**words))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +126,7 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
         *(("nano-post", key) for key in ("coordinate_weight=4", "lora_alpha=32")),
     ],
 )
-def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refused: Refused) -> None:
+def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refused: Command) -> None:
     given = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
     assert f"--set {key}: recipe {name}" in refused("train", name, *given.split(), "--set", key)
 
@@ -139,7 +134,7 @@ def test_keys_that_a_recipe_does_not_use_are_refused(name: str, key: str, refuse
 @pytest.mark.parametrize(
     "words", ["final_lr=0.1 schedule=constant", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]']
 )
-def test_keys_that_others_leave_without_effect_are_refused(words: str, refused: Refused) -> None:
+def test_keys_that_others_leave_without_effect_are_refused(words: str, refused: Command) -> None:
     given = f"nano-post --init nano --episodes mine --set {words}"
     assert f"--set {words.split()[0]}: recipe" in refused("train", *given.split())
 
@@ -161,8 +156,7 @@ def test_keys_that_others_leave_without_effect_are_refused(words: str, refused: 
     ],
 )
 def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any) -> None:
-    with pytest.raises(SpearError, match=key):
-        recipe("nano-vla").changed(**{key: value})
+    refuses(key, recipe("nano-vla").changed, **{key: value})
 
 
 def test_values_are_taken_as_json_has_them() -> None:

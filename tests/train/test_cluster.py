@@ -4,10 +4,9 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
 import yaml
 
-from spear.cli import main
+from refusals import Command
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 TRAIN = ["spear", "train", "nano-post", "--set", "lr=1e-4"]
@@ -42,15 +41,14 @@ def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
 
 
 def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
-    environment = programs(
-        tmp_path / "bin", scontrol='echo "$@"', srun="kill -USR1 $PPID; exec sleep 0.2", torchrun="true"
-    )
+    out_of_time = "kill -USR1 $PPID; exec sleep 0.2"
+    environment = programs(tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true")
     command = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.stdout.splitlines()[-1] == "requeue 40123"
 
 
-def test_kubernetes_pods_find_each_other_and_run_our_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kubernetes_pods_find_each_other_and_run_our_command(refused: Command) -> None:
     service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     name, spec = job["metadata"]["name"], job["spec"]
     assert service["spec"]["selector"] == {"job-name": name} and service["metadata"]["name"] == name
@@ -64,5 +62,4 @@ def test_kubernetes_pods_find_each_other_and_run_our_command(capsys: pytest.Capt
     assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in launcher
     assert f"--rdzv-endpoint={name}-0.{name}:{service['spec']['ports'][0]['port']}" in launcher
     # The command is one of ours: with one bad value at its end, that is what is complained about.
-    assert main([*command[1:], "--set", "lr=-1"]) == 2
-    assert "lr" in capsys.readouterr().err
+    assert "lr" in refused(*command[1:], "--set", "lr=-1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._C._profiler import _EventType
 
-from models_tiny import TINY
-from spear.cli import main
+from models_tiny import TINY, actions
+from refusals import Command
 from spear.models import presets
 from spear.models.presets import spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -49,12 +49,11 @@ class Acting:
     def batch(self, step: int) -> dict[str, Any]:
         batch = memory._observation(TINY, 8)
         batch["pixel_values"] = {v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()}
-        rotation = torch.nn.functional.normalize(torch.randn(8, 5, 4), dim=-1)
-        return {**batch, "actions": Action(torch.randn(8, 5, 3), rotation, torch.randn(8, 5, 1)).to_vector()}
+        return {**batch, "actions": actions(8, 5).to_vector()}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
-        actions = Action.from_vector(batch.pop("actions"))
-        return self.model(**batch, actions=actions, flow_samples=2, generator=generator).loss, {}
+        chunk = Action.from_vector(batch.pop("actions"))
+        return self.model(**batch, actions=chunk, flow_samples=2, generator=generator).loss, {}
 
 
 def allocated(stage: Recipe) -> tuple[Stepper, int]:
@@ -86,8 +85,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}],
+    "changes", [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}]
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
     stage = STAGE.changed(preset="tiny", **changes)
@@ -123,19 +121,17 @@ def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     assert memory.training(STAGE.changed(kind="vlm")).weights < whole.weights
 
 
-def test_the_command(
-    whole: memory.Memory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_command_says_what_fits_and_what_would_make_it_fit(
+    whole: memory.Memory, done: Command, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("plan", "--preset", "lean", "--batch-size", "64", "--recipe", "post-train-bridge")
     monkeypatch.setattr(memory, "training", lambda stage: whole)
-    assert main([*arguments, "--gpu", "16GB"]) == 0
-    said = capsys.readouterr().out
+    said = done(*arguments, "--gpu", "16GB")
     assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
     acting: list[memory.Memory] = []
     real = memory.inference
     monkeypatch.setattr(memory, "inference", lambda *given: acting.append(real(*given)) or acting[-1])
-    assert main(["plan", "--preset", "lean", "--gpu", "8GB", "--recipe", "inference"]) == 0
-    said = capsys.readouterr().out
+    said = done("plan", "--preset", "lean", "--gpu", "8GB", "--recipe", "inference")
     assert "bfloat16" in said and said.count("fits in 8GB") == 2
     half, full = sorted(acting, key=lambda found: found.weights)
     assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
@@ -146,15 +142,10 @@ def test_the_command(
         (("--set", "batch_size=3"), "batch_size 3"),
         (("--batch-size", "64", "--set", "batch_size=8"), "batch_size=8"),
     ):
-        assert main(["plan", "--preset", "lean", *wrong]) == 2
-        error = capsys.readouterr().err
-        assert named in error and error.count("\n") == 1
+        assert named in refused("plan", "--preset", "lean", *wrong)
     sizes = iter((100, 60, 50))  # as it is, with one saver, with two
     monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(next(sizes), 0, 0, 0, 0, 1, 1))
     monkeypatch.setattr(memory, "usable", lambda gpu: 50)
-    assert main([*arguments]) == 0
-    said = capsys.readouterr().out
-    assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in said
+    assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in done(*arguments)
     monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(51, 0, 0, 0, 0, 1, 1))
-    assert main([*arguments]) == 0
-    assert "does not fit even with --set" in capsys.readouterr().out
+    assert "does not fit even with --set" in done(*arguments)

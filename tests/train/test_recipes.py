@@ -16,7 +16,7 @@ PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 
 
-def test_the_papers_numbers() -> None:
+def test_recipes_and_model_have_the_papers_numbers() -> None:
     numbers = {name: (recipe(name).batch_size, recipe(name).optimization.steps) for name in PAPER}
     assert numbers["vlm-stage1"] == (512, 2000) and numbers["vlm-stage2"] == (512, 10_000)
     assert numbers["vla-pretrain"] == (2048, 300_000)
@@ -31,10 +31,7 @@ def test_the_papers_numbers() -> None:
     assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
     bridge, droid = (dataclasses.asdict(recipe(name)) for name in PAPER[3:])
     assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
-
-
-def test_the_papers_model() -> None:
-    """Where the paper is silent: π0's numbers, or our choice, which `FlowConfig` says."""
+    # The model: where the paper is silent, π0's numbers, or our choice, which `FlowConfig` says.
     config = spear1_config(preset("spear1"))
     weights = {f"{part}_weight": 1.0 for part in ("translation", "rotation", "gripper", "geodesic")}
     losses = {"rotation": "s3", "rotation_loss": "cosine", "prediction": "velocity", "geodesic_step": 0.1}

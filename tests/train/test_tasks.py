@@ -51,13 +51,12 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     """Three times as large, and with what becomes bars above and below cut off: the same targets."""
     small = a_label()
     bar = 16
-    wide = small.height - 2 * bar
     objects = []
     for o in small.objects:
         mask = np.kron(decode_mask(o.mask, 64, 64)[bar : 64 - bar], np.ones((3, 3), bool))
         box = (np.asarray(o.box2d) - [0, bar, 0, bar]) * 3
         objects.append(dataclasses.replace(o, mask=encode_mask(mask), box2d=box.astype(np.float32)))
-    large = dataclasses.replace(small, width=192, height=3 * wide, objects=objects)
+    large = dataclasses.replace(small, width=192, height=3 * (64 - 2 * bar), objects=objects)
     cut = np.zeros((64, 64), bool)
     cut[bar : 64 - bar] = True
     masks = [encode_mask(decode_mask(o.mask, 64, 64) & cut) for o in small.objects]

@@ -95,9 +95,7 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     tab.wait("picture.complete")
     count, *drawn = painted(tab, "#camera", "truth")
     assert count > 100
-    width, height = tab.run(
-        "[document.querySelector('#camera').width, document.querySelector('#camera').height]"
-    )
+    width, height = (tab.run(f"document.querySelector('#camera').{side}") for side in ("width", "height"))
     vertices = np.concatenate([t["vertices"] for t in tab.run("view.things")])
     assert abs(width / height - tab.run("view.camera.aspect")) < 0.01
     focal = height * tab.run("view.camera.focal")
@@ -191,7 +189,6 @@ def test_a_phone(
     browser: Browser, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
-    assert isinstance(server.page, Page)
     monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
     tab = browser.tab()
     tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from data_tiny import bare_png, make, png
+from refusals import Command
 from serve_here import get, serving
 from spear.chunks import REPLAN
 from spear.data.store.episode_store import write_episodes
@@ -62,8 +63,6 @@ def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
 
 @pytest.fixture
 def studio(server: PolicyServer) -> Studio:
-    """What the tabs of `server` share."""
-    assert isinstance(server.page, Page)
     return server.page._studio
 
 
@@ -71,9 +70,8 @@ class Tab:
     """What a browser's tab is to the server."""
 
     def __init__(self, server: PolicyServer, **options: Any) -> None:
-        self.socket = connect(
-            f"ws://127.0.0.1:{server.port}/ui", max_size=None, compression=None, proxy=None, **options
-        )
+        address = f"ws://127.0.0.1:{server.port}/ui"
+        self.socket = connect(address, max_size=None, compression=None, proxy=None, **options)
         self.view: dict[str, Any] = {}
         self.until(lambda part: "images" in self.view and part.get("problem", "") is None)
 
@@ -210,7 +208,7 @@ def film(tab: Tab) -> Any:
 
 
 def test_recorded_episodes_are_replayed(
-    tab: Tab, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    tab: Tab, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
 ) -> None:
     said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
     write_episodes(said, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spear.errors import SpearError
+from refusals import refuses
 from spear.util.files import write_bytes
 
 
@@ -21,6 +21,5 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
     path = tmp_path / "picture.png"
     write_bytes(path, b"old")
     monkeypatch.setattr(Path, "write_bytes", stop)
-    with pytest.raises(SpearError, match=rf"picture\.png: .*{words}"):
-        write_bytes(path, b"new")
+    refuses(rf"picture\.png: .*{words}", write_bytes, path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("picture.png", b"old")]

@@ -51,7 +51,6 @@ def no_steps(folder: Path) -> None:
 
 
 def turn_over(folder: Path) -> None:
-    """For one step, upside down."""
     set_cells(folder, "observation.state", {3: [0.33, 0, 0.2, 0, 1, 0, 0, 0]})
 
 
@@ -65,10 +64,7 @@ def lengthen(folder: Path) -> None:
     [
         (break_image, "set/train#1 step 2 camera 'external'"),
         (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
-        (
-            lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}),
-            "empty image: set/train#1 step 4",
-        ),
+        (lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}), "empty image: set/train#1 step 4"),
         (lambda f: set_cells(f, "observation.state", {4: None}), "set"),
         (lambda f: set_cells(f, "timestamp", {4: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),

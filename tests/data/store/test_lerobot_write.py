@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tiny import make
+from refusals import refuses
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import open_lerobot
 from spear.data.readers.video import VideoWriter
@@ -21,7 +22,6 @@ from spear.data.store import schema as lerobot_schema
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
-from spear.errors import SpearError
 from spear.util.images import decode_image
 
 EXTRA = ("action_mask", "success", "source")
@@ -157,17 +157,13 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
         (small, "made#1 step 0 camera 'external' is 48 x 48"),
         (make(1, instruction=" "), "instruction: made#1"),
     ):
-        with pytest.raises(SpearError, match=message):
-            write_lerobot([make(0), bad], tmp_path / "set")
-    with pytest.raises(SpearError, match="AV1 needs even sides of at least 64"):
-        write_lerobot([small], tmp_path / "set", "video")
-    with pytest.raises(SpearError, match="no episodes"):
-        write_lerobot([], tmp_path / "set")
+        refuses(message, write_lerobot, [make(0), bad], tmp_path / "set")
+    refuses("AV1 needs even sides of at least 64", write_lerobot, [small], tmp_path / "set", "video")
+    refuses("no episodes", write_lerobot, [], tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "set").mkdir()
     (tmp_path / "set/mine.txt").write_text("keep me")
-    with pytest.raises(SpearError, match="not empty"):
-        write_lerobot([make(0)], tmp_path / "set")
+    refuses("not empty", write_lerobot, [make(0)], tmp_path / "set")
     assert (tmp_path / "set/mine.txt").read_text() == "keep me"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.errors import SpearError
+from refusals import refuses
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
@@ -37,7 +37,6 @@ def test_every_wording_is_understood() -> None:
 
 def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
     picture, trust = read_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
-    assert trust is not None
     answer, said = ask(nano, picture.image, "How far away is the plate?", trust=trust)
     assert answer is not None and "80% interval" in said and answer.distribution is not None
     middle, _ = ask(nano, picture.image, "How far away is the plate?", decode="median")
@@ -77,5 +76,4 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     trust.save(tmp_path)
     assert Trust.load(tmp_path) == trust and fingerprint(tmp_path) == before and simulator_only(tmp_path)
     (tmp_path / FILE).write_text("{}")
-    with pytest.raises(SpearError, match=FILE):
-        Trust.load(tmp_path)
+    refuses(FILE, Trust.load, tmp_path)

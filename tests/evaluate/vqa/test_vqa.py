@@ -2,15 +2,14 @@
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from labels_boxes import labelled
-from spear.cli import main
-from spear.errors import SpearError
+from refusals import Command, refuses
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
@@ -133,8 +132,8 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
     scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
     assert "error" not in scores.families["keypoint"].measures
     assert "%" in scores.rows()[1][0][2]
-    with pytest.raises(SpearError, match="did you mean 'keypoint'"):
-        vqa.evaluate(Oracle(), [labelled(0)], QuestionOptions(families=("keypiont",)))
+    unknown = QuestionOptions(families=("keypiont",))
+    refuses("did you mean 'keypoint'", vqa.evaluate, Oracle(), [labelled(0)], unknown)
 
 
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
@@ -142,7 +141,6 @@ def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
     for family in ("box_vertices", "keypoint", "offset", "distance"):
         questions = [vqa.questions_about([label], [family], 1, seed=3)[family][0][1] for label in labels]
         depth, constant = depth_guess(questions, labels), constant_guess(questions)
-        assert depth is not None
         for i, (q, near, far) in enumerate(zip(questions, depth, constant, strict=True)):
             assert measure(q, near, labels[i])["relative"] < 0.01
             assert i in (1, 2) or measure(q, far, labels[i])["relative"] > 5
@@ -225,19 +223,18 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     assert all(t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"))
 
 
-def test_the_command_writes_scores_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> None:
     write_labels((labelled(i) for i in range(4)), tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
-    assert main([*command, "--families", "keypoint", "distance", "--out", str(out)]) == 0
-    assert "Calibration" in capsys.readouterr().out
+    assert "Calibration" in done(*command, "--families", "keypoint", "distance", "--out", str(out))
     saved = json.loads((out / "scores.json").read_text())
     assert (saved["images"], saved["model"]) == (2, "nano")
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert (out / "index.html").stat().st_size > 5000
 
 
-def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) -> None:
     write_labels([labelled(0, unit="relative")], tmp_path / "labels-00000.parquet")
     assert "the model answers in 'metre'" in refused("evaluate", "vqa", "nano", str(tmp_path))
 

@@ -62,9 +62,8 @@ def test_top_near_left_comes_first(yaw: float, pitch: float) -> None:
     base = v @ pose[:3, :3].T + pose[:3, 3]
     assert base[:4, 2].min() > base[4:, 2].max()
     assert (v[[0, 3, 4, 7], 0] < v[[1, 2, 5, 6], 0]).all()
-    along = base @ np.array(
-        [np.cos(np.radians(yaw)), np.sin(np.radians(yaw)), 0]
-    )  # the camera looks along +x
+    facing = np.radians(yaw)  # the camera looks along +x
+    along = base @ np.array([np.cos(facing), np.sin(facing), 0])
     assert along[[0, 1, 4, 5]].max() < along[[2, 3, 6, 7]].min()
 
 
@@ -86,9 +85,8 @@ def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(seed: int, lift: 
     yaw = Rotation.from_rotvec(turn[:, 2] * rng.uniform(0, 1.5) + turn[:, 0] * tilt).as_matrix()
     slide = turn[:, :2] @ rng.uniform(-0.3, 0.3, 2) * size.min()
     taller = np.array([1, 1, rng.choice([1, 1.3])])
-    b = make_box(
-        a.center + slide + turn[:, 2] * ((taller[2] - 1) * size[2] / 2 + lift), size * taller, yaw @ turn
-    )
+    rise = (taller[2] - 1) * size[2] / 2 + lift
+    b = make_box(a.center + slide + turn[:, 2] * rise, size * taller, yaw @ turn)
     assert iou(a, b) == pytest.approx(sampled(a, b, rng), abs=0.015)
 
 
@@ -101,9 +99,8 @@ def test_iou_identities(seed: int) -> None:
         assert iou(box, other) == pytest.approx(expected, 1e-4)
     cube = make_box(np.zeros(3), np.ones(3), np.eye(3))
     shared = 2 * (np.sqrt(2) - 1)  # with the same cube turned by 45 degrees
-    assert iou(cube, make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))) == pytest.approx(
-        shared / (2 - shared), 1e-5
-    )
+    turned = make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))
+    assert iou(cube, turned) == pytest.approx(shared / (2 - shared), 1e-5)
 
 
 @given(seeds)

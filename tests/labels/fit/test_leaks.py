@@ -34,7 +34,6 @@ class Leaks:
         self.pixels = pixels
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
-        """As `spear.labels.models.protocols.Segmenter`."""
         (masks,) = GroundTruthSegmenter().segment(frames, detections)
         up = np.zeros((2 * self.pixels + 1, 1), bool)
         up[: self.pixels + 1] = True

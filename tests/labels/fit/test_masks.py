@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from labels_scenes import render
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap
 from spear.labels.fit.points import inliers, noise_level, support_plane
@@ -25,7 +25,6 @@ def frame() -> Frame:
 
 
 def parts(frame: Frame) -> tuple[Array, Array, Array]:
-    assert frame.depth is not None and frame.intrinsics is not None and frame.instances is not None
     return unproject(frame.depth, frame.intrinsics), frame.depth > 0, frame.instances
 
 
@@ -37,7 +36,6 @@ def overlap(a: Array, b: Array) -> float:
 @pytest.mark.parametrize("blur", [0.0, 0.7])
 def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float) -> None:
     points, known, instances = parts(frame)
-    assert frame.depth is not None and frame.intrinsics is not None
     points = unproject(ndimage.gaussian_filter(frame.depth, blur), frame.intrinsics)
     plane = support_plane(points[known & (instances == 0)])
     for number in (1, 2):
@@ -84,7 +82,6 @@ def cleaned(mask: Array, points: Array, erosion: int, noise: float) -> Array:
 
 def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
     points, _, instances = parts(frame)
-    assert frame.depth is not None and frame.intrinsics is not None
     mask = instances == 2
     border = mask & ~erode(mask, 1)
     top = border & (np.arange(len(mask))[:, None] < np.argwhere(mask)[:, 0].min() + 3)
@@ -129,5 +126,4 @@ def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:
     mask = np.array([[0, 1, 1], [0, 0, 1]], bool)
     assert encode_mask(mask) == [2, 1, 1, 2] and encode_mask(~mask) == [0, 2, 1, 1, 2]
     for runs in ([3, 2], [7], [8, -2]):
-        with pytest.raises(SpearError, match="2×3"):
-            decode_mask(runs, 2, 3)
+        refuses("2×3", decode_mask, runs, 2, 3)

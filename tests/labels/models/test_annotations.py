@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labels_stand_ins import BoxSegmenter
+from refusals import refuses
 from spear.errors import SpearError
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.models.annotations import (
@@ -43,13 +44,10 @@ def outlined(name: str, x: float, y: float, radius: float = 8, **changes: Any) -
 
 
 def held(**images: list[Annotation]) -> Annotations:
-    """Annotations held in memory, by source."""
     return Annotations("known", images.get)
 
 
 class FullBoxes(BoxSegmenter):
-    """Keeps count of what it was asked."""
-
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
@@ -73,8 +71,7 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
         for mask, place in zip(masks, ((20, 20, 8), (44, 22, 5)), strict=True):
             assert (mask != disc(height, width, *place)).mean() < (0.02 if width != 60 else 1e-9)
         assert none.shape == (0, height, width)
-    with pytest.raises(SpearError, match=r"'cup'.*60×40.* 60×60"):
-        FileDetector(known).detect([frame("a", 60, 60)])
+    refuses(r"'cup'.*60×40.* 60×60", FileDetector(known).detect, [frame("a", 60, 60)])
     with pytest.raises(SpearError, match="60×40"):
         FileSegmenter(known).segment([frame("a", 40, 40)], [[Detection("cup", np.array([12, 12, 28, 28]))]])
 
@@ -94,8 +91,7 @@ def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> N
     frames = [frame("a"), frame("b"), frame("c")]
     spoon = Detection("spoon", np.array([0, 0, 4, 4], np.float32))
     detections = [*FileDetector(known).detect(frames[:2]), [spoon]]
-    with pytest.raises(SpearError, match="'fork'"):
-        FileSegmenter(known).segment(frames, detections)
+    refuses("'fork'", FileSegmenter(known).segment, frames, detections)
     boxes = FullBoxes()
     masks = FileSegmenter(known, boxes).segment(frames, detections)
     assert boxes.asked == [["fork"], ["spoon"]]
@@ -115,7 +111,6 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
 
 
 def compressed(mask: Array) -> str:
-    """COCO's compressed string."""
     text: bytes = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
     return text.decode()
 
@@ -129,20 +124,19 @@ def test_compressed_strings_are_those_of_pycocotools(h: int, w: int, seed: int, 
     assert run_lengths(compressed(long)) == encode_mask(long)
 
 
-POLYGONS = [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, float("nan")], []]
-
-
 @pytest.mark.parametrize(
     ("read", "wrong"),
     [
         *((run_lengths, text) for text in ("01 2", "0é", "0\x7f", "0P")),
-        *((lambda polygon: polygon_mask([polygon], 6, 8), polygon) for polygon in POLYGONS),
+        *(
+            (lambda polygon: polygon_mask([polygon], 6, 8), polygon)
+            for polygon in ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, float("nan")], [])
+        ),
         *((decompress, text) for text in ("", "A", "A*", "____", "EoFQtg2gTARgDAM")),
     ],
 )
 def test_what_is_no_mask_polygon_or_compressed_text_is_refused(read: Any, wrong: Any) -> None:
-    with pytest.raises(SpearError):
-        read(wrong)
+    refuses("", read, wrong)
 
 
 RING = np.zeros((12, 20), bool)
@@ -192,11 +186,9 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     assert len(coco.find("/data/kitchen/1.jpg") or ()) == 2
     assert len(written(tmp_path, content()).find(r"C:\data\kitchen\1.jpg") or ()) == 2
     assert coco.find("2.png") == coco.find("2.png") == []
-    with pytest.raises(SpearError, match=r"2\.png and \./any/where/2\.png"):
-        coco.find("./any/where/2.png")
+    refuses(r"2\.png and \./any/where/2\.png", coco.find, "./any/where/2.png")
     assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
-    with pytest.raises(SpearError, match=r"1\.jpg: .*annotations\.json"):
-        coco.find("1.jpg")
+    refuses(r"1\.jpg: .*annotations\.json", coco.find, "1.jpg")
 
 
 @pytest.mark.parametrize(
@@ -214,15 +206,13 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any, named: str) -> None:
-    with pytest.raises(SpearError, match=rf"annotations\.json: .*{named}"):
-        written(tmp_path, data)
+    refuses(rf"annotations\.json: .*{named}", written, tmp_path, data)
 
 
 UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
 
 
 def compress(text: str) -> str:
-    """As the dataset's makers did."""
     return str(pytest.importorskip("lzstring").LZString().compressToEncodedURIComponent(text))
 
 
@@ -270,6 +260,5 @@ def test_annotated_masks_are_used_as_they_are(tmp_path: Path) -> None:
 
 def test_a_broken_mask_concerns_its_image_alone(tmp_path: Path) -> None:
     known = relations(tmp_path, second="A*")  # also without the outer level
-    with pytest.raises(SpearError, match="Ego-Exo4D"):
-        FileDetector(known).detect([frame(f"{UID}/cam04/0.jpg", 36, 64)])
+    refuses("Ego-Exo4D", FileDetector(known).detect, [frame(f"{UID}/cam04/0.jpg", 36, 64)])
     assert len(FileDetector(known).detect([frame(f"{UID}/aria01_214-1/270.jpg", 48, 48)])[0]) == 2

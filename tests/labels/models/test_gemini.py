@@ -13,6 +13,7 @@ import pytest
 
 from gemini_server import Reply, Server, boxes, error, picture, retry_info, serving, text
 from labels_stand_ins import noise
+from refusals import refuses
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
 from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, parse
@@ -68,7 +69,7 @@ def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: 
     assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
 
-def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
+def test_boxes_outside_the_image_are_cut_or_left_out_and_an_answer_may_stand_in_a_fence() -> None:
     answer = [
         {"label": "cut", "box_2d": [-100, 900, 300, 1200]},
         {"label": "outside", "box_2d": [100, 1100, 300, 1300]},
@@ -84,6 +85,9 @@ def test_boxes_outside_the_image_are_cut_or_left_out() -> None:
         ("cup", [5, 10, 30, 50]),
         ("mug", [5, 10, 30, 50]),
     ]
+    alone = json.dumps(answer[5:6])
+    for fenced in (f"```json\n{alone}\n```", f"Here it is:\n```\n{alone}\n```\n"):
+        assert found(parse(fenced, 100, 50)) == [("cup", [5, 10, 30, 50])]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +112,6 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
         parse(answer, 10, 10)
 
 
-def test_an_answer_may_stand_in_a_fence() -> None:
-    answer = '[{"label": "cup", "box_2d": [0, 0, 500, 500]}]'
-    for fenced in (f"```json\n{answer}\n```", f"Here it is:\n```\n{answer}\n```\n"):
-        assert found(parse(fenced, 10, 10)) == [("cup", [0, 0, 5, 5])]
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -127,9 +125,8 @@ def test_an_answer_may_stand_in_a_fence() -> None:
 def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
     server.replies = [reply]
     gemini = detector()
-    with pytest.raises(SpearError) as stop:
-        gemini.detect([noise(0), noise(1)])
-    assert "secret" not in f"{stop.value} {gemini.bill()}"
+    said = refuses("", gemini.detect, [noise(0), noise(1)])
+    assert "secret" not in f"{said} {gemini.bill()}"
 
 
 def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +252,7 @@ def test_in_the_pipeline_nothing_is_asked_twice(server: Server, monkeypatch: pyt
 
 def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
-    with pytest.raises(SpearError, match=r"GEMINI_API_KEY.*--detector"):
-        detector()
+    refuses(r"GEMINI_API_KEY.*--detector", detector)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")
     detector().detect([noise(0)])
     assert server.headers[0]["x-goog-api-key"] == "other-key"

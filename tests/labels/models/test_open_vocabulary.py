@@ -7,7 +7,7 @@ import torch
 
 from labels_stand_ins import noise
 from labels_tiny import save_grounding_dino, save_owlv2
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
 from spear.labels.models.protocols import Detection
 
@@ -113,14 +113,8 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "named"),
-    [
-        ([" ", "."], "--vocabulary"),
-        ("cup", "list"),
-        (["a red cup on the plate " * 4], "a red cup on"),
-    ],
+    [([" ", "."], "--vocabulary"), ("cup", "list"), (["a red cup on the plate " * 4], "a red cup on")],
 )
 def test_what_cannot_be_looked_for_is_refused(dino: str, owl: str, vocabulary: Any, named: str) -> None:
-    with pytest.raises(SpearError, match=named):
-        GroundingDinoDetector(dino, vocabulary=vocabulary)
-    with pytest.raises(SpearError, match=named):
-        Owlv2Detector(owl, vocabulary=vocabulary)
+    refuses(named, GroundingDinoDetector, dino, vocabulary=vocabulary)
+    refuses(named, Owlv2Detector, owl, vocabulary=vocabulary)

@@ -6,7 +6,7 @@ import pytest
 from transformers import Sam2Model
 
 from labels_tiny import save_sam2
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.models.pretrained import load_model
 from spear.models.weights.load import download
 
@@ -26,17 +26,14 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_a_model_that_is_not_there_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SpearError, match=model):
-        load(model)
+    refuses(model, load, model)
 
 
 def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://nowhere.invalid")
-    with pytest.raises(SpearError, match=r"no/body.*sam2=FOLDER"):
-        load("no/body")
-    with pytest.raises(SpearError, match=r"no/body.*a file"):
-        download("no/body", "a file", "model.pt")
+    refuses(r"no/body.*sam2=FOLDER", load, "no/body")
+    refuses(r"no/body.*a file", download, "no/body", "a file", "model.pt")
 
 
 def test_missing_weights_are_not_made_up(folder: Path) -> None:
@@ -46,16 +43,12 @@ def test_missing_weights_are_not_made_up(folder: Path) -> None:
     weights = load_file(path)
     name = next(key for key in weights if key.startswith("mask_decoder"))
     save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
-    with pytest.raises(SpearError, match=rf"1 weights are missing \(first {name}\)"):
-        load(folder)
+    refuses(rf"1 weights are missing \(first {name}\)", load, folder)
 
 
 def test_another_kind_and_broken_folders_are_said(folder: Path) -> None:
-    with pytest.raises(SpearError, match=r"sam2 model.*owlv2"):
-        load(folder, kind="owlv2")
+    refuses(r"sam2 model.*owlv2", load, folder, kind="owlv2")
     (folder / "model.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(SpearError, match=str(folder)):
-        load(folder)
+    refuses(str(folder), load, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(SpearError, match=str(folder)):
-        load(folder)
+    refuses(str(folder), load, folder)

@@ -48,22 +48,19 @@ def their_postprocess() -> Any:
 @pytest.mark.parametrize("size", [(40, 60), (200, 90), (64, 64)])
 def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
     image = frame(0, *size).image
-    theirs = ViTImageProcessorPil(
-        size={"height": 64, "width": 64}, resample=2, image_mean=MEAN, image_std=STD, do_rescale=True
-    )(image, return_tensors="pt")["pixel_values"][0]
+    known = {"size": {"height": 64, "width": 64}, "image_mean": MEAN, "image_std": STD}
+    processor = ViTImageProcessorPil(**known, resample=2, do_rescale=True)
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     ours = preprocess(image, 64)
     assert ours.shape == (3, 64, 64)
     levels = (ours - theirs).abs() * torch.tensor(STD)[:, None, None] * 255
     assert levels.max() < 1.01 and levels.mean() < 0.3  # Pillow computes in fixed point
 
 
-def test_box_prompts_are_those_of_transformers() -> None:
+def test_box_prompts_and_postprocessing_are_those_of_transformers() -> None:
     boxes = torch.tensor(BOXES)
     theirs = Sam2Processor._normalize_coordinates(None, 1024, boxes, (40, 60), is_bounding_box=True)
     torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), theirs)
-
-
-def test_postprocessing_is_that_of_transformers() -> None:
     logits = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
     (theirs,) = their_postprocess()(None, [logits[:, None]], [(40, 60)])
     assert (postprocess(logits, 40, 60) == theirs[:, 0]).all()

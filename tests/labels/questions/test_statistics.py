@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from labels_scenes import TRUTH, random_frame
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.pipeline import label
 from spear.labels.questions.generate import askable, generate
 from spear.labels.questions.statistics import statistics, token_use
@@ -24,7 +24,7 @@ def labels() -> list[LabeledImage]:
     return [*found, unboxed]
 
 
-def test_counts(labels: list[LabeledImage]) -> None:
+def test_counts_are_those_by_hand_and_units_are_not_mixed(labels: list[LabeledImage]) -> None:
     s = statistics(iter(labels))
     objects = [o for image in labels for o in image.objects]
     boxed = [o for o in objects if o.box3d is not None]
@@ -36,9 +36,10 @@ def test_counts(labels: list[LabeledImage]) -> None:
     assert list(s.distances) == pytest.approx([np.linalg.norm(o.box3d.center) for o in boxed])
     assert max(s.sizes) == pytest.approx(max(o.box3d.size.max() for o in boxed))
     assert len(s.scores["visible"]) == 18 and len(s.scores["stability"]) == 18
+    refuses("'relative'", statistics, [labels[0], replace(labels[1], unit="relative")])
 
 
-def test_token_use(labels: list[LabeledImage]) -> None:
+def test_token_use_counts_what_is_even_unused_and_outside(labels: list[LabeledImage]) -> None:
     asked = [q for i in range(40) for x in labels for q in generate(x, np.random.default_rng(i))]
     values = [value for q in asked for value in q.values]
     tokens = CoordinateTokenizer.fit(values, 16)
@@ -49,8 +50,3 @@ def test_token_use(labels: list[LabeledImage]) -> None:
     far = token_use([1e3, -1e3], tokens)
     assert far.outside == 2 and far.counts[0] == far.counts[-1] == 1 and far.unused == 14
     assert token_use([], tokens).evenness == 0.0
-
-
-def test_units_are_not_mixed(labels: list[LabeledImage]) -> None:
-    with pytest.raises(SpearError, match="'relative'"):
-        statistics([labels[0], replace(labels[1], unit="relative")])

@@ -25,7 +25,7 @@ from published_checkpoints import (
     publish_paligemma,
     publish_pi0,
 )
-from spear.errors import SpearError
+from refusals import refuses
 from spear.models.presets import vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -195,12 +195,6 @@ def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path)
     assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
 
 
-def refused(expected: str, call: Any, *arguments: Any) -> None:
-    with pytest.raises(SpearError, match=expected) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-
-
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -209,21 +203,21 @@ def edit(folder: Path, **changes: Any) -> None:
 def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
     vlm = a_vlm(tmp_path / "vlm")
-    refused("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
-    refused("'paligemma'.*spear_vlm", plan_policy, folder)
-    refused("holds no action expert", plan_policy, vlm, folder, "tiny14")
-    refused("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
+    refuses("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
+    refuses("'paligemma'.*spear_vlm", plan_policy, folder)
+    refuses("holds no action expert", plan_policy, vlm, folder, "tiny14")
+    refuses("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
     edit(folder, tie_word_embeddings=False)
-    refused("not tied", plan_backbones, folder, None, "tiny14")
+    refuses("not tied", plan_backbones, folder, None, "tiny14")
     edit(folder, model_type="llava")
-    refused("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
+    refuses("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
     (folder / "config.json").write_text("{")
-    refused("config.json", plan_backbones, folder, None, "tiny14")
+    refuses("config.json", plan_backbones, folder, None, "tiny14")
     expert = publish_pi0(pi0(), tmp_path / "pi0")
     state = load_file(expert / "model.safetensors")
     name = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
     save_file({**state, name: torch.zeros(3)}, expert / "model.safetensors")
-    refused("π0.5", plan_policy, vlm, expert, "tiny14")
+    refuses("π0.5", plan_policy, vlm, expert, "tiny14")
 
 
 def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -231,9 +225,9 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
     shard = folder / "model-00002-of-00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    refused(f"broken checkpoint: .*{shard.name}", plan_backbones, folder, None, "tiny14")
+    refuses(f"broken checkpoint: .*{shard.name}", plan_backbones, folder, None, "tiny14")
     shard.unlink()
-    refused(f"incomplete: .*{shard.name} is missing", plan_backbones, folder, None, "tiny14")
+    refuses(f"incomplete: .*{shard.name} is missing", plan_backbones, folder, None, "tiny14")
     shard.write_bytes(whole)
     state = load_file(shard)
     name = sorted(state)[0]
@@ -245,33 +239,33 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
 
     plan = with_state(**{name: torch.zeros(0)})
     assert [key.status for key in plan.report.keys].count("missing") == 1
-    refused("1 weights missing, first ", plan.run)
-    refused("weights refused, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
+    refuses("1 weights missing, first ", plan.run)
+    refuses("weights refused, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
     foreign = with_state(**{"tail.weight": torch.ones(2)})
-    refused("1 weights refused, first tail.weight .*no such", foreign.run)
-    with pytest.raises(SpearError, match=r"wrong dtype: .* is I8: use a checkpoint in float32"):
-        with_state(**{name: state[name].to(torch.int8)})
+    refuses("1 weights refused, first tail.weight .*no such", foreign.run)
+    foreign = {name: state[name].to(torch.int8)}
+    refuses(r"wrong dtype: .* is I8: use a checkpoint in float32", with_state, **foreign)
 
 
 def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(rows=ROWS - 40), tmp_path / "short")
     sizes = "tokenizer has 1312 tokens, its embeddings 1272"
-    refused(f"vocabulary mismatch: .*{sizes}", plan_backbones, folder, None)
+    refuses(f"vocabulary mismatch: .*{sizes}", plan_backbones, folder, None)
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
     config = json.loads((folder / "config.json").read_text())
     edit(folder, text_config={**config["text_config"], "vocab_size": 7})
-    refused("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
+    refuses("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
     edit(folder, text_config=config["text_config"])
     plan.tokenizer.save_pretrained(folder)
-    refused("has 3D tokens already", plan_backbones, folder, None, "tiny14")
+    refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
 
 
 def test_names_on_the_hub_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     said = "cannot get google/absent .*or give a local folder"
-    refused(said, plan_backbones, "google/absent", None, "tiny14")
+    refuses(said, plan_backbones, "google/absent", None, "tiny14")
     cached = tmp_path / "models--google--tiny"
     publish_paligemma(paligemma(), cached / "snapshots" / "0123456789", tokenizer=False)
     (cached / "refs").mkdir()

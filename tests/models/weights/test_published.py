@@ -22,11 +22,6 @@ def stored(config: Any, tensors: dict[str, Any]) -> Shards:
     return Shards(Path("nowhere"), config.to_dict(), weights)
 
 
-def test_every_network_has_its_repository_and_revision() -> None:
-    for known in PUBLISHED.values():
-        assert is_hub_name(f"{known.repository}@{known.revision}") and len(known.revision) == 40
-
-
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
 def test_paligemma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known, tensors = PUBLISHED[name], PUBLISHED[name].tensors()
@@ -63,7 +58,9 @@ def test_moge(name: str) -> None:
     build_moge(Checkpoint(Path("x"), weights, known.config, int(known.kind[-1])))
 
 
-def test_the_published_files_are_as_large_as_these_tensors() -> None:
+def test_the_published_files_are_known_by_revision_and_as_large_as_these_tensors() -> None:
+    for known in PUBLISHED.values():
+        assert is_hub_name(f"{known.repository}@{known.revision}") and len(known.revision) == 40
     numbers = {n: sum(map(math.prod, PUBLISHED[n].tensors().values())) for n in ("moge", "paligemma", "pi0")}
     assert 0 < 1_256_823_446 - 4 * numbers["moge"] < 2e5
     # π0 holds its VLM, whose vocabulary is 64 rows shorter, and a head of the expert that is not read.

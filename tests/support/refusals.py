@@ -1,0 +1,20 @@
+"""What is wrong is said in one line, by everything that refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from spear.errors import SpearError
+
+Command = Callable[..., str]
+"""What the fixtures `done` and `refused` are: a command's words -> what it says."""
+
+
+def refuses(words: str, call: Callable[..., Any], *given: Any, **named: Any) -> str:
+    """This call must be refused in one line that matches `words`, which it returns."""
+    __tracebackhide__ = True
+    with pytest.raises(SpearError, match=words or None) as caught:
+        call(*given, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
