@@ -127,7 +127,7 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
     ]
     for text in bad:
         path.write_text(text)
-        refuses("", CoordinateTokenizer.load, path)
+        refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
@@ -111,12 +111,13 @@ class CoordinateTokenizer:
             edges = np.asarray(content["edges"], dtype=np.float64)
             representatives = np.asarray(content["representatives"], dtype=np.float64)
             unit = content["unit"]
+            if unit not in get_args(Unit):
+                raise ValueError(f"unknown unit {unit!r}")
             low, value, high = edges[:-1], representatives, edges[1:]
             if low.shape != value.shape or not ((low <= value) & (value <= high) & (low < high)).all():
                 raise ValueError("edges must increase, with one value between each two")
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
-        check_known("unit", get_args(Unit), str(unit))
         return CoordinateTokenizer(edges, representatives, unit)
 
 
