@@ -174,6 +174,7 @@ def test_a_robot_and_its_dataset_mean_the_same_pose(name: str, dataset: str) -> 
     steps |= {column: [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * rows for column in spec.images.values()}
     steps |= {"action": np.eye(rows, 7), "action_dict/gripper_position": np.eye(rows, 1)}
     steps[spec.instruction] = [b"go"] * rows
+    steps |= {spec.success: [b"a/success/b.h5"] * rows} if spec.success else {}
     episode = episode_from(steps, spec, dataset)
     state = robot.read(seen)["observation/state"]
     np.testing.assert_allclose(episode.position[0], state[:3], atol=1e-6)

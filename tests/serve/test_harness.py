@@ -25,6 +25,12 @@ pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install '
 ROBOT = embodiments.load("maniskill2_widowx")
 
 
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness writes its progress into results/ of where it runs: two tests at once would share it."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(policy: Homing, **params: Any) -> dict[str, Any]:
     """Two episodes of the harness with its own server, client and runner."""
     pytest.importorskip("mujoco")
