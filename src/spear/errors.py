@@ -30,12 +30,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     """A `SpearError` for a name that does not exist, suggesting the nearest one that does.
 
     >>> unknown_name("preset", "nanno", ["nano", "small"]).args[0]
-    "unknown preset 'nanno': did you mean 'nano'? (known: nano, small)"
+    "unknown preset 'nanno': did you mean 'nano'? known: nano, small"
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return SpearError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(names)})")
+    return SpearError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
 
 
 def check_known(kind: str, known: Collection[str], *names: str) -> None:
@@ -50,8 +50,7 @@ def need(module: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        lacks = error.name or module
-        raise SpearError(f'{what} needs {lacks}: pip install "spear-vla[{extra}]"') from error
+        raise SpearError(f'{what} needs {error.name or module}: pip install "spear-vla[{extra}]"') from error
 
 
 def first_line(error: BaseException | str) -> str:

@@ -23,3 +23,10 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
     monkeypatch.setattr(Path, "write_bytes", stop)
     refuses(rf"picture\.png: .*{words}", write_bytes, path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("picture.png", b"old")]
+
+
+@pytest.mark.parametrize("name", ["page.html", "folder/page.html"])
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    taken = tmp_path / "results"
+    taken.touch()
+    refuses(rf"^{taken}: .*not a folder", write_bytes, taken / name, b"new")

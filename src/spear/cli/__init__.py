@@ -124,8 +124,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         absent = (error.name or "").split(".")[0]
         extra = next((extra for extra, brought in EXTRAS.items() if absent in brought), None)
-        hint = f"run pip install 'spear-vla[{extra}]'"
-        return f"this command needs {error.name}, which is not installed: {hint}" if extra else None
+        return f"this command needs {error.name}: pip install 'spear-vla[{extra}]'" if extra else None
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
         return FULL_DISK if full else f"weights: {error}: check the file and the disk"

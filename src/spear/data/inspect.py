@@ -129,7 +129,7 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         # What a layout's ranges are read from.
         for word, values in zip(("from", "to"), ends.get(name, ()), strict=False):
             if 1 < len(values) <= MOST_AXES:
-                lines.append(f"  {'':<34}   {word:<5}" + "".join(f"{value:>9.4g}" for value in values))
+                lines.append(f"  {'':<34}   {word:<5}" + "".join(f" {value:>9.4g}" for value in values))
     return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
 
 

@@ -222,7 +222,8 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     if given.episodes and not acts:
         raise SpearError(f"recipe {name} learns from labelled images: leave --episodes out")
     if not given.labels and (not acts or not given.init or stage.question_images):
-        raise SpearError(f"recipe {name} needs --labels FOLDER (see `spear label --help`)")
+        start = "--init NAME to start from, or " if acts and not given.init else ""
+        raise SpearError(f"recipe {name} needs {start}--labels FOLDER (see `spear label --help`)")
     if acts and given.labels and given.init and not stage.question_images:
         raise SpearError(f"recipe {name} asks no questions: leave --labels out, or --set question_images=2")
     if given.init and stage.kind in ("depth", "naming"):

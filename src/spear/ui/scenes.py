@@ -190,7 +190,7 @@ class Shelf:
             some = self._held[:MOST_LISTED]
             self._titles = [f"{SAID[o.success]}{o.family.replace('_', ' ')} {o.seed}" for o in some]
         else:
-            what = "recorded episodes (of spear record, or prepared ones) or results of spear evaluate --out"
+            what = "recorded episodes (of spear record, or prepared ones) nor results of spear evaluate --out"
             raise SpearError(f"--episodes {folder}: holds neither {what}")
         self.about = {"episodes": self._titles, "episodes_in_all": len(self._held)}
 

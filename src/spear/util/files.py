@@ -24,8 +24,9 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise SpearError(f"{path}: {FULL_DISK}") from error
-        why = error.strerror or error
-        raise SpearError(f"{path}: cannot be written ({why}): check the folder") from error
+        if file := next((parent for parent in path.parents if parent.is_file()), None):
+            raise SpearError(f"{file}: is a file, not a folder: give another name") from error
+        raise SpearError(f"{path}: cannot be written, {error.strerror or error}: check the folder") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
