@@ -4,10 +4,15 @@ Both run on the same observation (two 640 x 480 cameras), one after the other, m
 Processor time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.08.
 
     python benchmarks/models/policy_overhead.py [--name POLICY] [--runs RUNS]
+    python benchmarks/models/policy_overhead.py --threads 1 2   # `infer` beside other work, by the clock
+
+With `--threads`, the time that passes in one `infer`, median and 90 % of the runs, with so many threads each,
+while nothing else works and while one process keeps one core busy.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +31,34 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def main(name: str = "nano", runs: int = 100) -> None:
+def busy() -> None:
+    """Work for ever."""
+    while True:
+        pass
+
+
+def beside_others(infer: Callable[[], object], threads: tuple[int, ...], runs: int) -> None:
+    """Print what an `infer` takes by the clock, alone and beside a busy process."""
+    spawn = multiprocessing.get_context("spawn")
+    for others in (0, 1):
+        workers = [spawn.Process(target=busy, daemon=True) for _ in range(others)]
+        for worker in workers:
+            worker.start()
+        for count in threads:
+            torch.set_num_threads(count)
+            infer()
+            taken = []
+            for _ in range(runs):
+                begun = time.perf_counter()
+                infer()
+                taken.append(1000 * (time.perf_counter() - begun))
+            middle, late = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
+            print(f"threads {count}, busy processes {others}: {middle:.1f} ms, 90 % within {late:.1f} ms")
+        for worker in workers:
+            worker.terminate()
+
+
+def main(name: str = "nano", runs: int = 100, threads: tuple[int, ...] = ()) -> None:
     torch.set_num_threads(1)
     policy = Spear1Policy.load(name)
     rng = np.random.default_rng(0)
@@ -38,6 +70,9 @@ def main(name: str = "nano", runs: int = 100) -> None:
     }
     inputs = policy.inputs([observation])
     whole, bare = (lambda: policy.infer(observation)), (lambda: policy.predict(inputs))
+    if threads:
+        beside_others(whole, threads, runs)
+        return
     for _ in range(5):
         whole(), bare()
     times = [(seconds(whole), seconds(bare)) for _ in range(runs)]
