@@ -46,8 +46,12 @@ class Slots:
     """Slots for batches of worker processes, which are forked later: `each` for each of them."""
 
     def __init__(self, workers: int, each: int) -> None:
-        self._memory = [[mmap.mmap(-1, SIZE) for _ in range(each)] for _ in range(workers)]
-        self._taken = np.frombuffer(mmap.mmap(-1, workers * each), bool).reshape(workers, each)
+        try:
+            self._memory = [[mmap.mmap(-1, SIZE) for _ in range(each)] for _ in range(workers)]
+        except OSError:  # so much may not be asked for here: batches come as they are
+            self._memory, each = [], 0
+        self._taken = np.frombuffer(mmap.mmap(-1, workers * each or 1), bool)[: workers * each]
+        self._taken = self._taken.reshape(workers, each)
 
     def put(self, batch: dict[str, Any], worker: int) -> Handed | dict[str, Any]:
         """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
