@@ -49,7 +49,7 @@ def test_ask_answers_in_metres_and_draws(tmp_path: Path, capsys: pytest.CaptureF
     below = photo / "d.png"
     assert main([*ask, str(photo), *question, "--draw", str(below)]) == 2
     *notes, said = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: {below}: ") and all(line.startswith("note: ") for line in notes)
+    assert said.startswith(f"error: {photo}: ") and all(line.startswith("note: ") for line in notes)
 
 
 def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
