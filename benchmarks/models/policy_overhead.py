@@ -24,11 +24,11 @@ import tyro
 from spear.policy import Spear1Policy
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call."""
-    started = time.process_time()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Processor time of one call, or the time by another clock."""
+    started = clock()
     run()
-    return time.process_time() - started
+    return clock() - started
 
 
 def busy() -> None:
@@ -47,11 +47,7 @@ def beside_others(infer: Callable[[], object], threads: tuple[int, ...], runs: i
         for count in threads:
             torch.set_num_threads(count)
             infer()
-            taken = []
-            for _ in range(runs):
-                begun = time.perf_counter()
-                infer()
-                taken.append(1000 * (time.perf_counter() - begun))
+            taken = [1000 * seconds(infer, time.perf_counter) for _ in range(runs)]
             middle, late = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
             print(f"threads {count}, busy processes {others}: {middle:.1f} ms, 90 % within {late:.1f} ms")
         for worker in workers:

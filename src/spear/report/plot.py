@@ -188,7 +188,8 @@ def _ticks(ends: tuple[float, float], axis: Axis, about: int) -> list[tuple[floa
         powers = range(floor(log10(low)), floor(log10(high)) + 1)
         places = [v for p in powers for v in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= v <= high]
     else:
-        step = 10.0 ** floor(log10((high - low) / max(about, 5)))  # five: two ticks at least
-        step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= max(about, 5))
+        about = max(about, 5)  # two ticks at least
+        step = 10.0 ** floor(log10((high - low) / about))
+        step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= about)
         places = [i * step for i in range(ceil(low / step), floor(high / step + 1e-9) + 1)]
     return [(v, f"{v:g}{axis.unit}") for v in places]

@@ -56,14 +56,14 @@ AHEAD = 4
 """Batches that each worker makes ahead (our choice)."""
 
 
-def _batch(task: Task, slots: Slots | None, number: int) -> Batch | Handed | SpearError:
+def _batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError:
     """An error is returned, since raised in a worker it would bring a traceback."""
     try:
         batch = task.batch(number)
     except SpearError as error:
         return error
     worker = torch.utils.data.get_worker_info()
-    return batch if worker is None or slots is None else slots.put(batch, worker.id)
+    return slots.put(batch, worker.id) if worker else batch
 
 
 def batches(
@@ -76,8 +76,8 @@ def batches(
     """
     numbers = [n for step in range(first, last) for n in parallel.numbers(step, accumulate)]
     pinned = device.type == "cuda"
-    # Two steps' batches are held at most: the one before last may still be bound to a name.
-    slots = Slots(workers, AHEAD + 2 * accumulate) if workers and not pinned else None
+    # Two steps' batches are held at most: those before may still be bound to a name.
+    slots = Slots(workers, 0 if pinned else AHEAD + 2 * accumulate)
     loader: Any = torch.utils.data.DataLoader(
         numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
@@ -91,7 +91,7 @@ def batches(
     for batch in loader:
         if isinstance(batch, SpearError):
             raise batch
-        yield slots.take(batch) if slots is not None and isinstance(batch, Handed) else batch
+        yield slots.take(batch) if isinstance(batch, Handed) else batch
 
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)

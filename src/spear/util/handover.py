@@ -4,6 +4,7 @@ PyTorch's own way makes new shared memory for every tensor, clears it, sends its
 and maps it (docs/speed.md). Here a batch is copied into a slot, and where it lies is sent.
 """
 
+import math
 import mmap
 import weakref
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Place:
 
     def of(self, slot: Array) -> torch.Tensor:
         """The tensor, in the memory of `slot` [SIZE] uint8, which it keeps from being filled again."""
-        own = slot[self.offset : self.offset + self.dtype.itemsize * int(np.prod(self.shape))]
+        own = slot[self.offset : self.offset + self.dtype.itemsize * math.prod(self.shape)]
         return torch.from_numpy(own).view(self.dtype).as_strided(self.shape, self.stride)
 
 
@@ -43,7 +44,7 @@ class Handed(NamedTuple):
 
 
 class Slots:
-    """Slots for batches of worker processes, which are forked later: `each` for each of them."""
+    """Slots for batches of worker processes, which are forked later: `each` for each of them, or none (0)."""
 
     def __init__(self, workers: int, each: int) -> None:
         try:

@@ -98,7 +98,8 @@ def prepare(
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         _check_good(good, skipped, path, split)
-        _notice_gripper(store := EpisodeStore(folder), path)
+        store = EpisodeStore(folder)
+        _notice_gripper(store, path)
         if store.failed().all():
             notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
         else:

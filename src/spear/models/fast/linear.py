@@ -26,7 +26,7 @@ _BITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32,
 _INFO = Path("/proc/cpuinfo")
 _INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
 # PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
-MKL_IS_FAST = torch.backends.mkl.is_available() and _INTEL
+_MKL_IS_FAST = torch.backends.mkl.is_available() and _INTEL
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype not in _DTYPES
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or (MKL_IS_FAST and x.dtype == torch.float32 and not weight.is_mkldnn)
+        or (_MKL_IS_FAST and x.dtype == torch.float32 and not weight.is_mkldnn)
         or (x.numel() == x.shape[-1] and not weight.is_mkldnn)  # one row: nothing to gain from a layout
     ):
         return nn.functional.linear(x, weight, bias)
