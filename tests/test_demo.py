@@ -61,6 +61,8 @@ def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
     assert main([*words, drawing]) == 0 and Image.open(drawing).size == (576, 384)
     assert "note:" not in capsys.readouterr().err
     assert main(["ask", "sim:7", "How far away is the zebra?", "--draw", "none.png"]) == 0
+    away = "Estimate the x, y, z distance between the plate and the sponge"
+    assert main(["ask", "sim:7", away, "--draw", "none.png"]) == 2  # an offset is no place
     assert "note: none.png" in capsys.readouterr().err and not Path("none.png").exists()
 
 

@@ -151,6 +151,7 @@ class Frame:
     extrinsics  [4, 4] camera pose in the base frame (camera -> base), or None.
     boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
     source      where it came from.
+    turned      whether its EXIF has turned or mirrored it in a way that its size does not show.
     """
 
     image: Array
@@ -161,6 +162,7 @@ class Frame:
     extrinsics: Array | None = None
     boxes: Mapping[int, Array] | None = None
     source: str = ""
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> Non
 
 
 def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    r = results({"a": [True, False], "b": [False, True]})
+    r = replace(results({"a": [True, False], "b": [False, True]}), wanted=frozenset({("a", 0), ("b", 7)}))
     path = tmp_path / "deep" / "r.json"
     r.save(path)
     assert load(path) == r
@@ -85,8 +85,9 @@ def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> N
     one, two = (Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0)))
     assert [o.seed for o in merge([one, two]).outcomes] == [0, 1, 2]
     refuses("scene 0", merge, [one, replace(two, outcomes=[outcome(0, success=False)])])
-    (tmp_path / "episodes-2-of-2.jsonl").write_text("nonsense\n")
-    refuses("episodes-2-of-2", load, tmp_path)
+    for nonsense in (b"nonsense\n", b"\xff\n"):
+        (tmp_path / "episodes-2-of-2.jsonl").write_bytes(nonsense)
+        refuses("episodes-2-of-2", load, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["put_on", "StackGreenCubeOnYellowCubeBakedTexInScene-v1"])

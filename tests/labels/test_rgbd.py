@@ -48,6 +48,9 @@ def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, tr
     scene = Scene(write_scannet(tmp_path / "s", frames))
     read = [scene[i] for i in range(len(scene.sources))]
     assert read[0].names == truth[0].names  # the wall is no object
+    file = scene.folder / "instance-filt" / "0.png"
+    Image.fromarray(np.asarray(Image.open(file))[:, :64]).save(file)
+    refuses(r"instance-filt/0\.png", lambda: scene[0])
     result = compare(label(read, *TRUTH), frames)
     exact = compare(label(frames, *TRUTH), frames)
     assert result.n == exact.n >= 14

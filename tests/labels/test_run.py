@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -212,6 +213,9 @@ def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_p
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
     assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
     assert contents(whole) == before
+    copy = shutil.copy(whole / "labels-00001.parquet", whole / "labels-00001 (copy).parquet")
+    assert "not of this run" in refused(source, whole)
+    copy.unlink()
     (tmp_path / "thesis.txt").write_text("words")
     assert "holds other files" in refused(source, tmp_path)
     assert "holds other files" in refused(source, Path(__file__).parent)

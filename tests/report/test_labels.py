@@ -73,6 +73,8 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     assert question.prompt.split("{")[0] in html
     assert "numbers;" in html and "box vertices" in html
     assert not list(tmp_path.glob(".*"))
+    (folder / "skipped.parquet").write_bytes(b"PAR1")
+    refuses(r"skipped\.parquet: broken", label_page, folder, shown, out)
 
 
 def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage], tmp_path: Path) -> None:
@@ -88,7 +90,9 @@ def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage]
         rows[entity] += int(number)
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
         assert rows[entity] == 3
-    refuses("absent", write_rerun, labels[:1], [None], tmp_path / "absent" / "x.rrd")
+    with pytest.raises(IndexError):
+        write_rerun(labels[:1], [replace(clouds[0], mask=np.ones((9, 9), bool))], tmp_path / "x.rrd")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_commands_ask_and_show(folder: Path, done: Command, refused: Command) -> None:

@@ -126,6 +126,7 @@ class Results:
             "mean_success": self.mean().value,
             "summary": {f: asdict(self.summary(f)) for f in self.families},
             "outcomes": [asdict(o) for o in self.outcomes],
+            "wanted": sorted(self.wanted),
         }
         write_text(path, json.dumps(content, indent=1))
 
@@ -234,8 +235,8 @@ def journals(folder: Path) -> list[Path]:
 
 def read_journal(path: Path) -> Results:
     """The episodes of one journal so far. Raises `SpearError` for a file that is not one."""
-    lines = path.read_text().rpartition("\n")[0].split("\n")
     try:
+        lines = path.read_text("utf-8").rpartition("\n")[0].split("\n")
         head, *others = [json.loads(line) for line in lines]
         plans, episodes = ([e for e in others if ("scenes" in e) is plan] for plan in (True, False))
         wanted = {(f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds}
@@ -258,6 +259,7 @@ def load(path: Path) -> Results:
     raw = read_json(file, "give what `spear evaluate --out` wrote")
     try:
         outcomes = [Outcome(**o) for o in raw["outcomes"]]
-        return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"])
-    except (KeyError, TypeError):
+        wanted = frozenset((family, seed) for family, seed in raw.get("wanted", ()))
+        return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"], wanted)
+    except (KeyError, TypeError, ValueError):
         raise SpearError(f"results: {file}: not a file that `spear evaluate --out` wrote") from None

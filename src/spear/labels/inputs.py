@@ -7,6 +7,7 @@ episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 
 import dataclasses
 import glob
+import io
 import os
 import re
 import tarfile
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import ExifTags, Image
 
 from spear.errors import RetryableError, SpearError, first_line, need, notice
 from spear.labels.pipeline import Work, admit
@@ -294,17 +295,27 @@ def _contents(reader: Reader, path: str, places: Sequence[Any]) -> list[Content]
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
+    turned = False
     try:
         if isinstance(content, SpearError):
             raise content
-        content = load_image(content, key) if isinstance(content, bytes) else content
+        if isinstance(content, bytes):
+            encoded, content = content, load_image(content, key)
+            turned = _turned(encoded)
     except SpearError as error:
         return Work(key, None, error)
-    frame = content if isinstance(content, Frame) else Frame(shrink(content, longest))
+    frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
     work = admit(dataclasses.replace(frame, source=key))
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work
+
+
+def _turned(encoded: bytes) -> bool:
+    """See `Frame.turned`."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and image.width == image.height)
 
 
 def shrink(image: Array, longest: int | None) -> Array:

@@ -160,5 +160,5 @@ def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     middle = cloud.mean(axis=0)
     steepness = float(middle @ plane.up) ** 2 / float(middle @ middle)
     level = cloud - heights[:, None] * plane.up
-    width = 1.25 * float(np.sqrt(12 * np.linalg.eigvalsh(np.cov(level.T))[1]))
+    width = 1.25 * float(np.sqrt(max(12 * np.linalg.eigvalsh(np.cov(level.T))[1], 0)))
     return plane.height if low - plane.height < max(0.8 * (high - low), steepness * width) else None

@@ -137,7 +137,7 @@ def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
     `settings_for` them. Points that are NaN, infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, work.geometry
-    known = geometry.mask & np.isfinite(geometry.points.sum(axis=-1)) & (geometry.points[..., 2] > 0)
+    known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
     geometry = replace(geometry, mask=known)
     if settings is None:
         settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
+from spear.labels.fit.image import same_view
 from spear.labels.inputs import IMAGES
 from spear.types import Array, Frame
 from spear.util.files import read_json
@@ -68,7 +69,7 @@ class Scene:
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:
-            if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
+            if not same_view(image.shape[:2], depth.shape):
                 what = f"{columns}×{rows} depth, {width}×{height} color"
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
@@ -76,13 +77,17 @@ class Scene:
             if not ((camera[:2, 2] > 0) & (camera[:2, 2] < size)).all():
                 what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {camera[:2, 2].round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
-        path = self.folder / "instance-filt" / f"{color.stem}.png"
-        known = self.names is not None and path.is_file()
+        path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None
+        if self.names is not None and path.is_file():
+            instances = _read_png(path)
+            if not same_view(image.shape[:2], instances.shape):
+                raise SpearError(f"{path}: {instances.shape}, not of the {width}×{height} image: replace it")
+            instances = _nearest(instances, height, width).astype(np.int32)
         return Frame(
             image=image,
             depth=align_depth(depth, depth_camera, self.camera, height, width),
-            instances=_nearest(_read_png(path), height, width).astype(np.int32) if known else None,
-            names=self.names or {} if known else {},
+            instances=instances,
+            names=self.names or {} if instances is not None else {},
             intrinsics=self.camera,
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),

@@ -212,12 +212,11 @@ def _finished(out: Path) -> dict[int, _Finished]:
     """The shards that are there, by number."""
     found = {}
     for path in sorted(out.glob("labels-*.parquet")):
-        known = json.loads(footer(path, FOOTER) or "{}")
-        if "skipped" not in known:
+        known, number = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
+        if "skipped" not in known or not number.isdecimal():
             raise SpearError(f"{path}: not of this run: move it elsewhere")
         skipped = [SkippedImage(*image) for image in known["skipped"]]
-        number = int(path.stem.removeprefix("labels-"))
-        found[number] = _Finished(known["items"], known["keys"], skipped)
+        found[int(number)] = _Finished(known["items"], known["keys"], skipped)
     return found
 
 

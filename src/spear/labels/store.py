@@ -173,7 +173,8 @@ def footer(path: Path, key: str) -> str | None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a Parquet file into one line that says what to do."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -181,7 +182,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    with _reading(path):
+    with reading(path):
         file = pq.ParquetFile(path)
     if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
         lacks = ", ".join(sorted(missing))
@@ -190,7 +191,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = True) -> pa.Table:
-    with _reading(path):
+    with reading(path):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
         return file.read_row_group(group, columns=columns, use_threads=False)
 
@@ -264,7 +265,7 @@ def read_depth(folder: Path) -> DepthImages:
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
-    with _reading(folder):
+    with reading(folder):
         rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
     shaped = (np.frombuffer(row["depth"], np.float16).reshape(row["height"], row["width"]) for row in rows)
     return [(row["image"], depth) for row, depth in zip(rows, shaped, strict=True)]

@@ -64,14 +64,15 @@ def draw_answers(
     return np.asarray(canvas)
 
 
-def draw_answer(answer: Segments, image: Array, intrinsics: Array | None) -> Array:
-    """`draw_answers` of a single answer, three times as large.
+def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, family: str | None) -> Array:
+    """`draw_answers` of a single answer, three times as large. family: of its question, where it is known.
 
     Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
     """
-    if places(answer, image.shape[1], image.shape[0], intrinsics) is None:
+    away = family == "offset"  # the three numbers are no place
+    if away or places(answer, image.shape[1], image.shape[0], intrinsics) is None:
         wrong = "has no box, point or image location"
-        if len(numbers(answer)) in (3, 24):
+        if len(numbers(answer)) in (3, 24) and not away:
             wrong = "lies behind the camera"
             if intrinsics is None:
                 wrong = "is in 3D, the camera of this image unknown: ask with --family back_projection"

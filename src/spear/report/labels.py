@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError, need
+from spear.errors import need
 from spear.labels.fit.box3d import EDGES
 from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import spoken, why_not_asked
@@ -21,7 +21,7 @@ from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Pixel, Question
-from spear.util.files import write_text
+from spear.util.files import write_bytes, write_text
 from spear.util.images import decode_image
 
 WIDTH = 640
@@ -127,7 +127,8 @@ def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | Non
 
 
 def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path) -> None:
-    """Write `out` (.rrd): pictures, boxes, key points and clouds, one step of the timeline "image" per label.
+    """Write `out` (.rrd), whole or not at all: pictures, boxes, key points and clouds, one step of the
+    timeline "image" per label.
 
     clouds  the point map of each label, or None where it is not at hand.
 
@@ -135,10 +136,7 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
     """
     rr = need("rerun", "view", "the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
-    try:
-        stream.save(out)
-    except (OSError, RuntimeError) as error:
-        raise SpearError(f"{out}: cannot be written ({error}): choose another file") from error
+    held = stream.memory_recording()
     stream.log("camera", rr.ViewCoordinates.RDF, static=True)
     for number, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
         stream.set_time("image", sequence=number)
@@ -161,5 +159,4 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
             every = max(1, np.count_nonzero(cloud.mask) // MOST_POINTS)
             colours = decode_image(label.image)[cloud.mask][::every]
             stream.log("camera/points", rr.Points3D(cloud.points[cloud.mask][::every], colors=colours))
-    stream.flush()
-    stream.disconnect()
+    write_bytes(out, held.drain_as_bytes())

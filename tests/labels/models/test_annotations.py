@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
 from spear.errors import SpearError
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
+from spear.labels.inputs import find, read
 from spear.labels.models.annotations import (
     Annotation,
     Annotations,
@@ -74,6 +76,20 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
     refuses(r"'cup'.*60×40.* 60×60", FileDetector(known).detect, [frame("a", 60, 60)])
     with pytest.raises(SpearError, match="60×40"):
         FileSegmenter(known).segment([frame("a", 40, 40)], [[Detection("cup", np.array([12, 12, 28, 28]))]])
+
+
+@pytest.mark.parametrize(("orientation", "width"), [(2, 60), (3, 60), (4, 60), (6, 40)])
+def test_a_picture_that_exif_turns_unseen_is_refused(tmp_path: Path, orientation: int, width: int) -> None:
+    """Of these the size does not tell whether annotations mean the picture as it is stored, or turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (width, 40)).save(tmp_path / "a.jpg", exif=exif)
+    (work,) = read(list(find(str(tmp_path / "a.jpg"))))
+    known = Annotations("known", lambda _: [outlined("cup", 20, 20, size=(40, width))])
+    refuses("EXIF", FileDetector(known).detect, [work.frame])
+    found = [Detection("cup", np.array([12, 12, 28, 28]))]
+    refuses("EXIF", FileSegmenter(known).segment, [work.frame], [found])
+    assert FileDetector(Annotations("empty", lambda _: [])).detect([work.frame]) == [[]]
 
 
 def test_boxes_are_cut_at_the_edge_and_empty_ones_left_out() -> None:

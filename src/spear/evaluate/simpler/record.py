@@ -18,7 +18,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, RATE_HZ, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets, check_installed
+from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
 from spear.labels.scenes import Job, jobs_of, label_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.types import Episode, Frame
@@ -57,7 +57,6 @@ def demonstrate(
     """
     check_known("task", TASKS, *tasks)
     check_seed(first_seed)
-    check_installed()
     check_assets(assets)
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
@@ -127,7 +126,6 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
     returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
     ManiSkill, its assets or a renderer are missing."""
-    check_installed()
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
     settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "assets": assets_hash(assets)}

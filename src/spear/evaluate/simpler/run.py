@@ -26,7 +26,7 @@ from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
-from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets, check_installed
+from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
 from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
@@ -47,10 +47,10 @@ def evaluate(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]
     check_known("task", TASKS, *tasks)
     if options.off_grid:
         held_out_seeds(options.first_seed, options.scenes)
-    check_installed()
+    assets = assets_hash(check_assets(options.assets))
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": assets_hash(check_assets(options.assets)),
+        "assets": assets,
         "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,

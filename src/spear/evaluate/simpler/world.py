@@ -52,7 +52,9 @@ class NoRenderer(SpearError):
 
 def check_assets(folder: Path | None) -> Path:
     """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
-    are missing."""
+    are missing, or ManiSkill itself."""
+    if find_spec("mani_skill") is None:
+        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
@@ -74,12 +76,6 @@ def assets_hash(root: Path) -> str:
                 with (folder / name).open("rb") as file:
                     digest.update(f"{where}/{name}".encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def check_installed() -> None:
-    """Raises `SpearError` where ManiSkill is not installed."""
-    if find_spec("mani_skill") is None:
-        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
 
 
 class SimplerWorld:

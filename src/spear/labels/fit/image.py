@@ -30,6 +30,11 @@ def project(points: Array, intrinsics: Array) -> Array:
     return image[..., :2] / image[..., 2:]
 
 
+def same_view(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether images of these sizes (height, width) may be one resized, up to a pixel of rounding."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(other)
+
+
 def iou2d(a: Array, b: Array) -> Array:
     """Intersection over union of boxes [..., 4] with boxes [..., 4]: [...], 0 where both are empty."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

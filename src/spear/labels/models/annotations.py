@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.fit.image import clip, iou2d, tight_box
+from spear.labels.fit.image import clip, iou2d, same_view, tight_box
 from spear.labels.fit.masks import decode_mask, polygon_mask, run_lengths
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
@@ -60,7 +60,7 @@ class Annotation:
 
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
-        if abs(height * columns - width * rows) > max(rows, columns):  # more than a pixel of rounding
+        if not same_view((height, width), self.size):
             sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
             raise SpearError(f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized")
         return rows, columns
@@ -78,6 +78,15 @@ class Annotations:
     name: str
     find: Find
 
+    def of(self, frame: Frame) -> list[Annotation] | None:
+        """What `find` knows of an image. `SpearError` where it cannot be told whether it was annotated as it
+        is stored or turned by its EXIF."""
+        found = self.find(frame.source)
+        if found and frame.turned:
+            why = f"its EXIF turns it, {self.name} may mean it as it is stored or as it is seen"
+            raise SpearError(f"{frame.source}: {why}: turn its pixels, and remove that tag")
+        return found
+
 
 class FileDetector:
     """Boxes and names from a file of annotations.
@@ -92,7 +101,7 @@ class FileDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The annotated objects of each image, in the file's order; those with an empty box are left out."""
-        found = [self.annotations.find(frame.source) for frame in frames]
+        found = [self.annotations.of(frame) for frame in frames]
         unknown = [frame for frame, annotated in zip(frames, found, strict=True) if annotated is None]
         if unknown and self.otherwise is None:
             lacks = f"{unknown[0].source}: not in {self.annotations.name}"
@@ -138,7 +147,7 @@ class FileSegmenter:
         """Masks [n, h, w] of the detections, and the numbers of those that have none in the file."""
         height, width = frame.image.shape[:2]
         masks = np.zeros((len(detections), height, width), bool)
-        annotated = [a for a in self.annotations.find(frame.source) or () if a.outline is not None]
+        annotated = [a for a in self.annotations.of(frame) or () if a.outline is not None]
         boxes = [a.box_in(height, width) for a in annotated]
         pairs = sorted(
             (annotated[j].name != detection.name, -overlap, i, j)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from spear.errors import SpearError
 from spear.labels.questions.generate import why_not_asked
-from spear.labels.store import QUESTIONS, SKIPPED, read
+from spear.labels.store import QUESTIONS, SKIPPED, read, reading
 from spear.types import LabeledImage, Unit
 from spear.util.files import write_text
 
@@ -102,7 +102,8 @@ def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> To
 def skip_reasons(folder: Path) -> Counter[str]:
     """Why images of a folder were skipped → images, without paths, numbers and what is in brackets."""
     path = folder / SKIPPED
-    reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
+    with reading(path):
+        reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
     short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)
     return Counter(re.sub(r"\d+(\.\d+)?", "N", reason)[:120] for reason in short)
 
