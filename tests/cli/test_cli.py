@@ -82,6 +82,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("label photos --scenes 3", "--scenes"),
         ("evaluate vqa nano sim --calibrate --families distance", "--calibrate"),
         ("evaluate vqa nano sim --calibrate --view wrist", "--calibrate"),
+        ("evaluate vqa nano sim --calibrate --images 1", "--images"),
         ("label nowhere.jpg", "no such file"),
         ("label sim:1 --engine dask", "engine"),
         ("label sim:x", "write a scene as"),

@@ -1,6 +1,7 @@
 """A proposed spear.json: what the columns say, and what they leave open."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,5 +35,8 @@ def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         code = main(["data", "describe", str(folder), "--out", str(out)])
     assert code == 2 and json.loads(out.read_text())["facts"]
     assert f"{folder / 'spear.json'} is to be this" in capsys.readouterr().err
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert main(["data", "describe", str(copy), "--out", str(copy / "spear.json")]) == 0
+    assert f"{copy / 'spear.json'} is to be this" in capsys.readouterr().err  # not there before
     assert main(["data", "describe", str(shared / "data" / "bridge_v2_sample")]) == 0
     assert "1.0.0/spear.json" in capsys.readouterr().err  # where it is found

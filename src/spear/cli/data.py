@@ -59,12 +59,12 @@ def describe(options: DescribeOptions) -> None:
     if out is not None and out.exists():
         raise SpearError(f"--out {out}: it exists already: correct it, or choose another name")
     text = json.dumps(propose(path), indent=2, ensure_ascii=False)
+    file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
+    advice = "is there already: take from this what it lacks" if file.exists() else "is to be this, corrected"
     if out is None:
         print(text)
     else:
         write_text(out, text + "\n")
-    file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
-    advice = "is there already: take from this what it lacks" if file.exists() else "is to be this, corrected"
     print(f"{file} {advice}; then: spear data audit {path}", file=sys.stderr)
 
 
@@ -186,16 +186,18 @@ def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
     print(f"{written} episodes in {folder}, {len(reasons)} skipped")
 
 
-def check_episodes(path: Path, split: str) -> None:
-    """Raises `SpearError` for a folder without a format, a layout or this split; makes nothing."""
+def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
+    """What `split_ranges` finds. Raises `SpearError` for a folder without a format, a layout or this split;
+    makes nothing."""
     from spear.data.readers.formats import Dataset, episode_counts, open_dataset
     from spear.data.readers.splits import split_ranges
 
-    split_ranges(episode_counts(path), split, path)
+    ranges = split_ranges(episode_counts(path), split, path)
     if isinstance(folder := open_dataset(path), Dataset):
         cameras = folder.spec().images
         if not {"external", "wrist"} & set(cameras):
             raise SpearError(f"{path}: no camera external or wrist, but {', '.join(cameras)}: name them so")
+    return ranges
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":

@@ -105,8 +105,13 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
     o = options
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
-    check_episodes(o.data, o.split)
-    check_episodes(*learned)
+    held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
+    if (o.train or o.train_split) and learned[0].resolve() == o.data.resolve():
+        pairs = ((a, b) for a in held for b in trained if a[0] == b[0])
+        both = sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a, b in pairs)
+        if both:
+            where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
+            raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
@@ -123,6 +128,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
         write_text(o.plot, open_loop_page(ours, reference))
+        print(f"page: {o.plot}")
 
 
 class EvaluateVqaOptions(Options):
@@ -166,6 +172,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
+    if o.calibrate and len(labels) < 100:
+        raise SpearError(f"--calibrate: {len(labels)} images say too little: take at least 100 (--images)")
     scores = run(bundle, labels, asked)
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
     scores.save(o.out / "scores.json", about)
@@ -175,6 +183,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
         measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {locate(o.model) / 'calibration.json'}")
 
 
 class CompareOptions(Options):

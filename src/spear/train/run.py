@@ -56,8 +56,9 @@ def train(
     if place.type == "cpu":
         keep_freed_memory()
     opt, alone, steps = stage.optimization, parallel.world() == 1, asked.steps
+    why = "as it began" if found else "faster on this CPU"
     notes = {
-        "training in float32, in which it began or this CPU is faster": opt.precision != asked.precision,
+        f"training in float32, {why}": opt.precision != asked.precision,
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
