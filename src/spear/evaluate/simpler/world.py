@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, needs
 from spear.evaluate.simpler.frames import fitted, look, rebuild
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
@@ -79,7 +79,7 @@ def assets_hash(root: Path) -> str:
 def check_installed() -> None:
     """Raises `SpearError` where ManiSkill is not installed."""
     if find_spec("mani_skill") is None:
-        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
+        raise SpearError(needs("SIMPLER", "mani_skill", "simpler"))
 
 
 class SimplerWorld:
