@@ -180,6 +180,17 @@ def test_bad_settings_are_refused() -> None:
     refuses("--execution rtc", ChunkExecutor, "rtc")
 
 
+@pytest.mark.parametrize("bad", [np.nan * chunk(0), chunk(0)[:, :7], chunk(0)[0], 0 * chunk(0)])
+def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
+    class Broken:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            return {"actions": bad}
+
+    pilot = Pilot(Broken())
+    refuses("actions", pilot.step, {})
+    pilot.close()
+
+
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     think = threading.Event()
     asked: list[int] = []

@@ -25,8 +25,16 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known
-from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
-from spear.types import Array, Policy
+from spear.geometry import (
+    quat_canonical,
+    quat_conjugate,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_normalize,
+    unit_quat,
+)
+from spear.types import ACTION_DIM, Array, Policy
 from spear.util.processes import release_workers
 
 Mode = Literal["sync", "async", "ensemble", "rtc"]
@@ -90,13 +98,14 @@ class ChunkExecutor:
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
 
-        Both are the present tick by default. Raises `SpearError` for a chunk of fewer actions than are to be
-        executed of it.
+        Both are the present tick by default. Raises as `check_actions` does, and `SpearError` for a chunk of
+        fewer actions than are to be executed of it.
         """
+        actions = check_actions(actions)
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
+        self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
         self._delay = arrives - observed
 
@@ -169,7 +178,7 @@ class Pilot:
     def _take(self, wait: bool) -> None:
         if self._asked is not None and (wait or self._asked[1].done()):
             (tick, future), self._asked = self._asked, None
-            self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
+            self._executor.give(future.result()["actions"], observed=tick)
 
 
 def check_mode(mode: str, committed: int) -> None:
@@ -186,6 +195,16 @@ def check_replan(replan: int, horizon: int | None = None) -> None:
     if replan < 1 or (horizon is not None and replan > horizon):
         most = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
         raise SpearError(f"--replan {replan}: execute at least 1 action of a chunk{most}")
+
+
+def check_actions(actions: Array) -> Array:
+    """A policy's chunk. Raises `SpearError` for what is not [H, 8] finite numbers with unit quaternions."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
+        cure = "check the policy's weights, and that a server of it has --embodiment generic"
+        raise SpearError(f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}")
+    unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    return actions
 
 
 def mean_action(actions: Array, weights: Array | None = None) -> Array:

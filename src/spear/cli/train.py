@@ -14,8 +14,8 @@ from spear.util.options import key_values
 def train(options: TrainOptions) -> None:
     """Train one stage. Stopped at any moment, the same command continues where it was.
 
-    `spear train list` shows the recipes. Several processes train together under torchrun; examples/cluster
-    has scripts for Slurm, Kubernetes and Ray.
+    The recipes are shown by `spear train list`. Several processes train together under torchrun; for Slurm,
+    Kubernetes and Ray there are scripts in examples/cluster.
 
     Examples:
         spear train nano-vlm-1 --labels runs/labels --init nano-vlm-0 --moge nano-depth
